@@ -1,0 +1,25 @@
+"""What a step can end with besides success, each with the exit code of the command line."""
+
+
+class StepError(Exception):
+    """A failure that its message explains completely: printed as one line, never as a traceback."""
+
+    exit_code = 1
+
+
+class UserError(StepError):
+    """Bad input or configuration. Never retried: the same call would fail again."""
+
+    exit_code = 2
+
+
+class GateFailedError(StepError):
+    """A promotion gate said no and the caller asked for that to be a failure (`--strict`)."""
+
+    exit_code = 3
+
+
+class TemporaryError(StepError):
+    """Preempted, or a service out of reach: the same call may succeed later."""
+
+    exit_code = 75

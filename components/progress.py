@@ -1,0 +1,29 @@
+"""What a step says of itself while it runs: a line for people, and an event for whoever displays a whole pipeline."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+EVENTS_VARIABLE = "FINEMILL_EVENTS"
+"""A file to which every step of a local pipeline run appends its events, one JSON object a line."""
+
+Event = Literal["started", "progress", "done", "reused", "failed"]
+
+
+class Progress:
+    """Lines `<step>: <text>` on stderr, and events in `$FINEMILL_EVENTS` if that is set."""
+
+    def __init__(self, step: str) -> None:
+        self.step = step
+        self._events = os.environ.get(EVENTS_VARIABLE)
+
+    def emit(self, event: Event, text: str = "", **details: object) -> None:
+        """Say `text`; `details` go into the event only."""
+        print(f"{self.step}: {text or event}", file=sys.stderr, flush=True)
+        if self._events:
+            record = {"time": time.time(), "step": self.step, "event": event, "text": text, **details}
+            with Path(self._events).open("a") as file:
+                file.write(json.dumps(record) + "\n")

@@ -1,0 +1,150 @@
+"""The steps by name: what each reads, what it writes, and where its code is.
+
+A new step is one line here and one folder. The line is data, so that `--help`, both pipeline renderers and the
+component wrappers agree without importing what a step computes with.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from finemill.components.config import StepConfig
+from finemill.components.errors import UserError
+
+BASE_MODEL = "base_model"
+"""The one input that is not written by a step: a model reference, resolved by `base_model/resolve.py`."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the line.
+
+    `function(**inputs, output_dir, config, context) -> Mapping[str, float]` gets a local folder per input and returns
+    the metrics. `state(inputs, config) -> Mapping[str, str]`, where there is one, names what the output depends on
+    besides inputs, configuration and code: files outside the store, the champion of a registry.
+    """
+
+    name: str
+    summary: str
+    inputs: tuple[str, ...]
+    output: str
+    config_path: str
+    function_path: str
+    image: str
+    state_path: str | None = None
+
+    @property
+    def module_name(self) -> str:
+        """The step's folder: its name in snake case."""
+        return self.name.replace("-", "_")
+
+    @property
+    def config(self) -> type[StepConfig]:
+        """The configuration class; light to import."""
+        loaded: type[StepConfig] = _load(self.config_path)
+        return loaded
+
+    @property
+    def function(self) -> Callable[..., Mapping[str, float]]:
+        """The function that does the work; imports what it computes with."""
+        loaded: Callable[..., Mapping[str, float]] = _load(self.function_path)
+        return loaded
+
+    @property
+    def state(self) -> Callable[..., Mapping[str, str]] | None:
+        """What else the output depends on, see the class."""
+        return _load(self.state_path) if self.state_path else None
+
+
+def _load(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(import_module(f"finemill.components.{module}"), name)
+
+
+_ALL = (
+    Step(
+        "data-prep",
+        "Read raw rows, clean, deduplicate, mix and split them.",
+        (),
+        "rows",
+        "data_prep.config:DataPrepConfig",
+        "data_prep.prepare:prepare_data",
+        image="cpu",
+        state_path="data_prep.load:source_digests",
+    ),
+    Step(
+        "chat-format",
+        "Turn rows into messages, apply the model's own chat template, label the assistant's turns.",
+        ("rows", BASE_MODEL),
+        "dataset",
+        "chat_format.config:ChatFormatConfig",
+        "chat_format.format:format_chats",
+        image="cpu",
+    ),
+    Step(
+        "train-qlora",
+        "Train LoRA adapters on the 4-bit base.",
+        ("dataset", BASE_MODEL),
+        "adapter",
+        "train_qlora.config:TrainQLoRAConfig",
+        "train_qlora.train:train_qlora",
+        image="train",
+    ),
+    Step(
+        "eval",
+        "Score base and tuned model on held-out rows, and write the report.",
+        ("dataset", BASE_MODEL, "adapter"),
+        "evaluation",
+        "eval.config:EvalConfig",
+        "eval.evaluate:evaluate",
+        image="train",
+    ),
+    Step(
+        "merge",
+        "Merge the adapter into the unquantized base, 16 bit, and check its logits.",
+        (BASE_MODEL, "adapter"),
+        "model",
+        "merge.config:MergeConfig",
+        "merge.merge:merge_adapter",
+        image="train",
+    ),
+    Step(
+        "gguf-quantize",
+        "Write GGUF files, load each in llama.cpp, and compare them with the merged model.",
+        ("model", "dataset"),
+        "gguf",
+        "gguf_quantize.config:GGUFQuantizeConfig",
+        "gguf_quantize.quantize:quantize_gguf",
+        image="train",
+    ),
+    Step(
+        "register",
+        "Record the results as a version in MLflow's model registry.",
+        ("adapter", "model", "gguf", "evaluation"),
+        "version",
+        "register.config:RegisterConfig",
+        "register.register:register_version",
+        image="cpu",
+        state_path="register.register:registry_state",
+    ),
+    Step(
+        "promote",
+        "Compare the new version with the champion and move the alias if it wins.",
+        ("version", "evaluation"),
+        "decision",
+        "promote.config:PromoteConfig",
+        "promote.promote:promote_version",
+        image="cpu",
+        state_path="promote.promote:champion_state",
+    ),
+)
+
+STEPS: Mapping[str, Step] = {step.name: step for step in _ALL}
+
+
+def get_step(name: str) -> Step:
+    """Raises: UserError: there is no step of that name."""
+    if name not in STEPS:
+        raise UserError(f"unknown step '{name}'; the steps are {', '.join(STEPS)}")
+    return STEPS[name]

@@ -1,0 +1,7 @@
+"""`python -m finemill` is the `finemill` command."""
+
+import sys
+
+from finemill.cli import main
+
+sys.exit(main())
