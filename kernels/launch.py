@@ -1,0 +1,35 @@
+"""Where an op runs: a Triton kernel on a GPU (or in Triton's interpreter), plain PyTorch everywhere else."""
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton reads this variable when it is imported, so it is fixed for the life of the process."""
+
+
+def use_kernel(tensor: Tensor) -> bool:
+    """Whether an op on `tensor` launches its Triton kernel; its plain PyTorch path runs otherwise."""
+    return tensor.is_cuda or INTERPRETED
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Number of multiprocessors of `device`; 2 in the interpreter, so that split reductions really split there."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Return `tensor` if it is a pitched matrix of `shape`: last dimension contiguous, any row stride.
+
+    Raises: ValueError: wrong shape or dtype, or columns that are not adjacent in memory.
+    """
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}, expected {dtype}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} has column stride {tensor.stride(-1)}: its last dimension must be contiguous")
+    return tensor

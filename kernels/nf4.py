@@ -1,0 +1,188 @@
+"""Decode of bitsandbytes' NF4 weights with double-quantized scales, in one pass and bit for bit.
+
+    scale[b]  = nested_code[absmax[b]] * nested_absmax[b // nested_blocksize] + offset      (two roundings, no FMA)
+    weight[e] = codebook[nibble(e)] * scale[e // blocksize]                                 rounded to the output dtype
+
+    e is the row-major element index, b = e // blocksize its quantization block; byte i of `packed` holds element 2i in
+    its high and element 2i+1 in its low nibble. Without double quantization `absmax` is the fp32 scale itself.
+
+Shapes: packed (ceil(N*K/2),) uint8, absmax (ceil(N*K/blocksize),), codebook (16,) fp32, nested_code (256,) fp32,
+weight (N, K) with any row pitch. There is no backward: the base is frozen. Bit-equality needs multiply and add to round
+separately, hence `enable_fp_fusion=False`. The codebook is read by a table load: the 16 floats share a cache line, so a
+warp's lookup is one access, against fifteen selects per element for a comparison tree.
+
+Source: Dettmers et al., QLoRA (arXiv 2305.14314), section 3; bitsandbytes 0.50, `dequantize_4bit`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from finemill.kernels.launch import check_rows, use_kernel
+
+BLOCKS_PER_PROGRAM = 64
+"""Quantization blocks of 64 weights per program of 4 warps: every thread decodes 32 weights."""
+
+
+@dataclass(frozen=True)
+class NF4Tensor:
+    """A matrix in bitsandbytes' NF4 format, as plain tensors.
+
+    Args:
+        packed: two codes per byte, first element in the high nibble, flat, uint8.
+        absmax: one scale per block: uint8 codes under double quantization, else fp32, flat.
+        codebook: the 16 NF4 levels, fp32.
+        nested_code, nested_absmax, offset: the double quantization's table (256,), block scales and mean (one element),
+            fp32; all None without double quantization.
+        shape: (N, K), rows and columns of the decoded matrix.
+        dtype: dtype the matrix decodes to by default.
+        blocksize, nested_blocksize: weights per scale, scales per nested scale; powers of two.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    codebook: Tensor
+    nested_code: Tensor | None
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    blocksize: int = 64
+    nested_blocksize: int = 256
+
+    @classmethod
+    def from_bitsandbytes(cls, weight: Any) -> "NF4Tensor":
+        """Wrap the storage of a quantized `bitsandbytes.nn.Params4bit` without copying its codes.
+
+        Raises: ValueError: the parameter is not quantized yet (it is on the CPU side of `.to(device)`) or is not NF4.
+        """
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            raise ValueError("Params4bit holds no quant_state: move it to its device first, which quantizes it")
+        if state.quant_type != "nf4":
+            raise ValueError(f"quant_type is {state.quant_type!r}: only 'nf4' is decoded here")
+        nested = state.state2 if state.nested else None
+        n, k = state.shape
+        return cls(
+            packed=weight.data.contiguous().view(torch.uint8).reshape(-1),
+            absmax=state.absmax if nested is not None else state.absmax.float(),
+            codebook=state.code.float(),
+            nested_code=None if nested is None else nested.code.float(),
+            nested_absmax=None if nested is None else nested.absmax.float(),
+            offset=None if nested is None else state.offset.float().reshape(1),
+            shape=(int(n), int(k)),
+            dtype=state.dtype,
+            blocksize=int(state.blocksize),
+            nested_blocksize=256 if nested is None else int(nested.blocksize),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that hold this weight: what to move, pin or count."""
+        held = (self.packed, self.absmax, self.codebook, self.nested_code, self.nested_absmax, self.offset)
+        return [tensor for tensor in held if tensor is not None]
+
+
+def dequantize_nf4_reference(weight: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Decode in plain PyTorch. Returns: (N, K) of `dtype` (the weight's own by default), bit-equal to bitsandbytes."""
+    absmax = weight.absmax
+    if weight.nested_code is not None and weight.nested_absmax is not None and weight.offset is not None:
+        block = torch.arange(absmax.numel(), device=absmax.device) // weight.nested_blocksize
+        absmax = weight.nested_code[absmax.long()] * weight.nested_absmax[block] + weight.offset
+    n, k = weight.shape
+    codes = torch.stack((weight.packed >> 4, weight.packed & 15), dim=1).reshape(-1)[: n * k]
+    block = torch.arange(n * k, device=codes.device) // weight.blocksize
+    return (weight.codebook[codes.long()] * absmax[block]).to(dtype or weight.dtype).reshape(n, k)
+
+
+@triton.jit
+def _dequantize_nf4_kernel(
+    packed_ptr,
+    absmax_ptr,
+    codebook_ptr,
+    nested_code_ptr,
+    nested_absmax_ptr,
+    offset_ptr,
+    out_ptr,
+    out_stride,
+    num_elements,
+    K: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr,  # K is a multiple of BLOCKSIZE: no block crosses a row
+    BLOCKS: tl.constexpr,
+):
+    # int64: out_stride * row passes 2**31 for a vocabulary-sized matrix.
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    in_range = block * BLOCKSIZE < num_elements
+    scale = tl.load(absmax_ptr + block, mask=in_range, other=0)
+    if NESTED:
+        nested_absmax = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=in_range, other=0.0)
+        scale = tl.load(nested_code_ptr + scale) * nested_absmax + tl.load(offset_ptr)
+
+    byte = tl.arange(0, BLOCKSIZE // 2)
+    column = tl.arange(0, BLOCKSIZE)
+    packed_offset = block[:, None] * (BLOCKSIZE // 2) + byte[None, :]
+    if WHOLE_BLOCKS:
+        packed = tl.load(packed_ptr + packed_offset, mask=in_range[:, None], other=0)
+    else:
+        packed = tl.load(packed_ptr + packed_offset, mask=packed_offset * 2 < num_elements, other=0)
+    packed = packed.to(tl.int32)
+    high = tl.load(codebook_ptr + (packed >> 4)) * scale[:, None]
+    low = tl.load(codebook_ptr + (packed & 15)) * scale[:, None]
+    weight = tl.interleave(high.to(out_ptr.dtype.element_ty), low.to(out_ptr.dtype.element_ty))
+
+    if WHOLE_BLOCKS:
+        row = block // (K // BLOCKSIZE)
+        first_column = (block - row * (K // BLOCKSIZE)) * BLOCKSIZE
+        out_offset = (row * out_stride + first_column)[:, None] + column[None, :]
+        tl.store(out_ptr + out_offset, weight, mask=in_range[:, None])
+    else:
+        element = block[:, None] * BLOCKSIZE + column[None, :]
+        row = element // K
+        tl.store(out_ptr + row * out_stride + (element - row * K), weight, mask=element < num_elements)
+
+
+def dequantize_nf4(weight: NF4Tensor, out: Tensor | None = None) -> Tensor:
+    """Decode an NF4 weight in one launch, double-quantized scales included.
+
+    Args:
+        weight: the quantized matrix (N, K).
+        out: (N, K) to write, bf16, fp16 or fp32, any row stride >= K, last dimension contiguous (for instance columns
+            [0, K) of a wider weight); a new contiguous matrix of `weight.dtype` by default.
+    Returns: `out`, bit-equal to `bitsandbytes.functional.dequantize_4bit`.
+    Raises: ValueError: wrong shape, dtype or column stride of `out`.
+    """
+    n, k = weight.shape
+    if out is None:
+        out = torch.empty((n, k), dtype=weight.dtype, device=weight.packed.device)
+    check_rows("out", out, (n, k))
+    if out.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"out is {out.dtype}: NF4 decodes to bfloat16, float16 or float32")
+    if not use_kernel(out):
+        return out.copy_(dequantize_nf4_reference(weight, out.dtype))
+    blocks = max(1, BLOCKS_PER_PROGRAM * 64 // weight.blocksize)
+    _dequantize_nf4_kernel[(triton.cdiv(weight.absmax.numel(), blocks),)](
+        weight.packed,
+        weight.absmax,
+        weight.codebook,
+        weight.nested_code,
+        weight.nested_absmax,
+        weight.offset,
+        out,
+        out.stride(0),
+        n * k,
+        K=k,
+        BLOCKSIZE=weight.blocksize,
+        NESTED_BLOCKSIZE=weight.nested_blocksize,
+        NESTED=weight.nested_code is not None,
+        WHOLE_BLOCKS=k % weight.blocksize == 0,
+        BLOCKS=blocks,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return out
