@@ -16,7 +16,7 @@ def quantize(weight: torch.Tensor, *, nested: bool = True, blocksize: int = 64) 
 
 
 def bitsandbytes_decode(weight: torch.Tensor, dtype: torch.dtype, *, nested: bool, blocksize: int) -> torch.Tensor:
-    # One long row: bitsandbytes' CPU decode takes each row's first block for a new scale, even in the middle of a block.
+    # One long row: bitsandbytes' CPU decode starts a new scale with each row, even in the middle of a block.
     codes, state = bitsandbytes.functional.quantize_4bit(
         weight.to(dtype).reshape(1, -1), blocksize=blocksize, compress_statistics=nested, quant_type="nf4"
     )
