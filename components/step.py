@@ -58,12 +58,17 @@ def run_step(
     progress.emit("started")
     try:
         result = _find_or_make(step, normalize_uri(store), dict(inputs), config, run_id, progress)
-    except StepError as error:
-        progress.emit("failed", str(error), seconds=time.monotonic() - started)
+    except Exception as error:
+        exit_code = error.exit_code if isinstance(error, StepError) else 1
+        line = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
+        progress.emit("failed", line, seconds=time.monotonic() - started, exit_code=exit_code)
         raise
-    event = "reused" if result.reused else "done"
-    details = {"seconds": time.monotonic() - started, "reference": str(result.reference)}
-    progress.emit(event, f"{event} {result.reference}", **details)
+    progress.emit(
+        "reused" if result.reused else "done",
+        str(result.reference),
+        seconds=time.monotonic() - started,
+        reference=str(result.reference),
+    )
     return result
 
 

@@ -1,0 +1,45 @@
+# finemill: `make help` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# uv installs in seconds what takes pip minutes; both read the same constraints.
+INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check format lint types lock clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (PyTorch alone is about 3 GB on the first run)"
+	@$(INSTALL) -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+install: $(STAMP)  ## install finemill and its tools into .venv
+
+run: $(STAMP)  ## raw rows to a promoted model, with the default config
+	@$(BIN)/finemill run finetune
+
+test: $(STAMP)  ## run the tests
+	@$(BIN)/python -m pytest
+
+check: format lint types test  ## everything CI runs
+
+format: $(STAMP)  ## check the formatting
+	@$(BIN)/ruff format --check .
+
+lint: $(STAMP)  ## lint
+	@$(BIN)/ruff check .
+
+types: $(STAMP)  ## check the types, strictly
+	@$(BIN)/mypy
+
+lock: $(STAMP)  ## resolve constraints.txt anew
+	@uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
+		--no-annotate --no-header --no-emit-index-url --no-emit-find-links --no-strip-markers --upgrade -q -o constraints.txt
+
+clean:  ## remove what the targets made, but not the store
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

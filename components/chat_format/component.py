@@ -1,0 +1,42 @@
+"""The KFP component `chat-format`."""
+
+from kfp import dsl
+
+from finemill.components.images import IMAGES
+
+
+@dsl.component(base_image=IMAGES["cpu"], install_kfp_package=False)
+def chat_format(
+    store: str,
+    rows: str,
+    base_model: str,
+    dataset: dsl.OutputPath(str),
+    manifest: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    config: dict = {},
+    run_id: str = "",
+):
+    """Turn rows into messages, apply the model's own chat template, label the assistant's turns.
+
+    Args:
+        store: folder or s3://bucket/prefix that gets the output.
+        rows: reference of the prepared rows.
+        base_model: the base model, hf://org/name@revision.
+        dataset: gets the reference of the tokenized dataset, <uri>@sha256:<digest>.
+        manifest: gets the output's manifest: files, digests, parents, resolved configuration.
+        metrics: gets the step's metrics.
+        config: fields as in `finemill schema chat-format`; the rest keep their defaults.
+        run_id: groups the steps of one pipeline run in MLflow.
+    """
+    from finemill.components.kfp_task import run_kfp_task
+
+    run_kfp_task(
+        "chat-format",
+        store=store,
+        inputs={"rows": rows, "base_model": base_model},
+        config=config,
+        run_id=run_id,
+        reference_path=dataset,
+        manifest=manifest,
+        metrics=metrics,
+    )

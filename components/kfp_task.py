@@ -1,0 +1,53 @@
+"""The body of every KFP component: run the step, fill KFP's outputs."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finemill.components.errors import StepError
+from finemill.components.step import run_step
+from finemill.components.storage.store import fetch_artifact
+
+
+def run_kfp_task(
+    name: str,
+    *,
+    store: str,
+    inputs: Mapping[str, str],
+    config: Mapping[str, Any],
+    run_id: str,
+    reference_path: str,
+    manifest: Any,
+    metrics: Any,
+    shown: Mapping[str, Any] | None = None,
+) -> None:
+    """Run the step `name` and write its reference, manifest and metrics where KFP wants them.
+
+    Args:
+        reference_path: file that gets the output's reference (a KFP `OutputPath(str)`).
+        manifest: KFP artifact that carries the manifest, never the output's own files.
+        metrics: KFP `Metrics` artifact.
+        shown: KFP artifact (`HTML`, `Markdown`) per small file of the output that KFP's page is to show.
+    """
+    try:
+        result = run_step(name, store=store, inputs=inputs, config=config, run_id=run_id or None)
+    except StepError as error:
+        print(f"finemill {name}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    _write(Path(reference_path), str(result.reference))
+    _write(Path(manifest.path), result.manifest.to_bytes().decode())
+    manifest.metadata.update(uri=result.reference.uri, digest=result.reference.digest, kind=result.manifest.kind)
+    for key, value in result.manifest.metrics.items():
+        metrics.log_metric(key, value)
+    # KFP's local cache takes an output without a file for a miss.
+    _write(Path(metrics.path), "")
+    if shown:
+        folder, _ = fetch_artifact(result.reference)
+        for name_in_output, artifact in shown.items():
+            _write(Path(artifact.path), (folder / name_in_output).read_text())
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)

@@ -1,0 +1,42 @@
+"""The KFP component `merge`."""
+
+from kfp import dsl
+
+from finemill.components.images import IMAGES
+
+
+@dsl.component(base_image=IMAGES["train"], install_kfp_package=False)
+def merge(
+    store: str,
+    base_model: str,
+    adapter: str,
+    model: dsl.OutputPath(str),
+    manifest: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    config: dict = {},
+    run_id: str = "",
+):
+    """Merge the adapter into the unquantized base, 16 bit, and check its logits.
+
+    Args:
+        store: folder or s3://bucket/prefix that gets the output.
+        base_model: the base model, hf://org/name@revision.
+        adapter: reference of the LoRA adapter.
+        model: gets the reference of the merged model, <uri>@sha256:<digest>.
+        manifest: gets the output's manifest: files, digests, parents, resolved configuration.
+        metrics: gets the step's metrics.
+        config: fields as in `finemill schema merge`; the rest keep their defaults.
+        run_id: groups the steps of one pipeline run in MLflow.
+    """
+    from finemill.components.kfp_task import run_kfp_task
+
+    run_kfp_task(
+        "merge",
+        store=store,
+        inputs={"base_model": base_model, "adapter": adapter},
+        config=config,
+        run_id=run_id,
+        reference_path=model,
+        manifest=manifest,
+        metrics=metrics,
+    )

@@ -1,0 +1,42 @@
+"""The KFP component `promote`."""
+
+from kfp import dsl
+
+from finemill.components.images import IMAGES
+
+
+@dsl.component(base_image=IMAGES["cpu"], install_kfp_package=False)
+def promote(
+    store: str,
+    version: str,
+    evaluation: str,
+    decision: dsl.OutputPath(str),
+    manifest: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    config: dict = {},
+    run_id: str = "",
+):
+    """Compare the new version with the champion and move the alias if it wins.
+
+    Args:
+        store: folder or s3://bucket/prefix that gets the output.
+        version: reference of the registered version.
+        evaluation: reference of the evaluation.
+        decision: gets the reference of the decision, <uri>@sha256:<digest>.
+        manifest: gets the output's manifest: files, digests, parents, resolved configuration.
+        metrics: gets the step's metrics.
+        config: fields as in `finemill schema promote`; the rest keep their defaults.
+        run_id: groups the steps of one pipeline run in MLflow.
+    """
+    from finemill.components.kfp_task import run_kfp_task
+
+    run_kfp_task(
+        "promote",
+        store=store,
+        inputs={"version": version, "evaluation": evaluation},
+        config=config,
+        run_id=run_id,
+        reference_path=decision,
+        manifest=manifest,
+        metrics=metrics,
+    )

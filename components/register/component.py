@@ -1,0 +1,46 @@
+"""The KFP component `register`."""
+
+from kfp import dsl
+
+from finemill.components.images import IMAGES
+
+
+@dsl.component(base_image=IMAGES["cpu"], install_kfp_package=False)
+def register(
+    store: str,
+    adapter: str,
+    model: str,
+    gguf: str,
+    evaluation: str,
+    version: dsl.OutputPath(str),
+    manifest: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    config: dict = {},
+    run_id: str = "",
+):
+    """Record the results as a version in MLflow's model registry.
+
+    Args:
+        store: folder or s3://bucket/prefix that gets the output.
+        adapter: reference of the LoRA adapter.
+        model: reference of the merged model.
+        gguf: reference of the GGUF files.
+        evaluation: reference of the evaluation.
+        version: gets the reference of the registered version, <uri>@sha256:<digest>.
+        manifest: gets the output's manifest: files, digests, parents, resolved configuration.
+        metrics: gets the step's metrics.
+        config: fields as in `finemill schema register`; the rest keep their defaults.
+        run_id: groups the steps of one pipeline run in MLflow.
+    """
+    from finemill.components.kfp_task import run_kfp_task
+
+    run_kfp_task(
+        "register",
+        store=store,
+        inputs={"adapter": adapter, "model": model, "gguf": gguf, "evaluation": evaluation},
+        config=config,
+        run_id=run_id,
+        reference_path=version,
+        manifest=manifest,
+        metrics=metrics,
+    )

@@ -1,0 +1,16 @@
+"""Every pipeline by name."""
+
+from collections.abc import Mapping
+
+from finemill.components.errors import UserError
+from finemill.pipelines.finetune import FINETUNE
+from finemill.pipelines.graph import Pipeline
+
+PIPELINES: Mapping[str, Pipeline] = {pipeline.name: pipeline for pipeline in (FINETUNE,)}
+
+
+def get_pipeline(name: str) -> Pipeline:
+    """Raises: UserError: there is no pipeline of that name."""
+    if name not in PIPELINES:
+        raise UserError(f"unknown pipeline '{name}'; the pipelines are {', '.join(PIPELINES)}")
+    return PIPELINES[name]

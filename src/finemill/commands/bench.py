@@ -1,0 +1,28 @@
+"""`finemill bench kernels|step` and `finemill estimate`: the measuring programs of the kernels."""
+
+import argparse
+
+_PROGRAMS = {
+    "kernels": "single ops against their references, share of the card's bandwidth",
+    "step": "a whole QLoRA training step",
+}
+
+
+def execute(name: str, arguments: list[str]) -> int:
+    """Hand the arguments to the measuring program. Returns: its exit code."""
+    if name == "estimate":
+        from finemill.kernels import estimate
+
+        return estimate.main(arguments)
+    parser = argparse.ArgumentParser(
+        prog="finemill bench", description="\n".join(f"{key}: {text}" for key, text in _PROGRAMS.items())
+    )
+    parser.add_argument("what", choices=list(_PROGRAMS))
+    what = parser.parse_args(arguments[:1] or ["--help"]).what
+    if what == "kernels":
+        from finemill.kernels import bench
+
+        return bench.main(arguments[1:])
+    from finemill.kernels import bench_step
+
+    return bench_step.main(arguments[1:])

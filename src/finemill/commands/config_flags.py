@@ -1,0 +1,114 @@
+"""A command line flag for every field of a config model, and the order of precedence: defaults < file < flags."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from finemill.components.config import ConfigT, parse_config
+from finemill.components.errors import UserError
+
+
+def add_config_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
+    """Add `--config`, `--config-json` and one flag per field; sections nest with a dot, `--merge.dtype float16`."""
+    group = parser.add_argument_group("configuration (later wins: defaults, --config, --config-json, flags)")
+    group.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the fields below")
+    group.add_argument("--config-json", metavar="JSON", help="the same as JSON text")
+    _add_fields(group, model, "")
+
+
+def _add_fields(group: Any, model: type[BaseModel], prefix: str) -> None:
+    for name, field in model.model_fields.items():
+        section = _section(field)
+        path = f"{prefix}{field.alias or name}"
+        if section is not None:
+            _add_fields(group, section, f"{path}.")
+            continue
+        flag = "--" + path.replace("_", "-")
+        group.add_argument(
+            flag, dest=f"config:{path}", default=argparse.SUPPRESS, metavar="VALUE", help=_help_text(field)
+        )
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    annotation = field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _help_text(field: FieldInfo) -> str:
+    text = " ".join((field.description or "").split())
+    default = "" if field.is_required() else f" (default: {field.get_default(call_default_factory=True)!r})"
+    return (text + default).replace("%", "%%")
+
+
+def read_config(parsed: argparse.Namespace, model: type[ConfigT], where: str) -> ConfigT:
+    """The validated configuration of a parsed command line. Raises: UserError: a file or a value is wrong."""
+    values = read_config_file(parsed.config) if parsed.config else {}
+    if parsed.config_json:
+        values = merge_values(values, _read_json(parsed.config_json))
+    for key, text in vars(parsed).items():
+        if key.startswith("config:"):
+            values = merge_values(values, _nest(key.removeprefix("config:"), _read_value(text, model, key)))
+    return parse_config(model, values, str(parsed.config) if parsed.config else where)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """A YAML mapping. Raises: UserError: no such file, or something else in it."""
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"config file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"config file {path} holds a {type(loaded).__name__}; a mapping of fields to values is needed")
+    return loaded
+
+
+def merge_values(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """`high` over `low`, mapping by mapping; lists and scalars are replaced whole."""
+    merged = dict(low)
+    for key, value in high.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge_values(merged[key], value) if both else value
+    return merged
+
+
+def _read_json(text: str) -> dict[str, Any]:
+    try:
+        loaded = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--config-json is not JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"--config-json holds a {type(loaded).__name__}; an object of fields to values is needed")
+    return loaded
+
+
+def _read_value(text: str, model: type[BaseModel], key: str) -> Any:
+    """Text stays text for a string field; otherwise it is read as YAML (`32`, `true`, `null`, `[a, b]`)."""
+    annotation = _annotation(model, key.removeprefix("config:").split("."))
+    kinds = {annotation, *get_args(annotation)} if get_origin(annotation) is not list else {annotation}
+    if str in kinds and not kinds & {int, float, bool} and not (text == "null" and type(None) in kinds):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _annotation(model: type[BaseModel], path: list[str]) -> Any:
+    field = next(field for name, field in model.model_fields.items() if (field.alias or name) == path[0])
+    section = _section(field)
+    return _annotation(section, path[1:]) if section else field.annotation
+
+
+def _nest(path: str, value: Any) -> dict[str, Any]:
+    first, _, rest = path.partition(".")
+    return {first: _nest(rest, value) if rest else value}

@@ -1,0 +1,76 @@
+"""`finemill run PIPELINE`: a whole pipeline on this machine."""
+
+import argparse
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from finemill.commands.config_flags import add_config_flags, read_config
+from finemill.commands.pipeline_argument import choose_pipeline
+from finemill.commands.run_display import RunDisplay, print_results
+from finemill.components.config import StepConfig
+from finemill.components.storage.store import local_path, normalize_uri, open_store
+from finemill.pipelines.graph import Pipeline
+
+CONFIG_FOLDER = Path(__file__).parents[1] / "pipelines" / "configs"
+
+
+def execute(name: str, arguments: list[str]) -> int:
+    """Run the chosen pipeline and print its results. Returns: the exit code."""
+    parser = _parser()
+    pipeline = choose_pipeline(parser, arguments)
+    add_config_flags(parser, pipeline.config)
+    parsed = parser.parse_args(arguments)
+    if parsed.config is None:
+        parsed.config = CONFIG_FOLDER / f"{pipeline.name}.yaml"
+    config = read_config(parsed, pipeline.config, "finemill run")
+    if parsed.dry_run:
+        print(config.model_dump_json(indent=2, by_alias=True))
+        return 0
+    return _run(pipeline, config, normalize_uri(parsed.store))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="finemill run", description="Run a pipeline on this machine under kfp's local runner.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--store", default="finemill-store", metavar="URI", help="folder or s3://bucket/prefix (default: %(default)s)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="validate, print the resolved config, do nothing")
+    return parser
+
+
+def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
+    open_store(store).check_writable()
+    from finemill.components.tracking import parent_run
+    from finemill.pipelines.local import run_locally
+
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or _local_tracking_uri(store)
+    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
+    log_file = _log_file(store, pipeline.name)
+    print(f"finemill run {pipeline.name}: store {store}, log {log_file}", file=sys.stderr)
+    display = RunDisplay([task.name for task in pipeline.tasks], sys.stderr)
+    with parent_run(pipeline.name, config) as run:
+        finished = run_locally(pipeline, _parameters(pipeline, config, store), log_file, display.show, run.environment)
+        run.record_reused(finished)
+    print_results(finished.references, tracking_uri, sys.stdout)
+    return 0
+
+
+def _parameters(pipeline: Pipeline, config: StepConfig, store: str) -> dict[str, Any]:
+    values = {"store": store, **config.model_dump(mode="json", by_alias=True)}
+    return {item.name: values[item.name] for item in pipeline.parameters}
+
+
+def _local_tracking_uri(store: str) -> str:
+    """SQLite beside a folder store; with a bucket, in the working folder."""
+    folder = local_path(store) if store.startswith("file:") else Path.cwd()
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def _log_file(store: str, name: str) -> Path:
+    folder = local_path(store) if store.startswith("file:") else Path.cwd() / "finemill-logs"
+    return folder / "logs" / f"{name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"

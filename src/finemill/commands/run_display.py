@@ -1,0 +1,99 @@
+"""What `finemill run` shows: a line per step while it runs, and the results at the end."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from finemill.components.artifacts import Manifest, Reference
+from finemill.components.storage.store import fetch_artifact, read_artifact
+
+_MARKS = {"done": "done", "reused": "reused", "failed": "FAILED"}
+
+
+class RunDisplay:
+    """One line per finished step; on a terminal the last line follows the running one."""
+
+    def __init__(self, steps: Sequence[str], stream: TextIO) -> None:
+        self._steps = list(steps)
+        self._stream = stream
+        self._width = max(map(len, self._steps))
+        self._live = stream.isatty()
+        self._last_plain_line = 0.0
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        """Show an event of `finemill.components.progress`."""
+        position = self._steps.index(event["step"]) + 1
+        head = f"[{position}/{len(self._steps)}] {event['step']:<{self._width}}"
+        if event["event"] in _MARKS:
+            self._finish(f"{head}  {_MARKS[event['event']]:<6} {event['seconds']:6.1f} s  {_short(event['text'])}")
+        elif self._live:
+            self._stream.write(f"\r\033[2K{head}  {event['text'] or '...'}"[:200])
+            self._stream.flush()
+        elif event["text"] and time.monotonic() - self._last_plain_line > 10:
+            self._last_plain_line = time.monotonic()
+            print(f"{head}  {event['text']}", file=self._stream, flush=True)
+
+    def _finish(self, line: str) -> None:
+        self._last_plain_line = time.monotonic()
+        print(f"\r\033[2K{line}" if self._live else line, file=self._stream, flush=True)
+
+
+def _short(text: str) -> str:
+    """A reference without its digest: the run's log and the manifests have it in full."""
+    return text.split("@sha256:")[0]
+
+
+def print_results(references: Mapping[str, str], tracking_uri: str, stream: TextIO) -> None:
+    """Print base against tuned, where the files are, what was registered, and how to look at it in MLflow."""
+    parsed = {step: Reference.parse(text) for step, text in references.items()}
+    manifests = {step: read_artifact(reference) for step, reference in parsed.items()}
+    write = stream.write
+    if "eval" in manifests:
+        write(f"\n{score_table(manifests['eval'].metrics)}\n")
+    write("\n")
+    for label, step, name in (
+        ("adapter", "train-qlora", ""),
+        ("merged model", "merge", ""),
+        ("report", "eval", "report.html"),
+    ):
+        if step in parsed:
+            write(f"{label:<14}{_place(parsed[step], name)}\n")
+    if "gguf-quantize" in parsed:
+        for name in _names(manifests["gguf-quantize"], ".gguf"):
+            write(f"{'GGUF':<14}{_place(parsed['gguf-quantize'], name)}\n")
+    if "promote" in manifests:
+        write(f"{'registry':<14}{_registry_line(parsed['promote'])}\n")
+    write(f"\nLook at the run:  mlflow ui --backend-store-uri '{tracking_uri}'\n")
+
+
+def score_table(metrics: Mapping[str, float]) -> str:
+    """Every metric that base and tuned share, side by side."""
+    names = [name.removeprefix("eval/base/") for name in metrics if name.startswith("eval/base/")]
+    rows = [
+        (name, metrics[f"eval/base/{name}"], metrics[f"eval/tuned/{name}"])
+        for name in names
+        if f"eval/tuned/{name}" in metrics
+    ]
+    width = max((len(name) for name, _, _ in rows), default=6)
+    lines = [f"{'metric':<{width}}  {'base':>10}  {'tuned':>10}"]
+    lines += [f"{name:<{width}}  {base:>10.4g}  {tuned:>10.4g}" for name, base, tuned in rows]
+    return "\n".join(lines)
+
+
+def _place(reference: Reference, name: str) -> str:
+    """A path that can be opened here; in a bucket, the object's URI."""
+    if not reference.uri.startswith("file:"):
+        return f"{reference.uri}/{name}".rstrip("/")
+    return str(Path(fetch_artifact(reference)[0], name))
+
+
+def _names(manifest: Manifest, suffix: str) -> list[str]:
+    return [name for name in manifest.files if name.endswith(suffix)]
+
+
+def _registry_line(reference: Reference) -> str:
+    import json
+
+    decision = json.loads((fetch_artifact(reference)[0] / "decision.json").read_text())
+    return f"{decision['registered_model_name']} version {decision['version']}: {decision['summary']}"

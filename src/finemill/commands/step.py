@@ -1,0 +1,46 @@
+"""`finemill <step>`: run one step on references, print the reference of its output."""
+
+import argparse
+from pathlib import Path
+
+from finemill.commands.config_flags import add_config_flags, read_config
+from finemill.components.steps import BASE_MODEL, Step, get_step
+
+
+def execute(name: str, arguments: list[str]) -> int:
+    """Parse `arguments` for the step `name` and run it. Returns: the exit code."""
+    step = get_step(name)
+    parsed = _parser(step).parse_args(arguments)
+    config = read_config(parsed, step.config, f"finemill {name}")
+    if parsed.dry_run:
+        print(config.model_dump_json(indent=2))
+        return 0
+    from finemill.components.step import run_step
+
+    inputs = {port: getattr(parsed, port) for port in step.inputs}
+    result = run_step(name, store=parsed.store, inputs=inputs, config=config, run_id=parsed.run_id)
+    print(result.reference)
+    if parsed.output_file:
+        parsed.output_file.parent.mkdir(parents=True, exist_ok=True)
+        parsed.output_file.write_text(str(result.reference))
+    return 0
+
+
+def _parser(step: Step) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"finemill {step.name}", description=step.summary, allow_abbrev=False)
+    parser.add_argument(
+        "--store", default="finemill-store", metavar="URI", help="folder or s3://bucket/prefix (default: %(default)s)"
+    )
+    for port in step.inputs:
+        parser.add_argument(f"--{port.replace('_', '-')}", required=True, metavar="REF", help=_input_help(port))
+    parser.add_argument("--run-id", help="groups the steps of one pipeline run in MLflow")
+    parser.add_argument("--output-file", type=Path, metavar="FILE", help="also write the output's reference to FILE")
+    parser.add_argument("--dry-run", action="store_true", help="validate, print the resolved config, do nothing")
+    add_config_flags(parser, step.config)
+    return parser
+
+
+def _input_help(port: str) -> str:
+    if port == BASE_MODEL:
+        return "builtin:tiny-qwen3, a folder, hf://org/name@revision, or the reference of a merged model"
+    return f"reference of the {port}, <uri>@sha256:<digest>"
