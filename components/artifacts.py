@@ -68,6 +68,9 @@ class Manifest(_Record):
     layout: int = LAYOUT_VERSION
     kind: str
     digest: str
+    folder: str = ""
+    """Where the files lie, relative to the manifest: "" in a folder store, a name of its own per content in S3, so that
+    two attempts which write at once never mix their files."""
     files: dict[str, FileEntry]
     producer: Producer
     parents: dict[str, str]
@@ -79,6 +82,10 @@ class Manifest(_Record):
     def to_bytes(self) -> bytes:
         """JSON text, UTF-8, keys in order of definition."""
         return self.model_dump_json(indent=2).encode()
+
+    def files_uri(self, uri: str) -> str:
+        """Where the files lie, for an artifact under `uri`."""
+        return f"{uri}/{self.folder}".rstrip("/")
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Manifest":

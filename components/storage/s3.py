@@ -67,8 +67,10 @@ class S3Store:
 
     def publish(self, folder: Path, uri: str, manifest: Manifest) -> Manifest:
         """Upload the files in parallel, then put the manifest unless one is there; keep the folder in the cache."""
+        manifest = manifest.model_copy(update={"folder": manifest.digest[:12]})
+        files_uri = manifest.files_uri(uri)
         with _readable_errors(uri, "cannot be written"):
-            _in_parallel(lambda item: self._upload(folder / item[0], f"{uri}/{item[0]}"), manifest.files.items())
+            _in_parallel(lambda item: self._upload(folder / item[0], f"{files_uri}/{item[0]}"), manifest.files.items())
             standing = self._put_manifest(uri, manifest)
         if standing.digest != manifest.digest:
             shutil.rmtree(folder)
@@ -87,7 +89,7 @@ class S3Store:
             if not (complete and _has_all_files(target, manifest)):
                 target.mkdir(parents=True, exist_ok=True)
                 for name, entry in manifest.files.items():
-                    self._download(f"{uri}/{name}", target / name, entry)
+                    self._download(f"{manifest.files_uri(uri)}/{name}", target / name, entry)
         return target
 
     def list(self, uri: str) -> list[str]:

@@ -2,11 +2,10 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 from finemill.components.artifacts import Manifest, Reference
-from finemill.components.storage.store import fetch_artifact, read_artifact
+from finemill.components.storage.store import fetch_artifact, local_path, read_artifact
 
 _MARKS = {"done": "done", "reused": "reused", "failed": "FAILED"}
 
@@ -58,10 +57,10 @@ def print_results(references: Mapping[str, str], tracking_uri: str, stream: Text
         ("report", "eval", "report.html"),
     ):
         if step in parsed:
-            write(f"{label:<14}{_place(parsed[step], name)}\n")
+            write(f"{label:<14}{_place(parsed[step], manifests[step], name)}\n")
     if "gguf-quantize" in parsed:
         for name in _names(manifests["gguf-quantize"], ".gguf"):
-            write(f"{'GGUF':<14}{_place(parsed['gguf-quantize'], name)}\n")
+            write(f"{'GGUF':<14}{_place(parsed['gguf-quantize'], manifests['gguf-quantize'], name)}\n")
     if "promote" in manifests:
         write(f"{'registry':<14}{_registry_line(parsed['promote'])}\n")
     write(f"\nLook at the run:  mlflow ui --backend-store-uri '{tracking_uri}'\n")
@@ -81,11 +80,10 @@ def score_table(metrics: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def _place(reference: Reference, name: str) -> str:
+def _place(reference: Reference, manifest: Manifest, name: str) -> str:
     """A path that can be opened here; in a bucket, the object's URI."""
-    if not reference.uri.startswith("file:"):
-        return f"{reference.uri}/{name}".rstrip("/")
-    return str(Path(fetch_artifact(reference)[0], name))
+    uri = f"{manifest.files_uri(reference.uri)}/{name}".rstrip("/")
+    return str(local_path(uri)) if uri.startswith("file:") else uri
 
 
 def _names(manifest: Manifest, suffix: str) -> list[str]:
