@@ -11,8 +11,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def use_kernel(tensor: Tensor) -> bool:
-    """Whether an op on `tensor` launches its Triton kernel; its plain PyTorch path runs otherwise."""
-    return tensor.is_cuda or INTERPRETED
+    """Whether an op on `tensor` launches its Triton kernel; its plain PyTorch path runs otherwise.
+
+    Meta tensors count: with them kernels/resources.py compiles every launch on a machine without a GPU.
+    """
+    return tensor.is_cuda or tensor.is_meta or INTERPRETED
 
 
 @functools.cache

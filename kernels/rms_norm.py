@@ -253,6 +253,7 @@ def rms_norm_backward(
         ROWS=rows,
         BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=True,
     )
     return dx
 
@@ -279,6 +280,7 @@ def _launch_forward(
         ROWS=rows,
         BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=True,
     )
 
 
