@@ -1,0 +1,39 @@
+import subprocess
+import sys
+
+import pytest
+
+from finemill.cli import main
+from finemill.components.steps import STEPS
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    for command in ("run", "compile", "schema", "rollback", *STEPS):
+        assert f"\n  {command} " in text
+
+
+def test_unknown_command_is_an_error_that_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["trian"])
+    assert ended.value.code == 2
+    assert "unknown command 'trian'; the commands are run, compile" in capsys.readouterr().err
+
+
+def test_help_and_config_checks_import_nothing_heavy() -> None:
+    script = (
+        "import sys\n"
+        "from finemill.cli import main\n"
+        "for arguments in (['--help'], ['merge', '--help'], ['run', 'finetune', '--dry-run'], ['schema', 'finetune']):\n"
+        "    try:\n"
+        "        main(arguments)\n"
+        "    except SystemExit:\n"
+        "        pass\n"
+        "heavy = {'torch', 'transformers', 'kfp', 'mlflow', 'peft', 'trl', 'boto3', 'datasets'} & set(sys.modules)\n"
+        "print(heavy, file=sys.stderr)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stderr.splitlines()[-1] == "set()"
