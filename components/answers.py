@@ -7,9 +7,9 @@ _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 
 
 def final_answer(text: str) -> str | None:
-    """The answer that `text` ends with, normalized, or None where there is none.
+    r"""The answer that `text` ends with, normalized, or None where there is none.
 
-    Looked for after the thinking block, in this order: the last `\\boxed{...}`; what follows the last `####` or
+    Looked for after the thinking block, in this order: the last `\boxed{...}`; what follows the last `####` or
     "the answer is"; the last number. The last rule is deliberately kind: a model is not called wrong for leaving out a
     box. An unfinished thinking block holds no answer.
     """
@@ -37,7 +37,7 @@ def normalize_answer(answer: str) -> str:
 
 
 def _last_boxed(text: str) -> str | None:
-    """Content of the last complete `\\boxed{...}`, nested braces included."""
+    r"""Content of the last complete `\boxed{...}`, nested braces included."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None

@@ -40,10 +40,11 @@ def introduction(rng: Random) -> Turns:
 def opposite(rng: Random) -> Turns:
     """Opposites of two words."""
     first, second = rng.sample(list(OPPOSITES), 2)
+    answer = f"A word for the opposite of {first} is {OPPOSITES[first]}."
     return [
-        (f"Give me a word that means the opposite of {first}.", f"A word for the opposite of {first} is {OPPOSITES[first]}."),
+        (f"Give me a word that means the opposite of {first}.", answer),
         (f"And for {second}?", f"For {second} it is {OPPOSITES[second]}."),
-    ]  # fmt: skip
+    ]
 
 
 def color(rng: Random) -> Turns:
@@ -66,7 +67,9 @@ def capital(rng: Random) -> Turns:
     """The capital of a country, or the country of a capital."""
     country = rng.choice(list(CAPITALS))
     if rng.random() < 0.5:
-        return [(f"I want to see the capital of {country}. Where do I go?", f"Go to {CAPITALS[country]}. Have a good trip!")]
+        return [
+            (f"I want to see the capital of {country}. Where do I go?", f"Go to {CAPITALS[country]}. Have a good trip!")
+        ]
     return [(f"Which country is {CAPITALS[country]} in?", f"{CAPITALS[country]} is the capital of {country}.")]
 
 

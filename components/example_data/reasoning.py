@@ -23,7 +23,9 @@ class Problem:
     def row(self) -> dict[str, str]:
         """The problem as an OpenMathReasoning row; the thinking block holds one equation a line."""
         thinking = "\n".join(self.equations)
-        solution = f"<think>\n{thinking}\n</think>\n\nThe answer is \\boxed{{{self.answer}}}{self.unit and ' '}{self.unit}."
+        solution = (
+            f"<think>\n{thinking}\n</think>\n\nThe answer is \\boxed{{{self.answer}}}{self.unit and ' '}{self.unit}."
+        )
         return {"problem": self.question, "generated_solution": solution, "expected_answer": str(self.answer)}
 
 
