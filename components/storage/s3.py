@@ -47,7 +47,7 @@ class S3Store:
     def check_writable(self) -> None:
         """Put and delete a probe object. Raises: UserError: that is refused."""
         bucket, key = _split(f"{self.uri.rstrip('/')}/.probe-{os.getpid()}")
-        with _readable_errors(self.uri, "cannot be written"):
+        with readable_errors(self.uri, "cannot be written"):
             self.client.put_object(Bucket=bucket, Key=key, Body=b"")
             self.client.delete_object(Bucket=bucket, Key=key)
 
@@ -58,7 +58,7 @@ class S3Store:
     def read_manifest(self, uri: str) -> Manifest | None:
         """The manifest under `uri`, None if there is none."""
         bucket, key = _split(f"{uri}/{MANIFEST_NAME}")
-        with _readable_errors(uri, "cannot be read"):
+        with readable_errors(uri, "cannot be read"):
             try:
                 data = self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
             except self.client.exceptions.NoSuchKey:
@@ -69,7 +69,7 @@ class S3Store:
         """Upload the files in parallel, then put the manifest unless one is there; keep the folder in the cache."""
         manifest = manifest.model_copy(update={"folder": manifest.digest[:12]})
         files_uri = manifest.files_uri(uri)
-        with _readable_errors(uri, "cannot be written"):
+        with readable_errors(uri, "cannot be written"):
             _in_parallel(lambda item: self._upload(folder / item[0], f"{files_uri}/{item[0]}"), manifest.files.items())
             standing = self._put_manifest(uri, manifest)
         if standing.digest != manifest.digest:
@@ -85,7 +85,7 @@ class S3Store:
 
     def fetch(self, uri: str, manifest: Manifest) -> Path:
         """The artifact in the local cache, downloaded unless it is there already."""
-        with cached_folder(manifest.digest) as (target, complete), _readable_errors(uri, "cannot be read"):
+        with cached_folder(manifest.digest) as (target, complete), readable_errors(uri, "cannot be read"):
             if not (complete and _has_all_files(target, manifest)):
                 target.mkdir(parents=True, exist_ok=True)
                 for name, entry in manifest.files.items():
@@ -95,7 +95,7 @@ class S3Store:
     def list(self, uri: str) -> list[str]:
         """The prefixes of complete artifacts directly under `uri`, sorted."""
         bucket, prefix = _split(f"{uri}/")
-        with _readable_errors(uri, "cannot be listed"):
+        with readable_errors(uri, "cannot be listed"):
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
         names = {key.removeprefix(prefix).rsplit("/", 1)[0] for key in keys if key.endswith(f"/{MANIFEST_NAME}")}
@@ -104,7 +104,7 @@ class S3Store:
     def delete(self, uri: str) -> None:
         """Remove an artifact, its manifest first."""
         bucket, prefix = _split(f"{uri}/")
-        with _readable_errors(uri, "cannot be deleted"):
+        with readable_errors(uri, "cannot be deleted"):
             self.client.delete_object(Bucket=bucket, Key=prefix + MANIFEST_NAME)
             for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
                 for item in page.get("Contents", []):
@@ -182,7 +182,7 @@ def _code(error: ClientError) -> str:
 
 
 @contextmanager
-def _readable_errors(uri: str, what: str) -> Iterator[None]:
+def readable_errors(uri: str, what: str) -> Iterator[None]:
     """Turn boto3's exceptions into one line: the caller's to mend, or worth another attempt."""
     try:
         yield
