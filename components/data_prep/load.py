@@ -1,0 +1,138 @@
+"""Where rows come from: every source as a list of files with digests, local before they are read."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import urlsplit
+
+from finemill.components.artifacts import sha256_file
+from finemill.components.code_version import source_digest
+from finemill.components.data_prep.config import DataPrepConfig, Source
+from finemill.components.data_prep.hub import snapshot_dataset
+from finemill.components.data_prep.read import FORMATS, Row, is_data_file, read_rows
+from finemill.components.errors import UserError
+from finemill.components.row_shapes import parse_json_columns
+from finemill.components.storage.store import local_path
+
+EXAMPLE_ROWS = 2000
+"""Rows of an `example:` source without `max_rows`."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file of rows: what to call it, what identifies its bytes, and how to get it as a local path."""
+
+    name: str
+    digest: Callable[[], str]
+    fetch: Callable[[Path], Path]
+
+
+def source_digests(inputs: Mapping[str, str], config: DataPrepConfig) -> dict[str, str]:
+    """What the output depends on outside of the store: a digest per source over the sha256 of its files.
+
+    S3 objects count with their ETags, so that nothing is downloaded when the output is there already.
+    Raises: UserError: a source is missing, empty or out of reach.
+    """
+    digests = {}
+    for number, source in enumerate(config.sources):
+        lines = [f"{file.digest()} {file.name}\n" for file in locate_files(source, config.seed)]
+        digests[f"sources.{number} {source.uri}"] = hashlib.sha256("".join(lines).encode()).hexdigest()
+    return digests
+
+
+def load_source(source: Source, seed: int) -> Iterator[Row]:
+    """The rows of a source in order, columns renamed, at most `max_rows`."""
+    return islice(_all_rows(source, seed), source.max_rows)
+
+
+def _all_rows(source: Source, seed: int) -> Iterator[Row]:
+    with TemporaryDirectory(prefix="finemill-source-") as folder:
+        for file in locate_files(source, seed):
+            for row in read_rows(file.fetch(Path(folder)), source.format, shown_as=file.name):
+                yield parse_json_columns(_rename_columns(row, source))
+
+
+def _rename_columns(row: Row, source: Source) -> Row:
+    if not source.columns:
+        return row
+    missing = sorted(set(source.columns.values()) - set(row))
+    if missing:
+        raise UserError(
+            f"{source.uri}: columns: no column {', '.join(map(repr, missing))}; the rows have {', '.join(sorted(row))}"
+        )
+    return {known: row[column] for known, column in source.columns.items()}
+
+
+def locate_files(source: Source, seed: int) -> list[DataFile]:
+    """The data files of a source in the order of their names.
+
+    Raises: UserError: no such place, or no data file in it that `name` and `split` leave.
+    """
+    scheme = urlsplit(source.uri).scheme
+    if scheme == "example":
+        return [_example_file(source, seed)]
+    if scheme == "s3":
+        from finemill.components.data_prep.s3_files import list_s3_files
+
+        files = {name: DataFile(f.uri, f.digest, f.download) for name, f in list_s3_files(source.uri).items()}
+    elif scheme == "hf":
+        files = _local_files(snapshot_dataset(source.uri), source.uri)
+    elif scheme in ("", "file"):
+        files = _local_files(local_path(source.uri).expanduser(), source.uri)
+    else:
+        raise UserError(
+            f"source '{source.uri}': unknown scheme '{scheme}'; allowed are a path, file://, s3://bucket/key, "
+            "hf://datasets/org/name@revision and example:NAME"
+        )
+    return _select_files(files, source)
+
+
+def _select_files(files: dict[str, DataFile], source: Source) -> list[DataFile]:
+    """The single file that a URI names, or of many those that can be read and that `name` and `split` ask for."""
+    if set(files) == {""}:
+        return list(files.values())
+    chosen = [name for name in sorted(files) if is_data_file(name)]
+    if source.name is not None:
+        chosen = [name for name in chosen if source.name in name.split("/")[:-1]]
+    if source.split is not None:
+        word = re.compile(rf"(?:^|[/._-]){re.escape(source.split)}(?:[/._-]|$)", re.IGNORECASE)
+        chosen = [name for name in chosen if word.search(name)]
+    if not chosen:
+        asked = "".join(f" of {key} '{getattr(source, key)}'" for key in ("name", "split") if getattr(source, key))
+        found = ", ".join(sorted(files)[:8]) or "nothing"
+        raise UserError(
+            f"source '{source.uri}': no data file{asked} there (found {found}); files that are read end with "
+            f"{', '.join(FORMATS)}, the text formats also with .gz"
+        )
+    return [files[name] for name in chosen]
+
+
+def _local_files(place: Path, uri: str) -> dict[str, DataFile]:
+    if place.is_file():
+        return {"": _local_file(place, uri)}
+    if not place.is_dir():
+        raise UserError(f"source '{uri}' not found: there is no such file or folder; check sources[].uri")
+    paths = sorted(path for path in place.rglob("*") if path.is_file())
+    names = {path.relative_to(place).as_posix(): path for path in paths}
+    return {name: _local_file(path, f"{uri.rstrip('/')}/{name}") for name, path in names.items()}
+
+
+def _local_file(path: Path, name: str) -> DataFile:
+    return DataFile(name, lambda: sha256_file(path), lambda _: path)
+
+
+def _example_file(source: Source, seed: int) -> DataFile:
+    """Example data are made where they are read: what they depend on is their recipe."""
+    name = source.uri.removeprefix("example:")
+    num_rows = source.max_rows or EXAMPLE_ROWS
+
+    def write(folder: Path) -> Path:
+        from finemill.components.example_data.generate import write_example_data
+
+        return write_example_data(name, folder, seed, num_rows)
+
+    return DataFile(source.uri, lambda: f"{source_digest('example_data')} {seed} {num_rows}", write)

@@ -1,0 +1,54 @@
+"""Data files in an S3 bucket."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from finemill.components.errors import UserError
+from finemill.components.storage.s3 import S3Store, readable_errors
+
+
+@dataclass(frozen=True)
+class S3File:
+    """An object in a bucket. The ETag changes with its bytes."""
+
+    bucket: str
+    key: str
+    etag: str
+
+    @property
+    def uri(self) -> str:
+        """The object's address."""
+        return f"s3://{self.bucket}/{self.key}"
+
+    def digest(self) -> str:
+        """What identifies its bytes without fetching them."""
+        return self.etag
+
+    def download(self, folder: Path) -> Path:
+        """The object as a file in `folder`, which keeps its name."""
+        path = folder / Path(self.key).name
+        with readable_errors(self.uri, "cannot be read"):
+            S3Store(self.uri).client.download_file(self.bucket, self.key, str(path))
+        return path
+
+
+def list_s3_files(uri: str) -> Mapping[str, S3File]:
+    """The objects under a URI by relative name; the name "" for an object that is the URI itself.
+
+    Raises: UserError: nothing is there, or it may not be read.
+    """
+    parts = urlsplit(uri, allow_fragments=False)
+    bucket, key = parts.netloc, parts.path.lstrip("/")
+    with readable_errors(uri, "cannot be listed"):
+        pages = S3Store(uri).client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        items = [item for page in pages for item in page.get("Contents", [])]
+    found = {item["Key"]: S3File(bucket, item["Key"], item["ETag"]) for item in items}
+    if key in found:
+        return {"": found[key]}
+    prefix = f"{key.rstrip('/')}/" if key else ""
+    files = {name.removeprefix(prefix): file for name, file in found.items() if name.startswith(prefix)}
+    if not files:
+        raise UserError(f"source '{uri}' not found: the bucket has no such object or prefix; check sources[].uri")
+    return files
