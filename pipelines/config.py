@@ -19,7 +19,7 @@ class FinetuneConfig(StepConfig):
     base_model: str = "builtin:tiny-qwen3"
     """The model to tune: `builtin:tiny-qwen3`, a local folder, or `hf://org/name@revision`."""
 
-    data_prep: DataPrepConfig = Field(default_factory=DataPrepConfig)
+    data_prep: DataPrepConfig
     """Which rows, how they are cleaned, mixed and split."""
 
     chat_format: ChatFormatConfig = Field(default_factory=ChatFormatConfig)

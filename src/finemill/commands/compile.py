@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from finemill.commands.config_flags import add_config_flags, read_config
-from finemill.commands.pipeline_argument import choose_pipeline
+from finemill.commands.pipeline_argument import choose_pipeline, default_config_file
 from finemill.components.images import IMAGES
 
 
@@ -14,6 +14,7 @@ def execute(name: str, arguments: list[str]) -> int:
     pipeline = choose_pipeline(parser, arguments)
     add_config_flags(parser, pipeline.config)
     parsed = parser.parse_args(arguments)
+    parsed.config = parsed.config or default_config_file(pipeline)
     config = read_config(parsed, pipeline.config, "finemill compile")
     defaults = config.model_dump(mode="json", exclude_unset=True, by_alias=True)
     if parsed.store:

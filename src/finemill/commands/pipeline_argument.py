@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from finemill.pipelines.catalog import PIPELINES, get_pipeline
 from finemill.pipelines.graph import Pipeline
@@ -18,3 +19,8 @@ def choose_pipeline(parser: argparse.ArgumentParser, arguments: Sequence[str]) -
         parser.parse_args(list(arguments))
         parser.error(f"name the pipeline first: {', '.join(PIPELINES)}")
     return get_pipeline(named[0])
+
+
+def default_config_file(pipeline: Pipeline) -> Path:
+    """The configuration that comes with a pipeline, for a call without `--config`."""
+    return Path(__file__).parents[1] / "pipelines" / "configs" / f"{pipeline.name}.yaml"

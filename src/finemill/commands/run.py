@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from finemill.commands.config_flags import add_config_flags, read_config
-from finemill.commands.pipeline_argument import choose_pipeline
+from finemill.commands.pipeline_argument import choose_pipeline, default_config_file
 from finemill.commands.run_display import RunDisplay, print_results
 from finemill.components.config import StepConfig
 from finemill.components.storage.store import local_path, normalize_uri, open_store
 from finemill.pipelines.graph import Pipeline
-
-CONFIG_FOLDER = Path(__file__).parents[1] / "pipelines" / "configs"
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -23,8 +21,7 @@ def execute(name: str, arguments: list[str]) -> int:
     pipeline = choose_pipeline(parser, arguments)
     add_config_flags(parser, pipeline.config)
     parsed = parser.parse_args(arguments)
-    if parsed.config is None:
-        parsed.config = CONFIG_FOLDER / f"{pipeline.name}.yaml"
+    parsed.config = parsed.config or default_config_file(pipeline)
     config = read_config(parsed, pipeline.config, "finemill run")
     if parsed.dry_run:
         print(config.model_dump_json(indent=2, by_alias=True))
