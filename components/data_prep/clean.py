@@ -141,7 +141,8 @@ def _count_unknown(source: Source, counts: SourceCounts, columns: str, *, stop: 
 def _unknown_message(source: Source, counts: SourceCounts, columns: str) -> str:
     known = "; ".join(shape.columns for shape in SHAPES.values())
     rows = ", ".join(map(str, counts.unknown_rows))
+    number = counts.dropped["unknown_shape"]
     return (
-        f"{source.uri}: {counts.dropped['unknown_shape']} of {counts.read} rows have no known shape (first: row {rows}; columns "
-        f"{columns}); known are: {known}. Name the columns with sources[].columns"
+        f"{source.uri}: {number} of {counts.read} rows have no known shape (first: row {rows}; columns {columns}); "
+        f"known are: {known}. Name the columns with sources[].columns"
     )

@@ -1,0 +1,28 @@
+"""Configuration of `chat-format`."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from finemill.components.config import StepConfig
+
+
+class ChatFormatConfig(StepConfig):
+    """How rows become token ids and labels."""
+
+    enable_thinking: bool | Literal["mixed"] = "mixed"
+    """The template's `enable_thinking` for every row. `mixed`: true for rows with a thinking block, false for others;
+    true: also rows without one learn to write an (empty) block; false: thinking blocks are removed."""
+    system_prompt: str | None = None
+    """Put before conversations that have no system message of their own."""
+    chat_template_path: str | None = None
+    """A Jinja file used instead of the base model's own chat template."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """More variables for the template, for all rows, as `apply_chat_template` takes them; a template that prints the
+    date needs its `date_string` here to give the same tokens every day."""
+    assistant_turns: Literal["all", "last"] = "all"
+    """Which assistant turns of a conversation are learned."""
+    max_length: int | None = Field(default=2048, ge=8)
+    """Longest sequence in tokens; null for no limit."""
+    truncation: Literal["drop", "truncate"] = "drop"
+    """Rows longer than `max_length`: left out and counted, or cut at the end (they then teach no end of turn)."""

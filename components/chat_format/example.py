@@ -1,0 +1,171 @@
+"""One row on its way to an example: conversation, rendered text with spans, tokens with labels."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finemill.components.chat_format.config import ChatFormatConfig
+from finemill.components.chat_format.mask import (
+    IGNORE_INDEX,
+    Rendered,
+    Turn,
+    label_tokens,
+    render_turns,
+    without_broken,
+)
+from finemill.components.chat_format.messages import Conversation, DroppedRowError, Message, to_conversation
+from finemill.components.chat_format.template import BROKEN, ChatTemplate
+from finemill.components.chat_format.tokenize import ChatTokenizer, Tokens, check_characters
+from finemill.components.errors import UserError
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A rendered row. `text` may hold `BROKEN`; `spans` are the characters to learn, in `text` without it."""
+
+    record: Mapping[str, Any]
+    conversation: Conversation
+    messages: list[Message]
+    kwargs: dict[str, Any]
+    text: str
+    prompt: str
+    completion: str
+    rejected: str | None
+    spans: list[tuple[int, int]]
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as it is trained on and evaluated; `truncated` if it was cut at the longest length."""
+
+    draft: Draft
+    input_ids: list[int]
+    labels: NDArray[np.int32]
+    truncated: bool
+
+    @property
+    def messages(self) -> list[Message]:
+        """The messages as the template gets them; none for a plain document."""
+        return self.draft.messages
+
+    @cached_property
+    def num_labels(self) -> int:
+        """How many tokens are learned."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    @property
+    def chat_line(self) -> str:
+        """The conversation as a line of JSON."""
+        tools = {"tools": self.draft.conversation.tools} if self.draft.conversation.tools else {}
+        return json.dumps({"messages": self.messages, **tools}, ensure_ascii=False) + "\n"
+
+
+class Formatter:
+    """What all rows share: tokenizer, template, configuration."""
+
+    def __init__(self, tokenizer: ChatTokenizer, template: ChatTemplate, config: ChatFormatConfig) -> None:
+        self.tokenizer = tokenizer
+        self._template = template
+        self._config = config
+
+    def draft(self, record: Mapping[str, Any], row: Mapping[str, Any]) -> Draft:
+        """Convert and render a row. Raises: DroppedRowError: it cannot be used."""
+        conversation = to_conversation(row, record["shape"])
+        if conversation.text is not None:
+            return self._draft_text(record, conversation, conversation.text)
+        return self._draft_chat(record, conversation)
+
+    def _draft_text(self, record: Mapping[str, Any], conversation: Conversation, text: str) -> Draft:
+        """A document for continued pre-training: everything is learned, the end-of-text token too."""
+        check_characters(text)
+        end = self.tokenizer.eos_token
+        if end is None:
+            raise UserError("the base model's tokenizer_config.json names no eos_token, which must end every text row")
+        text = self.tokenizer.break_control_tokens(text) + end
+        plain = text.replace(BROKEN, "")
+        return Draft(record, conversation, [], {}, text, "", plain, None, [(0, len(plain))], ())
+
+    def _draft_chat(self, record: Mapping[str, Any], conversation: Conversation) -> Draft:
+        messages = self._template.prepare(self._with_system(self._thinking(conversation.messages)))
+        check_characters(str((messages, conversation.tools)))
+        if conversation.tools and not self._template.takes_tools:
+            raise DroppedRowError("template_without_tools")
+        kwargs = self._kwargs(messages)
+        rendered = self._render(messages, conversation, kwargs)
+        turns = [turn for turn in rendered.turns if turn.complete]
+        if self._config.assistant_turns == "last" or conversation.rejected is not None:
+            turns = [turn for turn in turns if turn is rendered.turns[-1]]
+        edges = without_broken(rendered.text, [edge for turn in turns for edge in (turn.start, turn.end)])
+        return Draft(
+            record=record,
+            conversation=conversation,
+            messages=messages,
+            kwargs=kwargs,
+            text=rendered.text,
+            prompt=rendered.prompt.replace(BROKEN, ""),
+            completion=_last_answer(rendered),
+            rejected=self._render_rejected(messages, conversation, kwargs),
+            spans=list(zip(edges[::2], edges[1::2], strict=True)),
+            turns=tuple(rendered.turns),
+        )
+
+    def _render(self, messages: list[Message], conversation: Conversation, kwargs: dict[str, Any]) -> Rendered:
+        control = self.tokenizer.control
+        broken = self.tokenizer.break_control_tokens([messages, conversation.tools])
+        return render_turns(self._template, *broken, kwargs, control)
+
+    def _render_rejected(
+        self, messages: list[Message], conversation: Conversation, kwargs: dict[str, Any]
+    ) -> str | None:
+        if conversation.rejected is None:
+            return None
+        worse = self._template.prepare(self._thinking([conversation.rejected]))
+        return _last_answer(self._render([*messages[:-1], *worse], conversation, kwargs))
+
+    def _thinking(self, messages: list[Message]) -> list[Message]:
+        if self._config.enable_thinking is not False:
+            return messages
+        return [{key: value for key, value in m.items() if key != "reasoning_content"} for m in messages]
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        if self._config.system_prompt is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self._config.system_prompt}, *messages]
+
+    def _kwargs(self, messages: list[Message]) -> dict[str, Any]:
+        """The template's variables for this row; a row thinks if the answer to its last question does."""
+        if not self._template.takes_enable_thinking:
+            return self._config.chat_template_kwargs
+        thinking = self._config.enable_thinking
+        if thinking == "mixed":
+            last_question = max(number for number, message in enumerate(messages) if message["role"] == "user")
+            field = self._template.reasoning_field or "reasoning_content"
+            thinking = any(message.get(field) for message in messages[last_question:])
+        return {"enable_thinking": thinking, **self._config.chat_template_kwargs}
+
+    def finish(self, draft: Draft, tokens: Tokens | None) -> Example:
+        """Label a row's tokens. Raises: DroppedRowError: too long, or nothing in it is learned."""
+        if tokens is None:
+            raise DroppedRowError("control_tokens_in_text")
+        labels = label_tokens(tokens.input_ids, tokens.offsets, draft.spans)
+        input_ids, limit = tokens.input_ids, self._config.max_length
+        truncated = limit is not None and len(input_ids) > limit
+        if truncated:
+            if self._config.truncation == "drop":
+                raise DroppedRowError("too_long")
+            input_ids, labels = input_ids[:limit], labels[:limit]
+        example = Example(draft, input_ids, labels, truncated)
+        if not example.num_labels:
+            raise DroppedRowError("too_long" if truncated else "template_removes_thinking")
+        return example
+
+
+def _last_answer(rendered: Rendered) -> str:
+    turn = rendered.turns[-1]
+    return rendered.text[turn.start : turn.end].replace(BROKEN, "")

@@ -1,0 +1,84 @@
+"""What chat-format did: dataset.json and the step's metrics."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finemill.components.chat_format.example import Example
+from finemill.components.chat_format.template import ChatTemplate
+from finemill.components.chat_format.tokenize import ChatTokenizer
+
+
+@dataclass
+class SplitCounts:
+    """What became of a split's rows."""
+
+    read: int = 0
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    end_tokens: Counter[str] = field(default_factory=Counter)
+    lengths: list[int] = field(default_factory=list)
+    labels: int = 0
+    truncated: int = 0
+    thinking: int = 0
+    incomplete_turns: int = 0
+    turns_without_end: int = 0
+
+    def add(self, example: Example) -> None:
+        """Count one example."""
+        self.rows += 1
+        self.lengths.append(len(example.input_ids))
+        self.labels += example.num_labels
+        self.truncated += example.truncated
+        self.thinking += bool(example.draft.kwargs.get("enable_thinking"))
+        for turn in example.draft.turns:
+            self.incomplete_turns += not turn.complete
+            self.turns_without_end += turn.end_token is None
+            if turn.end_token is not None:
+                self.end_tokens[turn.end_token] += 1
+
+    def summary(self) -> dict[str, Any]:
+        """The counts for dataset.json."""
+        median, most, longest = np.percentile(self.lengths or [0], [50, 95, 100], method="nearest").tolist()
+        return {
+            "rows_read": self.read,
+            "rows": self.rows,
+            "rows_dropped": dict(sorted(self.dropped.items())),
+            "rows_truncated": self.truncated,
+            "rows_thinking": self.thinking,
+            "tokens": sum(self.lengths),
+            "tokens_learned": self.labels,
+            "tokens_per_row": {"median": median, "p95": most, "longest": longest},
+            "turns_not_learned_because_the_template_removes_their_thinking": self.incomplete_turns,
+            "turns_without_end_token": self.turns_without_end,
+        }
+
+
+def write_report(
+    path: Path, counts: Mapping[str, SplitCounts], tokenizer: ChatTokenizer, template: ChatTemplate
+) -> dict[str, float]:
+    """Write dataset.json; return the metrics."""
+    end_tokens = sum((count.end_tokens for count in counts.values()), start=Counter[str]())
+    data = {
+        "tokenizer_sha256": tokenizer.digest,
+        "chat_template_sha256": hashlib.sha256(template.source.encode()).hexdigest(),
+        "eos_token": tokenizer.eos_token,
+        "end_of_turn_tokens": dict(sorted(end_tokens.items())),
+        "splits": {split: count.summary() for split, count in counts.items()},
+    }
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    train = counts["train"]
+    return {
+        **{f"dataset/{split}_rows": count.rows for split, count in counts.items()},
+        "dataset/rows_dropped": sum(count.dropped.total() for count in counts.values()),
+        "dataset/train_tokens": sum(train.lengths),
+        "dataset/train_tokens_learned_fraction": train.labels / sum(train.lengths),
+        "dataset/train_thinking_fraction": train.thinking / train.rows,
+        "dataset/longest_row_tokens": max(max(count.lengths, default=0) for count in counts.values()),
+    }

@@ -1,0 +1,204 @@
+"""The base model's chat template, rendered as transformers renders it, and rendered with marks around every turn.
+
+The marked rendering is what labels are made from, without `{% generation %}` markers in the template and without
+guessing from texts: the template's syntax tree gets one more output at the start of each loop over messages. Taking the
+marks out must give the plain rendering again, which is checked for every row.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from finemill.components.chat_format.messages import DroppedRowError, Message
+from finemill.components.errors import UserError
+
+# Unicode noncharacters: never part of text that is interchanged, so they can stand for marks.
+MARK_OPEN, MARK_CLOSE, BROKEN = "\ufdd0", "\ufdd1", "\ufdd2"
+NONCHARACTERS = re.compile("[\ufdd0-\ufdd2]")
+GENERATION_START, GENERATION_END = f"{MARK_OPEN}start{MARK_CLOSE}", f"{MARK_OPEN}end{MARK_CLOSE}"
+_MARK_FUNCTION = "__mark_turn"
+# The names under which templates read a message's thinking block.
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+
+
+class GenerationBlock(Extension):
+    """`{% generation %} ... {% endgeneration %}`: what the model writes, in templates made for training."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Parse the block as a call, which gives its body a scope of its own, as in transformers."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_render_block"), [], [], body).set_lineno(line)
+
+    def _render_block(self, caller: Macro) -> str:
+        text: str = caller()
+        if self.environment.marks_turns:  # type: ignore[attr-defined]
+            return f"{GENERATION_START}{text}{GENERATION_END}"
+        return text
+
+
+class ChatTemplate:
+    """A chat template with the variables that a tokenizer gives it."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], where: str) -> None:
+        self.source = source
+        self._variables = dict(special_tokens)
+        try:
+            self._plain = _environment(marks_turns=False).from_string(source)
+            marking = _environment(marks_turns=True)
+            tree = _mark_loops(marking.parse(source))
+            self._marked = jinja2.Template.from_code(marking, marking.compile(tree), marking.make_globals(None))
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"{where}, line {error.lineno}: not a valid chat template ({error.message})") from None
+
+    @cached_property
+    def takes_enable_thinking(self) -> bool:
+        """Whether the template knows the variable `enable_thinking`."""
+        return "enable_thinking" in self.source
+
+    @cached_property
+    def reasoning_field(self) -> str | None:
+        """The message key from which the template reads a thinking block, None if it expects it in the content."""
+        quoted = (rf"""(?:\.|["']){field}\b""" for field in _REASONING_FIELDS)
+        found = (field for field, form in zip(_REASONING_FIELDS, quoted, strict=True) if re.search(form, self.source))
+        return next(found, None)
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template tells the model which tools there are."""
+        return re.search(r"\btools\b", self.source) is not None
+
+    def prepare(self, messages: Iterable[Message]) -> list[Message]:
+        """Messages with their thinking blocks where the template looks for them."""
+        return [self._prepare(message) for message in messages]
+
+    def _prepare(self, message: Message) -> Message:
+        if "reasoning_content" not in message or self.reasoning_field == "reasoning_content":
+            return message
+        rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+        if self.reasoning_field:
+            return {**rest, self.reasoning_field: message["reasoning_content"]}
+        return {**rest, "content": f"<think>\n{message['reasoning_content']}\n</think>\n\n{message['content']}"}
+
+    def render(self, messages: list[Message], tools: Any, kwargs: Mapping[str, Any], *, prompt: bool = False) -> str:
+        """The conversation's text, with `prompt` up to where the next assistant turn begins.
+
+        Raises: DroppedRowError: the template refuses the conversation.
+        """
+        return self._render(self._plain, messages, tools, kwargs, prompt)
+
+    def render_marked(self, messages: list[Message], tools: Any, kwargs: Mapping[str, Any]) -> str:
+        """The same with `MARK_OPEN <index> MARK_CLOSE` before each message and marks around generation blocks."""
+        index = {id(message): number for number, message in enumerate(messages)}
+
+        def mark(item: object) -> str:
+            return f"{MARK_OPEN}{index[id(item)]}{MARK_CLOSE}" if id(item) in index else ""
+
+        return self._render(self._marked, messages, tools, {**kwargs, _MARK_FUNCTION: mark}, False)
+
+    def _render(
+        self, template: jinja2.Template, messages: list[Message], tools: Any, kwargs: Mapping[str, Any], prompt: bool
+    ) -> str:
+        try:
+            return template.render(
+                **{**self._variables, **kwargs},
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=prompt,
+            )
+        except jinja2.TemplateError as error:
+            raise DroppedRowError(f"template refuses: {str(error)[:80]}") from None
+        except TypeError as error:
+            # Templates that join None or an object with text where this row has no text.
+            raise DroppedRowError(f"template fails: {str(error)[:80]}") from None
+
+
+def load_template(base_dir: Path, path: str | None, special_tokens: Mapping[str, str]) -> ChatTemplate:
+    """The template in `path`, or the base model's own.
+
+    Raises: UserError: there is none, or it is not valid.
+    """
+    if path is not None:
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise UserError(f"chat_template_path '{path}' not found: give a Jinja file")
+        return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, path)
+    file = base_dir / "chat_template.jinja"
+    if file.is_file():
+        return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, "the base model's chat_template.jinja")
+    config_file = base_dir / "tokenizer_config.json"
+    source = json.loads(config_file.read_bytes()).get("chat_template") if config_file.is_file() else None
+    if isinstance(source, list):
+        source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
+    if not isinstance(source, str):
+        raise UserError(
+            "the base model has no chat template (no chat_template.jinja, none in tokenizer_config.json): "
+            "set chat_template_path to a Jinja file, or take a base that was trained for chat"
+        )
+    return ChatTemplate(source, special_tokens, "the chat template in the base model's tokenizer_config.json")
+
+
+def template_state(inputs: Mapping[str, str], config: Any) -> dict[str, str]:
+    """What the step's output depends on outside of the store: the file `chat_template_path`."""
+    from finemill.components.artifacts import sha256_file
+
+    path = config.chat_template_path
+    if path is None or not os.path.isfile(os.path.expanduser(path)):
+        return {}
+    return {"chat_template_path": sha256_file(Path(path).expanduser())}
+
+
+def _environment(*, marks_turns: bool) -> ImmutableSandboxedEnvironment:
+    """The environment that transformers documents for chat templates."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals.update(raise_exception=_raise, strftime_now=_strftime_now)
+    environment.extend(marks_turns=marks_turns)
+    return environment
+
+
+def _mark_loops(tree: nodes.Template) -> nodes.Template:
+    """Put `{{ mark(item) }}` first in every loop that prints; it prints nothing for items that are no messages."""
+    for loop in tree.find_all(nodes.For):
+        if isinstance(loop.target, nodes.Name) and any(_prints(node) for node in loop.body):
+            item = nodes.Name(loop.target.name, "load")
+            call = nodes.Call(nodes.Name(_MARK_FUNCTION, "load"), [item], [], None, None)
+            loop.body.insert(0, nodes.Output([call]))
+    tree.set_lineno(1)
+    return tree
+
+
+def _prints(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Output) or next(node.find_all(nodes.Output), None) is not None
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    # Jinja's own filter escapes HTML characters.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)

@@ -1,0 +1,109 @@
+"""The base model's tokenizer, read with `tokenizers` alone: importing transformers costs seconds where torch is."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from finemill.components.artifacts import sha256_file
+from finemill.components.chat_format.messages import DroppedRowError
+from finemill.components.chat_format.template import BROKEN, NONCHARACTERS
+from finemill.components.errors import UserError
+
+_NEVER = re.compile(r"(?!)")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids, length T, and the characters [start, end) of each, shape (T, 2)."""
+
+    input_ids: list[int]
+    offsets: NDArray[np.int64]
+
+
+class ChatTokenizer:
+    """Encodes rendered conversations; control tokens are recognized only where the template wrote them."""
+
+    def __init__(self, backend: Tokenizer, named_tokens: dict[str, str], digest: str) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.named_tokens = named_tokens
+        self.digest = digest
+        added = backend.get_added_tokens_decoder().values()
+        control = sorted((token.content for token in added if token.special), key=lambda text: (-len(text), text))
+        self.control = re.compile("|".join(map(re.escape, control))) if control else _NEVER
+
+    @property
+    def eos_token(self) -> str | None:
+        """The token that ends a document, None if the tokenizer names none."""
+        return self.named_tokens.get("eos_token")
+
+    def break_control_tokens(self, value: Any) -> Any:
+        """A copy of messages or tools in which no text holds a control token: `BROKEN` stands in it."""
+        if isinstance(value, str):
+            return self.control.sub(lambda match: f"{match[0][0]}{BROKEN}{match[0][1:]}", value)
+        if isinstance(value, list):
+            return [self.break_control_tokens(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self.break_control_tokens(item) for key, item in value.items()}
+        return value
+
+    def encode(self, texts: Sequence[str]) -> list[Tokens | None]:
+        """Encode texts as `tokenizer(text, add_special_tokens=False)` does, each `BROKEN` left out.
+
+        Returns: None for a text in which `BROKEN` has no tokens of its own.
+        """
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [_tokens(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
+
+
+def _tokens(encoding: Encoding, text: str) -> Tokens | None:
+    input_ids: list[int] = encoding.ids
+    offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+    if BROKEN not in text:
+        return Tokens(input_ids, offsets)
+    positions = np.array([match.start() for match in re.finditer(BROKEN, text)])
+    touched = ((offsets[:, :1] <= positions) & (positions < offsets[:, 1:])).any(axis=1)
+    if (offsets[touched, 1] - offsets[touched, 0] > 1).any():
+        return None
+    kept = offsets[~touched]
+    moved = kept - (positions[None, :] < kept.reshape(-1, 1)).sum(axis=1).reshape(-1, 2)
+    return Tokens([token for token, drop in zip(input_ids, touched, strict=True) if not drop], moved)
+
+
+def check_characters(text: str) -> None:
+    """Raises: DroppedRowError: the text holds characters that stand for marks."""
+    if NONCHARACTERS.search(text):
+        raise DroppedRowError("unicode_noncharacters")
+
+
+def load_tokenizer(base_dir: Path) -> ChatTokenizer:
+    """Raises: UserError: the folder has no tokenizer.json."""
+    path = base_dir / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            "the base model has no tokenizer.json: load it with transformers.AutoTokenizer and save it again, "
+            "which writes that file"
+        )
+    return ChatTokenizer(Tokenizer.from_file(str(path)), _named_tokens(base_dir), sha256_file(path))
+
+
+def _named_tokens(base_dir: Path) -> dict[str, str]:
+    """`bos_token`, `eos_token` and the like, which templates use by name."""
+    named: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file = base_dir / name
+        values = json.loads(file.read_bytes()) if file.is_file() else {}
+        extra = values.get("extra_special_tokens")
+        for key, value in {**values, **(extra if isinstance(extra, dict) else {})}.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(text, str):
+                named[key] = text
+    return named
