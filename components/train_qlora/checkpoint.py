@@ -1,0 +1,109 @@
+"""Resumable training states: written to the store whole or not at all, and only resumed by the same training."""
+
+import json
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finemill.components.context import StepContext
+from finemill.components.errors import UserError
+from finemill.components.train_qlora.config import TrainQLoRAConfig
+
+logger = logging.getLogger(__name__)
+
+IDENTITY_NAME = "training_identity.json"
+
+
+def training_identity(config: TrainQLoRAConfig, context: StepContext) -> dict[str, Any]:
+    """Everything that must be the same for a checkpoint to be continued."""
+    ignored = {"resume", "save_steps", "save_total_limit"}
+    return {
+        "config": config.model_dump(mode="json", exclude=ignored),
+        "inputs": {port: manifest.digest for port, manifest in context.manifests.items()},
+        "base_model": context.references["base_model"],
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def find_checkpoint(config: TrainQLoRAConfig, context: StepContext) -> Path | None:
+    """The checkpoint to continue from, as `config.resume` asks.
+
+    Raises: UserError: none where one must be, or it belongs to another training.
+    """
+    folder = None if config.resume == "never" else context.checkpoints.latest()
+    if folder is None:
+        if config.resume == "must":
+            raise UserError(f"resume: must, but there is no checkpoint in {context.checkpoints.uri}: use resume: auto")
+        return None
+    written = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+    expected = training_identity(config, context)
+    changed = sorted(_flat(written).items() ^ _flat(expected).items())
+    if changed:
+        names = ", ".join(sorted({name for name, _ in changed}))
+        raise UserError(
+            f"checkpoint {folder.name} was written by another training, different in {names}: "
+            "restore these, or start over with resume: never"
+        )
+    return folder
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value)
+    return flat
+
+
+class CheckpointCallback(TrainerCallback):
+    """Publishes each checkpoint, and turns SIGTERM into one last checkpoint and the end of training.
+
+    Used as a context manager around `Trainer.train`; the previous signal handler is put back afterwards.
+    """
+
+    def __init__(self, config: TrainQLoRAConfig, context: StepContext) -> None:
+        self._config = config
+        self._context = context
+        self.stop_requested = False
+
+    def __enter__(self) -> "CheckpointCallback":
+        # Only the main thread may set handlers; elsewhere the host program decides about signals.
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        if self._in_main_thread:
+            self._previous = signal.signal(signal.SIGTERM, self._request_stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._in_main_thread:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _request_stop(self, signum: int, frame: FrameType | None) -> None:
+        self.stop_requested = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """After SIGTERM: save and stop at the end of the running step."""
+        if self.stop_requested:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Publish the checkpoint that the trainer has just written."""
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        identity = training_identity(self._config, self._context)
+        (folder / IDENTITY_NAME).write_text(json.dumps(identity, indent=2), encoding="utf-8")
+        self._context.checkpoints.save(folder, state.global_step)
+        self._context.checkpoints.keep_only(self._config.save_total_limit)
+        self._context.recorder.log_progress(f"checkpoint at step {state.global_step}")

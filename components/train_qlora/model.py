@@ -1,0 +1,74 @@
+"""The 4-bit base and the adapters on it."""
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from finemill.components.train_qlora.config import TrainQLoRAConfig
+
+
+def compute_dtype(config: TrainQLoRAConfig, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products. On CPUs float32: bfloat16 there is slower at small sizes, and not everywhere."""
+    if config.compute_dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[config.compute_dtype]
+
+
+def load_base(base_model: Path, config: TrainQLoRAConfig, device: torch.device) -> PreTrainedModel:
+    """Load the base on `device`, its linear layers but the output layer quantized if the configuration says so."""
+    dtype = compute_dtype(config, device)
+    quantization: dict[str, Any] = {}
+    if config.load_in_4bit:
+        quantization["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        base_model,
+        dtype=dtype,
+        device_map={"": device},
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+        **quantization,
+    )
+    keep_trainable_on_cpu(model)
+    return model
+
+
+def keep_trainable_on_cpu(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    There the first forward pass in eval mode without gradients repacks the weights in place for a faster kernel. That
+    kernel has no autograd and `dequantize()` does not know the new order: training after any evaluation would go on
+    with wrong gradients and without a word (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def lora_config(config: TrainQLoRAConfig) -> LoraConfig:
+    """PEFT's description of the adapters."""
+    targets = config.target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+
+
+def keep_adapters_in_float32(model: PeftModel) -> None:
+    """Undo TRL's cast of the adapters to bfloat16: at small learning rates AdamW's updates would round to nothing."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
