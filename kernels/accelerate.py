@@ -1,0 +1,283 @@
+"""Turn a transformers + PEFT model into the fast one, and back.
+
+`accelerate_model` changes the one model object it is given: its LoRA parameters become slices of flat tensors and its
+`forward` computes the training loss on our kernels. Parameters, their names, PEFT's saving and loading, and evaluation
+stay what they were; nothing is patched at import. `restore_model` undoes it.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from finemill.kernels.adapters import FlatAdapters, LoraPair
+from finemill.kernels.decoder_layer import DecoderLayer, LayerShape, Level
+from finemill.kernels.lora import LoRADropout
+from finemill.kernels.model import FastModel, ModelLoss
+from finemill.kernels.nf4 import NF4Tensor
+from finemill.kernels.packing import IGNORE_INDEX, pack_rows
+from finemill.kernels.planner import Plan
+from finemill.kernels.projection import Projection
+
+logger = logging.getLogger(__name__)
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""`model_type`s of transformers configurations that run on the fast path."""
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+class UnsupportedModelError(ValueError):
+    """The fast path does not cover this model; the message says why."""
+
+
+@dataclass
+class Acceleration:
+    """Outcome of `accelerate_model`: the engine, or the reason why the model runs unchanged."""
+
+    model: nn.Module
+    engine: FastModel | None
+    reason: str | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the fast path is in place."""
+        return self.engine is not None
+
+
+def accelerate_model(model: nn.Module, *, plan: Plan | None = None) -> Acceleration:
+    """Put a LoRA or QLoRA model on the fast path.
+
+    Args:
+        model: a PEFT model over a causal language model of one of `FAMILIES`, NF4 or 16-bit, on one device, with LoRA
+            on any of the seven linear layers.
+        plan: how to spend memory; by default everything is kept.
+    Returns: the engine, and the reason if the model was left unchanged (also logged as a warning).
+    """
+    try:
+        engine = _build(model, plan)
+    except UnsupportedModelError as error:
+        logger.warning("model runs unchanged, without finemill's kernels: %s", error)
+        return Acceleration(model, None, str(error))
+    causal = _causal_model(model)
+    causal._finemill_engine = engine
+    original = causal.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.get("labels")
+        if args or labels is None or not causal.training or not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        return _training_loss(engine, **kwargs)
+
+    causal.forward = forward
+    logger.info("training runs on finemill's kernels: %d layers, plan %s", len(engine.layers), engine.plan)
+    return Acceleration(model, engine)
+
+
+def restore_model(model: nn.Module) -> None:
+    """Undo `accelerate_model`: the model's own forward and parameter memory, with the trained values."""
+    causal = _causal_model(model)
+    engine: FastModel | None = getattr(causal, "_finemill_engine", None)
+    if engine is None:
+        return
+    del causal.forward
+    del causal._finemill_engine
+    engine.adapters.restore()
+    for layer in causal.model.layers:
+        for linear in _linears(layer).values():
+            weight = _base(linear).weight
+            if not hasattr(weight, "quant_state"):
+                weight.data = weight.data.contiguous()
+
+
+def _training_loss(
+    engine: FastModel,
+    input_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    **_: Any,
+) -> CausalLMOutputWithPast:
+    batch = pack_rows(input_ids, labels, attention_mask, position_ids).to(engine.device)
+    if num_items_in_batch is None:
+        count = batch.num_tokens if batch.loss_rows is None else batch.loss_rows.numel()
+        scale: Tensor | float = 1.0 / max(1, count)
+    elif isinstance(num_items_in_batch, Tensor):
+        scale = num_items_in_batch.to(engine.device, torch.float32).reciprocal()
+    else:
+        scale = 1.0 / num_items_in_batch
+    loss, _entropy, _correct = ModelLoss.apply(engine.adapters.parameters[0], engine, batch, scale)
+    return CausalLMOutputWithPast(loss=loss, logits=None)
+
+
+def _build(model: nn.Module, plan: Plan | None) -> FastModel:
+    causal = _causal_model(model)
+    config = causal.config
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModelError(f"model_type is {config.model_type!r}, the fast path covers {', '.join(FAMILIES)}")
+    if config.hidden_act != "silu":
+        raise UnsupportedModelError(f"hidden_act is {config.hidden_act!r}, expected 'silu'")
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise UnsupportedModelError(f"sliding_window is {config.sliding_window}: attention windows are not covered")
+    if getattr(config, "attention_dropout", 0.0):
+        raise UnsupportedModelError(f"attention_dropout is {config.attention_dropout}, expected 0")
+    decoder = causal.model
+    device = decoder.norm.weight.device
+    pairs = {index: _layer_pairs(layer) for index, layer in enumerate(decoder.layers)}
+    _check_trainable(model, pairs)
+    dtype = decoder.norm.weight.dtype
+    adapters = FlatAdapters(device)
+    tickets = {}
+    try:
+        for index, layer in enumerate(decoder.layers):
+            linears = _linears(layer)
+            for names in GROUPS:
+                widths = tuple(_base(linears[name]).out_features for name in names)
+                in_features = _base(linears[names[0]]).in_features
+                tickets[index, names] = adapters.reserve([pairs[index].get(n) for n in names], widths, in_features)
+    except ValueError as error:
+        raise UnsupportedModelError(str(error)) from error
+    adapters.build()
+    probability = _dropout(model)
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if probability else None
+    shape = _layer_shape(config)
+    engine = FastModel(
+        layers=[],
+        embedding=decoder.embed_tokens.weight.detach(),
+        final_norm=decoder.norm.weight.detach(),
+        eps=shape.eps,
+        head=causal.lm_head.weight.detach(),
+        rotary=decoder.rotary_emb,
+        adapters=adapters,
+        plan=Plan((), (), 0, 1024),
+        dropout_seed=seed,
+    )
+    stream = 0
+    for index, layer in enumerate(decoder.layers):
+        groups = []
+        linears = _linears(layer)
+        for names in GROUPS:
+            ticket = tickets[index, names]
+            group = Projection(
+                weights=[_frozen_weight(linears[name]) for name in names],
+                biases=[_detached(_base(linears[name]).bias) for name in names],
+                adapter=None if ticket is None else adapters.group(ticket),
+                dtype=dtype,
+                device=device,
+                dropout=None if seed is None else LoRADropout(probability, seed, stream),
+                scratch=engine.scratch if isinstance(_frozen_weight(linears[names[0]]), NF4Tensor) else None,
+            )
+            stream += len(names)
+            if group.scratch is None:
+                _share_memory(group, [_base(linears[name]) for name in names])
+            groups.append(group)
+        attention = layer.self_attn
+        engine.layers.append(
+            DecoderLayer(
+                shape,
+                layer.input_layernorm.weight.detach(),
+                layer.post_attention_layernorm.weight.detach(),
+                attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
+                attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
+                *groups,
+            )
+        )
+    count = len(engine.layers)
+    engine.apply_plan(plan or Plan((Level.ALL,) * count, (False,) * count, 0, 1024))
+    return engine
+
+
+def _causal_model(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _linears(layer: Any) -> dict[str, Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    modules = {name: getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    modules |= {name: getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")}
+    missing = [name for name, module in modules.items() if module is None]
+    if missing:
+        raise UnsupportedModelError(f"layer has no {', '.join(missing)}")
+    return modules
+
+
+def _base(linear: Any) -> Any:
+    return getattr(linear, "base_layer", linear)
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _frozen_weight(linear: Any) -> NF4Tensor | Tensor:
+    weight = _base(linear).weight
+    if getattr(weight, "quant_state", None) is not None:
+        return NF4Tensor.from_bitsandbytes(weight)
+    if not weight.is_floating_point():
+        raise UnsupportedModelError(f"base weights are {weight.dtype}: NF4 and 16-bit floating point are covered")
+    return weight.detach()  # type: ignore[no-any-return]
+
+
+def _share_memory(group: Projection, bases: list[Any]) -> None:
+    """Extend a 16-bit weight once and make the modules' weights views of it, so that nothing is held twice."""
+    group.cache_weight()
+    assert group.cached is not None
+    row = 0
+    for index, base in enumerate(bases):
+        rows = base.out_features
+        base.weight.data = group.cached[row : row + rows, : group.in_features]
+        group.weights[index] = base.weight.detach()
+        row += rows
+
+
+def _layer_pairs(layer: Any) -> dict[str, LoraPair]:
+    pairs = {}
+    for name, linear in _linears(layer).items():
+        if not hasattr(linear, "lora_A"):
+            continue
+        active = list(linear.active_adapters)
+        if len(active) != 1 or active[0] not in linear.lora_A or linear.merged:
+            raise UnsupportedModelError(f"{name} has active adapters {active}: exactly one unmerged LoRA is covered")
+        adapter = active[0]
+        if getattr(linear, "use_dora", {}).get(adapter) or getattr(linear, "lora_bias", {}).get(adapter):
+            raise UnsupportedModelError(f"{name} uses DoRA or LoRA biases")
+        a, b = linear.lora_A[adapter].weight, linear.lora_B[adapter].weight
+        pairs[name] = LoraPair(a, b, float(linear.scaling[adapter]))
+    return pairs
+
+
+def _check_trainable(model: nn.Module, pairs: dict[int, dict[str, LoraPair]]) -> None:
+    known = {id(tensor) for layer in pairs.values() for pair in layer.values() for tensor in (pair.a, pair.b)}
+    if not known:
+        raise UnsupportedModelError("the model has no LoRA adapter on its decoder layers")
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+    if others:
+        raise UnsupportedModelError(f"{len(others)} other parameters are trainable, for instance {others[0]}")
+
+
+def _dropout(model: nn.Module) -> float:
+    probabilities = {
+        float(getattr(module, "p", 0.0)) for name, module in model.named_modules() if ".lora_dropout." in name
+    }
+    if len(probabilities) > 1:
+        raise UnsupportedModelError(f"lora_dropout differs between layers: {sorted(probabilities)}")
+    return probabilities.pop() if probabilities else 0.0
+
+
+def _layer_shape(config: Any) -> LayerShape:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return LayerShape(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        eps=config.rms_norm_eps,
+    )
+
+
+__all__ = ["FAMILIES", "IGNORE_INDEX", "Acceleration", "UnsupportedModelError", "accelerate_model", "restore_model"]

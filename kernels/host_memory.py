@@ -1,0 +1,162 @@
+"""Tensors kept in pinned host memory between uses: saved activations, NF4 weights, the embedding.
+
+Copies run on two side streams, one per direction, beside the computation (55 GB/s each way on an H200's host, without
+slowing its GEMMs; results.md). Order between streams is by events only, and a tensor's device memory is released a
+known number of layers later, so that memory use repeats exactly and everything can be captured in a CUDA graph.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from finemill.kernels.launch import use_kernel
+
+ALIGNMENT = 512
+
+
+def pin(tensor: Tensor) -> Tensor:
+    """Copy a tensor into page-locked host memory of exactly its size (torch's pinned allocator rounds up to 2^n)."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype)
+    _register(host)
+    host.copy_(tensor)
+    return host
+
+
+def _register(host: Tensor) -> None:
+    if host.numel() and torch.cuda.is_available():
+        error = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)
+        if int(error) != 0:
+            raise MemoryError(f"cudaHostRegister failed with error {int(error)} for {host.nbytes} bytes of host memory")
+
+
+@dataclass
+class _Parked:
+    """A tensor on its way to, in, or back from host memory."""
+
+    host: Tensor
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device_copy: Tensor | None = None
+    ready: torch.cuda.Event | None = None
+
+
+@dataclass
+class HostArena:
+    """A slab of pinned memory handed out in slices, all of which are free again after `reset`."""
+
+    device: torch.device
+    _slab: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    _used: int = 0
+
+    def __post_init__(self) -> None:
+        """Make the side streams."""
+        self.to_host = torch.cuda.Stream(self.device)
+        self.to_device = torch.cuda.Stream(self.device)
+        self._in_flight: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
+
+    def reserve(self, size: int) -> None:
+        """Make the slab at least `size` bytes. Not while a graph is being captured."""
+        if size > self._slab.numel():
+            torch.cuda.synchronize(self.device)
+            if self._slab.numel():
+                torch.cuda.cudart().cudaHostUnregister(self._slab.data_ptr())
+            self._slab = torch.empty(size, dtype=torch.uint8)
+            _register(self._slab)
+
+    def reset(self) -> None:
+        """Forget all slices: nothing parked before may be fetched after."""
+        self._used = 0
+
+    def park(self, tensors: list[Tensor], keep_layers: int = 1) -> list[_Parked]:
+        """Start copying tensors to the host.
+
+        Args:
+            tensors: dense, possibly with row pitch; not to be written any more.
+            keep_layers: how many later calls may pass before this one's device memory is waited for and released.
+        """
+        parked = []
+        self.to_host.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.to_host):
+            for tensor in tensors:
+                size = tensor.untyped_storage().nbytes()
+                host = self._slab[self._used : self._used + size]
+                if host.numel() < size:
+                    raise MemoryError(f"host arena of {self._slab.numel()} bytes is full")
+                self._used += -(-size // ALIGNMENT) * ALIGNMENT
+                flat = torch.empty(0, dtype=torch.uint8, device=self.device).set_(tensor.untyped_storage())
+                host.copy_(flat, non_blocking=True)
+                parked.append(_Parked(host, tensor.shape, tensor.stride(), tensor.dtype))
+            event = torch.cuda.Event()
+            event.record(self.to_host)
+        self._in_flight.append((event, tensors))
+        while len(self._in_flight) > keep_layers:
+            self._release()
+        return parked
+
+    def drain(self) -> None:
+        """Wait, on the device, for all copies to the host, and release their device memory."""
+        while self._in_flight:
+            self._release()
+
+    def _release(self) -> None:
+        event, tensors = self._in_flight.popleft()
+        torch.cuda.current_stream(self.device).wait_event(event)
+        tensors.clear()
+
+    def prefetch(self, parked: list[_Parked]) -> None:
+        """Start copying tensors back to the device, into memory allocated now."""
+        for item in parked:
+            item.device_copy = torch.empty(item.host.numel(), dtype=torch.uint8, device=self.device)
+        self.to_device.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.to_device):
+            for item in parked:
+                assert item.device_copy is not None
+                item.device_copy.copy_(item.host, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self.to_device)
+        for item in parked:
+            item.ready = event
+
+    def take(self, item: _Parked) -> Tensor:
+        """Return a prefetched tensor; the device waits for its copy."""
+        assert item.device_copy is not None
+        assert item.ready is not None
+        torch.cuda.current_stream(self.device).wait_event(item.ready)
+        storage = item.device_copy.untyped_storage()
+        item.device_copy = None
+        return torch.empty(0, dtype=item.dtype, device=self.device).set_(storage, 0, item.shape, item.stride)
+
+
+@triton.jit
+def _gather_rows_kernel(table_ptr, index_ptr, out_ptr, table_stride, out_stride, WIDTH, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(index_ptr + row).to(tl.int64)
+    value = tl.load(table_ptr + source * table_stride + column, mask=column < WIDTH, other=0.0)
+    tl.store(out_ptr + row * out_stride + column, value, mask=column < WIDTH)
+
+
+def gather_rows(table: Tensor, index: Tensor) -> Tensor:
+    """Look up rows of an embedding that may live in pinned host memory.
+
+    Args:
+        table: (V, H), on index's device or in pinned host memory, which the kernel then reads over the bus.
+        index: (T,) integers.
+    Returns: (T, H) on index's device.
+    """
+    if table.device == index.device or not use_kernel(index):
+        return torch.nn.functional.embedding(index, table)
+    out = torch.empty((index.numel(), table.shape[1]), dtype=table.dtype, device=index.device)
+    grid = (index.numel(), triton.cdiv(table.shape[1], BLOCK_COLUMNS))
+    _gather_rows_kernel[grid](
+        table, index, out, table.stride(0), out.stride(0), table.shape[1], BLOCK=BLOCK_COLUMNS, num_warps=4
+    )
+    return out
+
+
+BLOCK_COLUMNS = 1024

@@ -1,0 +1,229 @@
+"""The whole decoder: embedding, layers, loss head and the flat adapters, as one forward and one backward.
+
+One autograd node covers the model (`ModelLoss`), so that the engine decides itself when each layer's saved tensors are
+dropped, parked in host memory or fetched back, and when each weight is decoded. The plan (planner.py) carries these
+decisions; every plan gives bitwise equal gradients.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finemill.kernels.adapters import FlatAdapters
+from finemill.kernels.decoder_layer import DecoderLayer, Rope, Saved
+from finemill.kernels.host_memory import HostArena, gather_rows
+from finemill.kernels.loss_head import HeadResult, loss_head
+from finemill.kernels.packing import PackedBatch
+from finemill.kernels.planner import Plan
+from finemill.kernels.projection import Projection
+
+# T tokens, H model width, V vocabulary
+
+
+@dataclass
+class ForwardState:
+    """What a forward leaves for the backward."""
+
+    batch: PackedBatch
+    rope: Rope
+    saved: list[Saved]
+    parked: list[dict[str, Any]]
+    grad: Tensor
+    plan: Plan
+
+
+@dataclass
+class FastModel:
+    """A causal language model of the Llama family on our kernels.
+
+    Args:
+        layers: decoder layers.
+        embedding: (V, H), on the device or in pinned host memory.
+        final_norm: (H,).
+        eps: of the final norm.
+        head: (V, H); the embedding itself where they are tied.
+        rotary: transformers' rotary module, asked for cos and sin tables.
+        adapters: flat LoRA tensors.
+        plan: what to keep, where; see planner.py.
+    """
+
+    layers: list[DecoderLayer]
+    embedding: Tensor
+    final_norm: Tensor
+    eps: float
+    head: Tensor
+    rotary: nn.Module
+    adapters: FlatAdapters
+    plan: Plan
+    dropout_seed: Tensor | None = None
+    _tables: tuple[Tensor, Tensor] | None = None
+    _scratch: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _arena: HostArena | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.adapters.device
+
+    @property
+    def grad_pad(self) -> int:
+        """Spare columns of the residual stream's gradient."""
+        return max(layer.grad_pad for layer in self.layers)
+
+    def scratch(self, group: Projection) -> Tensor:
+        """Return the decode buffer of a layout, made at its first use."""
+        if group.layout not in self._scratch:
+            self._scratch[group.layout] = torch.zeros(group.extended_shape, dtype=group.dtype, device=group.device)
+        return self._scratch[group.layout]
+
+    def apply_plan(self, plan: Plan) -> None:
+        """Adopt a plan: keep or free decoded weights, size the host arena at the next forward."""
+        self.plan = plan
+        for index, layer in enumerate(self.layers):
+            for group in layer.projections:
+                if group.scratch is None or index < plan.cached_layers:
+                    group.cache_weight()
+                else:
+                    group.drop_cache()
+        if plan.cached_layers == len(self.layers):
+            self._scratch.clear()
+
+    def refresh_adapters(self) -> None:
+        """Copy the adapters into the kept extended weights: once after every optimizer step."""
+        for layer in self.layers:
+            for group in layer.projections:
+                group.refresh()
+
+    def forward(self, batch: PackedBatch, scale: Tensor | float, *, train: bool) -> tuple[HeadResult, ForwardState | None]:
+        """Compute the summed loss of a batch and, in training, everything its backward needs.
+
+        Args:
+            batch: on this device.
+            scale: factor of the gradient.
+            train: keep what the backward needs.
+        """
+        rope = self._rope(batch)
+        self.refresh_adapters()
+        x, delta = gather_rows(self.embedding, batch.input_ids), None
+        saved: list[Saved] = []
+        parked: list[dict[str, Any]] = []
+        if any(self.plan.on_host) and train:
+            self._arena_for(batch).reset()
+        for index, layer in enumerate(self.layers):
+            level = self.plan.levels[index] if train else None
+            x, delta, kept = layer.forward(x, delta, batch.sequences, rope, level)
+            if kept is not None:
+                saved.append(kept)
+                parked.append(self._park(kept) if self.plan.on_host[index] else {})
+        assert delta is not None
+        result = loss_head(
+            x,
+            delta,
+            self.final_norm,
+            self.eps,
+            self.head,
+            batch,
+            scale,
+            chunk=self.plan.head_chunk,
+            pad=self.grad_pad if train else None,
+        )
+        del x, delta
+        if self._arena is not None:
+            self._arena.drain()
+        if result.grad is None:
+            return result, None
+        state = ForwardState(batch, rope, saved, parked, result.grad, self.plan)
+        result.grad = None
+        return result, state
+
+    def backward(self, state: ForwardState, factor: Tensor | None = None) -> None:
+        """Add the gradient of every adapter to the flat gradient.
+
+        Args:
+            state: from `forward`; used up.
+            factor: scalar the gradient is multiplied with (what autograd sends in), None for one.
+        """
+        grad: Tensor | None = state.grad
+        state.grad = torch.empty(0)
+        if factor is not None and grad is not None:
+            grad.mul_(factor)
+        self._prefetch(state, len(self.layers) - 1)
+        for index in reversed(range(len(self.layers))):
+            self._unpark(state, index)
+            self._prefetch(state, index - 1)
+            assert grad is not None
+            grad = self.layers[index].backward(
+                grad, state.saved.pop(), state.batch.sequences, state.rope, need_input_grad=index > 0
+            )
+
+    def loss_and_grad(self, batch: PackedBatch, scale: Tensor | float) -> HeadResult:
+        """Run both passes of a micro-batch without autograd; gradients go to the flat gradient."""
+        result, state = self.forward(batch, scale, train=True)
+        assert state is not None
+        self.backward(state)
+        return result
+
+    def _rope(self, batch: PackedBatch) -> Rope:
+        needed = batch.sequences.max_length
+        if self._tables is None or self._tables[0].shape[0] < needed:
+            size = max(2048, 1 << (needed - 1).bit_length())
+            positions = torch.arange(size, device=self.device)[None]
+            like = torch.empty(1, dtype=torch.float32, device=self.device)
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                cos, sin = self.rotary(like, positions)
+            half = cos.shape[-1] // 2
+            self._tables = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        return Rope(*self._tables, batch.position_ids)
+
+    def _arena_for(self, batch: PackedBatch) -> HostArena:
+        if self._arena is None:
+            self._arena = HostArena(self.device)
+        self._arena.reserve(self.plan.host_bytes(batch.num_tokens))
+        return self._arena
+
+    def _park(self, kept: Saved) -> dict[str, Any]:
+        assert self._arena is not None
+        names = kept.large()
+        items = self._arena.park([getattr(kept, name) for name in names])
+        for name in names:
+            setattr(kept, name, None)
+        return dict(zip(names, items, strict=True))
+
+    def _prefetch(self, state: ForwardState, index: int) -> None:
+        if index >= 0 and state.parked[index]:
+            assert self._arena is not None
+            self._arena.prefetch(list(state.parked[index].values()))
+
+    def _unpark(self, state: ForwardState, index: int) -> None:
+        for name, item in state.parked[index].items():
+            assert self._arena is not None
+            setattr(state.saved[index], name, self._arena.take(item))
+
+
+class ModelLoss(torch.autograd.Function):
+    """Autograd node of the whole model: forward gives the scaled loss, backward fills the flat gradient.
+
+    `anchor` is any adapter parameter: it makes autograd call the backward, which writes gradients itself.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, anchor: Tensor, model: FastModel, batch: PackedBatch, scale: Tensor | float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scale * loss, and the entropy and correct sums for metrics."""
+        result, ctx.state = model.forward(batch, scale, train=True)
+        ctx.model = model
+        ctx.mark_non_differentiable(result.entropy, result.correct)
+        return result.loss * scale, result.entropy, result.correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[None, None, None, None]:  # type: ignore[override]
+        """Run the model's backward; a second call would need a second forward."""
+        if ctx.state is None:
+            raise RuntimeError("this loss was differentiated already: its saved tensors are gone, run forward again")
+        ctx.model.adapters.attach_grads()
+        state, ctx.state = ctx.state, None
+        ctx.model.backward(state, grad_loss)
+        return None, None, None, None
