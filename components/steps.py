@@ -33,11 +33,24 @@ class Step:
     function_path: str
     image: str
     state_path: str | None = None
+    verdict: str | None = None
+    """Name of a yes or no besides the output; its value is the metric `<module name>/<verdict>`, 1 or 0."""
+    section: str | None = None
+    """The section of a pipeline's configuration that this step reads, where it shares another step's."""
+
+    @property
+    def config_section(self) -> str:
+        """Where a pipeline's configuration holds this step's."""
+        return self.section or self.module_name
 
     @property
     def module_name(self) -> str:
         """The step's folder: its name in snake case."""
         return self.name.replace("-", "_")
+
+    def verdict_text(self, metrics: Mapping[str, float]) -> str:
+        """The verdict as both engines compare it, `true` or `false`."""
+        return "true" if metrics[f"{self.module_name}/{self.verdict}"] else "false"
 
     @property
     def config(self) -> type[StepConfig]:
@@ -64,6 +77,16 @@ def _load(path: str) -> Any:
 
 _ALL = (
     Step(
+        "preflight",
+        "Check store, credentials, tracking server, base model, configuration and GPU memory before anything is spent.",
+        (),
+        "plan",
+        "preflight.config:PreflightConfig",
+        "preflight.check:check_run",
+        image="cpu",
+        state_path="preflight.check:check_time",
+    ),
+    Step(
         "data-prep",
         "Read raw rows, clean, deduplicate, mix and split them.",
         (),
@@ -81,6 +104,19 @@ _ALL = (
         "chat_format.config:ChatFormatConfig",
         "chat_format.format:format_chats",
         image="cpu",
+        state_path="chat_format.template:template_state",
+    ),
+    Step(
+        "detect-change",
+        "Tell whether the dataset differs from the one behind the newest registered version.",
+        ("dataset",),
+        "change",
+        "register.config:RegisterConfig",
+        "detect_change.detect:detect_change",
+        image="cpu",
+        state_path="detect_change.detect:newest_version",
+        verdict="changed",
+        section="register",
     ),
     Step(
         "train-qlora",

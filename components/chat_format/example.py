@@ -117,8 +117,8 @@ class Formatter:
 
     def _render(self, messages: list[Message], conversation: Conversation, kwargs: dict[str, Any]) -> Rendered:
         control = self.tokenizer.control
-        broken = self.tokenizer.break_control_tokens([messages, conversation.tools])
-        return render_turns(self._template, *broken, kwargs, control)
+        messages, tools = self.tokenizer.break_control_tokens([messages, conversation.tools])
+        return render_turns(self._template, messages, tools, kwargs, control)
 
     def _render_rejected(
         self, messages: list[Message], conversation: Conversation, kwargs: dict[str, Any]

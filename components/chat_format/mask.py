@@ -1,9 +1,8 @@
 """Which characters, and then which tokens, of a rendered conversation the model must produce."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,6 @@ from numpy.typing import NDArray
 from finemill.components.chat_format.messages import DroppedRowError, Message
 from finemill.components.chat_format.template import (
     BROKEN,
-    GENERATION_END,
-    GENERATION_START,
     MARK_CLOSE,
     MARK_OPEN,
     ChatTemplate,
@@ -35,7 +32,7 @@ class Turn:
     start: int
     end: int
     end_token: str | None
-    complete: bool
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,8 @@ def render_turns(
 ) -> Rendered:
     """Render a conversation that ends with an assistant turn, and find what the model must produce.
 
-    A turn begins where the generation prompt ends and ends with its last control token: line breaks after that belong
-    to the template. `{% generation %}` markers, where the template has them, give the beginning.
+    A turn begins where the generation prompt ends, or where a `{% generation %}` block begins if that is later, and
+    ends with its last control token: line breaks after that belong to the template.
 
     Args:
         template: the chat template.
@@ -65,73 +62,76 @@ def render_turns(
     """
     text = template.render(messages, tools, kwargs)
     prompt = template.render(messages[:-1], tools, kwargs, prompt=True)
-    before = template.render(messages[:-1], tools, kwargs)
-    header = prompt.removeprefix(before) if prompt.startswith(before) else ""
     unmarked, chunks = _find_chunks(template.render_marked(messages, tools, kwargs))
     if unmarked != text:
-        raise DroppedRowError("template marks change the text")
+        raise DroppedRowError("template_cannot_be_marked")
     numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    missing = [number for number in numbers if number not in chunks]
-    if missing:
-        raise DroppedRowError("template has no loop over messages; add {% generation %} markers to it")
-    turns = [
-        _find_turn(text, chunks[number], header, number, messages[number], template, control) for number in numbers
-    ]
-    if text.startswith(prompt) and turns[-1].start < len(prompt) <= turns[-1].end:
-        turns[-1] = Turn(**{**vars(turns[-1]), "start": len(prompt)})
-    return Rendered(text, prompt, turns)
+    if any(number not in chunks for number in numbers):
+        raise DroppedRowError("template_without_loop_over_messages")
+    last = chunks[numbers[-1]]
+    header = prompt[last.start :] if prompt.startswith(text[: last.start]) else ""
+    turns = [_find_turn(text, chunks[number], header, number, messages[number], control) for number in numbers]
+    return Rendered(text, prompt, [_mark_complete(turn, text, messages, template) for turn in turns])
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What the template wrote for one message; `start` is marked exactly by a generation block."""
+    """What the template wrote for one message, and where in it a generation block begins."""
 
     start: int
     end: int
-    exact: bool = False
+    block_start: int = 0
 
 
 def _find_chunks(marked: str) -> tuple[str, dict[int, _Chunk]]:
     """The text without marks, and the part of it that belongs to each message."""
     pieces = _MARK.split(marked)
     starts: dict[int, int] = {}
-    blocks: dict[int, tuple[int, int]] = {}
-    position, current, opened = len(pieces[0]), -1, 0
+    blocks: dict[int, int] = {}
+    position, current = len(pieces[0]), -1
     for name, piece in zip(pieces[1::2], pieces[2::2], strict=True):
         if name.isdecimal():
             # A template may run over the messages twice, first to check them: the last time counts.
             current = int(name)
             starts[current] = position
         elif name == "start":
-            opened = position
-        else:
-            blocks[current] = (opened, position)
+            blocks.setdefault(current, position)
         position += len(piece)
     bounds = [*sorted(starts.values()), position]
-    chunks = {number: _Chunk(start, bounds[bounds.index(start) + 1]) for number, start in starts.items()}
-    chunks |= {number: _Chunk(start, end, exact=True) for number, (start, end) in blocks.items()}
+    ends = {number: bounds[bounds.index(start) + 1] for number, start in starts.items()}
+    chunks = {number: _Chunk(start, ends[number], blocks.get(number, start)) for number, start in starts.items()}
     return "".join(pieces[::2]), chunks
 
 
-def _find_turn(
-    text: str,
-    chunk: _Chunk,
-    header: str,
-    number: int,
-    message: Message,
-    template: ChatTemplate,
-    control: re.Pattern[str],
-) -> Turn:
-    written = text[chunk.start : chunk.end]
-    # In history a template may write less than the generation prompt has: Qwen3's empty thinking block is left out.
-    start = chunk.start if chunk.exact else chunk.start + len(os.path.commonprefix([written, header]))
-    _check_shown(text[start : chunk.end], message)
-    last = max(control.finditer(text, start, chunk.end), key=lambda match: match.end(), default=None)
-    closed = last is not None and not text[last.end() : chunk.end].strip()
-    end = last.end() if last is not None and closed else start + len(text[start : chunk.end].rstrip())
-    field = template.reasoning_field
-    complete = field is None or message.get(field, "").strip() in written
-    return Turn(number, start, end, last.group() if last is not None and closed else None, complete)
+def _find_turn(text: str, chunk: _Chunk, header: str, number: int, message: Message, control: re.Pattern[str]) -> Turn:
+    header_end = chunk.start + _shared_header(text[chunk.start : chunk.end], header, control)
+    start = max(header_end, chunk.block_start)
+    _check_shown(text[chunk.start : chunk.end], message)
+    if message.get("tool_calls"):
+        said = max((match.start() for match in control.finditer(text, start, chunk.end)), default=start)
+    else:
+        content = message["content"].strip()
+        said = text.rindex(content, chunk.start, chunk.end) + len(content)
+    # Adjoining control tokens all end the turn; one that stands on a line of its own closes the whole conversation.
+    closing = re.compile(rf"\s*((?:{control.pattern})+)").match(text, said, chunk.end)
+    if closing is None:
+        return Turn(number, start, start + len(text[start : chunk.end].rstrip()), None)
+    return Turn(number, start, closing.end(), closing[1])
+
+
+def _shared_header(written: str, header: str, control: re.Pattern[str]) -> int:
+    """How many characters of the generation prompt stand before the answer in `written`.
+
+    In history a template may write less than the whole prompt: Qwen3 leaves out its empty thinking block. What may be
+    missing is cut off after a line break or a control token, so that `<think>` and `<tool_call>` share nothing.
+    """
+    cuts = {len(header), *(match.end() for match in re.finditer(rf"\n|{control.pattern}", header))}
+    return max((cut for cut in cuts if written.startswith(header[:cut])), default=0)
+
+
+def _mark_complete(turn: Turn, text: str, messages: list[Message], template: ChatTemplate) -> Turn:
+    reasoning = messages[turn.message].get(template.reasoning_field or "", "").strip()
+    return replace(turn, complete=reasoning in text[turn.start : turn.end])
 
 
 def _check_shown(written: str, message: Message) -> None:

@@ -121,7 +121,7 @@ def to_messages(turns: list[Row]) -> list[Message]:
     messages: list[Message] = []
     for turn in turns:
         message = _to_message(turn)
-        previous = messages[-1] if messages else {"role": ""}
+        previous: Message = messages[-1] if messages else {"role": ""}
         if message.get("tool_calls") and not message["content"] and previous["role"] == "assistant":
             previous["tool_calls"] = [*previous.get("tool_calls", []), *message["tool_calls"]]
         else:
@@ -205,10 +205,7 @@ def _from_preference(row: Row) -> Conversation:
         as_turns(row["chosen"]),
         as_turns(row["rejected"]),
     )
-    if isinstance(prompt, str):
-        before = [user(prompt)]
-    else:
-        before = to_messages(prompt or chosen[:-1])
+    before = [user(prompt)] if isinstance(prompt, str) else to_messages(prompt or chosen[:-1])
     better, worse = (
         assistant(answer) if isinstance(answer, str) else to_messages(answer[-1:])[0] for answer in (chosen, rejected)
     )

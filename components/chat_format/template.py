@@ -36,7 +36,7 @@ _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 class GenerationBlock(Extension):
     """`{% generation %} ... {% endgeneration %}`: what the model writes, in templates made for training."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
         """Parse the block as a call, which gives its body a scope of its own, as in transformers."""

@@ -70,12 +70,12 @@ def _tokens(encoding: Encoding, text: str) -> Tokens | None:
     if BROKEN not in text:
         return Tokens(input_ids, offsets)
     positions = np.array([match.start() for match in re.finditer(BROKEN, text)])
-    touched = ((offsets[:, :1] <= positions) & (positions < offsets[:, 1:])).any(axis=1)
+    touched = np.any((offsets[:, :1] <= positions) & (positions < offsets[:, 1:]), axis=1)
     if (offsets[touched, 1] - offsets[touched, 0] > 1).any():
         return None
     kept = offsets[~touched]
     moved = kept - (positions[None, :] < kept.reshape(-1, 1)).sum(axis=1).reshape(-1, 2)
-    return Tokens([token for token, drop in zip(input_ids, touched, strict=True) if not drop], moved)
+    return Tokens([token for token, drop in zip(input_ids, touched.tolist(), strict=True) if not drop], moved)
 
 
 def check_characters(text: str) -> None:
