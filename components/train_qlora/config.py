@@ -26,7 +26,7 @@ class TrainQLoRAConfig(StepConfig):
     """Names of the linear layers that get adapters; all but the output layer by default."""
 
     load_in_4bit: bool = True
-    """Quantize the base to 4 bits. Without it this is LoRA on the base as it is: faster on small models, more memory."""
+    """Quantize the base to 4 bits. Without it this is LoRA on the base as it is: faster, four times the memory for it."""
 
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """The 4-bit data type."""

@@ -4,6 +4,7 @@ import json
 import logging
 import resource
 import sys
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -76,15 +77,17 @@ def build_trainer(
     device: torch.device,
 ) -> SFTTrainer:
     """TRL's trainer on rows that are tokenized and labelled already."""
-    model = load_base(base_model, config, device)
-    trainer = SFTTrainer(
-        model=model,
-        args=_arguments(config, scratch, device),
-        train_dataset=load_rows(dataset, "train", config.max_length),
-        eval_dataset=load_rows(dataset, "validation", config.max_length) if config.eval_steps else None,
-        processing_class=tokenizer,
-        peft_config=lora_config(config),
-    )
+    with warnings.catch_warnings():
+        # PEFT 0.21 and TRL 1.16 read attributes that transformers 5.18 renamed.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+        trainer = SFTTrainer(
+            model=load_base(base_model, config, device),
+            args=_arguments(config, scratch, device),
+            train_dataset=load_rows(dataset, "train", config.max_length),
+            eval_dataset=load_rows(dataset, "validation", config.max_length) if config.eval_steps else None,
+            processing_class=tokenizer,
+            peft_config=lora_config(config),
+        )
     keep_adapters_in_float32(trainer.model)
     return trainer
 

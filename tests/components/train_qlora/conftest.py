@@ -1,0 +1,74 @@
+"""A tokenized dataset of two dozen rows, and the context a step gets."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from finemill.components.artifacts import Producer
+from finemill.components.base_model.resolve import BUILTIN_MODELS
+from finemill.components.context import Checkpoints, StepContext
+from finemill.components.example_data.reasoning import reasoning_problem
+
+
+@dataclass
+class ListRecorder:
+    """Keeps what a step records."""
+
+    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    on_progress: Callable[[str], None] = lambda text: None
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self.points.append((step, dict(metrics)))
+
+    def log_progress(self, text: str) -> None:
+        self.lines.append(text)
+        self.on_progress(text)
+
+
+@pytest.fixture(scope="session")
+def base_model() -> Path:
+    return BUILTIN_MODELS["builtin:tiny-qwen3"]
+
+
+@pytest.fixture(scope="session")
+def dataset(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layout that chat-format writes, as far as training reads it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    folder = tmp_path_factory.mktemp("dataset")
+    rng = Random(0)
+    for split, count in {"train": 24, "validation": 4}.items():
+        rows = []
+        for row in (reasoning_problem(rng).row() for _ in range(count)):
+            user = {"role": "user", "content": row["problem"]}
+            assistant = {"role": "assistant", "content": row["generated_solution"]}
+            prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True)["input_ids"]
+            input_ids = tokenizer.apply_chat_template([user, assistant])["input_ids"]
+            rows.append({"input_ids": input_ids, "labels": [-100] * len(prompt) + input_ids[len(prompt) :]})
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture
+def make_context(folder_store: str) -> Callable[[], StepContext]:
+    """A new context over the same checkpoint store each time."""
+
+    def make() -> StepContext:
+        producer = Producer(step="train-qlora", version="0", code="test")
+        return StepContext(
+            store=folder_store,
+            key="test",
+            references={"base_model": "builtin:tiny-qwen3"},
+            manifests={},
+            checkpoints=Checkpoints(f"{folder_store}/checkpoints/train-qlora-test", producer),
+            recorder=ListRecorder(),
+        )
+
+    return make

@@ -1,0 +1,44 @@
+import logging
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from finemill.components.errors import UserError
+from finemill.components.train_qlora.rows import load_rows
+
+
+def write_split(folder: Path, rows: list[dict[str, list[int]]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    return folder
+
+
+def test_long_rows_are_cut_and_rows_without_label_dropped_and_both_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_split(
+        tmp_path,
+        [
+            {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4]},
+            {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]},
+            {"input_ids": [9], "labels": [9]},
+        ],
+    )
+    with caplog.at_level(logging.WARNING):
+        rows = load_rows(folder, "train", max_length=3)
+    assert rows["input_ids"][:] == [[1, 2, 3], [9]]
+    assert rows["labels"][:] == [[-100, 2, 3], [9]]
+    assert "2 of 3 rows cut to 3 tokens" in caplog.text
+    assert "1 rows without a label dropped" in caplog.text
+
+
+def test_a_split_without_any_label_is_refused(tmp_path: Path) -> None:
+    folder = write_split(tmp_path, [{"input_ids": [1, 2], "labels": [-100, -100]}])
+    with pytest.raises(UserError, match="none of its 1 rows has a label"):
+        load_rows(folder, "train", max_length=8)
+
+
+def test_a_missing_split_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.parquet not found"):
+        load_rows(tmp_path, "train", max_length=8)
