@@ -36,9 +36,9 @@ class DataPrepConfig(StepConfig):
     """Where rows come from."""
     mix_by: Literal["rows", "characters"] = "rows"
     """What the weights share out: rows (exact to one row), or characters (to one row's length; near to tokens)."""
-    mix_policy: Literal["downsample", "upsample", "error"] = "downsample"
-    """When the sources do not have the weights' proportions: leave out rows of those that have too many, repeat rows of
-    those that have too few (training rows only), or stop."""
+    mix_policy: Literal["downsample", "upsample"] = "downsample"
+    """When the sources do not have the weights' proportions: leave out rows of those that have too many, or repeat rows
+    of those that have too few (training rows only)."""
     test_size: float = Field(default=0.05, ge=0, lt=1)
     """Share of prompts held out for `eval`. A prompt's hash decides, so that adding data moves no row.""" ""
     validation_size: float = Field(default=0.05, ge=0, lt=1)

@@ -12,7 +12,8 @@ from finemill.components.data_prep.config import DataPrepConfig
 # 128 hash functions estimate a Jaccard index of 0.8 to +-0.035; 32 bands of 4 find a pair of 0.8 with 99.999999 %.
 _NUM_HASHES = 128
 _BAND_ROWS = 4
-_MERSENNE_PRIME = 2**61 - 1
+# The largest prime below 2^32: 32-bit hashes times 32-bit factors wrap around it often and fit in 64 bits.
+_PRIME = np.uint64(2**32 - 5)
 _SHINGLE_WORDS = 3
 
 
@@ -46,8 +47,8 @@ class NearDuplicates:
         self._bands: dict[bytes, list[int]] = {}
         # Fixed: which rows are near-duplicates must not depend on a seed.
         generator = np.random.Generator(np.random.PCG64(0))
-        self._factors = generator.integers(1, 2**32, _NUM_HASHES, dtype=np.uint64)
-        self._offsets = generator.integers(0, 2**32, _NUM_HASHES, dtype=np.uint64)
+        self._factors = generator.integers(1, _PRIME, _NUM_HASHES, dtype=np.uint64)
+        self._offsets = generator.integers(0, _PRIME, _NUM_HASHES, dtype=np.uint64)
 
     def seen(self, text: str) -> bool:
         """Whether a text like this one was given before; if not, it is remembered."""
@@ -64,9 +65,8 @@ class NearDuplicates:
     def _signature(self, text: str) -> NDArray[np.uint32]:
         """The smallest value of every hash function over the text's word triples, shape (128,)."""
         hashes = np.fromiter(_shingle_hashes(text), dtype=np.uint64)
-        # 32-bit hashes: factor * hash + offset stays below 2^64.
-        values = (self._factors[:, None] * hashes + self._offsets[:, None]) % np.uint64(_MERSENNE_PRIME)
-        minima: NDArray[np.uint32] = (values.min(axis=1) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+        values = (self._factors[:, None] * hashes + self._offsets[:, None]) % _PRIME
+        minima: NDArray[np.uint32] = values.min(axis=1).astype(np.uint32)
         return minima
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -44,16 +44,13 @@ def source_digests(inputs: Mapping[str, str], config: DataPrepConfig) -> dict[st
     return digests
 
 
-def load_source(source: Source, seed: int) -> Iterator[Row]:
-    """The rows of a source in order, columns renamed, at most `max_rows`."""
-    return islice(_all_rows(source, seed), source.max_rows)
-
-
-def _all_rows(source: Source, seed: int) -> Iterator[Row]:
+def load_source(source: Source, seed: int) -> Generator[Row, None, None]:
+    """The rows of a source in order, columns renamed, at most `max_rows`; close it to free its temporary folder."""
     with TemporaryDirectory(prefix="finemill-source-") as folder:
-        for file in locate_files(source, seed):
-            for row in read_rows(file.fetch(Path(folder)), source.format, shown_as=file.name):
-                yield parse_json_columns(_rename_columns(row, source))
+        files = locate_files(source, seed)
+        rows = (row for file in files for row in read_rows(file.fetch(Path(folder)), source.format, file.name))
+        for row in islice(rows, source.max_rows):
+            yield parse_json_columns(_rename_columns(row, source))
 
 
 def _rename_columns(row: Row, source: Source) -> Row:

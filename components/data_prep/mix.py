@@ -17,7 +17,7 @@ def mix_sources(groups: Mapping[int, Records], config: DataPrepConfig, split: st
         groups: the rows of each source in the order in which they are to be preferred.
         config: weights, `mix_by` and `mix_policy`.
         split: its name; only training rows are ever repeated.
-    Raises: UserError: a weighted source has no rows, or the proportions differ and the policy is `error`.
+    Raises: UserError: a weighted source has no rows.
     """
     weights = [source.weight for source in config.sources]
     if weights[0] is None or not any(groups.values()):
@@ -25,21 +25,14 @@ def mix_sources(groups: Mapping[int, Records], config: DataPrepConfig, split: st
     shares = {number: (weight or 0.0) / sum(w or 0.0 for w in weights) for number, weight in enumerate(weights)}
     for number in shares:
         if not groups.get(number):
+            advice = "" if split == "train" else f", raise {split}_size, or set it to 0"
             raise UserError(
                 f"{config.sources[number].uri}: no row in the {split} split, so the sources' weights cannot be kept; "
-                f"add rows, raise {split}_size, or set it to 0"
-                if split != "train"
-                else f"{config.sources[number].uri}: no training row is left, so the sources' weights cannot be kept"
+                f"add rows{advice}"
             )
     amounts = {number: _amount(groups[number], config) for number in shares}
-    upsample = config.mix_policy == "upsample" and split == "train"
-    choose = max if upsample else min
+    choose = max if config.mix_policy == "upsample" and split == "train" else min
     total = choose(amounts[number] / share for number, share in shares.items())
-    if config.mix_policy == "error" and any(abs(amounts[n] - total * s) >= 1 for n, s in shares.items()):
-        raise UserError(
-            f"{split}: the sources have {', '.join(str(amounts[n]) for n in shares)} {config.mix_by}, not in the "
-            "proportion of their weights; change weights or set mix_policy to downsample or upsample"
-        )
     if config.mix_by == "rows":
         counts = apportion(int(total + 1e-9), shares)
         return {number: list(islice(cycle(groups[number]), count)) for number, count in counts.items()}

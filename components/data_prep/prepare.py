@@ -46,18 +46,17 @@ def _read_splits(
     """The usable rows of each split and source, in the order in which a mix prefers them."""
     dedup = Deduplicator(config)
     splits: dict[str, dict[int, list[Record]]] = {split: defaultdict(list) for split in SPLITS}
+    sizes = {"test_size": config.test_size, "validation_size": config.validation_size}
     for number, source in enumerate(config.sources):
-        rows = load_source(source, config.seed)
-        for record, text in clean_rows(rows, number, config, spool, counts[number]):
-            if counts[number].read % _PROGRESS_ROWS == 0:
-                context.recorder.log_progress(f"{counts[number].read} rows of {source.uri}")
-            reason = dedup.reason(record, text)
-            if reason:
-                counts[number].dropped[reason] += 1
-                continue
-            sizes = {"test_size": config.test_size, "validation_size": config.validation_size}
-            split = assign_split(record.prompt_key, seed=config.seed, **sizes)
-            splits[split][number].append(record)
+        with closing(load_source(source, config.seed)) as rows:
+            for record, text in clean_rows(rows, number, config, spool, counts[number]):
+                if counts[number].read % _PROGRESS_ROWS == 0:
+                    context.recorder.log_progress(f"{counts[number].read} rows of {source.uri}")
+                reason = dedup.reason(record, text)
+                if reason:
+                    counts[number].dropped[reason] += 1
+                else:
+                    splits[assign_split(record.prompt_key, seed=config.seed, **sizes)][number].append(record)
         if not counts[number].read:
             raise UserError(f"{source.uri}: no rows in it; check sources[].uri, name and split")
         context.recorder.log_progress(f"{counts[number].read} rows read from {source.uri}")

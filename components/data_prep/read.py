@@ -69,7 +69,7 @@ def _open_text(path: Path) -> TextIO:
 def _read_jsonl(file: TextIO, where: str) -> Iterator[Row]:
     for number, line in enumerate(file, start=1):
         if line.strip():
-            yield _as_row(_parse(line, where, number), f"{where}, line {number}")
+            yield _as_row(_parse(line.strip(), where, number), f"{where}, line {number}")
 
 
 def _read_json(file: TextIO, where: str) -> Iterator[Row]:

@@ -1,0 +1,136 @@
+import json
+from pathlib import Path
+
+import boto3
+import pytest
+
+from finemill.components.config import parse_config
+from finemill.components.data_prep.config import DataPrepConfig
+from finemill.components.data_prep.load import load_source, source_digests
+from finemill.components.errors import UserError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def config(**source: object) -> DataPrepConfig:
+    return parse_config(DataPrepConfig, {"sources": [source]}, "data-prep")
+
+
+def rows(**source: object) -> list[dict[str, object]]:
+    parsed = config(**source)
+    return list(load_source(parsed.sources[0], parsed.seed))
+
+
+def write_jsonl(path: Path, *texts: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_jsonl(tmp_path / "main" / "train-00001-of-00002.jsonl", "c")
+    write_jsonl(tmp_path / "main" / "train-00000-of-00002.jsonl", "a", "b")
+    write_jsonl(tmp_path / "main" / "test.jsonl", "d")
+    write_jsonl(tmp_path / "socratic" / "train.jsonl", "e")
+    (tmp_path / "README.md").write_text("not data")
+    return tmp_path
+
+
+def texts(**source: object) -> str:
+    return "".join(str(row["text"]) for row in rows(**source))
+
+
+def test_a_folder_gives_its_files_in_order(folder: Path) -> None:
+    assert texts(uri=str(folder)) == "dabce"
+    assert texts(uri=folder.as_uri()) == "dabce"
+    assert texts(uri=str(folder / "main" / "test.jsonl")) == "d"
+
+
+def test_name_and_split_choose_files(folder: Path) -> None:
+    assert texts(uri=str(folder), name="main", split="train") == "abc"
+    assert texts(uri=str(folder), split="test") == "d"
+
+
+def test_max_rows_takes_the_first(folder: Path) -> None:
+    assert texts(uri=str(folder), max_rows=2) == "da"
+
+
+def test_columns_are_read_under_known_names(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("frage,antwort,note\n1+1?,2,x\n")
+    found = rows(uri=str(tmp_path / "a.csv"), columns={"question": "frage", "answer": "antwort"})
+    assert found == [{"question": "1+1?", "answer": "2"}]
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("frage\n1+1?\n")
+    with pytest.raises(UserError, match="no column 'query'; the rows have frage"):
+        rows(uri=str(tmp_path / "a.csv"), columns={"question": "query"})
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"uri": "{folder}/none"}, "not found: there is no such file or folder"),
+        (
+            {"uri": "{folder}", "split": "validation"},
+            "no data file of split 'validation' there .found README.md, main/",
+        ),
+        ({"uri": "ftp://host/data"}, "unknown scheme 'ftp'; allowed are a path, file://, s3://"),
+        ({"uri": "example:poems"}, "example:poems is not known"),
+        ({"uri": "hf://datasets/"}, "write hf://datasets/org/name@revision"),
+        ({"uri": "hf://datasets/org/absent"}, "not in the local hub cache and HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_a_source_that_is_not_there_is_named(folder: Path, source: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        rows(**{key: value.format(folder=folder) for key, value in source.items()})
+
+
+def test_example_rows_depend_on_seed_and_number_only() -> None:
+    first = rows(uri="example:reasoning", max_rows=20)
+    assert len(first) == 20
+    assert first == rows(uri="example:reasoning", max_rows=20)
+    assert source_digests({}, config(uri="example:reasoning", max_rows=20)) != source_digests(
+        {}, config(uri="example:reasoning", max_rows=21)
+    )
+
+
+def test_a_changed_file_has_another_digest(folder: Path) -> None:
+    before = source_digests({}, config(uri=str(folder)))
+    assert before == source_digests({}, config(uri=str(folder)))
+    write_jsonl(folder / "main" / "test.jsonl", "D")
+    after = source_digests({}, config(uri=str(folder)))
+    assert set(before) == set(after)
+    assert before != after
+
+
+def test_s3_prefixes_and_objects_are_sources(s3_store: str) -> None:
+    bucket, prefix = s3_store.removeprefix("s3://").split("/", 1)
+    for name, text in (("data/train.jsonl", "a"), ("data/test.jsonl", "b"), ("database.jsonl", "c")):
+        boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=json.dumps({"text": text}).encode())
+    assert texts(uri=f"{s3_store}/data") == "ba"
+    assert texts(uri=f"{s3_store}/data/", split="train") == "a"
+    assert texts(uri=f"{s3_store}/database.jsonl") == "c"
+    before = source_digests({}, config(uri=f"{s3_store}/data"))
+    boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/data/test.jsonl", Body=b'{"text": "B"}')
+    assert source_digests({}, config(uri=f"{s3_store}/data")) != before
+
+
+def test_s3_sources_that_are_not_there_are_named(s3_store: str) -> None:
+    with pytest.raises(UserError, match="the bucket has no such object or prefix"):
+        rows(uri=f"{s3_store}/absent")
+    with pytest.raises(UserError, match="there is no such bucket"):
+        rows(uri="s3://no-such-bucket-here/data")
+
+
+def test_hub_data_sets_are_read_from_the_cache_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "datasets--org--name"
+    snapshot = repository / "snapshots" / COMMIT
+    write_jsonl(snapshot / "data" / "train-00000-of-00001.jsonl", "a")
+    write_jsonl(snapshot / "data" / "test-00000-of-00001.jsonl", "b")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert texts(uri="hf://datasets/org/name", split="train") == "a"
+    assert texts(uri=f"hf://datasets/org/name@{COMMIT}/data", split="test") == "b"
+    assert texts(uri="hf://datasets/org/name@main/data/test-00000-of-00001.jsonl") == "b"
