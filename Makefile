@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format lint types lock clean
+.PHONY: help install run test check format lint types golden lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -36,6 +36,11 @@ lint: $(STAMP)  ## lint
 
 types: $(STAMP)  ## check the types, strictly
 	@$(BIN)/mypy
+
+golden: $(STAMP)  ## write the compiled pipelines anew that tests compare with; read the difference
+	@for name in finetune retrain export; do for engine in kfp argo; do \
+		$(BIN)/finemill compile $$name --engine $$engine --store s3://bucket/prefix -o tests/pipelines/golden/$$name-$$engine.yaml; \
+	done; done
 
 lock: $(STAMP)  ## resolve constraints.txt anew
 	@uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \

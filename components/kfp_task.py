@@ -1,13 +1,19 @@
 """The body of every KFP component: run the step, fill KFP's outputs."""
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finemill.components.errors import StepError
-from finemill.components.step import run_step
+from finemill.components.errors import StepError, UserError
+from finemill.components.step import StepResult, run_step
+from finemill.components.steps import get_step
 from finemill.components.storage.store import fetch_artifact
+from finemill.components.terminal_failure import TerminalFailure
+
+# KFP sets it when a retry policy is set; the attempts of a run that a person has retried count from 0 again.
+ATTEMPT_VARIABLE = "KFP_RETRY_INDEX"
 
 
 def run_kfp_task(
@@ -21,21 +27,28 @@ def run_kfp_task(
     manifest: Any,
     metrics: Any,
     shown: Mapping[str, Any] | None = None,
+    verdict_path: str | None = None,
 ) -> None:
     """Run the step `name` and write its reference, manifest and metrics where KFP wants them.
+
+    KFP turns every exit code into 1 and retries on any. So a failure that would only repeat itself is noted in the
+    store, and the attempts after it end at once with the same line.
 
     Args:
         reference_path: file that gets the output's reference (a KFP `OutputPath(str)`).
         manifest: KFP artifact that carries the manifest, never the output's own files.
         metrics: KFP `Metrics` artifact.
         shown: KFP artifact (`HTML`, `Markdown`) per small file of the output that KFP's page is to show.
+        verdict_path: file that gets the step's verdict, `true` or `false` (a KFP `OutputPath(bool)`).
     """
     try:
-        result = run_step(name, store=store, inputs=inputs, config=config, run_id=run_id or None)
+        result = _run_unless_failed(name, store=store, inputs=inputs, config=config, run_id=run_id)
     except StepError as error:
         print(f"finemill {name}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     _write(Path(reference_path), str(result.reference))
+    if verdict_path:
+        _write(Path(verdict_path), get_step(name).verdict_text(result.manifest.metrics))
     _write(Path(manifest.path), result.manifest.to_bytes().decode())
     manifest.metadata.update(uri=result.reference.uri, digest=result.reference.digest, kind=result.manifest.kind)
     for key, value in result.manifest.metrics.items():
@@ -46,6 +59,19 @@ def run_kfp_task(
         folder, _ = fetch_artifact(result.reference)
         for name_in_output, artifact in shown.items():
             _write(Path(artifact.path), (folder / name_in_output).read_text())
+
+
+def _run_unless_failed(
+    name: str, *, store: str, inputs: Mapping[str, str], config: Mapping[str, Any], run_id: str
+) -> StepResult:
+    failure = TerminalFailure.of_call(name, store=store, inputs=inputs, config=config, run_id=run_id)
+    if os.environ.get(ATTEMPT_VARIABLE, "0") != "0":
+        failure.raise_if_noted()
+    try:
+        return run_step(name, store=store, inputs=inputs, config=config, run_id=run_id or None)
+    except UserError as error:
+        failure.note(str(error))
+        raise
 
 
 def _write(path: Path, text: str) -> None:

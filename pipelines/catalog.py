@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 
 from finemill.components.errors import UserError
+from finemill.pipelines.export import EXPORT
 from finemill.pipelines.finetune import FINETUNE
 from finemill.pipelines.graph import Pipeline
+from finemill.pipelines.retrain import RETRAIN
 
-PIPELINES: Mapping[str, Pipeline] = {pipeline.name: pipeline for pipeline in (FINETUNE,)}
+PIPELINES: Mapping[str, Pipeline] = {pipeline.name: pipeline for pipeline in (FINETUNE, RETRAIN, EXPORT)}
 
 
 def get_pipeline(name: str) -> Pipeline:

@@ -1,6 +1,8 @@
 """The configuration of a whole pipeline: a base model, and a section per step."""
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, create_model
 
 from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.config import StepConfig
@@ -8,6 +10,7 @@ from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.eval.config import EvalConfig
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.merge.config import MergeConfig
+from finemill.components.preflight.config import PreflightSettings
 from finemill.components.promote.config import PromoteConfig
 from finemill.components.register.config import RegisterConfig
 from finemill.components.train_qlora.config import TrainQLoRAConfig
@@ -18,6 +21,9 @@ class FinetuneConfig(StepConfig):
 
     base_model: str = "builtin:tiny-qwen3"
     """The model to tune: `builtin:tiny-qwen3`, a local folder, or `hf://org/name@revision`."""
+
+    preflight: PreflightSettings = Field(default_factory=PreflightSettings)
+    """What a run in a cluster is checked against before it takes a GPU."""
 
     data_prep: DataPrepConfig
     """Which rows, how they are cleaned, mixed and split."""
@@ -43,3 +49,41 @@ class FinetuneConfig(StepConfig):
 
     promote: PromoteConfig = Field(default_factory=PromoteConfig)
     """The gates between a new version and the champion."""
+
+
+class ExportConfig(StepConfig):
+    """A trained adapter to GGUF files and a registered version."""
+
+    base_model: str
+    """The model that the adapter was trained on."""
+
+    adapter: str
+    """Reference of the adapter, <uri>@sha256:<digest>, as `train-qlora` printed it."""
+
+    dataset: str
+    """Reference of the dataset whose held-out rows the GGUF files are checked on."""
+
+    evaluation: str
+    """Reference of the adapter's evaluation; its scores go into the registry."""
+
+    preflight: PreflightSettings = Field(default_factory=PreflightSettings)
+    """What a run in a cluster is checked against first."""
+
+    merge: MergeConfig = Field(default_factory=MergeConfig)
+    """The merged model's precision and the tolerance of its check."""
+
+    gguf_quantize: GGUFQuantizeConfig = Field(default_factory=GGUFQuantizeConfig)
+    """Which GGUF files, and how they are checked."""
+
+    register_: RegisterConfig = Field(default_factory=RegisterConfig, alias="register")
+    """The name in the model registry."""
+
+
+def with_optional_fields(model: type[StepConfig]) -> type[StepConfig]:
+    """The same configuration with nothing required: for a pipeline whose runs bring what is missing."""
+    optional: dict[str, Any] = {
+        name: (field.annotation | None, Field(default=None, description=field.description))
+        for name, field in model.model_fields.items()
+        if field.is_required() and field.annotation is not None
+    }
+    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, **optional)

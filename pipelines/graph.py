@@ -23,30 +23,35 @@ class Parameter:
 
 
 STORE = Parameter("store", "Folder or s3://bucket/prefix that gets every artifact.")
+GPUS = Parameter("gpus", "GPUs of each step that wants one; 0 runs those steps on the CPU.", "1")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Requests and limits of one task's container, in Kubernetes units."""
+    """What a task's container asks for, in Kubernetes units; `size` is its key in a cluster's settings."""
 
+    size: str
     cpu: str
     memory: str
-    gpus: int = 0
+    gpu: bool = False
 
 
-SMALL = Resources(cpu="1", memory="2Gi")
-LARGE = Resources(cpu="4", memory="16Gi")
-ONE_GPU = Resources(cpu="8", memory="32Gi", gpus=1)
+SMALL = Resources("small", cpu="1", memory="2Gi")
+LARGE = Resources("large", cpu="4", memory="16Gi")
+ONE_GPU = Resources("gpu", cpu="8", memory="32Gi", gpu=True)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One call of a step. Its output is one string, the artifact's reference."""
+    """One call of a step. Its output is one string, the artifact's reference, and the step's verdict if it has one."""
 
     step: Step
     inputs: Mapping[str, "Task | Parameter"]
     resources: Resources
     retries: int
+    after: tuple["Task", ...] = ()
+    when: "Task | None" = None
+    checks: tuple[Parameter, ...] = ()
 
     @property
     def name(self) -> str:
@@ -56,17 +61,41 @@ class Task:
     @property
     def config(self) -> Parameter:
         """The parameter that carries the step's configuration."""
-        return Parameter(self.step.module_name, f"Configuration of {self.name}; see `finemill schema {self.name}`.", {})
+        return step_config(self.step.config_section)
 
     @property
     def upstream(self) -> list["Task"]:
-        """The tasks whose outputs this one reads."""
-        return [source for source in self.inputs.values() if isinstance(source, Task)]
+        """The tasks that must have ended before this one starts."""
+        sources = [source for source in self.inputs.values() if isinstance(source, Task)]
+        gate = [self.when] if self.when else []
+        return [*sources, *(item for item in (*self.after, *gate) if item.name not in {task.name for task in sources})]
 
 
-def task(step_name: str, *, resources: Resources = SMALL, retries: int = 2, **inputs: Task | Parameter) -> Task:
+def step_config(section: str) -> Parameter:
+    """The parameter that carries one section of the configuration."""
+    return Parameter(section, f"Configuration of {section}; see `finemill schema {section.replace('_', '-')}`.", {})
+
+
+def task(
+    step_name: str,
+    *,
+    resources: Resources = SMALL,
+    retries: int = 2,
+    after: tuple[Task, ...] = (),
+    when: Task | None = None,
+    checks: tuple[Parameter, ...] = (),
+    **inputs: Task | Parameter,
+) -> Task:
     """Call a step on other tasks' outputs.
 
+    Args:
+        step_name: its key in `steps.py`.
+        resources: requests and limits of its container.
+        retries: further attempts after a lost node or exit code 75.
+        after: tasks that must succeed first, besides those whose outputs it reads.
+        when: a task with a verdict; without a yes this one is skipped.
+        checks: parameters besides its own that go into its configuration: a mapping as an entry of `steps`.
+        inputs: a task or parameter per input of the step.
     Raises: ValueError: an input is missing, unknown, or comes from a task with another kind of output.
     """
     step = STEPS[step_name]
@@ -75,7 +104,9 @@ def task(step_name: str, *, resources: Resources = SMALL, retries: int = 2, **in
     for port, source in inputs.items():
         if isinstance(source, Task) and source.step.output != port:
             raise ValueError(f"{step_name} wants {port}, {source.name} writes {source.step.output}")
-    return Task(step, inputs, resources, retries)
+    if when is not None and when.step.verdict is None:
+        raise ValueError(f"{step_name} waits for a verdict of {when.name}, which gives none")
+    return Task(step, inputs, resources, retries, after, when, checks)
 
 
 @dataclass(frozen=True)
@@ -89,12 +120,14 @@ class Pipeline:
 
     @property
     def parameters(self) -> list[Parameter]:
-        """The store, the tasks' own inputs, and one configuration per task; each once, in order of use."""
+        """The store, the tasks' own inputs, and one configuration per section; each once, in order of use."""
         found = {STORE.name: STORE}
         for item in self.tasks:
-            for source in item.inputs.values():
+            for source in (*item.inputs.values(), *(value for value in item.checks if not value.is_mapping)):
                 if isinstance(source, Parameter):
                     found[source.name] = source
+        if any(item.resources.gpu for item in self.tasks):
+            found[GPUS.name] = GPUS
         for item in self.tasks:
             found[item.config.name] = item.config
         return list(found.values())

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from kfp import local
 
-from finemill.components.images import IMAGES
 from finemill.pipelines.catalog import get_pipeline
+from finemill.pipelines.cluster import ClusterConfig
+from finemill.pipelines.graph import Pipeline
 from finemill.pipelines.render_kfp import build_kfp_pipeline
 
 
@@ -23,11 +24,19 @@ def main(request_file: str) -> int:
     warnings.filterwarnings("ignore", message="You may be attemping to run a task", category=RuntimeWarning)
     request = json.loads(Path(request_file).read_text())
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=request["root"], raise_on_error=True)
-    pipeline = get_pipeline(request["pipeline"])
-    # On one machine there is no node to lose: a failed step would only fail again.
-    once = replace(pipeline, tasks=tuple(replace(task, retries=0) for task in pipeline.tasks))
-    build_kfp_pipeline(once, {}, IMAGES)(**request["parameters"])
+    pipeline = for_this_machine(get_pipeline(request["pipeline"]))
+    known = {item.name for item in pipeline.parameters}
+    arguments = {name: value for name, value in request["parameters"].items() if name in known}
+    build_kfp_pipeline(pipeline, {}, ClusterConfig())(**arguments)
     return 0
+
+
+def for_this_machine(pipeline: Pipeline) -> Pipeline:
+    """The pipeline without what only a cluster needs: retries (there is no node to lose, a failed step would only fail
+    again) and the preflight step (the caller has checked configuration and store).
+    """
+    tasks = [replace(task, retries=0, after=()) for task in pipeline.tasks if task.name != "preflight"]
+    return replace(pipeline, tasks=tuple(tasks))
 
 
 if __name__ == "__main__":

@@ -1,90 +1,125 @@
-"""A pipeline as Argo Workflows sees it: a WorkflowTemplate with one container template per step."""
+"""A pipeline as Argo Workflows sees it: a WorkflowTemplate with one container template per step, and its schedule."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hera.workflows import DAG, Container, RetryStrategy, WorkflowTemplate
+from hera.workflows import DAG, Container, CronWorkflow, EmptyDirVolume, ExistingVolume, Volume, WorkflowTemplate
 from hera.workflows import Parameter as ArgoParameter
-from hera.workflows import Resources as ArgoResources
 from hera.workflows import Task as ArgoTask
-from hera.workflows.models import SecurityContext, ValueFrom
+from hera.workflows.models import (
+    LocalObjectReference,
+    PodGC,
+    PodSecurityContext,
+    SeccompProfile,
+    TTLStrategy,
+    WorkflowTemplateRef,
+)
 
-from finemill.pipelines.graph import Parameter, Pipeline, Resources, Task
+from finemill.pipelines.argo_container import build_container
+from finemill.pipelines.cluster import CACHE_PATH, ClusterConfig
+from finemill.pipelines.graph import Parameter, Pipeline, Task
 
-# Exit code 75 is a preempted or temporarily failed step; a lost node or deleted pod has no exit code of its own.
-RETRY_EXPRESSION = "lastRetry.status == 'Error' || asInt(lastRetry.exitCode) in [75, 137, 143]"
-_OUTPUT_FILE = "/tmp/finemill/reference"
-
-
-def compile_argo(pipeline: Pipeline, defaults: Mapping[str, Any], images: Mapping[str, str], output: Path) -> None:
-    """Write the pipeline as a WorkflowTemplate."""
-    output.write_text(build_argo_template(pipeline, defaults, images).to_yaml())
+# A firing that was missed by more than this, because the controller was down, is dropped: no catch-up.
+STARTING_DEADLINE_S = 300
 
 
-def build_argo_template(pipeline: Pipeline, defaults: Mapping[str, Any], images: Mapping[str, str]) -> WorkflowTemplate:
+def compile_argo(
+    pipeline: Pipeline,
+    defaults: Mapping[str, Any],
+    cluster: ClusterConfig,
+    output: Path,
+    *,
+    schedule: str | None = None,
+    timezone: str | None = None,
+) -> None:
+    """Write the pipeline as a WorkflowTemplate, followed by a CronWorkflow if there is a schedule."""
+    documents = [build_argo_template(pipeline, defaults, cluster).to_yaml()]
+    if schedule:
+        documents.append(build_argo_schedule(pipeline, schedule, timezone).to_yaml())
+    output.write_text("---\n".join(documents))
+
+
+def build_argo_template(pipeline: Pipeline, defaults: Mapping[str, Any], cluster: ClusterConfig) -> WorkflowTemplate:
     """The WorkflowTemplate of a graph; arguments as for `build_kfp_pipeline`."""
     with WorkflowTemplate(
         name=pipeline.name,
         entrypoint=pipeline.name,
         arguments=[_argument(item, defaults) for item in pipeline.parameters],
         annotations={"workflows.argoproj.io/description": pipeline.description},
+        labels={"app.kubernetes.io/name": "finemill", "app.kubernetes.io/component": pipeline.name},
+        service_account_name=cluster.service_account,
+        image_pull_secrets=[LocalObjectReference(name=name) for name in cluster.image_pull_secrets] or None,
+        security_context=PodSecurityContext(
+            run_as_non_root=True, seccomp_profile=SeccompProfile(type="RuntimeDefault")
+        ),
+        volumes=_volumes(cluster),
+        ttl_strategy=TTLStrategy(seconds_after_completion=cluster.ttl_s),
+        # Pods of failed steps stay as long as the workflow does: they hold the log that tells why.
+        pod_gc=PodGC(strategy="OnPodSuccess", delete_delay_duration="10m"),
     ) as template:
-        containers = {task.name: _container(task, images) for task in pipeline.tasks}
+        containers = {task.name: build_container(task, cluster) for task in pipeline.tasks}
         with DAG(name=pipeline.name):
             for task in pipeline.tasks:
-                ArgoTask(
-                    name=task.name,
-                    template=containers[task.name].name,
-                    arguments=[
-                        ArgoParameter(name=port, value=_source(port, source)) for port, source in task.inputs.items()
-                    ],
-                    dependencies=[item.name for item in task.upstream] or None,
-                )
+                _add_task(task, containers[task.name])
     return template
+
+
+def build_argo_schedule(pipeline: Pipeline, schedule: str, timezone: str | None = None) -> CronWorkflow:
+    """A CronWorkflow that runs the pipeline's installed WorkflowTemplate: never two at once, none made up for.
+
+    Args:
+        pipeline: which template.
+        schedule: five cron fields.
+        timezone: a name of the time zone database; the controller's own (UTC as a rule) without one.
+    """
+    return CronWorkflow(
+        name=pipeline.name,
+        schedules=[schedule],
+        timezone=timezone,
+        concurrency_policy="Forbid",
+        starting_deadline_seconds=STARTING_DEADLINE_S,
+        successful_jobs_history_limit=3,
+        failed_jobs_history_limit=3,
+        workflow_template_ref=WorkflowTemplateRef(name=pipeline.name),
+    )
 
 
 def _argument(item: Parameter, defaults: Mapping[str, Any]) -> ArgoParameter:
     default = defaults.get(item.name, item.default)
+    if default is None:
+        return ArgoParameter(name=item.name, description=item.description)
     value = json.dumps(default, sort_keys=True) if item.is_mapping else default
     return ArgoParameter(name=item.name, value=value, description=item.description)
+
+
+def _volumes(cluster: ClusterConfig) -> list[Any]:
+    """What every pod may write, with a root that is read-only: /tmp, and the cache of downloads."""
+    temporary: Volume | EmptyDirVolume = EmptyDirVolume(name="tmp", mount_path="/tmp")
+    if cluster.cache_claim:
+        cache: Any = ExistingVolume(name="cache", claim_name=cluster.cache_claim, mount_path=CACHE_PATH)
+    else:
+        cache = EmptyDirVolume(name="cache", mount_path=CACHE_PATH)
+    shared = EmptyDirVolume(
+        name="shared-memory", mount_path="/dev/shm", medium="Memory", size_limit=cluster.shared_memory
+    )
+    return [temporary, cache, shared]
+
+
+def _add_task(task: Task, container: Container) -> None:
+    ArgoTask(
+        name=task.name,
+        template=container.name,
+        arguments=[ArgoParameter(name=port, value=_source(port, source)) for port, source in task.inputs.items()],
+        dependencies=[item.name for item in task.upstream] or None,
+        when=f"{{{{tasks.{task.when.name}.outputs.parameters.{task.when.step.verdict}}}}} == true"
+        if task.when
+        else None,
+    )
 
 
 def _source(port: str, source: Task | Parameter) -> str:
     if isinstance(source, Task):
         return f"{{{{tasks.{source.name}.outputs.parameters.{port}}}}}"
     return f"{{{{workflow.parameters.{source.name}}}}}"
-
-
-def _container(task: Task, images: Mapping[str, str]) -> Container:
-    inputs = [f"--{port.replace('_', '-')}={{{{inputs.parameters.{port}}}}}" for port in task.inputs]
-    return Container(
-        name=task.name,
-        image=images[task.step.image],
-        command=["finemill", task.name],
-        args=[
-            "--store={{workflow.parameters.store}}",
-            *inputs,
-            f"--config-json={{{{workflow.parameters.{task.config.name}}}}}",
-            "--run-id={{workflow.uid}}",
-            f"--output-file={_OUTPUT_FILE}",
-        ],
-        inputs=[ArgoParameter(name=port) for port in task.inputs],
-        outputs=[ArgoParameter(name=task.step.output, value_from=ValueFrom(path=_OUTPUT_FILE))],
-        resources=_resources(task.resources),
-        retry_strategy=RetryStrategy(limit=task.retries, retry_policy="Always", expression=RETRY_EXPRESSION),
-        security_context=SecurityContext(
-            allow_privilege_escalation=False, run_as_non_root=True, capabilities={"drop": ["ALL"]}
-        ),
-    )
-
-
-def _resources(resources: Resources) -> ArgoResources:
-    return ArgoResources(
-        cpu_request=resources.cpu,
-        cpu_limit=resources.cpu,
-        memory_request=resources.memory,
-        memory_limit=resources.memory,
-        gpus=resources.gpus or None,
-    )

@@ -2,43 +2,71 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from kfp import compiler, dsl
+from kfp import compiler, dsl, kubernetes
+from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
-from finemill.pipelines.graph import Parameter, Pipeline, Resources, Task
+from finemill.pipelines.cluster import (
+    CACHE_PATH,
+    CACHE_VARIABLES,
+    CONFIG_KEYS,
+    HUB_KEYS,
+    MLFLOW_KEYS,
+    S3_KEYS,
+    SHARED_MEMORY_PATH,
+    ClusterConfig,
+)
+from finemill.pipelines.graph import GPUS, Parameter, Pipeline, Task
 
 # KFP stops retrying an hour after the first attempt began unless told otherwise: longer than any training run.
 BACKOFF_MAX_DURATION = "604800s"
 
 
-def build_kfp_pipeline(
-    pipeline: Pipeline, defaults: Mapping[str, Any], images: Mapping[str, str]
-) -> Callable[..., Any]:
+def compile_kfp(
+    pipeline: Pipeline, defaults: Mapping[str, Any], cluster: ClusterConfig, output: Path, *, manifests: bool = False
+) -> None:
+    """Write the pipeline as YAML: KFP's intermediate representation, or with `manifests` the Kubernetes objects
+    `Pipeline` and `PipelineVersion` that hold it.
+    """
+    options = KubernetesManifestOptions(
+        pipeline_name=pipeline.name, pipeline_version_name=pipeline.name, include_pipeline_manifest=True
+    )
+    compiler.Compiler().compile(
+        build_kfp_pipeline(pipeline, defaults, cluster),
+        str(output),
+        kubernetes_manifest_format=manifests,
+        kubernetes_manifest_options=options if manifests else None,
+    )
+
+
+def build_kfp_pipeline(pipeline: Pipeline, defaults: Mapping[str, Any], cluster: ClusterConfig) -> Callable[..., Any]:
     """The `@dsl.pipeline` function of a graph.
 
     Args:
         pipeline: the graph.
         defaults: parameter values that replace the graph's own defaults.
-        images: image name by role, `cpu` and `train`.
+        cluster: images, secrets by name, sizes, placement.
     """
 
-    def body(**arguments: Any) -> None:
-        outputs: dict[str, Any] = {}
-        for task in pipeline.tasks:
-            outputs[task.name] = _call(task, arguments, outputs, images)
+    def body(*values: Any) -> None:
+        arguments = dict(zip(signature.parameters, values, strict=True))
+        calls: dict[str, Any] = {}
+        for _, tasks in groupby(pipeline.tasks, key=lambda task: task.when and task.when.name):
+            group = list(tasks)
+            with _condition(group[0].when, calls):
+                for task in group:
+                    calls[task.name] = _call(task, arguments, calls)
+                    _set_execution(calls[task.name], task, arguments, cluster)
 
     signature = inspect.Signature([_signature_entry(item, defaults) for item in pipeline.parameters])
     body.__signature__ = signature  # type: ignore[attr-defined]
     body.__annotations__ = {name: entry.annotation for name, entry in signature.parameters.items()}
     return dsl.pipeline(name=pipeline.name, description=pipeline.description)(body)
-
-
-def compile_kfp(pipeline: Pipeline, defaults: Mapping[str, Any], images: Mapping[str, str], output: Path) -> None:
-    """Write the pipeline's intermediate representation as YAML."""
-    compiler.Compiler().compile(build_kfp_pipeline(pipeline, defaults, images), str(output))
 
 
 def _signature_entry(item: Parameter, defaults: Mapping[str, Any]) -> inspect.Parameter:
@@ -51,10 +79,16 @@ def _signature_entry(item: Parameter, defaults: Mapping[str, Any]) -> inspect.Pa
     )
 
 
-def _call(task: Task, arguments: Mapping[str, Any], outputs: Mapping[str, Any], images: Mapping[str, str]) -> Any:
+def _condition(gate: Task | None, calls: Mapping[str, Any]) -> Any:
+    if gate is None:
+        return nullcontext()
+    return dsl.If(calls[gate.name].outputs[gate.step.verdict] == True, name=f"if-{gate.step.verdict}")  # noqa: E712
+
+
+def _call(task: Task, arguments: Mapping[str, Any], calls: Mapping[str, Any]) -> Any:
     component = getattr(import_module(f"finemill.components.{task.step.module_name}.component"), task.step.module_name)
     inputs = {
-        port: outputs[source.name].outputs[port] if isinstance(source, Task) else arguments[source.name]
+        port: calls[source.name].outputs[port] if isinstance(source, Task) else arguments[source.name]
         for port, source in task.inputs.items()
     }
     call = component(
@@ -62,21 +96,56 @@ def _call(task: Task, arguments: Mapping[str, Any], outputs: Mapping[str, Any], 
         config=arguments[task.config.name],
         run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         **inputs,
+        **{item.name: arguments[item.name] for item in task.checks},
     )
-    call.set_display_name(task.name)
-    call.set_container_image(images[task.step.image])
+    data_sources = {source.name for source in task.inputs.values() if isinstance(source, Task)}
+    call.after(*(calls[item.name] for item in task.upstream if item.name not in data_sources and item != task.when))
+    return call.set_display_name(task.name)
+
+
+def _set_execution(call: Any, task: Task, arguments: Mapping[str, Any], cluster: ClusterConfig) -> None:
+    """Image, retries, resources, secrets and placement of a task's pod."""
+    call.set_container_image(cluster.image(task.step.image))
     # The steps find their own finished output, and check that it is whole; KFP's cache would not.
     call.set_caching_options(False)
     if task.retries:
         call.set_retry(
             task.retries, backoff_duration="30s", backoff_factor=2, backoff_max_duration=BACKOFF_MAX_DURATION
         )
-    _set_resources(call, task.resources)
-    return call
+    size = cluster.size(task.resources)
+    call.set_cpu_request(size.cpu).set_cpu_limit(size.cpu)
+    call.set_memory_request(size.memory).set_memory_limit(size.memory)
+    kubernetes.set_image_pull_policy(call, cluster.image_pull_policy)
+    if cluster.image_pull_secrets:
+        kubernetes.set_image_pull_secrets(call, list(cluster.image_pull_secrets))
+    kubernetes.set_security_context(call, run_as_non_root=True)
+    _set_environment(call, cluster)
+    if task.resources.gpu:
+        _set_gpu(call, arguments[GPUS.name], cluster)
 
 
-def _set_resources(call: Any, resources: Resources) -> None:
-    call.set_cpu_request(resources.cpu).set_cpu_limit(resources.cpu)
-    call.set_memory_request(resources.memory).set_memory_limit(resources.memory)
-    if resources.gpus:
-        call.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(resources.gpus)
+def _set_environment(call: Any, cluster: ClusterConfig) -> None:
+    kubernetes.use_config_map_as_env(call, cluster.config_map, {key: key for key in CONFIG_KEYS}, optional=True)
+    for secret, keys in (
+        (cluster.s3_secret, S3_KEYS),
+        (cluster.mlflow_secret, MLFLOW_KEYS),
+        (cluster.hub_secret, HUB_KEYS),
+    ):
+        kubernetes.use_secret_as_env(call, secret, {key: key for key in keys}, optional=True)
+    if cluster.cache_claim:
+        kubernetes.mount_pvc(call, cluster.cache_claim, CACHE_PATH)
+        for name, value in CACHE_VARIABLES.items():
+            call.set_env_variable(name, value)
+
+
+def _set_gpu(call: Any, gpus: Any, cluster: ClusterConfig) -> None:
+    call.set_accelerator_type(cluster.gpu_resource).set_accelerator_limit(gpus)
+    kubernetes.empty_dir_mount(
+        call, "shared-memory", SHARED_MEMORY_PATH, medium="Memory", size_limit=cluster.shared_memory
+    )
+    for label, value in cluster.gpu_node_selector.items():
+        kubernetes.add_node_selector(call, label, value)
+    for toleration in cluster.gpu_tolerations:
+        kubernetes.add_toleration(call, **toleration)
+    if cluster.queue:
+        kubernetes.add_pod_label(call, "kueue.x-k8s.io/queue-name", cluster.queue)

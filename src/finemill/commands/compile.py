@@ -2,10 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from finemill.commands.config_flags import add_config_flags, read_config
 from finemill.commands.pipeline_argument import choose_pipeline, default_config_file
+from finemill.components.errors import UserError
 from finemill.components.images import IMAGES
+from finemill.pipelines.config import with_optional_fields
+from finemill.pipelines.graph import Pipeline
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -14,23 +18,41 @@ def execute(name: str, arguments: list[str]) -> int:
     pipeline = choose_pipeline(parser, arguments)
     add_config_flags(parser, pipeline.config)
     parsed = parser.parse_args(arguments)
-    parsed.config = parsed.config or default_config_file(pipeline)
-    config = read_config(parsed, pipeline.config, "finemill compile")
-    defaults = config.model_dump(mode="json", exclude_unset=True, by_alias=True)
-    if parsed.store:
-        defaults["store"] = parsed.store
-    images = {"cpu": parsed.image_cpu, "train": parsed.image_train}
+    _check_engine_flags(parsed)
+    from finemill.pipelines.cluster import read_cluster_config
+
+    cluster = read_cluster_config(parsed.cluster, image_cpu=parsed.image_cpu, image_train=parsed.image_train)
+    defaults = read_defaults(parsed, pipeline)
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
     if parsed.engine == "kfp":
         from finemill.pipelines.render_kfp import compile_kfp
 
-        compile_kfp(pipeline, defaults, images, parsed.output)
+        compile_kfp(pipeline, defaults, cluster, parsed.output, manifests=parsed.manifests)
     else:
         from finemill.pipelines.render_argo import compile_argo
 
-        compile_argo(pipeline, defaults, images, parsed.output)
+        compile_argo(pipeline, defaults, cluster, parsed.output, schedule=parsed.schedule, timezone=parsed.timezone)
     print(parsed.output)
     return 0
+
+
+def read_defaults(parsed: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
+    """Values for the pipeline's parameters from the configuration and `--store`; the rest is asked for by the run."""
+    parsed.config = parsed.config or default_config_file(pipeline)
+    config = read_config(parsed, with_optional_fields(pipeline.config), f"finemill {parsed.engine}")
+    defaults = config.model_dump(mode="json", exclude_unset=True, by_alias=True)
+    if parsed.store:
+        defaults["store"] = parsed.store
+    return defaults
+
+
+def _check_engine_flags(parsed: argparse.Namespace) -> None:
+    if parsed.engine == "kfp" and (parsed.schedule or parsed.timezone):
+        raise UserError("KFP keeps schedules beside the pipeline: `finemill submit --engine kfp --schedule` makes one")
+    if parsed.engine == "argo" and parsed.manifests:
+        raise UserError("--manifests is for KFP: what is written for Argo are Kubernetes manifests always")
+    if parsed.timezone and not parsed.schedule:
+        raise UserError("--timezone says how --schedule is read: give both")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine", choices=["kfp", "argo"], required=True, help="which system will run it")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="YAML file to write")
     parser.add_argument("--store", metavar="URI", help="default of the run's store parameter, s3://bucket/prefix")
-    parser.add_argument("--image-cpu", default=IMAGES["cpu"], metavar="IMAGE", help="default: %(default)s")
-    parser.add_argument("--image-train", default=IMAGES["train"], metavar="IMAGE", help="default: %(default)s")
+    parser.add_argument("--cluster", type=Path, metavar="FILE", help="YAML file of `finemill schema cluster`")
+    parser.add_argument("--image-cpu", metavar="IMAGE", help=f"default: {IMAGES['cpu']}")
+    parser.add_argument("--image-train", metavar="IMAGE", help=f"default: {IMAGES['train']}")
+    parser.add_argument("--manifests", action="store_true", help="KFP: Kubernetes objects instead of the bare pipeline")
+    parser.add_argument("--schedule", metavar="CRON", help="Argo: add a CronWorkflow, five fields, '0 3 * * *'")
+    parser.add_argument("--timezone", metavar="NAME", help="Argo: time zone of the schedule, 'Europe/Berlin'")
     return parser

@@ -18,7 +18,9 @@ def add_config_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) ->
     """Add `--config`, `--config-json` and one flag per field; sections nest with a dot, `--merge.dtype float16`."""
     group = parser.add_argument_group("configuration (later wins: defaults, --config, --config-json, flags)")
     group.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the fields below")
-    group.add_argument("--config-json", metavar="JSON", help="the same as JSON text")
+    group.add_argument(
+        "--config-json", action="append", default=[], metavar="JSON", help="the same as JSON text; may be repeated"
+    )
     _add_fields(group, model, "")
 
 
@@ -49,8 +51,8 @@ def _help_text(field: FieldInfo) -> str:
 def read_config(parsed: argparse.Namespace, model: type[ConfigT], where: str) -> ConfigT:
     """The validated configuration of a parsed command line. Raises: UserError: a file or a value is wrong."""
     values = read_config_file(parsed.config) if parsed.config else {}
-    if parsed.config_json:
-        values = merge_values(values, _read_json(parsed.config_json))
+    for text in parsed.config_json:
+        values = merge_values(values, _read_json(text))
     for key, text in vars(parsed).items():
         if key.startswith("config:"):
             values = merge_values(values, _nest(key.removeprefix("config:"), _read_value(text, model, key)))

@@ -21,6 +21,7 @@ def choose_pipeline(parser: argparse.ArgumentParser, arguments: Sequence[str]) -
     return get_pipeline(named[0])
 
 
-def default_config_file(pipeline: Pipeline) -> Path:
-    """The configuration that comes with a pipeline, for a call without `--config`."""
-    return Path(__file__).parents[1] / "pipelines" / "configs" / f"{pipeline.name}.yaml"
+def default_config_file(pipeline: Pipeline) -> Path | None:
+    """The configuration that comes with a pipeline, for a call without `--config`; None where none could run."""
+    file = Path(__file__).parents[1] / "pipelines" / "configs" / f"{pipeline.name}.yaml"
+    return file if file.exists() else None

@@ -20,10 +20,18 @@ def execute(name: str, arguments: list[str]) -> int:
     inputs = {port: getattr(parsed, port) for port in step.inputs}
     result = run_step(name, store=parsed.store, inputs=inputs, config=config, run_id=parsed.run_id)
     print(result.reference)
-    if parsed.output_file:
-        parsed.output_file.parent.mkdir(parents=True, exist_ok=True)
-        parsed.output_file.write_text(str(result.reference))
+    _write(parsed.output_file, str(result.reference))
+    if step.verdict:
+        verdict = step.verdict_text(result.manifest.metrics)
+        print(f"{step.verdict}: {verdict}")
+        _write(parsed.verdict_file, verdict)
     return 0
+
+
+def _write(file: Path | None, text: str) -> None:
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
 
 
 def _parser(step: Step) -> argparse.ArgumentParser:
@@ -35,6 +43,8 @@ def _parser(step: Step) -> argparse.ArgumentParser:
         parser.add_argument(f"--{port.replace('_', '-')}", required=True, metavar="REF", help=_input_help(port))
     parser.add_argument("--run-id", help="groups the steps of one pipeline run in MLflow")
     parser.add_argument("--output-file", type=Path, metavar="FILE", help="also write the output's reference to FILE")
+    if step.verdict:
+        parser.add_argument("--verdict-file", type=Path, metavar="FILE", help=f"also write {step.verdict} to FILE")
     parser.add_argument("--dry-run", action="store_true", help="validate, print the resolved config, do nothing")
     add_config_flags(parser, step.config)
     return parser

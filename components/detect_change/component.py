@@ -1,0 +1,43 @@
+"""The KFP component `detect-change`."""
+
+from kfp import dsl
+
+from finemill.components.images import IMAGES
+
+
+@dsl.component(base_image=IMAGES["cpu"], install_kfp_package=False)
+def detect_change(
+    store: str,
+    dataset: str,
+    change: dsl.OutputPath(str),
+    changed: dsl.OutputPath(bool),
+    manifest: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    config: dict = {},  # noqa: B006
+    run_id: str = "",
+):
+    """Tell whether the dataset differs from the one behind the newest registered version.
+
+    Args:
+        store: folder or s3://bucket/prefix that gets the output.
+        dataset: reference of the tokenized dataset.
+        change: gets the reference of the comparison, <uri>@sha256:<digest>.
+        changed: gets true if there is something new to train on.
+        manifest: gets the output's manifest: files, digests, parents, resolved configuration.
+        metrics: gets the step's metrics.
+        config: fields as in `finemill schema register`: which registered model to compare with.
+        run_id: groups the steps of one pipeline run in MLflow.
+    """
+    from finemill.components.kfp_task import run_kfp_task
+
+    run_kfp_task(
+        "detect-change",
+        store=store,
+        inputs={"dataset": dataset},
+        config=config,
+        run_id=run_id,
+        reference_path=change,
+        verdict_path=changed,
+        manifest=manifest,
+        metrics=metrics,
+    )

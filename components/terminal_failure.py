@@ -1,0 +1,49 @@
+"""A failure that would only repeat itself, noted in the store for the next attempt of the same call."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finemill.components.artifacts import Reference
+from finemill.components.code_version import producer
+from finemill.components.context import new_manifest
+from finemill.components.errors import StepError, UserError
+from finemill.components.steps import get_step
+from finemill.components.storage.store import fetch_artifact, normalize_uri, open_store
+
+_ERROR_FILE = "error.txt"
+
+
+@dataclass(frozen=True)
+class TerminalFailure:
+    """The note that one call of a step leaves: the same step, arguments and run."""
+
+    step: str
+    uri: str
+
+    @classmethod
+    def of_call(
+        cls, step: str, *, store: str, inputs: Mapping[str, str], config: Mapping[str, Any], run_id: str
+    ) -> "TerminalFailure":
+        """The note of this call; nothing is read or written yet."""
+        call = json.dumps([step, run_id, dict(inputs), dict(config)], sort_keys=True, default=str)
+        return cls(step, f"{normalize_uri(store)}/failures/{step}-{hashlib.sha256(call.encode()).hexdigest()[:20]}")
+
+    def note(self, line: str) -> None:
+        """Leave the note. A store that cannot be written is no reason to hide the failure itself."""
+        try:
+            store = open_store(self.uri)
+            staging = store.staging_folder(self.uri)
+            (staging / _ERROR_FILE).write_text(line)
+            store.publish(staging, self.uri, new_manifest("failure", staging, producer(get_step(self.step))))
+        except (StepError, OSError):
+            return
+
+    def raise_if_noted(self) -> None:
+        """Raises: UserError: an attempt before this one failed in a way that would repeat itself."""
+        manifest = open_store(self.uri).read_manifest(self.uri)
+        if manifest is not None:
+            folder, _ = fetch_artifact(Reference(self.uri, manifest.digest))
+            raise UserError(f"{(folder / _ERROR_FILE).read_text()} (not tried again)")

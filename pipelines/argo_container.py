@@ -1,0 +1,125 @@
+"""The container template of one step for Argo: its command line, environment, retries, resources and rights."""
+
+import json
+
+from hera.workflows import Container, RetryStrategy
+from hera.workflows import Parameter as ArgoParameter
+from hera.workflows import Resources as ArgoResources
+from hera.workflows.models import (
+    Backoff,
+    Capabilities,
+    ConfigMapEnvSource,
+    EnvFromSource,
+    EnvVar,
+    Mutex,
+    SecretEnvSource,
+    SecurityContext,
+    Synchronization,
+    Toleration,
+    ValueFrom,
+    VolumeMount,
+)
+
+from finemill.pipelines.cluster import CACHE_PATH, CACHE_VARIABLES, SHARED_MEMORY_PATH, ClusterConfig
+from finemill.pipelines.graph import GPUS, Task
+
+# 75: preempted, or a service out of reach. 143: ended by SIGTERM before the step could answer. 137: killed, by a node
+# that goes down or for its memory; the second would only happen again. -1: evicted, or a node that was lost.
+RETRY_EXPRESSION = (
+    "lastRetry.status == 'Error' || asInt(lastRetry.exitCode) in [75, 143, -1] || "
+    "(asInt(lastRetry.exitCode) == 137 && !(lastRetry.message contains 'OOMKilled'))"
+)
+OUTPUT_FILE = "/tmp/finemill-output/reference"
+VERDICT_FILE = "/tmp/finemill-output/verdict"
+
+
+def build_container(task: Task, cluster: ClusterConfig) -> Container:
+    """A container template named after the task, with an input parameter per port and one output parameter."""
+    outputs = [ArgoParameter(name=task.step.output, value_from=ValueFrom(path=OUTPUT_FILE))]
+    if task.step.verdict:
+        outputs.append(ArgoParameter(name=task.step.verdict, value_from=ValueFrom(path=VERDICT_FILE)))
+    gpu = task.resources.gpu
+    size = cluster.size(task.resources)
+    return Container(
+        name=task.name,
+        labels=_labels(task, cluster),
+        image=cluster.image(task.step.image),
+        image_pull_policy=cluster.image_pull_policy,
+        command=["finemill", task.name],
+        args=_arguments(task),
+        env=[EnvVar(name=name, value=value) for name, value in CACHE_VARIABLES.items()],
+        env_from=_environment(cluster),
+        inputs=[ArgoParameter(name=port) for port in task.inputs],
+        outputs=outputs,
+        resources=ArgoResources(
+            cpu_request=size.cpu, cpu_limit=size.cpu, memory_request=size.memory, memory_limit=size.memory
+        ),
+        volume_mounts=[
+            VolumeMount(name="tmp", mount_path="/tmp"),
+            VolumeMount(name="cache", mount_path=CACHE_PATH),
+            *([VolumeMount(name="shared-memory", mount_path=SHARED_MEMORY_PATH)] if gpu else []),
+        ],
+        pod_spec_patch=_pod_spec_patch(task, cluster),
+        retry_strategy=RetryStrategy(
+            limit=task.retries,
+            retry_policy="Always",
+            expression=RETRY_EXPRESSION,
+            backoff=Backoff(duration="10", factor=2, cap="5m"),
+        ),
+        node_selector=dict(cluster.gpu_node_selector) or None if gpu else None,
+        tolerations=[Toleration(**item) for item in cluster.gpu_tolerations] if gpu else None,
+        # The step itself takes a lock in the store, which also keeps other clusters out; this spares a pod that waits.
+        synchronization=Synchronization(mutexes=[Mutex(name="finemill-promote")]) if task.name == "promote" else None,
+        security_context=SecurityContext(
+            allow_privilege_escalation=False,
+            run_as_non_root=True,
+            read_only_root_filesystem=True,
+            capabilities=Capabilities(drop=["ALL"]),
+        ),
+    )
+
+
+def _labels(task: Task, cluster: ClusterConfig) -> dict[str, str]:
+    queue = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue and task.resources.gpu else {}
+    return {
+        "app.kubernetes.io/name": "finemill",
+        "app.kubernetes.io/component": task.name,
+        "finemill/image": task.step.image,
+        "finemill/size": task.resources.size,
+        **queue,
+    }
+
+
+def _arguments(task: Task) -> list[str]:
+    inputs = [f"--{port.replace('_', '-')}={{{{inputs.parameters.{port}}}}}" for port in task.inputs]
+    configs = [f"{{{{workflow.parameters.{task.config.name}}}}}"]
+    for item in task.checks:
+        value = f"{{{{workflow.parameters.{item.name}}}}}"
+        configs.append(
+            f'{{"steps": {{"{item.name}": {value}}}}}' if item.is_mapping else f'{{"{item.name}": "{value}"}}'
+        )
+    return [
+        "--store={{workflow.parameters.store}}",
+        *inputs,
+        *(f"--config-json={text}" for text in configs),
+        "--run-id={{workflow.uid}}",
+        f"--output-file={OUTPUT_FILE}",
+        *([f"--verdict-file={VERDICT_FILE}"] if task.step.verdict else []),
+    ]
+
+
+def _environment(cluster: ClusterConfig) -> list[EnvFromSource]:
+    secrets = (cluster.s3_secret, cluster.mlflow_secret, cluster.hub_secret)
+    return [
+        EnvFromSource(config_map_ref=ConfigMapEnvSource(name=cluster.config_map, optional=True)),
+        *(EnvFromSource(secret_ref=SecretEnvSource(name=name, optional=True)) for name in secrets),
+    ]
+
+
+def _pod_spec_patch(task: Task, cluster: ClusterConfig) -> str:
+    """What a template has no field for, and the one quantity that is a parameter of the run."""
+    patch: dict[str, object] = {"terminationGracePeriodSeconds": cluster.termination_grace_period_s}
+    if task.resources.gpu:
+        limits = {cluster.gpu_resource: f"{{{{workflow.parameters.{GPUS.name}}}}}"}
+        patch["containers"] = [{"name": "main", "resources": {"limits": limits}}]
+    return json.dumps(patch)

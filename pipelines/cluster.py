@@ -1,0 +1,112 @@
+"""How pipelines are set into a cluster: images, secrets by name, resources, placement. The same for KFP and Argo."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from finemill.components.config import StepConfig
+from finemill.components.images import IMAGES
+from finemill.pipelines.graph import Resources
+
+SHARED_MEMORY_PATH = "/dev/shm"
+CACHE_PATH = "/cache"
+CACHE_VARIABLES = {"FINEMILL_CACHE": f"{CACHE_PATH}/finemill", "HF_HOME": f"{CACHE_PATH}/huggingface"}
+
+# Keys that a step reads from each object. All are optional: a pod identity may stand in for keys, a hub may be open.
+CONFIG_KEYS = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI", "HF_ENDPOINT")
+S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+HUB_KEYS = ("HF_TOKEN",)
+
+
+class ContainerSize(StepConfig):
+    """Requests and limits of a container."""
+
+    cpu: str
+    """Cores, `4` or `500m`."""
+
+    memory: str
+    """Memory, `16Gi`. Shared memory counts into it."""
+
+
+class ClusterConfig(StepConfig):
+    """What a platform engineer decides, and a pipeline's author need not know."""
+
+    image_cpu: str = IMAGES["cpu"]
+    """Image of the steps that need no torch."""
+
+    image_train: str = IMAGES["train"]
+    """Image of the steps that compute with torch."""
+
+    image_pull_policy: str = "IfNotPresent"
+    """When nodes look for a newer image of the same name."""
+
+    image_pull_secrets: tuple[str, ...] = ()
+    """Names of secrets with registry credentials."""
+
+    service_account: str = "finemill"
+    """Service account of Argo's pods; it needs `create` and `patch` on `workflowtaskresults`. KFP sets its own."""
+
+    config_map: str = "finemill"
+    """Name of the ConfigMap with AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, MLFLOW_TRACKING_URI."""
+
+    s3_secret: str = "finemill-s3"
+    """Name of the Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; not needed with a pod identity."""
+
+    mlflow_secret: str = "finemill-mlflow"
+    """Name of the Secret with the tracking server's credentials, where it asks for some."""
+
+    hub_secret: str = "finemill-hub"
+    """Name of the Secret with HF_TOKEN, for gated base models."""
+
+    sizes: Mapping[str, ContainerSize] = Field(default_factory=dict)
+    """Requests and limits per size of task (`small`, `large`, `gpu`) in place of the pipeline's own."""
+
+    gpu_resource: str = "nvidia.com/gpu"
+    """Name of the extended resource that a GPU is."""
+
+    gpu_node_selector: Mapping[str, str] = Field(default_factory=dict)
+    """Labels of the nodes that GPU steps run on."""
+
+    gpu_tolerations: tuple[Mapping[str, str], ...] = ({"key": "nvidia.com/gpu", "operator": "Exists"},)
+    """Taints that GPU steps tolerate."""
+
+    queue: str | None = None
+    """Kueue's LocalQueue that GPU steps wait in."""
+
+    cache_claim: str | None = None
+    """Name of a PersistentVolumeClaim shared by the steps, so that a base model is pulled once; else each pod pulls."""
+
+    shared_memory: str = "2Gi"
+    """Size limit of /dev/shm in GPU steps; counts into their memory."""
+
+    termination_grace_period_s: int = Field(default=120, gt=0)
+    """Seconds that a step told to stop has for its checkpoint. Argo only: KFP gives none."""
+
+    ttl_s: int = Field(default=7 * 24 * 3600, gt=0)
+    """Seconds after which a finished Argo workflow is deleted; artifacts, MLflow and logs in them stay."""
+
+    def image(self, role: str) -> str:
+        """The image of a role in `components/images.py`."""
+        return {"cpu": self.image_cpu, "train": self.image_train}[role]
+
+    def size(self, resources: Resources) -> ContainerSize:
+        """Requests and limits of a task."""
+        return self.sizes.get(resources.size, ContainerSize(cpu=resources.cpu, memory=resources.memory))
+
+
+def read_cluster_config(path: Path | None, **overrides: Any) -> ClusterConfig:
+    """The settings in a YAML file; `overrides` that are not None win. Raises: UserError: a key or value is wrong."""
+    import yaml
+
+    from finemill.components.config import parse_config
+    from finemill.components.errors import UserError
+
+    try:
+        values = (yaml.safe_load(path.read_text()) or {}) if path else {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"cluster settings {path}: {' '.join(str(error).split())}") from None
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return parse_config(ClusterConfig, {**values, **given}, str(path or "cluster settings"))

@@ -1,0 +1,142 @@
+"""What a compiled pipeline says, in one form for both engines."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class CompiledTask:
+    inputs: dict[str, str]
+    upstream: frozenset[str]
+    condition: str | None
+    image: str
+    retries: int
+    cpu: str
+    memory: str
+    gpus: str | None
+    shared_memory: str | None
+    secrets: frozenset[str]
+    config_map: str
+    pull_policy: str
+    node_selector: tuple[tuple[str, str], ...]
+    tolerations: tuple[str, ...]
+    queue: str | None
+
+
+def read_argo(path: Path) -> tuple[dict[str, Any], dict[str, CompiledTask]]:
+    """Default by parameter, and the tasks."""
+    template = next(item for item in yaml.safe_load_all(path.read_text()) if item["kind"] == "WorkflowTemplate")
+    spec = template["spec"]
+    containers = {item["name"]: item for item in spec["templates"] if "container" in item}
+    (dag,) = [item["dag"] for item in spec["templates"] if "dag" in item]
+    volumes = {item["name"]: item.get("emptyDir") for item in spec["volumes"]}
+    parameters = {item["name"]: _argo_value(item.get("value")) for item in spec["arguments"]["parameters"]}
+    return parameters, {item["name"]: _argo_task(item, containers[item["template"]], volumes) for item in dag["tasks"]}
+
+
+def _argo_value(text: str | None) -> Any:
+    return json.loads(text) if text is not None and text.startswith("{") else text
+
+
+def _argo_task(task: dict[str, Any], template: dict[str, Any], volumes: dict[str, Any]) -> CompiledTask:
+    container = template["container"]
+    patch = json.loads(template["podSpecPatch"])
+    gpus = patch.get("containers", [{}])[0].get("resources", {}).get("limits", {}).get("nvidia.com/gpu")
+    mounts = {item["name"]: item["mountPath"] for item in container["volumeMounts"]}
+    environment = container["envFrom"]
+    inputs = {}
+    for item in task.get("arguments", {}).get("parameters", []):
+        source = _argo_source(item["value"])
+        inputs[item["name"] if "." in source else f"parameter {source}"] = source
+    for argument in container["args"]:
+        for name in re.findall(r"{{workflow\.parameters\.(\w+)}}", argument):
+            inputs[f"parameter {name}"] = name
+    when = re.fullmatch(r"{{tasks\.([\w-]+)\.outputs\.parameters\.(\w+)}} == true", task.get("when", ""))
+    return CompiledTask(
+        inputs=inputs,
+        upstream=frozenset(task.get("dependencies", [])),
+        condition=f"{when[1]}.{when[2]}" if when else None,
+        image=container["image"],
+        retries=int(template["retryStrategy"]["limit"]),
+        cpu=container["resources"]["limits"]["cpu"],
+        memory=container["resources"]["limits"]["memory"],
+        gpus=re.sub(r"{{workflow\.parameters\.(\w+)}}", r"\1", gpus) if gpus else None,
+        shared_memory=volumes["shared-memory"]["sizeLimit"] if mounts.get("shared-memory") == "/dev/shm" else None,
+        secrets=frozenset(item["secretRef"]["name"] for item in environment if "secretRef" in item),
+        config_map=next(item["configMapRef"]["name"] for item in environment if "configMapRef" in item),
+        pull_policy=container["imagePullPolicy"],
+        node_selector=tuple(sorted(template.get("nodeSelector", {}).items())),
+        tolerations=tuple(json.dumps(item, sort_keys=True) for item in template.get("tolerations", [])),
+        queue=template["metadata"]["labels"].get("kueue.x-k8s.io/queue-name"),
+    )
+
+
+def _argo_source(value: str) -> str:
+    task = re.fullmatch(r"{{tasks\.([\w-]+)\.outputs\.parameters\.(\w+)}}", value)
+    return f"{task[1]}.{task[2]}" if task else re.sub(r"{{workflow\.parameters\.(\w+)}}", r"\1", value)
+
+
+def read_kfp(path: Path) -> tuple[dict[str, Any], dict[str, CompiledTask]]:
+    """Default by parameter, and the tasks, those of conditions among them."""
+    pipeline, platform = yaml.safe_load_all(path.read_text())
+    definitions = pipeline["root"]["inputDefinitions"]["parameters"]
+    parameters = {name: item.get("defaultValue") for name, item in definitions.items()}
+    tasks: dict[str, CompiledTask] = {}
+    for name, task in pipeline["root"]["dag"]["tasks"].items():
+        component = pipeline["components"][task["componentRef"]["name"]]
+        if "dag" not in component:
+            tasks[name] = _kfp_task(task, pipeline, platform, {}, None)
+            continue
+        outer = {key: _kfp_source(value, {}) for key, value in task["inputs"]["parameters"].items()}
+        trigger = task["triggerPolicy"]["condition"]
+        found = re.fullmatch(r"inputs\.parameter_values\['(.+)'\] == true", " ".join(trigger.split()))
+        assert found, trigger
+        for inner_name, inner in component["dag"]["tasks"].items():
+            tasks[inner_name] = _kfp_task(inner, pipeline, platform, outer, outer[found[1]])
+    return parameters, tasks
+
+
+def _kfp_task(
+    task: dict[str, Any], pipeline: dict[str, Any], platform: dict[str, Any], outer: dict[str, str], gate: str | None
+) -> CompiledTask:
+    label = pipeline["components"][task["componentRef"]["name"]]["executorLabel"]
+    container = pipeline["deploymentSpec"]["executors"][label]["container"]
+    kubernetes = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][label]
+    sources = {key: _kfp_source(value, outer) for key, value in task["inputs"]["parameters"].items()}
+    data = {key: value for key, value in sources.items() if "." in value}
+    internal = {"run_id", "accelerator_count", "pipelinechannel--gpus"}
+    plain = {f"parameter {value}": value for key, value in sources.items() if "." not in value and key not in internal}
+    gpus = container["resources"].get("accelerator", {}).get("resourceCount")
+    if gpus:
+        plain.pop("parameter gpus", None)
+    upstream = {value.split(".")[0] for value in data.values()} | set(task.get("dependentTasks", []))
+    return CompiledTask(
+        inputs=data | plain,
+        upstream=frozenset(upstream | ({gate.split(".")[0]} if gate else set())),
+        condition=gate,
+        image=container["image"],
+        retries=task["retryPolicy"]["maxRetryCount"],
+        cpu=container["resources"]["resourceCpuLimit"],
+        memory=container["resources"]["resourceMemoryLimit"],
+        gpus=re.sub(r"{{\$\.inputs\.parameters\['pipelinechannel--(\w+)'\]}}", r"\1", gpus) if gpus else None,
+        shared_memory=next((item["sizeLimit"] for item in kubernetes.get("emptyDirMounts", [])), None),
+        secrets=frozenset(item["secretName"] for item in kubernetes["secretAsEnv"]),
+        config_map=kubernetes["configMapAsEnv"][0]["configMapName"],
+        pull_policy=kubernetes["imagePullPolicy"],
+        node_selector=tuple(sorted(kubernetes.get("nodeSelector", {}).get("labels", {}).items())),
+        tolerations=tuple(json.dumps(item, sort_keys=True) for item in kubernetes.get("tolerations", [])),
+        queue=kubernetes.get("podMetadata", {}).get("labels", {}).get("kueue.x-k8s.io/queue-name"),
+    )
+
+
+def _kfp_source(value: dict[str, Any], outer: dict[str, str]) -> str:
+    if "taskOutputParameter" in value:
+        producer = value["taskOutputParameter"]
+        return f"{producer['producerTask']}.{producer['outputParameterKey']}"
+    name: str = value.get("componentInputParameter", "constant")
+    return outer.get(name, name)

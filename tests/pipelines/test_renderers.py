@@ -1,0 +1,160 @@
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finemill.cli import main
+from finemill.components.steps import STEPS
+from finemill.pipelines.catalog import PIPELINES
+from tests.pipelines.compiled import CompiledTask, read_argo, read_kfp
+
+CLUSTER = """
+gpu_node_selector: {accelerator: a100}
+gpu_tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
+queue: training
+cache_claim: bases
+sizes: {small: {cpu: 500m, memory: 1Gi}}
+"""
+
+
+def compile_both(name: str, folder: Path, *options: str) -> tuple[Any, Any]:
+    files = {engine: folder / f"{engine}.yaml" for engine in ("kfp", "argo")}
+    for engine, file in files.items():
+        assert main(["compile", name, "--engine", engine, "-o", str(file), *options]) == 0
+    return read_kfp(files["kfp"]), read_argo(files["argo"])
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_both_engines_get_the_same_steps_edges_parameters_conditions_retries_and_resources(
+    name: str, tmp_path: Path
+) -> None:
+    (kfp_parameters, kfp), (argo_parameters, argo) = compile_both(name, tmp_path, "--store", "s3://bucket/prefix")
+    assert kfp_parameters == argo_parameters
+    assert set(kfp) == set(argo) == {task.name for task in PIPELINES[name].tasks}
+    for task in kfp:
+        assert kfp[task] == argo[task], task
+
+
+def test_the_cluster_s_settings_reach_both_engines(tmp_path: Path) -> None:
+    settings = tmp_path / "cluster.yaml"
+    settings.write_text(CLUSTER)
+    (_, kfp), (_, argo) = compile_both("finetune", tmp_path, "--cluster", str(settings), "--image-cpu", "mine:1")
+    assert kfp == argo
+    training = argo["train-qlora"]
+    assert (training.gpus, training.queue, training.shared_memory) == ("gpus", "training", "2Gi")
+    assert training.node_selector == (("accelerator", "a100"),)
+    assert '"effect": "NoSchedule"' in training.tolerations[0]
+    rows = argo["data-prep"]
+    assert (rows.image, rows.cpu, rows.memory, rows.gpus, rows.queue) == ("mine:1", "500m", "1Gi", None, None)
+    assert (rows.node_selector, rows.tolerations) == ((), ())
+
+
+def test_the_compiled_graph_is_the_defined_graph(tmp_path: Path) -> None:
+    _, (_, compiled) = compile_both("retrain", tmp_path)
+    for task in PIPELINES["retrain"].tasks:
+        found: CompiledTask = compiled[task.name]
+        assert found.upstream == {item.name for item in task.upstream}
+        assert found.condition == ("detect-change.changed" if task.when else None)
+        assert {name for name in found.inputs if not name.startswith("parameter ")} == {
+            port for port, source in task.inputs.items() if hasattr(source, "step")
+        }
+
+
+@pytest.mark.parametrize("engine", ["kfp", "argo"])
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_compiled_pipelines_are_the_golden_files(name: str, engine: str, tmp_path: Path) -> None:
+    """After a change on purpose: `make golden`, and read the difference."""
+    golden = Path(__file__).parent / "golden" / f"{name}-{engine}.yaml"
+    main(["compile", name, "--engine", engine, "--store", "s3://bucket/prefix", "-o", str(tmp_path / "out.yaml")])
+    written = list(yaml.safe_load_all((tmp_path / "out.yaml").read_text()))
+    assert written == list(yaml.safe_load_all(golden.read_text()))
+
+
+def test_every_attempt_of_kfp_has_a_week(tmp_path: Path) -> None:
+    """KFP's own limit is one hour after the first attempt began: no long training would be tried again."""
+    main(["compile", "finetune", "--engine", "kfp", "-o", str(tmp_path / "out.yaml")])
+    pipeline = next(iter(yaml.safe_load_all((tmp_path / "out.yaml").read_text())))
+    policies = [task["retryPolicy"] for task in pipeline["root"]["dag"]["tasks"].values()]
+    assert {policy["backoffMaxDuration"] for policy in policies} == {"604800s"}
+
+
+def test_argo_pods_fit_pod_security_restricted(tmp_path: Path) -> None:
+    main(["compile", "retrain", "--engine", "argo", "-o", str(tmp_path / "out.yaml")])
+    spec = yaml.safe_load((tmp_path / "out.yaml").read_text())["spec"]
+    assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    containers = [item["container"] for item in spec["templates"] if "container" in item]
+    assert len(containers) == len(PIPELINES["retrain"].tasks)
+    for container in containers:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "runAsNonRoot": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+    assert not any("hostPath" in volume for volume in spec["volumes"])
+
+
+def test_a_schedule_never_overlaps_and_makes_nothing_up(tmp_path: Path) -> None:
+    options = ["--schedule", "0 3 * * *", "--timezone", "Europe/Berlin", "-o", str(tmp_path / "out.yaml")]
+    assert main(["compile", "retrain", "--engine", "argo", *options]) == 0
+    template, cron = yaml.safe_load_all((tmp_path / "out.yaml").read_text())
+    spec = cron["spec"]
+    assert (spec["schedules"], spec["timezone"]) == (["0 3 * * *"], "Europe/Berlin")
+    assert (spec["concurrencyPolicy"], spec["startingDeadlineSeconds"]) == ("Forbid", 300)
+    assert spec["workflowSpec"]["workflowTemplateRef"]["name"] == template["metadata"]["name"]
+
+
+def test_kubernetes_manifests_hold_the_pipeline(tmp_path: Path) -> None:
+    assert main(["compile", "finetune", "--engine", "kfp", "--manifests", "-o", str(tmp_path / "out.yaml")]) == 0
+    kinds = {item["kind"]: item for item in yaml.safe_load_all((tmp_path / "out.yaml").read_text())}
+    assert set(kinds) == {"Pipeline", "PipelineVersion"}
+    assert set(kinds["PipelineVersion"]["spec"]["pipelineSpec"]["root"]["dag"]["tasks"]) == set(STEPS) - {
+        "detect-change"
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "kfp", "--schedule", "0 3 * * *"], "finemill submit --engine kfp --schedule"),
+        (["--engine", "argo", "--manifests"], "--manifests is for KFP"),
+        (["--engine", "argo", "--timezone", "UTC"], "give both"),
+        (["--engine", "argo", "--cluster", "no-such.yaml"], "cluster settings no-such.yaml"),
+    ],
+)
+def test_flags_of_the_other_engine_are_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compile", "finetune", *options, "-o", str(tmp_path / "out.yaml")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("engine", ["kfp", "argo"])
+def test_nothing_secret_is_compiled_in(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN"):
+        monkeypatch.setenv(name, "hunter2-secret")
+    main(["compile", "finetune", "--engine", engine, "-o", str(tmp_path / "out.yaml")])
+    text = (tmp_path / "out.yaml").read_text()
+    assert "hunter2" not in text
+    assert not re.search(r"AKIA[0-9A-Z]{16}|hf_[A-Za-z]{30}|-----BEGIN", text)
+
+
+def test_a_gate_needs_a_verdict() -> None:
+    from finemill.pipelines.finetune import base_model, dataset, rows
+    from finemill.pipelines.graph import task
+
+    with pytest.raises(ValueError, match="waits for a verdict of data-prep, which gives none"):
+        task("train-qlora", dataset=dataset, base_model=base_model, when=rows)
+
+
+def test_local_runs_leave_out_what_only_a_cluster_needs() -> None:
+    from finemill.pipelines.local_process import for_this_machine
+
+    finetune = PIPELINES["finetune"]
+    local = for_this_machine(finetune)
+    assert [task.name for task in local.tasks] == [task.name for task in finetune.tasks if task.name != "preflight"]
+    assert all(task == replace(task, retries=0, after=()) for task in local.tasks)
