@@ -13,8 +13,8 @@ needed. Shapes: x (T, K), dy (T, N), A (R, K), B (N, R) block-diagonal: row n us
 (T, R); dA (R, K), dB (N, r) fp32. Every matrix but dA and dB may be pitched.
 
 Each kernel reads its large operand once. Sums over T or N are split over programs, which write fp32 partial sums that
-a second launch adds in a fixed order: no atomics, so runs repeat bit for bit. Nothing but xa is saved. The mask is never
-stored: Philox-4x32-10 on (column / 8, token, stream, 0) gives eight 16-bit numbers, one per column, and drops those
+a second launch adds in a fixed order: no atomics, so runs repeat bit for bit. Only xa is saved, no mask:
+Philox-4x32-10 on (column / 8, token, stream, 0) gives eight 16-bit numbers, one per column, and drops those
 below round(65536 p); the same counter in the backward gives the same mask. Every adapter has a stream of its own.
 Triton has no tensor-core product for Turing: there the plain PyTorch path runs, through cuBLAS.
 
