@@ -13,20 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from finemill.kernels.adapters import FlatAdapters, LoraPair
-from finemill.kernels.decoder_layer import DecoderLayer, LayerShape, Level
-from finemill.kernels.lora import LoRADropout
-from finemill.kernels.model import FastModel, ModelLoss
+from finemill.kernels.adapters import LoraPair
+from finemill.kernels.decoder_layer import LayerShape
+from finemill.kernels.model import FastModel, LayerParts, ModelLoss, assemble_model
 from finemill.kernels.nf4 import NF4Tensor
-from finemill.kernels.packing import IGNORE_INDEX, pack_rows
+from finemill.kernels.packing import pack_rows
 from finemill.kernels.planner import Plan
-from finemill.kernels.projection import Projection
 
 logger = logging.getLogger(__name__)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type`s of transformers configurations that run on the fast path."""
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
 class UnsupportedModelError(ValueError):
@@ -125,68 +122,26 @@ def _build(model: nn.Module, plan: Plan | None) -> FastModel:
     if getattr(config, "attention_dropout", 0.0):
         raise UnsupportedModelError(f"attention_dropout is {config.attention_dropout}, expected 0")
     decoder = causal.model
-    device = decoder.norm.weight.device
-    pairs = {index: _layer_pairs(layer) for index, layer in enumerate(decoder.layers)}
-    _check_trainable(model, pairs)
-    dtype = decoder.norm.weight.dtype
-    adapters = FlatAdapters(device)
-    tickets = {}
+    parts = [_layer_parts(layer) for layer in decoder.layers]
+    _check_trainable(model, parts)
     try:
-        for index, layer in enumerate(decoder.layers):
-            linears = _linears(layer)
-            for names in GROUPS:
-                widths = tuple(_base(linears[name]).out_features for name in names)
-                in_features = _base(linears[names[0]]).in_features
-                tickets[index, names] = adapters.reserve([pairs[index].get(n) for n in names], widths, in_features)
+        engine = assemble_model(
+            parts,
+            _layer_shape(config),
+            embedding=decoder.embed_tokens.weight.detach(),
+            final_norm=decoder.norm.weight.detach(),
+            head=causal.lm_head.weight.detach(),
+            rotary=decoder.rotary_emb,
+            dropout=_dropout(model),
+        )
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
-    adapters.build()
-    probability = _dropout(model)
-    seed = torch.zeros(1, dtype=torch.int64, device=device) if probability else None
-    shape = _layer_shape(config)
-    engine = FastModel(
-        layers=[],
-        embedding=decoder.embed_tokens.weight.detach(),
-        final_norm=decoder.norm.weight.detach(),
-        eps=shape.eps,
-        head=causal.lm_head.weight.detach(),
-        rotary=decoder.rotary_emb,
-        adapters=adapters,
-        plan=Plan((), (), 0, 1024),
-        dropout_seed=seed,
-    )
-    stream = 0
-    for index, layer in enumerate(decoder.layers):
-        groups = []
-        linears = _linears(layer)
-        for names in GROUPS:
-            ticket = tickets[index, names]
-            group = Projection(
-                weights=[_frozen_weight(linears[name]) for name in names],
-                biases=[_detached(_base(linears[name]).bias) for name in names],
-                adapter=None if ticket is None else adapters.group(ticket),
-                dtype=dtype,
-                device=device,
-                dropout=None if seed is None else LoRADropout(probability, seed, stream),
-                scratch=engine.scratch if isinstance(_frozen_weight(linears[names[0]]), NF4Tensor) else None,
-            )
-            stream += len(names)
-            if group.scratch is None:
-                _share_memory(group, [_base(linears[name]) for name in names])
-            groups.append(group)
-        attention = layer.self_attn
-        engine.layers.append(
-            DecoderLayer(
-                shape,
-                layer.input_layernorm.weight.detach(),
-                layer.post_attention_layernorm.weight.detach(),
-                attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
-                attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
-                *groups,
-            )
-        )
-    count = len(engine.layers)
-    engine.apply_plan(plan or Plan((Level.ALL,) * count, (False,) * count, 0, 1024))
+    for layer, part in zip(decoder.layers, parts, strict=True):
+        for name, linear in _linears(layer).items():
+            weight = part.weights[name]
+            if isinstance(weight, Tensor):
+                _base(linear).weight.data = weight
+    engine.apply_plan(plan or Plan.everything(len(parts)))
     return engine
 
 
@@ -222,21 +177,23 @@ def _frozen_weight(linear: Any) -> NF4Tensor | Tensor:
     return weight.detach()  # type: ignore[no-any-return]
 
 
-def _share_memory(group: Projection, bases: list[Any]) -> None:
-    """Extend a 16-bit weight once and make the modules' weights views of it, so that nothing is held twice."""
-    group.cache_weight()
-    assert group.cached is not None
-    row = 0
-    for index, base in enumerate(bases):
-        rows = base.out_features
-        base.weight.data = group.cached[row : row + rows, : group.in_features]
-        group.weights[index] = base.weight.detach()
-        row += rows
+def _layer_parts(layer: Any) -> LayerParts:
+    attention = layer.self_attn
+    linears = _linears(layer)
+    return LayerParts(
+        weights={name: _frozen_weight(linear) for name, linear in linears.items()},
+        biases={name: _detached(_base(linear).bias) for name, linear in linears.items()},
+        pairs=_layer_pairs(linears),
+        input_norm=layer.input_layernorm.weight.detach(),
+        post_norm=layer.post_attention_layernorm.weight.detach(),
+        q_norm=attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
+        k_norm=attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
+    )
 
 
-def _layer_pairs(layer: Any) -> dict[str, LoraPair]:
+def _layer_pairs(linears: dict[str, Any]) -> dict[str, LoraPair]:
     pairs = {}
-    for name, linear in _linears(layer).items():
+    for name, linear in linears.items():
         if not hasattr(linear, "lora_A"):
             continue
         active = list(linear.active_adapters)
@@ -250,8 +207,8 @@ def _layer_pairs(layer: Any) -> dict[str, LoraPair]:
     return pairs
 
 
-def _check_trainable(model: nn.Module, pairs: dict[int, dict[str, LoraPair]]) -> None:
-    known = {id(tensor) for layer in pairs.values() for pair in layer.values() for tensor in (pair.a, pair.b)}
+def _check_trainable(model: nn.Module, parts: list[LayerParts]) -> None:
+    known = {id(tensor) for layer in parts for pair in layer.pairs.values() for tensor in (pair.a, pair.b)}
     if not known:
         raise UnsupportedModelError("the model has no LoRA adapter on its decoder layers")
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
@@ -278,6 +235,3 @@ def _layer_shape(config: Any) -> LayerShape:
         head_dim=head_dim,
         eps=config.rms_norm_eps,
     )
-
-
-__all__ = ["FAMILIES", "IGNORE_INDEX", "Acceleration", "UnsupportedModelError", "accelerate_model", "restore_model"]

@@ -100,10 +100,16 @@ class Saved:
     normed_mid: Tensor | None = None
     rstd_mid: Tensor | None = None
 
-    def large(self) -> list[str]:
-        """Names of the kept tensors worth moving to host memory."""
-        names = ("x", "qkv", "attended", "mid", "gate_up", "q", "k", "normed_in", "normed_mid")
-        return [name for name in names if getattr(self, name) is not None]
+    def large(self, level: Level) -> list[str]:
+        """Names of the kept tensors up to a level that are worth moving to host memory."""
+        names = {
+            Level.INPUT: ("x",),
+            Level.ATTENTION: ("qkv", "attended", "mid"),
+            Level.GATE_UP: ("gate_up",),
+            Level.ALL: ("q", "k", "normed_in", "normed_mid"),
+        }
+        wanted = (name for step, group in names.items() if step <= level for name in group)
+        return [name for name in wanted if getattr(self, name) is not None]
 
     def nbytes(self) -> int:
         """Bytes kept."""

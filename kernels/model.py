@@ -5,21 +5,43 @@ dropped, parked in host memory or fetched back, and when each weight is decoded.
 decisions; every plan gives bitwise equal gradients.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from finemill.kernels.adapters import FlatAdapters
-from finemill.kernels.decoder_layer import DecoderLayer, Rope, Saved
+from finemill.kernels.adapters import FlatAdapters, LoraPair
+from finemill.kernels.decoder_layer import DecoderLayer, LayerShape, Level, Rope, Saved
 from finemill.kernels.host_memory import HostArena, gather_rows
+from finemill.kernels.lora import LoRADropout
 from finemill.kernels.loss_head import HeadResult, loss_head
+from finemill.kernels.nf4 import NF4Tensor
 from finemill.kernels.packing import PackedBatch
 from finemill.kernels.planner import Plan
 from finemill.kernels.projection import Projection
 
 # T tokens, H model width, V vocabulary
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""The seven linear layers by the input they share, under transformers' names."""
+
+
+@dataclass
+class LayerParts:
+    """What one decoder layer is made of: frozen weights and biases by linear layer's name, norms, LoRA pairs.
+
+    A `weights` entry of a 16-bit layer is replaced by a view of its extended copy, so that nothing is held twice.
+    """
+
+    weights: dict[str, NF4Tensor | Tensor]
+    biases: dict[str, Tensor | None]
+    pairs: dict[str, LoraPair]
+    input_norm: Tensor
+    post_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
 
 
 @dataclass
@@ -44,7 +66,8 @@ class FastModel:
         final_norm: (H,).
         eps: of the final norm.
         head: (V, H); the embedding itself where they are tied.
-        rotary: transformers' rotary module, asked for cos and sin tables.
+        rotary: gives cos and sin tables (1, positions, D) of the dtype of its first argument for position_ids (1, n),
+            as transformers' rotary modules do.
         adapters: flat LoRA tensors.
         plan: what to keep, where; see planner.py.
     """
@@ -54,7 +77,7 @@ class FastModel:
     final_norm: Tensor
     eps: float
     head: Tensor
-    rotary: nn.Module
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     adapters: FlatAdapters
     plan: Plan
     dropout_seed: Tensor | None = None
@@ -109,14 +132,14 @@ class FastModel:
         x, delta = gather_rows(self.embedding, batch.input_ids), None
         saved: list[Saved] = []
         parked: list[dict[str, Any]] = []
-        if any(self.plan.on_host) and train:
+        if train and any(level is not None for level in self.plan.host_levels):
             self._arena_for(batch).reset()
         for index, layer in enumerate(self.layers):
             level = self.plan.levels[index] if train else None
             x, delta, kept = layer.forward(x, delta, batch.sequences, rope, level)
             if kept is not None:
                 saved.append(kept)
-                parked.append(self._park(kept) if self.plan.on_host[index] else {})
+                parked.append(self._park(kept, self.plan.host_levels[index]))
         assert delta is not None
         result = loss_head(
             x,
@@ -183,9 +206,11 @@ class FastModel:
         self._arena.reserve(self.plan.host_bytes(batch.num_tokens))
         return self._arena
 
-    def _park(self, kept: Saved) -> dict[str, Any]:
+    def _park(self, kept: Saved, level: Level | None) -> dict[str, Any]:
+        if level is None:
+            return {}
         assert self._arena is not None
-        names = kept.large()
+        names = kept.large(level)
         items = self._arena.park([getattr(kept, name) for name in names])
         for name in names:
             setattr(kept, name, None)
@@ -227,3 +252,54 @@ class ModelLoss(torch.autograd.Function):
         state, ctx.state = ctx.state, None
         ctx.model.backward(state, grad_loss)
         return None, None, None, None
+
+
+def assemble_model(
+    parts: list[LayerParts],
+    shape: LayerShape,
+    *,
+    embedding: Tensor,
+    final_norm: Tensor,
+    head: Tensor,
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    dropout: float = 0.0,
+) -> FastModel:
+    """Build the engine from its parts; the LoRA parameters become slices of flat tensors.
+
+    Raises: ValueError: adapters over one input have different scalings.
+    """
+    device, dtype = final_norm.device, final_norm.dtype
+    adapters = FlatAdapters(device)
+    tickets: list[int | None] = []
+    for layer in parts:
+        for names in GROUPS:
+            shapes = [layer.weights[name].shape for name in names]
+            widths = tuple(int(rows) for rows, _ in shapes)
+            tickets.append(adapters.reserve([layer.pairs.get(name) for name in names], widths, int(shapes[0][1])))
+    adapters.build()
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout else None
+    model = FastModel([], embedding, final_norm, shape.eps, head, rotary, adapters, Plan.everything(len(parts)), seed)
+    stream = 0
+    for layer in parts:
+        groups = []
+        for names in GROUPS:
+            ticket = tickets[len(model.layers) * len(GROUPS) + len(groups)]
+            weights = [layer.weights[name] for name in names]
+            group = Projection(
+                weights=weights,
+                biases=[layer.biases.get(name) for name in names],
+                adapter=None if ticket is None else adapters.group(ticket),
+                dtype=dtype,
+                device=device,
+                dropout=None if seed is None else LoRADropout(dropout, seed, stream),
+                scratch=model.scratch if isinstance(weights[0], NF4Tensor) else None,
+            )
+            stream += len(names)
+            if group.scratch is None:
+                group.cache_weight()
+                group.weights = list(group.views())
+                layer.weights.update(zip(names, group.views(), strict=True))
+            groups.append(group)
+        norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
+        model.layers.append(DecoderLayer(shape, *norms, *groups))
+    return model

@@ -1,39 +1,282 @@
 """Decide what fits: recompute level per layer, host or device, kept weights, loss-head chunk, micro-batch size.
 
-All numbers are bytes. The planner predicts the peak of `torch.cuda.max_memory_allocated` from tensor shapes and takes
-the fastest plan under a budget, in the order of what a byte buys (results.md): larger micro-batches first (they
-amortize NF4 decode), then keeping attention tensors, then gate|up, then decoded weights. Kept tensors go to host memory
-while the bus can take them during the forward, to device memory beyond that.
+All sizes are bytes. The planner predicts the peak of `torch.cuda.max_memory_allocated` from tensor shapes and picks the
+plan with the least predicted time under a budget. What can be bought with memory, per layer: keeping more of the
+forward (decoder_layer.Level) instead of recomputing it, and keeping decoded weights instead of decoding NF4 again.
+Kept tensors go to host memory as far as the bus can take them during the forward, to device memory beyond that; larger
+micro-batches decode less often. Predictions follow results.md and are checked against measurements there.
 """
 
 from dataclasses import dataclass, field
 
-from finemill.kernels.decoder_layer import Level
+from finemill.kernels.decoder_layer import LayerShape, Level
+from finemill.kernels.projection import PAD
+
+CUBLAS_WORKSPACE = 33 << 20
+"""What torch allocates for cuBLAS on Hopper, and small change."""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Per weight: code, double-quantized scale, nested scale."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a training step runs; see the fields.
+    """How a training step runs.
 
     Args:
         levels: recompute level per layer.
-        on_host: per layer, whether its saved tensors wait in host memory.
+        host_levels: per layer, the level whose tensors wait in host memory; None keeps all on the device.
         cached_layers: leading layers whose decoded 16-bit weights are kept.
         head_chunk: rows of logits at a time.
         bytes_per_token: of one layer's saved tensors, by level.
+        micro_batch: tokens per micro-batch, None for whatever comes.
+        seconds: predicted time of one optimizer step.
+        peak: predicted peak of allocated device memory.
+        embedding_on_host: an untied embedding waits in pinned host memory.
+        eight_bit: 8-bit instead of fp32 optimizer states.
     """
 
     levels: tuple[Level, ...]
-    on_host: tuple[bool, ...]
+    host_levels: tuple[Level | None, ...]
     cached_layers: int
     head_chunk: int
     bytes_per_token: dict[Level, int] = field(default_factory=dict, hash=False)
+    micro_batch: int | None = None
+    seconds: float = 0.0
+    peak: int = 0
+    embedding_on_host: bool = False
+    eight_bit: bool = False
+
+    @staticmethod
+    def everything(num_layers: int, *, cached: bool = False, head_chunk: int = 1024) -> "Plan":
+        """Keep every activation on the device; decoded weights as well if `cached`."""
+        return Plan((Level.ALL,) * num_layers, (None,) * num_layers, num_layers if cached else 0, head_chunk)
 
     def host_bytes(self, tokens: int) -> int:
         """Host memory that a micro-batch of this many tokens parks."""
         slack = 16 * 512
-        return sum(
-            self.bytes_per_token[level] * tokens + slack
-            for level, host in zip(self.levels, self.on_host, strict=True)
-            if host
+        return sum(self.bytes_per_token[level] * tokens + slack for level in self.host_levels if level is not None)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device does per second, sustained; the defaults are an H200's (results.md)."""
+
+    flops: float = 640e12
+    attention_flops: float = 400e12
+    bytes: float = 3.6e12
+    bus_bytes: float = 48e9
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and a step, as far as memory and time depend on them.
+
+    Args:
+        shape: widths of a layer.
+        num_layers: how many.
+        vocabulary: rows of the head.
+        tied: head and embedding are one tensor.
+        rank: LoRA rank of each of the seven linear layers.
+        quantized: NF4 base, else 16-bit.
+        tokens: per optimizer step.
+        row: tokens per row; micro-batches are whole rows.
+        optimizer_bytes: per adapter parameter, states only.
+        embedding_on_host: whether the embedding lives in host memory.
+    """
+
+    shape: LayerShape
+    num_layers: int
+    vocabulary: int
+    tied: bool
+    rank: int
+    quantized: bool
+    tokens: int
+    row: int
+    optimizer_bytes: float = 2.2
+    embedding_on_host: bool = False
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of a layer's seven matrices."""
+        s = self.shape
+        return s.hidden * (s.qkv_width + s.q_width + 3 * s.intermediate)
+
+    @property
+    def extended_bytes(self) -> int:
+        """Of a layer's four extended 16-bit weights."""
+        s = self.shape
+        p = [-(-members * self.rank // PAD) * PAD for members in (3, 1, 2, 1)]
+        sizes = ((s.qkv_width, s.hidden), (s.hidden, s.q_width), (2 * s.intermediate, s.hidden), (s.hidden, s.intermediate))
+        return 2 * sum((n + pad) * (k + pad) for (n, k), pad in zip(sizes, p, strict=True))
+
+    @property
+    def adapter_elements(self) -> int:
+        """Of all LoRA matrices."""
+        s = self.shape
+        sides = s.qkv_width + 3 * s.hidden + s.q_width + s.hidden + 2 * s.intermediate + 2 * s.hidden + s.hidden + s.intermediate
+        return self.rank * sides * self.num_layers
+
+    def static_bytes(self) -> int:
+        """Weights, adapters, gradient and optimizer states."""
+        s = self.shape
+        table = 2 * self.vocabulary * s.hidden
+        tables = table * (1 if self.tied or self.embedding_on_host else 2)
+        base = self.layer_weights * self.num_layers * NF4_BYTES if self.quantized else self.extended_bytes * self.num_layers
+        norms = 2 * self.num_layers * (2 * s.hidden + 2 * s.head_dim)
+        return int(tables + base + norms + self.adapter_elements * (8 + self.optimizer_bytes)) + CUBLAS_WORKSPACE
+
+    def saved_bytes(self) -> dict[Level, int]:
+        """Of one layer's saved tensors per token."""
+        s, r = self.shape, self.rank
+        pads = [-(-members * r // PAD) * PAD for members in (3, 1, 2, 1)]
+        small = 2 * 7 * r
+        attention = 2 * (s.qkv_width + pads[0] + s.q_width + pads[1] + s.hidden) + 4 * s.num_heads
+        gate_up = 2 * (2 * s.intermediate + pads[2])
+        rotated = 2 * (s.num_heads + s.num_kv_heads) * s.head_dim + 4 * (s.num_heads + s.num_kv_heads)
+        normed = 2 * (2 * s.hidden + pads[0] + pads[2])
+        steps = (2 * s.hidden + small, attention, gate_up, rotated + normed)
+        return {level: sum(steps[: level + 1]) for level in Level}
+
+    def host_bytes_per_token(self) -> dict[Level, int]:
+        """The part of `saved_bytes` that can be parked (skinny products and the attention's state stay)."""
+        s = self.shape
+        fixed = 2 * 7 * self.rank
+        state = 4 * s.num_heads
+        saved = self.saved_bytes()
+        return {level: saved[level] - fixed - (state if level >= Level.ATTENTION else 0) for level in Level}
+
+    def working_bytes(self, tokens: int, head_chunk: int) -> int:
+        """Peak of what a micro-batch needs beside static, saved and decoded tensors."""
+        s = self.shape
+        partial = 4 * tokens * self.rank * (2 * s.intermediate // 128)
+        mlp = 2 * tokens * (4 * s.hidden + 3 * s.intermediate + 4 * PAD) + partial
+        attention = 2 * tokens * (4 * s.hidden + 2 * s.qkv_width + 4 * s.q_width) + 4 * tokens * s.q_width
+        head = 2 * tokens * 4 * s.hidden + 2 * head_chunk * self.vocabulary
+        return max(mlp, attention, head)
+
+
+def forward_seconds(work: Workload, rates: Rates, tokens: int) -> dict[str, float]:
+    """Predict one layer's forward by part: what a level saves when it is kept."""
+    s = work.shape
+    matmul = 2 * tokens * s.hidden / rates.flops
+    width = 2 * tokens / rates.bytes
+    attention = 2 * tokens * work.row * s.q_width / rates.attention_flops
+    return {
+        "attention": matmul * (s.qkv_width + s.q_width) + attention + width * (7 * s.hidden + 4 * s.qkv_width),
+        "gate_up": matmul * 2 * s.intermediate + width * 2 * s.hidden,
+        "down": matmul * s.intermediate + width * (4 * s.intermediate + 2 * s.hidden),
+        "elementwise": width * (4 * s.hidden + 2 * s.qkv_width),
+        "decode": work.layer_weights * 2.6 / rates.bytes if work.quantized else 0.0,
+    }
+
+
+def plan_step(work: Workload, budget: int, *, rates: Rates | None = None, allow_host: bool = True) -> Plan:
+    """Choose micro-batch size, levels, host share and kept weights for one optimizer step.
+
+    Args:
+        work: model and step.
+        budget: bytes of device memory the step may allocate at its peak.
+        rates: of the device.
+        allow_host: whether activations may be parked in host memory.
+    Returns: the plan with the least predicted time.
+    Raises: ValueError: not even the leanest plan fits; the message gives its size.
+    """
+    rates = rates or Rates()
+    rows = max(1, work.tokens // work.row)
+    best: Plan | None = None
+    least = None
+    for pieces in (n for n in range(1, rows + 1) if rows % n == 0):
+        tokens = rows // pieces * work.row
+        for candidate in _candidates(work, budget, rates, tokens, pieces, allow_host=allow_host):
+            least = candidate.peak if least is None else min(least, candidate.peak)
+            if candidate.peak <= budget and (best is None or candidate.seconds < best.seconds):
+                best = candidate
+    if best is None:
+        raise ValueError(
+            f"no plan fits {budget / 2**30:.2f} GiB: the leanest needs {(least or 0) / 2**30:.2f} GiB; "
+            "allow more memory, shorter rows or a smaller rank"
         )
+    return best
+
+
+def _candidates(
+    work: Workload, budget: int, rates: Rates, tokens: int, pieces: int, *, allow_host: bool
+) -> list[Plan]:
+    """Plans of one micro-batch size, from most to least recompute."""
+    layers, saved = work.num_layers, work.saved_bytes()
+    times = forward_seconds(work, rates, tokens)
+    forward = times["attention"] + times["gate_up"] + times["down"] + times["decode"]
+    chunk = head_chunk(work, tokens, budget)
+    fixed = work.static_bytes() + work.working_bytes(tokens, chunk)
+    parkable = work.host_bytes_per_token()
+    plans = []
+    for cached in (False, True) if work.quantized else (False,):
+        weights = work.extended_bytes * (layers if cached else work.quantized)
+        room = budget - fixed - weights
+        for host in (None, Level.INPUT, Level.ATTENTION) if allow_host else (None,):
+            on_host = 0 if host is None else max(0, layers - 2)
+            stall = 0.0
+            resident = [saved[Level.INPUT]] * layers
+            if host is not None:
+                copied = parkable[host] * tokens
+                stall = max(0.0, copied / rates.bus_bytes - forward) * on_host
+                # Two layers are in flight on their way out, two on their way in.
+                room_host = room - 2 * copied
+            else:
+                room_host = room
+            base = host if host == Level.ATTENTION else Level.INPUT
+            left = room_host
+            for index in range(layers):
+                parked = parkable[host] if host is not None and index < on_host else 0
+                resident[index] = saved[base] - parked
+                left -= resident[index] * tokens
+            levels = [base] * layers
+            if left >= 0:
+                for upper in (Level.ATTENTION, Level.GATE_UP, Level.ALL):
+                    for index in reversed(range(layers)):
+                        cost = (saved[upper] - saved[levels[index]]) * tokens
+                        if levels[index] == upper - 1 and cost <= left:
+                            levels[index], left = upper, left - cost
+            seconds = _step_seconds(work, rates, tokens, levels, times, cached=cached) + stall * 1.5
+            plans.append(
+                Plan(
+                    tuple(levels),
+                    tuple(host if index < on_host else None for index in range(layers)),
+                    layers if cached else 0,
+                    chunk,
+                    parkable,
+                    tokens,
+                    seconds * pieces,
+                    int(budget - left),
+                )
+            )
+    return plans
+
+
+def _step_seconds(
+    work: Workload, rates: Rates, tokens: int, levels: list[Level], times: dict[str, float], *, cached: bool
+) -> float:
+    """Predict a micro-batch's time."""
+    s = work.shape
+    forward = times["attention"] + times["gate_up"] + times["down"]
+    seconds = 3.1 * work.num_layers * forward - work.num_layers * forward
+    seconds += sum(
+        (times["attention"] if level < Level.ATTENTION else 0.0)
+        + (times["gate_up"] if level < Level.GATE_UP else 0.0)
+        + (times["elementwise"] if level < Level.ALL else 0.0)
+        for level in levels
+    )
+    if not cached:
+        seconds += 2 * work.num_layers * times["decode"]
+    head = 4 * tokens * s.hidden * work.vocabulary / rates.flops + 10 * tokens * work.vocabulary / rates.bytes
+    return seconds + head
+
+
+def head_chunk(work: Workload, tokens: int, budget: int) -> int:
+    """Rows of logits at a time: up to 4096, within 2 % of the budget, at least 256."""
+    chunk = 4096
+    while chunk > 256 and 2 * chunk * work.vocabulary > 0.02 * budget:
+        chunk //= 2
+    return min(chunk, tokens)
+
+

@@ -100,6 +100,12 @@ class Projection:
             self._decode(self.cached)
         self.refresh()
 
+    def views(self) -> list[Tensor]:
+        """The members' weights as slices of the kept extended weight."""
+        assert self.cached is not None
+        rows = zip(self._rows, self._rows[1:], strict=False)
+        return [self.cached[begin:end, : self.in_features] for begin, end in rows]
+
     def drop_cache(self) -> None:
         """Free a kept weight."""
         self.cached = None

@@ -1,0 +1,243 @@
+"""`finemill bench step`: one QLoRA training step, timed, on the checkpoint, batches and adapters of bench_data.py.
+
+Prints one line `BENCH {...}` and writes the same JSON to --json: tokens_per_s (median after warm-up), peak_alloc_gb
+(`torch.cuda.max_memory_allocated` after warm-up, GiB), losses, grad_norms, first_step_s, and the plan that ran.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+T_IMPORT = time.time()
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark. Returns: exit code."""
+    args = _parse(argv)
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    record = run(args)
+    line = json.dumps(record)
+    print("BENCH " + line, flush=True)
+    if args.json:
+        args.json.write_text(line + "\n")
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    from finemill.kernels.bench_data import SHAPES
+
+    parser = argparse.ArgumentParser(prog="finemill bench step", description=__doc__)
+    parser.add_argument("--shape", default="qwen3-8b", choices=sorted(SHAPES))
+    parser.add_argument("--layers", type=int, default=0, help="cut the model to this many layers (0: all)")
+    parser.add_argument("--seq", type=int, default=2048, help="tokens per row")
+    parser.add_argument("--bs", type=int, default=2, help="rows per micro-batch")
+    parser.add_argument("--accum", type=int, default=4, help="micro-batches per optimizer step; merged where memory allows")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--alpha", type=float, default=0.0, help="lora_alpha (0: same as rank)")
+    parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout")
+    parser.add_argument("--quant", default="nf4", choices=["nf4", "bf16"])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=4, help="steps left out of the timing")
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--clip", type=float, default=1.0, help="gradient-norm clipping")
+    parser.add_argument("--memory-gb", type=float, default=0.0, help="device memory to stay within, GiB (0: the card's)")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--json", type=Path, default=None, help="file to write the result to")
+    args = parser.parse_args(argv)
+    if args.warmup >= args.steps:
+        parser.error(f"--warmup {args.warmup} must be smaller than --steps {args.steps}")
+    return args
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Load, train, time. Returns: the record."""
+    import torch
+
+    from finemill.kernels.bench_data import SHAPES, ensure_checkpoint, make_batches, start_adapters
+    from finemill.kernels.load import LoraSettings, load_model
+    from finemill.kernels.optimizer import FlatAdamW
+    from finemill.kernels.packing import merge_batches, pack_rows
+
+    started = _process_start()
+    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
+    shape = SHAPES[args.shape]
+    made = time.time()
+    path = ensure_checkpoint(args.shape, args.layers, device)
+    made = time.time() - made
+    plan = make_plan(args, shape)
+    lora = LoraSettings(args.rank, args.alpha or args.rank, args.dropout)
+    loading = time.time()
+    model, parameters = load_model(path, device=device, quantize=args.quant == "nf4", lora=lora, embedding_on_host=plan.embedding_on_host)
+    start_adapters(parameters)
+    model.apply_plan(plan)
+    _sync(device)
+    loading = time.time() - loading
+    static = _allocated(device)
+
+    sets = make_batches(shape.vocabulary, args.seq, args.bs, args.accum, 2)
+    tokens = args.bs * args.accum * args.seq
+    pieces = max(1, tokens // (plan.micro_batch or tokens))
+    steps = [_split(torch.cat(batches), pieces) for batches in sets]
+    packed = [[pack_rows(rows, rows).to(device) for rows in step] for step in steps]
+    assert merge_batches is not None
+    optimizer = FlatAdamW(model.adapters, lr=args.lr, weight_decay=0.01, max_norm=args.clip, bits=8 if plan.eight_bit else 32)
+    scale = 1.0 / (args.bs * args.accum * (args.seq - 1))
+    times, losses, norms, first_end = [], [], [], 0.0
+    for step in range(args.steps):
+        if step == args.warmup:
+            _reset_peak(device)
+        _sync(device)
+        begin = time.perf_counter()
+        total = None
+        for batch in packed[step % len(packed)]:
+            result = model.loss_and_grad(batch, scale)
+            total = result.loss if total is None else total + result.loss
+        norm = optimizer.step()
+        _sync(device)
+        times.append(time.perf_counter() - begin)
+        assert total is not None
+        losses.append(float(total) * scale)
+        norms.append(float(norm[0]))
+        first_end = first_end or time.time()
+        print(f"step {step}: {times[-1]:.4f} s, loss {losses[-1]:.5f}, grad norm {norms[-1]:.5f}", flush=True)
+    median = statistics.median(times[args.warmup :])
+    return {
+        "kind": "step",
+        "impl": "finemill",
+        "shape": args.shape,
+        "layers": args.layers,
+        "quant": args.quant,
+        "seq": args.seq,
+        "bs": args.bs,
+        "accum": args.accum,
+        "rank": args.rank,
+        "memory_gb": args.memory_gb,
+        "versions": _versions(),
+        "gpu": _gpu(),
+        "checkpoint_gen_s": round(made, 1),
+        "load_s": round(loading, 2),
+        "static_gb": round(static / 2**30, 3),
+        "tokens_per_step": tokens,
+        "step_s": [round(t, 4) for t in times],
+        "step_s_median": round(median, 4),
+        "step_s_min": round(min(times[args.warmup :]), 4),
+        "tokens_per_s": round(tokens / median, 1),
+        "first_step_s": round(times[0], 2),
+        "start_to_first_step_s": round(first_end - started - made, 2),
+        "losses": [round(x, 5) for x in losses],
+        "grad_norms": [round(x, 5) for x in norms],
+        "peak_alloc_gb": round(_peak(device) / 2**30, 3),
+        "peak_reserved_gb": round(_peak_reserved(device) / 2**30, 3),
+        "predicted_peak_gb": round(plan.peak / 2**30, 3),
+        "predicted_step_s": round(plan.seconds, 4),
+        "plan": describe(plan),
+    }
+
+
+def make_plan(args: argparse.Namespace, shape: Any) -> Any:
+    """Plan a step under --memory-gb, or under what the card has free."""
+    import torch
+
+    from finemill.kernels.decoder_layer import LayerShape
+    from finemill.kernels.planner import Workload, plan_step
+
+    layer = LayerShape(shape.hidden, shape.intermediate, shape.heads, shape.kv_heads, shape.head_dim, shape.eps)
+    work = Workload(
+        shape=layer,
+        num_layers=args.layers or shape.layers,
+        vocabulary=shape.vocabulary,
+        tied=shape.tied,
+        rank=args.rank,
+        quantized=args.quant == "nf4",
+        tokens=args.bs * args.accum * args.seq,
+        row=args.seq,
+    )
+    if args.memory_gb:
+        budget = int(args.memory_gb * 2**30)
+    elif args.device == "cuda":
+        budget = int(torch.cuda.mem_get_info()[0] * 0.95)
+    else:
+        budget = 8 << 30
+    return plan_step(work, budget, allow_host=args.device == "cuda")
+
+
+def describe(plan: Any) -> dict[str, Any]:
+    """Summarize a plan for the record."""
+    levels = [level.name for level in plan.levels]
+    hosts = [level.name if level is not None else "none" for level in plan.host_levels]
+    return {
+        "levels": {name: levels.count(name) for name in sorted(set(levels))},
+        "host": {name: hosts.count(name) for name in sorted(set(hosts))},
+        "cached_layers": plan.cached_layers,
+        "head_chunk": plan.head_chunk,
+        "micro_batch": plan.micro_batch,
+        "embedding_on_host": plan.embedding_on_host,
+        "eight_bit": plan.eight_bit,
+    }
+
+
+def _split(rows: Any, pieces: int) -> list[Any]:
+    return list(rows.chunk(pieces))
+
+
+def _process_start() -> float:
+    """Unix time at which this process was started, from /proc."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _sync(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _allocated(device: Any) -> int:
+    import torch
+
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _reset_peak(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: Any) -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _peak_reserved(device: Any) -> int:
+    import torch
+
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in ("finemill", "torch", "triton", "bitsandbytes", "nvidia-cudnn-frontend"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _gpu() -> str:
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,power.draw", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "none"
