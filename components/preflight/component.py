@@ -1,5 +1,6 @@
 """The KFP component `preflight`."""
 
+# ruff: noqa: RUF013, A002, B006 (kfp reads neither `dict | None` nor `Optional`; the arguments are named after the sections)
 
 from kfp import dsl
 
@@ -13,15 +14,15 @@ def preflight(
     manifest: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     base_model: str = "",
-    data_prep: dict | None = None,
-    chat_format: dict | None = None,
-    train_qlora: dict | None = None,
-    eval: dict | None = None,  # noqa: A002
-    merge: dict | None = None,
-    gguf_quantize: dict | None = None,
-    register: dict | None = None,
-    promote: dict | None = None,
-    config: dict = {},  # noqa: B006
+    data_prep: dict = None,
+    chat_format: dict = None,
+    train_qlora: dict = None,
+    eval: dict = None,
+    merge: dict = None,
+    gguf_quantize: dict = None,
+    register: dict = None,
+    promote: dict = None,
+    config: dict = {},
     run_id: str = "",
 ):
     """Check store, credentials, tracking server, base model, configuration and GPU memory before anything is spent.
