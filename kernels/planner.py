@@ -7,7 +7,7 @@ Kept tensors go to host memory as far as the bus can take them during the forwar
 micro-batches decode less often. Predictions follow results.md and are checked against measurements there.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from finemill.kernels.decoder_layer import LayerShape, Level
 from finemill.kernels.projection import PAD
@@ -16,6 +16,9 @@ CUBLAS_WORKSPACE = 33 << 20
 """What torch allocates for cuBLAS on Hopper, and small change."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: code, double-quantized scale, nested scale."""
+
+OPTIMIZER_BYTES = (8.0, 2.0 + 8 / 256)
+"""Both moments of an adapter element in fp32, and in 8 bits with an fp32 scale per 256."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Workload:
     quantized: bool
     tokens: int
     row: int
-    optimizer_bytes: float = 2.2
+    optimizer_bytes: float = 8.0
     embedding_on_host: bool = False
 
     @property
@@ -183,20 +186,31 @@ def plan_step(work: Workload, budget: int, *, rates: Rates | None = None, allow_
     """
     rates = rates or Rates()
     rows = max(1, work.tokens // work.row)
-    best: Plan | None = None
-    least = None
-    for pieces in (n for n in range(1, rows + 1) if rows % n == 0):
-        tokens = rows // pieces * work.row
-        for candidate in _candidates(work, budget, rates, tokens, pieces, allow_host=allow_host):
-            least = candidate.peak if least is None else min(least, candidate.peak)
-            if candidate.peak <= budget and (best is None or candidate.seconds < best.seconds):
-                best = candidate
-    if best is None:
+    candidates = [
+        candidate
+        for variant in _variants(work, allow_host=allow_host)
+        for pieces in range(1, rows + 1)
+        if rows % pieces == 0
+        for candidate in _candidates(
+            variant, budget, rates, rows // pieces * work.row, pieces, allow_host=allow_host
+        )
+    ]
+    fitting = [candidate for candidate in candidates if candidate.peak <= budget]
+    if not fitting:
+        least = min(candidate.peak for candidate in candidates)
         raise ValueError(
-            f"no plan fits {budget / 2**30:.2f} GiB: the leanest needs {(least or 0) / 2**30:.2f} GiB; "
+            f"no plan fits {budget / 2**30:.2f} GiB: the leanest needs {least / 2**30:.2f} GiB; "
             "allow more memory, shorter rows or a smaller rank"
         )
-    return best
+    return min(fitting, key=lambda candidate: candidate.seconds)
+
+
+def _variants(work: Workload, *, allow_host: bool) -> list[Workload]:
+    """The workload with fp32 or 8-bit moments, and with its embedding on the device or the host; simplest first."""
+    places = (False, True) if allow_host and not work.tied else (False,)
+    return [
+        replace(work, optimizer_bytes=size, embedding_on_host=place) for size in OPTIMIZER_BYTES for place in places
+    ]
 
 
 def _candidates(
@@ -238,6 +252,8 @@ def _candidates(
                         if levels[index] == upper - 1 and cost <= left:
                             levels[index], left = upper, left - cost
             seconds = _step_seconds(work, rates, tokens, levels, times, cached=cached) + stall * 1.5
+            if work.embedding_on_host:
+                seconds += 2 * tokens * work.shape.hidden / rates.bus_bytes
             plans.append(
                 Plan(
                     tuple(levels),
@@ -248,6 +264,8 @@ def _candidates(
                     tokens,
                     seconds * pieces,
                     int(budget - left),
+                    work.embedding_on_host,
+                    work.optimizer_bytes < OPTIMIZER_BYTES[0],
                 )
             )
     return plans
