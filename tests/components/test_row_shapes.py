@@ -54,7 +54,8 @@ def test_rows_of_no_known_shape_are_none(row: dict[str, object]) -> None:
     "row",
     [
         {"prompt": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"},
-        {"conversations": [{"from": "human", "value": "2+2?"}], "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"}},
+        {"conversations": [{"from": "human", "value": "2+2?"}],
+         "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"}},
         {"chosen": [*ROWS["messages"]["messages"]], "rejected": [*ROWS["messages"]["messages"]]},
     ],
 )  # fmt: skip

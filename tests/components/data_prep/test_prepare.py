@@ -97,7 +97,8 @@ def test_nothing_held_out_is_in_train_whatever_its_shape(folder_store: str, tmp_
             {"question": question, "answer": "first answer"},
             {"instruction": question.upper(), "input": "", "output": "second answer"},
             {"prompt": f"  {question}\n", "completion": "third answer"},
-            {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}, {"role": "assistant", "content": "fourth"}]},
+            {"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": question},
+                               {"from": "gpt", "value": "fourth answer"}]},
         ]  # fmt: skip
     splits = split_rows(prepare(folder_store, [write_rows(tmp_path / "a.jsonl", rows)], test_size=0.3))
     prompts = {
@@ -156,10 +157,10 @@ def test_upsampled_rows_are_repeated_in_train_only(folder_store: str, tmp_path: 
     ("text", "fields", "message"),
     [
         ("", {}, "a.jsonl: no rows in it"),
-        ('{"foo": 1}\n' * 7, {}, r"7 of 7 rows have no known shape .first: row 1, 2, 3, 4, 5; columns foo.; known are: "),
+        ('{"foo": 1}\n' * 7, {}, r"7 of 7 rows have no known shape .first: row 1, 2, 3, 4, 5; columns foo.; known "),
         ('{"text": "a"}\n{"foo": 1}\n', {"unknown_rows": "error"}, "1 of 2 rows have no known shape .first: row 2"),
         ('{"text": "a"}\n', {"min_characters": 9}, "no row is left of 1 read .left out: too_short 1"),
-        ('{"text": "a"}\n{"text": "b"}\n', {}, "the validation split got none of 2 rows; add rows, or raise validation_"),
+        ('{"text": "a"}\n{"text": "b"}\n', {}, "the validation split got none of 2 rows; add rows, or raise"),
         ('{"text": "a"}\n{"text"\n', {}, "a.jsonl, line 2: not valid JSON"),
     ],
 )  # fmt: skip
