@@ -11,6 +11,9 @@ EVENTS_VARIABLE = "FINEMILL_EVENTS"
 """A file to which every step of a local pipeline run appends its events, one JSON object a line."""
 
 Event = Literal["started", "progress", "done", "reused", "failed"]
+"""What a person is told."""
+RecordedEvent = Literal["computing", "metrics"]
+"""What only a recorder of the run needs: a step began to compute (not: found its output), values of a training step."""
 
 
 class Progress:
@@ -23,7 +26,11 @@ class Progress:
     def emit(self, event: Event, text: str = "", **details: object) -> None:
         """Say `text`; `details` go into the event only."""
         print(f"{self.step}: {text or event}", file=sys.stderr, flush=True)
+        self.record(event, text=text, **details)
+
+    def record(self, event: Event | RecordedEvent, **details: object) -> None:
+        """Write an event without saying anything."""
         if self._events:
-            record = {"time": time.time(), "step": self.step, "event": event, "text": text, **details}
+            record = {"time": time.time(), "step": self.step, "event": event, **details}
             with Path(self._events).open("a") as file:
                 file.write(json.dumps(record) + "\n")

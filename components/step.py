@@ -22,7 +22,7 @@ from finemill.components.errors import StepError, UserError
 from finemill.components.progress import Progress
 from finemill.components.steps import BASE_MODEL, Step, get_step
 from finemill.components.storage.store import fetch_artifact, normalize_uri, open_store, read_artifact
-from finemill.components.tracking import step_run
+from finemill.components.tracking.step import step_run
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ def _find_or_make(
     if standing is not None:
         return StepResult(Reference(uri, standing.digest), standing, reused=True)
     store.check_writable()
-    with step_run(step.name, run_id, parsed, inputs, progress) as run:
+    with step_run(
+        step.name, config=parsed, inputs=inputs, made_by=made_by, store=store_uri, run_id=run_id, progress=progress
+    ) as run:
         context = StepContext(
             store=store_uri,
             key=key,

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
     open_store(store).check_writable()
-    from finemill.components.tracking import parent_run
+    from finemill.components.tracking.pipeline import parent_run
     from finemill.pipelines.local import run_locally
 
     tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or _local_tracking_uri(store)
@@ -50,9 +50,13 @@ def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
     log_file = _log_file(store, pipeline.name)
     print(f"finemill run {pipeline.name}: store {store}, log {log_file}", file=sys.stderr)
     display = RunDisplay([task.name for task in pipeline.tasks], sys.stderr)
-    with parent_run(pipeline.name, config) as run:
-        finished = run_locally(pipeline, _parameters(pipeline, config, store), log_file, display.show, run.environment)
-        run.record_reused(finished)
+    with parent_run(pipeline.name, config, tracking_uri) as run:
+
+        def on_event(event: dict[str, Any]) -> None:
+            run.record(event)
+            display.show(event)
+
+        finished = run_locally(pipeline, _parameters(pipeline, config, store), log_file, on_event, run.environment)
     print_results(finished.references, tracking_uri, sys.stdout)
     return 0
 

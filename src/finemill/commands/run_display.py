@@ -21,7 +21,9 @@ class RunDisplay:
         self._last_plain_line = 0.0
 
     def show(self, event: Mapping[str, Any]) -> None:
-        """Show an event of `finemill.components.progress`."""
+        """Show an event of `finemill.components.progress`; those without a text are for recorders."""
+        if "text" not in event:
+            return
         position = self._steps.index(event["step"]) + 1
         head = f"[{position}/{len(self._steps)}] {event['step']:<{self._width}}"
         if event["event"] in _MARKS:
