@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format lint types golden lock clean
+.PHONY: help install run test check format lint types golden chart lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -41,6 +41,9 @@ golden: $(STAMP)  ## write the compiled pipelines anew that tests compare with; 
 	@for name in finetune retrain export; do for engine in kfp argo; do \
 		$(BIN)/finemill compile $$name --engine $$engine --store s3://bucket/prefix -o tests/pipelines/golden/$$name-$$engine.yaml; \
 	done; done
+
+chart: $(STAMP)  ## write the chart's pipelines, schema and README anew from their sources
+	@$(BIN)/python charts/generate.py
 
 lock: $(STAMP)  ## resolve constraints.txt anew
 	@uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
