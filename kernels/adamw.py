@@ -125,8 +125,8 @@ def _nearest_code(scaled, SIGNED: tl.constexpr):
     # Decade borders lie midway between a decade's last level and the next one's first.
     scale, count = magnitude * 1e6, tl.full(scaled.shape, FIRST, tl.int32)
     for i in tl.static_range(1, 7):
-        last: tl.constexpr = 10.0 ** (i - 7) * (1.0 - 0.45 / (FIRST * 2 ** (i - 1)))
-        first: tl.constexpr = 10.0 ** (i - 6) * (0.1 + 0.45 / (FIRST * 2**i))
+        last = 10.0 ** (i - 7) * (1.0 - 0.45 / (FIRST * 2 ** (i - 1)))
+        first = 10.0 ** (i - 6) * (0.1 + 0.45 / (FIRST * 2**i))
         above = magnitude > 0.5 * (last + first)
         scale = tl.where(above, magnitude * (10.0 ** (6 - i)), scale)
         count = tl.where(above, FIRST * 2**i, count)
