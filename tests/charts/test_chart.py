@@ -43,7 +43,8 @@ def steps(template: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_generated_files_are_in_step_with_the_pipelines_and_the_values() -> None:
     """After a change on purpose: `make chart`, and read the difference."""
     spec = importlib.util.spec_from_file_location("generate", ROOT / "charts" / "generate.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for file, content in module.generate().items():
