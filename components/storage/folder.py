@@ -3,10 +3,12 @@
 import os
 import shutil
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from finemill.components.artifacts import MANIFEST_NAME, Manifest, verify_folder
 from finemill.components.errors import UserError
+from finemill.components.storage.lock import folder_lock
 from finemill.components.storage.store import local_path, normalize_uri
 
 _STAGING = ".staging"
@@ -74,6 +76,10 @@ class FolderStore:
         """Remove an artifact, its manifest first."""
         (local_path(uri) / MANIFEST_NAME).unlink(missing_ok=True)
         shutil.rmtree(local_path(uri), ignore_errors=True)
+
+    def lock(self, uri: str) -> AbstractContextManager[None]:
+        """A lock file of that name."""
+        return folder_lock(local_path(uri))
 
 
 def _flush(path: Path) -> None:

@@ -23,6 +23,7 @@ from finemill.components.artifacts import MANIFEST_NAME, FileEntry, Manifest
 from finemill.components.errors import TemporaryError, UserError
 from finemill.components.storage.cache import cached_folder, staging_root
 from finemill.components.storage.download import download_file
+from finemill.components.storage.lock import object_lock
 
 PART_BYTES = 64 * 2**20
 MAX_CONCURRENCY = 8
@@ -109,6 +110,12 @@ class S3Store:
             for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
                 for item in page.get("Contents", []):
                     self.client.delete_object(Bucket=bucket, Key=item["Key"])
+
+    @contextmanager
+    def lock(self, uri: str) -> Iterator[None]:
+        """A lock object of that name."""
+        with readable_errors(uri, "cannot be locked"), object_lock(self.client, *_split(uri)):
+            yield
 
     def _upload(self, path: Path, uri: str) -> None:
         bucket, key = _split(uri)

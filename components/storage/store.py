@@ -1,5 +1,6 @@
 """Where artifacts live: a folder (`file://`) or an S3 bucket (`s3://`), behind the same few operations."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -34,6 +35,9 @@ class Store(Protocol):
 
     def delete(self, uri: str) -> None:
         """Remove an artifact, its manifest first."""
+
+    def lock(self, uri: str) -> AbstractContextManager[None]:
+        """Hold the lock named `uri` while the block runs; for seconds, see `lock.py`."""
 
 
 def open_store(uri: str) -> Store:
