@@ -1,0 +1,37 @@
+"""Loading a causal language model to measure it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def load_causal_lm(folder: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
+    """The model in `folder`, in evaluation mode.
+
+    Args:
+        device: default: the GPU if there is one.
+        dtype: of weights and arithmetic. Default: bfloat16 on a GPU; float32 on a CPU, where it is exact, nowhere
+            emulated, and for small models as fast.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    with _no_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return model.to(device).eval()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bar for loaded weights out of the steps' progress lines."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    yield
+    if was_enabled:
+        logging.enable_progress_bar()

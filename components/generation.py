@@ -1,0 +1,110 @@
+"""Answers of a transformers model to many prompts: batched, with a key-value cache, up to the end of the turn."""
+
+# B batch, T tokens
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Rows that one forward pass of a GPU answers at once; a CPU gains nothing past a few dozen.
+_BATCH_SIZE = {"cuda": 64, "cpu": 64}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the most likely one, or drawn by `temperature` with `seed`."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote after a prompt."""
+
+    text: str
+    """Without the token that ended the turn; a thinking block and other marks are kept."""
+    num_tokens: int
+    finished: bool
+    """Whether the model ended its turn, rather than being cut at the limit."""
+
+
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_token_ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    batch_size: int | None = None,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[Answer]:
+    """Answer each prompt, in the order given; `on_progress` gets the number of prompts answered so far.
+
+    Prompts of similar length share a batch, padded on the left. With greedy choice an answer does not depend on the
+    batch it is in, but for the last bits of the arithmetic.
+
+    Args:
+        prompts: token ids, the generation prompt included.
+        stop_token_ids: any of these ends an answer.
+    """
+    batch_size = batch_size or _BATCH_SIZE[model.device.type]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        new_ids_BT = _generate_batch(
+            model, tokenizer, [prompts[index] for index in batch], stop_token_ids, max_new_tokens, sampling, start
+        )
+        for index, new_ids_T in zip(batch, new_ids_BT.tolist(), strict=True):
+            answers[index] = _read_answer(tokenizer, new_ids_T, stop_token_ids)
+        on_progress(len(answers))
+    return [answers[index] for index in range(len(prompts))]
+
+
+@torch.inference_mode()
+def _generate_batch(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    stop_token_ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    start: int,
+) -> torch.Tensor:
+    from transformers import GenerationConfig
+
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0]
+    width = max(len(prompt) for prompt in prompts)
+    input_ids_BT = torch.full((len(prompts), width), pad_id, device=model.device)
+    attention_mask_BT = torch.zeros_like(input_ids_BT)
+    for row, prompt in enumerate(prompts):
+        input_ids_BT[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        attention_mask_BT[row, width - len(prompt) :] = 1
+    drawn = (
+        {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        if sampling.temperature > 0
+        else {"do_sample": False}
+    )
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=list(stop_token_ids), pad_token_id=pad_id, use_cache=True, **drawn
+    )
+    torch.manual_seed(sampling.seed + start)
+    output_BT: torch.Tensor = model.generate(
+        input_ids=input_ids_BT, attention_mask=attention_mask_BT, generation_config=config
+    )
+    return output_BT[:, width:]
+
+
+def _read_answer(tokenizer: Any, new_ids: Sequence[int], stop_token_ids: Sequence[int]) -> Answer:
+    """The answer that the generated ids spell, up to the first stop token."""
+    stops = set(stop_token_ids)
+    end = next((position for position, token_id in enumerate(new_ids) if token_id in stops), None)
+    kept = new_ids[:end]
+    text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return Answer(text, len(kept) + (end is not None), finished=end is not None)

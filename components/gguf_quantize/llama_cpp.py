@@ -1,0 +1,117 @@
+"""A GGUF file served by llama.cpp inside this process, through the `xllamacpp` wheel."""
+
+import gc
+import json
+import math
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finemill.components.errors import StepError
+from finemill.components.generation import Answer
+
+# Answers decoded together: llama.cpp batches them, which is worth more than threads for a small model.
+_PARALLEL = 8
+
+
+class LlamaServer:
+    """The server's completion and tokenize functions."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+        self._plain_token_id = self.tokenize("a")[0]
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids, with the marks of special tokens read as such and nothing added."""
+        body = {"content": text, "add_special": False, "parse_special": True}
+        tokens: list[int] = self._post("/tokenize", body)["tokens"]
+        return tokens
+
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        stop_texts: Sequence[str],
+        max_new_tokens: int,
+        on_progress: Callable[[int], None],
+    ) -> list[Answer]:
+        """Greedy answers in the order of `prompts`; the text of the token that ended the turn is left out."""
+        done = 0
+
+        def answer(prompt: Sequence[int]) -> Answer:
+            nonlocal done
+            result = self._complete({"prompt": list(prompt), "max_tokens": max_new_tokens})
+            done += 1
+            on_progress(done)
+            choice = result["choices"][0]
+            text = next(
+                (choice["text"].removesuffix(stop) for stop in stop_texts if choice["text"].endswith(stop)), None
+            )
+            return Answer(
+                choice["text"] if text is None else text,
+                result["usage"]["completion_tokens"],
+                finished=choice["finish_reason"] == "stop",
+            )
+
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            return list(pool.map(answer, prompts))
+
+    def next_token_log_probabilities(self, prompt: Sequence[int], count: int) -> dict[int, float]:
+        """Log-probability of the `count` likeliest next tokens under the full softmax of the model's logits."""
+        # The server reports no probabilities for a token that ends inside a UTF-8 character. They are those before
+        # sampling, so that a bias may choose a harmless token without changing them.
+        bias = [[self._plain_token_id, 1e4]]
+        result = self._complete({"prompt": list(prompt), "max_tokens": 1, "logprobs": count, "logit_bias": bias})
+        entries = result["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        # A probability that underflows is reported as null.
+        return {entry["id"]: -math.inf if entry["logprob"] is None else entry["logprob"] for entry in entries}
+
+    def _complete(self, request: dict[str, Any]) -> dict[str, Any]:
+        result: dict[str, Any] = self._server.handle_completions({"temperature": 0, **request})
+        if "choices" not in result:
+            raise StepError(f"gguf-quantize: llama.cpp refused a prompt of {len(request['prompt'])} tokens: {result}")
+        return result
+
+    def _post(self, path: str, body: object) -> Any:
+        """The server listens on the loopback interface: no proxy may come between."""
+        request = urllib.request.Request(
+            self._server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=60) as response:
+            return json.load(response)
+
+
+@contextmanager
+def serve(path: Path, num_threads: int, context_length: int) -> Iterator[LlamaServer]:
+    """Load `path` into llama.cpp, with room for `context_length` tokens in each of the parallel answers.
+
+    Raises: StepError: llama.cpp does not load the file.
+    """
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = context_length * _PARALLEL
+    params.n_parallel = _PARALLEL
+    params.warmup = False
+    params.fit_params = False
+    params.ui = False
+    # Thinking marks and tool calls are special tokens in some models: answers are compared with them.
+    params.special = True
+    params.verbosity = -1
+    for threads in (params.cpuparams, params.cpuparams_batch):
+        threads.n_threads = num_threads
+        # Waiting threads sleep instead of spinning: on shared cores that is forty times as fast.
+        threads.poll = 0
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise StepError(f"gguf-quantize: llama.cpp does not load {path.name}: {error}") from error
+    yield LlamaServer(server)
+    # The model is freed with the server, which nothing refers to any longer.
+    del server
+    gc.collect()

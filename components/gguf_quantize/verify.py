@@ -1,0 +1,186 @@
+"""Compare a GGUF file, as llama.cpp runs it, with the merged model, as transformers runs it."""
+
+# T tokens, V vocabulary
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from finemill.components.answers import final_answer, normalize_answer
+from finemill.components.errors import StepError
+from finemill.components.generation import Answer, generate_answers
+from finemill.components.gguf_quantize.llama_cpp import LlamaServer
+from finemill.components.held_out import IGNORE_INDEX, HeldOutRow
+
+logger = logging.getLogger(__name__)
+
+# Every kind of piece that a split rule treats by itself: a file that differs on one of these has the wrong tokenizer.
+PROBES = (
+    "Hello, world! It's 3.14159 or 2,718; I'll say we've DON'T know.",
+    "def f(x):\n    return x ** 2  # 100%\n\n\n\tprint(f(12345))",
+    "  leading and trailing  \n \n\r\n  mixed\twhite space   ",
+    "Größe, naïve façade, Ελληνικά, русский, العربية, हिन्दी",
+    "中文字符和日本語のテキスト、한국어",
+    "emoji 😀👩‍👩‍👧‍👦🇪🇺 and ½ ² ¾ Ⅷ",
+    "<think>\n12 + 7 = 19\n</think>\n\n\\boxed{19}",
+)
+# Next-token probabilities asked of llama.cpp per position: more would be slow to pass as JSON.
+MAX_PROBABILITIES = 4096
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the merged model says: the yardstick for every file."""
+
+    kl_prompts: list[list[int]]
+    log_probabilities: list[torch.Tensor]
+    """Next-token log-probabilities after each of `kl_prompts`, shape (V,), float64."""
+    rows: list[HeldOutRow]
+    prompts: list[list[int]]
+    answers: list[Answer]
+
+    @property
+    def exact_match(self) -> float | None:
+        """Share of `rows` with an answer that is right."""
+        return exact_match(self.rows, self.answers)
+
+
+def make_reference(
+    model: Any,
+    tokenizer: Any,
+    *,
+    kl_rows: Sequence[HeldOutRow],
+    kl_positions: int,
+    answer_rows: Sequence[HeldOutRow],
+    stop_token_ids: Sequence[int],
+    max_new_tokens: int,
+    on_progress: Callable[[int], None],
+) -> Reference:
+    """Run the merged model on everything that the files will be asked."""
+    kl_prompts: list[list[int]] = []
+    log_probabilities: list[torch.Tensor] = []
+    for row in kl_rows:
+        positions = _positions(row.labels, kl_positions)
+        with torch.inference_mode():
+            logits_TV = model(torch.tensor([row.input_ids], device=model.device)).logits[0]
+        for position in positions:
+            kl_prompts.append(row.input_ids[:position])
+            log_probabilities.append(logits_TV[position - 1].double().log_softmax(-1).cpu())
+    prompts = [tokenizer(row.prompt, add_special_tokens=False)["input_ids"] for row in answer_rows]
+    answers = generate_answers(
+        model,
+        tokenizer,
+        prompts,
+        stop_token_ids=stop_token_ids,
+        max_new_tokens=max_new_tokens,
+        on_progress=on_progress,
+    )
+    return Reference(kl_prompts, log_probabilities, list(answer_rows), prompts, answers)
+
+
+def _positions(labels: Sequence[int], count: int) -> list[int]:
+    """Evenly spread positions among the labelled tokens; the token there is predicted from those before it."""
+    labelled = [position for position, label in enumerate(labels) if label != IGNORE_INDEX and position > 0]
+    count = min(count, len(labelled))
+    return [labelled[index * len(labelled) // count] for index in range(count)]
+
+
+def compare(
+    server: LlamaServer,
+    reference: Reference,
+    tokenizer: Any,
+    *,
+    stop_token_ids: Sequence[int],
+    max_new_tokens: int,
+    on_progress: Callable[[int], None],
+) -> dict[str, float]:
+    """Metrics of the loaded file against `reference`.
+
+    `kl` is the mean, over the reference's positions, of KL(merged || file) between next-token distributions in nats:
+    over the whole vocabulary up to `MAX_PROBABILITIES` tokens; over llama.cpp's likeliest that many and one event for
+    all others in a larger one, which can only be smaller. `top1_agreement` is the share of positions at which both
+    find the same token likeliest. `exact_match` is over the rows that have an answer, `same_answer_rate` over all.
+
+    Raises: StepError: the file splits text into other tokens than the model's tokenizer.
+    """
+    metrics = {"tokenization_match": check_tokenization(server, tokenizer, [row.prompt for row in reference.rows])}
+    metrics |= _compare_distributions(server, reference)
+    answers = server.answers(
+        reference.prompts,
+        stop_texts=tokenizer.convert_ids_to_tokens(list(stop_token_ids)),
+        max_new_tokens=max_new_tokens,
+        on_progress=on_progress,
+    )
+    if answers:
+        same = [_said(mine) == _said(theirs) for mine, theirs in zip(answers, reference.answers, strict=True)]
+        metrics["same_answer_rate"] = sum(same) / len(same)
+    score = exact_match(reference.rows, answers)
+    if score is not None:
+        metrics["exact_match"] = score
+    return metrics
+
+
+def exact_match(rows: Sequence[HeldOutRow], answers: Sequence[Answer]) -> float | None:
+    """Share of the rows with a known answer whose final answer is that; None if no row has one."""
+    right = [
+        final_answer(answer.text) == normalize_answer(row.answer)
+        for row, answer in zip(rows, answers, strict=True)
+        if row.answer is not None
+    ]
+    return sum(right) / len(right) if right else None
+
+
+def _said(answer: Answer) -> str:
+    """What counts as the same answer: the final answer, or the whole text where there is none."""
+    return final_answer(answer.text) or answer.text.strip()
+
+
+def check_tokenization(server: LlamaServer, tokenizer: Any, texts: Sequence[str]) -> float:
+    """Share of `PROBES` and `texts` with equal tokens. Raises: StepError: one of `PROBES` differs."""
+    special = "".join(tokenizer.all_special_tokens)
+    matches = 0
+    for text in (*PROBES, special, *texts):
+        expected, found = tokenizer(text, add_special_tokens=False)["input_ids"], server.tokenize(text)
+        if expected != found and text not in texts:
+            raise StepError(
+                f"gguf-quantize: llama.cpp splits {text!r} into {len(found)} tokens {found}, the model's tokenizer "
+                f"into {len(expected)} {expected}: this tokenizer cannot be converted faithfully"
+            )
+        matches += expected == found
+    return matches / (len(PROBES) + 1 + len(texts))
+
+
+def _compare_distributions(server: LlamaServer, reference: Reference) -> dict[str, float]:
+    divergences, agreements = [], []
+    for prompt, expected_V in zip(reference.kl_prompts, reference.log_probabilities, strict=True):
+        found = server.next_token_log_probabilities(prompt, min(len(expected_V), MAX_PROBABILITIES))
+        divergences.append(kl_divergence(expected_V, found))
+        agreements.append(int(expected_V.argmax()) == max(found, key=lambda token_id: found[token_id]))
+    return {
+        "kl": sum(divergences) / len(divergences),
+        "max_kl": max(divergences),
+        "top1_agreement": sum(agreements) / len(agreements),
+    }
+
+
+def kl_divergence(expected_V: torch.Tensor, found: Mapping[int, float]) -> float:
+    """KL(expected || found) in nats over the tokens of `found` and, if those are not all, one event for the rest.
+
+    Args:
+        expected_V: log-probabilities, shape (V,), float64.
+        found: log-probability by token id.
+    """
+    token_ids = list(found)
+    p = expected_V[token_ids].exp()
+    log_q = torch.tensor([found[token_id] for token_id in token_ids], dtype=torch.float64)
+    # Zero probability where float32 underflows: the smallest number instead of an infinite divergence.
+    log_q = log_q.clamp(min=-100.0)
+    divergence = float((p * (expected_V[token_ids].clamp(min=-100.0) - log_q)).sum())
+    if len(token_ids) < len(expected_V):
+        p_rest, q_rest = max(1 - float(p.sum()), 0.0), max(1 - float(log_q.exp().sum()), 1e-9)
+        divergence += p_rest * (math.log(p_rest) - math.log(q_rest)) if p_rest > 0 else 0.0
+    return max(divergence, 0.0)

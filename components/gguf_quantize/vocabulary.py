@@ -1,0 +1,113 @@
+"""A byte-level BPE tokenizer as GGUF metadata, so that llama.cpp splits text into the same tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from finemill.components.errors import UserError
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The split pattern in tokenizer.json -> llama.cpp's name of the same pre-tokenizer.
+PRE_TOKENIZERS = {
+    rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}": "qwen2",
+    rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
+}
+# What ends a turn besides the tokenizer's own end-of-sequence token; llama.cpp keeps one more such token.
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The folder's tokenizer. Raises: UserError: it is not a fast tokenizer with a `tokenizer.json`."""
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"gguf-quantize: {folder} has no tokenizer.json: save the model with a fast tokenizer")
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def pre_tokenizer_name(definition: dict[str, Any]) -> str:
+    """llama.cpp's name for the split rule of a parsed `tokenizer.json`.
+
+    Raises: UserError: not a byte-level BPE tokenizer, or a split rule that has no name here.
+    """
+    if definition["model"]["type"] != "BPE" or definition["model"].get("byte_fallback"):
+        raise UserError(
+            f"gguf-quantize: the tokenizer is {definition['model']['type']}"
+            f"{' with byte fallback (SentencePiece)' if definition['model'].get('byte_fallback') else ''}; "
+            "supported is byte-level BPE, as in Qwen2, Qwen3 and Llama 3"
+        )
+    pre_tokenizer = definition.get("pre_tokenizer") or {}
+    parts = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    if parts[0].get("type") == "ByteLevel" and parts[0].get("use_regex", True):
+        return "gpt-2"
+    pattern = str((parts[0].get("pattern") or {}).get("Regex"))
+    if pattern not in PRE_TOKENIZERS:
+        raise UserError(
+            f"gguf-quantize: the tokenizer splits text by {pattern!r:.120}, which is none of llama.cpp's that are "
+            f"known here: gpt-2, {', '.join(PRE_TOKENIZERS.values())}"
+        )
+    return PRE_TOKENIZERS[pattern]
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, num_embeddings: int) -> None:
+    """Write tokens, their types, merges, special tokens and chat template.
+
+    Args:
+        num_embeddings: rows of the embedding matrix; ids past the tokenizer's last become unused tokens.
+    """
+    tokenizer = load_tokenizer(folder)
+    definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer_name(definition))
+    tokens, types = _tokens(definition, num_embeddings)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    merges = definition["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    _add_special_tokens(writer, tokenizer, folder)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _tokens(definition: dict[str, Any], num_embeddings: int) -> tuple[list[str], list[int]]:
+    """Text and type of every id below `num_embeddings`."""
+    texts = {index: text for text, index in definition["model"]["vocab"].items()}
+    types = dict.fromkeys(texts, gguf.TokenType.NORMAL)
+    for added in definition["added_tokens"]:
+        texts[added["id"]] = added["content"]
+        types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    if max(texts) >= num_embeddings:
+        raise UserError(
+            f"gguf-quantize: the tokenizer has token id {max(texts)}, the model only {num_embeddings} embeddings"
+        )
+    ids = range(num_embeddings)
+    return (
+        [texts.get(index, f"[PAD{index}]") for index in ids],
+        [types.get(index, gguf.TokenType.UNUSED) for index in ids],
+    )
+
+
+def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    adders = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "pad": writer.add_pad_token_id}
+    for role, add in adders.items():
+        token_id = getattr(tokenizer, f"{role}_token_id")
+        if token_id is not None:
+            add(token_id)
+    others = [token_id for token_id in stop_token_ids(tokenizer, folder) if token_id != tokenizer.eos_token_id]
+    if others:
+        writer.add_eot_token_id(others[0])
+    prefix = tokenizer("", add_special_tokens=True)["input_ids"]
+    writer.add_add_bos_token(bool(prefix) and prefix[0] == tokenizer.bos_token_id)
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[int]:
+    """Ids that end an answer: the tokenizer's, the generation config's, and the usual end-of-turn tokens."""
+    found = [tokenizer.eos_token_id]
+    if (folder / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(folder).eos_token_id
+        found += eos if isinstance(eos, list) else [eos]
+    found += [tokenizer.convert_tokens_to_ids(text) for text in _END_OF_TURN if text in tokenizer.get_added_vocab()]
+    return list(dict.fromkeys(token_id for token_id in found if token_id is not None))

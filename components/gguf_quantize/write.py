@@ -1,0 +1,105 @@
+"""One GGUF file from a model folder: metadata first, then the tensors, one at a time."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+
+from finemill.components.gguf_quantize.config import Quantization
+from finemill.components.gguf_quantize.convert import Array, SourceModel, add_hyperparameters
+from finemill.components.gguf_quantize.ggml import quantize, row_bytes
+from finemill.components.gguf_quantize.mixture import TensorType, tensor_type
+from finemill.components.gguf_quantize.vocabulary import add_vocabulary
+
+_FILE_TYPES = {
+    "F16": gguf.LlamaFileType.MOSTLY_F16,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "Q4_K_M": gguf.LlamaFileType.MOSTLY_Q4_K_M,
+}
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What went into a GGUF file."""
+
+    path: Path
+    size_bytes: int
+    num_parameters: int
+    tensor_types: Mapping[str, int]
+    """Number of tensors of each GGML type."""
+    fallbacks: Mapping[str, str]
+    """Tensors whose row length forbade the wanted type: name -> `Q4_K -> Q5_0`."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """File size per parameter, metadata included."""
+        return 8 * self.size_bytes / self.num_parameters
+
+
+def write_gguf(
+    model: SourceModel,
+    path: Path,
+    quantization: Quantization,
+    name: str,
+    num_threads: int,
+    imatrix: Mapping[str, Array] | None = None,
+) -> WrittenFile:
+    """Write `model` as `path`.
+
+    Args:
+        name: the model's name in the file's metadata.
+        imatrix: importance of each input channel by GGUF tensor name, float32, or None.
+    Raises: UserError: architecture, tokenizer or tensor that llama.cpp has no counterpart for.
+    """
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[model.architecture])
+    add_hyperparameters(writer, model, name)
+    add_vocabulary(writer, model.folder, int(model.config["vocab_size"]))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(_FILE_TYPES[quantization])
+    types: dict[str, TensorType] = {}
+    num_parameters = 0
+    for tensor_name, shape in model.shapes():
+        chosen = tensor_type(tensor_name, shape, quantization, model.num_layers, ties_embeddings=model.ties_embeddings)
+        types[tensor_name] = chosen
+        num_parameters += math.prod(shape)
+        _declare(writer, tensor_name, shape, chosen.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor_name, values in model.tensors():
+        weights = (imatrix or {}).get(tensor_name)
+        writer.write_tensor_data(_encode(values, types[tensor_name].type, num_threads, weights))
+    writer.close()
+    return WrittenFile(
+        path,
+        path.stat().st_size,
+        num_parameters,
+        dict(sorted(Counter(chosen.type.name for chosen in types.values()).items())),
+        {
+            tensor_name: f"{chosen.wanted.name} -> {chosen.type.name}"
+            for tensor_name, chosen in types.items()
+            if chosen.fell_back
+        },
+    )
+
+
+def _declare(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], type_: Type) -> None:
+    if type_ in (Type.F32, Type.F16):
+        dtype = np.dtype(np.float32 if type_ == Type.F32 else np.float16)
+        writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize)
+        return
+    byte_shape = (*shape[:-1], row_bytes(type_, shape[-1]))
+    writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), math.prod(byte_shape), raw_dtype=type_)
+
+
+def _encode(values: Array, type_: Type, num_threads: int, weights: Array | None) -> np.ndarray:
+    if type_ == Type.F32:
+        return values
+    if type_ == Type.F16:
+        return values.astype(np.float16)
+    return quantize(values, type_, num_threads, weights)

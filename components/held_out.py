@@ -1,0 +1,54 @@
+"""Rows of a `dataset` artifact as the steps that measure models read them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finemill.components.errors import UserError
+
+IGNORE_INDEX = -100
+"""The label of a token that no loss is taken on."""
+
+_COLUMNS = ["id", "source", "input_ids", "labels", "prompt", "completion", "answer"]
+
+
+@dataclass(frozen=True)
+class HeldOutRow:
+    """One conversation.
+
+    `prompt` is the rendered text up to and with the generation prompt of the last assistant turn, `completion` that
+    turn as the model should write it, `answer` its final answer if it has one. `input_ids` and `labels` cover the whole
+    conversation; a label is `IGNORE_INDEX` outside the assistant's turns.
+    """
+
+    id: str
+    source: str
+    input_ids: list[int]
+    labels: list[int]
+    prompt: str
+    completion: str
+    answer: str | None
+
+
+def read_rows(dataset: Path, split: str, limit: int | None = None) -> list[HeldOutRow]:
+    """The first `limit` rows of a split, in the file's order, which chat-format fixed.
+
+    Raises: UserError: the split is missing or holds no rows.
+    """
+    import pyarrow.parquet as pq
+
+    path = dataset / f"{split}.parquet"
+    if not path.is_file():
+        raise UserError(f"{path} not found: chat-format writes it; pass the dataset it printed")
+    table = pq.read_table(path, columns=_COLUMNS)
+    records: list[dict[str, Any]] = table.slice(0, limit).to_pylist()
+    if not records:
+        raise UserError(f"{path} holds no rows: raise the share of the {split} split in data-prep")
+    return [HeldOutRow(**record) for record in records]
+
+
+def spread(rows: list[HeldOutRow], count: int) -> list[HeldOutRow]:
+    """At most `count` rows, evenly spaced, so that every part of the file has its share."""
+    if count >= len(rows):
+        return rows
+    return [rows[index * len(rows) // count] for index in range(count)]
