@@ -1,0 +1,24 @@
+"""The op tests again, with the kernels themselves: in Triton's interpreter, which needs a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from finemill.kernels.launch import INTERPRETED
+
+OPS = ("adamw", "cross_entropy", "lora", "nf4", "qk_norm_rope", "rms_norm", "swiglu")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the op tests run the kernels on the GPU")
+@pytest.mark.timeout(600)
+def test_kernels_pass_their_tests_in_the_interpreter():
+    files = [str(Path(__file__).with_name(f"test_{op}.py")) for op in OPS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
