@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hera.workflows import DAG, Container, CronWorkflow, EmptyDirVolume, ExistingVolume, Volume, WorkflowTemplate
+from hera.workflows import DAG, Container, CronWorkflow, EmptyDirVolume, ExistingVolume, WorkflowTemplate
 from hera.workflows import Parameter as ArgoParameter
 from hera.workflows import Task as ArgoTask
 from hera.workflows.models import (
     LocalObjectReference,
     PodGC,
     PodSecurityContext,
+    Quantity,
     SeccompProfile,
     TTLStrategy,
     WorkflowTemplateRef,
@@ -96,13 +97,13 @@ def _argument(item: Parameter, defaults: Mapping[str, Any]) -> ArgoParameter:
 
 def _volumes(cluster: ClusterConfig) -> list[Any]:
     """What every pod may write, with a root that is read-only: /tmp, and the cache of downloads."""
-    temporary: Volume | EmptyDirVolume = EmptyDirVolume(name="tmp", mount_path="/tmp")
+    temporary = EmptyDirVolume(name="tmp", mount_path="/tmp")
     if cluster.cache_claim:
         cache: Any = ExistingVolume(name="cache", claim_name=cluster.cache_claim, mount_path=CACHE_PATH)
     else:
         cache = EmptyDirVolume(name="cache", mount_path=CACHE_PATH)
     shared = EmptyDirVolume(
-        name="shared-memory", mount_path="/dev/shm", medium="Memory", size_limit=cluster.shared_memory
+        name="shared-memory", mount_path="/dev/shm", medium="Memory", size_limit=Quantity(cluster.shared_memory)
     )
     return [temporary, cache, shared]
 

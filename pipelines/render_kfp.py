@@ -66,7 +66,8 @@ def build_kfp_pipeline(pipeline: Pipeline, defaults: Mapping[str, Any], cluster:
     signature = inspect.Signature([_signature_entry(item, defaults) for item in pipeline.parameters])
     body.__signature__ = signature  # type: ignore[attr-defined]
     body.__annotations__ = {name: entry.annotation for name, entry in signature.parameters.items()}
-    return dsl.pipeline(name=pipeline.name, description=pipeline.description)(body)
+    rendered: Callable[..., Any] = dsl.pipeline(name=pipeline.name, description=pipeline.description)(body)
+    return rendered
 
 
 def _signature_entry(item: Parameter, defaults: Mapping[str, Any]) -> inspect.Parameter:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 # name -> (one line of help, module under finemill.commands with `add_arguments` and `execute`)
 _COMMANDS = {
     "run": ("run a pipeline on this machine", "run"),
+    "submit": ("run a pipeline in a cluster, on KFP or Argo", "submit"),
+    "watch": ("follow a submitted run to its end", "watch"),
     "compile": ("write a pipeline as KFP or Argo YAML", "compile"),
     "data-prep": ("raw rows -> cleaned, deduplicated, mixed and split rows", "step"),
     "chat-format": ("rows -> token ids and labels under the model's chat template", "step"),

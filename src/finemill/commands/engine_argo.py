@@ -1,0 +1,169 @@
+"""Runs on Argo Workflows: submitted to the chart's WorkflowTemplates through the Kubernetes API."""
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from finemill.commands.kubernetes_client import PodLogs, load_client, readable_errors
+from finemill.commands.run_status import Phase, RunStatus, StepStatus
+from finemill.components.errors import UserError
+from finemill.components.steps import STEPS
+from finemill.pipelines.graph import Pipeline
+
+_GROUP, _VERSION = "argoproj.io", "v1alpha1"
+_PHASES: Mapping[str, Phase] = {
+    "": "waiting",
+    "Pending": "waiting",
+    "Running": "running",
+    "Succeeded": "done",
+    "Failed": "failed",
+    "Error": "failed",
+    "Skipped": "skipped",
+    "Omitted": "skipped",
+}
+# What a pod waits for in vain, by the reason that Argo copies from its container.
+_BLOCKED = {
+    "ErrImageNeverPull": "the image is not on the node and may not be pulled",
+    "ErrImagePull": "the image cannot be pulled",
+    "ImagePullBackOff": "the image cannot be pulled",
+    "InvalidImageName": "the image's name is wrong",
+    "CreateContainerConfigError": "a secret or config map is missing",
+}
+
+
+class ArgoEngine:
+    """Argo Workflows in one namespace of the cluster in KUBECONFIG."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+        self._client = load_client()
+        self._objects = self._client.CustomObjectsApi()
+        self._logs: dict[str, PodLogs] = {}
+
+    def submit(self, pipeline: Pipeline, parameters: Mapping[str, Any]) -> str:
+        """Create a Workflow that refers to the installed WorkflowTemplate."""
+        self._check_template(pipeline.name)
+        with readable_errors(f"Workflow of {pipeline.name}", self.namespace):
+            created = self._objects.create_namespaced_custom_object(
+                _GROUP,
+                _VERSION,
+                self.namespace,
+                "workflows",
+                {
+                    "apiVersion": f"{_GROUP}/{_VERSION}",
+                    "kind": "Workflow",
+                    "metadata": {
+                        "generateName": f"{pipeline.name}-",
+                        "labels": {"app.kubernetes.io/name": "finemill", "app.kubernetes.io/component": pipeline.name},
+                    },
+                    "spec": _spec(pipeline, parameters),
+                },
+            )
+        name: str = created["metadata"]["name"]
+        return name
+
+    def schedule(self, pipeline: Pipeline, parameters: Mapping[str, Any], cron: str, timezone: str | None) -> str:
+        """Create or replace the CronWorkflow of the pipeline's name."""
+        from finemill.pipelines.render_argo import build_argo_schedule
+
+        self._check_template(pipeline.name)
+        body = build_argo_schedule(pipeline, cron, timezone).to_dict()
+        body["spec"]["workflowSpec"] = _spec(pipeline, parameters)
+        place = (_GROUP, _VERSION, self.namespace, "cronworkflows")
+        with readable_errors(f"CronWorkflow {pipeline.name}", self.namespace):
+            try:
+                standing = self._objects.get_namespaced_custom_object(*place, pipeline.name)
+            except self._client.ApiException as error:
+                if error.status != 404:
+                    raise
+                self._objects.create_namespaced_custom_object(*place, body)
+            else:
+                body["metadata"]["resourceVersion"] = standing["metadata"]["resourceVersion"]
+                self._objects.replace_namespaced_custom_object(*place, pipeline.name, body)
+        return pipeline.name
+
+    def status(self, run: str) -> RunStatus:
+        """The Workflow's own view of its nodes."""
+        with readable_errors(f"Workflow {run}", self.namespace):
+            workflow = self._objects.get_namespaced_custom_object(_GROUP, _VERSION, self.namespace, "workflows", run)
+        return read_workflow(workflow)
+
+    def new_log_lines(self, run: str) -> list[str]:
+        """See `PodLogs`."""
+        selector = f"workflows.argoproj.io/workflow={run}"
+        logs = self._logs.setdefault(
+            run, PodLogs(self._client, self.namespace, selector, "app.kubernetes.io/component")
+        )
+        return logs.new_lines()
+
+    def come_back(self, run: str) -> str:
+        """The command that follows the run again."""
+        return f"finemill watch {run} --engine argo --namespace {self.namespace}"
+
+    def _check_template(self, name: str) -> None:
+        with readable_errors(f"WorkflowTemplate {name}", self.namespace):
+            self._objects.get_namespaced_custom_object(_GROUP, _VERSION, self.namespace, "workflowtemplates", name)
+
+
+def _spec(pipeline: Pipeline, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    values = [
+        {"name": name, "value": value if isinstance(value, str) else json.dumps(value, sort_keys=True)}
+        for name, value in parameters.items()
+    ]
+    return {"workflowTemplateRef": {"name": pipeline.name}, "arguments": {"parameters": values}}
+
+
+def read_workflow(workflow: Mapping[str, Any]) -> RunStatus:
+    """The status of a run from its Workflow object."""
+    name = workflow["metadata"]["name"]
+    status = workflow.get("status", {})
+    nodes = status.get("nodes", {})
+    template = status.get("storedWorkflowTemplateSpec", {})
+    order = [task["name"] for item in template.get("templates", []) for task in item.get("dag", {}).get("tasks", [])]
+    by_name = {node["name"]: node for node in nodes.values()}
+    steps = [_step(task, by_name.get(f"{name}.{task}"), nodes) for task in order]
+    return RunStatus(name, _PHASES[status.get("phase", "")], status.get("message", ""), tuple(steps))
+
+
+def _step(name: str, node: Mapping[str, Any] | None, nodes: Mapping[str, Any]) -> StepStatus:
+    if node is None:
+        return StepStatus(name, "waiting")
+    attempts = [nodes[child] for child in node.get("children", []) if child in nodes] if node["type"] == "Retry" else []
+    last = attempts[-1] if attempts else node
+    message = last.get("message", "") or node.get("message", "")
+    reason = message.split(":")[0].strip()
+    blocked = last.get("phase") == "Pending" and reason in _BLOCKED
+    outputs = last.get("outputs", {})
+    code = outputs.get("exitCode")
+    return StepStatus(
+        name,
+        _PHASES[node.get("phase", "")],
+        seconds=_seconds(node),
+        attempts=max(1, len(attempts)),
+        message=f"{_BLOCKED[reason]} ({message})" if blocked else message,
+        blocked=blocked,
+        exit_code=int(code) if code and int(code) > 0 else None,
+        verdict=_verdict(name, outputs),
+    )
+
+
+def _verdict(name: str, outputs: Mapping[str, Any]) -> tuple[str, str] | None:
+    wanted = STEPS[name].verdict if name in STEPS else None
+    values = {item["name"]: item.get("value", "") for item in outputs.get("parameters", [])}
+    return (wanted, values[wanted]) if wanted and wanted in values else None
+
+
+def _seconds(node: Mapping[str, Any]) -> float:
+    if not node.get("startedAt"):
+        return 0.0
+    start = datetime.fromisoformat(node["startedAt"])
+    end = datetime.fromisoformat(node["finishedAt"]) if node.get("finishedAt") else datetime.now(UTC)
+    return max(0.0, (end - start).total_seconds())
+
+
+def parse_namespace(text: str | None) -> str:
+    """Raises: UserError: no namespace was given."""
+    if not text:
+        raise UserError("--engine argo needs --namespace, where the chart is installed")
+    return text

@@ -1,0 +1,102 @@
+"""The Kubernetes API behind the user's kubeconfig, its errors in one line each, and pods' logs."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from finemill.components.errors import StepError, TemporaryError, UserError
+
+
+def load_client() -> Any:
+    """The `kubernetes` package, configured. Raises: UserError: there is no configuration."""
+    import kubernetes
+
+    try:
+        kubernetes.config.load_config()
+    except (kubernetes.config.ConfigException, OSError) as error:
+        raise UserError(f"no Kubernetes cluster is configured ({error}): set KUBECONFIG") from None
+    # One attempt: an unreachable cluster is said at once, not after minutes.
+    kubernetes.client.Configuration._default.retries = False
+    return kubernetes.client
+
+
+@contextmanager
+def readable_errors(what: str, namespace: str) -> Iterator[None]:
+    """Turn an API error into one line that says what to do.
+
+    Args:
+        what: the thing that was asked for, `WorkflowTemplate finetune`.
+        namespace: where.
+    """
+    from kubernetes.client import ApiException
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except ApiException as error:
+        raise _describe(error, what, namespace) from None
+    except HTTPError as error:
+        raise TemporaryError(f"the Kubernetes API is out of reach: {' '.join(str(error).split())[:300]}") from None
+
+
+def _describe(error: Any, what: str, namespace: str) -> StepError:
+    try:
+        answer = json.loads(error.body or "")
+    except ValueError:
+        answer = {}
+    message = answer.get("message") or error.reason or str(error)
+    if error.status == 401:
+        return UserError("the Kubernetes API does not accept the credentials in KUBECONFIG: log in again")
+    if error.status == 403:
+        return UserError(f"{message}: bind the Role `<release>-submit` of the chart to this user")
+    if error.status == 404 and not answer.get("details", {}).get("name"):
+        return UserError(f"{what}: this cluster does not know the kind; install Argo Workflows and its CRDs")
+    if error.status == 404:
+        return UserError(f"{what} not found in namespace {namespace}: install the chart there, or correct --namespace")
+    if error.status in (429, 500, 502, 503, 504):
+        return TemporaryError(f"the Kubernetes API answers {error.status}: {message}")
+    return UserError(f"{what}: {message}")
+
+
+class PodLogs:
+    """Follows the logs of a run's pods: each call returns what is new."""
+
+    def __init__(self, client: Any, namespace: str, selector: str, step_label: str) -> None:
+        self._api = client.CoreV1Api()
+        self._exception = client.ApiException
+        self._namespace = namespace
+        self._selector = selector
+        self._step_label = step_label
+        self._seen: dict[str, str] = {}
+        self._last_read = 0.0
+
+    def new_lines(self) -> list[str]:
+        """Lines `<step>  <text>`, oldest pod first; a pod that is gone or not started has none."""
+        with readable_errors("pods", self._namespace):
+            pods = self._api.list_namespaced_pod(self._namespace, label_selector=self._selector).items
+        # A little more than since the last call: timestamps sort out what was seen.
+        since = math.ceil(time.monotonic() - self._last_read) + 5 if self._last_read else None
+        self._last_read = time.monotonic()
+        lines = []
+        for pod in sorted(pods, key=lambda item: item.metadata.creation_timestamp):
+            step = (pod.metadata.labels or {}).get(self._step_label, pod.metadata.name)
+            new = pod.metadata.name not in self._seen
+            lines += [f"{step}  {line}" for line in self._read(pod.metadata.name, None if new else since)]
+        return lines
+
+    def _read(self, pod: str, since_seconds: int | None) -> list[str]:
+        options = {} if since_seconds is None else {"since_seconds": since_seconds}
+        try:
+            text = self._api.read_namespaced_pod_log(pod, self._namespace, container="main", timestamps=True, **options)
+        except self._exception:
+            return []
+        found = []
+        for line in text.splitlines():
+            stamp, _, content = line.partition(" ")
+            if stamp > self._seen.get(pod, ""):
+                self._seen[pod] = stamp
+                found.append(content)
+        return found

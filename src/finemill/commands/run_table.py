@@ -1,0 +1,104 @@
+"""Follow a run to its end: a live table on a terminal, a line per change elsewhere, and the steps' logs between."""
+
+import sys
+import time
+from typing import TextIO
+
+from finemill.commands.run_status import Engine, RunStatus, StepStatus
+from finemill.components.errors import TemporaryError, UserError
+
+POLL_S = 2.0
+BLOCKED_S = 30.0
+"""How long a step may wait for an image or a secret before that counts as the user's error."""
+OUT_OF_REACH_S = 300.0
+"""How long the cluster may be out of reach while a run is followed."""
+
+
+class RunTable:
+    """Shows a run's status; on a terminal the table stays below the log lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._live = stream.isatty()
+        self._height = 0
+        self._shown: dict[str, tuple[str, int, str]] = {}
+
+    def show(self, status: RunStatus, log_lines: list[str]) -> None:
+        """Print the new log lines, then the table or its changes."""
+        if self._live and self._height:
+            self._stream.write(f"\033[{self._height}A\033[J")
+        for line in log_lines:
+            self._stream.write(f"{line}\n")
+        rows = table_rows(status)
+        if self._live:
+            self._stream.write("".join(f"{row}\n" for row in rows))
+            self._height = len(rows)
+        else:
+            for step, row in zip(status.steps, rows[1:], strict=True):
+                state = (step.phase, step.attempts, step.message)
+                if state != self._shown.get(step.name, ("waiting", 1, "")):
+                    self._stream.write(f"{row}\n")
+                    self._shown[step.name] = state
+        self._stream.flush()
+
+
+def table_rows(status: RunStatus) -> list[str]:
+    """The run's own line, then one per step."""
+    width = max([len(step.name) for step in status.steps] + [len(status.name)])
+    return [f"{status.name:<{width}}  {status.phase}", *(_row(step, width) for step in status.steps)]
+
+
+def _row(step: StepStatus, width: int) -> str:
+    seconds = f"{step.seconds:7.0f} s" if step.phase in ("running", "done", "failed") else " " * 9
+    attempts = f"  attempt {step.attempts}" if step.attempts > 1 else ""
+    verdict = f"  {step.verdict[0]}: {step.verdict[1]}" if step.verdict else ""
+    message = f"  {step.message}" if step.message else ""
+    return f"{step.name:<{width}}  {step.phase:<8}{seconds}{attempts}{verdict}{message}"[:240].rstrip()
+
+
+def follow(engine: Engine, run: str, *, logs: bool) -> int:
+    """Show the run until it has ended; Ctrl-C leaves it alone. Returns: the run's exit code, 130 after Ctrl-C.
+
+    Raises: UserError: a step waits for something that will not come by itself.
+    """
+    table = RunTable(sys.stderr)
+    try:
+        status = _follow(engine, run, table, logs)
+    except KeyboardInterrupt:
+        print(f"\n{run} goes on without you; come back with:  {engine.come_back(run)}", file=sys.stderr)
+        return 130
+    print(summary(status))
+    return status.exit_code
+
+
+def _follow(engine: Engine, run: str, table: RunTable, logs: bool) -> RunStatus:
+    blocked_since: float | None = None
+    reached = time.monotonic()
+    while True:
+        try:
+            status = engine.status(run)
+            table.show(status, engine.new_log_lines(run) if logs else [])
+            reached = time.monotonic()
+        except TemporaryError:
+            if time.monotonic() - reached > OUT_OF_REACH_S:
+                raise
+        else:
+            if status.ended:
+                return status
+            blocked = next((step for step in status.steps if step.blocked), None)
+            blocked_since = (blocked_since or time.monotonic()) if blocked else None
+            if blocked and blocked_since and time.monotonic() - blocked_since > BLOCKED_S:
+                raise UserError(f"{run}: {blocked.name} cannot start: {blocked.message}")
+        time.sleep(POLL_S)
+
+
+def summary(status: RunStatus) -> str:
+    """The run's result in one line."""
+    failed = next((step for step in status.steps if step.phase == "failed"), None)
+    if status.phase == "failed":
+        return f"{status.name} failed" + (f" in {failed.name}: {failed.message}" if failed else f": {status.message}")
+    verdicts = dict(step.verdict for step in status.steps if step.verdict)
+    if verdicts.get("changed") == "false":
+        return f"{status.name} unchanged: the data is that of the newest registered version"
+    promotion = {"true": ", promoted", "false": ", not promoted"}.get(verdicts.get("promotion_passed", ""), "")
+    return f"{status.name} {status.phase}{promotion}"
