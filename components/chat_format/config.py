@@ -22,6 +22,10 @@ class ChatFormatConfig(StepConfig):
     date needs its `date_string` here to give the same tokens every day."""
     assistant_turns: Literal["all", "last"] = "all"
     """Which assistant turns of a conversation are learned."""
+    rewritten_turns: Literal["unroll", "in_place", "skip"] = "unroll"
+    """Turns that the template writes otherwise once more messages follow, as Qwen3 leaves out thinking blocks: each
+    gets a training example that ends with it, so that what is learned is what will be asked; or is learned as it stands
+    in the history, unless its thinking is lost (fewer tokens, but it teaches to answer without thinking); or is not."""
     max_length: int | None = Field(default=2048, ge=8)
     """Longest sequence in tokens; null for no limit."""
     truncation: Literal["drop", "truncate"] = "drop"

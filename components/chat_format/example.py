@@ -1,8 +1,8 @@
 """One row on its way to an example: conversation, rendered text with spans, tokens with labels."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,10 @@ from finemill.components.errors import UserError
 
 @dataclass(frozen=True)
 class Draft:
-    """A rendered row. `text` may hold `BROKEN`; `spans` are the characters to learn, in `text` without it."""
+    """A rendered row, or the part of its conversation up to one turn.
+
+    `text` may hold `BROKEN`; `spans`, the characters of the `turns` to learn, count without it.
+    """
 
     record: Mapping[str, Any]
     conversation: Conversation
@@ -38,6 +41,7 @@ class Draft:
     rejected: str | None
     spans: list[tuple[int, int]]
     turns: tuple[Turn, ...]
+    unrolled: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ class Example:
 
     @property
     def chat_line(self) -> str:
-        """The conversation as a line of JSON."""
+        """The conversation as a line of JSON; "" for a document, or a part of a conversation."""
+        if self.draft.unrolled or not self.messages:
+            return ""
         tools = {"tools": self.draft.conversation.tools} if self.draft.conversation.tools else {}
         return json.dumps({"messages": self.messages, **tools}, ensure_ascii=False) + "\n"
 
@@ -74,12 +80,27 @@ class Formatter:
         self._template = template
         self._config = config
 
-    def draft(self, record: Mapping[str, Any], row: Mapping[str, Any]) -> Draft:
-        """Convert and render a row. Raises: DroppedRowError: it cannot be used."""
+    def drafts(self, record: Mapping[str, Any], row: Mapping[str, Any], *, unroll: bool) -> list[Draft]:
+        """Convert and render a row: its whole conversation, with `unroll` also those that end with a rewritten turn.
+
+        Raises: DroppedRowError: it cannot be used.
+        """
         conversation = to_conversation(row, record["shape"])
         if conversation.text is not None:
-            return self._draft_text(record, conversation, conversation.text)
-        return self._draft_chat(record, conversation)
+            return [self._draft_text(record, conversation, conversation.text)]
+        messages = self._template.prepare(self._with_system(self._thinking(conversation.messages)))
+        check_characters(json.dumps([messages, conversation.tools], ensure_ascii=False))
+        if conversation.tools and not self._template.takes_tools:
+            raise DroppedRowError("template_without_tools")
+        rendered = self._render(messages, conversation)
+        in_place, rewritten = self._sort_turns(messages, conversation, rendered)
+        drafts = [self._draft_chat(record, conversation, messages, rendered, in_place)]
+        for end in rewritten if unroll else ():
+            part = messages[: end + 1]
+            rendered = self._render(part, conversation)
+            draft = self._draft_chat(record, replace(conversation, answer=None), part, rendered, rendered.turns[-1:])
+            drafts.append(replace(draft, record={**record, "id": f"{record['id']}-{end}"}, unrolled=True))
+        return drafts
 
     def _draft_text(self, record: Mapping[str, Any], conversation: Conversation, text: str) -> Draft:
         """A document for continued pre-training: everything is learned, the end-of-text token too."""
@@ -91,42 +112,58 @@ class Formatter:
         plain = text.replace(BROKEN, "")
         return Draft(record, conversation, [], {}, text, "", plain, None, [(0, len(plain))], ())
 
-    def _draft_chat(self, record: Mapping[str, Any], conversation: Conversation) -> Draft:
-        messages = self._template.prepare(self._with_system(self._thinking(conversation.messages)))
-        check_characters(str((messages, conversation.tools)))
-        if conversation.tools and not self._template.takes_tools:
-            raise DroppedRowError("template_without_tools")
-        kwargs = self._kwargs(messages)
-        rendered = self._render(messages, conversation, kwargs)
-        turns = [turn for turn in rendered.turns if turn.complete]
+    def _sort_turns(
+        self, messages: list[Message], conversation: Conversation, rendered: Rendered
+    ) -> tuple[list[Turn], list[int]]:
+        """The turns to learn where they stand, and the messages that need an example of their own.
+
+        A turn may be learned in place if the text up to its end is what the model gets and must produce at that point.
+        """
+        in_place = [turn for turn in rendered.turns[-1:] if turn.complete]
+        rewritten = []
         if self._config.assistant_turns == "last" or conversation.rejected is not None:
-            turns = [turn for turn in turns if turn is rendered.turns[-1]]
-        edges = without_broken(rendered.text, [edge for turn in turns for edge in (turn.start, turn.end)])
+            return in_place, []
+        for turn in rendered.turns[:-1]:
+            alone = self._render(messages[: turn.message + 1], conversation)
+            same = rendered.text.startswith(alone.text[: alone.turns[-1].end])
+            if same or (self._config.rewritten_turns == "in_place" and turn.complete):
+                in_place.append(turn)
+            elif self._config.rewritten_turns == "unroll":
+                rewritten.append(turn.message)
+        return sorted(in_place, key=lambda turn: turn.start), rewritten
+
+    def _draft_chat(
+        self,
+        record: Mapping[str, Any],
+        conversation: Conversation,
+        messages: list[Message],
+        rendered: Rendered,
+        learned: Sequence[Turn],
+    ) -> Draft:
+        edges = without_broken(rendered.text, [edge for turn in learned for edge in (turn.start, turn.end)])
         return Draft(
             record=record,
             conversation=conversation,
             messages=messages,
-            kwargs=kwargs,
+            kwargs=self._kwargs(messages),
             text=rendered.text,
             prompt=rendered.prompt.replace(BROKEN, ""),
             completion=_last_answer(rendered),
-            rejected=self._render_rejected(messages, conversation, kwargs),
+            rejected=self._render_rejected(messages, conversation),
             spans=list(zip(edges[::2], edges[1::2], strict=True)),
-            turns=tuple(rendered.turns),
+            turns=tuple(learned),
         )
 
-    def _render(self, messages: list[Message], conversation: Conversation, kwargs: dict[str, Any]) -> Rendered:
-        control = self.tokenizer.control
+    def _render(self, messages: list[Message], conversation: Conversation) -> Rendered:
+        kwargs = self._kwargs(messages)
         messages, tools = self.tokenizer.break_control_tokens([messages, conversation.tools])
-        return render_turns(self._template, messages, tools, kwargs, control)
+        return render_turns(self._template, messages, tools, kwargs, self.tokenizer.control)
 
-    def _render_rejected(
-        self, messages: list[Message], conversation: Conversation, kwargs: dict[str, Any]
-    ) -> str | None:
+    def _render_rejected(self, messages: list[Message], conversation: Conversation) -> str | None:
         if conversation.rejected is None:
             return None
         worse = self._template.prepare(self._thinking([conversation.rejected]))
-        return _last_answer(self._render([*messages[:-1], *worse], conversation, kwargs))
+        return _last_answer(self._render([*messages[:-1], *worse], conversation))
 
     def _thinking(self, messages: list[Message]) -> list[Message]:
         if self._config.enable_thinking is not False:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.chat_format.dataset import DatasetWriter
-from finemill.components.chat_format.example import Example, Formatter
+from finemill.components.chat_format.example import Draft, Example, Formatter
 from finemill.components.chat_format.messages import DroppedRowError
 from finemill.components.chat_format.report import SplitCounts, write_report
 from finemill.components.chat_format.template import load_template
@@ -38,12 +38,12 @@ def format_chats(
         for split in SPLITS:
             with DatasetWriter(output_dir / f"{split}.parquet") as writer:
                 for batch in _read_batches(rows / f"{split}.parquet"):
-                    examples = list(_format_batch(formatter, batch, counts[split]))
+                    examples = list(_format_batch(formatter, batch, counts[split], unroll=split == "train"))
                     writer.write(examples)
                     if split == "train":
-                        chat.writelines(example.chat_line for example in examples if example.messages)
+                        chat.writelines(example.chat_line for example in examples)
                     context.recorder.log_progress(f"{split}: {counts[split].read} rows")
-    if not counts["train"].rows:
+    if not counts["train"].examples:
         reasons = ", ".join(f"{reason} {number}" for reason, number in counts["train"].dropped.most_common(4))
         raise UserError(f"no training row is left of {counts['train'].read} (left out: {reasons or 'none'})")
     (output_dir / "chat_template.jinja").write_text(template.source, encoding="utf-8")
@@ -56,15 +56,19 @@ def _read_batches(path: Path) -> Iterator[list[dict[str, Any]]]:
             yield batch.to_pylist()
 
 
-def _format_batch(formatter: Formatter, batch: list[dict[str, Any]], counts: SplitCounts) -> Iterator[Example]:
+def _format_batch(
+    formatter: Formatter, batch: list[dict[str, Any]], counts: SplitCounts, *, unroll: bool
+) -> Iterator[Example]:
     """Render row by row, tokenize all at once: the tokenizer works in parallel."""
-    drafts = []
+    drafts: list[Draft] = []
     for record in batch:
         counts.read += 1
         try:
-            drafts.append(formatter.draft(record, json.loads(record["row"])))
+            row_drafts = formatter.drafts(record, json.loads(record["row"]), unroll=unroll)
         except DroppedRowError as reason:
             counts.dropped[str(reason)] += 1
+        else:
+            drafts += row_drafts
     for draft, tokens in zip(drafts, formatter.tokenizer.encode([draft.text for draft in drafts]), strict=True):
         try:
             example = formatter.finish(draft, tokens)

@@ -20,25 +20,25 @@ class SplitCounts:
     """What became of a split's rows."""
 
     read: int = 0
-    rows: int = 0
+    examples: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     end_tokens: Counter[str] = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
     labels: int = 0
     truncated: int = 0
     thinking: int = 0
-    incomplete_turns: int = 0
+    unrolled: int = 0
     turns_without_end: int = 0
 
     def add(self, example: Example) -> None:
         """Count one example."""
-        self.rows += 1
+        self.examples += 1
         self.lengths.append(len(example.input_ids))
         self.labels += example.num_labels
         self.truncated += example.truncated
+        self.unrolled += example.draft.unrolled
         self.thinking += bool(example.draft.kwargs.get("enable_thinking"))
         for turn in example.draft.turns:
-            self.incomplete_turns += not turn.complete
             self.turns_without_end += turn.end_token is None
             if turn.end_token is not None:
                 self.end_tokens[turn.end_token] += 1
@@ -48,14 +48,14 @@ class SplitCounts:
         median, most, longest = np.percentile(self.lengths or [0], [50, 95, 100], method="nearest").tolist()
         return {
             "rows_read": self.read,
-            "rows": self.rows,
+            "examples": self.examples,
             "rows_dropped": dict(sorted(self.dropped.items())),
-            "rows_truncated": self.truncated,
-            "rows_thinking": self.thinking,
+            "examples_truncated": self.truncated,
+            "examples_thinking": self.thinking,
             "tokens": sum(self.lengths),
             "tokens_learned": self.labels,
-            "tokens_per_row": {"median": median, "p95": most, "longest": longest},
-            "turns_not_learned_because_the_template_removes_their_thinking": self.incomplete_turns,
+            "tokens_per_example": {"median": median, "p95": most, "longest": longest},
+            "examples_unrolled": self.unrolled,
             "turns_without_end_token": self.turns_without_end,
         }
 
@@ -75,10 +75,10 @@ def write_report(
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     train = counts["train"]
     return {
-        **{f"dataset/{split}_rows": count.rows for split, count in counts.items()},
+        **{f"dataset/{split}_examples": count.examples for split, count in counts.items()},
         "dataset/rows_dropped": sum(count.dropped.total() for count in counts.values()),
         "dataset/train_tokens": sum(train.lengths),
         "dataset/train_tokens_learned_fraction": train.labels / sum(train.lengths),
-        "dataset/train_thinking_fraction": train.thinking / train.rows,
-        "dataset/longest_row_tokens": max(max(count.lengths, default=0) for count in counts.values()),
+        "dataset/train_thinking_fraction": train.thinking / train.examples,
+        "dataset/longest_example_tokens": max(max(count.lengths, default=0) for count in counts.values()),
     }

@@ -36,7 +36,7 @@ def format_rows(
     assert len(order) == len(rows)
     table = pq.read_table(folder_of(result.reference) / "train.parquet").to_pylist()
     texts = [json.dumps(row, ensure_ascii=False) for row in rows]
-    return result, sorted(table, key=lambda row: texts.index(ids[row["id"]]))
+    return result, sorted(table, key=lambda row: texts.index(ids[row["id"].partition("-")[0]]))
 
 
 def folder_of(reference: Any) -> Path:
@@ -59,12 +59,12 @@ CHAT = {"conversations": [{"from": role, "value": text} for role, text in CHAT_T
 
 
 def test_a_thinking_row_and_a_plain_chat(tmp_path: Path) -> None:
-    result, (thinking, chat) = format_rows(tmp_path, [THINKING, CHAT])
+    result, (thinking, chat) = format_rows(tmp_path, [THINKING, CHAT], rewritten_turns="skip")
     assert learned(thinking) == "<think>\n2 + 2 = 4\n</think>\n\nIt is 4.<|im_end|>"
     assert thinking["prompt"] == "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
     assert thinking["completion"] == learned(thinking)
     assert (thinking["answer"], json.loads(thinking["chat_template_kwargs"])) == ("4", {"enable_thinking": True})
-    assert learned(chat) == "Hello!<|im_end|>See you.<|im_end|>"
+    assert learned(chat) == "See you.<|im_end|>"
     assert chat["prompt"].endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert (chat["answer"], json.loads(chat["chat_template_kwargs"])) == (None, {"enable_thinking": False})
     assert result.manifest.metrics["dataset/train_thinking_fraction"] == 0.5
@@ -117,12 +117,44 @@ def test_thinking_can_be_on_off_or_as_the_row_has_it(
         assert row["prompt"] + row["completion"] + "\n" == whole
 
 
-def test_history_turns_whose_thinking_is_removed_are_not_learned(tmp_path: Path) -> None:
-    turns = [("user", "a?"), ("assistant", "<think>hm</think>A."), ("user", "b?"), ("assistant", "<think>so</think>B.")]
-    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
-    result, (row,) = format_rows(tmp_path, rows)
-    assert learned(row) == "<think>\nso\n</think>\n\nB.<|im_end|>"
-    assert summary(result)["turns_not_learned_because_the_template_removes_their_thinking"] == 1
+THINKING_TURNS = (("human", "a?"), ("gpt", "<think>hm</think>A."), ("human", "b?"), ("gpt", "<think>so</think>B."))
+THINKING_CHAT = {"conversations": [{"from": role, "value": text} for role, text in THINKING_TURNS]}
+
+
+def test_turns_that_qwen3_rewrites_in_history_get_examples_of_their_own(tmp_path: Path) -> None:
+    result, formatted = format_rows(tmp_path, [THINKING_CHAT, CHAT])
+    assert [learned(row) for row in formatted] == [
+        "<think>\nso\n</think>\n\nB.<|im_end|>",
+        "<think>\nhm\n</think>\n\nA.<|im_end|>",
+        "See you.<|im_end|>",
+        "Hello!<|im_end|>",
+    ]
+    for row in formatted:
+        # What is learned follows exactly the prompt that the model will get.
+        whole = BACKEND.decode(row["input_ids"], skip_special_tokens=False)
+        assert whole == f"{row['prompt']}{learned(row)}\n"
+    assert len({row["id"] for row in formatted}) == 4
+    assert summary(result)["examples_unrolled"] == 2
+    assert len((folder_of(result.reference) / "chat.jsonl").read_text().splitlines()) == 2
+
+
+def test_rewritten_turns_can_be_learned_in_place_unless_their_thinking_is_lost(tmp_path: Path) -> None:
+    _, formatted = format_rows(tmp_path, [THINKING_CHAT, CHAT], rewritten_turns="in_place")
+    assert [learned(row) for row in formatted] == [
+        "<think>\nso\n</think>\n\nB.<|im_end|>",
+        "Hello!<|im_end|>See you.<|im_end|>",
+    ]
+
+
+def test_turns_that_stay_as_they_are_are_learned_in_one_example(tmp_path: Path) -> None:
+    template = tmp_path / "chatml.jinja"
+    template.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    result, (row,) = format_rows(tmp_path, [CHAT], chat_template_path=str(template))
+    assert learned(row) == "Hello!<|im_end|>See you.<|im_end|>"
+    assert summary(result)["examples_unrolled"] == 0
 
 
 def test_only_the_last_turn_is_learned_if_asked(tmp_path: Path) -> None:
@@ -137,8 +169,9 @@ def test_tools_and_calls_are_rendered_and_learned(tmp_path: Path) -> None:
         "conversations": [{"from": role, "value": text} for role, text in turns],
         "tools": json.dumps([{"name": "rate", "description": "Exchange rate", "parameters": {}}]),
     }
-    _, (formatted,) = format_rows(tmp_path, [row])
-    assert learned(formatted) == f"<tool_call>\n{call}\n</tool_call><|im_end|>It is 1.1.<|im_end|>"
+    _, (formatted, call_example) = format_rows(tmp_path, [row])
+    assert learned(formatted) == "It is 1.1.<|im_end|>"
+    assert learned(call_example) == f"<tool_call>\n{call}\n</tool_call><|im_end|>"
     assert '"description": "Exchange rate"' in formatted["prompt"]
     assert json.loads(formatted["tools"])[0]["type"] == "function"
 
@@ -182,7 +215,7 @@ def test_long_rows_are_left_out_or_cut(tmp_path: Path) -> None:
     result, formatted = format_rows(tmp_path, rows, max_length=60, truncation="truncate")
     assert [len(row["input_ids"]) <= 60 for row in formatted] == [True, True]
     assert formatted[1]["labels"][-1] == formatted[1]["input_ids"][-1]
-    assert summary(result)["rows_truncated"] == 1
+    assert summary(result)["examples_truncated"] == 1
 
 
 def test_a_row_cut_before_its_answer_is_left_out(tmp_path: Path) -> None:
@@ -207,10 +240,11 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_unusable_rows_are_counted_by_reason(tmp_path: Path) -> None:
-    rows = [CHAT, {"turns": ["One?", "Two?"]}, {"text": "\ufdd0"}]
+    noncharacters = {"prompt": "\ufdd0", "completion": "4"}
+    rows = [{"prompt": "2+2?", "completion": "4"}, {"turns": ["One?", "Two?"]}, {"text": "\ufdd0"}, noncharacters]
     result, formatted = format_rows(tmp_path, rows)
     assert len(formatted) == 1
-    assert summary(result)["rows_dropped"] == {"no_answer": 1, "unicode_noncharacters": 1}
+    assert summary(result)["rows_dropped"] == {"no_answer": 1, "unicode_noncharacters": 2}
 
 
 def test_no_training_row_left_is_one_clear_line(tmp_path: Path) -> None:
@@ -240,7 +274,7 @@ from finemill.components.step import run_step
 store = sys.argv[1]
 rows = run_step("data-prep", store=store, inputs={}, config={"sources": [{"uri": "example:chat", "max_rows": 80}]})
 inputs = {"rows": str(rows.reference), "base_model": "builtin:tiny-qwen3"}
-print(run_step("chat-format", store=store, inputs=inputs, config={}).manifest.metrics["dataset/train_rows"])
+print(run_step("chat-format", store=store, inputs=inputs, config={}).manifest.metrics["dataset/train_examples"])
 """
     result = subprocess.run(
         [sys.executable, "-c", program, tmp_path.as_uri()], capture_output=True, text=True, check=False
