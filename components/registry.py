@@ -35,6 +35,8 @@ COMPARED_TAG = "finemill.compared_with"
 """On a version that was made champion: the version that was champion before, or `none`."""
 ROLLED_BACK_TAG = "finemill.rolled_back"
 """On a version that was champion and was rolled back: when."""
+DECISION_TAG = "finemill.decision"
+"""On a version: what `promote` decided last, in one line."""
 LOCK_TAG = "finemill.lock"
 """On a registered model: the URI of the lock that whoever moves its aliases holds."""
 

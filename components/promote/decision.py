@@ -1,0 +1,70 @@
+"""What was decided and why: decision.json for programs, decision.md for people."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from finemill.components.promote.gates import GateResult
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a version becomes champion, and every check that says so."""
+
+    registered_model_name: str
+    version: int
+    champion_before: int | None
+    promoted: bool
+    summary: str
+    confidence: float
+    gates: Sequence[GateResult]
+    evaluation: str
+    champion_evaluation: str | None
+
+    def write(self, folder: Path) -> None:
+        """Write decision.json and decision.md."""
+        (folder / "decision.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+        (folder / "decision.md").write_text(self.markdown())
+
+    def markdown(self) -> str:
+        """A heading, one sentence, and a table of the checks."""
+        rows = [
+            f"| {'yes' if gate.passed else '**no**'} | {gate.metric} | {gate.rule} | {gate.value:.4g} "
+            f"| {_cell(gate.other)} | {_cell(gate.difference)} | {_cell(gate.lower_bound)} | {gate.num_rows or ''} |"
+            for gate in self.gates
+        ]
+        return "\n".join(
+            [
+                f"# {self.registered_model_name} version {self.version}: {self.summary}",
+                "",
+                f"Positive differences are better. The bound is what the difference exceeds at {self.confidence:.0%} "
+                "confidence (paired bootstrap over the held-out rows).",
+                "",
+                "| passed | metric | rule | new | other | difference | bound | rows |",
+                "|---|---|---|---:|---:|---:|---:|---:|",
+                *rows,
+                "",
+            ]
+        )
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def summarize(gates: Sequence[GateResult], champion: int | None, refusal: str | None) -> str:
+    """One line: the new state, or the checks that failed with their numbers."""
+    if refusal:
+        return f"not promoted: {refusal}"
+    failed = [_failure(gate) for gate in gates if not gate.passed]
+    if failed:
+        return f"not promoted: {'; '.join(failed)}"
+    return f"champion, in place of version {champion}" if champion else "champion, the first"
+
+
+def _failure(gate: GateResult) -> str:
+    if gate.difference is None:
+        return f"{gate.metric} {gate.value:.4g} is not {gate.rule}"
+    bound = f", bound {gate.lower_bound:+.4g}" if gate.lower_bound is not None else ""
+    return f"{gate.metric} {gate.value:.4g} is not {gate.rule} ({gate.other:.4g}; {gate.difference:+.4g}{bound})"
