@@ -50,16 +50,22 @@ class AdamWState:
     @classmethod
     def zeros(cls, numel: int, device: torch.device | str, bits: int = 32) -> "AdamWState":
         """Return the state before the first step, in 32 or 8 bits per moment."""
+
+        def zeros(size: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
         if bits == 32:
-            return cls(*(torch.zeros(numel, dtype=torch.float32, device=device) for _ in range(2)))
+            return cls(zeros(numel, torch.float32), zeros(numel, torch.float32))
         if bits != 8:
             raise ValueError(f"optimizer state of {bits} bits: allowed are 8 and 32")
         blocks = triton.cdiv(numel, QUANTIZATION_BLOCK)
         return cls(
-            *(torch.zeros(numel, dtype=torch.uint8, device=device) for _ in range(2)),
-            *(torch.zeros(blocks, dtype=torch.float32, device=device) for _ in range(2)),
-            dynamic_map(signed=True).to(device),
-            dynamic_map(signed=False).to(device),
+            exp_avg=zeros(numel, torch.uint8),
+            exp_avg_sq=zeros(numel, torch.uint8),
+            exp_avg_absmax=zeros(blocks, torch.float32),
+            exp_avg_sq_absmax=zeros(blocks, torch.float32),
+            signed_map=dynamic_map(signed=True).to(device),
+            unsigned_map=dynamic_map(signed=False).to(device),
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -131,7 +131,7 @@ def _qk_norm_rope(tokens: int, heads: int, kv_heads: int, width: int, norm: bool
         return qkv, weights, [*tables, torch.arange(tokens, device=device)]
 
     def eager(qkv: Tensor, weights: list[Tensor | None], tables: list[Tensor]) -> tuple[Tensor, Tensor]:
-        q, k, _ = qkv.unflatten(1, (-1, width)).split((heads, kv_heads, kv_heads), dim=1)
+        q, k, _ = qkv.view(tokens, -1, width).split((heads, kv_heads, kv_heads), dim=1)
         cos, sin = tables[0], tables[1]
         return (
             qk_norm_rope_reference(q, weights[0], cos, sin, EPS, upcast=False),

@@ -626,7 +626,7 @@ def _padded(values: list[int]) -> list[int]:
 
 def _splits(programs: int, most: int, device: torch.device) -> int:
     """Ways to split a sum so that two programs fall on every multiprocessor."""
-    return max(1, min(most, triton.cdiv(2 * num_sms(device), programs)))
+    return max(1, min(most, -(-2 * num_sms(device) // programs)))
 
 
 def _token_splits(tokens: int, programs: int, device: torch.device) -> tuple[int, int]:
@@ -651,7 +651,7 @@ def _rank_block(rank: int, groups: int) -> int:
         raise ValueError(
             f"{rank} rows in {groups} groups: the rank of an adapter must be equal in all, 1 to {MAX_RANK}"
         )
-    return max(16, triton.next_power_of_2(rank // groups))
+    return max(16, int(triton.next_power_of_2(rank // groups)))
 
 
 def _check_grad(name: str, grad: Tensor, shape: tuple[int, int]) -> None:

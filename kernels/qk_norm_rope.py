@@ -272,7 +272,7 @@ def qk_norm_rope_forward(
     if not use_kernel(qkv):
         half = head_dim // 2
         cos, sin = cos[position_ids, :half], sin[position_ids, :half]
-        heads = qkv.unflatten(1, (-1, head_dim))[:, : num_heads + num_kv_heads]
+        heads = qkv.view(tokens, -1, head_dim)[:, : num_heads + num_kv_heads]
         q.copy_(qk_norm_rope_reference(heads[:, :num_heads], q_weight, cos, sin, eps))
         k.copy_(qk_norm_rope_reference(heads[:, num_heads:], k_weight, cos, sin, eps))
         if norm:
@@ -354,9 +354,9 @@ def qk_norm_rope_backward(
     if not use_kernel(qkv):
         half, split = head_dim // 2, (num_heads, num_kv_heads, num_kv_heads)
         cos, sin = cos[position_ids, :half], sin[position_ids, :half]
-        q, k, _ = qkv.unflatten(1, (-1, head_dim)).split(split, dim=1)
+        q, k, _ = qkv.view(tokens, -1, head_dim).split(split, dim=1)
         q_rstd, k_rstd = rstd[:, :num_heads], rstd[:, num_heads:]
-        grads = dqkv.unflatten(1, (-1, head_dim)).split(split, dim=1)
+        grads = dqkv.view(tokens, -1, head_dim).split(split, dim=1)
         grads[0].copy_(qk_norm_rope_backward_reference(dq, q, q_weight, cos, sin, q_rstd))
         grads[1].copy_(qk_norm_rope_backward_reference(dk, k, k_weight, cos, sin, k_rstd))
         if dv is not None:
