@@ -10,9 +10,10 @@ from finemill.components.errors import TemporaryError, UserError
 _HUB_URI = re.compile(r"hf://datasets/(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^/]+))?(?P<path>/.*)?")
 
 
-def snapshot_dataset(uri: str) -> Path:
+def snapshot_dataset(uri: str, name: str | None = None, split: str | None = None) -> Path:
     """The data files of `hf://datasets/org/name@revision/folder-or-file` as a local path.
 
+    Only files whose path may belong to the configuration `name` and to `split` are downloaded.
     Raises: UserError: no such data set, revision or path. TemporaryError: the hub is out of reach.
     """
     match = _HUB_URI.fullmatch(uri)
@@ -24,7 +25,8 @@ def snapshot_dataset(uri: str) -> Path:
     except ImportError:
         raise UserError(f"source '{uri}' needs huggingface_hub: pip install 'finemill[data]'") from None
     path = (match["path"] or "").strip("/")
-    patterns = [f"{path}*{suffix}{end}" for suffix in FORMATS for end in ("", ".gz")]
+    wanted = path + (f"*{name}/" if name else "") + (f"*{split}" if split else "")
+    patterns = [f"{wanted}*{suffix}{end}" for suffix in FORMATS for end in ("", ".gz")]
     try:
         folder = snapshot_download(
             match["repo"], repo_type="dataset", revision=match["revision"], allow_patterns=[*patterns, path or "-"]

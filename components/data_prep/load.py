@@ -39,7 +39,10 @@ def source_digests(inputs: Mapping[str, str], config: DataPrepConfig) -> dict[st
     """
     digests = {}
     for number, source in enumerate(config.sources):
-        lines = [f"{file.digest()} {file.name}\n" for file in locate_files(source, config.seed)]
+        try:
+            lines = [f"{file.digest()} {file.name}\n" for file in locate_files(source, config.seed)]
+        except OSError as error:
+            raise UserError(f"source '{source.uri}' cannot be read: {error.strerror} ({error.filename})") from None
         digests[f"sources.{number} {source.uri}"] = hashlib.sha256("".join(lines).encode()).hexdigest()
     return digests
 
@@ -77,7 +80,7 @@ def locate_files(source: Source, seed: int) -> list[DataFile]:
 
         files = {name: DataFile(f.uri, f.digest, f.download) for name, f in list_s3_files(source.uri).items()}
     elif scheme == "hf":
-        files = _local_files(snapshot_dataset(source.uri), source.uri)
+        files = _local_files(snapshot_dataset(source.uri, source.name, source.split), source.uri)
     elif scheme in ("", "file"):
         files = _local_files(local_path(source.uri).expanduser(), source.uri)
     else:

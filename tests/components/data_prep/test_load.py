@@ -6,6 +6,7 @@ import pytest
 
 from finemill.components.config import parse_config
 from finemill.components.data_prep.config import DataPrepConfig
+from finemill.components.data_prep.hub import snapshot_dataset
 from finemill.components.data_prep.load import load_source, source_digests
 from finemill.components.errors import UserError
 
@@ -134,3 +135,26 @@ def test_hub_data_sets_are_read_from_the_cache_offline(tmp_path: Path, monkeypat
     assert texts(uri="hf://datasets/org/name", split="train") == "a"
     assert texts(uri=f"hf://datasets/org/name@{COMMIT}/data", split="test") == "b"
     assert texts(uri="hf://datasets/org/name@main/data/test-00000-of-00001.jsonl") == "b"
+
+
+def test_only_files_that_may_be_wanted_are_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the hub client is asked for, checked with the client's own filter."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: list[str] = []
+
+    def snapshot_download(*_: object, allow_patterns: list[str], **__: object) -> str:
+        asked[:] = allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    names = ["README.md", "en/train-00000.parquet", "en/test.parquet", "de/train.jsonl.gz", "model.safetensors"]
+    expected = {
+        (None, None): {"en/train-00000.parquet", "en/test.parquet", "de/train.jsonl.gz"},
+        ("en", None): {"en/train-00000.parquet", "en/test.parquet"},
+        ("en", "train"): {"en/train-00000.parquet"},
+        (None, "train"): {"en/train-00000.parquet", "de/train.jsonl.gz"},
+    }
+    for (name, split), wanted in expected.items():
+        snapshot_dataset("hf://datasets/org/name", name, split)
+        assert set(filter_repo_objects(names, allow_patterns=asked)) == wanted

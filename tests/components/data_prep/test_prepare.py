@@ -60,6 +60,14 @@ def test_rows_come_out_as_they_went_in(folder_store: str, tmp_path: Path) -> Non
     assert {row["shape"] for split in SPLITS for row in splits[split]} == {"question_answer"}
 
 
+def test_rows_of_different_sources_are_shuffled_together(folder_store: str, tmp_path: Path) -> None:
+    sums_file = write_rows(tmp_path / "a.jsonl", sums(range(100)))
+    texts_file = write_rows(tmp_path / "b.jsonl", [{"text": f"Text {n}"} for n in range(100)])
+    train = split_rows(prepare(folder_store, [sums_file, texts_file]))["train"]
+    shapes = [row["shape"] for row in train]
+    assert 20 < shapes[: len(shapes) // 2].count("text") < len(shapes) // 2 - 20
+
+
 def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "a.jsonl", sums(range(100)))
     first, second = (prepare((tmp_path / name).as_uri(), [source], seed=4) for name in ("one", "two"))
