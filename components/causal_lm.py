@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from finemill.components.errors import UserError
+
 
 def load_causal_lm(folder: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
     """The model in `folder`, in evaluation mode.
@@ -23,6 +25,24 @@ def load_causal_lm(folder: Path, *, device: torch.device | None = None, dtype: t
     with _no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     return model.to(device).eval()
+
+
+def load_adapter(base: Any, adapter: Path) -> Any:
+    """`base` with the LoRA adapter in the folder `adapter`, as one PEFT model in evaluation mode.
+
+    Raises: UserError: the adapter is missing, or has other shapes than the base.
+    """
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(
+            f"adapter_config.json not found in {adapter}: train-qlora writes it; pass the adapter it printed"
+        )
+    try:
+        return PeftModel.from_pretrained(base, adapter).eval()
+    except (RuntimeError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"the adapter in {adapter} does not fit the base model: {line:.300}") from error
 
 
 @contextmanager

@@ -4,12 +4,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 # Rows that one forward pass of a GPU answers at once; a CPU gains nothing past a few dozen.
 _BATCH_SIZE = {"cuda": 64, "cpu": 64}
+
+# What ends a turn in the chat templates of the day, besides the token that the tokenizer calls its last.
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,18 @@ class Answer:
     num_tokens: int
     finished: bool
     """Whether the model ended its turn, rather than being cut at the limit."""
+
+
+def stop_token_ids(tokenizer: Any, folder: Path) -> list[int]:
+    """Ids that end an answer: the tokenizer's, those of `folder`'s generation config, the usual end-of-turn tokens."""
+    from transformers import GenerationConfig
+
+    found = [tokenizer.eos_token_id]
+    if (folder / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(folder).eos_token_id
+        found += eos if isinstance(eos, list) else [eos]
+    found += [tokenizer.convert_tokens_to_ids(text) for text in _END_OF_TURN if text in tokenizer.get_added_vocab()]
+    return list(dict.fromkeys(token_id for token_id in found if token_id is not None))
 
 
 def generate_answers(

@@ -11,13 +11,14 @@ from typing import Any
 from finemill.components.causal_lm import load_causal_lm
 from finemill.components.context import StepContext
 from finemill.components.errors import GateFailedError
+from finemill.components.generation import stop_token_ids
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.gguf_quantize.convert import Array, SourceModel
 from finemill.components.gguf_quantize.imatrix import channel_weights
 from finemill.components.gguf_quantize.llama_cpp import serve
 from finemill.components.gguf_quantize.modelfile import modelfile
 from finemill.components.gguf_quantize.verify import Reference, compare, make_reference
-from finemill.components.gguf_quantize.vocabulary import load_tokenizer, stop_token_ids
+from finemill.components.gguf_quantize.vocabulary import load_tokenizer
 from finemill.components.gguf_quantize.write import WrittenFile, write_gguf
 from finemill.components.held_out import read_rows, spread
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finemill.components.errors import UserError
+from finemill.components.generation import stop_token_ids
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -17,8 +18,6 @@ PRE_TOKENIZERS = {
     rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}": "qwen2",
     rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
 }
-# What ends a turn besides the tokenizer's own end-of-sequence token; llama.cpp keeps one more such token.
-_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -96,18 +95,9 @@ def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerF
         token_id = getattr(tokenizer, f"{role}_token_id")
         if token_id is not None:
             add(token_id)
+    # llama.cpp keeps one more token that ends a turn.
     others = [token_id for token_id in stop_token_ids(tokenizer, folder) if token_id != tokenizer.eos_token_id]
     if others:
         writer.add_eot_token_id(others[0])
     prefix = tokenizer("", add_special_tokens=True)["input_ids"]
     writer.add_add_bos_token(bool(prefix) and prefix[0] == tokenizer.bos_token_id)
-
-
-def stop_token_ids(tokenizer: PreTrainedTokenizerFast, folder: Path) -> list[int]:
-    """Ids that end an answer: the tokenizer's, the generation config's, and the usual end-of-turn tokens."""
-    found = [tokenizer.eos_token_id]
-    if (folder / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(folder).eos_token_id
-        found += eos if isinstance(eos, list) else [eos]
-    found += [tokenizer.convert_tokens_to_ids(text) for text in _END_OF_TURN if text in tokenizer.get_added_vocab()]
-    return list(dict.fromkeys(token_id for token_id in found if token_id is not None))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from finemill.components.causal_lm import load_causal_lm
+from finemill.components.causal_lm import load_adapter, load_causal_lm
 from finemill.components.context import StepContext
 from finemill.components.errors import StepError, UserError
 from finemill.components.merge.config import MergeConfig
@@ -82,19 +82,6 @@ def output_dtype(base_model: Path, config: MergeConfig) -> torch.dtype:
     base = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
     name = config.dtype or base.get("dtype") or base.get("torch_dtype")
     return torch.float16 if name == "float16" else torch.bfloat16
-
-
-def load_adapter(base: Any, adapter: Path) -> Any:
-    """Base and adapter as one PEFT model. Raises: UserError: the adapter is missing or has other shapes."""
-    from peft import PeftModel
-
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"merge: adapter_config.json not found in {adapter}: train-qlora writes it")
-    try:
-        return PeftModel.from_pretrained(base, adapter).eval()
-    except (RuntimeError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"merge: the adapter does not fit the base model: {line:.300}") from error
 
 
 def separate_embeddings(tuned: Any) -> None:

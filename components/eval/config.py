@@ -1,0 +1,38 @@
+"""Configuration of eval."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from finemill.components.config import StepConfig
+
+
+class EvalConfig(StepConfig):
+    """Which held-out rows are scored, and how the answers are generated."""
+
+    split: Literal["test", "validation"] = "test"
+    """Split whose rows are scored; neither is trained on."""
+
+    max_rows: int | None = Field(default=None, ge=1)
+    """Score at most this many rows, evenly spread over the split. Default: all."""
+
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Longest answer, in tokens. An answer cut here counts as unfinished; a thinking model needs thousands."""
+
+    batch_size: int | None = Field(default=None, ge=1)
+    """Rows answered at once. Default: 64; lower it if the GPU runs out of memory."""
+
+    temperature: float = Field(default=0.0, ge=0)
+    """0 takes the likeliest token each time, which repeats exactly; Qwen3 recommends 0.6 for thinking."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """With a temperature: draw from the likeliest tokens that make up this probability."""
+
+    top_k: int = Field(default=0, ge=0)
+    """With a temperature: draw from this many likeliest tokens; 0 for all."""
+
+    seed: int = 0
+    """With a temperature: seed of the draws."""
+
+    report_rows: int = Field(default=200, ge=0)
+    """Rows whose answers the report shows side by side; samples.parquet has them all."""

@@ -1,0 +1,117 @@
+"""Scores of many samples: means, their standard errors, and what changed from base to tuned."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from finemill.components.eval.sample import Sample
+
+MEANS = ("exact_match", "rouge1", "rouge2", "rougeL", "format_ok", "think_closed", "finished")
+# Rates carry it in their name.
+_NAMES = {"format_ok": "format_ok_rate", "think_closed": "think_closed_rate", "finished": "finished_rate"}
+
+
+def summarize(base: Sequence[Sample], tuned: Sequence[Sample]) -> dict[str, float]:
+    """All metrics, flat and finite. `base` and `tuned` hold the same rows in the same order.
+
+    `eval/<model>/<metric>` over all rows and `eval/<model>/<source>/<metric>` per source, with `<metric>_stderr`;
+    `eval/delta/<metric>`, tuned less base, with the standard error of the paired difference; `eval/fixed` and
+    `eval/broken`: problems that only the tuned model answers, and only the base, each also as the rate of those that
+    base fails and of those that it answers. A metric that no row has a value for is left out.
+    """
+    metrics: dict[str, float] = {"eval/rows": len(base)}
+    for model, samples in (("base", base), ("tuned", tuned)):
+        metrics |= {f"eval/{model}/{name}": value for name, value in score(samples).items()}
+        for source in sources(samples):
+            of_source = [sample for sample in samples if sample.source == source]
+            prefix = f"eval/{model}/{metric_part(source)}"
+            metrics |= {f"{prefix}/{name}": value for name, value in score(of_source).items()}
+    metrics |= {f"eval/delta/{name}": value for name, value in _deltas(base, tuned).items()}
+    metrics |= {f"eval/{name}": value for name, value in _changes(base, tuned).items()}
+    return metrics
+
+
+def sources(samples: Iterable[Sample]) -> list[str]:
+    """The sources in order of their names."""
+    return sorted({sample.source for sample in samples})
+
+
+def metric_part(source: str) -> str:
+    """A source's name as part of a metric's: MLflow takes letters, digits, `_`, `.` and `-`."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", source)
+
+
+def score(samples: Sequence[Sample]) -> dict[str, float]:
+    """Metrics of one model on some rows."""
+    scores: dict[str, float] = {}
+    for name in MEANS:
+        values = [float(value) for sample in samples if (value := getattr(sample, name)) is not None]
+        if values:
+            scores[_NAMES.get(name, name)] = mean(values)
+            scores[f"{_NAMES.get(name, name)}_stderr"] = standard_error(values)
+    scores |= _loss(samples)
+    scores["generated_tokens"] = mean([float(sample.num_generated_tokens) for sample in samples])
+    return scores
+
+
+def _loss(samples: Sequence[Sample]) -> dict[str, float]:
+    """Token-weighted mean loss, its standard error with rows as clusters, and the perplexity."""
+    pairs = [(sample.loss, sample.num_tokens) for sample in samples if sample.loss is not None]
+    num_tokens = sum(count for _, count in pairs)
+    if not num_tokens:
+        return {}
+    loss = sum(value * count for value, count in pairs) / num_tokens
+    # Linearization of a ratio of sums: the tokens of a row are not independent of each other.
+    spread = sum((count * (value - loss)) ** 2 for value, count in pairs)
+    return {
+        "loss": loss,
+        "loss_stderr": math.sqrt(spread) / num_tokens,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "num_tokens": num_tokens,
+    }
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean, from the sample's own spread; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    center = mean(values)
+    return math.sqrt(sum((value - center) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def _deltas(base: Sequence[Sample], tuned: Sequence[Sample]) -> Mapping[str, float]:
+    """Mean of the row-by-row differences, which share what makes a row hard: a smaller error than of two means."""
+    deltas: dict[str, float] = {}
+    for name in ("exact_match", "rougeL", "format_ok", "loss"):
+        differences = [
+            float(after) - float(before)
+            for one, other in zip(base, tuned, strict=True)
+            if (before := getattr(one, name)) is not None and (after := getattr(other, name)) is not None
+        ]
+        if differences:
+            deltas[_NAMES.get(name, name)] = mean(differences)
+            deltas[f"{_NAMES.get(name, name)}_stderr"] = standard_error(differences)
+    return deltas
+
+
+def _changes(base: Sequence[Sample], tuned: Sequence[Sample]) -> Mapping[str, float]:
+    pairs = [
+        (one.exact_match, other.exact_match)
+        for one, other in zip(base, tuned, strict=True)
+        if one.exact_match is not None
+    ]
+    if not pairs:
+        return {}
+    fixed, broken = pairs.count((False, True)), pairs.count((True, False))
+    failed = sum(not right for right, _ in pairs)
+    changes: dict[str, float] = {"fixed": fixed, "broken": broken}
+    if failed:
+        changes["fixed_rate"] = fixed / failed
+    if failed < len(pairs):
+        changes["broken_rate"] = broken / (len(pairs) - failed)
+    return changes

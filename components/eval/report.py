@@ -1,0 +1,224 @@
+"""report.html, one page that needs nothing else, and report.md, the same scores in a few lines."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+
+from finemill.components.context import StepContext
+from finemill.components.eval.chart import training_chart
+from finemill.components.eval.config import EvalConfig
+from finemill.components.eval.metrics import metric_part, sources
+from finemill.components.eval.sample import Sample
+
+_Z95 = 1.96
+"""Half-width of a 95 % interval in standard errors."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric as a reader sees it."""
+
+    key: str
+    title: str
+    meaning: str
+    as_percent: bool
+    lower_is_better: bool = False
+
+
+MEASURES = (
+    Measure("exact_match", "Exact match", "final answer equals the expected one", as_percent=True),
+    Measure("rougeL", "ROUGE-L", "overlap with the reference, where there is no single right answer", as_percent=True),
+    Measure("loss", "Loss", "per assistant token of the reference, nats", as_percent=False, lower_is_better=True),
+    Measure("perplexity", "Perplexity", "exp of the loss", as_percent=False, lower_is_better=True),
+    Measure("format_ok_rate", "Well-formed", "turn ended, thinking block as in the reference", as_percent=True),
+    Measure("think_closed_rate", "Thinking closed", "of the thinking blocks opened", as_percent=True),
+    Measure("generated_tokens", "Answer length", "tokens, the end of turn included", as_percent=False),
+)
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A line of a table: texts for base, tuned and the difference, and whether tuned is better."""
+
+    title: str
+    meaning: str
+    base: str
+    base_error: str
+    tuned: str
+    tuned_error: str
+    delta: str
+    interval: str
+    verdict: str
+    """`better`, `worse`, or empty where the difference is within its 95 % interval or has no direction."""
+
+
+def write_reports(
+    output_dir: Path,
+    base: Sequence[Sample],
+    tuned: Sequence[Sample],
+    metrics: Mapping[str, float],
+    adapter: Path,
+    config: EvalConfig,
+    context: StepContext,
+) -> None:
+    """Write report.html and report.md."""
+    training_file = adapter / "training.json"
+    training = json.loads(training_file.read_text(encoding="utf-8")) if training_file.is_file() else {}
+    history = training.get("log_history", [])
+    shown = list(zip(base, tuned, strict=True))[: config.report_rows]
+    page = _template().render(
+        title=_title(context),
+        metrics=metrics,
+        rows=headline_rows(metrics),
+        by_source=[(source, headline_rows(metrics, f"{metric_part(source)}/")) for source in sources(base)],
+        chart=training_chart(history),
+        samples=[_shown_sample(one, other) for one, other in shown],
+        num_rows=len(base),
+        sources=sources(base),
+        facts=facts(training, config, context),
+    )
+    (output_dir / "report.html").write_text(page, encoding="utf-8")
+    (output_dir / "report.md").write_text(_markdown(metrics, context), encoding="utf-8")
+
+
+def headline_rows(metrics: Mapping[str, float], source: str = "") -> list[TableRow]:
+    """A line per measure that both models have a value for; `source` is a source's name with a slash, or empty."""
+    return [
+        _table_row(measure, metrics, source)
+        for measure in MEASURES
+        if f"eval/base/{source}{measure.key}" in metrics and f"eval/tuned/{source}{measure.key}" in metrics
+    ]
+
+
+def _table_row(measure: Measure, metrics: Mapping[str, float], source: str) -> TableRow:
+    base, tuned = (metrics[f"eval/{model}/{source}{measure.key}"] for model in ("base", "tuned"))
+    errors = [metrics.get(f"eval/{model}/{source}{measure.key}_stderr") for model in ("base", "tuned")]
+    delta = tuned - base
+    paired = metrics.get(f"eval/delta/{measure.key}_stderr") if not source else None
+    margin = _Z95 * paired if paired is not None else None
+    clear = margin is not None and abs(delta) > margin
+    improved = (delta < 0) == measure.lower_is_better
+    return TableRow(
+        measure.title,
+        measure.meaning,
+        _value(measure, base),
+        _error(measure, errors[0]),
+        _value(measure, tuned),
+        _error(measure, errors[1]),
+        _signed(measure, delta),
+        _error(measure, margin),
+        ("better" if improved else "worse") if clear else "",
+    )
+
+
+def _value(measure: Measure, value: float) -> str:
+    if measure.as_percent:
+        return f"{100 * value:.1f} %"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _error(measure: Measure, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"± {100 * value:.1f}" if measure.as_percent else f"± {value:.2g}"
+
+
+def _signed(measure: Measure, delta: float) -> str:
+    if measure.as_percent:
+        return f"{100 * delta:+.1f}".replace("-", "−")
+    return (f"{delta:+,.0f}" if abs(delta) >= 1000 else f"{delta:+.3g}").replace("-", "−")
+
+
+def _shown_sample(base: Sample, tuned: Sample) -> dict[str, Any]:
+    return {
+        "prompt": segments(base.prompt),
+        "reference": segments(base.reference),
+        "answers": [("base", base, segments(base.completion)), ("tuned", tuned, segments(tuned.completion))],
+        "answer": base.answer,
+        "source": base.source,
+        "id": base.id,
+        "change": _change(base.exact_match, tuned.exact_match),
+    }
+
+
+def _change(base: bool | None, tuned: bool | None) -> str:
+    if base is None or tuned is None:
+        return "unscored"
+    return {(False, True): "fixed", (True, False): "broken", (True, True): "right", (False, False): "wrong"}[
+        base, tuned
+    ]
+
+
+_SEGMENT = re.compile(r"(<think>.*?(?:</think>|\Z))|(<\|[^|<>]{1,40}\|>)", re.DOTALL)
+
+
+def segments(text: str) -> list[tuple[str, str]]:
+    """(kind, text) pieces: `think` for thinking blocks, `mark` for special tokens, `text` for the rest."""
+    pieces: list[tuple[str, str]] = []
+    position = 0
+    for match in _SEGMENT.finditer(text):
+        pieces.append(("text", text[position : match.start()]))
+        pieces.append(("think" if match[1] else "mark", match[0]))
+        position = match.end()
+    pieces.append(("text", text[position:]))
+    return [(kind, piece) for kind, piece in pieces if piece]
+
+
+def facts(training: Mapping[str, Any], config: EvalConfig, context: StepContext) -> list[tuple[str, str]]:
+    """What the scores depend on, by name."""
+    references = context.references
+    history = training.get("log_history", [])
+    steps = max((int(entry["step"]) for entry in history if "step" in entry), default=0)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    manifests = context.manifests
+    decoding = f"temperature {config.temperature:g}, seed {config.seed}" if config.temperature else "greedy"
+    found = [
+        ("Base model", references.get("base_model", "")),
+        ("Data set", _digest(references.get("dataset", ""))),
+        ("Adapter", _digest(references.get("adapter", ""))),
+        ("Split", config.split + (f", at most {config.max_rows} rows" if config.max_rows else "")),
+        ("Decoding", f"{decoding}, at most {config.max_new_tokens} tokens"),
+        ("Training", f"{steps} steps, loss {losses[0]:.3g} to {losses[-1]:.3g}" if losses else ""),
+    ]
+    adapter_config = manifests["adapter"].config if "adapter" in manifests else {}
+    found += [
+        (key, str(adapter_config[key])) for key in ("lora_r", "lora_alpha", "learning_rate") if key in adapter_config
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def _digest(reference: str) -> str:
+    """The content's digest; where it is stored concerns only the machine that stored it."""
+    return f"sha256:{reference.rpartition('@sha256:')[2]}" if "@sha256:" in reference else reference
+
+
+def _title(context: StepContext) -> str:
+    base = context.references.get("base_model", "base model").split("@")[0].rstrip("/")
+    return base.split("/")[-1].removeprefix("builtin:") or "base model"
+
+
+def _markdown(metrics: Mapping[str, float], context: StepContext) -> str:
+    lines = [
+        f"# {_title(context)}: base against tuned, {metrics['eval/rows']:.0f} held-out rows",
+        "",
+        "| | base | tuned | change (95 %) |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {row.title} | {row.base} {row.base_error} | {row.tuned} {row.tuned_error} | {row.delta} {row.interval} |"
+        for row in headline_rows(metrics)
+    ]
+    if "eval/fixed" in metrics:
+        lines += ["", f"{metrics['eval/fixed']:.0f} problems fixed, {metrics['eval/broken']:.0f} broken."]
+    return "\n".join(re.sub(r" +\|", " |", line) for line in lines) + "\n"
+
+
+def _template() -> Any:
+    folder = Path(__file__).parent
+    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.jinja")

@@ -1,0 +1,108 @@
+"""One model's answer to one held-out row, scored."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from finemill.components.answers import final_answer, normalize_answer
+from finemill.components.generation import Answer
+from finemill.components.held_out import HeldOutRow
+
+_OPEN, _CLOSE = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row of samples.parquet. None where a score does not apply: exact match without a known answer, and so on."""
+
+    id: str
+    source: str
+    model: str
+    prompt: str
+    completion: str
+    reference: str
+    answer: str | None
+    """The right final answer."""
+    final_answer: str | None
+    """The completion's final answer; looked for only where there is a right one."""
+    exact_match: bool | None
+    rouge1: float | None
+    """F1 of common words, without case; rouge2 of common word pairs, rougeL of the longest common subsequence. On rows
+    without a known answer: where the text itself is what was asked for."""
+    rouge2: float | None
+    rougeL: float | None  # noqa: N815 the metric's name
+    loss: float | None
+    """Mean negative log-likelihood of the reference's assistant tokens, nats."""
+    num_tokens: int
+    """Assistant tokens that `loss` is over."""
+    num_generated_tokens: int
+    finished: bool
+    """The model ended its turn by itself."""
+    format_ok: bool
+    """Finished, thinking where and only where the reference thinks, every thinking block closed, and text after it."""
+    think_closed: bool | None
+    """Whether the thinking block that the completion opens is closed; None if it opens none."""
+
+
+def score_answer(row: HeldOutRow, model: str, answer: Answer, loss: tuple[float, int], stops: Sequence[str]) -> Sample:
+    """Compare a model's `answer` to `row` with the reference.
+
+    Args:
+        model: `base` or `tuned`.
+        loss: sum of negative log-likelihoods and number of tokens.
+        stops: texts of the tokens that end a turn, which a reference ends with and an answer does not.
+    """
+    reference = _without_stop(row.completion, stops)
+    known = row.answer is not None
+    said = final_answer(answer.text) if known else None
+    rouge = {} if known else rouge_scores(_after_thinking(reference), _after_thinking(answer.text))
+    return Sample(
+        id=row.id,
+        source=row.source,
+        model=model,
+        prompt=row.prompt,
+        completion=answer.text,
+        reference=reference,
+        answer=row.answer,
+        final_answer=said,
+        exact_match=said == normalize_answer(row.answer) if row.answer is not None else None,
+        rouge1=rouge.get("rouge1"),
+        rouge2=rouge.get("rouge2"),
+        rougeL=rouge.get("rougeL"),
+        loss=loss[0] / loss[1] if loss[1] else None,
+        num_tokens=loss[1],
+        num_generated_tokens=answer.num_tokens,
+        finished=answer.finished,
+        format_ok=answer.finished and _well_formed(answer.text, thinks=_OPEN in reference),
+        think_closed=answer.text.count(_OPEN) <= answer.text.count(_CLOSE) if _OPEN in answer.text else None,
+    )
+
+
+def _well_formed(text: str, *, thinks: bool) -> bool:
+    blocks = int(thinks)
+    if (text.count(_OPEN), text.count(_CLOSE)) != (blocks, blocks):
+        return False
+    return bool(_after_thinking(text)) and text.find(_OPEN) <= text.find(_CLOSE)
+
+
+def _after_thinking(text: str) -> str:
+    return text.rpartition(_CLOSE)[2].strip()
+
+
+def _without_stop(text: str, stops: Sequence[str]) -> str:
+    text = text.rstrip("\n")
+    return next((text.removesuffix(stop) for stop in stops if text.endswith(stop)), text)
+
+
+def rouge_scores(reference: str, completion: str) -> dict[str, float]:
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L, without stemming (Lin, 2004)."""
+    scores = _rouge_scorer().score(reference, completion)
+    return {name: float(score.fmeasure) for name, score in scores.items()}
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
