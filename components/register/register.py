@@ -14,6 +14,7 @@ from finemill.components.register.config import RegisterConfig
 from finemill.components.register.describe import describe_version, score_tags
 from finemill.components.registry import (
     ARTIFACT_TAG,
+    CHALLENGER,
     CHAMPION,
     DIGEST_TAG,
     ensure_registered_model,
@@ -78,13 +79,13 @@ def _register(client: "MlflowClient", uri: str, config: RegisterConfig, context:
         standing = model.by_tag(DIGEST_TAG, tags[DIGEST_TAG])
         number = standing.number if standing else _create(client, uri, config, context, tags)
         if model.aliases.get(CHAMPION) != number:
-            context.recorder.log_progress(f"version {number} of {name} gets the alias {config.alias}")
-            client.set_registered_model_alias(name, config.alias, str(number))
+            context.recorder.log_progress(f"version {number} of {name} gets the alias {CHALLENGER}")
+            client.set_registered_model_alias(name, CHALLENGER, str(number))
     created = client.get_model_version(name, str(number))
     return {
         "registered_model_name": name,
         "version": number,
-        "alias": config.alias,
+        "alias": CHALLENGER,
         "registry": without_credentials(uri),
         "run_id": created.run_id or None,
         "source": created.source,
