@@ -173,6 +173,7 @@ _ALL = (
         "promote.promote:promote_version",
         image="cpu",
         state_path="promote.promote:champion_state",
+        verdict="promotion_passed",
     ),
 )
 

@@ -11,6 +11,7 @@ def promote(
     version: str,
     evaluation: str,
     decision: dsl.OutputPath(str),
+    promotion_passed: dsl.OutputPath(bool),
     manifest: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     config: dict = {},
@@ -23,6 +24,7 @@ def promote(
         version: reference of the registered version.
         evaluation: reference of the evaluation.
         decision: gets the reference of the decision, <uri>@sha256:<digest>.
+        promotion_passed: gets true if the version became the champion.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
         config: fields as in `finemill schema promote`; the rest keep their defaults.
@@ -37,6 +39,7 @@ def promote(
         config=config,
         run_id=run_id,
         reference_path=decision,
+        verdict_path=promotion_passed,
         manifest=manifest,
         metrics=metrics,
     )
