@@ -27,7 +27,7 @@ def prepare_data(*, output_dir: Path, config: DataPrepConfig, context: StepConte
     """Read, clean, deduplicate, split and mix the sources' rows.
 
     Writes train.parquet, validation.parquet and test.parquet (id, source, shape, row), data.json and report.md.
-    Memory holds about 300 bytes a row; the rows themselves wait in a temporary file.
+    Memory holds less than 1 kB a row; the rows themselves wait in a temporary file.
     Raises: UserError: a source that cannot be read, rows of no known shape, or a split without rows.
     """
     counts = [SourceCounts() for _ in config.sources]
