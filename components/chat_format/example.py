@@ -126,9 +126,9 @@ class Formatter:
         for turn in rendered.turns[:-1]:
             alone = self._render(messages[: turn.message + 1], conversation)
             same = rendered.text.startswith(alone.text[: alone.turns[-1].end])
-            if same or (self._config.rewritten_turns == "in_place" and turn.complete):
+            if turn.complete and (same or self._config.rewritten_turns == "in_place"):
                 in_place.append(turn)
-            elif self._config.rewritten_turns == "unroll":
+            elif alone.turns[-1].complete and self._config.rewritten_turns == "unroll":
                 rewritten.append(turn.message)
         return sorted(in_place, key=lambda turn: turn.start), rewritten
 
