@@ -40,15 +40,17 @@ DECISION_TAG = "finemill.decision"
 LOCK_TAG = "finemill.lock"
 """On a registered model: the URI of the lock that whoever moves its aliases holds."""
 
-_FORBIDDEN_IN_NAMES = re.compile(r"[/:.%\"']")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def check_registered_model_name(name: str) -> str:
-    """Raises: ValueError: MLflow cannot look up a model of that name."""
-    found = sorted(set(_FORBIDDEN_IN_NAMES.findall(name)))
-    if found:
-        better = _FORBIDDEN_IN_NAMES.sub("-", name)
-        raise ValueError(f"a registered model's name has none of / : . % \" ' in it; write {better}")
+    """A name that MLflow takes, and that its searches and URIs need not quote.
+
+    Raises: ValueError: the name has other characters.
+    """
+    if not _NAME.fullmatch(name):
+        better = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "finemill"
+        raise ValueError(f"a registered model's name has letters, digits, . _ - only; write {better}")
     return name
 
 

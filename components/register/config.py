@@ -14,7 +14,7 @@ class RegisterConfig(StepConfig):
     registered_model_name: Annotated[str, AfterValidator(check_registered_model_name)] = Field(
         default="finemill", min_length=1, max_length=256
     )
-    """Name in MLflow's model registry; created if missing. MLflow forbids / : . % " ' in it."""
+    """Name in MLflow's model registry; created if missing. Letters, digits, . _ - (MLflow forbids / and :)."""
 
     source: Literal["model", "adapter"] = "model"
     """What the version's source points to: the merged model, or the adapter. Nothing is uploaded."""
