@@ -148,7 +148,9 @@ def test_rewritten_turns_can_be_learned_in_place_unless_their_thinking_is_lost(t
 
 def test_an_answer_whose_thinking_the_template_never_shows_is_not_learned(tmp_path: Path) -> None:
     template = tmp_path / "forgets.jinja"
-    template.write_text("{% for m in messages %}{{ m.content }}<|im_end|>{{ m.reasoning_content[:0] }}{% endfor %}")
+    template.write_text(
+        "{% for m in messages %}{{ m.content }}<|im_end|>{{ (m.reasoning_content or '')[:0] }}{% endfor %}"
+    )
     rows = [THINKING, {"prompt": "2+2?", "completion": "4"}, THINKING_CHAT]
     result, formatted = format_rows(tmp_path, rows, chat_template_path=str(template))
     assert [learned(row) for row in formatted] == ["4<|im_end|>"]
