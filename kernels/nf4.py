@@ -99,7 +99,62 @@ def dequantize_nf4_reference(weight: NF4Tensor, dtype: torch.dtype | None = None
 
 
 @triton.jit
+def _block_scale(
+    block,
+    in_range,
+    absmax_ptr,
+    nested_code_ptr,
+    nested_absmax_ptr,
+    offset_ptr,
+    NESTED: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    scale = tl.load(absmax_ptr + block, mask=in_range, other=0)
+    if NESTED:
+        nested_absmax = tl.load(nested_absmax_ptr + block // SIZE, mask=in_range, other=0.0)
+        scale = tl.load(nested_code_ptr + scale) * nested_absmax + tl.load(offset_ptr)
+    return scale
+
+
+@triton.jit
 def _dequantize_nf4_kernel(
+    words_ptr,  # packed as int32: eight codes each
+    absmax_ptr,
+    codebook_ptr,
+    nested_code_ptr,
+    nested_absmax_ptr,
+    offset_ptr,
+    out_ptr,
+    out_stride,
+    num_blocks,
+    BLOCKS_PER_ROW: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    WORDS: tl.constexpr = BLOCKSIZE // 8
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    in_range = block < num_blocks
+    scale = _block_scale(
+        block, in_range, absmax_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr, NESTED, NESTED_BLOCKSIZE
+    )
+    word, code = tl.arange(0, WORDS), tl.arange(0, 8)
+    words_offset = (block.to(tl.int64) * WORDS)[:, None] + word[None, :]
+    words = tl.load(words_ptr + words_offset, mask=in_range[:, None], other=0)
+    # Little-endian: code c lies in byte c // 2, the even one in the high nibble. Eight codes make a 16-byte store.
+    codes = (words[:, :, None] >> ((code ^ 1) * 4)[None, None, :]) & 15
+    weight = tl.load(codebook_ptr + codes) * scale[:, None, None]
+    row = block // BLOCKS_PER_ROW
+    first_column = (block - row * BLOCKS_PER_ROW) * BLOCKSIZE
+    # int64: a vocabulary-sized matrix passes 2**31 elements.
+    out_offset = (row.to(tl.int64) * out_stride + first_column)[:, None, None] + (word * 8)[None, :, None]
+    out_ptrs = out_ptr + out_offset + code[None, None, :]
+    tl.store(out_ptrs, weight.to(out_ptr.dtype.element_ty), mask=in_range[:, None, None])
+
+
+@triton.jit
+def _dequantize_nf4_any_shape_kernel(
     packed_ptr,
     absmax_ptr,
     codebook_ptr,
@@ -113,38 +168,21 @@ def _dequantize_nf4_kernel(
     BLOCKSIZE: tl.constexpr,
     NESTED_BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
-    WHOLE_BLOCKS: tl.constexpr,  # K is a multiple of BLOCKSIZE: no block crosses a row
     BLOCKS: tl.constexpr,
 ):
-    # int64: out_stride * row passes 2**31 for a vocabulary-sized matrix.
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     in_range = block * BLOCKSIZE < num_elements
-    scale = tl.load(absmax_ptr + block, mask=in_range, other=0)
-    if NESTED:
-        nested_absmax = tl.load(nested_absmax_ptr + block // NESTED_BLOCKSIZE, mask=in_range, other=0.0)
-        scale = tl.load(nested_code_ptr + scale) * nested_absmax + tl.load(offset_ptr)
-
-    byte = tl.arange(0, BLOCKSIZE // 2)
-    column = tl.arange(0, BLOCKSIZE)
-    packed_offset = block[:, None] * (BLOCKSIZE // 2) + byte[None, :]
-    if WHOLE_BLOCKS:
-        packed = tl.load(packed_ptr + packed_offset, mask=in_range[:, None], other=0)
-    else:
-        packed = tl.load(packed_ptr + packed_offset, mask=packed_offset * 2 < num_elements, other=0)
-    packed = packed.to(tl.int32)
-    high = tl.load(codebook_ptr + (packed >> 4)) * scale[:, None]
-    low = tl.load(codebook_ptr + (packed & 15)) * scale[:, None]
-    weight = tl.interleave(high.to(out_ptr.dtype.element_ty), low.to(out_ptr.dtype.element_ty))
-
-    if WHOLE_BLOCKS:
-        row = block // (K // BLOCKSIZE)
-        first_column = (block - row * (K // BLOCKSIZE)) * BLOCKSIZE
-        out_offset = (row * out_stride + first_column)[:, None] + column[None, :]
-        tl.store(out_ptr + out_offset, weight, mask=in_range[:, None])
-    else:
-        element = block[:, None] * BLOCKSIZE + column[None, :]
-        row = element // K
-        tl.store(out_ptr + row * out_stride + (element - row * K), weight, mask=element < num_elements)
+    scale = _block_scale(
+        block, in_range, absmax_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr, NESTED, NESTED_BLOCKSIZE
+    )
+    element = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    in_matrix = element < num_elements
+    byte = tl.load(packed_ptr + element // 2, mask=in_matrix, other=0).to(tl.int32)
+    codes = tl.where(element % 2 == 0, byte >> 4, byte & 15)
+    weight = tl.load(codebook_ptr + codes) * scale[:, None]
+    row = element // K
+    out_ptrs = out_ptr + row * out_stride + (element - row * K)
+    tl.store(out_ptrs, weight.to(out_ptr.dtype.element_ty), mask=in_matrix)
 
 
 def dequantize_nf4(weight: NF4Tensor, out: Tensor | None = None) -> Tensor:
@@ -166,23 +204,20 @@ def dequantize_nf4(weight: NF4Tensor, out: Tensor | None = None) -> Tensor:
     if not use_kernel(out):
         return out.copy_(dequantize_nf4_reference(weight, out.dtype))
     blocks = max(1, BLOCKS_PER_PROGRAM * 64 // weight.blocksize)
-    _dequantize_nf4_kernel[(triton.cdiv(weight.absmax.numel(), blocks),)](
-        weight.packed,
-        weight.absmax,
-        weight.codebook,
-        weight.nested_code,
-        weight.nested_absmax,
-        weight.offset,
-        out,
-        out.stride(0),
-        n * k,
-        K=k,
-        BLOCKSIZE=weight.blocksize,
-        NESTED_BLOCKSIZE=weight.nested_blocksize,
-        NESTED=weight.nested_code is not None,
-        WHOLE_BLOCKS=k % weight.blocksize == 0,
-        BLOCKS=blocks,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    scales = (weight.absmax, weight.codebook, weight.nested_code, weight.nested_absmax, weight.offset)
+    grid = (triton.cdiv(weight.absmax.numel(), blocks),)
+    options = {
+        "BLOCKSIZE": weight.blocksize,
+        "NESTED_BLOCKSIZE": weight.nested_blocksize,
+        "NESTED": weight.nested_code is not None,
+        "BLOCKS": blocks,
+        "num_warps": 4,
+        "enable_fp_fusion": False,
+    }
+    # No block crosses a row, and the codes can be read as words.
+    if k % weight.blocksize == 0 and weight.packed.data_ptr() % 4 == 0:
+        words, num_blocks, per_row = weight.packed.view(torch.int32), weight.absmax.numel(), k // weight.blocksize
+        _dequantize_nf4_kernel[grid](words, *scales, out, out.stride(0), num_blocks, BLOCKS_PER_ROW=per_row, **options)
+    else:
+        _dequantize_nf4_any_shape_kernel[grid](weight.packed, *scales, out, out.stride(0), n * k, K=k, **options)
     return out

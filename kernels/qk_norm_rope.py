@@ -125,8 +125,7 @@ def _qk_norm_rope_forward_kernel(
     left, right = _load_halves(qkv_ptr, qkv_offset, mask, HALF)
 
     if NORM:
-        square_sum = tl.sum(left * left, axis=2) + tl.sum(right * right, axis=2)
-        rstd = 1.0 / tl.sqrt(square_sum / (2 * HALF) + eps)
+        rstd = 1.0 / tl.sqrt(tl.sum(left * left + right * right, axis=2) / (2 * HALF) + eps)
         rstd_offset = (token * (N + K))[:, None] + tl.where(is_q, 0, N) + head[None, :]
         tl.store(rstd_ptr + rstd_offset, rstd, mask=in_token[:, None] & in_head[None, :])
         weight_ptr = q_weight_ptr
@@ -225,7 +224,7 @@ def _qk_norm_rope_backward_kernel(
         x_left, x_right = _load_halves(qkv_ptr, (token * qkv_stride)[:, None, None] + column, mask, HALF)
         n_left, n_right = x_left * rstd, x_right * rstd
         left, right = left * w_left[None, None, :], right * w_right[None, None, :]
-        mean = (tl.sum(left * n_left, axis=2) + tl.sum(right * n_right, axis=2)) / (2 * HALF)
+        mean = tl.sum(left * n_left + right * n_right, axis=2) / (2 * HALF)
         left = rstd * (left - n_left * mean[:, :, None])
         right = rstd * (right - n_right * mean[:, :, None])
     _store_halves(dqkv_ptr, dqkv_offset, left, right, mask, HALF)

@@ -45,8 +45,10 @@ def swiglu_backward_reference(dh: Tensor, gate_up: Tensor) -> Tensor:
 
 @triton.jit
 def _swiglu_forward_kernel(gate_up_ptr, h_ptr, gate_up_stride, h_stride, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    # Neighbouring programs take neighbouring columns of a row.
+    tiles = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    column = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     gate_ptr = gate_up_ptr + row * gate_up_stride + column
     gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
@@ -69,8 +71,9 @@ def _swiglu_backward_kernel(
     WRITE_H: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tiles = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    column = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     gate_ptr = gate_up_ptr + row * gate_up_stride + column
     gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
@@ -122,7 +125,7 @@ def swiglu_forward(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     h = _output("out", out, gate_up, width)
     if not use_kernel(gate_up):
         return h.copy_(swiglu_reference(gate_up))
-    _swiglu_forward_kernel[(gate_up.shape[0], triton.cdiv(width, BLOCK))](
+    _swiglu_forward_kernel[(gate_up.shape[0] * triton.cdiv(width, BLOCK),)](
         gate_up, h, gate_up.stride(0), h.stride(0), width, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
     )
     return h
@@ -149,7 +152,7 @@ def swiglu_backward(dh: Tensor, gate_up: Tensor, out: Tensor | None = None, h_ou
         if h_out is not None:
             h_out.copy_(swiglu_reference(gate_up))
         return d_gate_up.copy_(grad)
-    _swiglu_backward_kernel[(gate_up.shape[0], triton.cdiv(width, BLOCK))](
+    _swiglu_backward_kernel[(gate_up.shape[0] * triton.cdiv(width, BLOCK),)](
         dh,
         gate_up,
         d_gate_up,
