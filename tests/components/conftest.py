@@ -77,7 +77,9 @@ def trained(publish: Publish) -> Callable[..., dict[str, str]]:
         name: str, *, right: int = 90, loss: float = 0.5, rows: int = 100, dataset: str = "first"
     ) -> dict[str, str]:
         data = f"file:///data/{dataset}@sha256:{dataset.encode().hex():0<64.64}"
-        adapter = publish("adapter", {"adapter_config.json": name}, {"base_model": "builtin:tiny-qwen3", "dataset": data})
+        adapter = publish(
+            "adapter", {"adapter_config.json": name}, {"base_model": "builtin:tiny-qwen3", "dataset": data}
+        )
         model = publish("model", {"config.json": name}, {"base_model": "builtin:tiny-qwen3", "adapter": adapter})
         gguf = publish("gguf", {"gguf.json": name}, {"model": model, "dataset": data})
         samples = pa.Table.from_pylist(

@@ -46,9 +46,7 @@ def test_retry_after_an_interruption_creates_no_second_version(
 ) -> None:
     line = trained("one")
     with monkeypatch.context() as patch:
-        patch.setattr(
-            MlflowClient, "set_registered_model_alias", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())
-        )
+        patch.setattr(MlflowClient, "set_registered_model_alias", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             register(folder_store, line)
     result = register(folder_store, line)
@@ -88,7 +86,7 @@ def test_empty_registry_gets_the_version_although_the_store_has_the_record(
 
 def test_artifacts_of_two_lines_are_refused(tracking_uri: str, folder_store: str, trained: Trained) -> None:
     mixed = {**trained("one"), "evaluation": trained("two")["evaluation"]}
-    with pytest.raises(UserError, match="the evaluation was made from the adapter .* artifacts of one line"):
+    with pytest.raises(UserError, match=r"the evaluation was made from the adapter .* artifacts of one line"):
         register(folder_store, mixed)
 
 
@@ -99,7 +97,7 @@ def test_without_a_tracking_server_the_line_says_so(folder_store: str, trained: 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "Qwen:Qwen3-0.6B", "Qwen 'Qwen3-0.6B"])
 def test_name_that_mlflow_or_its_searches_cannot_take_is_refused_with_a_better_one(name: str) -> None:
-    with pytest.raises(UserError, match="has letters, digits, . _ - only; write Qwen-Qwen3-0.6B"):
+    with pytest.raises(UserError, match=r"has letters, digits, \. _ - only; write Qwen-Qwen3-0\.6B"):
         parse_config(RegisterConfig, {"registered_model_name": name}, "register")
 
 
