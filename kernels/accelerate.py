@@ -18,12 +18,16 @@ from finemill.kernels.decoder_layer import LayerShape
 from finemill.kernels.model import FastModel, LayerParts, ModelLoss, assemble_model
 from finemill.kernels.nf4 import NF4Tensor
 from finemill.kernels.packing import pack_rows
-from finemill.kernels.planner import Plan
+from finemill.kernels.planner import Plan, Workload
 
 logger = logging.getLogger(__name__)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type`s of transformers configurations that run on the fast path."""
+
+
+_COVERED = {"input_ids", "labels", "attention_mask", "position_ids", "num_items_in_batch", "use_cache", "return_dict"}
+"""Arguments of a forward that the fast path understands; with any other the model's own forward runs."""
 
 
 class UnsupportedModelError(ValueError):
@@ -63,14 +67,35 @@ def accelerate_model(model: nn.Module, *, plan: Plan | None = None) -> Accelerat
     original = causal.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        labels = kwargs.get("labels")
-        if args or labels is None or not causal.training or not torch.is_grad_enabled():
+        trains = causal.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
+        if args or not trains or not _COVERED.issuperset(kwargs):
             return original(*args, **kwargs)
         return _training_loss(engine, **kwargs)
 
     causal.forward = forward
     logger.info("training runs on finemill's kernels: %d layers, plan %s", len(engine.layers), engine.plan)
     return Acceleration(model, engine)
+
+
+def workload_of(engine: FastModel, *, tokens: int, row: int) -> Workload:
+    """Describe an engine and a step to the planner.
+
+    Args:
+        engine: what `accelerate_model` built.
+        tokens: per optimizer step.
+        row: longest sequence.
+    """
+    layer = engine.layers[0]
+    return Workload(
+        shape=layer.shape,
+        num_layers=len(engine.layers),
+        vocabulary=engine.head.shape[0],
+        tied=engine.head.data_ptr() == engine.embedding.data_ptr(),
+        rank=max((group.rank // len(group.weights) for group in layer.projections), default=0),
+        quantized=layer.qkv.scratch is not None,
+        tokens=tokens,
+        row=row,
+    )
 
 
 def restore_model(model: nn.Module) -> None:
@@ -96,7 +121,8 @@ def _training_loss(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
-    **_: Any,
+    use_cache: bool | None = None,
+    return_dict: bool | None = None,
 ) -> CausalLMOutputWithPast:
     batch = pack_rows(input_ids, labels, attention_mask, position_ids).to(engine.device)
     if num_items_in_batch is None:
@@ -106,6 +132,8 @@ def _training_loss(
         scale = num_items_in_batch.to(engine.device, torch.float32).reciprocal()
     else:
         scale = 1.0 / num_items_in_batch
+    if engine.dropout_seed is not None:
+        engine.dropout_seed += 1
     loss, _entropy, _correct = ModelLoss.apply(engine.adapters.parameters[0], engine, batch, scale)
     return CausalLMOutputWithPast(loss=loss, logits=None)
 

@@ -14,14 +14,28 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-T_IMPORT = time.time()
+import torch
+
+from finemill.kernels.bench_data import SHAPES, ModelShape, ensure_checkpoint, make_batches, start_adapters
+from finemill.kernels.decoder_layer import LayerShape
+from finemill.kernels.graphs import GraphRunner
+from finemill.kernels.load import LoraSettings, load_model
+from finemill.kernels.optimizer import FlatAdamW
+from finemill.kernels.packing import pack_rows
+from finemill.kernels.planner import Plan, Workload, launch_bound, plan_step
 
 
 def main(argv: list[str]) -> int:
     """Run the benchmark. Returns: exit code."""
     args = _parse(argv)
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    record = run(args)
+    record = _settings(args)
+    if args.trainer:
+        from finemill.kernels.bench_trainer import run_trainer
+
+        record |= run_trainer(args)
+    else:
+        record |= run(args)
     line = json.dumps(record)
     print("BENCH " + line, flush=True)
     if args.json:
@@ -30,8 +44,6 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    from finemill.kernels.bench_data import SHAPES
-
     parser = argparse.ArgumentParser(prog="finemill bench step", description=__doc__)
     parser.add_argument("--shape", default="qwen3-8b", choices=sorted(SHAPES))
     parser.add_argument("--layers", type=int, default=0, help="cut the model to this many layers (0: all)")
@@ -48,6 +60,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--clip", type=float, default=1.0, help="gradient-norm clipping")
     parser.add_argument("--memory-gb", type=float, default=0.0, help="device memory to stay within, GiB (0: the card's)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--trainer", action="store_true", help="through FastSFTTrainer instead of the bare loop")
+    parser.add_argument("--packing", action="store_true", help="--trainer: packing=True")
+    parser.add_argument("--rows", type=_files, default=[], help="--trainer: chat files, comma separated, for row lengths")
+    parser.add_argument("--num-rows", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=3407)
+    parser.add_argument("--eager", action="store_true", help="launch kernel by kernel instead of by CUDA graph")
     parser.add_argument("--json", type=Path, default=None, help="file to write the result to")
     args = parser.parse_args(argv)
     if args.warmup >= args.steps:
@@ -57,13 +75,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Load, train, time. Returns: the record."""
-    import torch
-
-    from finemill.kernels.bench_data import SHAPES, ensure_checkpoint, make_batches, start_adapters
-    from finemill.kernels.load import LoraSettings, load_model
-    from finemill.kernels.optimizer import FlatAdamW
-    from finemill.kernels.packing import merge_batches, pack_rows
-
     started = _process_start()
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     shape = SHAPES[args.shape]
@@ -73,7 +84,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plan = make_plan(args, shape)
     lora = LoraSettings(args.rank, args.alpha or args.rank, args.dropout)
     loading = time.time()
-    model, parameters = load_model(path, device=device, quantize=args.quant == "nf4", lora=lora, embedding_on_host=plan.embedding_on_host)
+    model, parameters = load_model(
+        path, device=device, quantize=args.quant == "nf4", lora=lora, embedding_on_host=plan.embedding_on_host
+    )
     start_adapters(parameters)
     model.apply_plan(plan)
     _sync(device)
@@ -83,9 +96,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sets = make_batches(shape.vocabulary, args.seq, args.bs, args.accum, 2)
     tokens = args.bs * args.accum * args.seq
     pieces = max(1, tokens // (plan.micro_batch or tokens))
-    steps = [_split(torch.cat(batches), pieces) for batches in sets]
+    steps = [torch.cat(batches).chunk(pieces) for batches in sets]
     packed = [[pack_rows(rows, rows).to(device) for rows in step] for step in steps]
-    assert merge_batches is not None
+    graphed = device.type == "cuda" and not args.eager and launch_bound(plan, workload(args, shape))
+    runner = GraphRunner(model) if graphed else None
     optimizer = FlatAdamW(model.adapters, lr=args.lr, weight_decay=0.01, max_norm=args.clip, bits=8 if plan.eight_bit else 32)
     scale = 1.0 / (args.bs * args.accum * (args.seq - 1))
     times, losses, norms, first_end = [], [], [], 0.0
@@ -96,8 +110,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         begin = time.perf_counter()
         total = None
         for batch in packed[step % len(packed)]:
-            result = model.loss_and_grad(batch, scale)
-            total = result.loss if total is None else total + result.loss
+            result = (runner or model).loss_and_grad(batch, scale)
+            total = result.loss.clone() if total is None else total + result.loss
         norm = optimizer.step()
         _sync(device)
         times.append(time.perf_counter() - begin)
@@ -108,18 +122,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"step {step}: {times[-1]:.4f} s, loss {losses[-1]:.5f}, grad norm {norms[-1]:.5f}", flush=True)
     median = statistics.median(times[args.warmup :])
     return {
-        "kind": "step",
-        "impl": "finemill",
-        "shape": args.shape,
-        "layers": args.layers,
-        "quant": args.quant,
-        "seq": args.seq,
-        "bs": args.bs,
-        "accum": args.accum,
-        "rank": args.rank,
-        "memory_gb": args.memory_gb,
-        "versions": _versions(),
-        "gpu": _gpu(),
         "checkpoint_gen_s": round(made, 1),
         "load_s": round(loading, 2),
         "static_gb": round(static / 2**30, 3),
@@ -132,7 +134,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "start_to_first_step_s": round(first_end - started - made, 2),
         "losses": [round(x, 5) for x in losses],
         "grad_norms": [round(x, 5) for x in norms],
-        "peak_alloc_gb": round(_peak(device) / 2**30, 3),
+        "peak_alloc_gb": round(max(_peak(device), runner.peak_bytes if runner else 0) / 2**30, 3),
         "peak_reserved_gb": round(_peak_reserved(device) / 2**30, 3),
         "predicted_peak_gb": round(plan.peak / 2**30, 3),
         "predicted_step_s": round(plan.seconds, 4),
@@ -140,15 +142,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def make_plan(args: argparse.Namespace, shape: Any) -> Any:
-    """Plan a step under --memory-gb, or under what the card has free."""
-    import torch
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("shape", "layers", "quant", "seq", "bs", "accum", "rank", "memory_gb")
+    settings = {name: getattr(args, name) for name in names}
+    return {"kind": "step", "impl": "finemill"} | settings | {"versions": _versions(), "gpu": _gpu()}
 
-    from finemill.kernels.decoder_layer import LayerShape
-    from finemill.kernels.planner import Workload, plan_step
 
+def _files(text: str) -> list[Path]:
+    return [Path(name) for name in text.split(",")]
+
+
+def workload(args: argparse.Namespace, shape: ModelShape) -> Workload:
+    """Describe the step to the planner."""
     layer = LayerShape(shape.hidden, shape.intermediate, shape.heads, shape.kv_heads, shape.head_dim, shape.eps)
-    work = Workload(
+    return Workload(
         shape=layer,
         num_layers=args.layers or shape.layers,
         vocabulary=shape.vocabulary,
@@ -158,16 +165,20 @@ def make_plan(args: argparse.Namespace, shape: Any) -> Any:
         tokens=args.bs * args.accum * args.seq,
         row=args.seq,
     )
+
+
+def make_plan(args: argparse.Namespace, shape: ModelShape) -> Plan:
+    """Plan a step under --memory-gb, or under what the card has free."""
     if args.memory_gb:
         budget = int(args.memory_gb * 2**30)
     elif args.device == "cuda":
         budget = int(torch.cuda.mem_get_info()[0] * 0.95)
     else:
         budget = 8 << 30
-    return plan_step(work, budget, allow_host=args.device == "cuda")
+    return plan_step(workload(args, shape), budget, allow_host=args.device == "cuda")
 
 
-def describe(plan: Any) -> dict[str, Any]:
+def describe(plan: Plan) -> dict[str, Any]:
     """Summarize a plan for the record."""
     levels = [level.name for level in plan.levels]
     hosts = [level.name if level is not None else "none" for level in plan.host_levels]
@@ -182,10 +193,6 @@ def describe(plan: Any) -> dict[str, Any]:
     }
 
 
-def _split(rows: Any, pieces: int) -> list[Any]:
-    return list(rows.chunk(pieces))
-
-
 def _process_start() -> float:
     """Unix time at which this process was started, from /proc."""
     ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
@@ -193,35 +200,25 @@ def _process_start() -> float:
     return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _sync(device: Any) -> None:
-    import torch
-
+def _sync(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _allocated(device: Any) -> int:
-    import torch
-
+def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _reset_peak(device: Any) -> None:
-    import torch
-
+def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _peak(device: Any) -> int:
-    import torch
-
+def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _peak_reserved(device: Any) -> int:
-    import torch
-
+def _peak_reserved(device: torch.device) -> int:
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 

@@ -5,6 +5,8 @@ slowing its GEMMs; results.md). Order between streams is by events only, and a t
 known number of layers later, so that memory use repeats exactly and everything can be captured in a CUDA graph.
 """
 
+import mmap
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -18,19 +20,25 @@ from finemill.kernels.launch import use_kernel
 ALIGNMENT = 512
 
 
-def pin(tensor: Tensor) -> Tensor:
-    """Copy a tensor into page-locked host memory of exactly its size (torch's pinned allocator rounds up to 2^n)."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype)
-    _register(host)
-    host.copy_(tensor)
+def pinned_bytes(size: int) -> Tensor:
+    """Allocate page-locked host memory of exactly `size` bytes (torch's pinned allocator rounds up to 2^n).
+
+    Returns: (size,) uint8. The memory is unlocked when the last tensor over it is gone.
+    """
+    memory = mmap.mmap(-1, max(1, size))
+    host = torch.frombuffer(memory, dtype=torch.uint8)[:size]
+    if torch.cuda.is_available():
+        error = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), len(memory), 0))
+        if error:
+            raise MemoryError(f"cudaHostRegister failed with error {error} for {size} bytes of host memory")
+        weakref.finalize(memory, torch.cuda.cudart().cudaHostUnregister, host.data_ptr())
     return host
 
 
-def _register(host: Tensor) -> None:
-    if host.numel() and torch.cuda.is_available():
-        error = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)
-        if int(error) != 0:
-            raise MemoryError(f"cudaHostRegister failed with error {int(error)} for {host.nbytes} bytes of host memory")
+def pin(tensor: Tensor) -> Tensor:
+    """Copy a tensor into page-locked host memory."""
+    host = pinned_bytes(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+    return host.copy_(tensor)
 
 
 @dataclass
@@ -63,10 +71,7 @@ class HostArena:
         """Make the slab at least `size` bytes. Not while a graph is being captured."""
         if size > self._slab.numel():
             torch.cuda.synchronize(self.device)
-            if self._slab.numel():
-                torch.cuda.cudart().cudaHostUnregister(self._slab.data_ptr())
-            self._slab = torch.empty(size, dtype=torch.uint8)
-            _register(self._slab)
+            self._slab = pinned_bytes(size)
 
     def reset(self) -> None:
         """Forget all slices: nothing parked before may be fetched after."""

@@ -21,6 +21,9 @@ from finemill.kernels.cross_entropy import cross_entropy_inplace
 from finemill.kernels.packing import PackedBatch
 from finemill.kernels.rms_norm import add_rms_norm_forward, rms_norm_backward
 
+GATHER_BELOW = 7 / 8
+"""Share of labelled tokens from which gathering them costs more than scoring the few others for nothing."""
+
 # T tokens, M labelled tokens, H model width, V vocabulary
 
 
@@ -54,7 +57,7 @@ def loss_head(
 
     Args:
         x: (T, H) residual stream.
-        delta: (T, H) last layer's output, still to be added.
+        delta: (T, H) last layer's output, still to be added; overwritten.
         norm_weight: (H,) of the final norm.
         eps: of the final norm.
         head_weight: (V, H).
@@ -63,11 +66,13 @@ def loss_head(
         chunk: rows of logits held at a time.
         pad: spare columns of the gradient; None computes no gradient.
     """
-    rows = None if batch.loss_rows is None or batch.loss_rows.numel() == x.shape[0] else batch.loss_rows
+    rows = batch.loss_rows
+    if rows is not None and rows.numel() >= GATHER_BELOW * x.shape[0]:
+        rows = None
     labels = batch.labels if rows is None else batch.labels[rows]
     if rows is not None:
         x, delta = x.index_select(0, rows), delta.index_select(0, rows)
-    total, normed, rstd = add_rms_norm_forward(x, delta, norm_weight, eps)
+    total, normed, rstd = add_rms_norm_forward(x, delta, norm_weight, eps, sum_out=delta)
     num_rows, vocabulary = total.shape[0], head_weight.shape[0]
     sums = torch.zeros((3, max(1, num_rows)), dtype=torch.float32, device=x.device)
     logits = torch.empty((min(chunk, num_rows), vocabulary), dtype=x.dtype, device=x.device)

@@ -45,6 +45,7 @@ class FlatAdamW(torch.optim.Optimizer):
         self.norm = torch.zeros(1, dtype=torch.float32, device=device)
         self._lr = torch.full((1,), lr, dtype=torch.float32, device=device)
         self._lr_value = lr
+        self._measured = False
         super().__init__(adapters.parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def set_lr(self) -> None:
@@ -54,6 +55,12 @@ class FlatAdamW(torch.optim.Optimizer):
             self._lr.fill_(value)
             self._lr_value = value
 
+    def measure_norm(self) -> Tensor:
+        """Compute the gradient's norm now. Returns: one element on the device; `step` does not compute it again."""
+        grad_norm(self.adapters.grad, self.norm)
+        self._measured = True
+        return self.norm
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Tensor:  # type: ignore[override]
         """Clip, update and clear the flat gradient. Returns: the norm before clipping, one element on the device."""
@@ -61,7 +68,9 @@ class FlatAdamW(torch.optim.Optimizer):
             raise ValueError("FlatAdamW.step takes no closure: the gradient is in the flat tensor already")
         self.set_lr()
         group = self.param_groups[0]
-        grad_norm(self.adapters.grad, self.norm)
+        if not self._measured:
+            self.measure_norm()
+        self._measured = False
         self.count.add_(1)
         adamw_step(
             self.adapters.master,

@@ -8,7 +8,6 @@ labelled tokens only.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +74,11 @@ class PackedBatch:
         """T."""
         return self.input_ids.numel()
 
+    @property
+    def num_labels(self) -> int:
+        """M, of a batch that is not padded yet."""
+        return self.num_tokens if self.loss_rows is None else self.loss_rows.numel()
+
     def to(self, device: torch.device) -> "PackedBatch":
         """Move all tensors, without waiting for the copies."""
 
@@ -88,21 +92,11 @@ class PackedBatch:
         return PackedBatch(move(self.input_ids), move(self.position_ids), move(self.labels), sequences, rows)
 
 
-def pack_sequences(sequences: Sequence[tuple[Tensor, Tensor]], *, bucket: int = 1) -> PackedBatch:
-    """Pack (input_ids, labels) pairs, each (length,), labels unshifted as chat-format writes them.
-
-    Args:
-        sequences: one pair per sequence, on the CPU.
-        bucket: pad T up to a multiple of this with one unlabelled dummy sequence (static shapes for CUDA graphs).
-    """
+def pack_sequences(sequences: Sequence[tuple[Tensor, Tensor]]) -> PackedBatch:
+    """Pack (input_ids, labels) pairs, each (length,), on the CPU, labels unshifted as chat-format writes them."""
     ids = [pair[0].reshape(-1) for pair in sequences]
     labels = [shift_labels(pair[1].reshape(-1)) for pair in sequences]
     lengths = [row.numel() for row in ids]
-    missing = -sum(lengths) % bucket
-    if missing:
-        ids.append(torch.zeros(missing, dtype=torch.int64))
-        labels.append(torch.full((missing,), IGNORE_INDEX, dtype=torch.int64))
-        lengths.append(missing)
     label_row = torch.cat(labels)
     uniform = (len(lengths), lengths[0]) if len(set(lengths)) == 1 else None
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -116,39 +110,66 @@ def shift_labels(labels: Tensor) -> Tensor:
     return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
 
 
-def pack_rows(
+def split_rows(
     input_ids: Tensor,
     labels: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-) -> PackedBatch:
-    """Turn a trainer's batch (B, S) into a packed one: padding is dropped, padding-free rows are cut at position 0.
+) -> list[tuple[Tensor, Tensor]]:
+    """Cut a trainer's batch (B, S) into its sequences, without padding.
 
     Args:
         input_ids: (B, S).
         labels: (B, S), unshifted, -100 where nothing is to be learned.
         attention_mask: (B, S), 0 at padding; None without padding.
         position_ids: (B, S); if given, a new sequence begins wherever a position is not its left neighbour's plus one.
+    Returns: (input_ids, labels) of every sequence, (length,) each, on the CPU.
     """
-    rows, length = input_ids.shape
-    if (attention_mask is None or bool(attention_mask.all())) and position_ids is None:
-        return _uniform(input_ids, labels)
+    ids_rows, label_rows = input_ids.cpu(), labels.cpu()
+    mask = None if attention_mask is None else attention_mask.cpu().bool()
+    positions = None if position_ids is None else position_ids.cpu()
     pairs: list[tuple[Tensor, Tensor]] = []
-    cpu = [None if t is None else t.cpu() for t in (input_ids, labels, attention_mask, position_ids)]
-    ids_row, label_row, mask, positions = cpu
-    assert ids_row is not None
-    assert label_row is not None
-    for row in range(rows):
-        keep = torch.ones(length, dtype=torch.bool) if mask is None else mask[row].bool()
-        starts = [0]
+    for row in range(input_ids.shape[0]):
+        keep = slice(None) if mask is None else mask[row]
+        ids, label_row = ids_rows[row][keep], label_rows[row][keep]
+        sizes = [ids.numel()]
         if positions is not None:
-            kept = positions[row][keep]
-            starts += (torch.nonzero(kept.diff() != 1).flatten() + 1).tolist()
-        row_ids, row_labels = ids_row[row][keep], label_row[row][keep]
-        for start, end in zip(starts, [*starts[1:], row_ids.numel()], strict=True):
-            if end > start:
-                pairs.append((row_ids[start:end], row_labels[start:end]))
-    return pack_sequences(pairs)
+            starts = torch.nonzero(positions[row][keep].diff() != 1).flatten() + 1
+            sizes = torch.diff(starts, prepend=starts.new_zeros(1), append=starts.new_tensor([ids.numel()])).tolist()
+        pairs += [pair for pair in zip(ids.split(sizes), label_row.split(sizes), strict=True) if pair[0].numel()]
+    return pairs
+
+
+def pack_rows(
+    input_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> PackedBatch:
+    """Turn a trainer's batch into one packed batch; arguments as `split_rows`.
+
+    Rows of equal length without padding stay where they are, on the device or not.
+    """
+    if position_ids is None and (attention_mask is None or bool(attention_mask.all())):
+        return _uniform(input_ids, labels)
+    return pack_sequences(split_rows(input_ids, labels, attention_mask, position_ids))
+
+
+def pack_budget(sequences: Sequence[tuple[Tensor, Tensor]], budget: int) -> list[PackedBatch]:
+    """Pack sequences into few batches of at most `budget` tokens (a longer sequence gets a batch of its own).
+
+    First-fit decreasing by length; inside a batch the sequences keep their order. The same sequences always give the
+    same batches.
+    """
+    bins: list[tuple[int, list[int]]] = []
+    for index in sorted(range(len(sequences)), key=lambda i: -sequences[i][0].numel()):
+        size = sequences[index][0].numel()
+        slot = next((i for i, (used, _) in enumerate(bins) if used + size <= budget), None)
+        if slot is None:
+            bins.append((size, [index]))
+        else:
+            bins[slot] = (bins[slot][0] + size, [*bins[slot][1], index])
+    return [pack_sequences([sequences[i] for i in sorted(members)]) for _, members in bins]
 
 
 def _uniform(input_ids: Tensor, labels: Tensor) -> PackedBatch:
@@ -160,33 +181,3 @@ def _uniform(input_ids: Tensor, labels: Tensor) -> PackedBatch:
     loss_rows = torch.nonzero(shifted != IGNORE_INDEX).flatten()
     sequences = Sequences(cu_seqlens, length, (rows, length))
     return PackedBatch(input_ids.reshape(-1), positions, shifted, sequences, loss_rows)
-
-
-def merge_batches(batches: Sequence[PackedBatch]) -> PackedBatch:
-    """Concatenate packed batches: the gradient of the merged one is the sum of theirs."""
-    if len(batches) == 1:
-        return batches[0]
-    shapes = {batch.sequences.uniform for batch in batches}
-    uniform = None
-    if len({shape and shape[1] for shape in shapes}) == 1 and None not in shapes:
-        first: Any = batches[0].sequences.uniform
-        uniform = (sum(batch.sequences.count for batch in batches), first[1])
-    starts = [0]
-    for batch in batches:
-        starts.append(starts[-1] + batch.num_tokens)
-    cu_seqlens = torch.cat(
-        [batches[0].sequences.cu_seqlens[:1]]
-        + [batch.sequences.cu_seqlens[1:] + start for batch, start in zip(batches, starts, strict=False)]
-    )
-    rows = [
-        (torch.arange(batch.num_tokens, device=batch.input_ids.device) if batch.loss_rows is None else batch.loss_rows)
-        + start
-        for batch, start in zip(batches, starts, strict=False)
-    ]
-    return PackedBatch(
-        torch.cat([batch.input_ids for batch in batches]),
-        torch.cat([batch.position_ids for batch in batches]),
-        torch.cat([batch.labels for batch in batches]),
-        Sequences(cu_seqlens, max(batch.sequences.max_length for batch in batches), uniform),
-        torch.cat(rows),
-    )

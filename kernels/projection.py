@@ -29,7 +29,7 @@ from torch import Tensor
 
 from finemill.kernels.adapters import GroupAdapter
 from finemill.kernels.launch import use_kernel
-from finemill.kernels.lora import LoRADropout, lora_backward_a, lora_backward_b, lora_backward_x, lora_project
+from finemill.kernels.lora import LoRADropout, lora_backward_a, lora_backward_x, lora_project
 from finemill.kernels.nf4 import NF4Tensor, dequantize_nf4
 
 # T tokens, K input width, N output width of all members, R rank of all members, P spare columns
@@ -144,8 +144,7 @@ class Projection:
         if xa is not None:
             x[:, k : k + rank].copy_(xa)
         elif rank:
-            a = weight[n : n + rank, :k]
-            lora_project(x[:, :k], a, x[:, k : k + rank], dropout=self.dropout, groups=self._groups)
+            self._project(x[:, :k], weight[n : n + rank, :k], x[:, k : k + rank])
         if self.extension > rank:
             x[:, k + rank : k + self.extension].zero_()
             if self.has_bias:
@@ -165,24 +164,20 @@ class Projection:
             xa: (T, R) from the forward.
             weight: what `extended_weight` returned.
         """
-        if (adapter := self.adapter) is None:
+        if self.adapter is None:
             return
         n, k, rank = self.out_features, self.in_features, self.rank
-        lora_backward_b(
-            dy[:, :n],
-            xa,
-            weight[:n, k : k + rank],
-            adapter.grad_b,
-            adapter.widths,
-            out=dy[:, n : n + rank],
-            scale=adapter.scaling,
-            accumulate=True,
-        )
+        torch.mm(dy[:, :n], weight[:n, k : k + rank], out=dy[:, n : n + rank])
+        self._add_grad_b(_mm_fp32(dy[:, :n].t(), xa))
 
     def backward_weight(self, dy: Tensor, x: Tensor) -> None:
         """Do the part of the backward that reads the input x (T, K): dA."""
-        if self.adapter is not None:
-            dya = dy[:, self.out_features : self.out_features + self.rank]
+        if self.adapter is None:
+            return
+        dya = dy[:, self.out_features : self.out_features + self.rank]
+        if self.dropout is None:
+            self.adapter.grad_a.add_(_mm_fp32(dya.t(), x))
+        else:
             lora_backward_a(dya, x, self.adapter.grad_a, self.dropout, self._groups, accumulate=True)
 
     def backward_input(self, dy: Tensor, weight: Tensor, dx: Tensor) -> None:
@@ -200,6 +195,36 @@ class Projection:
     @property
     def _groups(self) -> int:
         return len(self.weights)
+
+    def _project(self, x: Tensor, a: Tensor, out: Tensor) -> None:
+        """Write x A^T, of the masked x under dropout: cuBLAS runs at copy speed, the mask needs our kernel."""
+        if self.dropout is None:
+            torch.mm(x, a.t(), out=out)
+        else:
+            lora_project(x, a, out, dropout=self.dropout, groups=self._groups)
+
+    def _add_grad_b(self, product: Tensor) -> None:
+        """Add scaling times the diagonal blocks of dy^T xa, (N, R) fp32, to the gradient of the stacked B's."""
+        assert self.adapter is not None
+        grad, rank = self.adapter.grad_b, self.adapter.b.shape[1]
+        if not use_kernel(product):
+            for group, (begin, end) in enumerate(zip(self._rows, self._rows[1:], strict=False)):
+                block = product[begin:end, group * rank : (group + 1) * rank]
+                grad[begin:end].add_(block, alpha=self.adapter.scaling)
+            return
+        boundaries = [*self._rows[1:-1], self.out_features, self.out_features]
+        _add_grad_b_kernel[(triton.cdiv(grad.numel(), BLOCK),)](
+            product,
+            grad,
+            self.adapter.scaling,
+            product.stride(0),
+            boundaries[0],
+            boundaries[1],
+            grad.numel(),
+            RANK=rank,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
 
     def _decode(self, extended: Tensor) -> None:
         for weight, bias, begin, end in zip(self.weights, self.biases, self._rows, self._rows[1:], strict=False):
@@ -275,3 +300,32 @@ def _write_adapter_kernel(
         value = tl.load(b_ptr + element, mask=mask, other=0.0) * scaling
         offset = row.to(tl.int64) * out_stride + K + group * RANK + (element - row * RANK)
         tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_grad_b_kernel(
+    product_ptr,
+    grad_ptr,
+    scaling,
+    product_stride,
+    second_row,
+    third_row,
+    num_elements,
+    RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = element < num_elements
+    row = element // RANK
+    group = (row >= second_row).to(tl.int32) + (row >= third_row).to(tl.int32)
+    offset = row * product_stride + group * RANK + (element - row * RANK)
+    value = tl.load(grad_ptr + element, mask=mask, other=0.0)
+    value += scaling * tl.load(product_ptr + offset, mask=mask, other=0.0)
+    tl.store(grad_ptr + element, value, mask=mask)
+
+
+def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply 16-bit matrices on a GPU into fp32; the CPU multiplies in fp32."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
