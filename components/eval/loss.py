@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 
 from finemill.components.held_out import IGNORE_INDEX, HeldOutRow
 
@@ -28,7 +28,7 @@ def assistant_losses(model: Any, rows: Sequence[HeldOutRow]) -> list[tuple[float
         input_ids_BT, labels_BT = _padded([rows[index] for index in batch], model.device)
         # Padding is on the right, where causal attention never looks.
         logits_BTV = model(input_ids=input_ids_BT).logits[:, :-1].float()
-        losses_BT = F.cross_entropy(
+        losses_BT = cross_entropy(
             logits_BTV.transpose(1, 2), labels_BT[:, 1:], ignore_index=IGNORE_INDEX, reduction="none"
         )
         sums_B = losses_BT.sum(1, dtype=torch.float64).tolist()

@@ -55,20 +55,29 @@ def score(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def _loss(samples: Sequence[Sample]) -> dict[str, float]:
-    """Token-weighted mean loss, its standard error with rows as clusters, and the perplexity."""
+    """Mean loss per token, its standard error, and the perplexity."""
     pairs = [(sample.loss, sample.num_tokens) for sample in samples if sample.loss is not None]
-    num_tokens = sum(count for _, count in pairs)
-    if not num_tokens:
+    if not pairs:
         return {}
-    loss = sum(value * count for value, count in pairs) / num_tokens
-    # Linearization of a ratio of sums: the tokens of a row are not independent of each other.
-    spread = sum((count * (value - loss)) ** 2 for value, count in pairs)
+    loss, stderr = weighted_mean([value for value, _ in pairs], [count for _, count in pairs])
     return {
         "loss": loss,
-        "loss_stderr": math.sqrt(spread) / num_tokens,
+        "loss_stderr": stderr,
         "perplexity": math.exp(min(loss, 700.0)),
-        "num_tokens": num_tokens,
+        "num_tokens": sum(count for _, count in pairs),
     }
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """Mean per token of values per row, and its standard error with rows as clusters.
+
+    The tokens of a row are not independent of each other: the error is that of a ratio of two sums over rows, to first
+    order (Cochran, Sampling Techniques, section 2.11).
+    """
+    total = sum(weights)
+    center = sum(value * weight for value, weight in zip(values, weights, strict=True)) / total
+    spread = sum((weight * (value - center)) ** 2 for value, weight in zip(values, weights, strict=True))
+    return center, math.sqrt(spread) / total
 
 
 def mean(values: Sequence[float]) -> float:
@@ -85,17 +94,22 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def _deltas(base: Sequence[Sample], tuned: Sequence[Sample]) -> Mapping[str, float]:
-    """Mean of the row-by-row differences, which share what makes a row hard: a smaller error than of two means."""
+    """Tuned less base, from row-by-row differences: both share what makes a row hard, so that the error is smaller."""
     deltas: dict[str, float] = {}
     for name in ("exact_match", "rougeL", "format_ok", "loss"):
-        differences = [
-            float(after) - float(before)
+        pairs = [
+            (float(after) - float(before), one.num_tokens)
             for one, other in zip(base, tuned, strict=True)
             if (before := getattr(one, name)) is not None and (after := getattr(other, name)) is not None
         ]
-        if differences:
-            deltas[_NAMES.get(name, name)] = mean(differences)
-            deltas[f"{_NAMES.get(name, name)}_stderr"] = standard_error(differences)
+        if not pairs:
+            continue
+        differences, num_tokens = [list(column) for column in zip(*pairs, strict=True)]
+        key = _NAMES.get(name, name)
+        if name == "loss":
+            deltas[key], deltas[f"{key}_stderr"] = weighted_mean(differences, num_tokens)
+        else:
+            deltas[key], deltas[f"{key}_stderr"] = mean(differences), standard_error(differences)
     return deltas
 
 

@@ -15,6 +15,7 @@ from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.metrics import metric_part, sources
 from finemill.components.eval.sample import Sample
 
+_MINUS = "\N{MINUS SIGN}"
 _Z95 = 1.96
 """Half-width of a 95 % interval in standard errors."""
 
@@ -130,8 +131,8 @@ def _error(measure: Measure, value: float | None) -> str:
 
 def _signed(measure: Measure, delta: float) -> str:
     if measure.as_percent:
-        return f"{100 * delta:+.1f}".replace("-", "−")
-    return (f"{delta:+,.0f}" if abs(delta) >= 1000 else f"{delta:+.3g}").replace("-", "−")
+        return f"{100 * delta:+.1f}".replace("-", _MINUS)
+    return (f"{delta:+,.0f}" if abs(delta) >= 1000 else f"{delta:+.3g}").replace("-", _MINUS)
 
 
 def _shown_sample(base: Sample, tuned: Sample) -> dict[str, Any]:

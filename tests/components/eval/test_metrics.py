@@ -1,0 +1,120 @@
+"""Each score against a value computed by hand."""
+
+import math
+
+import pytest
+
+from finemill.components.eval.metrics import metric_part, standard_error, summarize, weighted_mean
+from finemill.components.eval.sample import Sample, rouge_scores, score_answer
+from finemill.components.generation import Answer
+from finemill.components.held_out import HeldOutRow
+
+STOPS = ["<|im_end|>"]
+
+
+def row(answer: str | None = "7", completion: str = "<think>\n3 + 4\n</think>\n\n\\boxed{7}<|im_end|>") -> HeldOutRow:
+    return HeldOutRow("r1", "math", [1, 2, 3], [-100, 2, 3], "What is 3 + 4?", completion, answer)
+
+
+def scored(text: str, row: HeldOutRow, *, finished: bool = True, loss: tuple[float, int] = (3.0, 2)) -> Sample:
+    return score_answer(row, "tuned", Answer(text, 9, finished), loss, STOPS)
+
+
+def sample(model: str, right: bool | None, *, loss: float = 1.0, num_tokens: int = 1, source: str = "math") -> Sample:
+    return Sample(
+        "r", source, model, "", "", "", None, None, right, None, None, None, loss, num_tokens, 4, True, True, None
+    )
+
+
+def test_an_answer_is_right_when_its_final_value_equals_the_expected_one() -> None:
+    assert scored("<think>\nx\n</think>\n\nIt is \\boxed{7.0}", row()).exact_match is True
+    assert scored("<think>\n7\n</think>\n\nIt is \\boxed{8}", row()).exact_match is False
+    assert scored("I do not know", row()).exact_match is False
+
+
+def test_a_row_without_a_known_answer_gets_rouge_and_no_exact_match() -> None:
+    chat = scored("the cat sat", row(None, "the cat sat on the mat<|im_end|>"))
+    # 3 of 3 words found, 3 of 6 words covered: F1 = 2 * 1 * 0.5 / 1.5.
+    assert chat.rouge1 == pytest.approx(2 / 3)
+    # 2 of 2 pairs found, 2 of 5 covered.
+    assert chat.rouge2 == pytest.approx(2 * 1 * 0.4 / 1.4)
+    assert chat.exact_match is None
+    assert chat.reference == "the cat sat on the mat"
+    assert scored("\\boxed{7}", row()).rougeL is None
+
+
+def test_rouge_l_follows_the_longest_common_subsequence() -> None:
+    # Common subsequence "police the" or "the gunman", 2 of 4 words on both sides.
+    assert rouge_scores("police killed the gunman", "the gunman killed police")["rougeL"] == pytest.approx(0.5)
+
+
+def test_rouge_leaves_thinking_out() -> None:
+    reference = row(None, "<think>\n\n</think>\n\ngood morning<|im_end|>")
+    assert scored("<think>\nnothing of it\n</think>\n\ngood morning", reference).rougeL == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "format_ok", "think_closed"),
+    [
+        ("<think>\na\n</think>\n\n7", True, True, True),
+        ("<think>\na\n</think>\n\n7", False, False, True),
+        ("<think>\na 7", True, False, False),
+        ("<think>\na\n</think>\n\n", True, False, True),
+        ("7", True, False, None),
+        ("</think>a<think>7", True, False, True),
+    ],
+)
+def test_an_answer_is_well_formed_when_it_thinks_as_the_reference_does(
+    text: str, finished: bool, format_ok: bool, think_closed: bool | None
+) -> None:
+    found = scored(text, row(), finished=finished)
+    assert (found.format_ok, found.think_closed) == (format_ok, think_closed)
+
+
+def test_loss_is_the_mean_over_tokens_and_perplexity_its_exponential() -> None:
+    base = [sample("base", None, loss=1.0, num_tokens=1), sample("base", None, loss=3.0, num_tokens=3)]
+    metrics = summarize(base, base)
+    assert metrics["eval/base/loss"] == pytest.approx(2.5)
+    assert metrics["eval/base/perplexity"] == pytest.approx(math.exp(2.5))
+    # Deviations 1 * (1 - 2.5) and 3 * (3 - 2.5): sqrt(1.5 ** 2 + 1.5 ** 2) / 4.
+    assert metrics["eval/base/loss_stderr"] == pytest.approx(math.sqrt(4.5) / 4)
+    assert metrics["eval/delta/loss"] == 0.0
+
+
+def test_weighted_mean_with_equal_weights_has_the_usual_error() -> None:
+    center, error = weighted_mean([1.0, 2.0, 3.0], [5, 5, 5])
+    assert center == 2.0
+    assert error == pytest.approx(math.sqrt(2) / 3)
+
+
+def test_standard_error_of_a_rate() -> None:
+    assert standard_error([1, 0, 0, 1]) == pytest.approx(math.sqrt(1 / 3 / 4))
+    assert standard_error([1]) == 0.0
+
+
+def test_fixed_and_broken_count_problems_of_which_one_model_is_right() -> None:
+    base = [sample("base", right) for right in (False, False, False, True, None)]
+    tuned = [sample("tuned", right) for right in (True, True, False, False, None)]
+    metrics = summarize(base, tuned)
+    assert (metrics["eval/fixed"], metrics["eval/broken"]) == (2, 1)
+    assert metrics["eval/fixed_rate"] == pytest.approx(2 / 3)
+    assert metrics["eval/broken_rate"] == 1.0
+    assert metrics["eval/delta/exact_match"] == pytest.approx(0.25)
+    # Differences 1, 1, 0, -1.
+    assert metrics["eval/delta/exact_match_stderr"] == pytest.approx(math.sqrt((2 * 0.5625 + 0.0625 + 1.5625) / 3 / 4))
+
+
+def test_each_source_has_metrics_of_its_own() -> None:
+    base = [sample("base", True, source="example:math"), sample("base", False, source="other data")]
+    metrics = summarize(base, base)
+    assert metrics["eval/base/example_math/exact_match"] == 1.0
+    assert metrics["eval/base/other_data/exact_match"] == 0.0
+    assert metrics["eval/base/exact_match"] == 0.5
+    assert metric_part("hf://org/name") == "hf_org_name"
+
+
+def test_metrics_are_finite_whatever_the_model_does() -> None:
+    hopeless = [sample("base", None, loss=5000.0)]
+    metrics = summarize(hopeless, hopeless)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert "eval/fixed" not in metrics

@@ -1,0 +1,118 @@
+"""The page needs nothing but itself, and shows what a model wrote as text."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from finemill.components.context import StepContext
+from finemill.components.eval.chart import nice_ticks, training_chart
+from finemill.components.eval.config import EvalConfig
+from finemill.components.eval.metrics import summarize
+from finemill.components.eval.report import segments, write_reports
+from finemill.components.eval.sample import Sample
+
+HOSTILE = '<script>alert("x")</script><img src=https://example.org/x onerror=alert(1)>" data-x="'
+
+
+def make_sample(model: str, right: bool, text: str = HOSTILE) -> Sample:
+    return Sample(
+        HOSTILE, f"src{HOSTILE}", model, HOSTILE, text, HOSTILE, "7", text, right, None, None, None, 1.0, 3, 5, True,
+        True, None,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def page(tmp_path: Path, step_context: StepContext) -> str:
+    base = [make_sample("base", right) for right in (False, False, True)]
+    tuned = [make_sample("tuned", right) for right in (True, False, True)]
+    history = {"log_history": [{"step": step, "loss": 3 / step} for step in range(1, 6)]}
+    (tmp_path / "training.json").write_text(json.dumps(history))
+    references = {**step_context.references, "base_model": f"hf://org/{HOSTILE}"}
+    write_reports(
+        tmp_path,
+        base,
+        tuned,
+        summarize(base, tuned),
+        tmp_path,
+        EvalConfig(),
+        replace(step_context, references=references),
+    )
+    return (tmp_path / "report.html").read_text()
+
+
+class Elements(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_requests_nothing(page: str) -> None:
+    elements = Elements()
+    elements.feed(page)
+    assert not {"link", "img", "iframe", "object", "base"} & set(elements.tags)
+    assert not {"src", "href", "srcset", "action"} & {name for name, _ in elements.attributes}
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert not re.search(r"url\(|@import", style)
+    assert elements.tags.count("script") == 1
+
+
+def test_hostile_text_stays_text(page: str) -> None:
+    elements = Elements()
+    elements.feed(page)
+    assert HOSTILE in elements.text
+    assert not any(name.startswith("on") for name, _ in elements.attributes)
+
+
+def test_a_fixed_problem_is_marked_as_such(page: str) -> None:
+    elements = Elements()
+    elements.feed(page)
+    changes = [value for name, value in elements.attributes if name == "data-change"]
+    assert changes == ["fixed", "right", "wrong", "fixed", "wrong", "right"]
+
+
+def test_the_page_has_the_training_curve(page: str) -> None:
+    assert page.count("<polyline") == 1
+    assert "<svg" in page
+
+
+def test_a_closing_script_tag_in_a_thinking_block_stays_text() -> None:
+    assert segments("a<think>b</think><|im_end|>c") == [
+        ("text", "a"),
+        ("think", "<think>b</think>"),
+        ("mark", "<|im_end|>"),
+        ("text", "c"),
+    ]
+    assert segments("<think>never closed") == [("think", "<think>never closed")]
+
+
+def test_the_chart_needs_two_finite_losses() -> None:
+    assert training_chart([{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}]) is None
+    chart = training_chart([{"step": 1, "loss": 2.0}, {"step": 4, "loss": 1.0}, {"step": 4, "eval_loss": 1.5}])
+    assert chart is not None
+    assert [(curve.name, curve.last_value) for curve in chart.curves] == [
+        ("training loss", 1.0),
+        ("validation loss", 1.5),
+    ]
+    assert chart.curves[0].last_x == chart.right
+    assert chart.top <= chart.curves[0].last_y <= chart.bottom
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 7.2, [0, 2, 4, 6, 8]), (0, 153, [0, 50, 100, 150, 200]), (0, 0.03, [0, 0.01, 0.02, 0.03])],
+)
+def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]) -> None:
+    assert nice_ticks(low, high, 5) == expected
