@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import TextIO
 
 from finemill.commands.run_status import Engine, RunStatus, StepStatus
@@ -62,22 +63,26 @@ def follow(engine: Engine, run: str, *, logs: bool) -> int:
     Raises: UserError: a step waits for something that will not come by itself.
     """
     table = RunTable(sys.stderr)
+    last_words: dict[str, str] = {}
     try:
-        status = _follow(engine, run, table, logs)
+        status = _follow(engine, run, table, logs, last_words)
     except KeyboardInterrupt:
         print(f"\n{run} goes on without you; come back with:  {engine.come_back(run)}", file=sys.stderr)
         return 130
-    print(summary(status))
+    print(summary(status, last_words))
     return status.exit_code
 
 
-def _follow(engine: Engine, run: str, table: RunTable, logs: bool) -> RunStatus:
+def _follow(engine: Engine, run: str, table: RunTable, logs: bool, last_words: dict[str, str]) -> RunStatus:
+    """Poll until the run has ended; `last_words` gets each step's own error line."""
     blocked_since: float | None = None
     reached = time.monotonic()
     while True:
         try:
             status = engine.status(run)
-            table.show(status, engine.new_log_lines(run) if logs else [])
+            lines = engine.new_log_lines(run)
+            last_words.update(_error_lines(lines))
+            table.show(status, lines if logs else [])
             reached = time.monotonic()
         except TemporaryError:
             if time.monotonic() - reached > OUT_OF_REACH_S:
@@ -92,11 +97,23 @@ def _follow(engine: Engine, run: str, table: RunTable, logs: bool) -> RunStatus:
         time.sleep(POLL_S)
 
 
-def summary(status: RunStatus) -> str:
-    """The run's result in one line."""
+def _error_lines(lines: list[str]) -> dict[str, str]:
+    """What the command line of a step printed as its error, by step."""
+    found = {}
+    for line in lines:
+        step, _, text = line.partition("  ")
+        if text.startswith(f"finemill {step}: "):
+            found[step] = text.removeprefix(f"finemill {step}: ")
+    return found
+
+
+def summary(status: RunStatus, last_words: Mapping[str, str]) -> str:
+    """The run's result in one line; a failed step's own error line if it left one."""
     failed = next((step for step in status.steps if step.phase == "failed"), None)
+    if failed:
+        return f"{status.name} failed in {failed.name}: {last_words.get(failed.name) or failed.message}"
     if status.phase == "failed":
-        return f"{status.name} failed" + (f" in {failed.name}: {failed.message}" if failed else f": {status.message}")
+        return f"{status.name} failed: {status.message}"
     verdicts = dict(step.verdict for step in status.steps if step.verdict)
     if verdicts.get("changed") == "false":
         return f"{status.name} unchanged: the data is that of the newest registered version"
