@@ -15,6 +15,9 @@ from finemill.components.promote.scores import Scores
 from finemill.components.registry import Version
 from finemill.components.storage.store import fetch_artifact, read_artifact
 
+# Settings of `eval` that change its speed and its report only.
+_NOT_SCORED = ("batch_size", "report_rows")
+
 
 def champion_scores(champion: Version, evaluation: Manifest, context: StepContext) -> tuple[Scores, Reference]:
     """The champion's scores, comparable with those of `evaluation`: its own, or new ones on the same rows.
@@ -34,9 +37,10 @@ def champion_scores(champion: Version, evaluation: Manifest, context: StepContex
 
 
 def test_of(evaluation: Manifest) -> tuple[str, str]:
-    """What an evaluation's scores depend on besides the model: the dataset's digest and the configuration."""
+    """What an evaluation's scores depend on besides the model: the dataset's digest and how answers are generated."""
     dataset = Reference.parse(evaluation.parents["dataset"]).digest
-    return dataset, json.dumps(evaluation.config, sort_keys=True)
+    config = {key: value for key, value in evaluation.config.items() if key not in _NOT_SCORED}
+    return dataset, json.dumps(config, sort_keys=True)
 
 
 def score_again(champion: Version, evaluation: Manifest, context: StepContext) -> tuple[Scores, Reference]:

@@ -14,7 +14,6 @@ from finemill.components.errors import UserError
 
 # A row's loss is the mean over its tokens: weighted by them, the mean over rows is the evaluation's loss.
 _WEIGHTS = {"loss": "num_tokens"}
-_NOT_METRICS = {"num_tokens"}
 
 
 @dataclass(frozen=True)
@@ -64,15 +63,16 @@ class Scores:
         return self._metrics.get(f"eval/{model}/{metric}")
 
     def names(self) -> list[str]:
-        """Every metric that a gate can ask for."""
+        """Every metric that a gate can ask for, but standard errors."""
         prefix = "eval/tuned/"
-        return sorted(self._row_metrics() | {n.removeprefix(prefix) for n in self._metrics if n.startswith(prefix)})
+        own = {name.removeprefix(prefix) for name in self._metrics if name.startswith(prefix)}
+        return sorted(name for name in self._row_metrics() | own if not name.endswith("_stderr"))
 
     def _row_metrics(self) -> set[str]:
         return {
             column.name
             for column in self._samples.schema
-            if column.name not in _NOT_METRICS
+            if not column.name.startswith("num_")
             and (
                 pa.types.is_floating(column.type)
                 or pa.types.is_boolean(column.type)

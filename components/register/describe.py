@@ -11,8 +11,15 @@ _MAX_CHARACTERS = 5000
 
 
 def score_tags(metrics: Mapping[str, float]) -> dict[str, str]:
-    """The evaluation's metrics as tags, `eval/tuned/exact_match` = `0.95`."""
-    return {name: f"{value:.6g}" for name, value in metrics.items() if name.startswith("eval/")}
+    """What base and tuned scored over all rows as tags, `eval/tuned/exact_match` = `0.95`."""
+    return {
+        name: f"{value:.6g}" for name, value in metrics.items() if name.startswith((_BASE, _TUNED)) and _is_total(name)
+    }
+
+
+def _is_total(name: str) -> bool:
+    """Whether a metric is over all rows, not of one source, and no standard error."""
+    return name.count("/") == 2 and not name.endswith("_stderr")
 
 
 def describe_version(metrics: Mapping[str, float], tags: Mapping[str, str], references: Mapping[str, str]) -> str:
@@ -33,7 +40,7 @@ def describe_version(metrics: Mapping[str, float], tags: Mapping[str, str], refe
 
 def score_table(metrics: Mapping[str, float]) -> list[str]:
     """A Markdown table of every metric that base and tuned share."""
-    names = [name.removeprefix(_BASE) for name in metrics if name.startswith(_BASE)]
+    names = [name.removeprefix(_BASE) for name in metrics if name.startswith(_BASE) and _is_total(name)]
     rows = [
         f"| {name} | {metrics[_BASE + name]:.4g} | {metrics[_TUNED + name]:.4g} |"
         for name in names
