@@ -5,6 +5,7 @@ the example data: the exercises are worded differently and are never asked in a 
 answered at once. Answering a problem of several steps in a chat is what tuning adds.
 """
 
+import json
 from collections.abc import Callable
 from random import Random
 
@@ -154,6 +155,25 @@ _STATEMENTS: tuple[Callable[[Random], str], ...] = (
 )
 
 
+def record(rng: Random) -> str:
+    """Small pieces of markup: JSON, a table, a list, a formula, a function call."""
+    name, city, hobby = rng.choice(NAMES), rng.choice(CITIES), rng.choice(HOBBIES)
+    singular, items = rng.choice(list(ITEMS.items()))
+    a, operator, b, result = arithmetic_fact(rng)
+    person = {"name": name, "city": city, "likes": [hobby, items], "age": a}
+    call = {"name": f"count_{items}", "arguments": {"person": name, "limit": b}}
+    return rng.choice(
+        (
+            json.dumps(person),
+            f"<tool_call>\n{json.dumps(call)}\n</tool_call>",
+            f"| name | {items} |\n| --- | --- |\n| {name} | {a} |\n| {rng.choice(NAMES)} | {b} |",
+            f"# {items.capitalize()}\n\n- one {singular}\n- {a} {items}\n- *{city}*, `{hobby}`",
+            f"$${a} {operator} {b} = \\boxed{{{result}}}$$",
+            f"def {hobby}({singular}=[{a}, {b}]):\n    return {singular}[0] {operator} {singular}[1]  # {result}",
+        )
+    )
+
+
 def exercise(rng: Random) -> str:
     """One or two textbook exercises, each a text followed by its working and result."""
     return "\n\n".join(_worked(rng) for _ in range(rng.randint(1, 2)))
@@ -161,14 +181,18 @@ def exercise(rng: Random) -> str:
 
 def _worked(rng: Random) -> str:
     text, steps, result = rng.choice(EXERCISES)(rng)
-    layout = rng.randrange(4)
-    if layout == 0:
-        return f"Exercise: {text}\nWorking: {', '.join(steps)}\nResult: {result}"
-    if layout == 1:
-        return f"{text}\n" + "\n".join(steps) + f"\nAnswer: {result}"
-    if layout == 2:
-        return f"Example. {text} We write {' and '.join(steps)}, so the result is {result}."
-    return f"{text} Solution: {'; '.join(steps)}. That makes {result}."
+    lines = "\n".join(steps)
+    boxed = f"\\boxed{{{result}}}"
+    return rng.choice(
+        (
+            f"Exercise: {text}\nWorking: {', '.join(steps)}\nResult: {result}",
+            f"{text}\n{lines}\nAnswer: {result}",
+            f"Example. {text} We write {' and '.join(steps)}, so the result is {result}.",
+            f"{text} Solution: {'; '.join(steps)}. That makes {boxed}.",
+            f"Problem: {text}\n\n<think>\n{lines}\n</think>\n\nThe result is {boxed}.",
+            f"{text}\n<think>\n{lines}\n</think>\n\nResult: {boxed}",
+        )
+    )
 
 
 def chat(rng: Random) -> str:
@@ -203,6 +227,7 @@ def _exchange(rng: Random) -> tuple[str, str, str]:
     word, other = rng.choice(list(OPPOSITES.items()))
     name = rng.choice(list(ANIMALS))
     kind = rng.choice(list(KINDS))
+    day = rng.randrange(len(DAYS))
     return rng.choice(
         (
             (f"What is the capital of {country}?", f"{city}.", "The user asks about a country."),
@@ -210,7 +235,7 @@ def _exchange(rng: Random) -> tuple[str, str, str]:
             (f"What is the opposite of {word}?", f"{other.capitalize()}.", "The user asks about a word."),
             (f"Where does a {name} live?", f"It lives in a {ANIMALS[name][0]}.", "The user asks about an animal."),
             (f"Name one of the {kind}.", f"{rng.choice(KINDS[kind]).capitalize()}.", "The user wants a word."),
-            (f"What day comes after {DAYS[0]}?", f"{DAYS[1]}.", "The user asks about a day."),
+            (f"What day comes after {DAYS[day - 1]}?", f"{DAYS[day]}.", "The user asks about a day."),
         )
     )
 
@@ -230,10 +255,11 @@ def _counting_exchange(rng: Random) -> tuple[str, str, str]:
 
 # Each kind of document with its share of the corpus.
 _DOCUMENTS: dict[Callable[[Random], str], float] = {
-    equations: 0.22,
+    equations: 0.18,
     spoken_facts: 0.12,
     number_line: 0.04,
     world_statement: 0.12,
+    record: 0.04,
     exercise: 0.32,
     chat: 0.18,
 }

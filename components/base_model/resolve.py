@@ -116,7 +116,9 @@ def _hub(name: str, revision: str | None, cache_dir: Path | None) -> ResolvedBas
 
     spelled = f"hf://{name}" + (f"@{revision}" if revision else "")
     try:
-        folder = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=list(_MODEL_FILES)))
+        folder = Path(
+            snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=list(_MODEL_FILES))
+        )
     except GatedRepoError:
         raise UserError(f"base model '{spelled}' is gated: accept its terms on the hub and set HF_TOKEN") from None
     except RepositoryNotFoundError:
