@@ -1,7 +1,7 @@
 """Pretrain the small Qwen3 that runs without a hub start from: `python -m finemill.components.base_model.pretrain`.
 
 The recipe that made the shipped weights: 4 million parameters, one pass over text generated from `corpus.py`, AdamW
-with a cosine schedule, bfloat16 autocast. About two and a half minutes on an H200; a few days on two CPU cores.
+with a cosine schedule, bfloat16 autocast. About two and a half minutes on an H200; about eleven hours on two CPU cores.
 """
 
 # R rows, T tokens
