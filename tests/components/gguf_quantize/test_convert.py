@@ -1,0 +1,174 @@
+"""Files of each family, loaded back by llama.cpp and compared with transformers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from transformers import AutoTokenizer
+
+from finemill.components.causal_lm import load_causal_lm
+from finemill.components.errors import StepError, UserError
+from finemill.components.gguf_quantize import ggml
+from finemill.components.gguf_quantize.config import Quantization
+from finemill.components.gguf_quantize.convert import SourceModel, rope_parameters
+from finemill.components.gguf_quantize.llama_cpp import serve
+from finemill.components.gguf_quantize.mixture import tensor_type
+from finemill.components.gguf_quantize.verify import check_tokenization, kl_divergence
+from finemill.components.gguf_quantize.vocabulary import pre_tokenizer_name
+from finemill.components.gguf_quantize.write import WrittenFile, write_gguf
+
+TEXT = "Ann has 12 apples and gives 345 away; how many are left of 1000000? It's fine."
+
+
+def write(folder: Path, path: Path, quantization: Quantization) -> WrittenFile:
+    return write_gguf(SourceModel(folder), path, quantization, "test", 2)
+
+
+@torch.inference_mode()
+def mean_kl(folder: Path, path: Path) -> float:
+    """KL(transformers || llama.cpp) at several positions of `TEXT`, after checking that both read the same tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    input_ids = tokenizer(TEXT)["input_ids"]
+    logits_TV = load_causal_lm(folder, dtype=torch.float32)(torch.tensor([input_ids])).logits[0].double()
+    positions = range(3, len(input_ids), len(input_ids) // 5)
+    with serve(path, 1, 256) as server:
+        assert check_tokenization(server, tokenizer, [TEXT]) == 1.0
+        return float(
+            np.mean(
+                [
+                    kl_divergence(
+                        logits_TV[position - 1].log_softmax(-1),
+                        server.next_token_log_probabilities(input_ids[:position], logits_TV.shape[1]),
+                    )
+                    for position in positions
+                ]
+            )
+        )
+
+
+@pytest.mark.parametrize("family", ["tiny_model_dir", "qwen2_dir", "llama_dir"])
+def test_llama_cpp_computes_what_transformers_does(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    folder = request.getfixturevalue(family)
+    write(folder, tmp_path / "f16.gguf", "F16")
+    write(folder, tmp_path / "q8_0.gguf", "Q8_0")
+    f16, q8_0 = mean_kl(folder, tmp_path / "f16.gguf"), mean_kl(folder, tmp_path / "q8_0.gguf")
+    assert f16 < 1e-4
+    assert f16 < q8_0 < 2e-2
+
+
+def test_rows_of_another_length_fall_back_as_in_llama_cpp(qwen2_dir: Path, tmp_path: Path) -> None:
+    written = write(qwen2_dir, tmp_path / "q4.gguf", "Q4_K_M")
+    assert written.fallbacks["blk.0.attn_q.weight"] == "Q4_K -> Q5_0"
+    assert written.fallbacks["output.weight"] == "Q6_K -> Q8_0"
+    assert written.tensor_types.keys() == {"F32", "Q5_0", "Q8_0"}
+    assert mean_kl(qwen2_dir, tmp_path / "q4.gguf") < 0.5
+
+
+def test_q4_k_m_of_the_small_base_needs_no_fallback(tiny_model_dir: Path, tmp_path: Path) -> None:
+    written = write(tiny_model_dir, tmp_path / "q4.gguf", "Q4_K_M")
+    assert not written.fallbacks
+    assert written.num_parameters == sum(np.prod(shape) for _, shape in SourceModel(tiny_model_dir).shapes())
+    assert 4.5 < written.bits_per_weight < 6
+    assert mean_kl(tiny_model_dir, tmp_path / "q4.gguf") < 0.1
+
+
+def test_metadata_names_template_end_of_turn_and_pre_tokenizer(tiny_model_dir: Path, tmp_path: Path) -> None:
+    write(tiny_model_dir, tmp_path / "m.gguf", "F16")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+
+    def field(name: str) -> object:
+        return reader.fields[name].contents()
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    assert field("general.architecture") == "qwen3"
+    assert field("tokenizer.ggml.pre") == "qwen2"
+    assert field("tokenizer.chat_template") == tokenizer.chat_template
+    assert field("tokenizer.ggml.eos_token_id") == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert field("tokenizer.ggml.eot_token_id") == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert field("tokenizer.ggml.add_bos_token") is False
+
+
+def test_a_first_token_is_declared(llama_dir: Path, tmp_path: Path) -> None:
+    write(llama_dir, tmp_path / "m.gguf", "F16")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is True
+    assert fields["tokenizer.ggml.pre"].contents() == "llama-bpe"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "layers", "expected"),
+    [
+        ("output_norm.weight", (256,), 8, Type.F32),
+        ("token_embd.weight", (1000, 256), 8, Type.Q6_K),
+        ("blk.0.attn_q.weight", (256, 256), 8, Type.Q4_K),
+        # Of eight layers: the first, the last, and every third after the first.
+        ("blk.0.attn_v.weight", (256, 256), 8, Type.Q6_K),
+        ("blk.1.attn_v.weight", (256, 256), 8, Type.Q4_K),
+        ("blk.3.ffn_down.weight", (256, 512), 8, Type.Q6_K),
+        ("blk.6.ffn_down.weight", (256, 512), 8, Type.Q6_K),
+        ("blk.7.ffn_down.weight", (256, 512), 8, Type.Q6_K),
+        ("blk.5.ffn_down.weight", (256, 512), 8, Type.Q4_K),
+        ("blk.11.attn_v.weight", (1024, 8192), 80, Type.Q5_K),
+        ("blk.0.ffn_gate.weight", (512, 96), 8, Type.Q5_0),
+        ("blk.0.ffn_gate.weight", (512, 40), 8, Type.F16),
+    ],
+)
+def test_q4_k_m_mixes_types_as_llama_cpp_does(name: str, shape: tuple[int, ...], layers: int, expected: Type) -> None:
+    assert tensor_type(name, shape, "Q4_K_M", layers, ties_embeddings=True).type == expected
+
+
+def test_an_output_matrix_of_its_own_leaves_the_embedding_to_four_bits() -> None:
+    assert tensor_type("token_embd.weight", (9, 256), "Q4_K_M", 8, ties_embeddings=False).type == Type.Q4_K
+    assert tensor_type("output.weight", (9, 256), "Q4_K_M", 8, ties_embeddings=False).type == Type.Q6_K
+
+
+@pytest.mark.parametrize(("type_", "bits"), [(Type.Q4_K, 4), (Type.Q6_K, 6), (Type.Q8_0, 8), (Type.Q5_0, 5)])
+def test_rounding_keeps_values_within_a_step(type_: Type, bits: int) -> None:
+    values = np.random.default_rng(0).normal(size=(5000, 256)).astype(np.float32)
+    rounded = gguf.quants.dequantize(ggml.quantize(values, type_, 2, None), type_)
+    assert np.abs(values - rounded).max() < np.abs(values).max() * 2.0 ** (1 - bits)
+    assert np.array_equal(ggml.quantize(values, type_, 1, None), ggml.quantize(values, type_, 3, None))
+
+
+def test_without_the_library_q8_0_is_the_same_and_k_quants_say_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = np.random.default_rng(0).normal(size=(3, 256)).astype(np.float32)
+    with_library = ggml.quantize(values, Type.Q8_0, 1, None)
+    monkeypatch.setattr(ggml, "_ggml_quantize_chunk", lambda: None)
+    assert np.array_equal(ggml.quantize(values, Type.Q8_0, 1, None), with_library)
+    with pytest.raises(StepError, match="Q4_K needs"):
+        ggml.quantize(values, Type.Q4_K, 1, None)
+
+
+def test_an_unknown_architecture_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel .* is not supported; supported are LlamaForCausalLM"):
+        write(tmp_path / "m", tmp_path / "x.gguf", "F16")
+
+
+def test_an_unknown_split_or_tokenizer_is_named(tiny_model_dir: Path) -> None:
+    definition = json.loads((tiny_model_dir / "tokenizer.json").read_text())
+    assert pre_tokenizer_name(definition) == "qwen2"
+    definition["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\w+"
+    with pytest.raises(UserError, match="splits text by"):
+        pre_tokenizer_name(definition)
+    with pytest.raises(UserError, match="WordPiece; supported is byte-level BPE"):
+        pre_tokenizer_name({"model": {"type": "WordPiece"}})
+
+
+def test_both_spellings_of_rope_mean_the_same() -> None:
+    old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}
+    for config in (old, new):
+        rope = rope_parameters(config)
+        assert (rope["rope_theta"], rope["rope_type"], rope["factor"]) == (5e5, "linear", 2.0)
+    with pytest.raises(UserError, match="'longrope' is not supported"):
+        rope_parameters({"rope_parameters": {"rope_type": "longrope"}})
