@@ -1,0 +1,114 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from finemill.components.config import parse_config
+from finemill.components.errors import UserError
+from finemill.components.promote.bootstrap import lower_bound
+from finemill.components.promote.config import PromoteConfig
+from finemill.components.promote.gates import check_gates
+from finemill.components.promote.scores import Scores
+
+
+def scores(folder: Path, rows: list[dict[str, Any]], metrics: dict[str, float] | None = None) -> Scores:
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "samples.parquet")
+    (folder / "metrics.json").write_text(json.dumps(metrics or {}))
+    return Scores(folder)
+
+
+def rows(model: str, values: list[float | None], tokens: list[int] | None = None) -> list[dict[str, Any]]:
+    tokens = tokens or [1] * len(values)
+    return [
+        {"id": str(index), "model": model, "loss": value, "num_tokens": count}
+        for index, (value, count) in enumerate(zip(values, tokens, strict=True))
+    ]
+
+
+def only(gate: dict[str, Any], **config: Any) -> PromoteConfig:
+    control = {"metric": "loss", "direction": "lower", "min_delta": 0, "compare_with": ["base"]}
+    return parse_config(PromoteConfig, {"gates": [control, gate], **config}, "promote")
+
+
+def test_bound_agrees_with_the_normal_interval_of_many_rows() -> None:
+    differences = np.random.default_rng(0).normal(0.1, 1.0, 4000)
+    bound = lower_bound(differences, np.ones(4000), confidence=0.95, num_resamples=4000, seed=0)
+    expected = differences.mean() - 1.645 * differences.std() / np.sqrt(4000)
+    assert bound == pytest.approx(expected, abs=0.002)
+
+
+def test_bound_repeats_with_its_seed_whatever_the_memory_it_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    differences, weights = np.random.default_rng(0).normal(0, 1, (2, 50))
+    arguments: dict[str, Any] = {"confidence": 0.9, "num_resamples": 300, "seed": 4}
+    first = lower_bound(differences, np.abs(weights), **arguments)
+    monkeypatch.setattr("finemill.components.promote.bootstrap._MAX_DRAWS", 70)
+    assert lower_bound(differences, np.abs(weights), **arguments) == first
+    assert lower_bound(differences, np.abs(weights), **{**arguments, "seed": 5}) != first
+
+
+def test_rows_are_paired_so_a_small_steady_gain_is_sure(tmp_path: Path) -> None:
+    hard = list(np.random.default_rng(0).uniform(0, 10, 60))
+    challenger = scores(
+        tmp_path / "new", [*rows("base", [20.0] * 60), *rows("tuned", [value - 0.01 for value in hard])]
+    )
+    champion = scores(tmp_path / "old", rows("tuned", hard))
+    gate = {"metric": "loss", "direction": "lower", "min_delta": 0, "compare_with": ["champion"]}
+    result = check_gates(challenger, champion, only(gate))[-1]
+    assert result.passed
+    assert (result.difference, result.lower_bound) == (pytest.approx(0.01), pytest.approx(0.01))
+
+
+def test_gain_within_the_noise_is_not_enough(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    ours, theirs = random.normal(1.0, 1, 60), random.normal(1.02, 1, 60)
+    challenger = scores(tmp_path / "new", [*rows("base", [20.0] * 60), *rows("tuned", list(ours))])
+    champion = scores(tmp_path / "old", rows("tuned", list(theirs)))
+    result = check_gates(challenger, champion, PromoteConfig())[-1]
+    assert (result.rule, result.passed) == ("better than champion", False)
+
+
+def test_loss_of_rows_is_weighted_by_their_tokens(tmp_path: Path) -> None:
+    tokens = [1, 99]
+    samples = [*rows("base", [3.0, 3.0], tokens), *rows("tuned", [1.0, 2.0], tokens)]
+    result = check_gates(scores(tmp_path / "new", samples), None, PromoteConfig())[0]
+    assert (result.value, result.difference) == (pytest.approx(1.99), pytest.approx(1.01))
+
+
+def test_rows_without_a_value_do_not_count(tmp_path: Path) -> None:
+    samples = [*rows("base", [3.0, None, 3.0]), *rows("tuned", [1.0, None, 1.0])]
+    assert check_gates(scores(tmp_path / "new", samples), None, PromoteConfig())[0].num_rows == 2
+
+
+def test_other_rows_are_no_comparison(tmp_path: Path) -> None:
+    challenger = scores(tmp_path / "new", [*rows("base", [3.0] * 3), *rows("tuned", [1.0] * 3)])
+    champion = scores(tmp_path / "old", rows("tuned", [1.0] * 2))
+    with pytest.raises(UserError, match="not the same rows: evaluate both on the same dataset"):
+        check_gates(challenger, champion, PromoteConfig())
+
+
+def test_metric_without_rows_is_compared_by_its_values(tmp_path: Path) -> None:
+    samples = [*rows("base", [3.0]), *rows("tuned", [1.0])]
+    challenger = scores(tmp_path / "new", samples, {"eval/tuned/kl": 0.2, "eval/base/kl": 0.5})
+    gate = {"metric": "kl", "direction": "lower", "min_delta": 0.1, "compare_with": ["base"]}
+    result = check_gates(challenger, None, only(gate))[-1]
+    assert (result.passed, result.difference, result.lower_bound) == (True, pytest.approx(0.3), None)
+
+
+@pytest.mark.parametrize(
+    ("gate", "line"),
+    [
+        ({"min_delta": 0, "max_regression": 0}, "give min_delta .* or max_regression"),
+        ({"compare_with": []}, "give min_delta, max_regression, min_value or max_value"),
+        ({"min_value": 0.5}, "compare_with needs min_delta or max_regression"),
+        ({"min_delta": 0.1, "compare_with": []}, "compare_with needs min_delta or max_regression"),
+        ({"min_delta": 0.1, "compare_with": ["champion"]}, "a version has to beat its base"),
+    ],
+)
+def test_gate_that_says_too_little_or_too_much_is_refused(gate: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        parse_config(PromoteConfig, {"gates": [{"metric": "loss", "direction": "lower", **gate}]}, "promote")
