@@ -1,9 +1,9 @@
-"""Time every op at the shapes of real models, against eager PyTorch and the card's own copy bandwidth.
+"""Time every op at the shapes of real models, against plain PyTorch and the card's own copy bandwidth.
 
     finemill bench kernels [OP ...] [--json FILE]
 
-One `Case` per op and shape: how many bytes it has to move, the call, and the eager code (or bitsandbytes) that it
-replaces. resources.py compiles the same cases on machines without a GPU.
+One `Case` per op and shape: how many bytes it has to move, the call, and the PyTorch code (or bitsandbytes) that it
+replaces, both timed as CUDA graphs with a cold L2 cache. resources.py compiles the same cases on machines without a GPU.
 """
 
 import argparse
@@ -203,7 +203,7 @@ def _adamw(n: int, bits: int) -> Case:
         step, lr, norm = (torch.ones((), device=device) for _ in range(3))
         leaf = torch.nn.Parameter(param.clone())
         leaf.grad = grad
-        eager = torch.optim.AdamW([leaf], fused=device.type == "cuda")
+        eager = torch.optim.AdamW([leaf], fused=device.type == "cuda", capturable=device.type == "cuda")
         call = {"step": step, "lr": lr, "grad_norm": norm, "max_norm": 1.0, "shadow": shadow}
         return lambda: adamw_step(param, grad, state, **call), eager.step  # type: ignore[arg-type]
 
@@ -216,6 +216,10 @@ def _grad_norm(n: int) -> Case:
         return lambda: grad_norm(grad), lambda: torch.linalg.vector_norm(grad)
 
     return Case("adamw", f"gradient norm {n}", 4 * n, build)
+
+
+def _mm_fp32(left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else left.float() @ right.float()
 
 
 def _lora(tokens: int, width: int, widths: tuple[int, ...], rank: int, p: float) -> Iterator[Case]:
@@ -236,12 +240,12 @@ def _lora(tokens: int, width: int, widths: tuple[int, ...], rank: int, p: float)
     def backward_b(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
         _, dy, _, b, xa = tensors(device, dtype)
         grad_b, dya = torch.empty((n, rank), dtype=torch.float32, device=device), torch.empty_like(xa)
-        return lambda: lora_backward_b(dy, xa, b, grad_b, widths, dya), lambda: (dy @ b, dy.t() @ xa)
+        return lambda: lora_backward_b(dy, xa, b, grad_b, widths, dya), lambda: (dy @ b, _mm_fp32(dy.t(), xa))
 
     def backward_a(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
         x, _, _, _, dya = tensors(device, dtype)
         grad_a = torch.empty((ranks, width), dtype=torch.float32, device=device)
-        return lambda: lora_backward_a(dya, x, grad_a, dropout(device), groups), lambda: dya.t() @ x
+        return lambda: lora_backward_a(dya, x, grad_a, dropout(device), groups), lambda: _mm_fp32(dya.t(), x)
 
     def backward_x(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
         x, _, a, _, dya = tensors(device, dtype)
@@ -271,6 +275,7 @@ CASES = [
     _grad_norm(43646976),
     *_lora(4096, 4096, (4096, 1024, 1024), 16, 0.0),
     *_lora(4096, 4096, (4096, 1024, 1024), 16, 0.05),
+    *_lora(16384, 4096, (12288, 12288), 16, 0.0),
     *_lora(512, 1024, (3072, 3072), 32, 0.0),
 ]
 
@@ -282,12 +287,24 @@ def copy_bandwidth(device: torch.device) -> float:
     return float(2 * 2**30 / (triton.testing.do_bench(lambda: target.copy_(source), return_mode="median") * 1e-3))
 
 
+def _captured(call: Call) -> Call:
+    """Return a call that replays what `call` launches as a CUDA graph: the GPU's time, without the host's."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay
+
+
 def measure(case: Case, device: torch.device, copy: float) -> dict[str, object]:
     """Time one case with a cold L2 cache. Returns: a row of the report; times in microseconds."""
     torch.manual_seed(0)
     kernel, reference = case.build(device, torch.bfloat16)
-    median, fast, slow = triton.testing.do_bench(kernel, quantiles=[0.5, 0.1, 0.9])
-    eager = None if reference is None else triton.testing.do_bench(reference, return_mode="median")
+    median, fast, slow = triton.testing.do_bench(_captured(kernel), quantiles=[0.5, 0.1, 0.9])
+    eager = None if reference is None else triton.testing.do_bench(_captured(reference), return_mode="median")
     bandwidth = case.bytes / (median * 1e-3)
     return {
         "name": case.name,
@@ -332,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
         "copy_tb_per_s": round(copy / 1e12, 3),
     }
     print(", ".join(f"{key} {value}" for key, value in header.items()))
-    print(f"{'op':52} {'median us':>10} {'p10-p90':>17} {'TB/s':>6} {'of copy':>8} {'eager us':>10} {'times':>6}")
+    print(f"{'op':52} {'median us':>10} {'p10-p90':>17} {'TB/s':>6} {'of copy':>8} {'torch us':>10} {'times':>6}")
     rows = []
     for case in CASES:
         if arguments.ops and case.op not in arguments.ops:

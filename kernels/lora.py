@@ -263,15 +263,19 @@ def _sum_splits_kernel(
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = rows.to(tl.int64) * COLUMNS
     mask = element < size
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(first, first + splits):
-        total += tl.load(partial_ptr + split * size + element, mask=mask, other=0.0)
+    # Eight partial sums in flight; the order of additions depends on their number alone.
+    lane = tl.arange(0, 8)
+    total = tl.zeros((8, BLOCK), tl.float32)
+    for start in range(0, splits, 8):
+        split = start + lane
+        offset = (first + split).to(tl.int64)[:, None] * size + element[None, :]
+        total += tl.load(partial_ptr + offset, mask=(split < splits)[:, None] & mask[None, :], other=0.0)
     row = element // COLUMNS
     target = out_ptr + group * out_group_stride + row * out_row_stride + (element - row * COLUMNS)
-    total = scale * total
+    result = scale * tl.sum(total, axis=0)
     if ACCUMULATE:
-        total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, total.to(out_ptr.dtype.element_ty), mask=mask)
+        result += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def lora_project(
@@ -403,7 +407,7 @@ def lora_backward_b(
         BLOCK_N=block_n,
         BLOCK_R=block_r,
         num_warps=4 if block_r < 32 else 8,
-        num_stages=2,
+        num_stages=3 if block_n * BLOCK_T <= 8192 else 2,
         enable_fp_fusion=True,
     )
     _sum_splits(product, out, tokens, rank, tiles, 1.0, out.stride(0), rank)
@@ -468,7 +472,7 @@ def lora_backward_a(
         BLOCK_N=block_n,
         BLOCK_R=block_r,
         num_warps=4 if block_r < 32 else 8,
-        num_stages=2,
+        num_stages=3 if block_n * BLOCK_T <= 8192 else 2,
         enable_fp_fusion=True,
     )
     scale = 1.0 if dropout is None else dropout.scale
@@ -574,7 +578,7 @@ def _sum_splits(
     out_group_stride: int,
     accumulate: bool = False,
 ) -> None:
-    block = 1024
+    block = 256
     _sum_splits_kernel[(triton.cdiv(rows * columns, block), len(splits))](
         partial,
         out,
@@ -625,8 +629,8 @@ def _padded(values: list[int]) -> list[int]:
 
 
 def _splits(programs: int, most: int, device: torch.device) -> int:
-    """Ways to split a sum so that two programs fall on every multiprocessor."""
-    return max(1, min(most, -(-2 * num_sms(device) // programs)))
+    """Ways to split a sum: eight programs for every multiprocessor, so that the last wave of them costs little."""
+    return max(1, min(most, -(-8 * num_sms(device) // programs)))
 
 
 def _token_splits(tokens: int, programs: int, device: torch.device) -> tuple[int, int]:
