@@ -52,3 +52,19 @@ def spread(rows: list[HeldOutRow], count: int) -> list[HeldOutRow]:
     if count >= len(rows):
         return rows
     return [rows[index * len(rows) // count] for index in range(count)]
+
+
+def prompt_ids(row: HeldOutRow, tokenizer: Any) -> list[int]:
+    """Token ids of the row's prompt.
+
+    Taken from `input_ids` before the last assistant turn, where marks of control tokens that a user typed are ordinary
+    text, as they were in training; the prompt is tokenized anew only where that turn was cut off. A row without any
+    prompt, a document, begins with the tokenizer's first token.
+    """
+    labelled = [position for position, label in enumerate(row.labels) if label != IGNORE_INDEX]
+    start = next((p for p in reversed(labelled) if p == 0 or row.labels[p - 1] == IGNORE_INDEX), 0)
+    ids = row.input_ids[:start]
+    if tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) != row.prompt:
+        ids = tokenizer(row.prompt, add_special_tokens=False)["input_ids"]
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return list(ids) or [first]

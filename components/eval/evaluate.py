@@ -15,7 +15,7 @@ from finemill.components.eval.metrics import summarize
 from finemill.components.eval.report import write_reports
 from finemill.components.eval.sample import Sample, score_answer
 from finemill.components.generation import Sampling, generate_answers, stop_token_ids
-from finemill.components.held_out import HeldOutRow, read_rows, spread
+from finemill.components.held_out import HeldOutRow, prompt_ids, read_rows, spread
 
 
 def evaluate(
@@ -62,7 +62,7 @@ def score_rows(
     answers = generate_answers(
         model,
         tokenizer,
-        [tokenizer(row.prompt, add_special_tokens=False)["input_ids"] for row in rows],
+        [prompt_ids(row, tokenizer) for row in rows],
         stop_token_ids=stops,
         max_new_tokens=config.max_new_tokens,
         sampling=Sampling(config.temperature, config.top_p, config.top_k, config.seed),

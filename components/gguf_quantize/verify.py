@@ -14,7 +14,7 @@ from finemill.components.answers import final_answer, normalize_answer
 from finemill.components.errors import StepError
 from finemill.components.generation import Answer, generate_answers
 from finemill.components.gguf_quantize.llama_cpp import LlamaServer
-from finemill.components.held_out import IGNORE_INDEX, HeldOutRow
+from finemill.components.held_out import IGNORE_INDEX, HeldOutRow, prompt_ids
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def make_reference(
         for position in positions:
             kl_prompts.append(row.input_ids[:position])
             log_probabilities.append(logits_TV[position - 1].double().log_softmax(-1).cpu())
-    prompts = [tokenizer(row.prompt, add_special_tokens=False)["input_ids"] for row in answer_rows]
+    prompts = [prompt_ids(row, tokenizer) for row in answer_rows]
     answers = generate_answers(
         model,
         tokenizer,
