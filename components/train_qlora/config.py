@@ -26,7 +26,7 @@ class TrainQLoRAConfig(StepConfig):
     """Names of the linear layers that get adapters; all but the output layer by default."""
 
     load_in_4bit: bool = True
-    """Quantize the base to 4 bits. Without it this is LoRA on the base as it is: faster, four times the memory for it."""
+    """Quantize the base to 4 bits. Without it this is LoRA on the base as it is: faster, four times its memory."""
 
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """The 4-bit data type."""
@@ -78,6 +78,10 @@ class TrainQLoRAConfig(StepConfig):
 
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: much less memory, about a quarter more time."""
+
+    kernels: Literal["auto", "on", "off"] = "auto"
+    """Run steps on finemill's own kernels: on a GPU wherever they cover the model, or fail where they do not, or never.
+    They plan recomputation by themselves, so gradient_checkpointing does not apply to them."""
 
     seed: int = 42
     """Seed of the adapters' initialization and of the rows' order."""

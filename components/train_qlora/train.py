@@ -80,7 +80,7 @@ def build_trainer(
     with warnings.catch_warnings():
         # PEFT 0.21 and TRL 1.16 read attributes that transformers 5.18 renamed.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-        trainer = SFTTrainer(
+        trainer = _trainer_class(config, device)(
             model=load_base(base_model, config, device),
             args=_arguments(config, scratch, device),
             train_dataset=load_rows(dataset, "train", config.max_length),
@@ -88,8 +88,22 @@ def build_trainer(
             processing_class=tokenizer,
             peft_config=lora_config(config),
         )
-    keep_adapters_in_float32(trainer.model)
+    acceleration = getattr(trainer, "acceleration", None)
+    if acceleration is None or not acceleration.active:
+        if config.kernels == "on":
+            reason = acceleration.reason if acceleration else "there is no GPU"
+            raise UserError(f"kernels: on, but they cannot run here ({reason}): use kernels: auto or off")
+        keep_adapters_in_float32(trainer.model)
     return trainer
+
+
+def _trainer_class(config: TrainQLoRAConfig, device: torch.device) -> type[SFTTrainer]:
+    """TRL's trainer, or the one of the same interface that runs its steps on finemill's kernels."""
+    if config.kernels == "off" or device.type != "cuda":
+        return SFTTrainer
+    from finemill.kernels.trainer import FastSFTTrainer
+
+    return FastSFTTrainer
 
 
 def _arguments(config: TrainQLoRAConfig, scratch: Path, device: torch.device) -> SFTConfig:

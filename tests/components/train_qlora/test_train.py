@@ -138,6 +138,15 @@ def test_a_loss_that_is_no_number_stops_the_training(
         )
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on this machine's GPU")
+def test_kernels_on_needs_a_gpu(make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"kernels": "on"})
+    with pytest.raises(UserError, match=r"kernels: on, but they cannot run here \(there is no GPU\)"):
+        train_qlora(
+            base_model=base_model, dataset=dataset, output_dir=tmp_path / "a", config=config, context=make_context()
+        )
+
+
 def test_packing_and_validation_loss(
     make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
 ) -> None:
