@@ -15,7 +15,7 @@ def register(
     version: dsl.OutputPath(str),
     manifest: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
-    config: dict = {},  # noqa: B006
+    config: dict = {},
     run_id: str = "",
 ):
     """Record the results as a version in MLflow's model registry.
