@@ -51,9 +51,10 @@ def training_chart(log_history: Sequence[dict[str, Any]]) -> Chart | None:
     }
     if len(series["training loss"]) < 2:
         return None
-    xs, ys = zip(*[point for points in series.values() for point in points], strict=True)
+    xs = [x for points in series.values() for x, _ in points]
+    ys = [y for points in series.values() for _, y in points]
     x_ticks, y_ticks = nice_ticks(0.0, max(xs), 6), nice_ticks(min(0.0, *ys), max(ys), 5)
-    x_range, y_range = (0.0, max(xs)), (min(y_ticks), max(y_ticks[-1], max(ys)))
+    x_range, y_range = (0.0, max(xs)), (y_ticks[0], y_ticks[-1])
 
     def x_at(value: float) -> float:
         return round(_LEFT + (WIDTH - _LEFT - _RIGHT) * (value - x_range[0]) / (x_range[1] - x_range[0]), 1)
@@ -76,7 +77,7 @@ def training_chart(log_history: Sequence[dict[str, Any]]) -> Chart | None:
     return Chart(
         curves,
         [Tick(x_at(value), f"{value:g}") for value in x_ticks if value <= x_range[1]],
-        [Tick(y_at(value), f"{value:g}") for value in y_ticks if value <= y_range[1]],
+        [Tick(y_at(value), f"{value:g}") for value in y_ticks],
     )
 
 

@@ -42,6 +42,9 @@ MEASURES = (
 )
 
 
+_BY_SOURCE = ("exact_match", "rougeL", "loss", "format_ok_rate")
+
+
 @dataclass(frozen=True)
 class TableRow:
     """A line of a table: texts for base, tuned and the difference, and whether tuned is better."""
@@ -92,7 +95,9 @@ def headline_rows(metrics: Mapping[str, float], source: str = "") -> list[TableR
     return [
         _table_row(measure, metrics, source)
         for measure in MEASURES
-        if f"eval/base/{source}{measure.key}" in metrics and f"eval/tuned/{source}{measure.key}" in metrics
+        if not (source and measure.key not in _BY_SOURCE)
+        and f"eval/base/{source}{measure.key}" in metrics
+        and f"eval/tuned/{source}{measure.key}" in metrics
     ]
 
 
@@ -106,7 +111,7 @@ def _table_row(measure: Measure, metrics: Mapping[str, float], source: str) -> T
     improved = (delta < 0) == measure.lower_is_better
     return TableRow(
         measure.title,
-        measure.meaning,
+        "" if source else measure.meaning,
         _value(measure, base),
         _error(measure, errors[0]),
         _value(measure, tuned),
