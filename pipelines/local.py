@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,14 @@ from finemill.pipelines.graph import Pipeline
 
 STOP_TIMEOUT_S = 60.0
 """How long a step that was told to stop may take to save its state."""
+
+
+def for_this_machine(pipeline: Pipeline) -> Pipeline:
+    """The pipeline without what only a cluster needs: retries (there is no node to lose, a failed step would only fail
+    again) and the preflight step (the caller has checked configuration and store).
+    """
+    tasks = [replace(task, retries=0, after=()) for task in pipeline.tasks if task.name != "preflight"]
+    return replace(pipeline, tasks=tuple(tasks))
 
 
 class StepFailedError(StepError):

@@ -7,14 +7,13 @@ steps' events instead.
 import json
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 from kfp import local
 
 from finemill.pipelines.catalog import get_pipeline
 from finemill.pipelines.cluster import ClusterConfig
-from finemill.pipelines.graph import Pipeline
+from finemill.pipelines.local import for_this_machine
 from finemill.pipelines.render_kfp import build_kfp_pipeline
 
 
@@ -25,18 +24,8 @@ def main(request_file: str) -> int:
     request = json.loads(Path(request_file).read_text())
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=request["root"], raise_on_error=True)
     pipeline = for_this_machine(get_pipeline(request["pipeline"]))
-    known = {item.name for item in pipeline.parameters}
-    arguments = {name: value for name, value in request["parameters"].items() if name in known}
-    build_kfp_pipeline(pipeline, {}, ClusterConfig())(**arguments)
+    build_kfp_pipeline(pipeline, {}, ClusterConfig())(**request["parameters"])
     return 0
-
-
-def for_this_machine(pipeline: Pipeline) -> Pipeline:
-    """The pipeline without what only a cluster needs: retries (there is no node to lose, a failed step would only fail
-    again) and the preflight step (the caller has checked configuration and store).
-    """
-    tasks = [replace(task, retries=0, after=()) for task in pipeline.tasks if task.name != "preflight"]
-    return replace(pipeline, tasks=tuple(tasks))
 
 
 if __name__ == "__main__":

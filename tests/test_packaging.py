@@ -30,7 +30,9 @@ def test_wheel_has_one_top_level_name_and_every_file(wheel: Path) -> None:
     ).stdout.split()
     links = {"src/finemill/components", "src/finemill/pipelines", "src/finemill/kernels"}
     expected = {
-        f"finemill/{name.removeprefix('src/finemill/')}" for name in tracked if name not in links and (ROOT / name).exists()
+        f"finemill/{name.removeprefix('src/finemill/')}"
+        for name in tracked
+        if name not in links and (ROOT / name).exists()
     }
     assert expected - names == set()
 

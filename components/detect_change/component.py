@@ -13,7 +13,7 @@ def detect_change(
     changed: dsl.OutputPath(bool),
     manifest: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
-    config: dict = {},  # noqa: B006
+    config: dict = {},
     run_id: str = "",
 ):
     """Tell whether the dataset differs from the one behind the newest registered version.

@@ -1,6 +1,6 @@
 """The KFP component `preflight`."""
 
-# ruff: noqa: RUF013, A002, B006 (kfp reads neither `dict | None` nor `Optional`; the arguments are named after the sections)
+# ruff: noqa: RUF013, A002 (kfp reads neither `dict | None` nor `Optional`; the arguments are named after the sections)
 
 from kfp import dsl
 

@@ -14,7 +14,7 @@ def promote(
     promotion_passed: dsl.OutputPath(bool),
     manifest: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
-    config: dict = {},  # noqa: B006
+    config: dict = {},
     run_id: str = "",
 ):
     """Compare the new version with the champion and move the alias if it wins.

@@ -37,7 +37,9 @@ def test_flags_win_over_json_over_file_over_defaults(tmp_path: Path) -> None:
 
 
 def test_values_have_the_field_s_type() -> None:
-    config = read("--name", "12", "--target-modules", "[a, b]", "--optimizer.learning-rate", "2e-4", "--max-steps", "null")
+    config = read(
+        "--name", "12", "--target-modules", "[a, b]", "--optimizer.learning-rate", "2e-4", "--max-steps", "null"
+    )
     assert config == Config(name="12", target_modules=["a", "b"], optimizer=Optimizer(learning_rate=2e-4))
 
 
@@ -68,7 +70,7 @@ def test_bad_file_is_one_line_with_the_way_out(tmp_path: Path, content: str, mes
 
 
 def test_missing_file_and_bad_json_are_named() -> None:
-    with pytest.raises(UserError, match="config file /nowhere/c.yaml: No such file"):
+    with pytest.raises(UserError, match=r"config file /nowhere/c.yaml: No such file"):
         read("--config", "/nowhere/c.yaml")
     with pytest.raises(UserError, match="--config-json is not JSON"):
         read("--config-json", "{")

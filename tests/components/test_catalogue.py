@@ -14,7 +14,18 @@ from finemill import __version__
 from finemill.components.steps import STEPS
 
 COMPONENTS = Path(__file__).parents[2] / "components"
-KEYS = {"name", "stability", "version", "image", "inputs", "outputs", "resources", "dependencies", "tags", "lastVerified"}
+KEYS = {
+    "name",
+    "stability",
+    "version",
+    "image",
+    "inputs",
+    "outputs",
+    "resources",
+    "dependencies",
+    "tags",
+    "lastVerified",
+}
 OPTIONAL_KEYS = {"ci", "links"}
 SEMVER_RANGE = re.compile(r"any|((>=|<=|==|>|<|~=)\d+(\.\d+)*)(,\s*(>=|<=|==|>|<|~=)\d+(\.\d+)*)*")
 # What the harness passes, besides the step's own ports.

@@ -72,7 +72,7 @@ def test_failed_step_leaves_nothing(
 
     monkeypatch.setattr("finemill.components.data_prep.prepare.prepare_data", fail)
     expected = StepError if isinstance(failure, OSError | UserError) else RuntimeError
-    with pytest.raises(expected, match="bad rows|bug|data-prep: No space left on device"):
+    with pytest.raises(expected, match=r"bad rows|bug|data-prep: No space left on device"):
         run_step("data-prep", store=folder_store, inputs={}, config=config)
     assert names_in(folder_store) == []
 

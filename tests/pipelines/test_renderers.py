@@ -152,7 +152,7 @@ def test_a_gate_needs_a_verdict() -> None:
 
 
 def test_local_runs_leave_out_what_only_a_cluster_needs() -> None:
-    from finemill.pipelines.local_process import for_this_machine
+    from finemill.pipelines.local import for_this_machine
 
     finetune = PIPELINES["finetune"]
     local = for_this_machine(finetune)

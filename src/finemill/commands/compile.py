@@ -10,6 +10,7 @@ from finemill.components.errors import UserError
 from finemill.components.images import IMAGES
 from finemill.pipelines.config import with_optional_fields
 from finemill.pipelines.graph import Pipeline
+from finemill.pipelines.parameters import run_parameters
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -40,7 +41,7 @@ def read_defaults(parsed: argparse.Namespace, pipeline: Pipeline) -> dict[str, A
     """Values for the pipeline's parameters from the configuration and `--store`; the rest is asked for by the run."""
     parsed.config = parsed.config or default_config_file(pipeline)
     config = read_config(parsed, with_optional_fields(pipeline.config), f"finemill {parsed.engine}")
-    defaults = config.model_dump(mode="json", exclude_unset=True, by_alias=True)
+    defaults = run_parameters(config)
     if parsed.store:
         defaults["store"] = parsed.store
     return defaults

@@ -13,6 +13,8 @@ from finemill.commands.run_display import RunDisplay, print_results
 from finemill.components.config import StepConfig
 from finemill.components.storage.store import local_path, normalize_uri, open_store
 from finemill.pipelines.graph import Pipeline
+from finemill.pipelines.local import for_this_machine, run_locally
+from finemill.pipelines.parameters import run_parameters
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -43,13 +45,12 @@ def _parser() -> argparse.ArgumentParser:
 def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
     open_store(store).check_writable()
     from finemill.components.tracking.pipeline import parent_run
-    from finemill.pipelines.local import run_locally
 
     tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or _local_tracking_uri(store)
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
     log_file = _log_file(store, pipeline.name)
     print(f"finemill run {pipeline.name}: store {store}, log {log_file}", file=sys.stderr)
-    display = RunDisplay([task.name for task in pipeline.tasks], sys.stderr)
+    display = RunDisplay([task.name for task in for_this_machine(pipeline).tasks], sys.stderr)
     with parent_run(pipeline.name, config, tracking_uri) as run:
 
         def on_event(event: dict[str, Any]) -> None:
@@ -62,8 +63,8 @@ def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
 
 
 def _parameters(pipeline: Pipeline, config: StepConfig, store: str) -> dict[str, Any]:
-    values = {"store": store, **config.model_dump(mode="json", by_alias=True)}
-    return {item.name: values[item.name] for item in pipeline.parameters}
+    values = {"store": store, **run_parameters(config)}
+    return {item.name: values[item.name] for item in for_this_machine(pipeline).parameters if item.name in values}
 
 
 def _local_tracking_uri(store: str) -> str:

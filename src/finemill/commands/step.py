@@ -1,6 +1,8 @@
 """`finemill <step>`: run one step on references, print the reference of its output."""
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from finemill.commands.config_flags import add_config_flags, read_config
@@ -18,7 +20,9 @@ def execute(name: str, arguments: list[str]) -> int:
     from finemill.components.step import run_step
 
     inputs = {port: getattr(parsed, port) for port in step.inputs}
-    result = run_step(name, store=parsed.store, inputs=inputs, config=config, run_id=parsed.run_id)
+    # Libraries print what they like; standard output is for the reference alone.
+    with redirect_stdout(sys.stderr):
+        result = run_step(name, store=parsed.store, inputs=inputs, config=config, run_id=parsed.run_id)
     print(result.reference)
     _write(parsed.output_file, str(result.reference))
     if step.verdict:

@@ -92,10 +92,10 @@ def test_damaged_object_in_a_bucket_is_refused(s3_store: str, monkeypatch: pytes
     monkeypatch.setenv("FINEMILL_CACHE", str(tmp_path / "another-machine"))
     bucket, _, key = manifest.files_uri(uri).removeprefix("s3://").partition("/")
     boto3.client("s3").put_object(Bucket=bucket, Key=f"{key}/a.txt", Body=b"alphA, damaged later")
-    with pytest.raises(UserError, match="damaged artifact: s3://.*a.txt has sha256"):
+    with pytest.raises(UserError, match=r"damaged artifact: s3://.*a.txt has sha256"):
         fetch_artifact(Reference(uri, manifest.digest))
     boto3.client("s3").delete_object(Bucket=bucket, Key=f"{key}/a.txt")
-    with pytest.raises(UserError, match="damaged artifact: s3://.*a.txt is missing"):
+    with pytest.raises(UserError, match=r"damaged artifact: s3://.*a.txt is missing"):
         fetch_artifact(Reference(uri, manifest.digest))
 
 
