@@ -11,7 +11,9 @@ from hera.workflows.models import (
     ConfigMapEnvSource,
     EnvFromSource,
     EnvVar,
+    EnvVarSource,
     Mutex,
+    ResourceFieldSelector,
     SecretEnvSource,
     SecurityContext,
     Synchronization,
@@ -20,7 +22,7 @@ from hera.workflows.models import (
     VolumeMount,
 )
 
-from finemill.pipelines.cluster import CACHE_PATH, CACHE_VARIABLES, SHARED_MEMORY_PATH, ClusterConfig
+from finemill.pipelines.cluster import CACHE_PATH, CACHE_VARIABLES, SHARED_MEMORY_PATH, THREADS_VARIABLE, ClusterConfig
 from finemill.pipelines.graph import GPUS, Task
 
 # 75: preempted, or a service out of reach. 143: ended by SIGTERM before the step could answer. 137: killed, by a node
@@ -29,6 +31,7 @@ RETRY_EXPRESSION = (
     "lastRetry.status == 'Error' || asInt(lastRetry.exitCode) in [75, 143, -1] || "
     "(asInt(lastRetry.exitCode) == 137 && !(lastRetry.message contains 'OOMKilled'))"
 )
+_CPU_LIMIT = EnvVarSource(resource_field_ref=ResourceFieldSelector(container_name="main", resource="limits.cpu"))
 OUTPUT_FILE = "/tmp/finemill-output/reference"
 VERDICT_FILE = "/tmp/finemill-output/verdict"
 
@@ -47,7 +50,11 @@ def build_container(task: Task, cluster: ClusterConfig) -> Container:
         image_pull_policy=cluster.image_pull_policy,
         command=["finemill", task.name],
         args=_arguments(task),
-        env=[EnvVar(name=name, value=value) for name, value in CACHE_VARIABLES.items()],
+        env=[
+            *(EnvVar(name=name, value=value) for name, value in CACHE_VARIABLES.items()),
+            # Libraries count the node's cores, not the container's: too many threads only get in each other's way.
+            EnvVar(name=THREADS_VARIABLE, value_from=_CPU_LIMIT),
+        ],
         env_from=_environment(cluster),
         inputs=[ArgoParameter(name=port) for port in task.inputs],
         outputs=outputs,

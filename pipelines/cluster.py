@@ -1,5 +1,6 @@
 """How pipelines are set into a cluster: images, secrets by name, resources, placement. The same for KFP and Argo."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from finemill.pipelines.graph import Resources
 
 SHARED_MEMORY_PATH = "/dev/shm"
 CACHE_PATH = "/cache"
+THREADS_VARIABLE = "OMP_NUM_THREADS"
 CACHE_VARIABLES = {"FINEMILL_CACHE": f"{CACHE_PATH}/finemill", "HF_HOME": f"{CACHE_PATH}/huggingface"}
 
 # Keys that a step reads from each object. All are optional: a pod identity may stand in for keys, a hub may be open.
@@ -29,6 +31,11 @@ class ContainerSize(StepConfig):
 
     memory: str
     """Memory, `16Gi`. Shared memory counts into it."""
+
+    @property
+    def threads(self) -> int:
+        """Whole cores, rounded up."""
+        return math.ceil(float(self.cpu.removesuffix("m")) / (1000 if self.cpu.endswith("m") else 1))
 
 
 class ClusterConfig(StepConfig):

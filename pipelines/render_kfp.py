@@ -19,6 +19,7 @@ from finemill.pipelines.cluster import (
     MLFLOW_KEYS,
     S3_KEYS,
     SHARED_MEMORY_PATH,
+    THREADS_VARIABLE,
     ClusterConfig,
 )
 from finemill.pipelines.graph import GPUS, Parameter, Pipeline, Task
@@ -116,6 +117,8 @@ def _set_execution(call: Any, task: Task, arguments: Mapping[str, Any], cluster:
     size = cluster.size(task.resources)
     call.set_cpu_request(size.cpu).set_cpu_limit(size.cpu)
     call.set_memory_request(size.memory).set_memory_limit(size.memory)
+    # Libraries count the node's cores, not the container's: too many threads only get in each other's way.
+    call.set_env_variable(THREADS_VARIABLE, str(size.threads))
     kubernetes.set_image_pull_policy(call, cluster.image_pull_policy)
     if cluster.image_pull_secrets:
         kubernetes.set_image_pull_secrets(call, list(cluster.image_pull_secrets))
