@@ -22,7 +22,7 @@ def load_causal_lm(folder: Path, *, device: torch.device | None = None, dtype: t
 
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    with _no_progress_bar():
+    with no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     return model.to(device).eval()
 
@@ -46,7 +46,7 @@ def load_adapter(base: Any, adapter: Path) -> Any:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """Keep transformers' bar for loaded weights out of the steps' progress lines."""
     from transformers.utils import logging
 

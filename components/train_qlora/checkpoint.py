@@ -63,7 +63,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-class CheckpointCallback(TrainerCallback):
+class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     """Publishes each checkpoint, and turns SIGTERM into one last checkpoint and the end of training.
 
     Used as a context manager around `Trainer.train`; the previous signal handler is put back afterwards.

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from finemill.components.causal_lm import no_progress_bar
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 
 
@@ -29,15 +30,16 @@ def load_base(base_model: Path, config: TrainQLoRAConfig, device: torch.device) 
             bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        base_model,
-        dtype=dtype,
-        device_map={"": device},
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-        **quantization,
-    )
+    with no_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(
+            base_model,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            **quantization,
+        )
     keep_trainable_on_cpu(model)
     return model
 

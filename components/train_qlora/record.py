@@ -19,7 +19,7 @@ METRIC_NAMES = {
 }
 
 
-class RecordCallback(TrainerCallback):
+class RecordCallback(TrainerCallback):  # type: ignore[misc]
     """Sends what the trainer logs to the recorder, and stops a training whose loss is no number any more."""
 
     def __init__(self, recorder: Recorder, learning_rate: float) -> None:

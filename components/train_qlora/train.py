@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from finemill.components.base_model.resolve import resolve_base_model
@@ -88,6 +88,8 @@ def build_trainer(
             processing_class=tokenizer,
             peft_config=lora_config(config),
         )
+    # It prints every log entry as a dictionary; RecordCallback says the same in a line.
+    trainer.remove_callback(PrinterCallback)
     acceleration = getattr(trainer, "acceleration", None)
     if acceleration is None or not acceleration.active:
         if config.kernels == "on":
@@ -97,7 +99,7 @@ def build_trainer(
     return trainer
 
 
-def _trainer_class(config: TrainQLoRAConfig, device: torch.device) -> type[SFTTrainer]:
+def _trainer_class(config: TrainQLoRAConfig, device: torch.device) -> Any:
     """TRL's trainer, or the one of the same interface that runs its steps on finemill's kernels."""
     if config.kernels == "off" or device.type != "cuda":
         return SFTTrainer
