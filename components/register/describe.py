@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from finemill.components.registry import DIGEST_TAG
-from finemill.components.tracking.describe import without_credentials
+from finemill.components.tracking.describe import is_total, without_credentials
 
 _BASE, _TUNED = "eval/base/", "eval/tuned/"
 # MLflow keeps 5000 characters of a description.
@@ -13,13 +13,8 @@ _MAX_CHARACTERS = 5000
 def score_tags(metrics: Mapping[str, float]) -> dict[str, str]:
     """What base and tuned scored over all rows as tags, `eval/tuned/exact_match` = `0.95`."""
     return {
-        name: f"{value:.6g}" for name, value in metrics.items() if name.startswith((_BASE, _TUNED)) and _is_total(name)
+        name: f"{value:.6g}" for name, value in metrics.items() if name.startswith((_BASE, _TUNED)) and is_total(name)
     }
-
-
-def _is_total(name: str) -> bool:
-    """Whether a metric is over all rows, not of one source, and no standard error."""
-    return name.count("/") == 2 and not name.endswith("_stderr")
 
 
 def describe_version(metrics: Mapping[str, float], tags: Mapping[str, str], references: Mapping[str, str]) -> str:
@@ -40,7 +35,7 @@ def describe_version(metrics: Mapping[str, float], tags: Mapping[str, str], refe
 
 def score_table(metrics: Mapping[str, float]) -> list[str]:
     """A Markdown table of every metric that base and tuned share."""
-    names = [name.removeprefix(_BASE) for name in metrics if name.startswith(_BASE) and _is_total(name)]
+    names = [name.removeprefix(_BASE) for name in metrics if name.startswith(_BASE) and is_total(name)]
     rows = [
         f"| {name} | {metrics[_BASE + name]:.4g} | {metrics[_TUNED + name]:.4g} |"
         for name in names

@@ -3,6 +3,7 @@
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ class PipelineRun:
         self._events: queue.Queue[Mapping[str, Any]] = queue.Queue()
         self._closing = threading.Event()
         self._status = "FINISHED"
+        self._start_time = int(time.time() * 1000)
         self._start_error: Exception | None = None
         self._lost: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="mlflow-recorder", daemon=True)
@@ -65,7 +67,7 @@ class PipelineRun:
         try:
             client = open_client(self._uri)
             with readable_errors(self._uri):
-                writer = _Writer(client, self._uri, self._name, self._params)
+                writer = _Writer(client, self._uri, self._name, self._params, self._start_time)
         except Exception as error:
             self._start_error = error
             return
@@ -85,12 +87,12 @@ class PipelineRun:
 class _Writer:
     """The runs of one pipeline run in MLflow: the parent, and by name those of the steps that have begun."""
 
-    def __init__(self, client: "MlflowClient", uri: str, name: str, params: Mapping[str, str]) -> None:
+    def __init__(self, client: "MlflowClient", uri: str, name: str, params: Mapping[str, str], start_time: int) -> None:
         from finemill.components.tracking.record import log_params
 
         self._client = client
         self._experiment = find_experiment(client, uri)
-        run = client.create_run(self._experiment, run_name=name, tags={"pipeline.name": name})
+        run = client.create_run(self._experiment, start_time=start_time, run_name=name, tags={"pipeline.name": name})
         self._parent: str = run.info.run_id
         self._open: dict[str, StepRecord] = {}
         log_params(client, self._parent, params)

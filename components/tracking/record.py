@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finemill.components.artifacts import Manifest, Reference
 from finemill.components.storage.store import fetch_artifact
-from finemill.components.tracking.describe import OUTPUT_TAG, StepDescription, without_credentials
+from finemill.components.tracking.describe import OUTPUT_TAG, StepDescription, is_total, without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -72,11 +72,12 @@ class StepRecord:
             self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in part], synchronous=True)
 
     def finish(self, reference: Reference, manifest: Manifest, *, end_time: int | None = None) -> None:
-        """Record the step's metrics, here and on the parent, and the link to its output; end the run."""
+        """Record the step's metrics, the totals also on the parent, and the link to its output; end the run."""
         self.client.set_tag(self.run_id, OUTPUT_TAG, without_credentials(str(reference)))
         self.log_points(points(manifest.metrics, 0))
         if self.parent_id and self._owned:
-            StepRecord(self.client, self.parent_id, None).log_points(points(manifest.metrics, 0))
+            totals = {name: value for name, value in manifest.metrics.items() if is_total(name)}
+            StepRecord(self.client, self.parent_id, None).log_points(points(totals, 0))
         if self._owned:
             self.client.set_terminated(self.run_id, "FINISHED", end_time)
         self._log_small_files(reference, manifest)
