@@ -6,8 +6,15 @@ STAMP := $(VENV)/.installed
 # uv installs in seconds what takes pip minutes; both read the same constraints.
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
+# Where `make test-cluster` gets a cluster when KUBECONFIG names none, and how `make images` builds.
+FINEMILL_CLUSTER ?= $(wildcard ../shared/cluster/cluster)
+BASE ?= python:3.11-slim-bookworm
+REGISTRY ?= localhost
+BUILD_FLAGS ?=
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/finemill/__init__.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help install run test check format lint types golden chart lock clean
+.PHONY: help install run test test-cluster images check format lint types golden chart lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -25,6 +32,15 @@ run: $(STAMP)  ## raw rows to a promoted model, with the default config
 
 test: $(STAMP)  ## run the tests
 	@$(BIN)/python -m pytest
+
+test-cluster: $(STAMP)  ## the tests that need a Kubernetes cluster with Argo Workflows
+	@FINEMILL_CLUSTER=$(FINEMILL_CLUSTER) $(BIN)/python -m pytest -m cluster tests/cluster
+
+images: $(STAMP)  ## build both images with buildah; BASE, REGISTRY and BUILD_FLAGS are yours to set
+	@for role in cpu train; do \
+		buildah bud --layers $(BUILD_FLAGS) --build-arg BASE=$(BASE) --build-arg VERSION=$(VERSION) \
+			--build-arg GIT_SHA=$$(git rev-parse HEAD) -t $(REGISTRY)/finemill-$$role:$(VERSION) -f images/$$role/Containerfile . || exit 1; \
+	done
 
 check: format lint types test  ## everything CI runs
 

@@ -132,5 +132,5 @@ def test_the_estimate_is_near_what_was_measured(model: dict[str, Any], measured_
 
 
 def test_a_model_that_cannot_be_estimated_says_what_is_missing() -> None:
-    with pytest.raises(UserError, match="config.json has no 'num_hidden_layers'"):
+    with pytest.raises(UserError, match=r"config\.json has no 'num_hidden_layers'"):
         estimate_memory({"hidden_size": 8}, TrainQLoRAConfig())
