@@ -91,10 +91,13 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """After SIGTERM: save and stop at the end of the running step."""
+        """After SIGTERM: save and stop at the end of the running step. No checkpoint of the last step."""
         if self.stop_requested:
             control.should_save = True
             control.should_training_stop = True
+        if state.global_step >= state.max_steps:
+            # The adapter itself comes next; nobody would continue from here.
+            control.should_save = False
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -110,9 +110,11 @@ def test_sigterm_saves_a_checkpoint_and_resuming_equals_an_uninterrupted_run(
 def test_a_checkpoint_of_another_training_is_refused(
     make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    with_checkpoint = CONFIG.model_copy(update={"save_steps": 1, "max_steps": 1})
+    with_checkpoint = CONFIG.model_copy(update={"save_steps": 1, "max_steps": 2})
     arguments = {"base_model": base_model, "dataset": dataset}
-    train_qlora(**arguments, output_dir=tmp_path / "a", config=with_checkpoint, context=make_context())
+    context = make_context()
+    train_qlora(**arguments, output_dir=tmp_path / "a", config=with_checkpoint, context=context)
+    assert [line for line in context.recorder.lines if "checkpoint" in line] == ["checkpoint at step 1"]
     other = with_checkpoint.model_copy(update={"learning_rate": 5e-4})
     with pytest.raises(UserError, match=r"another training, different in config\.learning_rate"):
         train_qlora(**arguments, output_dir=tmp_path / "b", config=other, context=make_context())
