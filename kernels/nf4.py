@@ -7,8 +7,8 @@
     its high and element 2i+1 in its low nibble. Without double quantization `absmax` is the fp32 scale itself.
 
 Shapes: packed (ceil(N*K/2),) uint8, absmax (ceil(N*K/blocksize),), codebook (16,) fp32, nested_code (256,) fp32,
-weight (N, K) with any row pitch. There is no backward: the base is frozen. Bit-equality needs multiply and add to round
-separately, hence `enable_fp_fusion=False`. The 16 levels are looked up in shared memory, one bank each: 4.5 instructions
+weight (N, K) with any row pitch. No backward: the base is frozen. Bit-equality needs multiply and add to round one
+after the other, hence `enable_fp_fusion=False`. The 16 levels are looked up in shared memory, one bank each: 4.5 instructions
 a weight in all, against 7 with a lookup in device memory and 25 with a tree of comparisons, where a Hopper card has
 about 18 to spend at the speed of its memory.
 
