@@ -46,7 +46,8 @@ class GGUFQuantizeConfig(StepConfig):
     """Fail when a file loses more than `max_points_lost`."""
 
     num_threads: int | None = Field(default=None, ge=1)
-    """CPU threads for quantization and llama.cpp. Default: one per core."""
+    """CPU threads for quantization and llama.cpp. Default: one per core that the process may use; one for models so
+    small that threads would only wait for each other."""
 
     @field_validator("quantizations")
     @classmethod

@@ -105,7 +105,7 @@ def serve(path: Path, num_threads: int, context_length: int) -> Iterator[LlamaSe
     params.verbosity = -1
     for threads in (params.cpuparams, params.cpuparams_batch):
         threads.n_threads = num_threads
-        # Waiting threads sleep instead of spinning: on shared cores that is forty times as fast.
+        # Threads that wait for work sleep instead of spinning, which on busy cores takes the time from those that work.
         threads.poll = 0
     try:
         server = xllamacpp.Server(params)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from finemill.components.causal_lm import load_causal_lm
 from finemill.components.context import StepContext
+from finemill.components.cores import available_cores
 from finemill.components.errors import GateFailedError
 from finemill.components.generation import stop_token_ids
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
@@ -24,6 +24,9 @@ from finemill.components.held_out import read_rows, spread
 
 logger = logging.getLogger(__name__)
 
+# Parameters below which llama.cpp's threads wait for each other longer than they compute: on two busy cores, two of
+# them are a hundred times as slow as one.
+_SMALL = 50_000_000
 # Names that transformers and Ollama give to the same sampling parameters.
 _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
 
@@ -38,7 +41,7 @@ def quantize_gguf(
     """
     source = SourceModel(model)
     name = config.name or default_name(model)
-    num_threads = config.num_threads or os.cpu_count() or 1
+    num_threads = config.num_threads or available_cores()
     tokenizer = load_tokenizer(model)
     merged = load_causal_lm(model)
     imatrix = _imatrix(merged, source, dataset, config, context)
@@ -50,7 +53,7 @@ def quantize_gguf(
         _warn_of_fallbacks(quantization, files[quantization])
     reference = _reference(merged, tokenizer, model, dataset, config, context)
     del merged
-    comparisons = _compare_all(files, reference, tokenizer, model, num_threads, config, context)
+    comparisons = _compare_all(files, reference, tokenizer, model, config, context)
     warnings = _points_lost(reference.exact_match, comparisons, config)
     default_file = files[config.quantizations[-1]].path.name
     (output_dir / "Modelfile").write_text(_modelfile(default_file, tokenizer, model), encoding="utf-8")
@@ -101,7 +104,6 @@ def _compare_all(
     reference: Reference,
     tokenizer: Any,
     model: Path,
-    num_threads: int,
     config: GGUFQuantizeConfig,
     context: StepContext,
 ) -> dict[str, dict[str, float]]:
@@ -116,6 +118,7 @@ def _compare_all(
                     f"{quantization} in llama.cpp: {done} of {len(reference.prompts)} answers"
                 )
 
+        num_threads = config.num_threads or (1 if file.num_parameters < _SMALL else available_cores())
         with serve(file.path, num_threads, longest + config.max_new_tokens) as server:
             comparisons[quantization] = compare(
                 server,
