@@ -3,7 +3,8 @@
     finemill bench kernels [OP ...] [--json FILE]
 
 One `Case` per op and shape: how many bytes it has to move, the call, and the PyTorch code (or bitsandbytes) that it
-replaces, both timed as CUDA graphs with a cold L2 cache (autograd's time includes the forward). resources.py compiles the same cases without a GPU.
+replaces, both timed as CUDA graphs with a cold L2 cache; autograd's time includes its forward. resources.py compiles
+the same cases without a GPU.
 """
 
 import argparse

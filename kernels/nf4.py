@@ -8,9 +8,9 @@
 
 Shapes: packed (ceil(N*K/2),) uint8, absmax (ceil(N*K/blocksize),), codebook (16,) fp32, nested_code (256,) fp32,
 weight (N, K) with any row pitch. No backward: the base is frozen. Bit-equality needs multiply and add to round one
-after the other, hence `enable_fp_fusion=False`. The 16 levels are looked up in shared memory, one bank each: 4.5 instructions
-a weight in all, against 7 with a lookup in device memory and 25 with a tree of comparisons, where a Hopper card has
-about 18 to spend at the speed of its memory.
+after the other, hence `enable_fp_fusion=False`. The 16 levels are looked up in shared memory, one bank each: 4.5
+instructions a weight in all, against 7 with a lookup in device memory and 25 with a tree of comparisons, where a Hopper
+card has about 18 to spend at the speed of its memory.
 
 Source: Dettmers et al., QLoRA (arXiv 2305.14314), section 3; bitsandbytes 0.50, `dequantize_4bit`.
 """
