@@ -69,17 +69,23 @@ def print_results(references: Mapping[str, str], tracking_uri: str, stream: Text
 
 
 def score_table(metrics: Mapping[str, float]) -> str:
-    """Every metric that base and tuned share, side by side."""
+    """Base against tuned over all rows, with standard errors, and the rows that tuning fixed or broke."""
     names = [name.removeprefix("eval/base/") for name in metrics if name.startswith("eval/base/")]
-    rows = [
-        (name, metrics[f"eval/base/{name}"], metrics[f"eval/tuned/{name}"])
-        for name in names
-        if f"eval/tuned/{name}" in metrics
-    ]
-    width = max((len(name) for name, _, _ in rows), default=6)
-    lines = [f"{'metric':<{width}}  {'base':>10}  {'tuned':>10}"]
-    lines += [f"{name:<{width}}  {base:>10.4g}  {tuned:>10.4g}" for name, base, tuned in rows]
+    shown = [name for name in names if "/" not in name and not name.endswith(("_stderr", "_tokens"))]
+    lines = [f"{'metric':<18}{'base':>9}{'tuned':>18}"]
+    lines += [f"{name:<18}{_score(metrics, 'base', name)}{_score(metrics, 'tuned', name)}".rstrip() for name in shown]
+    if "eval/fixed_rate" in metrics:
+        lines.append(
+            f"tuning fixed {metrics['eval/fixed']:.0f} rows, {metrics['eval/fixed_rate']:.1%} of those that the base fails, "
+            f"and broke {metrics['eval/broken']:.0f}"
+        )
     return "\n".join(lines)
+
+
+def _score(metrics: Mapping[str, float], model: str, name: str) -> str:
+    value, error = metrics.get(f"eval/{model}/{name}"), metrics.get(f"eval/{model}/{name}_stderr")
+    number = "-" if value is None else f"{value:.4g}"
+    return f"{number:>9} {'' if error is None else f'± {error:.2g}':<8}"
 
 
 def _place(reference: Reference, manifest: Manifest, name: str) -> str:
