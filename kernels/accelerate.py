@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from finemill.kernels.adapters import LoraPair
 from finemill.kernels.decoder_layer import LayerShape
+from finemill.kernels.host_memory import gather_rows, pin
 from finemill.kernels.model import FastModel, LayerParts, ModelLoss, assemble_model
 from finemill.kernels.nf4 import NF4Tensor
 from finemill.kernels.packing import pack_rows
@@ -58,12 +59,13 @@ def accelerate_model(model: nn.Module, *, plan: Plan | None = None) -> Accelerat
     Returns: the engine, and the reason if the model was left unchanged (also logged as a warning).
     """
     try:
-        engine = _build(model, plan)
+        engine = _build(model)
     except UnsupportedModelError as error:
         logger.warning("model runs unchanged, without finemill's kernels: %s", error)
         return Acceleration(model, None, str(error))
     causal = _causal_model(model)
     causal._finemill_engine = engine
+    adopt_plan(model, plan or Plan.everything(len(engine.layers)))
     original = causal.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -75,6 +77,24 @@ def accelerate_model(model: nn.Module, *, plan: Plan | None = None) -> Accelerat
     causal.forward = forward
     logger.info("training runs on finemill's kernels: %d layers, plan %s", len(engine.layers), engine.plan)
     return Acceleration(model, engine)
+
+
+def adopt_plan(model: nn.Module, plan: Plan) -> None:
+    """Change how an accelerated model spends memory, its embedding's place included."""
+    causal = _causal_model(model)
+    engine: FastModel = causal._finemill_engine
+    engine.apply_plan(plan)
+    embedding = causal.model.embed_tokens
+    on_host = embedding.weight.device != engine.device
+    if plan.embedding_on_host == on_host or engine.head.data_ptr() == engine.embedding.data_ptr():
+        return
+    if plan.embedding_on_host:
+        embedding.weight = nn.Parameter(pin(embedding.weight.detach()), requires_grad=False)
+        embedding.forward = lambda ids: gather_rows(embedding.weight.detach(), ids.reshape(-1)).unflatten(0, ids.shape)
+    else:
+        embedding.weight = nn.Parameter(embedding.weight.detach().to(engine.device), requires_grad=False)
+        del embedding.forward
+    engine.embedding = embedding.weight.detach()
 
 
 def workload_of(engine: FastModel, *, tokens: int, row: int) -> Workload:
@@ -104,6 +124,7 @@ def restore_model(model: nn.Module) -> None:
     engine: FastModel | None = getattr(causal, "_finemill_engine", None)
     if engine is None:
         return
+    adopt_plan(model, Plan.everything(len(engine.layers)))
     del causal.forward
     del causal._finemill_engine
     engine.adapters.restore()
@@ -138,7 +159,7 @@ def _training_loss(
     return CausalLMOutputWithPast(loss=loss, logits=None)
 
 
-def _build(model: nn.Module, plan: Plan | None) -> FastModel:
+def _build(model: nn.Module) -> FastModel:
     causal = _causal_model(model)
     config = causal.config
     if config.model_type not in FAMILIES:
@@ -169,7 +190,6 @@ def _build(model: nn.Module, plan: Plan | None) -> FastModel:
             weight = part.weights[name]
             if isinstance(weight, Tensor):
                 _base(linear).weight.data = weight
-    engine.apply_plan(plan or Plan.everything(len(parts)))
     return engine
 
 

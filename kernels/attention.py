@@ -32,8 +32,13 @@ from finemill.kernels.packing import Sequences
 
 LENGTH_STEP = 128
 """Bounds on the sequence length are rounded up to this for ragged plans, so that few plans are built."""
-COUNT_STEP = 32
+COUNT_STEP = 16
 """Numbers of sequences are rounded up to this for ragged plans, with empty sequences."""
+TOTAL_STEP = 1024
+"""Token counts of ragged batches are rounded up to this in plans, which take an upper bound."""
+WORKSPACE_PER_ELEMENT = 16
+"""Bytes of workspace per element of q that cuDNN's deterministic backward may take: it holds the gradient of the scores
+(heads x sequences x length^2, 16-bit), so heads are done in groups to stay below, one key head at least."""
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
@@ -183,7 +188,11 @@ def _cudnn_handle(device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class _PlanKey:
-    """Everything a compiled attention plan depends on. Token pitches are in elements, `total` is T of a ragged batch."""
+    """Everything a compiled attention plan depends on.
+
+    Token pitches are in elements: q, k, v, out, and in a backward dout, dq, dk, dv. `stats_heads` counts the heads of
+    the whole log-sum-exp tensor, `total` bounds T of a ragged batch.
+    """
 
     backward: bool
     count: int
@@ -193,6 +202,7 @@ class _PlanKey:
     head_dim: int
     dtype: torch.dtype
     pitches: tuple[int, ...]
+    stats_heads: int
     scale: float
     total: int | None
     device: torch.device
@@ -244,7 +254,7 @@ def _cudnn_plan(key: _PlanKey) -> tuple[Any, dict[str, Any], int]:
     }
     q, k, v = matrix("q", heads, pitches[0]), matrix("k", kv_heads, pitches[1]), matrix("v", kv_heads, pitches[2])
     stats_dim = [key.count, heads, key.length, 1]
-    stats_stride = [heads * key.length, key.length, 1, 1]
+    stats_stride = [key.stats_heads * key.length, key.length, 1, 1]
     if key.total is not None:
         lengths = integers("lengths", key.count)
         options |= {"use_padding_mask": True, "seq_len_q": lengths, "seq_len_kv": lengths}
@@ -267,8 +277,9 @@ def _cudnn_plan(key: _PlanKey) -> tuple[Any, dict[str, Any], int]:
             use_deterministic_algorithm=True,
             **options,
         )
-        for name, tensor, count in zip(("dq", "dk", "dv"), grads, (heads, kv_heads, kv_heads), strict=True):
-            result(name, tensor, count, count * key.head_dim)
+        counts = (heads, kv_heads, kv_heads)
+        for name, tensor, count, pitch in zip(("dq", "dk", "dv"), grads, counts, pitches[5:], strict=True):
+            result(name, tensor, count, pitch)
     graph.validate()
     graph.build_operation_graph()
     graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
@@ -291,25 +302,37 @@ def _cudnn_run(key: _PlanKey, sequences: Sequences, buffers: dict[str, Tensor]) 
     graph.execute({tensors[name]: buffer for name, buffer in buffers.items()}, workspace, handle=handle)
 
 
-def _plan_key(
-    q: Tensor, tensors: tuple[Tensor, ...], sequences: Sequences, scale: float, *, backward: bool
-) -> _PlanKey:
+def _plan_key(tensors: dict[str, Tensor], stats: Tensor | None, sequences: Sequences, scale: float) -> _PlanKey:
+    q, k = tensors["q"], tensors["k"]
     if sequences.uniform is not None:
         (count, length), total = sequences.uniform, None
     else:
         count = -(-sequences.count // COUNT_STEP) * COUNT_STEP
-        length, total = -(-sequences.max_length // LENGTH_STEP) * LENGTH_STEP, q.shape[0]
-    pitches = tuple(tensor.stride(0) for tensor in tensors)
-    kv_heads = tensors[1].shape[1]
-    return _PlanKey(backward, count, length, q.shape[1], kv_heads, q.shape[2], q.dtype, pitches, scale, total, q.device)
+        length = -(-sequences.max_length // LENGTH_STEP) * LENGTH_STEP
+        total = -(-q.shape[0] // TOTAL_STEP) * TOTAL_STEP
+    return _PlanKey(
+        backward="dout" in tensors,
+        count=count,
+        length=length,
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        dtype=q.dtype,
+        pitches=tuple(tensor.stride(0) for tensor in tensors.values()),
+        stats_heads=q.shape[1] if stats is None else stats.stride(0) // length,
+        scale=scale,
+        total=total,
+        device=q.device,
+    )
 
 
 def _cudnn_forward(
     q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float, out: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    key = _plan_key(q, (q, k, v, out), sequences, scale, backward=False)
+    tensors = {"q": q, "k": k, "v": v, "out": out}
+    key = _plan_key(tensors, None, sequences, scale)
     stats = torch.empty((key.count, key.heads, key.length, 1), dtype=torch.float32, device=q.device)
-    _cudnn_run(key, sequences, {"q": q, "k": k, "v": v, "out": out, "stats": stats})
+    _cudnn_run(key, sequences, tensors | {"stats": stats})
     return out, (stats,)
 
 
@@ -323,10 +346,18 @@ def _cudnn_backward(
     sequences: Sequences,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    key = _plan_key(q, (q, k, v, out, dout), sequences, scale, backward=True)
     dq, dk, dv = _like(q), _like(k), _like(v)
-    buffers = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "stats": stats, "dq": dq, "dk": dk, "dv": dv}
-    _cudnn_run(key, sequences, buffers)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    group = heads // kv_heads
+    length, count = stats.shape[2], stats.shape[0]
+    limit = max(1, WORKSPACE_PER_ELEMENT * q.numel() // (2 * count * length * length * group))
+    step = max(divisor for divisor in range(1, kv_heads + 1) if kv_heads % divisor == 0 and divisor <= limit)
+    for first in range(0, kv_heads, step):
+        keys, queries = slice(first, first + step), slice(first * group, (first + step) * group)
+        tensors = {"q": q[:, queries], "k": k[:, keys], "v": v[:, keys], "out": out[:, queries], "dout": dout[:, queries]}
+        tensors |= {"dq": dq[:, queries], "dk": dk[:, keys], "dv": dv[:, keys]}
+        part = stats[:, queries]
+        _cudnn_run(_plan_key(tensors, part, sequences, scale), sequences, tensors | {"stats": part})
     return dq, dk, dv
 
 

@@ -175,7 +175,8 @@ def make_plan(args: argparse.Namespace, shape: ModelShape) -> Plan:
         budget = int(torch.cuda.mem_get_info()[0] * 0.95)
     else:
         budget = 8 << 30
-    return plan_step(workload(args, shape), budget, allow_host=args.device == "cuda")
+    cuda = args.device == "cuda"
+    return plan_step(workload(args, shape), budget, allow_host=cuda, allow_stream=cuda)
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -190,6 +191,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "micro_batch": plan.micro_batch,
         "embedding_on_host": plan.embedding_on_host,
         "eight_bit": plan.eight_bit,
+        "stream_weights": plan.stream_weights,
     }
 
 

@@ -7,7 +7,7 @@ dummy sequence, labelled rows and the number of sequences likewise. A replay run
 it gives bitwise the same gradient as an eager pass of the same padded batch.
 
 All graphs share one memory pool, used one at a time. `torch.cuda.max_memory_allocated` sees a graph's memory only while
-it is captured, so the peak of the captures is kept in `peak_bytes`.
+it is captured, so the peak from the runner's construction to its last capture is kept in `peak_bytes`.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from finemill.kernels.loss_head import HeadResult
 from finemill.kernels.model import FastModel
 from finemill.kernels.packing import IGNORE_INDEX, PackedBatch, Sequences
 
-MAX_GRAPHS = 16
+MAX_GRAPHS = 32
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Buckets:
 
     tokens: int = 512
     labels: int = 512
-    sequences: int = 32
+    sequences: int = 16
     length: int = 128
 
 
@@ -54,6 +54,10 @@ class GraphRunner:
     peak_bytes: int = 0
     _graphs: dict[tuple[object, ...], _Captured] = field(default_factory=dict)
     _pool: object | None = None
+
+    def __post_init__(self) -> None:
+        """Leave what loading took out of the peak."""
+        torch.cuda.reset_peak_memory_stats(self.model.device)
 
     def loss_and_grad(self, batch: PackedBatch, scale: Tensor | float) -> HeadResult:
         """Add a micro-batch's gradient to the flat gradient, as `FastModel.loss_and_grad` does.
@@ -101,15 +105,13 @@ class GraphRunner:
         static.sequences = Sequences(static.sequences.cu_seqlens, batch.sequences.max_length, batch.sequences.uniform)
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        before = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         # Other threads (a data loader's pinning) may use CUDA meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # type: ignore[arg-type]
             result = self.model.loss_and_grad(static, scale)
-        self.peak_bytes = max(self.peak_bytes, before, torch.cuda.max_memory_allocated(device))
+        self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(device))
         return _Captured(graph, static, scale, result)
 
 
@@ -124,6 +126,12 @@ def pad_batch(batch: PackedBatch, buckets: Buckets) -> PackedBatch:
     if rows is None:
         rows = torch.arange(tokens, device=device)
     missing = 0 if sequences.uniform is not None else -tokens % buckets.tokens
+    capacity = min(tokens + missing, -(-rows.numel() // buckets.labels) * buckets.labels)
+    aligned = sequences.uniform is not None or (
+        sequences.count % buckets.sequences == 0 and sequences.max_length % buckets.length == 0
+    )
+    if not missing and capacity == rows.numel() and aligned:
+        return PackedBatch(batch.input_ids, batch.position_ids, batch.labels, sequences, rows)
     ids, positions, labels, cu_seqlens = batch.input_ids, batch.position_ids, batch.labels, sequences.cu_seqlens
     longest = sequences.max_length
     if missing:
@@ -136,7 +144,6 @@ def pad_batch(batch: PackedBatch, buckets: Buckets) -> PackedBatch:
         empty = -(cu_seqlens.numel() - 1) % buckets.sequences
         cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(empty)])
         longest = -(-longest // buckets.length) * buckets.length
-    capacity = min(ids.numel(), -(-rows.numel() // buckets.labels) * buckets.labels)
     if capacity > rows.numel():
         rows = torch.argsort((labels == IGNORE_INDEX).to(torch.uint8), stable=True)[:capacity]
     return PackedBatch(ids, positions, labels, Sequences(cu_seqlens, longest, sequences.uniform), rows)

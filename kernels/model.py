@@ -21,6 +21,7 @@ from finemill.kernels.nf4 import NF4Tensor
 from finemill.kernels.packing import PackedBatch
 from finemill.kernels.planner import Plan
 from finemill.kernels.projection import Projection
+from finemill.kernels.weight_stream import WeightStream
 
 # T tokens, H model width, V vocabulary
 
@@ -84,6 +85,7 @@ class FastModel:
     _tables: tuple[Tensor, Tensor] | None = None
     _scratch: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     _arena: HostArena | None = None
+    _stream: WeightStream | None = None
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +114,20 @@ class FastModel:
                     group.drop_cache()
         if plan.cached_layers == len(self.layers):
             self._scratch.clear()
+        if plan.stream_weights and self._stream is None:
+            self._stream_weights()
+
+    def _stream_weights(self) -> None:
+        """Move the NF4 weights to host memory, for good; needs a model that nothing else holds the weights of."""
+        weights = [[w for group in layer.projections for w in group.weights] for layer in self.layers]
+        quantized = [[w for w in layer if isinstance(w, NF4Tensor)] for layer in weights]
+        if quantized != weights:
+            raise ValueError("only NF4 weights are streamed: this base is not quantized")
+        self._stream = WeightStream(quantized, self.device)
+        for index, layer in enumerate(self.layers):
+            views = iter(self._stream.views(index, quantized[index]))
+            for group in layer.projections:
+                group.weights = [next(views) for _ in group.weights]
 
     def refresh_adapters(self) -> None:
         """Copy the adapters into the kept extended weights: once after every optimizer step."""
@@ -134,7 +150,10 @@ class FastModel:
         parked: list[dict[str, Any]] = []
         if train and any(level is not None for level in self.plan.host_levels):
             self._arena_for(batch).reset()
+        if self._stream is not None:
+            self._stream.begin()
         for index, layer in enumerate(self.layers):
+            self._fetch_weights(index, index + 1)
             level = self.plan.levels[index] if train else None
             x, delta, kept = layer.forward(x, delta, batch.sequences, rope, level)
             if kept is not None:
@@ -175,6 +194,7 @@ class FastModel:
         self._prefetch(state, len(self.layers) - 1)
         for index in reversed(range(len(self.layers))):
             self._unpark(state, index)
+            self._fetch_weights(index, index - 1)
             self._prefetch(state, index - 1)
             assert grad is not None
             grad = self.layers[index].backward(
@@ -187,6 +207,12 @@ class FastModel:
         assert state is not None
         self.backward(state)
         return result
+
+    def _fetch_weights(self, now: int, then: int) -> None:
+        """Have one layer's streamed weights on the device, and the next one's on their way."""
+        if self._stream is not None:
+            self._stream.wait(now)
+            self._stream.prefetch(then)
 
     def _rope(self, batch: PackedBatch) -> Rope:
         needed = batch.sequences.max_length

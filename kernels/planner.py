@@ -9,6 +9,7 @@ micro-batches decode less often. Predictions follow results.md and are checked a
 
 from dataclasses import dataclass, field, replace
 
+from finemill.kernels.attention import WORKSPACE_PER_ELEMENT
 from finemill.kernels.decoder_layer import LayerShape, Level
 from finemill.kernels.projection import PAD
 
@@ -17,6 +18,10 @@ CUBLAS_WORKSPACE = 66 << 20
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: code, double-quantized scale, nested scale."""
 
+HEAD_BYTES = 160 << 20
+"""Logits of 512 rows of Qwen3's vocabulary: below that the head's products lose more than the memory is worth."""
+MARGIN = 0.985
+"""Share of the budget to plan for; predictions were within 1.5 % of measured peaks (results.md)."""
 LAUNCH_SECONDS = 5e-3
 """A layer's forward or backward takes the host about 2 ms to launch on a slow machine (results.md)."""
 OPTIMIZER_BYTES = (8.0, 2.0 + 8 / 256)
@@ -38,6 +43,7 @@ class Plan:
         peak: predicted peak of allocated device memory.
         embedding_on_host: an untied embedding waits in pinned host memory.
         eight_bit: 8-bit instead of fp32 optimizer states.
+        stream_weights: NF4 weights wait in pinned host memory.
     """
 
     levels: tuple[Level, ...]
@@ -50,6 +56,7 @@ class Plan:
     peak: int = 0
     embedding_on_host: bool = False
     eight_bit: bool = False
+    stream_weights: bool = False
 
     @staticmethod
     def everything(num_layers: int, *, cached: bool = False, head_chunk: int = 1024) -> "Plan":
@@ -87,6 +94,7 @@ class Workload:
         row: tokens per row; micro-batches are whole rows.
         optimizer_bytes: per adapter parameter, states only.
         embedding_on_host: whether the embedding lives in host memory.
+        stream_weights: whether NF4 weights visit the device two layers at a time.
     """
 
     shape: LayerShape
@@ -99,6 +107,7 @@ class Workload:
     row: int
     optimizer_bytes: float = 8.0
     embedding_on_host: bool = False
+    stream_weights: bool = False
 
     @property
     def layer_weights(self) -> int:
@@ -111,22 +120,25 @@ class Workload:
         """Of a layer's four extended 16-bit weights."""
         s = self.shape
         p = [-(-members * self.rank // PAD) * PAD for members in (3, 1, 2, 1)]
-        sizes = ((s.qkv_width, s.hidden), (s.hidden, s.q_width), (2 * s.intermediate, s.hidden), (s.hidden, s.intermediate))
-        return 2 * sum((n + pad) * (k + pad) for (n, k), pad in zip(sizes, p, strict=True))
+        outputs = (s.qkv_width, s.hidden, 2 * s.intermediate, s.hidden)
+        inputs = (s.hidden, s.q_width, s.hidden, s.intermediate)
+        return 2 * sum((n + pad) * (k + pad) for n, k, pad in zip(outputs, inputs, p, strict=True))
 
     @property
     def adapter_elements(self) -> int:
         """Of all LoRA matrices."""
         s = self.shape
-        sides = s.qkv_width + 3 * s.hidden + s.q_width + s.hidden + 2 * s.intermediate + 2 * s.hidden + s.hidden + s.intermediate
-        return self.rank * sides * self.num_layers
+        outputs = s.qkv_width + s.hidden + 2 * s.intermediate + s.hidden
+        inputs = 3 * s.hidden + s.q_width + 2 * s.hidden + s.intermediate
+        return self.rank * (outputs + inputs) * self.num_layers
 
     def static_bytes(self) -> int:
         """Weights, adapters, gradient and optimizer states."""
         s = self.shape
         table = 2 * self.vocabulary * s.hidden
         tables = table * (1 if self.tied or self.embedding_on_host else 2)
-        base = self.layer_weights * self.num_layers * NF4_BYTES if self.quantized else self.extended_bytes * self.num_layers
+        layers = 2 if self.stream_weights else self.num_layers
+        base = layers * (self.layer_weights * NF4_BYTES if self.quantized else self.extended_bytes)
         norms = 2 * self.num_layers * (2 * s.hidden + 2 * s.head_dim)
         return int(tables + base + norms + self.adapter_elements * (8 + self.optimizer_bytes)) + CUBLAS_WORKSPACE
 
@@ -150,14 +162,26 @@ class Workload:
         saved = self.saved_bytes()
         return {level: saved[level] - fixed - (state if level >= Level.ATTENTION else 0) for level in Level}
 
-    def working_bytes(self, tokens: int, head_chunk: int) -> int:
-        """Peak of what a micro-batch needs beside static, saved and decoded tensors."""
+    def attention_workspace(self, tokens: int) -> int:
+        """Of cuDNN's deterministic backward: the scores' gradient of one group of heads, and small change."""
         s = self.shape
+        one_key_head = 2 * tokens * self.row * (s.num_heads // s.num_kv_heads)
+        limit = max(one_key_head, WORKSPACE_PER_ELEMENT * tokens * s.q_width)
+        return min(one_key_head * s.num_kv_heads, limit) + 4 * tokens * s.q_width
+
+    def working_bytes(self, tokens: int, head_chunk: int, level: Level) -> int:
+        """Peak of what a micro-batch needs beside static, saved and decoded tensors, if its lowest level is `level`."""
+        s = self.shape
+        kv = s.num_kv_heads * s.head_dim
         adapter = 4 * 3 * self.rank * max(2 * s.intermediate, s.qkv_width)
-        mlp = 2 * tokens * (4 * s.hidden + 3 * s.intermediate + 4 * PAD) + adapter
-        attention = 2 * tokens * (4 * s.hidden + 2 * s.qkv_width + 4 * s.q_width) + 12 * tokens * s.q_width
+        again = s.qkv_width + s.q_width + s.hidden + 2 * PAD if level == Level.INPUT else 0
+        forward = 2 * tokens * (4 * s.hidden + 3 * s.intermediate + 2 * PAD)
+        mlp = 2 * tokens * (2 * s.hidden + 3 * s.intermediate + 2 * PAD + again) + adapter
+        if level == Level.INPUT:
+            mlp += 2 * tokens * (s.q_width + kv + s.hidden)
+        attention = 2 * tokens * (2 * s.hidden + 3 * s.q_width + 3 * kv + again) + self.attention_workspace(tokens)
         head = 2 * tokens * (5 * s.hidden + PAD) + 2 * head_chunk * self.vocabulary
-        return max(mlp, attention, head)
+        return max(forward, mlp, attention, head)
 
 
 def forward_seconds(work: Workload, rates: Rates, tokens: int) -> dict[str, float]:
@@ -175,7 +199,14 @@ def forward_seconds(work: Workload, rates: Rates, tokens: int) -> dict[str, floa
     }
 
 
-def plan_step(work: Workload, budget: int, *, rates: Rates | None = None, allow_host: bool = True) -> Plan:
+def plan_step(
+    work: Workload,
+    budget: int,
+    *,
+    rates: Rates | None = None,
+    allow_host: bool = True,
+    allow_stream: bool = False,
+) -> Plan:
     """Choose micro-batch size, levels, host share and kept weights for one optimizer step.
 
     Args:
@@ -183,14 +214,15 @@ def plan_step(work: Workload, budget: int, *, rates: Rates | None = None, allow_
         budget: bytes of device memory the step may allocate at its peak.
         rates: of the device.
         allow_host: whether activations may be parked in host memory.
+        allow_stream: whether the NF4 weights may be, too (the loader must own them: load.py).
     Returns: the plan with the least predicted time.
     Raises: ValueError: not even the leanest plan fits; the message gives its size.
     """
-    rates = rates or Rates()
+    rates, budget = rates or Rates(), int(budget * MARGIN)
     rows = max(1, work.tokens // work.row)
     candidates = [
         candidate
-        for variant in _variants(work, allow_host=allow_host)
+        for variant in _variants(work, allow_host=allow_host, allow_stream=allow_stream)
         for pieces in range(1, rows + 1)
         if rows % pieces == 0
         for candidate in _candidates(
@@ -207,11 +239,15 @@ def plan_step(work: Workload, budget: int, *, rates: Rates | None = None, allow_
     return min(fitting, key=lambda candidate: candidate.seconds)
 
 
-def _variants(work: Workload, *, allow_host: bool) -> list[Workload]:
-    """The workload with fp32 or 8-bit moments, and with its embedding on the device or the host; simplest first."""
+def _variants(work: Workload, *, allow_host: bool, allow_stream: bool) -> list[Workload]:
+    """The workload with fp32 or 8-bit moments, embedding and base on the device or the host; simplest first."""
     places = (False, True) if allow_host and not work.tied else (False,)
+    streams = (False, True) if allow_stream and work.quantized else (False,)
     return [
-        replace(work, optimizer_bytes=size, embedding_on_host=place) for size in OPTIMIZER_BYTES for place in places
+        replace(work, optimizer_bytes=size, embedding_on_host=place, stream_weights=stream)
+        for stream in streams
+        for size in OPTIMIZER_BYTES
+        for place in places
     ]
 
 
@@ -222,26 +258,19 @@ def _candidates(
     layers, saved = work.num_layers, work.saved_bytes()
     times = forward_seconds(work, rates, tokens)
     forward = times["attention"] + times["gate_up"] + times["down"] + times["decode"]
-    chunk = head_chunk(work, tokens, budget)
-    fixed = work.static_bytes() + work.working_bytes(tokens, chunk)
+    chunk = head_chunk(work, tokens)
     parkable = work.host_bytes_per_token()
     plans = []
-    for cached in (False, True) if work.quantized else (False,):
+    load = work.layer_weights * NF4_BYTES / rates.bus_bytes if work.stream_weights else 0.0
+    for cached in (False, True) if work.quantized and not work.stream_weights else (False,):
         weights = work.extended_bytes * (layers if cached else work.quantized)
-        room = budget - fixed - weights
         for host in (None, Level.INPUT, Level.ATTENTION) if allow_host else (None,):
+            # Two layers' tensors are on the device at any time: the current ones, and those on their way.
             on_host = 0 if host is None else max(0, layers - 2)
-            stall = 0.0
-            resident = [saved[Level.INPUT]] * layers
-            if host is not None:
-                copied = parkable[host] * tokens
-                stall = max(0.0, copied / rates.bus_bytes - forward) * on_host
-                # Two layers are in flight on their way out, two on their way in.
-                room_host = room - 2 * copied
-            else:
-                room_host = room
+            stall = 0.0 if host is None else max(0.0, parkable[host] * tokens / rates.bus_bytes - forward) * on_host
             base = host if host == Level.ATTENTION else Level.INPUT
-            left = room_host
+            resident = [saved[base]] * layers
+            left = budget - work.static_bytes() - work.working_bytes(tokens, chunk, base) - weights
             for index in range(layers):
                 parked = parkable[host] if host is not None and index < on_host else 0
                 resident[index] = saved[base] - parked
@@ -254,6 +283,8 @@ def _candidates(
                         if levels[index] == upper - 1 and cost <= left:
                             levels[index], left = upper, left - cost
             seconds = _step_seconds(work, rates, tokens, levels, times, cached=cached) + stall * 1.5
+            back = load + (0.0 if host is None else parkable[host] * tokens / rates.bus_bytes)
+            seconds += layers * (max(0.0, load - forward) + max(0.0, back - 2 * forward))
             if work.embedding_on_host:
                 seconds += 2 * tokens * work.shape.hidden / rates.bus_bytes
             plans.append(
@@ -268,6 +299,7 @@ def _candidates(
                     int(budget - left),
                     work.embedding_on_host,
                     work.optimizer_bytes < OPTIMIZER_BYTES[0],
+                    work.stream_weights,
                 )
             )
     return plans
@@ -292,10 +324,11 @@ def _step_seconds(
     return seconds + head
 
 
-def head_chunk(work: Workload, tokens: int, budget: int) -> int:
-    """Rows of logits at a time: up to 4096, within 2 % of the budget, at least 256."""
+def head_chunk(work: Workload, tokens: int) -> int:
+    """Rows of logits at a time: as many as fit into what the layers need anyway, from 256 to 4096."""
+    free = work.working_bytes(tokens, 0, Level.ATTENTION) - 2 * tokens * 5 * work.shape.hidden
     chunk = 4096
-    while chunk > 256 and 2 * chunk * work.vocabulary > 0.02 * budget:
+    while chunk > 256 and 2 * chunk * work.vocabulary > max(free, HEAD_BYTES):
         chunk //= 2
     return min(chunk, tokens)
 

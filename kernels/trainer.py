@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
-from finemill.kernels.accelerate import Acceleration, accelerate_model, workload_of
-from finemill.kernels.graphs import Buckets, GraphRunner
+from finemill.kernels.accelerate import Acceleration, accelerate_model, adopt_plan, workload_of
+from finemill.kernels.graphs import Buckets, GraphRunner, pad_batch
 from finemill.kernels.loss_head import HeadResult
 from finemill.kernels.optimizer import FlatAdamW
-from finemill.kernels.packing import PackedBatch, pack_budget, split_rows
+from finemill.kernels.packing import IGNORE_INDEX, PackedBatch, pack_budget, split_rows
 from finemill.kernels.planner import Plan, launch_bound, plan_step
 
 logger = logging.getLogger(__name__)
@@ -46,18 +46,18 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.acceleration: Acceleration = accelerate_model(self.model)
         self._runner: GraphRunner | None = None
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._prepared: list[PackedBatch] = []
         self._sums: Tensor | None = None
-        self._norm: Tensor | None = None
+        self._labels = self._tokens = 0
         if self.acceleration.engine is None or self.args.world_size > 1:
             return
         self._plan = self._make_plan(memory_gb)
-        self.acceleration.engine.apply_plan(self._plan)
+        adopt_plan(self.model, self._plan)
         cuda = self.acceleration.engine.device.type == "cuda"
         wanted = launch_bound(self._plan, self._work) if use_graphs is None else use_graphs
         if cuda and wanted:
             step = max(256, (self._plan.micro_batch or 0) // BUCKETS_PER_BATCH)
-            self._runner = GraphRunner(self.acceleration.engine, Buckets(step, step, 64, 512))
+            self._runner = GraphRunner(self.acceleration.engine, Buckets(step, step))
         # Replacing a NaN loss by an average needs the loss on the host after every micro-batch.
         self.args.logging_nan_inf_filter = False
 
@@ -90,8 +90,25 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         )
         return self.optimizer
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """Fetch an optimizer step's micro-batches and pack them, while the device still works on the step before."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.fast:
+            sequences = [
+                pair
+                for batch in samples
+                for pair in split_rows(
+                    batch["input_ids"], batch["labels"], batch.get("attention_mask"), batch.get("position_ids")
+                )
+            ]
+            tokens = sum(ids.numel() for ids, _ in sequences)
+            self._prepared = [self._send(batch) for batch in pack_budget(sequences, self._plan.micro_batch or tokens)]
+            self._labels = sum(int((labels[1:] != IGNORE_INDEX).sum()) for _, labels in sequences)
+            self._tokens = tokens
+        return samples, num_items
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Collect the micro-batch; on the last one of an optimizer step, run the whole step's forward and backward.
+        """Run the whole optimizer step's forward and backward on its last micro-batch, nothing on the others.
 
         Returns: the step's loss on its last micro-batch, zero before.
         """
@@ -100,25 +117,17 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         engine = self.acceleration.engine
         assert engine is not None
         model.train()
-        self._waiting += split_rows(
-            inputs["input_ids"], inputs["labels"], inputs.get("attention_mask"), inputs.get("position_ids")
-        )
         if not self.accelerator.gradient_state.sync_gradients:
             return torch.zeros((), device=engine.device)
-        sequences, self._waiting = self._waiting, []
-        tokens = sum(ids.numel() for ids, _ in sequences)
-        batches = pack_budget(sequences, self._plan.micro_batch or tokens)
-        labels = sum(batch.num_labels for batch in batches)
-        scale = 1.0 / max(1, labels)
+        scale = 1.0 / max(1, self._labels)
         total = torch.zeros(4, device=engine.device)
-        for batch in batches:
+        for batch in self._prepared:
             result = self._run(batch, scale)
-            total[0] += result.loss
-            total[1] += result.entropy
-            total[2] += result.correct
-        total[3] += labels
+            total[:3] += torch.stack((result.loss, result.entropy, result.correct))
+        self._prepared = []
+        total[3] += self._labels
         self._sums = total if self._sums is None else self._sums + total
-        self._total_train_tokens += tokens
+        self._total_train_tokens += self._tokens
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return total[0] * scale
 
@@ -131,6 +140,11 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             self._sums = None
         super().log(logs, start_time)
 
+    def _send(self, batch: PackedBatch) -> PackedBatch:
+        engine = self.acceleration.engine
+        assert engine is not None
+        return (batch if self._runner is None else pad_batch(batch, self._runner.buckets)).to(engine.device)
+
     def _run(self, batch: PackedBatch, scale: float) -> HeadResult:
         engine = self.acceleration.engine
         assert engine is not None
@@ -138,7 +152,7 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             engine.dropout_seed += 1
         if self._runner is not None:
             return self._runner.loss_and_grad(batch, scale)
-        return engine.loss_and_grad(batch.to(engine.device), scale)
+        return engine.loss_and_grad(batch, scale)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """The optimizer clips inside its step; its norm is reported."""
@@ -163,7 +177,8 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         if memory_gb is not None:
             budget = int(memory_gb * 2**30)
         else:
-            budget = int((torch.cuda.mem_get_info(engine.device)[0] + torch.cuda.memory_allocated(engine.device)) * 0.95)
+            free, _ = torch.cuda.mem_get_info(engine.device)
+            budget = int((free + torch.cuda.memory_allocated(engine.device)) * 0.95)
         plan = plan_step(self._work, budget)
         logger.info("plan: %s tokens a micro-batch, %.2f GiB", plan.micro_batch, plan.peak / 2**30)
         return plan
