@@ -76,7 +76,7 @@ def score_table(metrics: Mapping[str, float]) -> str:
     lines += [f"{name:<18}{_score(metrics, 'base', name)}{_score(metrics, 'tuned', name)}".rstrip() for name in shown]
     if "eval/fixed_rate" in metrics:
         lines.append(
-            f"tuning fixed {metrics['eval/fixed']:.0f} rows, {metrics['eval/fixed_rate']:.1%} of those that the base fails, "
+            f"tuning fixed {metrics['eval/fixed']:.0f} rows, {metrics['eval/fixed_rate']:.1%} of what the base fails, "
             f"and broke {metrics['eval/broken']:.0f}"
         )
     return "\n".join(lines)
