@@ -29,7 +29,7 @@ Fact = tuple[int, str, int, int]
 
 
 def arithmetic_fact(rng: Random) -> Fact:
-    """(a, operator, b, result) with every number a whole number from 0 to 200."""
+    """(a, operator, b, result), whole numbers from 0 to 200; products and what is divided go up to 240."""
     operator = rng.choice("++--**/")
     if operator == "+":
         result = rng.randint(0, 200)
