@@ -1,6 +1,7 @@
 """Runs on Kubeflow Pipelines: compiled here, submitted to the API server, read back through it."""
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -38,9 +39,11 @@ class KFPEngine:
         self._multi_user = namespace
         self._cluster = cluster
         self._logs: dict[str, PodLogs | None] = {}
-        with readable_errors(host):
+        with readable_errors(host), warnings.catch_warnings():
+            # "This client only works with KFP 2", on every start.
+            warnings.simplefilter("ignore", FutureWarning)
             self._client = Client(host=host, namespace=self.namespace)
-            self._client.get_kfp_healthz(sleep_duration=0)
+            self._client._healthz_api.healthz_service_get_healthz()
 
     def submit(self, pipeline: Pipeline, parameters: Mapping[str, Any]) -> str:
         """Compile, upload and start a run in the experiment `finemill`."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,12 @@ def load_client() -> Any:
     """The `kubernetes` package, configured. Raises: UserError: there is no configuration."""
     import kubernetes
 
+    inside = "KUBERNETES_SERVICE_HOST" in os.environ and "KUBECONFIG" not in os.environ
     try:
-        kubernetes.config.load_config()
+        if inside:
+            kubernetes.config.load_incluster_config()
+        else:
+            kubernetes.config.load_kube_config(config_file=os.environ.get("KUBECONFIG") or "~/.kube/config")
     except (kubernetes.config.ConfigException, OSError) as error:
         raise UserError(f"no Kubernetes cluster is configured ({error}): set KUBECONFIG") from None
     # One attempt: an unreachable cluster is said at once, not after minutes.

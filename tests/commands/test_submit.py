@@ -1,0 +1,241 @@
+"""submit and watch against an HTTP server that answers as the Kubernetes API and KFP do.
+
+The workflow objects in `workflows/` were recorded on a cluster and reduced to what a status is read from.
+"""
+
+import io
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finemill.cli import main
+from finemill.commands import run_table
+from finemill.commands.engine_argo import read_workflow
+from finemill.commands.run_table import RunTable, summary
+
+WORKFLOWS = Path(__file__).parent / "workflows"
+ARGO = ["--engine", "argo", "--namespace", "ml"]
+OBJECTS = "/apis/argoproj.io/v1alpha1/namespaces/ml"
+
+
+def recorded(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((WORKFLOWS / f"{name}.json").read_text())
+    return loaded
+
+
+class Api:
+    """Answers by method and path; remembers what was posted."""
+
+    def __init__(self) -> None:
+        self.answers: dict[tuple[str, str], tuple[int, Any]] = {}
+        self.posted: list[dict[str, Any]] = []
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._answer("GET")
+
+            def do_POST(self) -> None:
+                api.posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self._answer("POST")
+
+            def _answer(self, method: str) -> None:
+                code, body = api.answers.get((method, self.path.split("?")[0]), (404, "404 page not found"))
+                data = (body if isinstance(body, str) else json.dumps(body)).encode()
+                self.send_response(code)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *arguments: Any) -> None:
+                """Nothing on stderr."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    """A cluster with the WorkflowTemplate finetune, behind KUBECONFIG."""
+    found = Api()
+    point_kubeconfig_at(found.url, tmp_path, monkeypatch)
+    found.answers["GET", f"{OBJECTS}/workflowtemplates/finetune"] = (200, {"metadata": {"name": "finetune"}})
+    found.answers["POST", f"{OBJECTS}/workflows"] = (201, {"metadata": {"name": "finetune-x"}})
+    found.answers["GET", "/api/v1/namespaces/ml/pods"] = (200, {"kind": "PodList", "items": []})
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+def point_kubeconfig_at(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "c", "cluster": {"server": url}}],
+        "users": [{"name": "u", "user": {"token": "t"}}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "c",
+    }
+    (folder / "kubeconfig").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("KUBECONFIG", str(folder / "kubeconfig"))
+
+
+def status_answer(code: int, reason: str, message: str, **details: str) -> tuple[int, dict[str, Any]]:
+    return code, {"kind": "Status", "code": code, "reason": reason, "message": message, "details": details}
+
+
+def test_submit_sends_only_what_was_given(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--store", "s3://b/p", "--gpus", "0", "--train-qlora.lora-r", "32", "--base-model", "hf://o/m@r"]
+    assert main(["submit", "finetune", *ARGO, *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "finetune-x\n"
+    assert "finemill watch finetune-x --engine argo --namespace ml" in captured.err
+    (workflow,) = api.posted
+    parameters = {item["name"]: item["value"] for item in workflow["spec"]["arguments"]["parameters"]}
+    assert workflow["spec"]["workflowTemplateRef"] == {"name": "finetune"}
+    assert parameters == {"store": "s3://b/p", "gpus": "0", "base_model": "hf://o/m@r", "train_qlora": '{"lora_r": 32}'}
+
+
+@pytest.mark.parametrize(
+    ("name", "exit_code", "last_line"),
+    [
+        ("done", 0, "done, promoted"),
+        ("failed", 2, "failed in preflight: main: Error (exit code 2)"),
+        ("unchanged", 0, "unchanged: the data is that of the newest registered version"),
+    ],
+)
+def test_wait_ends_with_the_run_s_exit_code(
+    name: str, exit_code: int, last_line: str, api: Api, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.answers["GET", f"{OBJECTS}/workflows/finetune-x"] = (200, recorded(name))
+    assert main(["submit", "finetune", *ARGO, "--wait"]) == exit_code
+    assert capsys.readouterr().out.splitlines()[-1].endswith(last_line)
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "message"),
+    [
+        ((404, "404 page not found"), 2, "does not know the kind; install Argo Workflows"),
+        (
+            status_answer(404, "NotFound", "not found", name="finetune"),
+            2,
+            "WorkflowTemplate finetune not found in namespace ml: install the chart there",
+        ),
+        (
+            status_answer(403, "Forbidden", 'workflowtemplates is forbidden: User "me" cannot get'),
+            2,
+            'User "me" cannot get: bind the Role `<release>-submit`',
+        ),
+        (status_answer(401, "Unauthorized", "Unauthorized"), 2, "does not accept the credentials in KUBECONFIG"),
+        (status_answer(503, "ServiceUnavailable", "try later"), 75, "answers 503: try later"),
+    ],
+)
+def test_what_the_cluster_refuses_is_one_line(
+    answer: tuple[int, Any], code: int, message: str, api: Api, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.answers["GET", f"{OBJECTS}/workflowtemplates/finetune"] = answer
+    assert main(["submit", "finetune", *ARGO]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not api.posted
+
+
+def test_an_unreachable_cluster_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    point_kubeconfig_at("http://127.0.0.1:1", tmp_path, monkeypatch)
+    assert main(["submit", "finetune", *ARGO]) == 75
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the Kubernetes API is out of reach" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "argo"], "--engine argo needs --namespace"),
+        (["--engine", "kfp"], "--engine kfp needs --host"),
+        ([*ARGO, "--timezone", "UTC"], "give both"),
+        ([*ARGO, "--train-qlora.lora-rank", "8"], "unrecognized arguments: --train-qlora.lora-rank"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_is_asked(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["submit", "finetune", *options])
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_step_that_waits_in_vain_ends_the_wait(
+    api: Api, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_table, "BLOCKED_S", 0.0)
+    monkeypatch.setattr(run_table, "POLL_S", 0.01)
+    workflow = recorded("done")
+    workflow["status"] |= {"phase": "Running"}
+    for node in workflow["status"]["nodes"].values():
+        if node["displayName"].startswith("train-qlora"):
+            node |= {"phase": "Pending", "message": 'ErrImageNeverPull: Container image "x" is not present'}
+    api.answers["GET", f"{OBJECTS}/workflows/finetune-x"] = (200, workflow)
+    assert main(["watch", "finetune-x", *ARGO]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "train-qlora cannot start: the image is not on the node" in line
+
+
+def test_ctrl_c_leaves_the_run_alone_and_says_how_to_come_back(
+    api: Api, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    workflow = recorded("done")
+    workflow["status"]["phase"] = "Running"
+    api.answers["GET", f"{OBJECTS}/workflows/finetune-x"] = (200, workflow)
+    monkeypatch.setattr(run_table.time, "sleep", interrupt)
+    assert main(["watch", "finetune-x", *ARGO]) == 130
+    assert "come back with:  finemill watch finetune-x --engine argo --namespace ml" in capsys.readouterr().err
+    assert not api.posted
+
+
+def test_steps_keep_the_pipeline_s_order_and_their_times() -> None:
+    status = read_workflow(recorded("done"))
+    names = [step.name for step in status.steps]
+    assert names[:3] == ["preflight", "data-prep", "chat-format"]
+    assert names[-1] == "promote"
+    assert all(step.phase == "done" and step.seconds > 0 for step in status.steps)
+    assert status.steps[-1].verdict == ("promotion_passed", "true")
+
+
+def test_a_failed_step_s_own_line_is_the_run_s() -> None:
+    status = read_workflow(recorded("failed"))
+    assert summary(status, {"preflight": "store s3://b cannot be written"}).endswith(
+        "failed in preflight: store s3://b cannot be written"
+    )
+    assert [step.phase for step in status.steps] == ["failed"] + ["skipped"] * (len(status.steps) - 1)
+
+
+def test_without_a_terminal_only_changes_are_printed() -> None:
+    stream = io.StringIO()
+    table = RunTable(stream)
+    for _ in range(2):
+        table.show(read_workflow(recorded("unchanged")), ["data-prep  data-prep: 12 rows"])
+    lines = stream.getvalue().splitlines()
+    assert lines.count("data-prep  data-prep: 12 rows") == 2
+    assert sum(line.startswith("detect-change") for line in lines) == 1
+
+
+def test_an_unreachable_kfp_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "finetune", "--engine", "kfp", "--host", "http://127.0.0.1:1"]) == 75
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "KFP at http://127.0.0.1:1 is out of reach" in line
