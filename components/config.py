@@ -1,6 +1,6 @@
 """The base of every step's configuration: frozen, typed, unknown keys refused."""
 
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -9,6 +9,9 @@ from finemill.components.errors import UserError
 
 class StepConfig(BaseModel):
     """A frozen model whose field docstrings are the help texts and the JSON schema."""
+
+    not_in_key: ClassVar[frozenset[str]] = frozenset()
+    """Fields that do not change what the step writes: with another value it still finds its output and checkpoints."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), validate_default=True

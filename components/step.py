@@ -170,7 +170,7 @@ def _output_key(made_by: Producer, config: StepConfig, digests: Mapping[str, str
     material = {
         "step": made_by.step,
         "code": made_by.code,
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude=set(config.not_in_key)),
         "inputs": dict(digests),
         "state": dict(state),
     }

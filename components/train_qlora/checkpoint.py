@@ -22,9 +22,8 @@ IDENTITY_NAME = "training_identity.json"
 
 def training_identity(config: TrainQLoRAConfig, context: StepContext) -> dict[str, Any]:
     """Everything that must be the same for a checkpoint to be continued."""
-    ignored = {"resume", "save_steps", "save_total_limit"}
     return {
-        "config": config.model_dump(mode="json", exclude=ignored),
+        "config": config.model_dump(mode="json", exclude=set(config.not_in_key)),
         "inputs": {port: manifest.digest for port, manifest in context.manifests.items()},
         "base_model": context.references["base_model"],
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),

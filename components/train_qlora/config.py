@@ -1,6 +1,6 @@
 """Configuration of `train-qlora`. Names are those of transformers, TRL, PEFT and bitsandbytes."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,8 @@ from finemill.components.config import StepConfig
 
 class TrainQLoRAConfig(StepConfig):
     """LoRA adapters on a 4-bit base: what is adapted, how it is quantized, and the training schedule."""
+
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"resume", "save_steps", "save_total_limit"})
 
     lora_r: int = Field(default=16, gt=0)
     """Rank of the adapters: more capacity, more memory."""

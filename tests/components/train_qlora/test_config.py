@@ -1,0 +1,31 @@
+import pytest
+
+from finemill.components.artifacts import Producer
+from finemill.components.config import parse_config
+from finemill.components.errors import UserError
+from finemill.components.step import _output_key
+from finemill.components.train_qlora.config import TrainQLoRAConfig
+
+
+def output_key(**values: object) -> str:
+    return _output_key(Producer(step="train-qlora", version="0", code="c"), TrainQLoRAConfig(**values), {}, {})
+
+
+def test_how_it_is_checkpointed_does_not_change_where_output_and_checkpoints_are() -> None:
+    assert output_key(resume="must", save_steps=3, save_total_limit=9) == output_key()
+    assert output_key(seed=1) != output_key()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_rank": 8}, "unknown key 'lora_rank' .*lora_r"),
+        ({"lora_r": 0}, "'lora_r': .*greater than 0"),
+        ({"packing": True, "train_sampling_strategy": "group_by_length"}, "use 'random' or turn packing off"),
+        ({"target_modules": []}, "target_modules is empty"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        parse_config(TrainQLoRAConfig, values, "train-qlora")
+    assert "\n" not in str(error.value)
