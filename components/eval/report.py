@@ -160,18 +160,33 @@ def _change(base: bool | None, tuned: bool | None) -> str:
     ]
 
 
-_SEGMENT = re.compile(r"(<think>.*?(?:</think>|\Z))|(<\|[^|<>]{1,40}\|>)", re.DOTALL)
+_SEGMENT = re.compile(
+    r"(?P<think><think>.*?(?:</think>|\Z))"
+    r"|<\|im_start\|>(?P<chatml_role>\w+)\n|<\|start_header_id\|>(?P<llama_role>\w+)<\|end_header_id\|>\n\n"
+    r"|(?P<end><\|(?:im_end|eot_id)\|>\n?)"
+    r"|(?P<mark><\|[^|<>]{1,40}\|>)",
+    re.DOTALL,
+)
 
 
 def segments(text: str) -> list[tuple[str, str]]:
-    """(kind, text) pieces: `think` for thinking blocks, `mark` for special tokens, `text` for the rest."""
+    """(kind, text) pieces as a reader sees them: `role` for the begin of a turn in ChatML's or Llama 3's form, `think`
+    for thinking blocks, `mark` for other special tokens and empty thinking blocks, `text` for the rest.
+    """
     pieces: list[tuple[str, str]] = []
     position = 0
     for match in _SEGMENT.finditer(text):
-        pieces.append(("text", text[position : match.start()]))
-        pieces.append(("think" if match[1] else "mark", match[0]))
+        pieces.append(("text", text[position : match.start()].strip("\n")))
+        role = match["chatml_role"] or match["llama_role"]
+        if role:
+            pieces.append(("role", role))
+        elif match["think"]:
+            empty = not match["think"].removeprefix("<think>").removesuffix("</think>").strip()
+            pieces.append(("mark", "<think></think>") if empty else ("think", match["think"]))
+        elif match["mark"]:
+            pieces.append(("mark", match["mark"]))
         position = match.end()
-    pieces.append(("text", text[position:]))
+    pieces.append(("text", text[position:].strip("\n")))
     return [(kind, piece) for kind, piece in pieces if piece]
 
 

@@ -88,14 +88,23 @@ def test_the_page_has_the_training_curve(page: str) -> None:
     assert "<svg" in page
 
 
-def test_a_closing_script_tag_in_a_thinking_block_stays_text() -> None:
-    assert segments("a<think>b</think><|im_end|>c") == [
+def test_turns_thinking_and_other_marks_are_told_apart() -> None:
+    prompt = "<|im_start|>user\nHi\n\nyou<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert segments(prompt) == [
+        ("role", "user"),
+        ("text", "Hi\n\nyou"),
+        ("role", "assistant"),
+        ("mark", "<think></think>"),
+    ]
+    assert segments("a<think>b</think>\n\nc<|endoftext|>") == [
         ("text", "a"),
         ("think", "<think>b</think>"),
-        ("mark", "<|im_end|>"),
         ("text", "c"),
+        ("mark", "<|endoftext|>"),
     ]
     assert segments("<think>never closed") == [("think", "<think>never closed")]
+    llama = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    assert segments(llama) == [("mark", "<|begin_of_text|>"), ("role", "user"), ("text", "Hi")]
 
 
 def test_the_chart_needs_two_finite_losses() -> None:
