@@ -1,0 +1,65 @@
+"""Batches become sequences, sequences become token-budget batches, and no token or label is lost on the way."""
+
+import torch
+
+from finemill.kernels.packing import IGNORE_INDEX, pack_budget, pack_rows, pack_sequences, shift_labels, split_rows
+
+
+def sequence(length: int, first: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.arange(first, first + length)
+    labels = ids.clone()
+    labels[: length // 2] = IGNORE_INDEX
+    return ids, labels
+
+
+def test_labels_shift_to_the_token_that_predicts_them():
+    shifted = shift_labels(torch.tensor([[5, 6, 7], [8, IGNORE_INDEX, 9]]))
+    assert shifted.tolist() == [[6, 7, IGNORE_INDEX], [IGNORE_INDEX, 9, IGNORE_INDEX]]
+
+
+def test_no_label_crosses_from_one_packed_sequence_into_the_next():
+    batch = pack_sequences([sequence(4), sequence(2, first=50), sequence(3, first=70)])
+    assert batch.labels[[3, 5, 8]].tolist() == [IGNORE_INDEX] * 3
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2]
+    assert batch.sequences.cu_seqlens.tolist() == [0, 4, 6, 9]
+    assert batch.sequences.max_length == 4
+    assert batch.loss_rows.tolist() == torch.nonzero(batch.labels != IGNORE_INDEX).flatten().tolist()
+
+
+def test_padding_is_cut_off():
+    ids = torch.tensor([[1, 2, 3, 0], [0, 4, 5, 6]])
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1]])
+    batch = pack_rows(ids, ids, mask)
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6]
+    assert batch.sequences.cu_seqlens.tolist() == [0, 3, 6]
+
+
+def test_restarting_positions_separate_packed_sequences():
+    ids = torch.arange(10, 16)[None]
+    batch = pack_rows(ids, ids, position_ids=torch.tensor([[0, 1, 0, 1, 2, 0]]))
+    assert batch.sequences.cu_seqlens.tolist() == [0, 2, 5, 6]
+    assert [pair[0].tolist() for pair in split_rows(ids, ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1]]))] == [
+        [10, 11, 12, 13],
+        [14, 15],
+    ]
+
+
+def test_full_rows_equal_the_same_rows_packed_one_by_one():
+    ids = torch.arange(1, 13).reshape(3, 4)
+    whole, packed = pack_rows(ids, ids), pack_sequences([(row, row) for row in ids])
+    for name in ("input_ids", "position_ids", "labels", "loss_rows"):
+        assert torch.equal(getattr(whole, name), getattr(packed, name)), name
+    assert torch.equal(whole.sequences.cu_seqlens, packed.sequences.cu_seqlens)
+    assert whole.sequences.uniform == packed.sequences.uniform == (3, 4)
+
+
+def test_budget_batches_hold_every_sequence_once_within_the_budget():
+    rows = [sequence(length, first=100 * i) for i, length in enumerate((5, 9, 3, 7, 2, 20, 4, 1), start=1)]
+    batches = pack_budget(rows, budget=12)
+    assert sorted(b.num_tokens for b in batches)[-1] == 20  # longer than the budget: alone
+    assert all(b.num_tokens <= 12 for b in batches if b.sequences.count > 1)
+    tokens = torch.cat([b.input_ids for b in batches]).sort().values
+    assert torch.equal(tokens, torch.cat([ids for ids, _ in rows]).sort().values)
+    assert sum(b.num_labels for b in batches) == pack_sequences(rows).num_labels
+    again = pack_budget(rows, budget=12)
+    assert all(torch.equal(left.input_ids, right.input_ids) for left, right in zip(batches, again, strict=True))
