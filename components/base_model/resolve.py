@@ -19,6 +19,7 @@ _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "
 _HUB_REFERENCE = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,13 @@ def _local(folder: Path, reference: str) -> ResolvedBase:
 def _digest(folder: Path) -> str:
     """The artifact digest over the files that make up the model, whatever else lies in the folder."""
     paths = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
-    return digest_files({path.name: FileEntry(size=path.stat().st_size, sha256=sha256_file(path)) for path in paths})
+    return digest_files({path.name: FileEntry(size=path.stat().st_size, sha256=_sha256(path)) for path in paths})
+
+
+def _sha256(path: Path) -> str:
+    """Large files in Hugging Face's cache are named by their sha256: hashing them in every step would cost minutes."""
+    blob = path.resolve()
+    return blob.name if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else sha256_file(path)
 
 
 def _artifact(text: str) -> ResolvedBase:

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from finemill.components.artifacts import Producer, Reference, sha256_file
 from finemill.components.base_model.resolve import BUILTIN_MODELS, resolve_base_model
+from finemill.components.context import new_manifest
 from finemill.components.errors import UserError
+from finemill.components.storage.store import open_store
 
 BUILTIN = "builtin:tiny-qwen3"
 
@@ -52,6 +55,34 @@ def test_hub_snapshot_is_pinned_to_its_commit(tmp_path: Path) -> None:
     shutil.copytree(BUILTIN_MODELS[BUILTIN], repository / "snapshots" / commit)
     base = resolve_base_model("hf://finemill/tiny", tmp_path)
     assert (base.id, base.revision) == (f"hf://finemill/tiny@{commit}", commit)
+
+
+def test_large_files_of_the_hub_cache_are_not_read_again(tmp_path: Path) -> None:
+    repository = tmp_path / "models--finemill--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(BUILTIN_MODELS[BUILTIN], snapshot)
+    weights = snapshot / "model.safetensors"
+    blob = repository / "blobs" / sha256_file(weights)
+    blob.parent.mkdir()
+    weights.rename(blob)
+    weights.symlink_to(blob)
+    digest = resolve_base_model("hf://finemill/tiny@" + "0" * 40, tmp_path).digest
+    assert digest == resolve_base_model(BUILTIN).digest
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_only_an_artifact_of_kind_model_is_a_base(kind: str, folder_store: str) -> None:
+    uri = f"{folder_store}/merge/0"
+    store = open_store(uri)
+    staging = store.staging_folder(uri)
+    shutil.copytree(BUILTIN_MODELS[BUILTIN], staging, dirs_exist_ok=True)
+    manifest = store.publish(staging, uri, new_manifest(kind, staging, Producer(step="s", version="0", code="c")))
+    reference = str(Reference(uri, manifest.digest))
+    if kind == "model":
+        assert resolve_base_model(reference).id == reference
+    else:
+        with pytest.raises(UserError, match="of kind adapter: give one of kind model"):
+            resolve_base_model(reference)
 
 
 def test_pickled_weights_are_refused(model_folder: Path) -> None:
