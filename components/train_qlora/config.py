@@ -37,7 +37,7 @@ class TrainQLoRAConfig(StepConfig):
     """Quantize the quantization constants too: 0.4 bits per weight less."""
 
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Dtype of the matrix products; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Dtype of the matrix products; auto is bfloat16 on GPUs that have it, float16 on older ones, float32 on a CPU."""
 
     num_train_epochs: float = Field(default=1.0, gt=0)
     """Passes over the training rows."""

@@ -14,9 +14,11 @@ from finemill.components.train_qlora.config import TrainQLoRAConfig
 
 def compute_dtype(config: TrainQLoRAConfig, device: torch.device) -> torch.dtype:
     """The dtype of matrix products. On CPUs float32: bfloat16 there is slower at small sizes, and not everywhere."""
-    if config.compute_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[config.compute_dtype]
+    if config.compute_dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[config.compute_dtype]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def load_base(base_model: Path, config: TrainQLoRAConfig, device: torch.device) -> PreTrainedModel:
