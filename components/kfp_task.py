@@ -27,8 +27,7 @@ def run_kfp_task(
     manifest: Any,
     metrics: Any,
     shown: Mapping[str, Any] | None = None,
-    verdict_path: str | None = None,
-) -> None:
+) -> bool:
     """Run the step `name` and write its reference, manifest and metrics where KFP wants them.
 
     KFP turns every exit code into 1 and retries on any. So a failure that would only repeat itself is noted in the
@@ -39,7 +38,7 @@ def run_kfp_task(
         manifest: KFP artifact that carries the manifest, never the output's own files.
         metrics: KFP `Metrics` artifact.
         shown: KFP artifact (`HTML`, `Markdown`) per small file of the output that KFP's page is to show.
-        verdict_path: file that gets the step's verdict, `true` or `false` (a KFP `OutputPath(bool)`).
+    Returns: the step's verdict; without one whether there is an output, which is true.
     """
     try:
         result = _run_unless_failed(name, store=store, inputs=inputs, config=config, run_id=run_id)
@@ -47,8 +46,6 @@ def run_kfp_task(
         print(f"finemill {name}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     _write(Path(reference_path), str(result.reference))
-    if verdict_path:
-        _write(Path(verdict_path), get_step(name).verdict_text(result.manifest.metrics))
     _write(Path(manifest.path), result.manifest.to_bytes().decode())
     manifest.metadata.update(uri=result.reference.uri, digest=result.reference.digest, kind=result.manifest.kind)
     for key, value in result.manifest.metrics.items():
@@ -59,6 +56,8 @@ def run_kfp_task(
         folder, _ = fetch_artifact(result.reference)
         for name_in_output, artifact in shown.items():
             _write(Path(artifact.path), (folder / name_in_output).read_text())
+    step = get_step(name)
+    return step.verdict is None or step.verdict_text(result.manifest.metrics) == "true"
 
 
 def _run_unless_failed(

@@ -84,7 +84,8 @@ def _signature_entry(item: Parameter, defaults: Mapping[str, Any]) -> inspect.Pa
 def _condition(gate: Task | None, calls: Mapping[str, Any]) -> Any:
     if gate is None:
         return nullcontext()
-    return dsl.If(calls[gate.name].outputs[gate.step.verdict] == True, name=f"if-{gate.step.verdict}")  # noqa: E712
+    # kfp's local runner resolves a condition on a component's return value only, which is called so.
+    return dsl.If(calls[gate.name].outputs["Output"] == True, name=f"if-{gate.step.verdict}")  # noqa: E712
 
 
 def _call(task: Task, arguments: Mapping[str, Any], calls: Mapping[str, Any]) -> Any:

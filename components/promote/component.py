@@ -11,12 +11,11 @@ def promote(
     version: str,
     evaluation: str,
     decision: dsl.OutputPath(str),
-    promotion_passed: dsl.OutputPath(bool),
     manifest: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
     config: dict = {},
     run_id: str = "",
-):
+) -> bool:
     """Compare the new version with the champion and move the alias if it wins.
 
     Args:
@@ -24,22 +23,21 @@ def promote(
         version: reference of the registered version.
         evaluation: reference of the evaluation.
         decision: gets the reference of the decision, <uri>@sha256:<digest>.
-        promotion_passed: gets true if the version became the champion.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
         config: fields as in `finemill schema promote`; the rest keep their defaults.
         run_id: groups the steps of one pipeline run in MLflow.
+    Returns: whether the version became the champion.
     """
     from finemill.components.kfp_task import run_kfp_task
 
-    run_kfp_task(
+    return run_kfp_task(
         "promote",
         store=store,
         inputs={"version": version, "evaluation": evaluation},
         config=config,
         run_id=run_id,
         reference_path=decision,
-        verdict_path=promotion_passed,
         manifest=manifest,
         metrics=metrics,
     )

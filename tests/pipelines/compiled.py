@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from finemill.components.steps import STEPS
+
 
 @dataclass(frozen=True)
 class CompiledTask:
@@ -137,6 +139,8 @@ def _kfp_task(
 def _kfp_source(value: dict[str, Any], outer: dict[str, str]) -> str:
     if "taskOutputParameter" in value:
         producer = value["taskOutputParameter"]
-        return f"{producer['producerTask']}.{producer['outputParameterKey']}"
+        verdict = STEPS[producer["producerTask"]].verdict
+        key = verdict if producer["outputParameterKey"] == "Output" else producer["outputParameterKey"]
+        return f"{producer['producerTask']}.{key}"
     name: str = value.get("componentInputParameter", "constant")
     return outer.get(name, name)
