@@ -84,7 +84,7 @@ def attention_forward(
         out: (T, N, D) to write, any token pitch; new by default.
     Returns: out, and what `attention_backward` needs besides it.
     """
-    match backend(q):
+    match backend(q, sequences):
         case "cudnn":
             return _cudnn_forward(q, k, v, sequences, scale, _like(q) if out is None else out)
         case "flash":
@@ -106,7 +106,7 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate. Returns: dq (T, N, D), dk and dv (T, K, D), contiguous. `dout` like out, any token pitch."""
-    match backend(q):
+    match backend(q, sequences):
         case "cudnn":
             return _cudnn_backward(dout, q, k, v, out, saved[0], sequences, scale)
         case "flash":
@@ -115,15 +115,17 @@ def attention_backward(
             return attention_backward_reference(dout, q, k, v, out, saved[0], sequences, scale)
 
 
-def backend(q: Tensor) -> str:
-    """Which implementation runs for this tensor: "cudnn", "flash" or "plain".
+def backend(q: Tensor, sequences: Sequences) -> str:
+    """Which implementation runs: "cudnn", "flash" or "plain".
 
     FINEMILL_ATTENTION=flash or plain asks for another one than the fastest, to compare them.
     """
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
         return "plain"
     wanted = os.environ.get("FINEMILL_ATTENTION", "cudnn")
-    return "flash" if wanted == "cudnn" and _cudnn_module(q.device) is None else wanted
+    # cuDNN has no plan for sequences of one token.
+    covered = sequences.max_length > 1 and _cudnn_module(q.device) is not None
+    return "flash" if wanted == "cudnn" and not covered else wanted
 
 
 @contextlib.contextmanager

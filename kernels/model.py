@@ -160,6 +160,8 @@ class FastModel:
                 saved.append(kept)
                 parked.append(self._park(kept, self.plan.host_levels[index]))
         assert delta is not None
+        if self._arena is not None:
+            self._arena.drain()
         result = loss_head(
             x,
             delta,
@@ -172,8 +174,6 @@ class FastModel:
             pad=self.grad_pad if train else None,
         )
         del x, delta
-        if self._arena is not None:
-            self._arena.drain()
         if result.grad is None:
             return result, None
         state = ForwardState(batch, rope, saved, parked, result.grad, self.plan)

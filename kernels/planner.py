@@ -13,8 +13,8 @@ from finemill.kernels.attention import WORKSPACE_PER_ELEMENT
 from finemill.kernels.decoder_layer import LayerShape, Level
 from finemill.kernels.projection import PAD
 
-CUBLAS_WORKSPACE = 66 << 20
-"""What torch allocates for cuBLAS on Hopper: 32 MiB a stream, one for eager work and one for captured graphs."""
+CUBLAS_WORKSPACE = 136 << 20
+"""What torch allocates for cuBLAS and cuBLASLt on Hopper: 32 MiB each for eager work and for captured graphs."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: code, double-quantized scale, nested scale."""
 
@@ -265,12 +265,13 @@ def _candidates(
     for cached in (False, True) if work.quantized and not work.stream_weights else (False,):
         weights = work.extended_bytes * (layers if cached else work.quantized)
         for host in (None, Level.INPUT, Level.ATTENTION) if allow_host else (None,):
-            # Two layers' tensors are on the device at any time: the current ones, and those on their way.
+            # Of the parked layers' tensors one layer's are on their way while the last two layers, not parked, run.
             on_host = 0 if host is None else max(0, layers - 2)
             stall = 0.0 if host is None else max(0.0, parkable[host] * tokens / rates.bus_bytes - forward) * on_host
             base = host if host == Level.ATTENTION else Level.INPUT
             resident = [saved[base]] * layers
             left = budget - work.static_bytes() - work.working_bytes(tokens, chunk, base) - weights
+            left -= 0 if host is None else parkable[host] * tokens
             for index in range(layers):
                 parked = parkable[host] if host is not None and index < on_host else 0
                 resident[index] = saved[base] - parked
