@@ -12,6 +12,7 @@ import torch
 from finemill.components.causal_lm import load_adapter, load_causal_lm
 from finemill.components.context import StepContext
 from finemill.components.errors import StepError, UserError
+from finemill.components.generation import stop_token_ids
 from finemill.components.merge.config import MergeConfig
 from finemill.components.merge.parity import check_chat_template, compare_logits, logits_of, probe_prompts
 
@@ -42,11 +43,14 @@ def merge_adapter(
     context.recorder.log_progress("loading base and adapter")
     tuned = load_adapter(load_causal_lm(base_model, device=torch.device("cpu"), dtype=compute_dtype), adapter)
     copy_tokenizer(adapter, base_model, output_dir)
-    prompts = probe_prompts(AutoTokenizer.from_pretrained(output_dir, trust_remote_code=False))
+    tokenizer = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=False)
+    prompts = probe_prompts(tokenizer)
     expected = logits_of(tuned, prompts)
     context.recorder.log_progress(f"merging, and writing {str(dtype).removeprefix('torch.')}")
     separate_embeddings(tuned)
     merged = tuned.merge_and_unload(safe_merge=True)
+    # A base that never chatted knows no end of turn: without it the merged model would go on after its answer.
+    merged.generation_config.eos_token_id = stop_token_ids(tokenizer, base_model)
     merged.to(dtype).save_pretrained(output_dir, max_shard_size=config.max_shard_size)
     del tuned, merged
     context.recorder.log_progress("comparing the written model with base and adapter")

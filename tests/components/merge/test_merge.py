@@ -79,6 +79,12 @@ def test_tokenizer_and_chat_template_are_the_adapters_byte_for_byte(
         assert before.apply_chat_template(chat, **options) == after.apply_chat_template(chat, **options)
 
 
+def test_generation_ends_at_the_end_of_the_turn(merged: tuple[Path, Mapping[str, float]]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(merged[0])
+    stops = json.loads((merged[0] / "generation_config.json").read_text())["eos_token_id"]
+    assert tokenizer.convert_ids_to_tokens(stops) == ["<|im_end|>", "<|endoftext|>"]
+
+
 def test_a_wrong_merge_is_caught(
     tiny_model_dir: Path,
     tiny_adapter_dir: Path,
