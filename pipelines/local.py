@@ -14,7 +14,7 @@ from typing import Any
 
 from finemill.components.errors import StepError
 from finemill.components.progress import EVENTS_VARIABLE
-from finemill.pipelines.graph import Pipeline
+from finemill.pipelines.graph import SMALL, Pipeline
 
 STOP_TIMEOUT_S = 60.0
 """How long a step that was told to stop may take to save its state."""
@@ -24,7 +24,7 @@ def for_this_machine(pipeline: Pipeline) -> Pipeline:
     """The pipeline without what only a cluster needs: retries (there is no node to lose, a failed step would only fail
     again) and the preflight step (the caller has checked configuration and store).
     """
-    tasks = [replace(task, retries=0, after=()) for task in pipeline.tasks if task.name != "preflight"]
+    tasks = [replace(task, retries=0, after=(), resources=SMALL) for task in pipeline.tasks if task.name != "preflight"]
     return replace(pipeline, tasks=tuple(tasks))
 
 

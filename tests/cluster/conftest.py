@@ -35,6 +35,13 @@ class Cluster:
     registry: str
     namespace: str = "finemill-test"
     keys: dict[str, str] = field(default_factory=dict)
+    model: str = field(default_factory=lambda: f"cluster-test-{time.time():.0f}")
+    """A registered model that no earlier test has left a champion in."""
+
+    @property
+    def config(self) -> list[str]:
+        """The flags of the small run."""
+        return ["--config", str(SMALL), "--register.registered-model-name", self.model]
 
     def run(self, *command: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a command with the cluster's environment."""

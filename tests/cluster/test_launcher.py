@@ -1,7 +1,6 @@
 """Every component's container, started as KFP's launcher starts it: see the environment in `launched_pod`."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import yaml
 from finemill.cli import main
 from finemill.components.steps import STEPS
 from finemill.pipelines.catalog import PIPELINES
-from tests.cluster.conftest import Cluster, wait_until
+from tests.cluster.conftest import SMALL, Cluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 # What the launcher mounts, and nothing else can be written besides the image's own /tmp.
@@ -116,7 +115,7 @@ def launch(
 
 
 def test_every_component_runs_as_the_launcher_starts_it(cluster: Cluster, executors: dict[str, dict[str, Any]]) -> None:
-    config = yaml.safe_load((Path(__file__).parent / "small.yaml").read_text())
+    config = yaml.safe_load(SMALL.read_text()) | {"register": {"registered_model_name": cluster.model}}
     references: dict[str, str] = {"base_model": "builtin:tiny-qwen3"}
     assert set(executors) == {task.name for task in PIPELINES["retrain"].tasks}
     for task in PIPELINES["retrain"].tasks:

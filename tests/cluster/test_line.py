@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import SMALL, Cluster, wait_until
+from tests.cluster.conftest import Cluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(3600)]
-CONFIG = ["--config", str(SMALL)]
-MODEL = "cluster-test"
 
 
 @pytest.fixture(scope="module")
 def line(cluster: Cluster) -> subprocess.CompletedProcess[str]:
     """The whole line, submitted once."""
-    return cluster.submit("finetune", *CONFIG)
+    return cluster.submit("finetune", *cluster.config)
 
 
 @pytest.fixture
@@ -58,7 +56,7 @@ def test_wrong_credentials_end_in_seconds_with_one_line(cluster: Cluster) -> Non
     cluster.secret(**{**cluster.keys, "AWS_SECRET_ACCESS_KEY": "wrong"})
     try:
         started = time.monotonic()
-        result = cluster.submit("finetune", *CONFIG)
+        result = cluster.submit("finetune", *cluster.config)
         assert time.monotonic() - started < 120
     finally:
         cluster.secret(**cluster.keys)
@@ -74,7 +72,7 @@ def test_wrong_credentials_end_in_seconds_with_one_line(cluster: Cluster) -> Non
 def test_a_missing_secret_is_said(cluster: Cluster) -> None:
     cluster.kubectl("delete", "secret", "finemill-s3")
     try:
-        result = cluster.submit("finetune", *CONFIG)
+        result = cluster.submit("finetune", *cluster.config)
     finally:
         cluster.secret(**cluster.keys)
     assert result.returncode == 2, result.stderr
@@ -96,14 +94,16 @@ def test_a_user_without_rights_is_told_which_role_to_bind(cluster: Cluster, tmp_
         cluster.registry,
         cluster.namespace,
     )
-    refused = stranger.submit("finetune", *CONFIG)
+    refused = stranger.submit("finetune", *cluster.config)
     assert refused.returncode == 2
     assert "forbidden" in refused.stderr
     assert "bind the Role `<release>-submit`" in refused.stderr
     cluster.kubectl(
         "create", "rolebinding", "stranger", "--role=mill-submit", f"--serviceaccount={cluster.namespace}:stranger"
     )
-    accepted = stranger.finemill("submit", "finetune", "--engine", "argo", "--namespace", cluster.namespace, *CONFIG)
+    accepted = stranger.finemill(
+        "submit", "finetune", "--engine", "argo", "--namespace", cluster.namespace, *cluster.config
+    )
     assert accepted.returncode == 0, accepted.stderr
     cluster.kubectl("delete", "workflow", accepted.stdout.strip())
 
@@ -113,7 +113,7 @@ def test_the_whole_line_ends_in_a_promoted_version(
 ) -> None:
     assert line.returncode == 0, line.stdout + line.stderr
     assert line.stdout.splitlines()[-1].endswith("done, promoted")
-    version = registry.get_model_version_by_alias(MODEL, "champion")
+    version = registry.get_model_version_by_alias(cluster.model, "champion")
     assert version.source.startswith(cluster.store)
 
 
@@ -132,7 +132,7 @@ def test_every_pod_ran_on_the_built_images_as_restricted(
 
 
 def test_the_same_again_is_reused(line: subprocess.CompletedProcess[str], cluster: Cluster) -> None:
-    again = cluster.submit("finetune", *CONFIG)
+    again = cluster.submit("finetune", *cluster.config)
     assert again.returncode == 0, again.stderr
     first, second = line.stdout.split()[0], again.stdout.split()[0]
     for step, port in (("data-prep", "rows"), ("train-qlora", "adapter"), ("gguf-quantize", "gguf")):
@@ -145,7 +145,7 @@ def test_a_killed_training_pod_goes_on_from_its_checkpoint(
     line: subprocess.CompletedProcess[str], cluster: Cluster
 ) -> None:
     place = ["--engine", "argo", "--namespace", cluster.namespace]
-    run = cluster.finemill("submit", "finetune", *place, *CONFIG, "--train-qlora.seed", "7").stdout.strip()
+    run = cluster.finemill("submit", "finetune", *place, *cluster.config, "--train-qlora.seed", "7").stdout.strip()
     selector = f"workflows.argoproj.io/workflow={run},app.kubernetes.io/component=train-qlora"
 
     def training_step() -> str:
@@ -167,7 +167,7 @@ def test_of_two_promotions_at_once_one_wins(
 ) -> None:
     runs = [line.stdout.split()[0], last_run(cluster, "finetune")]
     assert runs[0] != runs[1]
-    registry.delete_registered_model_alias(MODEL, "champion")
+    registry.delete_registered_model_alias(cluster.model, "champion")
     results: list[dict[str, Any]] = []
 
     def promote(run: str) -> None:
@@ -204,11 +204,11 @@ def test_of_two_promotions_at_once_one_wins(
         for parameter in node.get("outputs", {}).get("parameters", [])
         if parameter["name"] == "promotion_passed" and node["type"] == "Pod"
     ]
-    champion = registry.get_model_version_by_alias(MODEL, "champion")
+    champion = registry.get_model_version_by_alias(cluster.model, "champion")
     assert "true" in passed
     # The second was compared with the first: it lost, or it beat it and the first is the previous champion.
     if passed.count("true") == 2:
-        assert registry.get_model_version_by_alias(MODEL, "previous_champion").version != champion.version
+        assert registry.get_model_version_by_alias(cluster.model, "previous_champion").version != champion.version
 
 
 def test_the_schedule_fires_and_without_new_data_ends_as_unchanged(
@@ -218,7 +218,7 @@ def test_the_schedule_fires_and_without_new_data_ends_as_unchanged(
     cluster.helm("schedule.enabled=true", "schedule.cron=* * * * *", "schedule.suspend=true")
     uid = cluster.get("cronworkflow", "retrain")["metadata"]["uid"]
     scheduled = cluster.finemill(
-        "submit", "retrain", *place, *CONFIG, "--schedule", "* * * * *", "--timezone", "Etc/UTC"
+        "submit", "retrain", *place, *cluster.config, "--schedule", "* * * * *", "--timezone", "Etc/UTC"
     )
     assert scheduled.returncode == 0, scheduled.stderr
     label = "workflows.argoproj.io/cron-workflow=retrain"

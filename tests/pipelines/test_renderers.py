@@ -9,6 +9,7 @@ import yaml
 from finemill.cli import main
 from finemill.components.steps import STEPS
 from finemill.pipelines.catalog import PIPELINES
+from finemill.pipelines.graph import SMALL
 from tests.pipelines.compiled import CompiledTask, read_argo, read_kfp
 
 CLUSTER = """
@@ -157,4 +158,4 @@ def test_local_runs_leave_out_what_only_a_cluster_needs() -> None:
     finetune = PIPELINES["finetune"]
     local = for_this_machine(finetune)
     assert [task.name for task in local.tasks] == [task.name for task in finetune.tasks if task.name != "preflight"]
-    assert all(task == replace(task, retries=0, after=()) for task in local.tasks)
+    assert all(task == replace(task, retries=0, after=(), resources=SMALL) for task in local.tasks)
