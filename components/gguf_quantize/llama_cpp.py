@@ -39,25 +39,21 @@ class LlamaServer:
         on_progress: Callable[[int], None],
     ) -> list[Answer]:
         """Greedy answers in the order of `prompts`; the text of the token that ended the turn is left out."""
-        done = 0
-
-        def answer(prompt: Sequence[int]) -> Answer:
-            nonlocal done
-            result = self._complete({"prompt": list(prompt), "max_tokens": max_new_tokens})
-            done += 1
-            on_progress(done)
-            choice = result["choices"][0]
-            text = next(
-                (choice["text"].removesuffix(stop) for stop in stop_texts if choice["text"].endswith(stop)), None
-            )
-            return Answer(
-                choice["text"] if text is None else text,
-                result["usage"]["completion_tokens"],
-                finished=choice["finish_reason"] == "stop",
-            )
-
+        answers: list[Answer] = []
         with ThreadPoolExecutor(_PARALLEL) as pool:
-            return list(pool.map(answer, prompts))
+            requests = [{"prompt": list(prompt), "max_tokens": max_new_tokens} for prompt in prompts]
+            for result in pool.map(self._complete, requests):
+                choice = result["choices"][0]
+                stop = next((stop for stop in stop_texts if choice["text"].endswith(stop)), "")
+                answers.append(
+                    Answer(
+                        choice["text"].removesuffix(stop),
+                        result["usage"]["completion_tokens"],
+                        finished=choice["finish_reason"] == "stop",
+                    )
+                )
+                on_progress(len(answers))
+        return answers
 
     def next_token_log_probabilities(self, prompt: Sequence[int], count: int) -> dict[int, float]:
         """Log-probability of the `count` likeliest next tokens under the full softmax of the model's logits."""
