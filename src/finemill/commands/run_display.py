@@ -50,6 +50,8 @@ def print_results(references: Mapping[str, str], tracking_uri: str, stream: Text
     parsed = {step: Reference.parse(text) for step, text in references.items()}
     manifests = {step: read_artifact(reference) for step, reference in parsed.items()}
     write = stream.write
+    if "detect-change" in manifests and not manifests["detect-change"].metrics["detect_change/changed"]:
+        write("\nunchanged: the data is that of the newest registered version\n")
     if "eval" in manifests:
         write(f"\n{score_table(manifests['eval'].metrics)}\n")
     write("\n")
