@@ -32,7 +32,12 @@ class StepDescription:
         cls, name: str, config: Mapping[str, Any], inputs: Mapping[str, str], made_by: Producer, run_id: str | None
     ) -> "StepDescription":
         """Describe a call of the step `name`; `inputs` are references by port."""
-        tags = {STEP_TAG: name, **_origin_tags(made_by), **lineage_tags(inputs)}
+        tags = {
+            STEP_TAG: name,
+            "mlflow.source.name": f"finemill {name}",
+            **_origin_tags(made_by),
+            **lineage_tags(inputs),
+        }
         tags |= {f"finemill.input.{port}": without_credentials(value) for port, value in inputs.items()}
         return cls(name, flatten(config), tags, run_id)
 
@@ -69,7 +74,12 @@ def base_model_tags(reference: str) -> dict[str, str]:
 
 
 def _origin_tags(made_by: Producer) -> dict[str, str]:
-    found = {"git.sha": made_by.git_sha, "image.digest": made_by.image, "finemill.version": made_by.version}
+    found = {
+        "git.sha": made_by.git_sha,
+        "mlflow.source.git.commit": made_by.git_sha,
+        "image.digest": made_by.image,
+        "finemill.version": made_by.version,
+    }
     return {key: value for key, value in found.items() if value}
 
 

@@ -92,7 +92,12 @@ class _Writer:
 
         self._client = client
         self._experiment = find_experiment(client, uri)
-        run = client.create_run(self._experiment, start_time=start_time, run_name=name, tags={"pipeline.name": name})
+        run = client.create_run(
+            self._experiment,
+            start_time=start_time,
+            run_name=name,
+            tags={"pipeline.name": name, "mlflow.source.name": f"finemill run {name}"},
+        )
         self._parent: str = run.info.run_id
         self._open: dict[str, StepRecord] = {}
         log_params(client, self._parent, params)

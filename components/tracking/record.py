@@ -1,9 +1,11 @@
 """Writing one step's MLflow run: parameters, tags, live metrics, results, end."""
 
+import json
 import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from finemill.components.artifacts import Manifest, Reference
 from finemill.components.storage.store import fetch_artifact
@@ -18,6 +20,7 @@ ARTIFACT_NAMES = ("report.html", "report.md", "metrics.json", "decision.md", "de
 MAX_ARTIFACT_BYTES = 8 * 2**20
 _MAX_PARAMS_PER_BATCH = 100
 _MAX_METRICS_PER_BATCH = 1000
+_DATASET_DIGEST_LENGTH = 36
 FLUSH_INTERVAL_S = 2.0
 
 Point = tuple[str, float, int, int]
@@ -55,6 +58,7 @@ class StepRecord:
         run = client.create_run(experiment_id, run_name=step.name, tags={**step.tags, **parent}, start_time=start_time)
         record = cls(client, run.info.run_id, parent_id)
         record.log_params(step.params)
+        log_dataset(client, record.run_id, step)
         if parent_id:
             set_lineage(client, parent_id, step)
         return record
@@ -73,7 +77,9 @@ class StepRecord:
 
     def finish(self, reference: Reference, manifest: Manifest, *, end_time: int | None = None) -> None:
         """Record the step's metrics, the totals also on the parent, and the link to its output; end the run."""
-        self.client.set_tag(self.run_id, OUTPUT_TAG, without_credentials(str(reference)))
+        place = without_credentials(str(reference))
+        self.client.set_tag(self.run_id, OUTPUT_TAG, place)
+        self.client.set_tag(self.run_id, "mlflow.note.content", f"Output: `{place}`")
         self.log_points(points(manifest.metrics, 0))
         if self.parent_id and self._owned:
             totals = {name: value for name, value in manifest.metrics.items() if is_total(name)}
@@ -110,10 +116,22 @@ def log_params(client: "MlflowClient", run_id: str, params: Mapping[str, str]) -
         client.log_batch(run_id, params=new[start : start + _MAX_PARAMS_PER_BATCH], synchronous=True)
 
 
+def log_dataset(client: "MlflowClient", run_id: str, step: StepDescription) -> None:
+    """Record the dataset as MLflow's own input, which its pages show in a column."""
+    from mlflow.entities import Dataset, DatasetInput
+
+    digest, uri = step.tags.get("dataset.digest"), step.tags.get("finemill.input.dataset")
+    if digest and uri:
+        source = json.dumps({"uri": uri})
+        dataset = Dataset("dataset", digest[:_DATASET_DIGEST_LENGTH], source_type=urlsplit(uri).scheme, source=source)
+        client.log_inputs(run_id, [DatasetInput(dataset)])
+
+
 def set_lineage(client: "MlflowClient", run_id: str, step: StepDescription) -> None:
     """Copy to the parent run what its steps know of data, base model and code: one looks for runs by that."""
     from mlflow.entities import RunTag
 
+    log_dataset(client, run_id, step)
     wanted = ("dataset.digest", "base_model.id", "base_model.revision", "image.digest", "git.sha", "finemill.version")
     tags = [RunTag(key, step.tags[key]) for key in wanted if key in step.tags]
     client.log_batch(run_id, tags=tags, synchronous=True)
