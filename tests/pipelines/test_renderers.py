@@ -74,6 +74,31 @@ def test_compiled_pipelines_are_the_golden_files(name: str, engine: str, tmp_pat
     assert written == list(yaml.safe_load_all(golden.read_text()))
 
 
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_the_kfp_pipeline_is_of_the_published_specification(name: str) -> None:
+    from google.protobuf import json_format
+    from kfp.kubernetes import kubernetes_executor_config_pb2
+    from kfp.pipeline_spec import pipeline_spec_pb2
+
+    golden = Path(__file__).parent / "golden" / f"{name}-kfp.yaml"
+    pipeline, platform = yaml.safe_load_all(golden.read_text())
+    parsed = json_format.ParseDict(pipeline, pipeline_spec_pb2.PipelineSpec())
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert set(executors) == set(parsed.deployment_spec["executors"])
+    for settings in executors.values():
+        found = json_format.ParseDict(settings, kubernetes_executor_config_pb2.KubernetesExecutorConfig())
+        assert found.security_context.run_as_non_root is True
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_the_argo_pipeline_reads_back_as_it_was_written(name: str) -> None:
+    from hera.workflows import WorkflowTemplate
+
+    golden = Path(__file__).parent / "golden" / f"{name}-argo.yaml"
+    template = WorkflowTemplate.from_yaml(golden.read_text())
+    assert yaml.safe_load(template.to_yaml()) == yaml.safe_load(golden.read_text())
+
+
 def test_every_attempt_of_kfp_has_a_week(tmp_path: Path) -> None:
     """KFP's own limit is one hour after the first attempt began: no long training would be tried again."""
     main(["compile", "finetune", "--engine", "kfp", "-o", str(tmp_path / "out.yaml")])
