@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+import finemill
 from finemill.cli import main
 from finemill.components.steps import STEPS
 from finemill.pipelines.catalog import PIPELINES
@@ -51,6 +52,14 @@ def test_the_cluster_s_settings_reach_both_engines(tmp_path: Path) -> None:
     rows = argo["data-prep"]
     assert (rows.image, rows.cpu, rows.memory, rows.gpus, rows.queue) == ("mine:1", "500m", "1Gi", None, None)
     assert (rows.node_selector, rows.tolerations) == ((), ())
+
+
+def test_the_settings_for_a_test_cluster_fit_on_two_cores(tmp_path: Path) -> None:
+    settings = Path(finemill.__file__).parent / "pipelines" / "configs" / "cluster-dev.yaml"
+    (_, kfp), (_, argo) = compile_both("finetune", tmp_path, "--cluster", str(settings))
+    assert kfp == argo
+    assert {task.cpu for task in argo.values()} == {"500m", "1", "1500m"}
+    assert all(task.image.startswith("localhost/finemill-") for task in argo.values())
 
 
 def test_the_compiled_graph_is_the_defined_graph(tmp_path: Path) -> None:
