@@ -195,7 +195,8 @@ def _build(model: nn.Module) -> FastModel:
 
 def _causal_model(model: nn.Module) -> Any:
     """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
 
 
 def _linears(layer: Any) -> dict[str, Any]:

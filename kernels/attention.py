@@ -21,6 +21,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -132,14 +133,14 @@ def backend(q: Tensor, sequences: Sequences) -> str:
 def _deterministic() -> Iterator[None]:
     """Let FlashAttention-2 pick its deterministic backward, without torch's filling of uninitialized memory."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings: Any = torch.utils.deterministic
+    fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
     torch._C._set_deterministic_algorithms(True, warn_only=False)
     try:
         yield
     finally:
         torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 def _flash_forward(
@@ -356,7 +357,13 @@ def _cudnn_backward(
     step = max(divisor for divisor in range(1, kv_heads + 1) if kv_heads % divisor == 0 and divisor <= limit)
     for first in range(0, kv_heads, step):
         keys, queries = slice(first, first + step), slice(first * group, (first + step) * group)
-        tensors = {"q": q[:, queries], "k": k[:, keys], "v": v[:, keys], "out": out[:, queries], "dout": dout[:, queries]}
+        tensors = {
+            "q": q[:, queries],
+            "k": k[:, keys],
+            "v": v[:, keys],
+            "out": out[:, queries],
+            "dout": dout[:, queries],
+        }
         tensors |= {"dq": dq[:, queries], "dk": dk[:, keys], "dv": dv[:, keys]}
         part = stats[:, queries]
         _cudnn_run(_plan_key(tensors, part, sequences, scale), sequences, tensors | {"stats": part})
@@ -380,7 +387,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 def _bounds(sequences: Sequences) -> Iterator[tuple[int, int]]:
     starts = sequences.cu_seqlens.tolist()
-    return ((begin, end) for begin, end in zip(starts, starts[1:], strict=False) if end > begin)
+    return ((begin, end) for begin, end in pairwise(starts) if end > begin)
 
 
 def _heads_first(tensor: Tensor, heads: int) -> Tensor:

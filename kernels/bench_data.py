@@ -104,7 +104,9 @@ def ensure_checkpoint(name: str, layers: int, device: torch.device, seed: int = 
     return folder
 
 
-def _write_shards(folder: Path, specs: list[tuple[str, tuple[int, ...], bool]], device: torch.device, seed: int) -> None:
+def _write_shards(
+    folder: Path, specs: list[tuple[str, tuple[int, ...], bool]], device: torch.device, seed: int
+) -> None:
     from safetensors.torch import save_file
 
     shards: list[dict[str, Tensor]] = [{}]
@@ -124,7 +126,7 @@ def _write_shards(folder: Path, specs: list[tuple[str, tuple[int, ...], bool]], 
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
         return
-    index = {}
+    index: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
@@ -160,7 +162,12 @@ def _config(shape: ModelShape) -> dict[str, Any]:
     if shape.family == "qwen3":
         window = {"sliding_window": None, "use_sliding_window": False, "max_window_layers": shape.layers}
         return config | window | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-    return config | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False, "pretraining_tp": 1}
+    return config | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+    }
 
 
 def _write_tokenizer(folder: Path, shape: ModelShape) -> None:

@@ -49,7 +49,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=0, help="cut the model to this many layers (0: all)")
     parser.add_argument("--seq", type=int, default=2048, help="tokens per row")
     parser.add_argument("--bs", type=int, default=2, help="rows per micro-batch")
-    parser.add_argument("--accum", type=int, default=4, help="micro-batches per optimizer step; merged where memory allows")
+    parser.add_argument(
+        "--accum", type=int, default=4, help="micro-batches per optimizer step; merged where memory allows"
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=0.0, help="lora_alpha (0: same as rank)")
     parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout")
@@ -58,11 +60,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=4, help="steps left out of the timing")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--clip", type=float, default=1.0, help="gradient-norm clipping")
-    parser.add_argument("--memory-gb", type=float, default=0.0, help="device memory to stay within, GiB (0: the card's)")
+    parser.add_argument(
+        "--memory-gb", type=float, default=0.0, help="device memory to stay within, GiB (0: the card's)"
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--trainer", action="store_true", help="through FastSFTTrainer instead of the bare loop")
     parser.add_argument("--packing", action="store_true", help="--trainer: packing=True")
-    parser.add_argument("--rows", type=_files, default=[], help="--trainer: chat files, comma separated, for row lengths")
+    parser.add_argument(
+        "--rows", type=_files, default=[], help="--trainer: chat files, comma separated, for row lengths"
+    )
     parser.add_argument("--num-rows", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=3407)
     parser.add_argument("--eager", action="store_true", help="launch kernel by kernel instead of by CUDA graph")
@@ -100,7 +106,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     packed = [[pack_rows(rows, rows).to(device) for rows in step] for step in steps]
     graphed = device.type == "cuda" and not args.eager and launch_bound(plan, workload(args, shape))
     runner = GraphRunner(model) if graphed else None
-    optimizer = FlatAdamW(model.adapters, lr=args.lr, weight_decay=0.01, max_norm=args.clip, bits=8 if plan.eight_bit else 32)
+    optimizer = FlatAdamW(
+        model.adapters, lr=args.lr, weight_decay=0.01, max_norm=args.clip, bits=8 if plan.eight_bit else 32
+    )
     scale = 1.0 / (args.bs * args.accum * (args.seq - 1))
     times, losses, norms, first_end = [], [], [], 0.0
     for step in range(args.steps):

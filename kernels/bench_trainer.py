@@ -24,7 +24,8 @@ class StepTimer(TrainerCallback):  # type: ignore[misc]
     """Times optimizer steps with the device idle before and after, and the peak after the warm-up."""
 
     def __init__(self, warmup: int) -> None:
-        self.warmup, self.seconds = warmup, []
+        self.warmup = warmup
+        self.seconds: list[float] = []
         self._begin = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -360,7 +360,9 @@ class DecoderLayer:
         """View of the v columns as (T, K, D)."""
         shape = self.shape
         start = (shape.num_heads + shape.num_kv_heads) * shape.head_dim
-        return qkv[:, start : shape.qkv_width].unflatten(1, (shape.num_kv_heads, shape.head_dim))
+        values: Tensor = qkv[:, start : shape.qkv_width].unflatten(1, (shape.num_kv_heads, shape.head_dim))
+        return values
 
     def _output_heads(self, attended: Tensor) -> Tensor:
-        return attended[:, : self.shape.q_width].unflatten(1, (self.shape.num_heads, self.shape.head_dim))
+        heads: Tensor = attended[:, : self.shape.q_width].unflatten(1, (self.shape.num_heads, self.shape.head_dim))
+        return heads

@@ -1,8 +1,8 @@
 """CUDA graphs of whole micro-batches: one launch in place of a few thousand.
 
-An eager launch costs the host 20 microseconds on the machine measured (results.md), a node of a graph 1. A micro-batch's
-forward and backward, host copies included, is captured once per shape and replayed with new tokens in the same buffers;
-the optimizer stays outside. Shapes are rounded up so that few graphs are needed: tokens to a bucket with one unlabelled
+An eager launch costs the host 20 microseconds on the machine measured (results.md), a node of a graph 1. The forward
+and backward of a micro-batch, host copies included, are captured once per shape and replayed with new tokens in the
+same buffers; the optimizer stays outside. Shapes are rounded up so that few graphs are needed: tokens to a bucket with one unlabelled
 dummy sequence, labelled rows and the number of sequences likewise. A replay runs the very kernels of the eager pass, so
 it gives bitwise the same gradient as an eager pass of the same padded batch.
 

@@ -58,18 +58,18 @@ class Rotary:
 
     def _frequencies(self) -> Tensor:
         parameters = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
-        theta = parameters.get("rope_theta") or self.config.get("rope_theta", 10000.0)
+        theta = float(parameters.get("rope_theta") or self.config.get("rope_theta", 10000.0))
         exponent = torch.arange(0, self.head_dim, 2, dtype=torch.int64).to(self.device, torch.float32) / self.head_dim
-        inverse = 1.0 / (theta**exponent)
+        inverse: Tensor = 1.0 / (theta**exponent)
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind == "default":
             return inverse
         if kind != "llama3":
             raise ValueError(f"rope_type is {kind!r}: this loader knows 'default' and 'llama3'; load with transformers")
         old = parameters["original_max_position_embeddings"]
-        low, high, factor = (parameters[k] for k in ("low_freq_factor", "high_freq_factor", "factor"))
+        low, high, factor = (float(parameters[k]) for k in ("low_freq_factor", "high_freq_factor", "factor"))
         wavelength = 2 * math.pi / inverse
-        smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
+        smooth: Tensor = ((old / wavelength - low) / (high - low)).clamp(0, 1)
         return (1 - smooth) * inverse / factor + smooth * inverse
 
 
@@ -115,9 +115,7 @@ def load_model(
         else:
             found[name] = tensor.to(dtype)
     parameters: dict[str, nn.Parameter] = {}
-    parts = [
-        _layer_parts(found, index, lora, parameters, device) for index in range(config["num_hidden_layers"])
-    ]
+    parts = [_layer_parts(found, index, lora, parameters, device) for index in range(config["num_hidden_layers"])]
     embedding = found["model.embed_tokens.weight"]
     model = assemble_model(
         parts,
@@ -210,7 +208,7 @@ def _stream_tensors(path: Path, device: torch.device) -> Iterator[tuple[str, Ten
                 buffer = torch.empty(entry.size, dtype=torch.uint8, pin_memory=cuda)
                 with entry.file.open("rb", buffering=0) as stream:
                     stream.seek(entry.begin)
-                    view = memoryview(buffer.numpy())
+                    view = memoryview(buffer.numpy())  # type: ignore[arg-type]
                     done = 0
                     while done < entry.size:
                         count = stream.readinto(view[done:])
@@ -244,7 +242,9 @@ def _bitsandbytes_library() -> Any:
     }
     fitting = [version for version in names if version // 10 == wanted // 10 and version <= wanted]
     if not fitting:
-        raise ModuleNotFoundError(f"bitsandbytes has CUDA libraries {sorted(names)}, none for CUDA {torch.version.cuda}")
+        raise ModuleNotFoundError(
+            f"bitsandbytes has CUDA libraries {sorted(names)}, none for CUDA {torch.version.cuda}"
+        )
     library = ctypes.CDLL(str(names[max(fitting)]))
     for function in (library.cquantize_blockwise_bf16_nf4, library.cquantize_blockwise_fp16_nf4):
         function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int32] * 2
@@ -320,5 +320,14 @@ def quantize_nf4(weight: Tensor) -> NF4Tensor:
     )
     n, k = weight.shape
     return NF4Tensor(
-        packed, absmax, nf4_codebook(device), code, nested_absmax, offset.reshape(1), (n, k), weight.dtype, blocksize, nested
+        packed,
+        absmax,
+        nf4_codebook(device),
+        code,
+        nested_absmax,
+        offset.reshape(1),
+        (n, k),
+        weight.dtype,
+        blocksize,
+        nested,
     )

@@ -1,22 +1,19 @@
-"""Skinny matrix products of LoRA: rank-r projections and one-read gradient reductions, with replayed dropout.
+"""LoRA under dropout: the rank-r projection, its gradients, and a mask that is replayed instead of stored.
 
-For G stacked adapters of rank r over one input (q|k|v, gate|up, or one layer), R = G r, N = N_1 + ... + N_G:
+For G stacked adapters of rank r over one input (q|k|v, gate|up, or one layer), R = G r, j a row of group g:
 
-    xa[t,j]   = scale sum_k m[g(j)][t,k] x[t,k] A[j,k] / (1-p)                               lora_project
-    dya[t,j]  = sum_{n in group g(j)} dy[t,n] B[n,j]                                         lora_backward_b
-    dB[n,i]   = scale sum_t dy[t,n] xa[t, g(n) r + i]                                        lora_backward_b
-    dA[j,k]   = sum_t dya[t,j] m[g(j)][t,k] x[t,k] / (1-p)                                   lora_backward_a
-    dx[t,k]  += sum_j dya[t,j] A[j,k] m[g(j)][t,k] / (1-p)                                   lora_backward_x
+    xa[t,j]   = sum_k m_g[t,k] x[t,k] A[j,k] / (1-p)                  lora_project
+    dA[j,k]   = sum_t dya[t,j] m_g[t,k] x[t,k] / (1-p)                lora_backward_a
+    dx[t,k]  += sum_j dya[t,j] A[j,k] m_g[t,k] / (1-p)                lora_backward_x
 
-m is the dropout mask of group g, 1 without dropout; then dx comes from the extended GEMM and lora_backward_x is not
-needed. Shapes: x (T, K), dy (T, N), A (R, K), B (N, R) block-diagonal: row n uses columns [g r, (g+1) r); xa, dya
-(T, R); dA (R, K), dB (N, r) fp32. Every matrix but dA and dB may be pitched.
+m_g is the group's dropout mask, dya (T, R) the gradient of xa. Without dropout these are plain matrix products, which
+projection.py leaves to cuBLAS. Shapes: x, dx (T, K), A (R, K), xa and dya (T, R), any row pitch; dA (R, K) fp32.
 
-Each kernel reads its large operand once. Sums over T or N are split over programs, which write fp32 partial sums that
-a second launch adds in a fixed order: no atomics, so runs repeat bit for bit. Only xa is saved, no mask:
-Philox-4x32-10 on (column / 8, token, stream, 0) gives eight 16-bit numbers, one per column, and drops those
-below round(65536 p); the same counter in the backward gives the same mask. Every adapter has a stream of its own.
-Triton has no tensor-core product for Turing: there the plain PyTorch path runs, through cuBLAS.
+The sums over K and T are split over programs, which write fp32 partial sums that a second launch adds in a fixed order:
+no atomics, so runs repeat bit for bit. Only xa is saved. The mask: Philox-4x32-10 on (column / 8, token, stream, 0)
+gives eight 16-bit numbers, one per column, and drops those below round(65536 p); the same counter in the backward gives
+the same mask. Every adapter has a stream of its own. Triton has no tensor-core product for Turing: there the plain
+PyTorch path runs, through cuBLAS.
 
 Source: Hu et al., LoRA (arXiv 2106.09685); Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
 """
@@ -30,9 +27,8 @@ from torch import Tensor
 
 from finemill.kernels.launch import check_rows, num_sms, use_kernel
 
-# T tokens, K input width, N output width, G groups, r rank of one adapter, R = G r
+# T tokens, K input width, G groups, r rank of one adapter, R = G r
 
-MAX_GROUPS = 3
 MAX_RANK = 256
 BLOCK_T = 64
 MMA_CAPABILITY = (8, 0)
@@ -98,23 +94,19 @@ def _use_kernel(tensor: Tensor) -> bool:
     )
 
 
-def _dropped(x: Tensor, dropout: LoRADropout | None, group: int) -> Tensor:
+def _dropped(x: Tensor, dropout: LoRADropout, group: int) -> Tensor:
     """`x` with one group's mask and scale applied, in fp32 (fp64 stays)."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    if dropout is None:
-        return exact
     return exact * dropout_mask_reference(x.shape[0], x.shape[1], dropout, group) * dropout.scale
 
 
-def lora_project_reference(
-    x: Tensor, a: Tensor, scale: float = 1.0, dropout: LoRADropout | None = None, groups: int = 1
-) -> Tensor:
+def lora_project_reference(x: Tensor, a: Tensor, dropout: LoRADropout, groups: int = 1) -> Tensor:
     """Define xa in plain PyTorch: (T, K), (R, K) -> (T, R) of x's dtype, accumulated in fp32 (fp64 stays)."""
     parts = [
         _dropped(x, dropout, group) @ part.to(torch.promote_types(x.dtype, torch.float32)).t()
         for group, part in enumerate(a.chunk(groups))
     ]
-    return (scale * torch.cat(parts, dim=1)).to(x.dtype)
+    return torch.cat(parts, dim=1).to(x.dtype)
 
 
 @triton.jit
@@ -163,9 +155,8 @@ def _lora_project_kernel(
         in_k = k < K
         x_offset = (token * x_stride)[:, None] + k[None, :]
         x = tl.load(x_ptr + x_offset, mask=in_token[:, None] & in_k[None, :], other=0.0)
-        if THRESHOLD > 0:
-            keep = _keep(seed_ptr, stream + group, token, first + start, THRESHOLD, BLOCK_K)
-            x = tl.where(keep, x, 0.0).to(x_ptr.dtype.element_ty)
+        keep = _keep(seed_ptr, stream + group, token, first + start, THRESHOLD, BLOCK_K)
+        x = tl.where(keep, x, 0.0).to(x_ptr.dtype.element_ty)
         a_offset = (group * RANK + rank)[:, None] * a_stride + k[None, :]
         a = tl.load(a_ptr + a_offset, mask=in_rank[:, None] & in_k[None, :], other=0.0)
         total = tl.dot(x, tl.trans(a), total, input_precision="ieee")
@@ -179,305 +170,40 @@ def _lora_project_kernel(
 
 
 @triton.jit
-def _lora_backward_kernel(
-    wide_ptr,  # dy or x: (T, WIDTH)
-    skinny_ptr,  # xa or dya: (T, R)
-    b_ptr,
-    reduced_ptr,  # partial sums over tokens: (G * token splits, ...), one (RANK, WIDTH) or (WIDTH, RANK) matrix each
-    product_ptr,  # partial sums over columns: (column tiles, T, RANK)
+def _lora_backward_a_kernel(
+    dya_ptr,
+    x_ptr,
+    partial_ptr,  # (G * token splits, RANK, K)
     seed_ptr,
-    wide_stride,
-    skinny_stride,
-    b_stride,
-    reduced_column_stride,
-    reduced_rank_stride,
+    dya_stride,
+    x_stride,
     T,
     chunk,  # tokens per split, a multiple of BLOCK_T
     stream,
-    WIDTH_0: tl.constexpr,
-    WIDTH_1: tl.constexpr,
-    WIDTH_2: tl.constexpr,
+    K: tl.constexpr,
     RANK: tl.constexpr,
-    PRODUCT: tl.constexpr,
     THRESHOLD: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    WIDTH: tl.constexpr = WIDTH_0 + WIDTH_1 + WIDTH_2
-    TILES_0: tl.constexpr = (WIDTH_0 + BLOCK_N - 1) // BLOCK_N
-    TILES_1: tl.constexpr = (WIDTH_1 + BLOCK_N - 1) // BLOCK_N
-    tile, split = tl.program_id(0), tl.program_id(1)
-    # Groups by column tile (dy: each tile belongs to one adapter), or one grid layer each (x: all adapters read it).
-    group = tl.program_id(2) + tl.where(tile >= TILES_0, 1, 0) + tl.where(tile >= TILES_0 + TILES_1, 1, 0)
-    first_tile = tl.where(tile >= TILES_0 + TILES_1, TILES_0 + TILES_1, tl.where(tile >= TILES_0, TILES_0, 0))
-    begin = tl.where(tile >= TILES_0 + TILES_1, WIDTH_0 + WIDTH_1, tl.where(tile >= TILES_0, WIDTH_0, 0))
-    end = tl.where(tile >= TILES_0 + TILES_1, WIDTH, tl.where(tile >= TILES_0, WIDTH_0 + WIDTH_1, WIDTH_0))
-    first_column = begin + (tile - first_tile) * BLOCK_N
-    column = first_column + tl.arange(0, BLOCK_N)
-    rank = tl.arange(0, BLOCK_R)
-    in_column, in_rank = column < end, rank < RANK
-    if PRODUCT:
-        b_offset = column[:, None].to(tl.int64) * b_stride + (group * RANK + rank)[None, :]
-        b = tl.load(b_ptr + b_offset, mask=in_column[:, None] & in_rank[None, :], other=0.0)
-    total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    first_token = split * chunk
+    first_column, split, group = tl.program_id(0) * BLOCK_K, tl.program_id(1), tl.program_id(2)
+    k, rank = first_column + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    in_k, in_rank = k < K, rank < RANK
+    total = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for start in range(0, chunk, BLOCK_T):
-        token = (first_token + start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        token = (split * chunk + start + tl.arange(0, BLOCK_T)).to(tl.int64)
         in_token = token < T
-        wide_offset = (token * wide_stride)[:, None] + column[None, :]
-        wide = tl.load(wide_ptr + wide_offset, mask=in_token[:, None] & in_column[None, :], other=0.0)
-        if THRESHOLD > 0:
-            keep = _keep(seed_ptr, stream + group, token, first_column, THRESHOLD, BLOCK_N)
-            wide = tl.where(keep, wide, 0.0).to(wide_ptr.dtype.element_ty)
-        skinny_offset = (token * skinny_stride)[:, None] + (group * RANK + rank)[None, :]
-        skinny = tl.load(skinny_ptr + skinny_offset, mask=in_token[:, None] & in_rank[None, :], other=0.0)
-        total = tl.dot(tl.trans(wide), skinny, total, input_precision="ieee")
-        if PRODUCT:
-            product = tl.dot(wide, b, input_precision="ieee")
-            product_offset = ((tile.to(tl.int64) * T + token) * RANK)[:, None] + rank[None, :]
-            tl.store(product_ptr + product_offset, product, mask=in_token[:, None] & in_rank[None, :])
-    layer = (tl.program_id(2) * tl.num_programs(1) + split).to(tl.int64) * (WIDTH * RANK)
-    reduced_offset = column[:, None] * reduced_column_stride + rank[None, :] * reduced_rank_stride
-    tl.store(reduced_ptr + layer + reduced_offset, total, mask=in_column[:, None] & in_rank[None, :])
-
-
-@triton.jit
-def _sum_splits_kernel(
-    partial_ptr,  # (splits of group 0, then 1, then 2) x rows x columns
-    out_ptr,
-    out_row_stride,
-    out_group_stride,
-    rows,
-    scale,
-    COLUMNS: tl.constexpr,
-    SPLITS_0: tl.constexpr,
-    SPLITS_1: tl.constexpr,
-    SPLITS_2: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    group = tl.program_id(1)
-    first = tl.where(group == 0, 0, tl.where(group == 1, SPLITS_0, SPLITS_0 + SPLITS_1))
-    splits = tl.where(group == 0, SPLITS_0, tl.where(group == 1, SPLITS_1, SPLITS_2))
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    size = rows.to(tl.int64) * COLUMNS
-    mask = element < size
-    # Eight partial sums in flight; the order of additions depends on their number alone.
-    lane = tl.arange(0, 8)
-    total = tl.zeros((8, BLOCK), tl.float32)
-    for start in range(0, splits, 8):
-        split = start + lane
-        offset = (first + split).to(tl.int64)[:, None] * size + element[None, :]
-        total += tl.load(partial_ptr + offset, mask=(split < splits)[:, None] & mask[None, :], other=0.0)
-    row = element // COLUMNS
-    target = out_ptr + group * out_group_stride + row * out_row_stride + (element - row * COLUMNS)
-    result = scale * tl.sum(total, axis=0)
-    if ACCUMULATE:
-        result += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, result.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def lora_project(
-    x: Tensor,
-    a: Tensor,
-    out: Tensor | None = None,
-    scale: float = 1.0,
-    dropout: LoRADropout | None = None,
-    groups: int = 1,
-) -> Tensor:
-    """Project x onto the rows of stacked A's: out = scale * dropout(x) A^T.
-
-    Args:
-        x: (T, K), bf16, fp16 or fp32, any row stride.
-        a: (R, K), x's dtype, any row stride; `groups` adapters of R / groups rows.
-        out: (T, R) to write, any row stride (the spare columns of an extended activation); new by default.
-        scale: factor of the result.
-        dropout: applied to x, with a mask of its own for every group.
-        groups: number of stacked adapters; only matters with dropout.
-    Returns: `out`.
-    Raises: ValueError: shapes, dtypes or rank do not fit.
-    """
-    (tokens, width), rank = x.shape, a.shape[0]
-    check_rows("x", x, (tokens, width))
-    check_rows("a", a, (rank, width), x.dtype)
-    if out is None:
-        out = torch.empty((tokens, rank), dtype=x.dtype, device=x.device)
-    check_rows("out", out, (tokens, rank), x.dtype)
-    groups = _programs_per_input(rank, groups, dropout)
-    block_r = _rank_block(rank, groups)
-    if not _use_kernel(x):
-        return out.copy_(lora_project_reference(x, a, scale, dropout, groups))
-    block_k = 32 if block_r > 128 else 64
-    scale *= 1.0 if dropout is None else dropout.scale
-    token_tiles = triton.cdiv(tokens, BLOCK_T)
-    splits = _splits(token_tiles * groups, triton.cdiv(width, block_k), x.device)
-    target = out if splits == 1 else _partial(splits * groups * tokens * (rank // groups), x.device)
-    _lora_project_kernel[(token_tiles, splits, groups)](
-        x,
-        a,
-        target,
-        None if dropout is None else dropout.seed,
-        x.stride(0),
-        a.stride(0),
-        out.stride(0),
-        tokens,
-        0 if dropout is None else dropout.stream,
-        scale,
-        K=width,
-        RANK=rank // groups,
-        SPLITS=splits,
-        THRESHOLD=0 if dropout is None else dropout.threshold,
-        BLOCK_T=BLOCK_T,
-        BLOCK_K=block_k,
-        BLOCK_R=block_r,
-        num_warps=8 if block_r > 32 else 4,
-        num_stages=3,
-        enable_fp_fusion=True,
-    )
-    if splits > 1:
-        _sum_splits(target, out, tokens, rank // groups, [splits] * groups, scale, out.stride(0), rank // groups)
-    return out
-
-
-def lora_backward_b(
-    dy: Tensor,
-    xa: Tensor,
-    b: Tensor,
-    grad_b: Tensor,
-    widths: tuple[int, ...],
-    out: Tensor | None = None,
-    scale: float = 1.0,
-    accumulate: bool = False,
-) -> Tensor:
-    """Read dy once for both dya = dy B and dB = scale * dy^T xa.
-
-    Args:
-        dy: (T, N) gradient of the stacked outputs, any row stride.
-        xa: (T, R) from the forward, dy's dtype, any row stride.
-        b: (N, R) block-diagonal stack of the B's (times scaling, if dya is to carry it), dy's dtype, any row stride;
-            entries off the diagonal blocks are not read.
-        grad_b: (N, r) fp32, the stacked dB's, contiguous; overwritten, or added to with `accumulate`.
-        widths: (N_1, ..., N_G), at most three.
-        out: (T, R) that receives dya, any row stride; new by default.
-        scale: factor of dB.
-        accumulate: whether grad_b is added to.
-    Returns: dya, that is `out`.
-    Raises: ValueError: shapes, dtypes or rank do not fit.
-    """
-    (tokens, width), rank, groups = dy.shape, xa.shape[1], len(widths)
-    if groups > MAX_GROUPS or sum(widths) != width:
-        raise ValueError(f"widths {widths} must be at most {MAX_GROUPS} and sum to dy's width {width}")
-    check_rows("dy", dy, (tokens, width))
-    check_rows("xa", xa, (tokens, rank), dy.dtype)
-    check_rows("b", b, (width, rank), dy.dtype)
-    block_r = _rank_block(rank, groups)
-    rank //= groups
-    _check_grad("grad_b", grad_b, (width, rank))
-    if out is None:
-        out = torch.empty((tokens, rank * groups), dtype=dy.dtype, device=dy.device)
-    check_rows("out", out, (tokens, rank * groups), dy.dtype)
-    if not _use_kernel(dy):
-        return _plain_backward_b(dy, xa, b, grad_b, widths, out, scale, accumulate)
-    block_n = _column_block(block_r)
-    tiles = [triton.cdiv(part, block_n) for part in widths]
-    splits, chunk = _token_splits(tokens, sum(tiles), dy.device)
-    reduced = _partial(splits * width * rank, dy.device)
-    product = _partial(sum(tiles) * tokens * rank, dy.device)
-    _lora_backward_kernel[(sum(tiles), splits, 1)](
-        dy,
-        xa,
-        b,
-        reduced,
-        product,
-        None,
-        dy.stride(0),
-        xa.stride(0),
-        b.stride(0),
-        rank,
-        1,
-        tokens,
-        chunk,
-        0,
-        *_padded(list(widths)),
-        RANK=rank,
-        PRODUCT=True,
-        THRESHOLD=0,
-        BLOCK_T=BLOCK_T,
-        BLOCK_N=block_n,
-        BLOCK_R=block_r,
-        num_warps=4 if block_r < 32 else 8,
-        num_stages=3 if block_n * BLOCK_T <= 8192 else 2,
-        enable_fp_fusion=True,
-    )
-    _sum_splits(product, out, tokens, rank, tiles, 1.0, out.stride(0), rank)
-    _sum_splits(reduced, grad_b, width, rank, [splits], scale, rank, 0, accumulate)
-    return out
-
-
-def lora_backward_a(
-    dya: Tensor,
-    x: Tensor,
-    grad_a: Tensor,
-    dropout: LoRADropout | None = None,
-    groups: int = 1,
-    accumulate: bool = False,
-) -> Tensor:
-    """Compute dA = dya^T dropout(x) from one read of x (one per group with dropout).
-
-    Args:
-        dya: (T, R), any row stride.
-        x: (T, K), the forward's input, dya's dtype, any row stride.
-        grad_a: (R, K) fp32, contiguous; overwritten, or added to with `accumulate`.
-        dropout: the forward's, with an unchanged seed.
-        groups: number of stacked adapters; only matters with dropout.
-        accumulate: whether grad_a is added to.
-    Returns: grad_a.
-    Raises: ValueError: shapes, dtypes or rank do not fit.
-    """
-    (tokens, width), rank = x.shape, dya.shape[1]
-    check_rows("dya", dya, (tokens, rank), x.dtype)
-    check_rows("x", x, (tokens, width))
-    _check_grad("grad_a", grad_a, (rank, width))
-    groups = _programs_per_input(rank, groups, dropout)
-    block_r = _rank_block(rank, groups)
-    if not _use_kernel(x):
-        parts = [part.t() @ _dropped(x, dropout, g) for g, part in enumerate(dya.float().chunk(groups, dim=1))]
-        return _write_grad(grad_a, torch.cat(parts), accumulate)
-    rank //= groups
-    block_n = _column_block(block_r)
-    tiles = triton.cdiv(width, block_n)
-    splits, chunk = _token_splits(tokens, tiles * groups, x.device)
-    reduced = _partial(groups * splits * rank * width, x.device)
-    _lora_backward_kernel[(tiles, splits, groups)](
-        x,
-        dya,
-        None,
-        reduced,
-        None,
-        None if dropout is None else dropout.seed,
-        x.stride(0),
-        dya.stride(0),
-        0,
-        1,
-        width,
-        tokens,
-        chunk,
-        0 if dropout is None else dropout.stream,
-        *_padded([width]),
-        RANK=rank,
-        PRODUCT=False,
-        THRESHOLD=0 if dropout is None else dropout.threshold,
-        BLOCK_T=BLOCK_T,
-        BLOCK_N=block_n,
-        BLOCK_R=block_r,
-        num_warps=4 if block_r < 32 else 8,
-        num_stages=3 if block_n * BLOCK_T <= 8192 else 2,
-        enable_fp_fusion=True,
-    )
-    scale = 1.0 if dropout is None else dropout.scale
-    _sum_splits(reduced, grad_a, rank, width, [splits] * groups, scale, width, rank * width, accumulate)
-    return grad_a
+        x_offset = (token * x_stride)[:, None] + k[None, :]
+        x = tl.load(x_ptr + x_offset, mask=in_token[:, None] & in_k[None, :], other=0.0)
+        keep = _keep(seed_ptr, stream + group, token, first_column, THRESHOLD, BLOCK_K)
+        x = tl.where(keep, x, 0.0).to(x_ptr.dtype.element_ty)
+        dya_offset = (token * dya_stride)[:, None] + (group * RANK + rank)[None, :]
+        dya = tl.load(dya_ptr + dya_offset, mask=in_token[:, None] & in_rank[None, :], other=0.0)
+        total = tl.dot(tl.trans(x), dya, total, input_precision="ieee")
+    layer = (group * tl.num_programs(1) + split).to(tl.int64) * (RANK * K)
+    offset = k[:, None] + rank[None, :] * K
+    tl.store(partial_ptr + layer + offset, total, mask=in_k[:, None] & in_rank[None, :])
 
 
 @triton.jit
@@ -518,8 +244,149 @@ def _lora_backward_x_kernel(
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _sum_splits_kernel(
+    partial_ptr,  # (G, splits, rows, COLUMNS)
+    out_ptr,
+    out_row_stride,
+    out_group_stride,
+    rows,
+    scale,
+    COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    group = tl.program_id(1)
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = rows.to(tl.int64) * COLUMNS
+    mask = element < size
+    # Eight partial sums in flight; the order of additions depends on their number alone.
+    lane = tl.arange(0, 8)
+    total = tl.zeros((8, BLOCK), tl.float32)
+    for start in range(0, SPLITS, 8):
+        split = start + lane
+        offset = (group * SPLITS + split).to(tl.int64)[:, None] * size + element[None, :]
+        total += tl.load(partial_ptr + offset, mask=(split < SPLITS)[:, None] & mask[None, :], other=0.0)
+    row = element // COLUMNS
+    target = out_ptr + group * out_group_stride + row * out_row_stride + (element - row * COLUMNS)
+    result = scale * tl.sum(total, axis=0)
+    if ACCUMULATE:
+        result += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, result.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def lora_project(x: Tensor, a: Tensor, out: Tensor | None = None, *, dropout: LoRADropout, groups: int = 1) -> Tensor:
+    """Project the dropped-out x onto the rows of stacked A's.
+
+    Args:
+        x: (T, K), bf16, fp16 or fp32, any row stride.
+        a: (R, K), x's dtype, any row stride; `groups` adapters of R / groups rows, each with a mask of its own.
+        out: (T, R) to write, any row stride (the spare columns of an extended activation); new by default.
+        dropout: applied to x.
+        groups: number of stacked adapters.
+    Returns: xa, that is `out`.
+    Raises: ValueError: shapes, dtypes or rank do not fit.
+    """
+    (tokens, width), ranks = x.shape, a.shape[0]
+    check_rows("x", x, (tokens, width))
+    check_rows("a", a, (ranks, width), x.dtype)
+    if out is None:
+        out = torch.empty((tokens, ranks), dtype=x.dtype, device=x.device)
+    check_rows("out", out, (tokens, ranks), x.dtype)
+    rank = _rank_of(ranks, groups)
+    if not _use_kernel(x):
+        return out.copy_(lora_project_reference(x, a, dropout, groups))
+    block_r = _rank_block(rank)
+    block_k = 32 if block_r > 128 else 64
+    token_tiles = triton.cdiv(tokens, BLOCK_T)
+    splits = _splits(token_tiles * groups, triton.cdiv(width, block_k), x.device)
+    target = out if splits == 1 else _partial(groups * splits * tokens * rank, x.device)
+    _lora_project_kernel[(token_tiles, splits, groups)](
+        x,
+        a,
+        target,
+        dropout.seed,
+        x.stride(0),
+        a.stride(0),
+        out.stride(0),
+        tokens,
+        dropout.stream,
+        dropout.scale,
+        K=width,
+        RANK=rank,
+        SPLITS=splits,
+        THRESHOLD=dropout.threshold,
+        BLOCK_T=BLOCK_T,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        num_warps=8 if block_r > 32 else 4,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
+    if splits > 1:
+        _sum_splits(target, out, groups, splits, (tokens, rank), dropout.scale, (out.stride(0), rank))
+    return out
+
+
+def lora_backward_a(
+    dya: Tensor, x: Tensor, grad_a: Tensor, dropout: LoRADropout, groups: int = 1, *, accumulate: bool = False
+) -> Tensor:
+    """Compute dA from one read of x for every group.
+
+    Args:
+        dya: (T, R), any row stride.
+        x: (T, K), the forward's input, dya's dtype, any row stride.
+        grad_a: (R, K) fp32, contiguous; overwritten, or added to with `accumulate`.
+        dropout: the forward's, with an unchanged seed.
+        groups: number of stacked adapters.
+        accumulate: whether grad_a is added to.
+    Returns: grad_a.
+    Raises: ValueError: shapes, dtypes or rank do not fit.
+    """
+    (tokens, width), ranks = x.shape, dya.shape[1]
+    check_rows("dya", dya, (tokens, ranks), x.dtype)
+    check_rows("x", x, (tokens, width))
+    check_rows("grad_a", grad_a, (ranks, width), torch.float32)
+    if not grad_a.is_contiguous():
+        raise ValueError(f"grad_a has strides {grad_a.stride()}: it must be contiguous")
+    rank = _rank_of(ranks, groups)
+    if not _use_kernel(x):
+        parts = [part.t() @ _dropped(x, dropout, g) for g, part in enumerate(dya.float().chunk(groups, dim=1))]
+        return grad_a.add_(torch.cat(parts)) if accumulate else grad_a.copy_(torch.cat(parts))
+    block_r = _rank_block(rank)
+    block_k = _column_block(block_r)
+    tiles, blocks = triton.cdiv(width, block_k), triton.cdiv(tokens, BLOCK_T)
+    per_split = triton.cdiv(blocks, _splits(tiles * groups, blocks, x.device))
+    splits = triton.cdiv(blocks, per_split)
+    partial = _partial(groups * splits * rank * width, x.device)
+    _lora_backward_a_kernel[(tiles, splits, groups)](
+        dya,
+        x,
+        partial,
+        dropout.seed,
+        dya.stride(0),
+        x.stride(0),
+        tokens,
+        per_split * BLOCK_T,
+        dropout.stream,
+        K=width,
+        RANK=rank,
+        THRESHOLD=dropout.threshold,
+        BLOCK_T=BLOCK_T,
+        BLOCK_K=block_k,
+        BLOCK_R=block_r,
+        num_warps=4 if block_r < 32 else 8,
+        num_stages=3 if block_k * BLOCK_T <= 8192 else 2,
+        enable_fp_fusion=True,
+    )
+    shape, strides = (rank, width), (width, rank * width)
+    _sum_splits(partial, grad_a, groups, splits, shape, dropout.scale, strides, accumulate=accumulate)
+    return grad_a
+
+
 def lora_backward_x(dya: Tensor, a: Tensor, dx: Tensor, dropout: LoRADropout, groups: int = 1) -> Tensor:
-    """Add the adapters' share to the gradient of a dropped-out input, in place; only needed with dropout.
+    """Add the adapters' share to the gradient of the input, in place.
 
     Args:
         dya: (T, R), any row stride.
@@ -530,17 +397,18 @@ def lora_backward_x(dya: Tensor, a: Tensor, dx: Tensor, dropout: LoRADropout, gr
     Returns: dx.
     Raises: ValueError: shapes, dtypes or rank do not fit.
     """
-    (tokens, rank), width = dya.shape, a.shape[1]
-    check_rows("dya", dya, (tokens, rank))
-    check_rows("a", a, (rank, width), dya.dtype)
+    (tokens, ranks), width = dya.shape, a.shape[1]
+    check_rows("dya", dya, (tokens, ranks))
+    check_rows("a", a, (ranks, width), dya.dtype)
     check_rows("dx", dx, (tokens, width), dya.dtype)
-    block_r = _rank_block(rank, groups)
+    rank = _rank_of(ranks, groups)
     if not _use_kernel(dx):
         exact = dx.to(torch.promote_types(dx.dtype, torch.float32))
         for group, (left, right) in enumerate(zip(dya.chunk(groups, dim=1), a.chunk(groups), strict=True)):
             share = left.to(exact.dtype) @ right.to(exact.dtype)
             exact = exact + _dropped(share, dropout, group)
         return dx.copy_(exact)
+    block_r = _rank_block(rank)
     block_k = min(128, _column_block(block_r))
     _lora_backward_x_kernel[(triton.cdiv(tokens, BLOCK_T), triton.cdiv(width, block_k))](
         dya,
@@ -554,7 +422,7 @@ def lora_backward_x(dya: Tensor, a: Tensor, dx: Tensor, dropout: LoRADropout, gr
         dropout.stream,
         dropout.scale,
         K=width,
-        RANK=rank // groups,
+        RANK=rank,
         GROUPS=groups,
         THRESHOLD=dropout.threshold,
         BLOCK_T=BLOCK_T,
@@ -570,24 +438,24 @@ def lora_backward_x(dya: Tensor, a: Tensor, dx: Tensor, dropout: LoRADropout, gr
 def _sum_splits(
     partial: Tensor,
     out: Tensor,
-    rows: int,
-    columns: int,
-    splits: list[int],
+    groups: int,
+    splits: int,
+    shape: tuple[int, int],
     scale: float,
-    out_row_stride: int,
-    out_group_stride: int,
+    strides: tuple[int, int],
+    *,
     accumulate: bool = False,
 ) -> None:
+    """Add partial sums (groups, splits, *shape) into `out`, whose rows and groups are `strides` apart."""
     block = 256
-    _sum_splits_kernel[(triton.cdiv(rows * columns, block), len(splits))](
+    _sum_splits_kernel[(triton.cdiv(shape[0] * shape[1], block), groups)](
         partial,
         out,
-        out_row_stride,
-        out_group_stride,
-        rows,
+        *strides,
+        shape[0],
         scale,
-        columns,
-        *_padded(splits),
+        COLUMNS=shape[1],
+        SPLITS=splits,
         ACCUMULATE=accumulate,
         BLOCK=block,
         num_warps=4,
@@ -595,37 +463,8 @@ def _sum_splits(
     )
 
 
-def _plain_backward_b(
-    dy: Tensor,
-    xa: Tensor,
-    b: Tensor,
-    grad_b: Tensor,
-    widths: tuple[int, ...],
-    out: Tensor,
-    scale: float,
-    accumulate: bool,
-) -> Tensor:
-    rank = grad_b.shape[1]
-    rows, grads = 0, []
-    for group, width in enumerate(widths):
-        part, columns = dy[:, rows : rows + width].float(), slice(group * rank, (group + 1) * rank)
-        grads.append(scale * part.t() @ xa[:, columns].float())
-        out[:, columns] = part @ b[rows : rows + width, columns].float()
-        rows += width
-    _write_grad(grad_b, torch.cat(grads), accumulate)
-    return out
-
-
-def _write_grad(target: Tensor, grad: Tensor, accumulate: bool) -> Tensor:
-    return target.add_(grad) if accumulate else target.copy_(grad)
-
-
 def _partial(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device=device)
-
-
-def _padded(values: list[int]) -> list[int]:
-    return values + [0] * (MAX_GROUPS - len(values))
 
 
 def _splits(programs: int, most: int, device: torch.device) -> int:
@@ -633,32 +472,16 @@ def _splits(programs: int, most: int, device: torch.device) -> int:
     return max(1, min(most, -(-8 * num_sms(device) // programs)))
 
 
-def _token_splits(tokens: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Splits of the token range, and tokens per split, a multiple of BLOCK_T."""
-    blocks = triton.cdiv(tokens, BLOCK_T)
-    per_split = triton.cdiv(blocks, _splits(programs, blocks, device))
-    return triton.cdiv(blocks, per_split), per_split * BLOCK_T
-
-
 def _column_block(block_r: int) -> int:
     """Columns per program: as many as keep the fp32 accumulator at 64 registers a thread or below."""
     return max(32, min(256, 8192 // block_r))
 
 
-def _programs_per_input(rank: int, groups: int, dropout: LoRADropout | None) -> int:
-    """Groups that need a read of x of their own: all of them under dropout, or where their ranks pass one tile."""
-    return 1 if dropout is None and rank <= MAX_RANK else groups
+def _rank_of(ranks: int, groups: int) -> int:
+    if ranks % groups or not 1 <= ranks // groups <= MAX_RANK:
+        raise ValueError(f"{ranks} rows in {groups} groups: the rank must be equal in all, 1 to {MAX_RANK}")
+    return ranks // groups
 
 
-def _rank_block(rank: int, groups: int) -> int:
-    if rank % groups or not 1 <= rank // groups <= MAX_RANK:
-        raise ValueError(
-            f"{rank} rows in {groups} groups: the rank of an adapter must be equal in all, 1 to {MAX_RANK}"
-        )
-    return max(16, int(triton.next_power_of_2(rank // groups)))
-
-
-def _check_grad(name: str, grad: Tensor, shape: tuple[int, int]) -> None:
-    check_rows(name, grad, shape, torch.float32)
-    if not grad.is_contiguous():
-        raise ValueError(f"{name} has strides {grad.stride()}: it must be contiguous")
+def _rank_block(rank: int) -> int:
+    return max(16, int(triton.next_power_of_2(rank)))

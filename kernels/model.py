@@ -135,7 +135,9 @@ class FastModel:
             for group in layer.projections:
                 group.refresh()
 
-    def forward(self, batch: PackedBatch, scale: Tensor | float, *, train: bool) -> tuple[HeadResult, ForwardState | None]:
+    def forward(
+        self, batch: PackedBatch, scale: Tensor | float, *, train: bool
+    ) -> tuple[HeadResult, ForwardState | None]:
         """Compute the summed loss of a batch and, in training, everything its backward needs.
 
         Args:
@@ -260,7 +262,7 @@ class ModelLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, anchor: Tensor, model: FastModel, batch: PackedBatch, scale: Tensor | float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return scale * loss, and the entropy and correct sums for metrics."""
@@ -270,7 +272,7 @@ class ModelLoss(torch.autograd.Function):
         return result.loss * scale, result.entropy, result.correct
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[None, None, None, None]:
         """Run the model's backward; a second call would need a second forward."""
         if ctx.state is None:
             raise RuntimeError("this loss was differentiated already: its saved tensors are gone, run forward again")
@@ -307,7 +309,7 @@ def assemble_model(
     model = FastModel([], embedding, final_norm, shape.eps, head, rotary, adapters, Plan.everything(len(parts)), seed)
     stream = 0
     for layer in parts:
-        groups = []
+        groups: list[Projection] = []
         for names in GROUPS:
             ticket = tickets[len(model.layers) * len(GROUPS) + len(groups)]
             weights = [layer.weights[name] for name in names]

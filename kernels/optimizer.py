@@ -1,7 +1,7 @@
-"""AdamW over the flat adapters, behind torch's optimizer interface: three launches a step, whatever the tensors' number.
+"""AdamW over the flat adapters, behind torch's optimizer interface: five launches, whatever the number of tensors.
 
-The update and the clipping norm are adamw.py's. Learning rate and step count live on the device, so a step reads nothing
-back and can be part of a CUDA graph; a scheduler sets `param_groups[0]["lr"]` as usual, which is copied when it changed.
+The update and the clipping norm are adamw.py's. Learning rate and step count live on the device, so a step reads
+nothing back; a scheduler sets `param_groups[0]["lr"]` as usual, which is copied when it changed.
 """
 
 from collections.abc import Callable

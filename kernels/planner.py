@@ -22,6 +22,9 @@ HEAD_BYTES = 160 << 20
 """Logits of 512 rows of Qwen3's vocabulary: below that the head's products lose more than the memory is worth."""
 MARGIN = 0.985
 """Share of the budget to plan for; predictions were within 1.5 % of measured peaks (results.md)."""
+KERNELS_PER_LAYER = 50
+KERNEL_SECONDS = 4e-6
+"""What a kernel costs beside its bytes and operations: start, tail, and too few programs to fill the card."""
 LAUNCH_SECONDS = 5e-3
 """A layer's forward or backward takes the host about 2 ms to launch on a slow machine (results.md)."""
 OPTIMIZER_BYTES = (8.0, 2.0 + 8 / 256)
@@ -225,9 +228,7 @@ def plan_step(
         for variant in _variants(work, allow_host=allow_host, allow_stream=allow_stream)
         for pieces in range(1, rows + 1)
         if rows % pieces == 0
-        for candidate in _candidates(
-            variant, budget, rates, rows // pieces * work.row, pieces, allow_host=allow_host
-        )
+        for candidate in _candidates(variant, budget, rates, rows // pieces * work.row, pieces, allow_host=allow_host)
     ]
     fitting = [candidate for candidate in candidates if candidate.peak <= budget]
     if not fitting:
@@ -251,9 +252,7 @@ def _variants(work: Workload, *, allow_host: bool, allow_stream: bool) -> list[W
     ]
 
 
-def _candidates(
-    work: Workload, budget: int, rates: Rates, tokens: int, pieces: int, *, allow_host: bool
-) -> list[Plan]:
+def _candidates(work: Workload, budget: int, rates: Rates, tokens: int, pieces: int, *, allow_host: bool) -> list[Plan]:
     """Plans of one micro-batch size, from most to least recompute."""
     layers, saved = work.num_layers, work.saved_bytes()
     times = forward_seconds(work, rates, tokens)
@@ -268,7 +267,7 @@ def _candidates(
             # Of the parked layers' tensors one layer's are on their way while the last two layers, not parked, run.
             on_host = 0 if host is None else max(0, layers - 2)
             stall = 0.0 if host is None else max(0.0, parkable[host] * tokens / rates.bus_bytes - forward) * on_host
-            base = host if host == Level.ATTENTION else Level.INPUT
+            base: Level = Level.ATTENTION if host == Level.ATTENTION else Level.INPUT
             resident = [saved[base]] * layers
             left = budget - work.static_bytes() - work.working_bytes(tokens, chunk, base) - weights
             left -= 0 if host is None else parkable[host] * tokens
@@ -276,7 +275,7 @@ def _candidates(
                 parked = parkable[host] if host is not None and index < on_host else 0
                 resident[index] = saved[base] - parked
                 left -= resident[index] * tokens
-            levels = [base] * layers
+            levels: list[Level] = [base] * layers
             if left >= 0:
                 for upper in (Level.ATTENTION, Level.GATE_UP, Level.ALL):
                     for index in reversed(range(layers)):
@@ -312,7 +311,7 @@ def _step_seconds(
     """Predict a micro-batch's time."""
     s = work.shape
     forward = times["attention"] + times["gate_up"] + times["down"]
-    seconds = 3.1 * work.num_layers * forward - work.num_layers * forward
+    seconds = 2.1 * work.num_layers * forward + work.num_layers * KERNELS_PER_LAYER * KERNEL_SECONDS
     seconds += sum(
         (times["attention"] if level < Level.ATTENTION else 0.0)
         + (times["gate_up"] if level < Level.GATE_UP else 0.0)

@@ -75,11 +75,11 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build FlatAdamW from the training arguments, unless the caller passed an optimizer."""
-        if not self.fast or self.optimizer is not None:
-            return super().create_optimizer(model) if model is not None else super().create_optimizer()
+        if not self.fast or getattr(self, "optimizer", None) is not None:
+            return super().create_optimizer()  # type: ignore[no-any-return]
         engine, args = self.acceleration.engine, self.args
         assert engine is not None
-        self.optimizer = FlatAdamW(
+        optimizer = FlatAdamW(
             engine.adapters,
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
@@ -88,7 +88,8 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             max_norm=args.max_grad_norm or None,
             bits=8 if self._plan.eight_bit else 32,
         )
-        return self.optimizer
+        self.optimizer = optimizer
+        return optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Fetch an optimizer step's micro-batches and pack them, while the device still works on the step before."""
