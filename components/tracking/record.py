@@ -42,6 +42,7 @@ class StepRecord:
         self.run_id = run_id
         self.parent_id = parent_id
         self._owned = owned
+        self._live: set[str] = set()
 
     @classmethod
     def start(
@@ -69,6 +70,7 @@ class StepRecord:
 
     def log_points(self, batch: list[Point]) -> None:
         """Record points of live curves."""
+        self._live |= {name for name, *_ in batch}
         from mlflow.entities import Metric
 
         for start in range(0, len(batch), _MAX_METRICS_PER_BATCH):
@@ -80,7 +82,8 @@ class StepRecord:
         place = without_credentials(str(reference))
         self.client.set_tag(self.run_id, OUTPUT_TAG, place)
         self.client.set_tag(self.run_id, "mlflow.note.content", f"Output: `{place}`")
-        self.log_points(points(manifest.metrics, 0))
+        # A final value under a curve's name would be a point of the curve.
+        self.log_points(points({name: x for name, x in manifest.metrics.items() if name not in self._live}, 0))
         if self.parent_id and self._owned:
             totals = {name: value for name, value in manifest.metrics.items() if is_total(name)}
             StepRecord(self.client, self.parent_id, None).log_points(points(totals, 0))

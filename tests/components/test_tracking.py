@@ -58,7 +58,7 @@ def training(*, output_dir: Path, config: StepConfig, context: StepContext) -> M
     for step in range(1, 6):
         context.recorder.log_metrics({"train/loss": 1 / step, "train/learning_rate": 1e-4}, step)
     (output_dir / "report.html").write_text("<p>report</p>")
-    return {"train/final_loss": 0.2}
+    return {"train/loss": 0.2, "train/seconds": 3.0}
 
 
 def test_step_of_a_run_is_nested_under_its_parent(tracking_uri: str, prepare: Prepare) -> None:
@@ -83,6 +83,7 @@ def test_live_metrics_become_a_curve_and_small_reports_become_artifacts(
     client = MlflowClient(tracking_uri)
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in range(1, 6)]
+    assert run.data.metrics == {"train/loss": 0.2, "train/learning_rate": 1e-4, "train/seconds": 3.0}
     assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["report.html"]
 
 
