@@ -60,7 +60,7 @@ def summarize(gates: Sequence[GateResult], champion: int | None, refusal: str | 
     failed = [_failure(gate) for gate in gates if not gate.passed]
     if failed:
         return f"not promoted: {'; '.join(failed)}"
-    return f"champion, in place of version {champion}" if champion else "champion, the first"
+    return f"@champion in place of version {champion}" if champion else "@champion, the first"
 
 
 def _failure(gate: GateResult) -> str:

@@ -48,7 +48,7 @@ def aliases() -> dict[str, int]:
 def test_first_version_that_beats_its_base_becomes_champion(folder_store: str, registered: Line) -> None:
     result = promote(folder_store, registered("one"))
     found = decision(result)
-    assert (found["promoted"], found["summary"], found["champion_before"]) == (True, "champion, the first", None)
+    assert (found["promoted"], found["summary"], found["champion_before"]) == (True, "@champion, the first", None)
     assert [gate["rule"] for gate in found["gates"]] == ["better than base", "at most 0.02 worse than base"]
     assert result.manifest.metrics == {"promote/promotion_passed": 1.0, "promote/version": 1.0}
     assert aliases() == {"champion": 1}
@@ -69,7 +69,7 @@ def test_better_version_takes_over_and_worse_does_not(folder_store: str, registe
     better = promote(folder_store, registered("three", loss=0.4))
     assert aliases() == {"champion": 3, "previous_champion": 1}
     assert (decision(worse)["champion_before"], decision(better)["champion_before"]) == (1, 1)
-    assert decision(better)["summary"] == "champion, in place of version 1"
+    assert decision(better)["summary"] == "@champion in place of version 1"
 
 
 def test_guarded_metric_must_not_regress(folder_store: str, registered: Line) -> None:
