@@ -269,7 +269,7 @@ def kfp(api: Api, monkeypatch: pytest.MonkeyPatch) -> Api:
         ),
         ("GET", f"{root}/recurringruns"): (
             200,
-            {"recurring_runs": [{"recurring_run_id": "old", "display_name": "finemill-retrain"}]},
+            {"recurringRuns": [{"recurring_run_id": "old", "display_name": "finemill-retrain"}]},
         ),
         ("POST", f"{root}/recurringruns"): (200, {"recurring_run_id": "new", "display_name": "finemill-retrain"}),
         ("DELETE", f"{root}/recurringruns/old"): (200, {}),
