@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from finemill.components.eval.sample import Sample
 
 MEANS = ("exact_match", "rouge1", "rouge2", "rougeL", "format_ok", "think_closed", "finished")
-# Rates carry it in their name.
+_RATES = ("exact_match", "format_ok", "think_closed", "finished")
+# Rates other than the field's own word carry it in their name.
 _NAMES = {"format_ok": "format_ok_rate", "think_closed": "think_closed_rate", "finished": "finished_rate"}
 
 
@@ -48,7 +49,8 @@ def score(samples: Sequence[Sample]) -> dict[str, float]:
         values = [float(value) for sample in samples if (value := getattr(sample, name)) is not None]
         if values:
             scores[_NAMES.get(name, name)] = mean(values)
-            scores[f"{_NAMES.get(name, name)}_stderr"] = standard_error(values)
+            error = rate_error if name in _RATES else standard_error
+            scores[f"{_NAMES.get(name, name)}_stderr"] = error(values)
     scores |= _loss(samples)
     scores["generated_tokens"] = mean([float(sample.num_generated_tokens) for sample in samples])
     return scores
@@ -93,6 +95,27 @@ def standard_error(values: Sequence[float]) -> float:
     return math.sqrt(sum((value - center) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
+def rate_error(values: Sequence[float]) -> float:
+    """Standard error of a rate of zeros and ones, from two more of each.
+
+    The sample's own spread would be none when all are right, as if the next could not be wrong (Agresti & Coull, 1998).
+    """
+    count = len(values) + 4
+    rate = (sum(values) + 2) / count
+    return math.sqrt(rate * (1 - rate) / count)
+
+
+def paired_rate_error(differences: Sequence[float]) -> float:
+    """Standard error of a rate's change on the same rows, from one more row of either change (Bonett & Price, 2012).
+
+    Args:
+        differences: 1, 0 or -1 per row.
+    """
+    count = len(differences) + 2
+    gained, lost = ((sum(value == sign for value in differences) + 1) / count for sign in (1, -1))
+    return math.sqrt((gained + lost - (gained - lost) ** 2) / count)
+
+
 def _deltas(base: Sequence[Sample], tuned: Sequence[Sample]) -> Mapping[str, float]:
     """Tuned less base, from row-by-row differences: both share what makes a row hard, so that the error is smaller."""
     deltas: dict[str, float] = {}
@@ -109,7 +132,8 @@ def _deltas(base: Sequence[Sample], tuned: Sequence[Sample]) -> Mapping[str, flo
         if name == "loss":
             deltas[key], deltas[f"{key}_stderr"] = weighted_mean(differences, num_tokens)
         else:
-            deltas[key], deltas[f"{key}_stderr"] = mean(differences), standard_error(differences)
+            error = paired_rate_error if name in _RATES else standard_error
+            deltas[key], deltas[f"{key}_stderr"] = mean(differences), error(differences)
     return deltas
 
 

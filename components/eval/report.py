@@ -85,6 +85,7 @@ def write_reports(
         num_rows=len(base),
         sources=sources(base),
         facts=facts(training, config, context),
+        number=_number,
     )
     (output_dir / "report.html").write_text(page, encoding="utf-8")
     (output_dir / "report.md").write_text(_markdown(metrics, context), encoding="utf-8")
@@ -125,19 +126,24 @@ def _table_row(measure: Measure, metrics: Mapping[str, float], source: str) -> T
 def _value(measure: Measure, value: float) -> str:
     if measure.as_percent:
         return f"{100 * value:.1f} %"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return _number(value)
+
+
+def _number(value: float, sign: str = "") -> str:
+    """Three digits, trailing zeros too; thousands in full."""
+    return format(value, f"{sign},.0f") if abs(value) >= 1000 else format(value, f"{sign}#.3g").rstrip(".")
 
 
 def _error(measure: Measure, value: float | None) -> str:
     if value is None:
         return ""
-    return f"± {100 * value:.1f}" if measure.as_percent else f"± {value:.2g}"
+    return f"± {100 * value:.1f}" if measure.as_percent else f"± {value:#.2g}"
 
 
 def _signed(measure: Measure, delta: float) -> str:
     if measure.as_percent:
         return f"{100 * delta:+.1f}".replace("-", _MINUS)
-    return (f"{delta:+,.0f}" if abs(delta) >= 1000 else f"{delta:+.3g}").replace("-", _MINUS)
+    return _number(delta, "+").replace("-", _MINUS)
 
 
 def _shown_sample(base: Sample, tuned: Sample) -> dict[str, Any]:

@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from finemill.components.eval.metrics import metric_part, standard_error, summarize, weighted_mean
+from finemill.components.eval.metrics import (
+    metric_part,
+    paired_rate_error,
+    rate_error,
+    standard_error,
+    summarize,
+    weighted_mean,
+)
 from finemill.components.eval.sample import Sample, rouge_scores, score_answer
 from finemill.components.generation import Answer
 from finemill.components.held_out import HeldOutRow
@@ -87,9 +94,16 @@ def test_weighted_mean_with_equal_weights_has_the_usual_error() -> None:
     assert error == pytest.approx(math.sqrt(2) / 3)
 
 
-def test_standard_error_of_a_rate() -> None:
+def test_standard_error_of_a_mean() -> None:
     assert standard_error([1, 0, 0, 1]) == pytest.approx(math.sqrt(1 / 3 / 4))
     assert standard_error([1]) == 0.0
+
+
+def test_a_perfect_rate_is_not_certain() -> None:
+    # Ten of ten: as if 12 of 14.
+    assert rate_error([1] * 10) == pytest.approx(math.sqrt(12 / 14 * 2 / 14 / 14))
+    # All eight gained: as if nine of ten, and one lost.
+    assert paired_rate_error([1] * 8) == pytest.approx(math.sqrt((1.0 - 0.8**2) / 10))
 
 
 def test_fixed_and_broken_count_problems_of_which_one_model_is_right() -> None:
@@ -100,8 +114,8 @@ def test_fixed_and_broken_count_problems_of_which_one_model_is_right() -> None:
     assert metrics["eval/fixed_rate"] == pytest.approx(2 / 3)
     assert metrics["eval/broken_rate"] == 1.0
     assert metrics["eval/delta/exact_match"] == pytest.approx(0.25)
-    # Differences 1, 1, 0, -1.
-    assert metrics["eval/delta/exact_match_stderr"] == pytest.approx(math.sqrt((2 * 0.5625 + 0.0625 + 1.5625) / 3 / 4))
+    # Two gained, one lost of four, and one more of each.
+    assert metrics["eval/delta/exact_match_stderr"] == pytest.approx(math.sqrt((3 / 6 + 2 / 6 - (1 / 6) ** 2) / 6))
 
 
 def test_each_source_has_metrics_of_its_own() -> None:
