@@ -25,6 +25,10 @@ class GGUFQuantizeConfig(StepConfig):
     imatrix_rows: int = Field(default=64, ge=1)
     """Training rows that the channel weights come from."""
 
+    compute_dtype: Literal["float32", "dtype"] = "float32"
+    """Type in which the merged model says what the files are compared with: `float32` is exact and takes 4 bytes of
+    memory per parameter; `dtype`, its own 16 bits, takes half and hides differences as small as those of Q8_0."""
+
     verify_rows: int = Field(default=64, ge=0)
     """Held-out problems that each file answers, greedily, in llama.cpp. More rows narrow the error of `exact_match`; 0
     leaves the answers out."""

@@ -2,10 +2,13 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from finemill.components.causal_lm import load_causal_lm
 from finemill.components.context import StepContext
@@ -40,10 +43,12 @@ def quantize_gguf(
     load a file, or reads text otherwise. GateFailedError: a file lost too many points, under `strict`.
     """
     source = SourceModel(model)
+    source.names()  # what cannot be converted is refused before the model is loaded
     name = config.name or default_name(model)
     num_threads = config.num_threads or available_cores()
     tokenizer = load_tokenizer(model)
-    merged = load_causal_lm(model)
+    stored = source.config.get("dtype") or "bfloat16"
+    merged = load_causal_lm(model, dtype=getattr(torch, "float32" if config.compute_dtype == "float32" else stored))
     imatrix = _imatrix(merged, source, dataset, config, context)
     files: dict[str, WrittenFile] = {}
     for quantization in config.quantizations:
@@ -69,7 +74,7 @@ def default_name(model: Path) -> str:
     record = model / "merge.json"
     base = json.loads(record.read_text(encoding="utf-8"))["base_model"] if record.is_file() else "model"
     last = str(base).split("@")[0].rstrip("/").split("/")[-1].removeprefix("builtin:")
-    return f"{last}-tuned"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last) + "-tuned"
 
 
 def _imatrix(
