@@ -2,9 +2,9 @@
 
 An eager launch costs the host 20 microseconds on the machine measured (results.md), a node of a graph 1. The forward
 and backward of a micro-batch, host copies included, are captured once per shape and replayed with new tokens in the
-same buffers; the optimizer stays outside. Shapes are rounded up so that few graphs are needed: tokens to a bucket with one unlabelled
-dummy sequence, labelled rows and the number of sequences likewise. A replay runs the very kernels of the eager pass, so
-it gives bitwise the same gradient as an eager pass of the same padded batch.
+same buffers; the optimizer stays outside. Shapes are rounded up so that few graphs are needed: tokens to a bucket with
+one unlabelled dummy sequence, labelled rows and the number of sequences likewise. A replay runs the very kernels of the
+eager pass, so it gives bitwise the same gradient as an eager pass of the same padded batch.
 
 All graphs share one memory pool, used one at a time. `torch.cuda.max_memory_allocated` sees a graph's memory only while
 it is captured, so the peak from the runner's construction to its last capture is kept in `peak_bytes`.
