@@ -49,7 +49,7 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self._prepared: list[PackedBatch] = []
         self._sums: Tensor | None = None
         self._labels = self._tokens = 0
-        if self.acceleration.engine is None or self.args.world_size > 1:
+        if self.acceleration.engine is None or not self.fast:
             return
         self._plan = self._make_plan(memory_gb)
         adopt_plan(self.model, self._plan)
@@ -63,8 +63,8 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     @property
     def fast(self) -> bool:
-        """Whether steps run on the engine."""
-        return self.acceleration.active and self.args.world_size == 1
+        """Whether steps run on the engine: one process, no loss scaling (float16)."""
+        return self.acceleration.active and self.args.world_size == 1 and not self.args.fp16
 
     def get_train_dataloader(self) -> Any:
         """Leave batches on the CPU: they are packed there, and sent in one piece."""
