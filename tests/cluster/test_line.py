@@ -219,7 +219,7 @@ def test_the_schedule_fires_and_without_new_data_ends_as_unchanged(
     cluster.helm("schedule.enabled=true", "schedule.cron=* * * * *", "schedule.suspend=true")
     uid = cluster.get("cronworkflow", "retrain")["metadata"]["uid"]
     scheduled = cluster.finemill(
-        "submit", "retrain", *place, *cluster.config, "--schedule", "* * * * *", "--timezone", "Etc/UTC"
+        "submit", "retrain", *place, *cluster.config, "--schedule", "* * * * *", "--timezone", "UTC"
     )
     assert scheduled.returncode == 0, scheduled.stderr
     label = "workflows.argoproj.io/cron-workflow=retrain"

@@ -79,7 +79,8 @@ class ArgoEngine:
                     raise
                 self._objects.create_namespaced_custom_object(*place, body)
             else:
-                body["metadata"]["resourceVersion"] = standing["metadata"]["resourceVersion"]
+                # Its labels say who else looks after it, the chart for instance.
+                body["metadata"] = standing["metadata"]
                 self._objects.replace_namespaced_custom_object(*place, pipeline.name, body)
         return pipeline.name
 
