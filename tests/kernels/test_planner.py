@@ -15,8 +15,8 @@ def step(model: str = "qwen3-8b", rows: int = 8, row: int = 2048):
     return workload(model, rank=16, quantized=True, rows=rows, row=row)
 
 
-# Plans that ran on an H200 on 2026-11-24 and their peaks in GiB (results.md): shape, tokens a row, tokens a micro-batch,
-# head chunk, levels, parked, decoded weights kept, embedding and base on the host with 8-bit moments.
+# Plans that ran on an H200 on 2026-11-24 and their peaks in GiB (results.md): shape, tokens a row, tokens a
+# micro-batch, head chunk, levels, parked, decoded weights kept, embedding and base on the host with 8-bit moments.
 ATTENTION, GATE_UP, ALL = Level.ATTENTION, Level.GATE_UP, Level.ALL
 MEASURED = [
     ("qwen3-8b", 2048, 16384, 4096, [ALL] * 36, False, True, False, 83.9),

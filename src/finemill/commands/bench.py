@@ -11,18 +11,16 @@ _PROGRAMS = {
 def execute(name: str, arguments: list[str]) -> int:
     """Hand the arguments to the measuring program. Returns: its exit code."""
     if name == "estimate":
-        from finemill.kernels import estimate
+        from finemill.kernels.estimate import main
 
-        return estimate.main(arguments)
+        return main(arguments)
     parser = argparse.ArgumentParser(
         prog="finemill bench", description="\n".join(f"{key}: {text}" for key, text in _PROGRAMS.items())
     )
     parser.add_argument("what", choices=list(_PROGRAMS))
     what = parser.parse_args(arguments[:1] or ["--help"]).what
     if what == "kernels":
-        from finemill.kernels import bench
-
-        return bench.main(arguments[1:])
-    from finemill.kernels import bench_step
-
-    return bench_step.main(arguments[1:])
+        from finemill.kernels.bench import main
+    else:
+        from finemill.kernels.bench_step import main
+    return main(arguments[1:])

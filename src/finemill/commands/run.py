@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -51,6 +52,8 @@ def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
     log_file = _log_file(store, pipeline.name)
     print(f"finemill run {pipeline.name}: store {store}, log {log_file}", file=sys.stderr)
     display = RunDisplay([task.name for task in for_this_machine(pipeline).tasks], sys.stderr)
+    # A supervisor's SIGTERM ends the steps too, as Ctrl-C does: each saves what it has.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with parent_run(pipeline.name, config, tracking_uri) as run:
 
         def on_event(event: dict[str, Any]) -> None:
