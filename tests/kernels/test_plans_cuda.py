@@ -1,0 +1,104 @@
+"""On a GPU: wherever tensors wait and weights come from, the gradient has the same bits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from finemill.kernels import bench_data
+from finemill.kernels.decoder_layer import Level
+from finemill.kernels.estimate import workload
+from finemill.kernels.graphs import Buckets, GraphRunner
+from finemill.kernels.load import LoraSettings, load_model, quantize_nf4
+from finemill.kernels.nf4 import dequantize_nf4
+from finemill.kernels.packing import pack_rows, pack_sequences
+from finemill.kernels.planner import Plan
+
+pytestmark = pytest.mark.gpu
+LAYERS = 4
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_data, "FOLDERS", (tmp_path,))
+    return make_model(LoraSettings(16, 16.0))
+
+
+def make_model(lora: LoraSettings):
+    device = torch.device("cuda", 0)
+    model, parameters = load_model(bench_data.ensure_checkpoint("qwen3-0.6b", LAYERS, device), device=device, lora=lora)
+    bench_data.start_adapters(parameters)
+    return model
+
+
+def batches():
+    ids = torch.randint(0, 150000, (4, 300), generator=torch.Generator().manual_seed(0))
+    ragged = pack_sequences([(ids[0, :length], ids[1, :length]) for length in (300, 40, 7, 211, 1, 128)])
+    device = torch.device("cuda", 0)
+    return {"uniform": pack_rows(ids, ids).to(device), "ragged": ragged.to(device)}
+
+
+def gradient(model, engine, batch):
+    model.adapters.grad.zero_()
+    engine.loss_and_grad(batch, 1e-3)
+    torch.cuda.synchronize()
+    return model.adapters.grad.clone()
+
+
+def parked(level: Level, host: Level) -> Plan:
+    sizes = workload("qwen3-0.6b", rank=16, quantized=True, rows=4, row=300).host_bytes_per_token()
+    hosts = (host,) * (LAYERS - 2) + (None, None)
+    return Plan((level,) * LAYERS, hosts, 0, 1024, {key: 2 * size for key, size in sizes.items()})
+
+
+@pytest.mark.parametrize("kind", ["uniform", "ragged"])
+def test_levels_host_memory_kept_and_streamed_weights_and_graphs_change_no_bit(kind, model):
+    batch = batches()[kind]
+    model.apply_plan(Plan.everything(LAYERS))
+    expected = gradient(model, model, batch)
+    assert expected.isfinite().all()
+    plans = [
+        Plan.everything(LAYERS, cached=True),
+        Plan((Level.INPUT,) * LAYERS, (None,) * LAYERS, 0, 1024),
+        parked(Level.INPUT, Level.INPUT),
+        parked(Level.ATTENTION, Level.ATTENTION),
+        parked(Level.GATE_UP, Level.ATTENTION),
+        replace(parked(Level.GATE_UP, Level.ATTENTION), stream_weights=True),
+    ]
+    for plan in plans:
+        model.apply_plan(plan)
+        assert torch.equal(gradient(model, model, batch), expected), plan
+    runner = GraphRunner(model, Buckets(1, 1, 1, 1))
+    for _ in range(2):
+        assert torch.equal(gradient(model, runner, batch), expected)
+
+
+def test_packed_sequences_give_the_gradient_of_each_alone(model):
+    model.apply_plan(Plan.everything(LAYERS))
+    ids = torch.randint(0, 150000, (400,), generator=torch.Generator().manual_seed(1))
+    sequences = [(part, part) for part in ids.split([150, 1, 249])]
+    device = torch.device("cuda", 0)
+    packed = gradient(model, model, pack_sequences(sequences).to(device))
+    alone = sum(gradient(model, model, pack_sequences([one]).to(device)).double() for one in sequences)
+    assert (packed.double() - alone).norm() < 0.01 * alone.norm()
+
+
+def test_dropout_repeats_with_its_seed_and_changes_with_another(model):
+    model = make_model(LoraSettings(16, 16.0, dropout=0.1))
+    model.apply_plan(Plan.everything(LAYERS))
+    batch = batches()["uniform"]
+    first, again = (gradient(model, model, batch) for _ in range(2))
+    assert torch.equal(first, again)
+    model.dropout_seed += 1
+    assert not torch.equal(gradient(model, model, batch), first)
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024), (129, 320)])
+def test_quantization_is_bitsandbytes(shape):
+    functional = pytest.importorskip("bitsandbytes").functional
+    weight = 0.02 * torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    ours = quantize_nf4(weight)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(ours.packed, packed.flatten())
+    assert torch.equal(ours.absmax, state.absmax)
+    assert torch.equal(dequantize_nf4(ours), functional.dequantize_4bit(packed, state))
