@@ -109,7 +109,8 @@ def _find_or_make(
 def _make(step: Step, uri: str, config: StepConfig, context: StepContext, made_by: Producer) -> Manifest:
     """Call the step's function in a staging folder and publish that; whatever goes wrong, nothing stays behind."""
     store = open_store(uri)
-    folders = {port: _local_folder(port, value) for port, value in context.references.items()}
+    inputs = context.references.items() if step.fetches_inputs else ()
+    folders = {port: _local_folder(port, value) for port, value in inputs}
     staging = store.staging_folder(uri)
     started = time.monotonic()
     try:

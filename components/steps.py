@@ -37,6 +37,8 @@ class Step:
     """Name of a yes or no besides the output; its value is the metric `<module name>/<verdict>`, 1 or 0."""
     section: str | None = None
     """The section of a pipeline's configuration that this step reads, where it shares another step's."""
+    fetches_inputs: bool = True
+    """Whether the function gets the inputs' folders; one that only records references would fetch models for nothing."""
 
     @property
     def config_section(self) -> str:
@@ -163,6 +165,7 @@ _ALL = (
         "register.register:register_version",
         image="cpu",
         state_path="register.register:registry_state",
+        fetches_inputs=False,
     ),
     Step(
         "promote",

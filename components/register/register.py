@@ -47,16 +47,7 @@ def registration_digest(inputs: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def register_version(
-    *,
-    adapter: Path,
-    model: Path,
-    gguf: Path,
-    evaluation: Path,
-    output_dir: Path,
-    config: RegisterConfig,
-    context: StepContext,
-) -> dict[str, float]:
+def register_version(*, output_dir: Path, config: RegisterConfig, context: StepContext) -> dict[str, float]:
     """Register the artifacts as one version, tagged with their digests and scores, and give it the alias.
 
     The same artifacts again are the same version: a retry after an interruption creates no second one.

@@ -1,8 +1,10 @@
 """A real MLflow on SQLite, and small artifacts as the steps before `register` write them."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,9 @@ Publish = Callable[..., str]
 
 @pytest.fixture
 def publish(folder_store: str) -> Publish:
-    """Publish files as an artifact in `folder_store`: `publish(kind, files, parents, config, metrics)`."""
+    """Publish files as an artifact: `publish(kind, files, parents, config, metrics)`; in `folder_store` by default."""
+
+    number = itertools.count()
 
     def publish(
         kind: str,
@@ -48,11 +52,10 @@ def publish(folder_store: str) -> Publish:
         parents: Mapping[str, str] | None = None,
         config: Mapping[str, object] | None = None,
         metrics: Mapping[str, float] | None = None,
+        store: str = folder_store,
     ) -> str:
-        count = len(list(Path(folder_store.removeprefix("file://")).glob(f"{kind}/*")))
-        uri = f"{folder_store}/{kind}/{count:04d}"
-        store = open_store(uri)
-        staging = store.staging_folder(uri)
+        uri = f"{store}/{kind}/{next(number):04d}"
+        staging = open_store(uri).staging_folder(uri)
         for name, content in files.items():
             if isinstance(content, pa.Table):
                 pq.write_table(content, staging / name)
@@ -60,13 +63,13 @@ def publish(folder_store: str) -> Publish:
                 (staging / name).write_bytes(content.encode() if isinstance(content, str) else content)
         made_by = Producer(step=kind, version="0.1.0", code="0" * 16, git_sha="c0ffee")
         manifest = new_manifest(kind, staging, made_by, parents=parents, config=config, metrics=metrics)
-        return str(Reference(uri, store.publish(staging, uri, manifest).digest))
+        return str(Reference(uri, open_store(uri).publish(staging, uri, manifest).digest))
 
     return publish
 
 
 @pytest.fixture
-def trained(publish: Publish) -> Callable[..., dict[str, str]]:
+def trained(publish: Publish, folder_store: str) -> Callable[..., dict[str, str]]:
     """References of an adapter, its merged model, GGUF files and evaluation.
 
     `trained(name, right=90, loss=0.5, rows=100, dataset="first")`: `right` of the rows answered exactly, mean `loss`;
@@ -74,14 +77,19 @@ def trained(publish: Publish) -> Callable[..., dict[str, str]]:
     """
 
     def trained(
-        name: str, *, right: int = 90, loss: float = 0.5, rows: int = 100, dataset: str = "first"
+        name: str,
+        *,
+        right: int = 90,
+        loss: float = 0.5,
+        rows: int = 100,
+        dataset: str = "first",
+        store: str = folder_store,
     ) -> dict[str, str]:
+        put = partial(publish, store=store)
         data = f"file:///data/{dataset}@sha256:{dataset.encode().hex():0<64.64}"
-        adapter = publish(
-            "adapter", {"adapter_config.json": name}, {"base_model": "builtin:tiny-qwen3", "dataset": data}
-        )
-        model = publish("model", {"config.json": name}, {"base_model": "builtin:tiny-qwen3", "adapter": adapter})
-        gguf = publish("gguf", {"gguf.json": name}, {"model": model, "dataset": data})
+        adapter = put("adapter", {"adapter_config.json": name}, {"base_model": "builtin:tiny-qwen3", "dataset": data})
+        model = put("model", {"config.json": name}, {"base_model": "builtin:tiny-qwen3", "adapter": adapter})
+        gguf = put("gguf", {"gguf.json": name}, {"model": model, "dataset": data})
         samples = pa.Table.from_pylist(
             [*_rows("base", rows, right=10, loss=2.0), *_rows("tuned", rows, right=right, loss=loss)]
         )
@@ -93,7 +101,7 @@ def trained(publish: Publish) -> Callable[..., dict[str, str]]:
             "eval/base/perplexity": 7.4,
             "eval/tuned/perplexity": 1.6,
         }
-        evaluation = publish(
+        evaluation = put(
             "evaluation",
             {"samples.parquet": samples, "metrics.json": json.dumps(metrics), "report.md": f"# {name}"},
             {"dataset": data, "base_model": "builtin:tiny-qwen3", "adapter": adapter},

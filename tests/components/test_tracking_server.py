@@ -75,7 +75,7 @@ def test_line_ends_on_a_server_and_survives_its_loss(
     with pytest.raises(UserError, match=r"server at http://127.* cannot read file:///.*use an s3:// store"):
         run_step("register", store=folder_store, inputs=line, config={})
 
-    copies = copy_to(s3_store, line)
+    copies = trained("two", store=s3_store)
     version = run_step("register", store=s3_store, inputs=copies, config={}, run_id="workflow-1")
     inputs = {"version": str(version.reference), "evaluation": copies["evaluation"]}
     decision = run_step("promote", store=s3_store, inputs=inputs, config={}, run_id="workflow-1")
@@ -102,21 +102,3 @@ def test_line_ends_on_a_server_and_survives_its_loss(
     said = capsys.readouterr()
     assert "warning: not everything is recorded in MLflow" in said.err
     assert said.out == ""
-
-
-def copy_to(store: str, references: dict[str, str]) -> dict[str, str]:
-    """The same artifacts in another store."""
-    import shutil
-
-    from finemill.components.artifacts import Reference
-    from finemill.components.storage.store import open_store
-
-    copies = {}
-    for port, text in references.items():
-        folder, manifest = fetch_artifact(Reference.parse(text))
-        target = f"{store}/{port}/copy"
-        staging = open_store(target).staging_folder(target)
-        shutil.copytree(folder, staging, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
-        published = open_store(target).publish(staging, target, manifest)
-        copies[port] = str(Reference(target, published.digest))
-    return copies

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from finemill.components.artifacts import Reference
 from finemill.components.config import parse_config
 from finemill.components.errors import UserError
 from finemill.components.register.config import RegisterConfig
@@ -39,6 +40,17 @@ def test_version_points_to_the_merged_model_and_tells_what_it_is(
     parent = client.get_run(version.run_id)
     assert parent.data.tags["finemill.run_id"] == "run-1"
     assert result.manifest.metrics == {"register/version": 1.0}
+
+
+def test_registering_a_model_does_not_fetch_it(
+    tracking_uri: str, s3_store: str, tmp_path: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = trained("one", store=s3_store)
+    monkeypatch.setenv("FINEMILL_CACHE", str(tmp_path / "another-machine"))
+    version = register(s3_store, line).manifest
+    cached = [path.name for path in (tmp_path / "another-machine" / "artifacts").iterdir()]
+    assert Reference.parse(line["model"]).digest not in cached
+    assert version.digest in cached
 
 
 def test_retry_after_an_interruption_creates_no_second_version(
