@@ -38,7 +38,7 @@ class Step:
     section: str | None = None
     """The section of a pipeline's configuration that this step reads, where it shares another step's."""
     fetches_inputs: bool = True
-    """Whether the function gets the inputs' folders; where it only records references, fetching them is waste."""
+    """Whether the function gets the inputs' folders: one that only refers to models should not fetch them."""
 
     @property
     def config_section(self) -> str:
