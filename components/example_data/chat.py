@@ -1,125 +1,63 @@
-"""Short chats in ShareGPT form: one to three turns about the same small world."""
+"""Short chats in ShareGPT form: one to three questions about the same small world, answered in whole sentences."""
 
 from collections.abc import Callable
 from random import Random
 
-from finemill.components.example_data.words import (
-    ANIMALS,
-    CAPITALS,
-    CITIES,
-    COLORS,
-    DAYS,
-    HOBBIES,
-    KINDS,
-    MONTHS,
-    NAMES,
-    OPPOSITES,
-)
+from finemill.components.example_data.words import ANIMALS, CAPITALS, COLORS, DAYS, KINDS, NAMES, OPPOSITES
 
-Turns = list[tuple[str, str]]
+Exchange = tuple[str, str]
 
 
-def introduction(rng: Random) -> Turns:
-    """The user's name, city or hobby, asked for one turn later."""
-    name, city, hobby = rng.choice(NAMES), rng.choice(CITIES), rng.choice(HOBBIES)
-    greeting = rng.choice(("Hello", "Hi", "Good morning", "Good evening"))
-    opening = (
-        f"{greeting}, my name is {name}. I live in {city} and I like {hobby}.",
-        f"{greeting}, {name}! {hobby.capitalize()} in {city} sounds lovely. How can I help you?",
-    )
-    question, answer = rng.choice(
-        (
-            ("Do you remember my name?", f"Of course, your name is {name}."),
-            ("Where do I live?", f"You live in {city}."),
-            ("What do I like to do?", f"You like {hobby}."),
-        )
-    )
-    return [opening, (question, answer)]
+def opposite(rng: Random) -> Exchange:
+    """The opposite of a word."""
+    word, other = rng.choice(list(OPPOSITES.items()))
+    return f"What is the opposite of {word}?", f"{other.capitalize()} is the opposite."
 
 
-def opposite(rng: Random) -> Turns:
-    """Opposites of two words."""
-    first, second = rng.sample(list(OPPOSITES), 2)
-    answer = f"A word for the opposite of {first} is {OPPOSITES[first]}."
-    return [
-        (f"Give me a word that means the opposite of {first}.", answer),
-        (f"And for {second}?", f"For {second} it is {OPPOSITES[second]}."),
-    ]
-
-
-def color(rng: Random) -> Turns:
+def color(rng: Random) -> Exchange:
     """The usual color of a thing."""
-    thing = rng.choice(list(COLORS))
-    return [(f"Which color does {thing} have?", f"Usually {thing} is {COLORS[thing]}.")]
+    thing, shade = rng.choice(list(COLORS.items()))
+    return f"What color is {thing}?", f"It is {shade}. That is the color."
 
 
-def animal(rng: Random) -> Turns:
+def animal(rng: Random) -> Exchange:
     """Where an animal lives and what it does."""
-    name = rng.choice(list(ANIMALS))
-    home, sound = ANIMALS[name]
-    return [
-        (f"Tell me something about the {name}.", f"A {name} {sound} and its home is called a {home}."),
-        ("Thank you!", "You are welcome. Is there anything else?"),
-    ]
+    name, (home, sound) = rng.choice(list(ANIMALS.items()))
+    return f"Where does a {name} live?", f"It lives in a {home}. It {sound}."
 
 
-def capital(rng: Random) -> Turns:
-    """The capital of a country, or the country of a capital."""
-    country = rng.choice(list(CAPITALS))
-    if rng.random() < 0.5:
-        return [
-            (f"I want to see the capital of {country}. Where do I go?", f"Go to {CAPITALS[country]}. Have a good trip!")
-        ]
-    return [(f"Which country is {CAPITALS[country]} in?", f"{CAPITALS[country]} is the capital of {country}.")]
+def capital(rng: Random) -> Exchange:
+    """The capital of a country."""
+    country, city = rng.choice(list(CAPITALS.items()))
+    return f"What is the capital of {country}?", f"{city} is the capital."
 
 
-def calendar(rng: Random) -> Turns:
-    """The day or the month that follows another."""
-    cycle, word = rng.choice(((DAYS, "day"), (MONTHS, "month")))
-    index = rng.randrange(len(cycle))
-    following = cycle[(index + 1) % len(cycle)]
-    return [(f"Which {word} follows {cycle[index]}?", f"After {cycle[index]} comes {following}.")]
+def calendar(rng: Random) -> Exchange:
+    """The day that follows another."""
+    index = rng.randrange(len(DAYS))
+    return f"What day comes after {DAYS[index - 1]}?", f"{DAYS[index]} is the day that comes after it."
 
 
-def examples(rng: Random) -> Turns:
-    """A list of three things of a kind."""
+def examples(rng: Random) -> Exchange:
+    """Things of a kind."""
     kind = rng.choice(list(KINDS))
-    three = rng.sample(KINDS[kind], 3)
-    first = three[0]
-    return [
-        (f"I need three {kind}, and {first} should be among them.", f"Sure: {three[0]}, {three[1]} and {three[2]}."),
-    ]
+    first, second, third = KINDS[kind][:3]
+    return f"Name some of the {kind}.", f"{first.capitalize()}, {second} and {third}."
 
 
-def odd_one_out(rng: Random) -> Turns:
-    """The word of another kind among three."""
-    kind, other = rng.sample(list(KINDS), 2)
-    stranger = rng.choice(KINDS[other])
-    words = [*rng.sample(KINDS[kind], 2), stranger]
-    rng.shuffle(words)
-    question = f"Which one does not fit: {words[0]}, {words[1]} or {words[2]}?"
-    return [(question, f"The one that does not fit is {stranger}. The others are {kind}.")]
-
-
-TOPICS: tuple[Callable[[Random], Turns], ...] = (
-    introduction,
-    introduction,
-    opposite,
-    color,
-    animal,
-    capital,
-    calendar,
-    examples,
-    odd_one_out,
-)
-SYSTEM_PROMPTS = ("You are a friendly assistant.", "Answer in one sentence.", "You are Finn, a helpful assistant.")
+TOPICS: tuple[Callable[[Random], Exchange], ...] = (opposite, color, animal, capital, calendar, examples)
+SYSTEM_PROMPTS = ("You are a friendly assistant.", "Answer in whole sentences.", "You are Finn, a helpful assistant.")
 
 
 def chat_row(rng: Random) -> dict[str, list[dict[str, str]]]:
-    """One chat as a ShareGPT row; one in four begins with a system prompt."""
+    """One chat as a ShareGPT row; half of them open with a greeting, one in four has a system prompt."""
+    exchanges = [topic(rng) for topic in rng.sample(TOPICS, rng.randint(1, 3))]
+    if rng.random() < 0.5:
+        name = rng.choice(NAMES)
+        exchanges.insert(0, (f"{rng.choice(('Hello', 'Hi'))}, I am {name}.", f"Nice to meet you, {name}."))
     conversations = []
     if rng.random() < 0.25:
         conversations.append({"from": "system", "value": rng.choice(SYSTEM_PROMPTS)})
-    for human, assistant in rng.choice(TOPICS)(rng):
+    for human, assistant in exchanges:
         conversations += [{"from": "human", "value": human}, {"from": "gpt", "value": assistant}]
     return {"conversations": conversations}
