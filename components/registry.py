@@ -105,6 +105,15 @@ def registry_uri() -> str:
     return uri
 
 
+def check_registry_reads(uri: str, place: str) -> None:
+    """Raises: UserError: `uri` is a server, and `place`, a store or artifact, is in a folder that only we can read."""
+    if uri.startswith("http") and place.startswith("file:"):
+        raise UserError(
+            f"register: the MLflow server at {without_credentials(uri)} refuses models in {place.partition('@')[0]}: "
+            "use an s3:// store, or with a folder an SQLite registry, MLFLOW_TRACKING_URI=sqlite:///folder/mlflow.db"
+        )
+
+
 def read_registered_model(name: str) -> RegisteredModel | None:
     """The registered model `name`, None if there is none.
 

@@ -17,6 +17,7 @@ from finemill.components.registry import (
     CHALLENGER,
     CHAMPION,
     DIGEST_TAG,
+    check_registry_reads,
     ensure_registered_model,
     locked,
     registry_state_of,
@@ -55,7 +56,7 @@ def register_version(*, output_dir: Path, config: RegisterConfig, context: StepC
     """
     _check_same_adapter(context)
     uri = registry_uri()
-    _check_source(uri, context.references[config.source])
+    check_registry_reads(uri, context.references[config.source])
     client = open_client(uri)
     with readable_errors(uri):
         record = _register(client, uri, config, context)
@@ -114,15 +115,6 @@ def version_tags(config: RegisterConfig, context: StepContext) -> dict[str, str]
         **{f"{ARTIFACT_TAG}{port}": value for port, value in context.references.items()},
         DIGEST_TAG: registration_digest(context.references),
     }
-
-
-def _check_source(uri: str, source: str) -> None:
-    """A server takes no source that only this machine can read."""
-    if uri.startswith("http") and source.startswith("file:"):
-        raise UserError(
-            f"register: the MLflow server at {without_credentials(uri)} cannot read {source.partition('@')[0]}: use an "
-            "s3:// store, or with a folder an SQLite registry, MLFLOW_TRACKING_URI=sqlite:///folder/mlflow.db"
-        )
 
 
 def _check_same_adapter(context: StepContext) -> None:

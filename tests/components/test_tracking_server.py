@@ -72,7 +72,7 @@ def test_line_ends_on_a_server_and_survives_its_loss(
 ) -> None:
     uri = os.environ["MLFLOW_TRACKING_URI"]
     line = trained("one")
-    with pytest.raises(UserError, match=r"server at http://127.* cannot read file:///.*use an s3:// store"):
+    with pytest.raises(UserError, match=r"server at http://127.* refuses models in file:///.*use an s3:// store"):
         run_step("register", store=folder_store, inputs=line, config={})
 
     copies = trained("two", store=s3_store)

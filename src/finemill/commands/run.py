@@ -45,10 +45,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
     open_store(store).check_writable()
+    from finemill.components.registry import check_registry_reads, registry_uri
     from finemill.components.tracking.pipeline import parent_run
 
     tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or _local_tracking_uri(store)
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
+    if any(task.name == "register" for task in pipeline.tasks):
+        check_registry_reads(registry_uri(), store)
     log_file = _log_file(store, pipeline.name)
     print(f"finemill run {pipeline.name}: store {store}, log {log_file}", file=sys.stderr)
     display = RunDisplay([task.name for task in for_this_machine(pipeline).tasks], sys.stderr)
