@@ -28,7 +28,6 @@ from finemill.kernels.planner import Plan, Workload, launch_bound, plan_step
 def main(argv: list[str]) -> int:
     """Run the benchmark. Returns: exit code."""
     args = _parse(argv)
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     record = _settings(args)
     if args.trainer:
         from finemill.kernels.bench_trainer import run_trainer

@@ -6,7 +6,7 @@ What differs from the stock trainer, and why (performance measured in results.md
   memory allows: same gradient, fewer and fuller launches. Batches stay on the CPU until then.
 - A step runs outside autograd, as CUDA graphs where launches would dominate, and reads nothing back: loss, entropy,
   accuracy and gradient norm are summed on the device and fetched when the trainer logs.
-- The optimizer is FlatAdamW; `optim` chooses 8-bit or fp32 moments.
+- The optimizer is FlatAdamW, whatever `optim` says: fp32 moments, or 8-bit ones where memory is short.
 
 A model the engine does not cover trains as SFTTrainer does (`trainer.acceleration.reason` says why).
 """
