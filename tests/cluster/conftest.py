@@ -8,6 +8,7 @@ $AWS_ENDPOINT_URL, $MLFLOW_TRACKING_URI, and $FINEMILL_TEST_REGISTRY, which has 
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -170,14 +171,16 @@ class _tracking_server:  # noqa: N801
         command = [sys.executable, "-m", "mlflow", "server", "--host", NODE_ADDRESS, "--port", "5000", "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--allowed-hosts", "*"]
         log = (self.folder / "log").open("wb")
-        self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            command, cwd=self.folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         log.close()
         address = f"http://{NODE_ADDRESS}:5000/health"
         healthy = ["curl", "-fsS", "-o", "/dev/null", address]
         wait_until(lambda: subprocess.run(healthy, capture_output=True, check=False).returncode == 0, 120, address)
 
     def __exit__(self, *error: object) -> None:
-        self.process.terminate()
+        os.killpg(self.process.pid, signal.SIGTERM)
         self.process.wait(30)
 
 
