@@ -63,13 +63,15 @@ def run_kfp_task(
 def _run_unless_failed(
     name: str, *, store: str, inputs: Mapping[str, str], config: Mapping[str, Any], run_id: str
 ) -> StepResult:
+    attempt = os.environ.get(ATTEMPT_VARIABLE)
     failure = TerminalFailure.of_call(name, store=store, inputs=inputs, config=config, run_id=run_id)
-    if os.environ.get(ATTEMPT_VARIABLE, "0") != "0":
+    if attempt not in (None, "0"):
         failure.raise_if_noted()
     try:
         return run_step(name, store=store, inputs=inputs, config=config, run_id=run_id or None)
     except UserError as error:
-        failure.note(str(error))
+        if attempt is not None:
+            failure.note(str(error))
         raise
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from finemill.commands.config_flags import add_config_flags, read_config
 from finemill.commands.pipeline_argument import choose_pipeline, default_config_file
 from finemill.commands.run_display import RunDisplay, print_results
+from finemill.components.base_model.resolve import resolve_base_model
 from finemill.components.config import StepConfig
 from finemill.components.storage.store import local_path, normalize_uri, open_store
 from finemill.pipelines.graph import Pipeline
@@ -45,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
     open_store(store).check_writable()
+    if base_model := getattr(config, "base_model", None):
+        resolve_base_model(base_model)
     from finemill.components.registry import check_registry_reads, registry_uri
     from finemill.components.tracking.pipeline import parent_run
 
