@@ -9,6 +9,9 @@ import torch
 
 from finemill.components.errors import UserError
 
+SMALL_MODEL = 50_000_000
+"""Parameters below which several threads cost more than they bring."""
+
 
 def load_causal_lm(folder: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
     """The model in `folder`, in evaluation mode.
@@ -43,6 +46,23 @@ def load_adapter(base: Any, adapter: Path) -> Any:
     except (RuntimeError, ValueError) as error:
         line = " ".join(str(error).split())
         raise UserError(f"the adapter in {adapter} does not fit the base model: {line:.300}") from error
+
+
+@contextmanager
+def suitable_threads(model: Any) -> Iterator[None]:
+    """One thread inside the block for a small model on a CPU.
+
+    Its matrices are so small that PyTorch's threads spin at barriers longer than they compute; on cores that others use
+    as well, two threads are many times as slow as one.
+    """
+    small = sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
+    before = torch.get_num_threads()
+    if small and model.device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

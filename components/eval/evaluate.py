@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from finemill.components.causal_lm import load_adapter, load_causal_lm
+from finemill.components.causal_lm import load_adapter, load_causal_lm, suitable_threads
 from finemill.components.context import StepContext
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.loss import assistant_losses
@@ -39,7 +39,7 @@ def evaluate(
     samples: dict[str, list[Sample]] = {}
     switches: dict[str, AbstractContextManager[Any]] = {"base": tuned.disable_adapter(), "tuned": nullcontext()}
     for name, switch in switches.items():
-        with switch:
+        with switch, suitable_threads(tuned):
             samples[name] = score_rows(tuned, tokenizer, rows, name, stops, config, context)
     metrics = summarize(samples["base"], samples["tuned"])
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

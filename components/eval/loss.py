@@ -27,12 +27,13 @@ def assistant_losses(model: Any, rows: Sequence[HeldOutRow]) -> list[tuple[float
         batch, order = order[:batch_size], order[batch_size:]
         input_ids_BT, labels_BT = _padded([rows[index] for index in batch], model.device)
         # Padding is on the right, where causal attention never looks.
-        logits_BTV = model(input_ids=input_ids_BT).logits[:, :-1].float()
-        losses_BT = cross_entropy(
-            logits_BTV.transpose(1, 2), labels_BT[:, 1:], ignore_index=IGNORE_INDEX, reduction="none"
-        )
-        sums_B = losses_BT.sum(1, dtype=torch.float64).tolist()
-        counts_B = (labels_BT[:, 1:] != IGNORE_INDEX).sum(1).tolist()
+        logits_BTV = model(input_ids=input_ids_BT).logits[:, :-1]
+        targets_BT = labels_BT[:, 1:]
+        learned_BT = targets_BT != IGNORE_INDEX
+        # N labelled tokens of the batch, row after row
+        losses_N = cross_entropy(logits_BTV[learned_BT].float(), targets_BT[learned_BT], reduction="none")
+        counts_B = learned_BT.sum(1).tolist()
+        sums_B = [float(losses_T.double().sum()) for losses_T in losses_N.split(counts_B)]
         losses.update(zip(batch, zip(sums_B, counts_B, strict=True), strict=True))
     return [losses[index] for index in range(len(rows))]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finemill.components.causal_lm import load_causal_lm
+from finemill.components.causal_lm import SMALL_MODEL, load_causal_lm, suitable_threads
 from finemill.components.context import StepContext
 from finemill.components.cores import available_cores
 from finemill.components.errors import GateFailedError
@@ -27,9 +27,6 @@ from finemill.components.held_out import read_rows, spread
 
 logger = logging.getLogger(__name__)
 
-# Parameters below which llama.cpp's threads wait for each other longer than they compute: on two busy cores, two of
-# them are a hundred times as slow as one.
-_SMALL = 50_000_000
 # Names that transformers and Ollama give to the same sampling parameters.
 _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
 
@@ -56,7 +53,8 @@ def quantize_gguf(
         path = output_dir / f"{name}-{quantization}.gguf"
         files[quantization] = write_gguf(source, path, quantization, name, num_threads, imatrix)
         _warn_of_fallbacks(quantization, files[quantization])
-    reference = _reference(merged, tokenizer, model, dataset, config, context)
+    with suitable_threads(merged):
+        reference = _reference(merged, tokenizer, model, dataset, config, context)
     del merged
     comparisons = _compare_all(files, reference, tokenizer, model, config, context)
     warnings = _points_lost(reference.exact_match, comparisons, config)
@@ -123,7 +121,7 @@ def _compare_all(
                     f"{quantization} in llama.cpp: {done} of {len(reference.prompts)} answers"
                 )
 
-        num_threads = config.num_threads or (1 if file.num_parameters < _SMALL else available_cores())
+        num_threads = config.num_threads or (1 if file.num_parameters < SMALL_MODEL else available_cores())
         with serve(file.path, num_threads, longest + config.max_new_tokens) as server:
             comparisons[quantization] = compare(
                 server,
