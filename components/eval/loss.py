@@ -33,7 +33,7 @@ def assistant_losses(model: Any, rows: Sequence[HeldOutRow]) -> list[tuple[float
         # N labelled tokens of the batch, row after row
         losses_N = cross_entropy(logits_BTV[learned_BT].float(), targets_BT[learned_BT], reduction="none")
         counts_B = learned_BT.sum(1).tolist()
-        sums_B = [float(losses_T.double().sum()) for losses_T in losses_N.split(counts_B)]
+        sums_B = [float(losses_T.double().sum()) for losses_T in torch.split(losses_N, counts_B)]
         losses.update(zip(batch, zip(sums_B, counts_B, strict=True), strict=True))
     return [losses[index] for index in range(len(rows))]
 
