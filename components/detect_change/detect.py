@@ -17,9 +17,7 @@ def newest_version(inputs: Mapping[str, str], config: RegisterConfig) -> dict[st
     return {"version": str(newest.number), "dataset": newest.tags.get(DATASET_TAG, "")} if newest else {}
 
 
-def detect_change(
-    *, dataset: Path, output_dir: Path, config: RegisterConfig, context: StepContext
-) -> dict[str, float]:
+def detect_change(*, dataset: Path, output_dir: Path, config: RegisterConfig, context: StepContext) -> dict[str, float]:
     """Compare the dataset's digest with that of the newest registered version, whether that was promoted or not.
 
     A version that lost against the champion counts: training again on the same data would give it again.
