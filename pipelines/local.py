@@ -23,8 +23,15 @@ STOP_TIMEOUT_S = 60.0
 def for_this_machine(pipeline: Pipeline) -> Pipeline:
     """The pipeline without what only a cluster needs: retries (there is no node to lose, a failed step would only fail
     again) and the preflight step (the caller has checked configuration and store).
+
+    Each task waits for the one before: one machine gains nothing from two at once, and kfp's local runner would take
+    independent tasks in an order that changes from run to run.
     """
-    tasks = [replace(task, retries=0, after=(), resources=SMALL) for task in pipeline.tasks if task.name != "preflight"]
+    kept = [task for task in pipeline.tasks if task.name != "preflight"]
+    tasks = [
+        replace(task, retries=0, after=tuple(kept[position - 1 : position]), resources=SMALL)
+        for position, task in enumerate(kept)
+    ]
     return replace(pipeline, tasks=tuple(tasks))
 
 

@@ -1,5 +1,5 @@
 import re
-from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -192,4 +192,13 @@ def test_local_runs_leave_out_what_only_a_cluster_needs() -> None:
     finetune = PIPELINES["finetune"]
     local = for_this_machine(finetune)
     assert [task.name for task in local.tasks] == [task.name for task in finetune.tasks if task.name != "preflight"]
-    assert all(task == replace(task, retries=0, after=(), resources=SMALL) for task in local.tasks)
+    assert all((task.retries, task.resources) == (0, SMALL) for task in local.tasks)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_local_runs_have_one_order(name: str) -> None:
+    from finemill.pipelines.local import for_this_machine
+
+    tasks = for_this_machine(PIPELINES[name]).tasks
+    for before, task in pairwise(tasks):
+        assert before.name in {item.name for item in task.upstream}
