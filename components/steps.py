@@ -168,6 +168,18 @@ _ALL = (
         fetches_inputs=False,
     ),
     Step(
+        "score-champion",
+        "Score the champion on the rows that the new version was scored on, unless it was before.",
+        ("evaluation",),
+        "champion",
+        "register.config:RegisterConfig",
+        "score_champion.score:score_champion",
+        image="train",
+        state_path="score_champion.score:champion_state",
+        section="register",
+        fetches_inputs=False,
+    ),
+    Step(
         "promote",
         "Compare the new version with the champion and move the alias if it wins.",
         ("version", "evaluation"),

@@ -15,11 +15,12 @@ evaluation = task("eval", dataset=dataset, base_model=base_model, adapter=adapte
 model = task("merge", base_model=base_model, adapter=adapter, resources=LARGE)
 gguf = task("gguf-quantize", model=model, dataset=dataset, resources=LARGE)
 version = task("register", adapter=adapter, model=model, gguf=gguf, evaluation=evaluation)
-decision = task("promote", version=version, evaluation=evaluation)
+champion = task("score-champion", evaluation=evaluation, resources=ONE_GPU)
+decision = task("promote", version=version, evaluation=evaluation, after=(champion,))
 
 FINETUNE = Pipeline(
     "finetune",
     "Raw rows and a base model in; adapter, merged model, GGUF files, report and a promoted version out.",
-    (plan, rows, dataset, adapter, evaluation, model, gguf, version, decision),
+    (plan, rows, dataset, adapter, evaluation, model, gguf, version, champion, decision),
     FinetuneConfig,
 )

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finemill.components.artifacts import Reference
+from finemill.components.champion import comparable_evaluation
 from finemill.components.context import StepContext
 from finemill.components.errors import GateFailedError, TemporaryError, UserError
-from finemill.components.promote.champion import champion_scores
 from finemill.components.promote.config import PromoteConfig
 from finemill.components.promote.decision import Decision, summarize
 from finemill.components.promote.gates import check_gates
@@ -90,7 +90,8 @@ def _decide(
     champion_evaluation: Reference | None = None
     theirs: Scores | None = None
     if champion is not None:
-        theirs, champion_evaluation = champion_scores(champion, context.manifests["evaluation"], context)
+        champion_evaluation = comparable_evaluation(model, champion, context.manifests["evaluation"], context)
+        theirs = Scores(fetch_artifact(champion_evaluation)[0])
     gates = check_gates(scores, theirs, config)
     rolled_back = challenger.tags.get(ROLLED_BACK_TAG)
     refusal = f"it was champion and was rolled back on {rolled_back}" if rolled_back else None

@@ -19,6 +19,7 @@ _COMMANDS = {
     "merge": ("base + adapter -> merged 16-bit model", "step"),
     "gguf-quantize": ("merged model -> GGUF files, checked in llama.cpp", "step"),
     "register": ("results -> a version in MLflow's registry", "step"),
+    "score-champion": ("champion on the rows of a new version's evaluation -> its scores there", "step"),
     "promote": ("new version against the champion -> alias moved or not", "step"),
     "rollback": ("make the previous champion champion again", "rollback"),
     "schema": ("print the JSON schema of a step's or pipeline's config", "schema"),

@@ -242,3 +242,23 @@ def test_the_schedule_fires_and_without_new_data_ends_as_unchanged(
     upgraded = cluster.get("cronworkflow", "retrain")
     assert upgraded["metadata"]["uid"] == uid
     assert upgraded["status"]["lastScheduledTime"]
+
+
+def test_new_data_is_trained_on_and_compared_with_the_champion_on_the_same_rows(
+    line: subprocess.CompletedProcess[str], cluster: Cluster, registry: Any
+) -> None:
+    before = registry.get_model_version_by_alias(cluster.model, "champion")
+    sources = (
+        '[{uri: "example:reasoning", weight: 75, max_rows: 300}, {uri: "example:chat", weight: 25, max_rows: 100}]'
+    )
+    result = cluster.submit("retrain", *cluster.config, "--data-prep.sources", sources)
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = result.stdout.split()[0]
+    assert "was scored on other rows: scoring it" in logs(cluster, run, "score-champion")
+    champion = registry.get_model_version(cluster.model, before.version)
+    (scores,) = [value for key, value in champion.tags.items() if key.startswith("finemill.evaluation.")]
+    assert scores.startswith(cluster.store)
+    passed = outputs(cluster, run, "promote")["promotion_passed"] == "true"
+    newest = registry.get_model_version_by_alias(cluster.model, "champion" if passed else "challenger")
+    assert int(newest.version) > int(before.version)
+    assert newest.tags["finemill.decision"]

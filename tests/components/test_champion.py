@@ -58,13 +58,20 @@ def test_champion_is_scored_on_the_new_versions_rows(
     MlflowClient(tracking_uri).set_registered_model_alias("finemill", "champion", "1")
     inputs = {"version": versions[1], "evaluation": lines[1]["evaluation"]}
 
-    with monkeypatch.context() as patch:
-        patch.setattr("importlib.util.find_spec", lambda name: None)
+    with monkeypatch.context() as without_torch:
+        without_torch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(UserError, match=r"version 1 was scored on other rows .* needs torch"):
             run_step("promote", store=folder_store, inputs=inputs, config={})
 
-    result = run_step("promote", store=folder_store, inputs=inputs, config={})
+    champion = run_step("score-champion", store=folder_store, inputs={"evaluation": inputs["evaluation"]}, config={})
+    record = json.loads((fetch_artifact(champion.reference)[0] / "champion.json").read_text())
+    assert record["champion"] == 1
+
+    with monkeypatch.context() as without_torch:
+        without_torch.setattr("importlib.util.find_spec", lambda name: None)
+        result = run_step("promote", store=folder_store, inputs=inputs, config={})
     found = json.loads((fetch_artifact(result.reference)[0] / "decision.json").read_text())
+    assert found["champion_evaluation"] == record["evaluation"]
     again = read_artifact(Reference.parse(found["champion_evaluation"]))
     assert (again.parents["adapter"], again.parents["dataset"]) == (lines[0]["adapter"], lines[1]["dataset"])
     # Both adapters change nothing: the same scores on the same rows.

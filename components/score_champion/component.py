@@ -1,0 +1,40 @@
+"""The KFP component `score-champion`."""
+
+from kfp import dsl
+
+from finemill.components.images import IMAGES
+
+
+@dsl.component(base_image=IMAGES["train"], install_kfp_package=False)
+def score_champion(
+    store: str,
+    evaluation: str,
+    champion: dsl.OutputPath(str),
+    manifest: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    config: dict = {},
+    run_id: str = "",
+):
+    """Score the champion on the rows that a new version was scored on, unless it was before.
+
+    Args:
+        store: folder or s3://bucket/prefix that gets the output.
+        evaluation: reference of the new version's evaluation.
+        champion: gets the reference of what was found or made, <uri>@sha256:<digest>.
+        manifest: gets the output's manifest: files, digests, parents, resolved configuration.
+        metrics: gets the step's metrics.
+        config: fields as in `finemill schema register`: which registered model's champion.
+        run_id: groups the steps of one pipeline run in MLflow.
+    """
+    from finemill.components.kfp_task import run_kfp_task
+
+    run_kfp_task(
+        "score-champion",
+        store=store,
+        inputs={"evaluation": evaluation},
+        config=config,
+        run_id=run_id,
+        reference_path=champion,
+        manifest=manifest,
+        metrics=metrics,
+    )
