@@ -25,6 +25,8 @@ DEFAULT_EXPERIMENT = "finemill"
 REACH_TIMEOUT_S = 10.0
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _ALLOWED = "http(s)://host, sqlite:///folder/mlflow.db, or another database URI that MLflow takes"
+# MLflow's pages show an experiment's runs with charts, or traces of an application, by this.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 # A server that stays away may cost a training minutes, not hours. MLflow's own defaults are 7 retries of 120 s.
 _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
@@ -120,7 +122,7 @@ def find_experiment(client: "MlflowClient", uri: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, _artifact_location(uri)))
+            return str(client.create_experiment(name, _artifact_location(uri), tags=_EXPERIMENT_TAGS))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
