@@ -187,15 +187,30 @@ def _read_client(client: "MlflowClient", name: str) -> RegisteredModel | None:
     )
 
 
-def _all_versions(client: "MlflowClient", name: str) -> "list[ModelVersion]":
+def _all_versions(client: "MlflowClient", name: str | None = None) -> "list[ModelVersion]":
+    """Every version of one registered model, or of all."""
     found: list[ModelVersion] = []
     token = None
     while True:
-        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+        page = client.search_model_versions(f"name = '{name}'" if name else "", page_token=token)
         found += list(page)
         token = page.token
         if not token:
             return found
+
+
+def registered_artifacts() -> list[Reference]:
+    """The artifacts that any version of any registered model refers to."""
+    uri = registry_uri()
+    client = open_client(uri)
+    with readable_errors(uri):
+        versions = _all_versions(client)
+    return [
+        Reference.parse(value)
+        for version in versions
+        for key, value in version.tags.items()
+        if key.startswith((ARTIFACT_TAG, EVALUATION_TAG))
+    ]
 
 
 def ensure_registered_model(name: str) -> RegisteredModel:

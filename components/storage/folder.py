@@ -4,12 +4,13 @@ import os
 import shutil
 import tempfile
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from finemill.components.artifacts import MANIFEST_NAME, Manifest, verify_folder
 from finemill.components.errors import UserError
 from finemill.components.storage.lock import folder_lock
-from finemill.components.storage.store import local_path, normalize_uri
+from finemill.components.storage.store import StoredFile, local_path, normalize_uri
 
 _STAGING = ".staging"
 
@@ -72,6 +73,12 @@ class FolderStore:
         """The prefixes of complete artifacts directly under `uri`, sorted."""
         return sorted(path.parent.as_uri() for path in local_path(uri).glob(f"*/{MANIFEST_NAME}"))
 
+    def files(self, uri: str) -> tuple[StoredFile, ...]:
+        """Every file under `uri`."""
+        root = local_path(uri)
+        paths = [path for path in root.rglob("*") if path.is_file()]
+        return tuple(_stored_file(path, path.relative_to(root).as_posix()) for path in paths)
+
     def delete(self, uri: str) -> None:
         """Remove an artifact, its manifest first."""
         (local_path(uri) / MANIFEST_NAME).unlink(missing_ok=True)
@@ -80,6 +87,11 @@ class FolderStore:
     def lock(self, uri: str) -> AbstractContextManager[None]:
         """A lock file of that name."""
         return folder_lock(local_path(uri))
+
+
+def _stored_file(path: Path, name: str) -> StoredFile:
+    status = path.stat()
+    return StoredFile(name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
 
 def _flush(path: Path) -> None:

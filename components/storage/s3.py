@@ -24,6 +24,7 @@ from finemill.components.errors import TemporaryError, UserError
 from finemill.components.storage.cache import cached_folder, staging_root
 from finemill.components.storage.download import download_file
 from finemill.components.storage.lock import object_lock
+from finemill.components.storage.store import StoredFile
 
 PART_BYTES = 64 * 2**20
 MAX_CONCURRENCY = 8
@@ -95,12 +96,20 @@ class S3Store:
 
     def list(self, uri: str) -> list[str]:
         """The prefixes of complete artifacts directly under `uri`, sorted."""
+        manifest = f"/{MANIFEST_NAME}"
+        names = [file.name.removesuffix(manifest) for file in self.files(uri) if file.name.endswith(manifest)]
+        return sorted(f"{uri}/{name}" for name in names if "/" not in name)
+
+    def files(self, uri: str) -> tuple[StoredFile, ...]:
+        """Every object under `uri`."""
         bucket, prefix = _split(f"{uri}/")
         with readable_errors(uri, "cannot be listed"):
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-            keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
-        names = {key.removeprefix(prefix).rsplit("/", 1)[0] for key in keys if key.endswith(f"/{MANIFEST_NAME}")}
-        return sorted(f"{uri}/{name}" for name in names if "/" not in name)
+            return tuple(
+                StoredFile(item["Key"].removeprefix(prefix), item["Size"], item["LastModified"])
+                for page in pages
+                for item in page.get("Contents", [])
+            )
 
     def delete(self, uri: str) -> None:
         """Remove an artifact, its manifest first."""

@@ -1,12 +1,23 @@
 """Where artifacts live: a folder (`file://`) or an S3 bucket (`s3://`), behind the same few operations."""
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from finemill.components.artifacts import Manifest, Reference
 from finemill.components.errors import UserError
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file in a store: `name` relative to what was asked for, size in bytes, when it was last written (UTC)."""
+
+    name: str
+    size: int
+    modified: datetime
 
 
 class Store(Protocol):
@@ -32,6 +43,9 @@ class Store(Protocol):
 
     def list(self, uri: str) -> "list[str]":
         """The prefixes of complete artifacts directly under `uri`, sorted."""
+
+    def files(self, uri: str) -> tuple[StoredFile, ...]:
+        """Every file under `uri`, of complete artifacts or not."""
 
     def delete(self, uri: str) -> None:
         """Remove an artifact, its manifest first."""

@@ -22,6 +22,7 @@ _COMMANDS = {
     "score-champion": ("champion on the rows of a new version's evaluation -> its scores there", "step"),
     "promote": ("new version against the champion -> alias moved or not", "step"),
     "rollback": ("make the previous champion champion again", "rollback"),
+    "gc": ("delete artifacts that no registered version was made from", "gc"),
     "schema": ("print the JSON schema of a step's or pipeline's config", "schema"),
     "bench": ("time kernels or a whole training step on a GPU", "bench"),
     "estimate": ("predict memory and speed of a training step", "bench"),

@@ -51,7 +51,7 @@ def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
     from finemill.components.registry import check_registry_reads, registry_uri
     from finemill.components.tracking.pipeline import parent_run
 
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or _local_tracking_uri(store)
+    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(store)
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
     if any(task.name == "register" for task in pipeline.tasks):
         check_registry_reads(registry_uri(), store)
@@ -76,7 +76,7 @@ def _parameters(pipeline: Pipeline, config: StepConfig, store: str) -> dict[str,
     return {item.name: values[item.name] for item in for_this_machine(pipeline).parameters if item.name in values}
 
 
-def _local_tracking_uri(store: str) -> str:
+def local_tracking_uri(store: str) -> str:
     """SQLite beside a folder store; with a bucket, in the working folder."""
     folder = local_path(store) if store.startswith("file:") else Path.cwd()
     return f"sqlite:///{folder / 'mlflow.db'}"

@@ -1,0 +1,50 @@
+"""`finemill gc`: delete old artifacts that no registered version was made from."""
+
+import argparse
+import os
+from datetime import UTC, datetime, timedelta
+
+from finemill.commands.run import local_tracking_uri
+from finemill.components.errors import UserError
+from finemill.components.storage.store import normalize_uri, open_store
+from finemill.components.tracking.server import TRACKING_VARIABLE
+
+_GIB = 2**30
+
+
+def execute(name: str, arguments: list[str]) -> int:
+    """Find garbage and delete it, a line each. Returns: the exit code."""
+    parsed = _parser().parse_args(arguments)
+    if parsed.older_than_days < 1:
+        raise UserError(f"--older-than-days {parsed.older_than_days}: a run may take a day, give 1 or more")
+    store = normalize_uri(parsed.store)
+    if store.startswith("file:"):
+        os.environ.setdefault(TRACKING_VARIABLE, local_tracking_uri(store))
+    from finemill.components.garbage import find_garbage
+    from finemill.components.registry import registered_artifacts
+
+    before = datetime.now(UTC) - timedelta(days=parsed.older_than_days)
+    garbage = find_garbage(store, registered_artifacts(), before)
+    for artifact in garbage:
+        state = "" if artifact.complete else "  (unfinished)"
+        print(f"{artifact.modified:%Y-%m-%d} {artifact.size_bytes / _GIB:9.3f} GiB  {artifact.uri}{state}")
+        if not parsed.dry_run:
+            open_store(store).delete(artifact.uri)
+    size = sum(artifact.size_bytes for artifact in garbage) / _GIB
+    print(f"{len(garbage)} artifacts, {size:.3f} GiB, {'would be' if parsed.dry_run else 'are'} deleted")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="finemill gc",
+        description="Delete artifacts that are old and that no registered version is or was made from. "
+        f"{TRACKING_VARIABLE} says where the registry is.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--store", default="finemill-store", metavar="URI", help="default: %(default)s")
+    parser.add_argument(
+        "--older-than-days", type=float, default=30.0, metavar="N", help="keep what is younger (default: %(default)g)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="list, delete nothing")
+    return parser
