@@ -145,6 +145,8 @@ def _set_environment(call: Any, cluster: ClusterConfig) -> None:
 
 def _set_gpu(call: Any, gpus: Any, cluster: ClusterConfig) -> None:
     call.set_accelerator_type(cluster.gpu_resource).set_accelerator_limit(gpus)
+    # Without this kfp would not hand a pipeline's parameter down into a condition for the sake of resources alone.
+    call.register_pipeline_channels([gpus])
     kubernetes.empty_dir_mount(
         call, "shared-memory", SHARED_MEMORY_PATH, medium="Memory", size_limit=cluster.shared_memory
     )
