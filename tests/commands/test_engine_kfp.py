@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+import finemill
 from finemill.cli import main
 from finemill.commands import engine_kfp, run_table
 from tests.commands.api_server import Api, point_kubeconfig_at
@@ -114,6 +116,12 @@ def stamped(text: str) -> str:
     return "".join(f"2026-11-24T03:00:00.{number:09d}Z {line}\n" for number, line in enumerate(text.splitlines()))
 
 
+def default_config(pipeline: str) -> dict[str, Any]:
+    file = Path(finemill.__file__).parent / "pipelines" / "configs" / f"{pipeline}.yaml"
+    loaded: dict[str, Any] = yaml.safe_load(file.read_text())
+    return loaded
+
+
 def watch(kfp: Api) -> int:
     return main(["watch", "r1", "--engine", "kfp", "--host", kfp.url])
 
@@ -122,7 +130,11 @@ def test_a_run_is_compiled_uploaded_and_followed(kfp: Api, capsys: pytest.Captur
     options = ["--host", kfp.url, "--store", "s3://b/p", "--gpus", "0", "--train-qlora.lora-r", "32", "--wait"]
     assert main(["submit", "finetune", "--engine", "kfp", *options]) == 1
     posted = kfp.posted[-1]
-    assert posted["runtime_config"]["parameters"] == {"store": "s3://b/p", "gpus": "0", "train_qlora": {"lora_r": 32}}
+    parameters = posted["runtime_config"]["parameters"]
+    assert (parameters["store"], parameters["gpus"]) == ("s3://b/p", "0")
+    # What is not given is what `finemill run` starts from.
+    assert parameters["train_qlora"] == default_config("finetune")["train_qlora"] | {"lora_r": 32}
+    assert parameters["data_prep"] == default_config("finetune")["data_prep"]
     # Two documents, the pipeline and what Kubernetes is to do for it.
     assert set(posted["pipeline_spec"]) == {"pipeline_spec", "platform_spec"}
     captured = capsys.readouterr()
@@ -133,6 +145,13 @@ def test_a_run_is_compiled_uploaded_and_followed(kfp: Api, capsys: pytest.Captur
     assert rows == {"preflight": "done", "data-prep": "failed"} | dict.fromkeys(FINETUNE[2:], "skipped")
     assert "driver" not in captured.err
     assert "executor" not in captured.err
+
+
+def test_a_configuration_of_one_s_own_stands_alone(kfp: Api, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("data_prep: {sources: [{uri: s3://b/rows}]}")
+    options = ["--host", kfp.url, "--config", str(tmp_path / "own.yaml")]
+    assert main(["submit", "finetune", "--engine", "kfp", *options]) == 0
+    assert kfp.posted[-1]["runtime_config"]["parameters"] == {"data_prep": {"sources": [{"uri": "s3://b/rows"}]}}
 
 
 def test_the_failed_step_s_own_words_and_exit_code_come_from_its_pods(
