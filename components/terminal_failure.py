@@ -41,6 +41,13 @@ class TerminalFailure:
         except (StepError, OSError):
             return
 
+    def forget(self) -> None:
+        """Remove the note of an earlier round of attempts: a person has asked for the run to be tried again."""
+        try:
+            open_store(self.uri).delete(self.uri)
+        except (StepError, OSError):
+            return
+
     def raise_if_noted(self) -> None:
         """Raises: UserError: an attempt before this one failed in a way that would repeat itself."""
         manifest = open_store(self.uri).read_manifest(self.uri)

@@ -1,7 +1,7 @@
 """A pipeline as KFP sees it: the step's own components, wired by the graph."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from importlib import import_module
 from itertools import groupby
@@ -11,6 +11,7 @@ from typing import Any
 from kfp import compiler, dsl, kubernetes
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
+from finemill.components.kfp_task import TRACKING_PREFIX
 from finemill.pipelines.cluster import (
     CACHE_PATH,
     CACHE_VARIABLES,
@@ -130,21 +131,28 @@ def _set_execution(call: Any, task: Task, arguments: Mapping[str, Any], cluster:
 
 
 def _set_environment(call: Any, cluster: ClusterConfig) -> None:
-    kubernetes.use_config_map_as_env(call, cluster.config_map, {key: key for key in CONFIG_KEYS}, optional=True)
+    kubernetes.use_config_map_as_env(call, cluster.config_map, _variables(CONFIG_KEYS), optional=True)
     for secret, keys in (
         (cluster.s3_secret, S3_KEYS),
         (cluster.mlflow_secret, MLFLOW_KEYS),
         (cluster.hub_secret, HUB_KEYS),
     ):
-        kubernetes.use_secret_as_env(call, secret, {key: key for key in keys}, optional=True)
+        kubernetes.use_secret_as_env(call, secret, _variables(keys), optional=True)
     if cluster.cache_claim:
         kubernetes.mount_pvc(call, cluster.cache_claim, CACHE_PATH)
         for name, value in CACHE_VARIABLES.items():
             call.set_env_variable(name, value)
 
 
+def _variables(keys: Iterable[str]) -> dict[str, str]:
+    """The environment variable of each key."""
+    return {key: f"{TRACKING_PREFIX}{key}" if key.startswith("MLFLOW_") else key for key in keys}
+
+
 def _set_gpu(call: Any, gpus: Any, cluster: ClusterConfig) -> None:
     call.set_accelerator_type(cluster.gpu_resource).set_accelerator_limit(gpus)
+    # Without this kfp would not hand a pipeline's parameter down into a condition for the sake of resources alone.
+    call.register_pipeline_channels([gpus])
     kubernetes.empty_dir_mount(
         call, "shared-memory", SHARED_MEMORY_PATH, medium="Memory", size_limit=cluster.shared_memory
     )

@@ -1,23 +1,21 @@
-"""submit and watch against an HTTP server that answers as the Kubernetes API and KFP do.
+"""submit and watch on Argo, against an HTTP server that answers as the Kubernetes API does.
 
 The workflow objects in `workflows/` were recorded on a cluster and reduced to what a status is read from.
 """
 
 import io
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from finemill.cli import main
 from finemill.commands import run_table
 from finemill.commands.engine_argo import read_workflow
 from finemill.commands.run_table import RunTable, summary
+from tests.commands.api_server import Api, point_kubeconfig_at
 
 WORKFLOWS = Path(__file__).parent / "workflows"
 ARGO = ["--engine", "argo", "--namespace", "ml"]
@@ -27,44 +25,6 @@ OBJECTS = "/apis/argoproj.io/v1alpha1/namespaces/ml"
 def recorded(name: str) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((WORKFLOWS / f"{name}.json").read_text())
     return loaded
-
-
-class Api:
-    """Answers by method and path; remembers what was posted."""
-
-    def __init__(self) -> None:
-        self.answers: dict[tuple[str, str], tuple[int, Any]] = {}
-        self.posted: list[dict[str, Any]] = []
-        self.deleted: list[str] = []
-        api = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self._answer("GET")
-
-            def do_DELETE(self) -> None:
-                api.deleted.append(self.path)
-                self._answer("DELETE")
-
-            def do_POST(self) -> None:
-                api.posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                self._answer("POST")
-
-            def _answer(self, method: str) -> None:
-                code, body = api.answers.get((method, self.path.split("?")[0]), (404, "404 page not found"))
-                data = (body if isinstance(body, str) else json.dumps(body)).encode()
-                self.send_response(code)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *arguments: Any) -> None:
-                """Nothing on stderr."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
 @pytest.fixture
@@ -78,19 +38,6 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     yield found
     found.server.shutdown()
     found.server.server_close()
-
-
-def point_kubeconfig_at(url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "c", "cluster": {"server": url}}],
-        "users": [{"name": "u", "user": {"token": "t"}}],
-        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "current-context": "c",
-    }
-    (folder / "kubeconfig").write_text(yaml.safe_dump(config))
-    monkeypatch.setenv("KUBECONFIG", str(folder / "kubeconfig"))
 
 
 def status_answer(code: int, reason: str, message: str, **details: str) -> tuple[int, dict[str, Any]]:
@@ -238,69 +185,3 @@ def test_without_a_terminal_only_changes_are_printed() -> None:
     lines = stream.getvalue().splitlines()
     assert lines.count("data-prep  data-prep: 12 rows") == 2
     assert sum(line.startswith("detect-change") for line in lines) == 1
-
-
-@pytest.fixture
-def kfp(api: Api, monkeypatch: pytest.MonkeyPatch) -> Api:
-    """A KFP API server that has run the pipeline once."""
-    monkeypatch.delenv("KUBECONFIG")
-    task = {"create_time": "2026-11-24T03:00:00Z", "start_time": "2026-11-24T03:00:00Z"}
-    details = [
-        {**task, "display_name": "data-prep", "state": "SUCCEEDED", "end_time": "2026-11-24T03:00:09Z"},
-        {**task, "display_name": "data-prep-driver", "state": "SUCCEEDED", "end_time": "2026-11-24T03:00:01Z"},
-        {
-            **task,
-            "display_name": "preflight",
-            "state": "FAILED",
-            "end_time": "2026-11-24T03:00:05Z",
-            "error": {"message": "exit status 2"},
-        },
-    ]
-    root = "/apis/v2beta1"
-    experiment = {"experiment_id": "e1", "display_name": "finemill"}
-    api.answers |= {
-        ("GET", f"{root}/healthz"): (200, {"multi_user": False}),
-        ("GET", f"{root}/experiments"): (200, {"experiments": [experiment]}),
-        ("POST", f"{root}/experiments"): (200, experiment),
-        ("POST", f"{root}/runs"): (200, {"run_id": "r1", "display_name": "finetune"}),
-        ("GET", f"{root}/runs/r1"): (
-            200,
-            {"run_id": "r1", "state": "FAILED", "run_details": {"task_details": details}},
-        ),
-        ("GET", f"{root}/recurringruns"): (
-            200,
-            {"recurringRuns": [{"recurring_run_id": "old", "display_name": "finemill-retrain"}]},
-        ),
-        ("POST", f"{root}/recurringruns"): (200, {"recurring_run_id": "new", "display_name": "finemill-retrain"}),
-        ("DELETE", f"{root}/recurringruns/old"): (200, {}),
-    }
-    return api
-
-
-def test_a_run_on_kfp_is_compiled_uploaded_and_followed(kfp: Api, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--host", kfp.url, "--store", "s3://b/p", "--gpus", "0", "--train-qlora.lora-r", "32", "--wait"]
-    assert main(["submit", "finetune", "--engine", "kfp", *options]) == 1
-    run = kfp.posted[-1]
-    assert run["runtime_config"]["parameters"] == {"store": "s3://b/p", "gpus": "0", "train_qlora": {"lora_r": 32}}
-    # Two documents, the pipeline and what Kubernetes is to do for it.
-    assert set(run["pipeline_spec"]) == {"pipeline_spec", "platform_spec"}
-    captured = capsys.readouterr()
-    assert captured.out.splitlines()[-1] == "r1 failed in preflight: exit status 2"
-    assert "data-prep-driver" not in captured.err
-
-
-def test_a_schedule_on_kfp_replaces_the_one_before(kfp: Api, capsys: pytest.CaptureFixture[str]) -> None:
-    place = ["--engine", "kfp", "--host", kfp.url]
-    assert main(["submit", "retrain", *place, "--schedule", "0 3 * * *"]) == 0
-    job = kfp.posted[-1]
-    assert job["trigger"]["cron_schedule"]["cron"] == "0 0 3 * * *"
-    assert (job["max_concurrency"], job["no_catchup"]) == (1, True)
-    assert kfp.deleted == ["/apis/v2beta1/recurringruns/old"]
-    assert main(["submit", "retrain", *place, "--schedule", "0 3 * * *", "--timezone", "UTC"]) == 2
-    assert "leave --timezone out" in capsys.readouterr().err
-
-
-def test_an_unreachable_kfp_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["submit", "finetune", "--engine", "kfp", "--host", "http://127.0.0.1:1"]) == 75
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert "KFP at http://127.0.0.1:1 is out of reach" in line

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from finemill.components.errors import TemporaryError
 from finemill.components.kfp_task import ATTEMPT_VARIABLE, run_kfp_task
 from finemill.components.terminal_failure import TerminalFailure
 
@@ -50,6 +51,25 @@ def test_a_person_s_retry_and_another_run_start_afresh(
     assert "not tried again" not in fail(folder_store, tmp_path, capsys)
     monkeypatch.setenv(ATTEMPT_VARIABLE, "1")
     assert "not tried again" not in fail(folder_store, tmp_path, capsys, run_id="another")
+
+
+def test_the_note_of_an_earlier_round_does_not_count(
+    folder_store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A person mends what was missing and retries the run: its attempts count from 0 again, and one may be lost."""
+    monkeypatch.setenv(ATTEMPT_VARIABLE, "0")
+    fail(folder_store, tmp_path, capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr("finemill.components.kfp_task.run_step", lost)
+        with pytest.raises(SystemExit) as ended:
+            attempt(folder_store, tmp_path, {"steps": {"training": {}}})
+    assert ended.value.code == 75
+    monkeypatch.setenv(ATTEMPT_VARIABLE, "1")
+    assert "not tried again" not in fail(folder_store, tmp_path, capsys)
+
+
+def lost(name: str, **arguments: Any) -> None:
+    raise TemporaryError("the node goes down")
 
 
 def test_a_failure_that_may_pass_leaves_no_note(folder_store: str, tmp_path: Path) -> None:

@@ -100,6 +100,33 @@ def test_the_kfp_pipeline_is_of_the_published_specification(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(PIPELINES))
+def test_every_kfp_task_gets_what_it_reads(name: str) -> None:
+    """The driver fails on a parameter that the group around a task was not given."""
+    pipeline, _ = yaml.safe_load_all((Path(__file__).parent / "golden" / f"{name}-kfp.yaml").read_text())
+    groups = {"root": pipeline["root"], **pipeline["components"]}
+    for group in (group for group in groups.values() if "dag" in group):
+        given = group["inputDefinitions"]["parameters"]
+        for task_name, task in group["dag"]["tasks"].items():
+            inputs = task["inputs"]["parameters"]
+            read = {value["componentInputParameter"] for value in inputs.values() if "componentInputParameter" in value}
+            assert read <= set(given), task_name
+            label = pipeline["components"][task["componentRef"]["name"]].get("executorLabel")
+            resources = pipeline["deploymentSpec"]["executors"][label]["container"]["resources"] if label else {}
+            assert set(re.findall(r"inputs\.parameters\['([^']+)'\]", str(resources))) <= set(inputs), task_name
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_kfp_s_mlflow_plugin_and_we_set_no_variable_twice(name: str) -> None:
+    """The plugin's value and our reference would be merged into one variable, and the pod be refused."""
+    _, platform = yaml.safe_load_all((Path(__file__).parent / "golden" / f"{name}-kfp.yaml").read_text())
+    for settings in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+        sources = [*settings["configMapAsEnv"], *settings["secretAsEnv"]]
+        variables = [item["envVar"] for source in sources for item in source["keyToEnv"]]
+        assert "FINEMILL_MLFLOW_TRACKING_URI" in variables
+        assert not [variable for variable in variables if variable.startswith("MLFLOW_")]
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
 def test_the_argo_pipeline_reads_back_as_it_was_written(name: str) -> None:
     from hera.workflows import WorkflowTemplate
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from finemill.commands.kubernetes_client import PodLogs, load_client, readable_errors
+from finemill.commands.kubernetes_client import WAITING_IN_VAIN, PodLogs, load_client, readable_errors
 from finemill.commands.run_status import Phase, RunStatus, StepStatus
 from finemill.components.errors import UserError
 from finemill.components.steps import STEPS
@@ -21,14 +21,6 @@ _PHASES: Mapping[str, Phase] = {
     "Error": "failed",
     "Skipped": "skipped",
     "Omitted": "skipped",
-}
-# What a pod waits for in vain, by the reason that Argo copies from its container.
-_BLOCKED = {
-    "ErrImageNeverPull": "the image is not on the node and may not be pulled",
-    "ErrImagePull": "the image cannot be pulled",
-    "ImagePullBackOff": "the image cannot be pulled",
-    "InvalidImageName": "the image's name is wrong",
-    "CreateContainerConfigError": "a secret or config map is missing",
 }
 
 
@@ -93,9 +85,7 @@ class ArgoEngine:
     def new_log_lines(self, run: str) -> list[str]:
         """See `PodLogs`."""
         selector = f"workflows.argoproj.io/workflow={run}"
-        logs = self._logs.setdefault(
-            run, PodLogs(self._client, self.namespace, selector, "app.kubernetes.io/component")
-        )
+        logs = self._logs.setdefault(run, PodLogs(self._client, self.namespace, selector, _step_of))
         return logs.new_lines()
 
     def come_back(self, run: str) -> str:
@@ -105,6 +95,11 @@ class ArgoEngine:
     def _check_template(self, name: str) -> None:
         with readable_errors(f"WorkflowTemplate {name}", self.namespace):
             self._objects.get_namespaced_custom_object(_GROUP, _VERSION, self.namespace, "workflowtemplates", name)
+
+
+def _step_of(pod: Any) -> str:
+    name: str = (pod.metadata.labels or {}).get("app.kubernetes.io/component", pod.metadata.name)
+    return name
 
 
 def _spec(pipeline: Pipeline, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +129,7 @@ def _step(name: str, node: Mapping[str, Any] | None, nodes: Mapping[str, Any]) -
     last = attempts[-1] if attempts else node
     message = last.get("message", "") or node.get("message", "")
     reason = message.split(":")[0].strip()
-    blocked = last.get("phase") == "Pending" and reason in _BLOCKED
+    blocked = last.get("phase") == "Pending" and reason in WAITING_IN_VAIN
     outputs = last.get("outputs", {})
     code = outputs.get("exitCode")
     return StepStatus(
@@ -142,7 +137,7 @@ def _step(name: str, node: Mapping[str, Any] | None, nodes: Mapping[str, Any]) -
         _PHASES[node.get("phase", "")],
         seconds=_seconds(node),
         attempts=max(1, len(attempts)),
-        message=f"{_BLOCKED[reason]} ({message})" if blocked else message,
+        message=f"{WAITING_IN_VAIN[reason]} ({message})" if blocked else message,
         blocked=blocked,
         exit_code=int(code) if code and int(code) > 0 else None,
         verdict=_verdict(name, outputs),

@@ -4,11 +4,20 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from finemill.components.errors import StepError, TemporaryError, UserError
+
+# What a pod waits for in vain, by the reason that its container gives.
+WAITING_IN_VAIN: Mapping[str, str] = {
+    "ErrImageNeverPull": "the image is not on the node and may not be pulled",
+    "ErrImagePull": "the image cannot be pulled",
+    "ImagePullBackOff": "the image cannot be pulled",
+    "InvalidImageName": "the image's name is wrong",
+    "CreateContainerConfigError": "a secret or config map is missing",
+}
 
 
 def load_client() -> Any:
@@ -66,15 +75,28 @@ def _describe(error: Any, what: str, namespace: str) -> StepError:
     return UserError(f"{what}: {message}")
 
 
-class PodLogs:
-    """Follows the logs of a run's pods: each call returns what is new."""
+def waits_in_vain(pod: Any) -> str:
+    """What somebody has to mend before the pod can start, nothing as a rule."""
+    status = pod.status
+    for container in [*(status.init_container_statuses or ()), *(status.container_statuses or ())]:
+        waiting = container.state.waiting if container.state else None
+        if waiting and waiting.reason in WAITING_IN_VAIN:
+            return f"{WAITING_IN_VAIN[waiting.reason]} ({waiting.message or waiting.reason})"
+    return ""
 
-    def __init__(self, client: Any, namespace: str, selector: str, step_label: str) -> None:
+
+class PodLogs:
+    """Follows the logs of a run's pods: each call returns what is new.
+
+    `step_of` names the step that a pod runs; None leaves the pod out.
+    """
+
+    def __init__(self, client: Any, namespace: str, selector: str, step_of: Callable[[Any], str | None]) -> None:
         self._api = client.CoreV1Api()
         self._exception = client.ApiException
         self._namespace = namespace
         self._selector = selector
-        self._step_label = step_label
+        self._step_of = step_of
         self._seen: dict[str, str] = {}
         self._last_read = 0.0
 
@@ -87,7 +109,9 @@ class PodLogs:
         self._last_read = time.monotonic()
         lines = []
         for pod in sorted(pods, key=lambda item: item.metadata.creation_timestamp):
-            step = (pod.metadata.labels or {}).get(self._step_label, pod.metadata.name)
+            step = self._step_of(pod)
+            if step is None:
+                continue
             new = pod.metadata.name not in self._seen
             lines += [f"{step}  {line}" for line in self._read(pod.metadata.name, None if new else since)]
         return lines

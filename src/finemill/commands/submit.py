@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finemill.commands.config_flags import add_config_flags, read_config
-from finemill.commands.pipeline_argument import choose_pipeline
+from finemill.commands.pipeline_argument import choose_pipeline, default_config_file
 from finemill.commands.run_status import Engine
 from finemill.components.errors import UserError
 from finemill.pipelines.config import with_optional_fields
@@ -61,7 +61,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _parameters(parsed: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
-    """What the caller gave; everything else keeps the installed pipeline's defaults."""
+    """What the caller gave; everything else keeps the installed pipeline's defaults. KFP gets the pipeline only now,
+    and starts as `finemill run` does from the configuration that comes with it.
+    """
+    if parsed.engine == "kfp":
+        parsed.config = parsed.config or default_config_file(pipeline)
     config = read_config(parsed, with_optional_fields(pipeline.config), "finemill submit")
     given = config.model_dump(mode="json", exclude_unset=True, by_alias=True)
     extra = {"store": parsed.store, "gpus": None if parsed.gpus is None else str(parsed.gpus)}
