@@ -1,4 +1,4 @@
-"""What every step that trains LoRA adapters is configured by. Names are those of transformers, TRL, PEFT, bitsandbytes."""
+"""The configuration that steps which train LoRA adapters share, in the words of transformers, PEFT, bitsandbytes."""
 
 from typing import ClassVar, Literal, Self
 
