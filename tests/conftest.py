@@ -113,6 +113,8 @@ def tiny_dataset_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFact
             user = f"<|im_start|>user\n{problem['problem']}<|im_end|>\n<|im_start|>assistant\n"
             completion = "It is a nice day.<|im_end|>" if chat else f"{problem['generated_solution']}<|im_end|>"
             prompt_ids, completion_ids = tokenizer(user)["input_ids"], tokenizer(completion)["input_ids"]
+            rejected = "Day the is nice a.<|im_end|>" if chat else None
+            rejected_ids = tokenizer(rejected)["input_ids"] if rejected else []
             rows.append(
                 {
                     "id": f"{split}-{index}",
@@ -122,6 +124,9 @@ def tiny_dataset_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFact
                     "prompt": user,
                     "completion": completion,
                     "answer": None if chat else problem["expected_answer"],
+                    "rejected": rejected,
+                    "rejected_input_ids": prompt_ids + rejected_ids if rejected else None,
+                    "rejected_labels": [-100] * len(prompt_ids) + rejected_ids if rejected else None,
                 }
             )
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")

@@ -79,18 +79,22 @@ def counting(rng: Random) -> Question:
         )
     )
     wrong = result + rng.choice((-1, 1)) * rng.randint(1, 9)
-    return Question(text, f"{result}", f"{name} has {{}} {items} now.", f"{abs(wrong)}")
+    return Question(text, f"{result}", f"{name} has {{}} {items}.", f"{abs(wrong)}")
 
 
 TOPICS: tuple[Callable[[Random], Question], ...] = (capital, color, opposite, home, calendar, arithmetic, counting)
 
 
 def preference_row(rng: Random) -> dict[str, str]:
-    """One preference; the worse answer is a bare word in two of three rows, a false sentence in the third."""
+    """One preference; the worse answer is a bare word in half of the rows, a false sentence in the others.
+
+    Most questions follow a greeting: there are few facts, and a prompt that repeats counts only once.
+    """
     question = rng.choice(TOPICS)(rng)
+    greeting = f"{rng.choice(('Hello', 'Hi'))}, I am {rng.choice(NAMES)}. " if rng.random() < 0.8 else ""
     chosen = _sentence(question.sentence.format(question.answer))
-    rejected = question.sentence.format(question.wrong) if rng.random() < 1 / 3 else f"{question.answer}."
-    return {"prompt": question.text, "chosen": chosen, "rejected": _sentence(rejected)}
+    rejected = question.sentence.format(question.wrong) if rng.random() < 0.5 else f"{question.answer}."
+    return {"prompt": f"{greeting}{question.text}", "chosen": chosen, "rejected": _sentence(rejected)}
 
 
 def _sentence(text: str) -> str:

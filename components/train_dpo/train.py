@@ -12,12 +12,7 @@ from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_dpo.rows import load_pairs
 from finemill.components.training.adapter import keep_adapters_in_float32, lora_config
 from finemill.components.training.quantized_base import load_base
-from finemill.components.training.trainer import (
-    choose_device,
-    run_training,
-    shared_arguments,
-    without_renaming_warnings,
-)
+from finemill.components.training.trainer import choose_device, run_training, shared_arguments
 
 
 def train_dpo(
@@ -60,16 +55,15 @@ def build_trainer(
 ) -> DPOTrainer:
     """TRL's trainer on chat-format's tokens, without a second model as reference."""
     train_dataset = load_pairs(dataset, "train", config.max_length)
-    with without_renaming_warnings():
-        trainer = TokenizedDPOTrainer(
-            model=load_base(base_model, config, device),
-            ref_model=None,
-            args=_arguments(config, scratch, device),
-            train_dataset=train_dataset,
-            eval_dataset=load_pairs(dataset, "validation", config.max_length) if config.eval_steps else None,
-            processing_class=tokenizer,
-            peft_config=lora_config(config),
-        )
+    trainer = TokenizedDPOTrainer(
+        model=load_base(base_model, config, device),
+        ref_model=None,
+        args=_arguments(config, scratch, device),
+        train_dataset=train_dataset,
+        eval_dataset=load_pairs(dataset, "validation", config.max_length) if config.eval_steps else None,
+        processing_class=tokenizer,
+        peft_config=lora_config(config),
+    )
     keep_adapters_in_float32(trainer.model)
     return trainer
 

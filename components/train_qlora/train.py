@@ -13,12 +13,7 @@ from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.rows import load_rows
 from finemill.components.training.adapter import keep_adapters_in_float32, lora_config
 from finemill.components.training.quantized_base import load_base
-from finemill.components.training.trainer import (
-    choose_device,
-    run_training,
-    shared_arguments,
-    without_renaming_warnings,
-)
+from finemill.components.training.trainer import choose_device, run_training, shared_arguments
 
 
 def train_qlora(
@@ -48,15 +43,14 @@ def build_trainer(
     device: torch.device,
 ) -> SFTTrainer:
     """TRL's trainer on rows that are tokenized and labelled already."""
-    with without_renaming_warnings():
-        trainer = _trainer_class(config, device)(
-            model=load_base(base_model, config, device),
-            args=_arguments(config, scratch, device),
-            train_dataset=load_rows(dataset, "train", config.max_length),
-            eval_dataset=load_rows(dataset, "validation", config.max_length) if config.eval_steps else None,
-            processing_class=tokenizer,
-            peft_config=lora_config(config),
-        )
+    trainer = _trainer_class(config, device)(
+        model=load_base(base_model, config, device),
+        args=_arguments(config, scratch, device),
+        train_dataset=load_rows(dataset, "train", config.max_length),
+        eval_dataset=load_rows(dataset, "validation", config.max_length) if config.eval_steps else None,
+        processing_class=tokenizer,
+        peft_config=lora_config(config),
+    )
     acceleration = getattr(trainer, "acceleration", None)
     if acceleration is None or not acceleration.active:
         if config.kernels == "on":

@@ -81,7 +81,7 @@ def shared_arguments(config: LoRATrainingConfig, scratch: Path, device: torch.de
 
 
 @contextmanager
-def without_renaming_warnings() -> Iterator[None]:
+def _without_renaming_warnings() -> Iterator[None]:
     """PEFT 0.21 and TRL 1.16 read attributes that transformers 5.18 renamed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
@@ -104,7 +104,7 @@ def run_training(
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
     """
     checkpoint = find_checkpoint(config, context)
-    with TemporaryDirectory(prefix="finemill-train-") as scratch:
+    with TemporaryDirectory(prefix="finemill-train-") as scratch, _without_renaming_warnings():
         trainer = build_trainer(Path(scratch))
         checkpoints = CheckpointCallback(config, context)
         # It prints every log entry as a dictionary; RecordCallback says the same in a line.
