@@ -54,7 +54,7 @@ types: $(STAMP)  ## check the types, strictly
 	@$(BIN)/mypy
 
 golden: $(STAMP)  ## write the compiled pipelines anew that tests compare with; read the difference
-	@for name in finetune retrain export; do for engine in kfp argo; do \
+	@for name in finetune align retrain export; do for engine in kfp argo; do \
 		$(BIN)/finemill compile $$name --engine $$engine --store s3://bucket/prefix -o tests/pipelines/golden/$$name-$$engine.yaml; \
 	done; done
 

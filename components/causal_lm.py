@@ -39,7 +39,7 @@ def load_adapter(base: Any, adapter: Path) -> Any:
 
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(
-            f"adapter_config.json not found in {adapter}: train-qlora writes it; pass the adapter it printed"
+            f"adapter_config.json not found in {adapter}: pass the adapter that train-qlora or train-dpo printed"
         )
     try:
         return PeftModel.from_pretrained(base, adapter).eval()

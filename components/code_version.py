@@ -27,9 +27,8 @@ def producer(step: Step) -> Producer:
 @cache
 def source_digest(module_name: str) -> str:
     """The sha256 over the step's own Python files and those that steps share (16 hex digits)."""
-    files = sorted(
-        [*_COMPONENTS.glob("*.py"), *_COMPONENTS.glob("storage/*.py"), *_COMPONENTS.glob(f"{module_name}/*.py")]
-    )
+    patterns = ("*.py", "storage/*.py", "training/*.py", f"{module_name}/*.py")
+    files = sorted({path for pattern in patterns for path in _COMPONENTS.glob(pattern)})
     total = hashlib.sha256(__version__.encode())
     for path in files:
         total.update(path.relative_to(_COMPONENTS).as_posix().encode() + b"\0" + path.read_bytes())

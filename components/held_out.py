@@ -1,6 +1,6 @@
 """Rows of a `dataset` artifact as the steps that measure models read them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,6 @@ from finemill.components.errors import UserError
 IGNORE_INDEX = -100
 """The label of a token that no loss is taken on."""
 
-_COLUMNS = ["id", "source", "input_ids", "labels", "prompt", "completion", "answer"]
-
 
 @dataclass(frozen=True)
 class HeldOutRow:
@@ -18,7 +16,8 @@ class HeldOutRow:
 
     `prompt` is the rendered text up to and with the generation prompt of the last assistant turn, `completion` that
     turn as the model should write it, `answer` its final answer if it has one. `input_ids` and `labels` cover the whole
-    conversation; a label is `IGNORE_INDEX` outside the assistant's turns.
+    conversation; a label is `IGNORE_INDEX` outside the assistant's turns. Of a preference `rejected` is a worse last
+    turn, and `rejected_input_ids` and `rejected_labels` are the conversation with it.
     """
 
     id: str
@@ -28,6 +27,16 @@ class HeldOutRow:
     prompt: str
     completion: str
     answer: str | None
+    rejected: str | None = None
+    rejected_input_ids: list[int] | None = None
+    rejected_labels: list[int] | None = None
+
+    @property
+    def with_rejected(self) -> "HeldOutRow | None":
+        """The same conversation as if the worse answer were the right one; None for a row without one."""
+        if self.rejected is None or self.rejected_input_ids is None or self.rejected_labels is None:
+            return None
+        return replace(self, completion=self.rejected, input_ids=self.rejected_input_ids, labels=self.rejected_labels)
 
 
 def read_rows(dataset: Path, split: str, limit: int | None = None) -> list[HeldOutRow]:
@@ -40,7 +49,7 @@ def read_rows(dataset: Path, split: str, limit: int | None = None) -> list[HeldO
     path = dataset / f"{split}.parquet"
     if not path.is_file():
         raise UserError(f"{path} not found: chat-format writes it; pass the dataset it printed")
-    table = pq.read_table(path, columns=_COLUMNS)
+    table = pq.read_table(path, columns=[field.name for field in fields(HeldOutRow)])
     records: list[dict[str, Any]] = table.slice(0, limit).to_pylist()
     if not records:
         raise UserError(f"{path} holds no rows: raise the share of the {split} split in data-prep")

@@ -130,6 +130,15 @@ _ALL = (
         image="train",
     ),
     Step(
+        "train-dpo",
+        "Train LoRA adapters on preferences, the 4-bit base as reference (DPO).",
+        ("dataset", BASE_MODEL),
+        "adapter",
+        "train_dpo.config:TrainDPOConfig",
+        "train_dpo.train:train_dpo",
+        image="train",
+    ),
+    Step(
         "eval",
         "Score base and tuned model on held-out rows, and write the report.",
         ("dataset", BASE_MODEL, "adapter"),

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 
 from finemill.components.errors import UserError
+from finemill.pipelines.align import ALIGN
 from finemill.pipelines.export import EXPORT
 from finemill.pipelines.finetune import FINETUNE
 from finemill.pipelines.graph import Pipeline
 from finemill.pipelines.retrain import RETRAIN
 
-PIPELINES: Mapping[str, Pipeline] = {pipeline.name: pipeline for pipeline in (FINETUNE, RETRAIN, EXPORT)}
+PIPELINES: Mapping[str, Pipeline] = {pipeline.name: pipeline for pipeline in (FINETUNE, ALIGN, RETRAIN, EXPORT)}
 
 
 def get_pipeline(name: str) -> Pipeline:

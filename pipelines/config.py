@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import Field, create_model
+from pydantic import Field, create_model, field_validator
 
 from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.config import StepConfig
@@ -13,6 +13,7 @@ from finemill.components.merge.config import MergeConfig
 from finemill.components.preflight.config import PreflightSettings
 from finemill.components.promote.config import PromoteConfig
 from finemill.components.register.config import RegisterConfig
+from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 
 
@@ -49,6 +50,52 @@ class FinetuneConfig(StepConfig):
 
     promote: PromoteConfig = Field(default_factory=PromoteConfig)
     """The gates between a new version and the champion."""
+
+
+class AlignConfig(StepConfig):
+    """Preferences to a promoted model."""
+
+    base_model: str = "builtin:tiny-qwen3"
+    """The model to align: `builtin:tiny-qwen3`, a local folder, `hf://org/name@revision`, or the reference
+    <uri>@sha256:<digest> of a merged model, as `merge` printed it: that is how a tuned model is aligned."""
+
+    preflight: PreflightSettings = Field(default_factory=PreflightSettings)
+    """What a run in a cluster is checked against before it takes a GPU."""
+
+    data_prep: DataPrepConfig
+    """Which rows, with a chosen and a rejected answer, and how they are cleaned, mixed and split."""
+
+    chat_format: ChatFormatConfig = Field(default_factory=ChatFormatConfig)
+    """How rows become messages and tokens."""
+
+    train_dpo: TrainDPOConfig = Field(default_factory=TrainDPOConfig)
+    """Loss, adapters, quantization, optimizer, schedule."""
+
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    """What is generated and scored."""
+
+    merge: MergeConfig = Field(default_factory=MergeConfig)
+    """The merged model's precision and the tolerance of its check."""
+
+    gguf_quantize: GGUFQuantizeConfig = Field(default_factory=GGUFQuantizeConfig)
+    """Which GGUF files, and how they are checked."""
+
+    register_: RegisterConfig = Field(default_factory=RegisterConfig, alias="register")
+    """The name in the model registry."""
+
+    promote: PromoteConfig
+    """The gates between a new version and the champion: on `preference_accuracy`, as in `configs/align.yaml`."""
+
+    @field_validator("promote")
+    @classmethod
+    def _has_gates(cls, promote: PromoteConfig | None) -> PromoteConfig | None:
+        """Promote's own gates ask for a lower loss on the chosen answers, which DPO raises as a rule."""
+        if promote is not None and "gates" not in promote.model_fields_set:
+            raise ValueError(
+                "give gates: those of `promote` ask for a lower loss, which aligning raises as a rule; write "
+                "gates: [{metric: preference_accuracy, direction: higher, min_delta: 0.0}]"
+            )
+        return promote
 
 
 class ExportConfig(StepConfig):

@@ -80,7 +80,10 @@ def tiny_adapter_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFact
 
     folder = tmp_path_factory.mktemp("adapter")
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    # PEFT draws the other factor from the global generator, whose state depends on the tests before.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -113,6 +116,8 @@ def tiny_dataset_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFact
             user = f"<|im_start|>user\n{problem['problem']}<|im_end|>\n<|im_start|>assistant\n"
             completion = "It is a nice day.<|im_end|>" if chat else f"{problem['generated_solution']}<|im_end|>"
             prompt_ids, completion_ids = tokenizer(user)["input_ids"], tokenizer(completion)["input_ids"]
+            rejected = "Day the is nice a.<|im_end|>" if chat else None
+            rejected_ids = tokenizer(rejected)["input_ids"] if rejected else []
             rows.append(
                 {
                     "id": f"{split}-{index}",
@@ -122,6 +127,9 @@ def tiny_dataset_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFact
                     "prompt": user,
                     "completion": completion,
                     "answer": None if chat else problem["expected_answer"],
+                    "rejected": rejected,
+                    "rejected_input_ids": prompt_ids + rejected_ids if rejected else None,
+                    "rejected_labels": [-100] * len(prompt_ids) + rejected_ids if rejected else None,
                 }
             )
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")

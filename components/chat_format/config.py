@@ -29,4 +29,5 @@ class ChatFormatConfig(StepConfig):
     max_length: int | None = Field(default=2048, ge=8)
     """Longest sequence in tokens; null for no limit."""
     truncation: Literal["drop", "truncate"] = "drop"
-    """Rows longer than `max_length`: left out and counted, or cut at the end (they then teach no end of turn)."""
+    """Rows longer than `max_length`, with either answer of a preference: left out and counted, or cut at the end (they
+    then teach no end of turn)."""

@@ -23,6 +23,8 @@ SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("rejected", pa.string()),
+        ("rejected_input_ids", pa.list_(pa.int32())),
+        ("rejected_labels", pa.list_(pa.int32())),
         ("answer", pa.string()),
     ]
 )
@@ -58,7 +60,9 @@ class DatasetWriter:
             [example.labels for example in examples],
             [draft.prompt for draft in drafts],
             [draft.completion for draft in drafts],
-            [draft.rejected for draft in drafts],
+            [draft.rejected.answer if draft.rejected else None for draft in drafts],
+            [example.rejected.input_ids if example.rejected else None for example in examples],
+            [example.rejected.labels if example.rejected else None for example in examples],
             [draft.conversation.answer for draft in drafts],
         ]
         arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]

@@ -25,10 +25,20 @@ from finemill.components.errors import UserError
 
 
 @dataclass(frozen=True)
+class Rejected:
+    """A conversation with a worse last answer. `text` may hold `BROKEN`; `spans`, that answer, count without it."""
+
+    text: str
+    answer: str
+    spans: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Draft:
     """A rendered row, or the part of its conversation up to one turn.
 
-    `text` may hold `BROKEN`; `spans`, the characters of the `turns` to learn, count without it.
+    `text` may hold `BROKEN`; `spans`, the characters of the `turns` to learn, count without it. `rejected` is the same
+    conversation with a worse last answer.
     """
 
     record: Mapping[str, Any]
@@ -38,20 +48,43 @@ class Draft:
     text: str
     prompt: str
     completion: str
-    rejected: str | None
+    rejected: "Rejected | None"
     spans: list[tuple[int, int]]
     turns: tuple[Turn, ...]
     unrolled: bool = False
 
 
 @dataclass(frozen=True)
-class Example:
-    """A row as it is trained on and evaluated; `truncated` if it was cut at the longest length."""
+class Labelled:
+    """Token ids and labels of a conversation, both of length T; `truncated` if it was cut at the longest length."""
 
-    draft: Draft
     input_ids: list[int]
     labels: NDArray[np.int32]
     truncated: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as it is trained on and evaluated, and its tokens with the worse answer if it has one."""
+
+    draft: Draft
+    chosen: Labelled
+    rejected: Labelled | None
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Token ids, length T."""
+        return self.chosen.input_ids
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """Labels, shape (T,)."""
+        return self.chosen.labels
+
+    @property
+    def truncated(self) -> bool:
+        """Whether either conversation was cut."""
+        return self.chosen.truncated or (self.rejected is not None and self.rejected.truncated)
 
     @property
     def messages(self) -> list[Message]:
@@ -140,30 +173,34 @@ class Formatter:
         rendered: Rendered,
         learned: Sequence[Turn],
     ) -> Draft:
-        edges = without_broken(rendered.text, [edge for turn in learned for edge in (turn.start, turn.end)])
         return Draft(
             record=record,
             conversation=conversation,
             messages=messages,
-            kwargs=self._kwargs(messages),
+            kwargs=self._kwargs(messages, conversation),
             text=rendered.text,
             prompt=rendered.prompt.replace(BROKEN, ""),
             completion=_last_answer(rendered),
             rejected=self._render_rejected(messages, conversation),
-            spans=list(zip(edges[::2], edges[1::2], strict=True)),
+            spans=_spans(rendered, learned),
             turns=tuple(learned),
         )
 
-    def _render(self, messages: list[Message], conversation: Conversation) -> Rendered:
-        kwargs = self._kwargs(messages)
+    def _render(
+        self, messages: list[Message], conversation: Conversation, kwargs: dict[str, Any] | None = None
+    ) -> Rendered:
+        kwargs = self._kwargs(messages, conversation) if kwargs is None else kwargs
         messages, tools = self.tokenizer.break_control_tokens([messages, conversation.tools])
         return render_turns(self._template, messages, tools, kwargs, self.tokenizer.control)
 
-    def _render_rejected(self, messages: list[Message], conversation: Conversation) -> str | None:
+    def _render_rejected(self, messages: list[Message], conversation: Conversation) -> Rejected | None:
+        """The worse answer after the same prompt, so with the same variables of the template."""
         if conversation.rejected is None:
             return None
         worse = self._template.prepare(self._thinking([conversation.rejected]))
-        return _last_answer(self._render([*messages[:-1], *worse], conversation))
+        check_characters(json.dumps(worse, ensure_ascii=False))
+        rendered = self._render([*messages[:-1], *worse], conversation, self._kwargs(messages, conversation))
+        return Rejected(rendered.text, _last_answer(rendered), _spans(rendered, rendered.turns[-1:]))
 
     def _thinking(self, messages: list[Message]) -> list[Message]:
         if self._config.enable_thinking is not False:
@@ -175,8 +212,8 @@ class Formatter:
             return messages
         return [{"role": "system", "content": self._config.system_prompt}, *messages]
 
-    def _kwargs(self, messages: list[Message]) -> dict[str, Any]:
-        """The template's variables for this row; a row thinks if the answer to its last question does."""
+    def _kwargs(self, messages: list[Message], conversation: Conversation) -> dict[str, Any]:
+        """The template's variables for this row; a row thinks if an answer to its last question does."""
         if not self._template.takes_enable_thinking:
             return self._config.chat_template_kwargs
         thinking = self._config.enable_thinking
@@ -184,23 +221,35 @@ class Formatter:
             last_question = max(number for number, message in enumerate(messages) if message["role"] == "user")
             field = self._template.reasoning_field or "reasoning_content"
             thinking = any(message.get(field) for message in messages[last_question:])
+            thinking |= bool(conversation.rejected and conversation.rejected.get("reasoning_content"))
         return {"enable_thinking": thinking, **self._config.chat_template_kwargs}
 
-    def finish(self, draft: Draft, tokens: Tokens | None) -> Example:
-        """Label a row's tokens. Raises: DroppedRowError: too long, or nothing in it is learned."""
+    def finish(self, draft: Draft, tokens: Tokens | None, rejected_tokens: Tokens | None) -> Example:
+        """Label a row's tokens, and those with its worse answer.
+
+        Raises: DroppedRowError: too long, or nothing in it is learned.
+        """
+        rejected = self._label(rejected_tokens, draft.rejected.spans) if draft.rejected else None
+        return Example(draft, self._label(tokens, draft.spans), rejected)
+
+    def _label(self, tokens: Tokens | None, spans: Sequence[tuple[int, int]]) -> Labelled:
         if tokens is None:
             raise DroppedRowError("control_tokens_in_text")
-        labels = label_tokens(tokens.input_ids, tokens.offsets, draft.spans)
+        labels = label_tokens(tokens.input_ids, tokens.offsets, spans)
         input_ids, limit = tokens.input_ids, self._config.max_length
         truncated = limit is not None and len(input_ids) > limit
         if truncated:
             if self._config.truncation == "drop":
                 raise DroppedRowError("too_long")
             input_ids, labels = input_ids[:limit], labels[:limit]
-        example = Example(draft, input_ids, labels, truncated)
-        if not example.num_labels:
+        if (labels == IGNORE_INDEX).all():
             raise DroppedRowError("too_long" if truncated else "template_removes_thinking")
-        return example
+        return Labelled(input_ids, labels, truncated)
+
+
+def _spans(rendered: Rendered, learned: Sequence[Turn]) -> list[tuple[int, int]]:
+    edges = without_broken(rendered.text, [edge for turn in learned for edge in (turn.start, turn.end)])
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _last_answer(rendered: Rendered) -> str:

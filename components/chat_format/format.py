@@ -69,9 +69,12 @@ def _format_batch(
             counts.dropped[str(reason)] += 1
         else:
             drafts += row_drafts
-    for draft, tokens in zip(drafts, formatter.tokenizer.encode([draft.text for draft in drafts]), strict=True):
+    tokens = formatter.tokenizer.encode([draft.text for draft in drafts])
+    rejected = iter(formatter.tokenizer.encode([draft.rejected.text for draft in drafts if draft.rejected]))
+    for draft, draft_tokens in zip(drafts, tokens, strict=True):
+        rejected_tokens = next(rejected) if draft.rejected else None
         try:
-            example = formatter.finish(draft, tokens)
+            example = formatter.finish(draft, draft_tokens, rejected_tokens)
         except DroppedRowError as reason:
             counts.dropped[str(reason)] += 1
         else:

@@ -59,6 +59,8 @@ def score_rows(
 ) -> list[Sample]:
     """Answer and score every row with `model`, which the samples call `name`."""
     losses = assistant_losses(model, rows)
+    worse = {index: other for index, row in enumerate(rows) if (other := row.with_rejected)}
+    rejected_losses = dict(zip(worse, assistant_losses(model, list(worse.values())), strict=True))
     answers = generate_answers(
         model,
         tokenizer,
@@ -71,8 +73,8 @@ def score_rows(
     )
     stop_texts = tokenizer.convert_ids_to_tokens(list(stops))
     return [
-        score_answer(row, name, answer, loss, stop_texts)
-        for row, answer, loss in zip(rows, answers, losses, strict=True)
+        score_answer(row, name, answer, loss, stop_texts, rejected_losses.get(index))
+        for index, (row, answer, loss) in enumerate(zip(rows, answers, losses, strict=True))
     ]
 
 
@@ -84,6 +86,8 @@ def write_samples(samples: Sequence[Sample], path: Path) -> None:
     optional = {
         "exact_match": pa.bool_(),
         "think_closed": pa.bool_(),
+        "prefers_chosen": pa.bool_(),
+        "rejected": pa.string(),
         "answer": pa.string(),
         "final_answer": pa.string(),
     }

@@ -6,10 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from finemill.components.eval.sample import Sample
 
-MEANS = ("exact_match", "rouge1", "rouge2", "rougeL", "format_ok", "think_closed", "finished")
-_RATES = ("exact_match", "format_ok", "think_closed", "finished")
+MEANS = ("exact_match", "rouge1", "rouge2", "rougeL", "prefers_chosen", "format_ok", "think_closed", "finished")
+_RATES = ("exact_match", "prefers_chosen", "format_ok", "think_closed", "finished")
 # Rates other than the field's own word carry it in their name.
-_NAMES = {"format_ok": "format_ok_rate", "think_closed": "think_closed_rate", "finished": "finished_rate"}
+_NAMES = {
+    "prefers_chosen": "preference_accuracy",
+    "format_ok": "format_ok_rate",
+    "think_closed": "think_closed_rate",
+    "finished": "finished_rate",
+}
 
 
 def summarize(base: Sequence[Sample], tuned: Sequence[Sample]) -> dict[str, float]:
@@ -119,7 +124,7 @@ def paired_rate_error(differences: Sequence[float]) -> float:
 def _deltas(base: Sequence[Sample], tuned: Sequence[Sample]) -> Mapping[str, float]:
     """Tuned less base, from row-by-row differences: both share what makes a row hard, so that the error is smaller."""
     deltas: dict[str, float] = {}
-    for name in ("exact_match", "rougeL", "format_ok", "loss"):
+    for name in ("exact_match", "rougeL", "prefers_chosen", "format_ok", "loss"):
         pairs = [
             (float(after) - float(before), one.num_tokens)
             for one, other in zip(base, tuned, strict=True)

@@ -34,6 +34,9 @@ class Measure:
 MEASURES = (
     Measure("exact_match", "Exact match", "final answer equals the expected one", as_percent=True),
     Measure("rougeL", "ROUGE-L", "overlap with the reference, where there is no single right answer", as_percent=True),
+    Measure(
+        "preference_accuracy", "Preference accuracy", "chosen answer likelier than the rejected one", as_percent=True
+    ),
     Measure("loss", "Loss", "per assistant token of the reference, nats", as_percent=False, lower_is_better=True),
     Measure("perplexity", "Perplexity", "exp of the loss", as_percent=False, lower_is_better=True),
     Measure("format_ok_rate", "Well-formed", "turn ended, thinking block as in the reference", as_percent=True),
@@ -42,7 +45,7 @@ MEASURES = (
 )
 
 
-_BY_SOURCE = ("exact_match", "rougeL", "loss", "format_ok_rate")
+_BY_SOURCE = ("exact_match", "rougeL", "preference_accuracy", "loss", "format_ok_rate")
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def _shown_sample(base: Sample, tuned: Sample) -> dict[str, Any]:
     return {
         "prompt": segments(base.prompt),
         "reference": segments(base.reference),
+        "rejected": segments(base.rejected or ""),
         "answers": [("base", base, segments(base.completion)), ("tuned", tuned, segments(tuned.completion))],
         "answer": base.answer,
         "source": base.source,

@@ -43,15 +43,27 @@ class Sample:
     """Finished, thinking where and only where the reference thinks, every thinking block closed, and text after it."""
     think_closed: bool | None
     """Whether the thinking block that the completion opens is closed; None if it opens none."""
+    rejected: str | None = None
+    """A worse answer than the reference, of rows that have one."""
+    prefers_chosen: bool | None = None
+    """Whether the reference is likelier than the worse answer, per token."""
 
 
-def score_answer(row: HeldOutRow, model: str, answer: Answer, loss: tuple[float, int], stops: Sequence[str]) -> Sample:
+def score_answer(
+    row: HeldOutRow,
+    model: str,
+    answer: Answer,
+    loss: tuple[float, int],
+    stops: Sequence[str],
+    rejected_loss: tuple[float, int] | None = None,
+) -> Sample:
     """Compare a model's `answer` to `row` with the reference.
 
     Args:
         model: `base` or `tuned`.
         loss: sum of negative log-likelihoods and number of tokens.
         stops: texts of the tokens that end a turn, which a reference ends with and an answer does not.
+        rejected_loss: as `loss`, with the row's worse answer; None if it has none.
     """
     reference = _without_stop(row.completion, stops)
     known = row.answer is not None
@@ -76,7 +88,14 @@ def score_answer(row: HeldOutRow, model: str, answer: Answer, loss: tuple[float,
         finished=answer.finished,
         format_ok=answer.finished and _well_formed(answer.text, thinks=_OPEN in reference),
         think_closed=answer.text.count(_OPEN) <= answer.text.count(_CLOSE) if _OPEN in answer.text else None,
+        rejected=_without_stop(row.rejected, stops) if row.rejected is not None else None,
+        prefers_chosen=_mean(loss) < _mean(rejected_loss) if rejected_loss is not None else None,
     )
+
+
+def _mean(loss: tuple[float, int]) -> float:
+    total, count = loss
+    return total / count
 
 
 def _well_formed(text: str, *, thinks: bool) -> bool:

@@ -8,11 +8,13 @@ from typing import Any
 
 from finemill.components.errors import UserError
 from finemill.components.example_data.chat import chat_row
+from finemill.components.example_data.preferences import preference_row
 from finemill.components.example_data.reasoning import reasoning_problem
 
 EXAMPLES: dict[str, Callable[[Random], dict[str, Any]]] = {
     "reasoning": lambda rng: reasoning_problem(rng).row(),
     "chat": chat_row,
+    "preferences": preference_row,
 }
 _MAX_REPEATS = 1000
 

@@ -15,7 +15,7 @@ from finemill.components.preflight.base_model import BaseFacts, inspect_base_mod
 from finemill.components.preflight.config import PreflightConfig
 from finemill.components.preflight.memory import estimate_memory
 from finemill.components.steps import STEPS
-from finemill.components.train_qlora.config import TrainQLoRAConfig
+from finemill.components.training.config import LoRATrainingConfig
 
 TIMEOUT_S = 10.0
 _TRACKED_SECTIONS = ("register", "promote")
@@ -38,8 +38,8 @@ def check_run(*, output_dir: Path, config: PreflightConfig, context: StepContext
         check_tracking_server(os.environ.get("MLFLOW_TRACKING_URI"))
     base = inspect_base_model(config.base_model) if config.base_model else None
     metrics: dict[str, float] = {}
-    training = parsed.get("train_qlora")
-    if base and isinstance(training, TrainQLoRAConfig):
+    training = next((item for item in parsed.values() if isinstance(item, LoRATrainingConfig)), None)
+    if base and training:
         metrics["preflight/gpu_memory_gib"] = check_memory(base, training, config.gpu_memory_gib)
     plan = {
         "base_model": base.id if base else None,
@@ -79,7 +79,7 @@ def check_tracking_server(uri: str | None) -> None:
         ) from None
 
 
-def check_memory(base: BaseFacts, training: TrainQLoRAConfig, gpu_memory_gib: float | None) -> float:
+def check_memory(base: BaseFacts, training: LoRATrainingConfig, gpu_memory_gib: float | None) -> float:
     """The estimated peak of a training step, GiB. Raises: UserError: the GPU asked for has less."""
     estimate = estimate_memory(base.config, training)
     if gpu_memory_gib is not None and estimate.total > gpu_memory_gib:

@@ -17,6 +17,7 @@ def preflight(
     data_prep: dict = None,
     chat_format: dict = None,
     train_qlora: dict = None,
+    train_dpo: dict = None,
     eval: dict = None,
     merge: dict = None,
     gguf_quantize: dict = None,
@@ -33,9 +34,10 @@ def preflight(
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
         base_model: the base model, hf://org/name@revision.
-        data_prep: configuration of that step, checked; like the seven that follow.
+        data_prep: configuration of that step, checked; like the eight that follow.
         chat_format: see data_prep.
         train_qlora: see data_prep; its memory is estimated.
+        train_dpo: see data_prep; its memory is estimated.
         eval: see data_prep.
         merge: see data_prep.
         gguf_quantize: see data_prep.
@@ -50,6 +52,7 @@ def preflight(
         "data_prep": data_prep,
         "chat_format": chat_format,
         "train_qlora": train_qlora,
+        "train_dpo": train_dpo,
         "eval": eval,
         "merge": merge,
         "gguf_quantize": gguf_quantize,

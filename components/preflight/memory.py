@@ -1,6 +1,7 @@
-"""How much GPU memory a QLoRA training step takes, from the model's shapes alone.
+"""How much GPU memory a training step of LoRA adapters takes, from the model's shapes alone.
 
-The plain path is counted: layer inputs kept for recompute, one layer's activations, and whole logits. Measured with
+The plain path is counted: layer inputs kept for recompute, one layer's activations, and whole logits, of every sequence
+of a batch: a pair of `train-dpo` is two. Measured with
 Hugging Face's trainer, Qwen3-8B at 2 x 2048 tokens takes 16.7 GB and Qwen3-0.6B 10.2 GB; this says 17.2 and 9.8.
 """
 
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finemill.components.errors import UserError
-from finemill.components.train_qlora.config import TrainQLoRAConfig
+from finemill.components.training.config import LoRATrainingConfig
 
 GIB = 2.0**30
 # Bits per weight: 4, and a float32 constant per 64 weights; doubly quantized 8 bits per 64 and 32 per 16384.
@@ -35,7 +36,7 @@ class MemoryEstimate:
         return self.weights + self.adapters + self.activations + self.logits
 
 
-def estimate_memory(model: Mapping[str, Any], config: TrainQLoRAConfig) -> MemoryEstimate:
+def estimate_memory(model: Mapping[str, Any], config: LoRATrainingConfig) -> MemoryEstimate:
     """Estimate the peak of one training step.
 
     Args:
@@ -55,7 +56,7 @@ def estimate_memory(model: Mapping[str, Any], config: TrainQLoRAConfig) -> Memor
     adapters = layers * config.lora_r * sum(rows + columns for rows, columns in shapes)
     tables = vocabulary * width * (1 if model.get("tie_word_embeddings") else 2)
     bits = (NF4_DOUBLE_BITS if config.bnb_4bit_use_double_quant else NF4_BITS) if config.load_in_4bit else 16
-    tokens = config.per_device_train_batch_size * config.max_length
+    tokens = config.per_device_train_batch_size * config.sequences_per_row * config.max_length
     # Inside a layer: inputs of the norms and projections, queries, keys, values, and the MLP's three wide tensors.
     inside = tokens * (6 * width + 3 * queries + 2 * keys + 4 * inner) * 2
     kept = tokens * width * 2 * layers if config.gradient_checkpointing else inside * (layers - 1)

@@ -14,6 +14,8 @@ from finemill.components.errors import UserError
 
 # A row's loss is the mean over its tokens: weighted by them, the mean over rows is the evaluation's loss.
 _WEIGHTS = {"loss": "num_tokens"}
+# A metric whose rows have a name of their own.
+_COLUMNS = {"preference_accuracy": "prefers_chosen"}
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,15 @@ class Scores:
 
         Raises: UserError: a row is there twice.
         """
-        if metric not in self._row_metrics():
+        column = _COLUMNS.get(metric, metric)
+        if column not in self._row_metrics():
             return None
         weight = _WEIGHTS.get(metric)
-        columns = ["id", "model", metric, *([weight] if weight in self._samples.column_names else [])]
+        columns = ["id", "model", column, *([weight] if weight in self._samples.column_names else [])]
         found = sorted(
-            (row["id"], float(row[metric]), float(row[weight]) if weight in row else 1.0)
+            (row["id"], float(row[column]), float(row[weight]) if weight in row else 1.0)
             for row in self._samples.select(columns).to_pylist()
-            if row["model"] == model and row[metric] is not None
+            if row["model"] == model and row[column] is not None
         )
         if not found:
             return None

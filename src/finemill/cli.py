@@ -15,6 +15,7 @@ _COMMANDS = {
     "chat-format": ("rows -> token ids and labels under the model's chat template", "step"),
     "detect-change": ("dataset against that of the newest registered version -> changed or not", "step"),
     "train-qlora": ("tokens + base model -> LoRA adapter", "step"),
+    "train-dpo": ("chosen and rejected tokens + base model -> LoRA adapter", "step"),
     "eval": ("base and adapter on held-out rows -> metrics and report", "step"),
     "merge": ("base + adapter -> merged 16-bit model", "step"),
     "gguf-quantize": ("merged model -> GGUF files, checked in llama.cpp", "step"),

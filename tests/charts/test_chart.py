@@ -90,9 +90,9 @@ def test_defaults_make_the_pipelines_and_no_schedule() -> None:
         "Role",
         "RoleBinding",
         "ServiceAccount",
-        *["WorkflowTemplate"] * 3,
+        *["WorkflowTemplate"] * 4,
     ]
-    assert set(workflows(objects)) == {"finetune", "retrain", "export"}
+    assert set(workflows(objects)) == {"finetune", "align", "retrain", "export"}
     assert all(item["metadata"]["namespace"] == "ml" for item in objects)
 
 

@@ -174,7 +174,8 @@ def test_kubernetes_manifests_hold_the_pipeline(tmp_path: Path) -> None:
     kinds = {item["kind"]: item for item in yaml.safe_load_all((tmp_path / "out.yaml").read_text())}
     assert set(kinds) == {"Pipeline", "PipelineVersion"}
     assert set(kinds["PipelineVersion"]["spec"]["pipelineSpec"]["root"]["dag"]["tasks"]) == set(STEPS) - {
-        "detect-change"
+        "detect-change",
+        "train-dpo",
     }
 
 

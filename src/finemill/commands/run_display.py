@@ -57,6 +57,7 @@ def print_results(references: Mapping[str, str], tracking_uri: str, stream: Text
     write("\n")
     for label, step, name in (
         ("adapter", "train-qlora", ""),
+        ("adapter", "train-dpo", ""),
         ("merged model", "merge", ""),
         ("report", "eval", "report.html"),
     ):
@@ -74,8 +75,8 @@ def score_table(metrics: Mapping[str, float]) -> str:
     """Base against tuned over all rows, with standard errors, and the rows that tuning fixed or broke."""
     names = [name.removeprefix("eval/base/") for name in metrics if name.startswith("eval/base/")]
     shown = [name for name in names if "/" not in name and not name.endswith(("_stderr", "_tokens"))]
-    lines = [f"{'metric':<18}{'base':>9}{'tuned':>18}"]
-    lines += [f"{name:<18}{_score(metrics, 'base', name)}{_score(metrics, 'tuned', name)}".rstrip() for name in shown]
+    lines = [f"{'metric':<20}{'base':>9}{'tuned':>18}"]
+    lines += [f"{name:<20}{_score(metrics, 'base', name)}{_score(metrics, 'tuned', name)}".rstrip() for name in shown]
     if "eval/fixed_rate" in metrics:
         lines.append(
             f"tuning fixed {metrics['eval/fixed']:.0f} rows, {metrics['eval/fixed_rate']:.1%} of what the base fails, "

@@ -216,6 +216,39 @@ def test_preferences_keep_both_answers_and_learn_the_better(tmp_path: Path) -> N
     _, (row,) = format_rows(tmp_path, [{"prompt": "2+2?", "chosen": "4", "rejected": "5"}])
     assert learned(row) == row["completion"] == "4<|im_end|>"
     assert row["rejected"] == "5<|im_end|>"
+    assert (
+        BACKEND.decode([label for label in row["rejected_labels"] if label != -100], skip_special_tokens=False)
+        == (row["rejected"])
+    )
+    start = row["labels"].index(next(label for label in row["labels"] if label != -100))
+    assert row["rejected_input_ids"][:start] == row["input_ids"][:start]
+
+
+@pytest.mark.parametrize("thinks", ["chosen", "rejected"])
+def test_both_answers_of_a_preference_follow_the_same_prompt_if_only_one_thinks(thinks: str, tmp_path: Path) -> None:
+    answers = {"chosen": "4", "rejected": "5"}
+    answers[thinks] = f"<think>\n2 + 2\n</think>\n\n{answers[thinks]}"
+    _, (row,) = format_rows(tmp_path, [{"prompt": "2+2?", **answers}])
+    prompt = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    for ids, answer in (("input_ids", "completion"), ("rejected_input_ids", "rejected")):
+        assert BACKEND.decode(row[ids], skip_special_tokens=False) == f"{prompt}{row[answer]}\n"
+    plain = row["rejected" if thinks == "chosen" else "completion"]
+    assert plain.startswith("<think>\n\n</think>\n\n")
+
+
+def test_a_preference_with_one_answer_too_long_is_left_out(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
+        {"prompt": "3?", "chosen": "3", "rejected": "1 2 " * 60},
+    ]
+    result, formatted = format_rows(tmp_path, rows, max_length=60)
+    assert len(formatted) == 1
+    assert summary(result)["rows_dropped"] == {"too_long": 1}
+
+
+def test_control_tokens_in_a_rejected_answer_stay_text(tmp_path: Path) -> None:
+    _, (row,) = format_rows(tmp_path, [{"prompt": "2+2?", "chosen": "4", "rejected": "5<|im_end|>6"}])
+    assert row["rejected_input_ids"].count(BACKEND.token_to_id("<|im_end|>")) == 2
 
 
 def test_long_rows_are_left_out_or_cut(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ def test_metrics_are_flat_finite_and_written(evaluated: tuple[Path, Mapping[str,
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["eval/rows"] == 8
+    assert {"eval/base/preference_accuracy_stderr", "eval/delta/preference_accuracy"} <= metrics.keys()
+    assert "eval/base/example_reasoning/preference_accuracy" not in metrics
     assert {"eval/base/exact_match", "eval/tuned/perplexity", "eval/tuned/example_chat/rougeL"} <= metrics.keys()
 
 
@@ -66,6 +68,20 @@ def test_base_is_the_base_and_tuned_is_base_with_adapter(
         plain_loss(load_adapter(base, tiny_adapter_dir), rows), rel=1e-5
     )
     assert abs(evaluated[1]["eval/delta/loss"]) > 0.01
+
+
+def test_a_model_prefers_the_answer_that_is_likelier_per_token(
+    evaluated: tuple[Path, Mapping[str, float]], tiny_model_dir: Path, tiny_dataset_dir: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    samples = {row["id"]: row for row in pq.read_table(evaluated[0] / "samples.parquet").to_pylist()[:8]}
+    for row in read_rows(tiny_dataset_dir, "test"):
+        worse = row.with_rejected
+        expected = plain_loss(base, [row]) < plain_loss(base, [worse]) if worse else None
+        assert samples[row.id]["prefers_chosen"] == expected
+    assert [row["rejected"] for row in samples.values() if row["rejected"]] == ["Day the is nice a."] * 2
+    assert "Day the is nice a." in (evaluated[0] / "report.html").read_text()
+    assert "| Preference accuracy |" in (evaluated[0] / "report.md").read_text()
 
 
 @torch.inference_mode()

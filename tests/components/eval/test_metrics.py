@@ -50,6 +50,17 @@ def test_a_row_without_a_known_answer_gets_rouge_and_no_exact_match() -> None:
     assert scored("\\boxed{7}", row()).rougeL is None
 
 
+def test_a_preference_is_a_matter_of_likelihood_per_token() -> None:
+    """A longer answer is less likely as a whole: 6 nats over 4 tokens are better than 4 over 2."""
+    answer = Answer("7", 2, True)
+    preference = [score_answer(row(), "tuned", answer, (6.0, 4), STOPS, worse) for worse in ((4.0, 2), (2.0, 2), None)]
+    assert [found.prefers_chosen for found in preference] == [True, False, None]
+    metrics = summarize([preference[1], preference[1]], [preference[0], preference[1]])
+    assert (metrics["eval/base/preference_accuracy"], metrics["eval/tuned/preference_accuracy"]) == (0.0, 0.5)
+    assert metrics["eval/delta/preference_accuracy"] == 0.5
+    assert "eval/base/preference_accuracy" not in summarize([preference[2]], [preference[2]])
+
+
 def test_rouge_l_follows_the_longest_common_subsequence() -> None:
     # Common subsequence "police the" or "the gunman", 2 of 4 words on both sides.
     assert rouge_scores("police killed the gunman", "the gunman killed police")["rougeL"] == pytest.approx(0.5)

@@ -16,7 +16,7 @@ def test_same_seed_same_bytes_other_seed_other_rows(tmp_path: Path) -> None:
     assert write_example_data("reasoning", tmp_path / "c", seed=2, num_rows=50).read_bytes() != first
 
 
-@pytest.mark.parametrize("name", ["reasoning", "chat"])
+@pytest.mark.parametrize("name", ["reasoning", "chat", "preferences"])
 def test_rows_differ_from_each_other(name: str, tmp_path: Path) -> None:
     lines = write_example_data(name, tmp_path, seed=0, num_rows=800).read_text().splitlines()
     assert len(set(lines)) == 800
@@ -46,8 +46,20 @@ def test_chats_alternate_and_end_with_the_assistant(tmp_path: Path) -> None:
         assert turns == ["human", "gpt"] * (len(turns) // 2)
 
 
+def test_every_topic_of_the_preferences_has_many_prompts_and_both_kinds_of_worse_answer(tmp_path: Path) -> None:
+    """A topic with few prompts would all but vanish when data-prep drops what repeats."""
+    lines = write_example_data("preferences", tmp_path, seed=0, num_rows=1400).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for key in ("capital", "color", "opposite", "live", "day comes", "How many", "What is"):
+        of_topic = [row for row in rows if key in row["prompt"]]
+        assert len({row["prompt"] for row in of_topic}) > 80, key
+        lengths = [len(row["rejected"].split()) < len(row["chosen"].split()) for row in of_topic]
+        assert 0.3 < sum(lengths) / len(lengths) < 0.7, key
+    assert all(row["chosen"] != row["rejected"] and row["chosen"].endswith(".") for row in rows)
+
+
 def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="example data are example:reasoning, example:chat"):
+    with pytest.raises(UserError, match="example data are example:reasoning, example:chat, example:preferences"):
         write_example_data("poems", tmp_path, seed=0, num_rows=1)
 
 

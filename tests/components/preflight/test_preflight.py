@@ -16,6 +16,7 @@ from finemill.components.preflight.check import check_tracking_server
 from finemill.components.preflight.memory import estimate_memory
 from finemill.components.step import run_step
 from finemill.components.storage.store import fetch_artifact
+from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 
 QWEN3_8B = {
@@ -86,6 +87,8 @@ def test_every_run_checks_anew(folder_store: str) -> None:
         ({"steps": {"promote": {}}}, "MLFLOW_TRACKING_URI is not set"),
         ({"base_model": "/no/such/folder"}, "base model '/no/such/folder' not found"),
         ({"base_model": "builtin:huge"}, "base model 'builtin:huge' not found"),
+        ({"steps": {"train_dpo": {"label_smoothing": 0.1}}}, "train_dpo: .*label_smoothing acts with"),
+        ({"steps": {"train_dpo": {}}, "gpu_memory_gib": 0.1}, "needs about .* GiB .* the GPU has 0.1: lower"),
         ({"steps": {"train_qlora": {}}, "gpu_memory_gib": 0.1}, "needs about .* GiB .* the GPU has 0.1: lower"),
     ],
 )
@@ -129,6 +132,13 @@ def test_the_estimate_is_near_what_was_measured(model: dict[str, Any], measured_
     config = TrainQLoRAConfig(optim="adamw_8bit", per_device_train_batch_size=2, max_length=2048)
     estimated_gb = estimate_memory(model, config).total * 2**30 / 1e9
     assert estimated_gb == pytest.approx(measured_gb, rel=0.1)
+
+
+def test_a_pair_counts_as_two_sequences() -> None:
+    shared = {"per_device_train_batch_size": 2, "max_length": 1024}
+    one, two = (estimate_memory(QWEN3_06B, model(**shared)) for model in (TrainQLoRAConfig, TrainDPOConfig))
+    assert (two.logits, two.activations) == pytest.approx((2 * one.logits, 2 * one.activations))
+    assert (two.weights, two.adapters) == (one.weights, one.adapters)
 
 
 def test_a_model_that_cannot_be_estimated_says_what_is_missing() -> None:

@@ -112,3 +112,18 @@ def test_metric_without_rows_is_compared_by_its_values(tmp_path: Path) -> None:
 def test_gate_that_says_too_little_or_too_much_is_refused(gate: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line):
         parse_config(PromoteConfig, {"gates": [{"metric": "loss", "direction": "lower", **gate}]}, "promote")
+
+
+def test_preference_accuracy_is_compared_row_by_row(tmp_path: Path) -> None:
+    samples = [
+        {"id": str(index), "model": model, "loss": 1.0, "num_tokens": 1, "prefers_chosen": right}
+        for model, share in (("base", 12), ("tuned", 20))
+        for index, right in enumerate([True] * share + [False] * (20 - share))
+    ]
+    metrics = {"eval/base/preference_accuracy": 0.6, "eval/tuned/preference_accuracy": 1.0}
+    gate = {"metric": "preference_accuracy", "direction": "higher", "min_delta": 0.0, "compare_with": ["base"]}
+    config = parse_config(PromoteConfig, {"gates": [gate]}, "promote")
+    (result,) = check_gates(scores(tmp_path / "new", samples, metrics), None, config)
+    assert (result.passed, result.num_rows, result.difference) == (True, 20, pytest.approx(0.4))
+    assert result.lower_bound is not None
+    assert 0 < result.lower_bound < 0.4

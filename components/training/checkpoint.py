@@ -13,14 +13,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finemill.components.context import StepContext
 from finemill.components.errors import UserError
-from finemill.components.train_qlora.config import TrainQLoRAConfig
+from finemill.components.training.config import LoRATrainingConfig
 
 logger = logging.getLogger(__name__)
 
 IDENTITY_NAME = "training_identity.json"
 
 
-def training_identity(config: TrainQLoRAConfig, context: StepContext) -> dict[str, Any]:
+def training_identity(config: LoRATrainingConfig, context: StepContext) -> dict[str, Any]:
     """Everything that must be the same for a checkpoint to be continued."""
     return {
         "config": config.model_dump(mode="json", exclude=set(config.not_in_key)),
@@ -30,7 +30,7 @@ def training_identity(config: TrainQLoRAConfig, context: StepContext) -> dict[st
     }
 
 
-def find_checkpoint(config: TrainQLoRAConfig, context: StepContext) -> Path | None:
+def find_checkpoint(config: LoRATrainingConfig, context: StepContext) -> Path | None:
     """The checkpoint to continue from, as `config.resume` asks.
 
     Raises: UserError: none where one must be, or it belongs to another training.
@@ -68,7 +68,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     Used as a context manager around `Trainer.train`; the previous signal handler is put back afterwards.
     """
 
-    def __init__(self, config: TrainQLoRAConfig, context: StepContext) -> None:
+    def __init__(self, config: LoRATrainingConfig, context: StepContext) -> None:
         self._config = config
         self._context = context
         self.stop_requested = False

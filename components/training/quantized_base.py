@@ -1,18 +1,17 @@
-"""The 4-bit base and the adapters on it."""
+"""The 4-bit base that adapters are trained on."""
 
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from finemill.components.causal_lm import no_progress_bar
-from finemill.components.train_qlora.config import TrainQLoRAConfig
+from finemill.components.training.config import LoRATrainingConfig
 
 
-def compute_dtype(config: TrainQLoRAConfig, device: torch.device) -> torch.dtype:
+def compute_dtype(config: LoRATrainingConfig, device: torch.device) -> torch.dtype:
     """The dtype of matrix products. On CPUs float32: bfloat16 there is slower at small sizes, and not everywhere."""
     if config.compute_dtype != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[config.compute_dtype]
@@ -21,7 +20,7 @@ def compute_dtype(config: TrainQLoRAConfig, device: torch.device) -> torch.dtype
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_base(base_model: Path, config: TrainQLoRAConfig, device: torch.device) -> PreTrainedModel:
+def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device) -> PreTrainedModel:
     """Load the base on `device`, its linear layers but the output layer quantized if the configuration says so."""
     dtype = compute_dtype(config, device)
     quantization: dict[str, Any] = {}
@@ -56,23 +55,3 @@ def keep_trainable_on_cpu(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def lora_config(config: TrainQLoRAConfig) -> LoraConfig:
-    """PEFT's description of the adapters."""
-    targets = config.target_modules
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-    )
-
-
-def keep_adapters_in_float32(model: PeftModel) -> None:
-    """Undo TRL's cast of the adapters to bfloat16: at small learning rates AdamW's updates would round to nothing."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()

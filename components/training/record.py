@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finemill.components.context import Recorder
 from finemill.components.errors import UserError
 
+_REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 # The trainer's names and ours.
 METRIC_NAMES = {
     "loss": "train/loss",
@@ -16,6 +17,8 @@ METRIC_NAMES = {
     "grad_norm": "train/grad_norm",
     "mean_token_accuracy": "train/mean_token_accuracy",
     "eval_loss": "validation/loss",
+    **{name: f"train/{name}" for name in _REWARDS},
+    **{f"eval_{name}": f"validation/{name}" for name in _REWARDS},
 }
 
 
@@ -54,7 +57,9 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
         if "train/loss" in metrics:
             tokens = int((logs or {}).get("num_tokens", 0))
             seconds = time.monotonic() - self._started
+            accuracy = metrics.get("train/rewards/accuracies")
             self._recorder.log_progress(
                 f"step {state.global_step}/{state.max_steps}, epoch {state.epoch or 0:.2f}, {tokens} tokens, "
                 f"{seconds:.0f} s, loss {metrics['train/loss']:.4f}"
+                + (f", rewards/accuracies {accuracy:.2f}" if accuracy is not None else "")
             )

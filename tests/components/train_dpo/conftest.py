@@ -1,0 +1,53 @@
+"""A dataset of preferences as data-prep and chat-format write it, and the context a step gets."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from finemill.components.artifacts import Producer
+from finemill.components.context import Checkpoints, StepContext
+from finemill.components.step import run_step
+from finemill.components.storage.store import fetch_artifact
+
+
+@dataclass
+class ListRecorder:
+    """Keeps what a step records."""
+
+    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    on_progress: Callable[[str], None] = lambda text: None
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self.points.append((step, dict(metrics)))
+
+    def log_progress(self, text: str) -> None:
+        self.on_progress(text)
+
+
+@pytest.fixture(scope="session")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("preferences").as_uri()
+    config = {"sources": [{"uri": "example:preferences", "max_rows": 60}], "test_size": 0.1, "validation_size": 0.2}
+    rows = run_step("data-prep", store=store, inputs={}, config=config)
+    inputs = {"rows": str(rows.reference), "base_model": "builtin:tiny-qwen3"}
+    return fetch_artifact(run_step("chat-format", store=store, inputs=inputs, config={}).reference)[0]
+
+
+@pytest.fixture
+def make_context(folder_store: str) -> Callable[[], StepContext]:
+    """A new context over the same checkpoint store each time."""
+
+    def make() -> StepContext:
+        producer = Producer(step="train-dpo", version="0", code="test")
+        return StepContext(
+            store=folder_store,
+            key="test",
+            references={"base_model": "builtin:tiny-qwen3"},
+            manifests={},
+            checkpoints=Checkpoints(f"{folder_store}/checkpoints/train-dpo-test", producer),
+            recorder=ListRecorder(),
+        )
+
+    return make

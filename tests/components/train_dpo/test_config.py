@@ -1,0 +1,23 @@
+import pytest
+
+from finemill.components.config import parse_config
+from finemill.components.errors import UserError
+from finemill.components.train_dpo.config import TrainDPOConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"packing": True}, "unknown key 'packing'"),
+        ({"loss_type": "best"}, "'loss_type': .*'sigmoid'"),
+        ({"label_smoothing": 0.1}, "acts with loss_type robust or exo_pair only, not with 'sigmoid'"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "'label_smoothing': .*less than 0.5"),
+        ({"loss_type": "exo_pair"}, "needs a label_smoothing above 0"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "TRL's DPO loss would pass by"),
+        ({"target_modules": []}, "target_modules is empty"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line(values: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        parse_config(TrainDPOConfig, values, "train-dpo")
+    assert "\n" not in str(error.value)
