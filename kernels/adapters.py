@@ -129,13 +129,19 @@ class FlatAdapters:
         return [slot.parameter for slot in self._slots]
 
     def attach_grads(self) -> None:
-        """Make every parameter's gradient a view of the flat one, which is cleared first if they had none."""
-        first = self._slots[0]
-        if first.parameter.grad is None:
-            self.grad.zero_()
-        elif first.parameter.grad.data_ptr() == first.grad.data_ptr():
+        """Make every parameter's gradient a view of the flat one, with the value it has (none counts as zero)."""
+        first, last = self._slots[0], self._slots[-1]
+        if all(slot.parameter.grad is not None and _same(slot.parameter.grad, slot.grad) for slot in (first, last)):
             return
-        for slot in self._slots:
+        given = [slot.parameter.grad for slot in self._slots]
+        fresh = all(grad is None for grad in given)
+        if fresh:
+            self.grad.zero_()
+        for slot, grad in zip(self._slots, given, strict=True):
+            if grad is None and not fresh:
+                slot.grad.zero_()
+            elif grad is not None and not _same(grad, slot.grad):
+                slot.grad.copy_(grad)
             slot.parameter.grad = slot.grad
 
     def restore(self) -> None:
@@ -150,3 +156,7 @@ class FlatAdapters:
         self._slots.append(_Slot(parameter, parameter.data, master, grad))
         parameter.data = master
         parameter.grad = None
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.data_ptr() == right.data_ptr()

@@ -224,6 +224,7 @@ class Projection:
             RANK=rank,
             BLOCK=BLOCK,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
     def _decode(self, extended: Tensor) -> None:
@@ -263,6 +264,7 @@ class Projection:
             RANK=rank,
             BLOCK=BLOCK,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
 

@@ -11,9 +11,13 @@ _PROGRAMS = {
 def execute(name: str, arguments: list[str]) -> int:
     """Hand the arguments to the measuring program. Returns: its exit code."""
     if name == "estimate":
-        from finemill.kernels.estimate import main
+        from finemill.components.errors import UserError
+        from finemill.kernels.estimate import EstimateError, main
 
-        return main(arguments)
+        try:
+            return main(arguments)
+        except EstimateError as error:
+            raise UserError(str(error)) from error
     parser = argparse.ArgumentParser(
         prog="finemill bench", description="\n".join(f"{key}: {text}" for key, text in _PROGRAMS.items())
     )
