@@ -89,7 +89,13 @@ def leave_unchanged(model: nn.Module, reason: str) -> Acceleration:
 def _forward(causal: Any, *args: Any, **kwargs: Any) -> Any:
     """The accelerated model's forward: a training loss comes from the engine, everything else from the model's own."""
     trains = causal.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
-    if not trains or args or not _COVERED.issuperset(kwargs) or not _as_built(causal) or not _is_covered(**kwargs):
+    if (
+        not trains
+        or args
+        or not _COVERED.issuperset(kwargs)
+        or not _as_built(causal)
+        or not _is_covered(causal, **kwargs)
+    ):
         original = causal._finemill_original
         return type(causal).forward(causal, *args, **kwargs) if original is None else original(*args, **kwargs)
     with torch.autocast(causal._finemill_engine.device.type, enabled=False):
@@ -111,12 +117,18 @@ def _is_lora(linear: Any) -> bool:
 
 
 def _is_covered(
+    causal: Any,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    use_cache: bool | None = None,
     return_dict: bool | None = None,
     **_: Any,
 ) -> bool:
-    return return_dict is not False and splittable(attention_mask, position_ids)
+    """Whether the engine gives these arguments the meaning that transformers does."""
+    # Beside a cache, transformers takes positions that start again for one sequence.
+    cached = causal.config.use_cache if use_cache is None else use_cache
+    packed = position_ids is not None and cached
+    return return_dict is not False and not packed and splittable(attention_mask, position_ids)
 
 
 def adopt_plan(model: nn.Module, plan: Plan) -> None:
