@@ -106,7 +106,7 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         adamw = str(getattr(args.optim, "value", args.optim)).removeprefix("paged_").startswith("adamw")
         if engine is None or self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or not adamw:
             return super().create_optimizer()  # type: ignore[no-any-return]
-        self.optimizer = FlatAdamW(
+        optimizer = FlatAdamW(
             engine.adapters,
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
@@ -115,7 +115,8 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             max_norm=args.max_grad_norm if args.max_grad_norm > 0 else None,
             bits=8 if self._plan.eight_bit else 32,
         )
-        return self.optimizer
+        self.optimizer: Any = optimizer
+        return optimizer
 
     @property
     def _flat_optimizer(self) -> FlatAdamW | None:
