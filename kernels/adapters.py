@@ -47,7 +47,7 @@ class GroupAdapter:
 @dataclass
 class _Slot:
     parameter: nn.Parameter
-    original: Tensor
+    dtype: torch.dtype
     master: Tensor
     grad: Tensor
 
@@ -147,13 +147,12 @@ class FlatAdapters:
     def restore(self) -> None:
         """Give the parameters memory of their own again, in their original dtype, with the values they have now."""
         for slot in self._slots:
-            slot.original.copy_(slot.parameter.data)
-            slot.parameter.data = slot.original
+            slot.parameter.data = slot.parameter.data.clone(memory_format=torch.contiguous_format).to(slot.dtype)
             slot.parameter.grad = None
 
     def _adopt(self, parameter: nn.Parameter, master: Tensor, grad: Tensor) -> None:
         master.copy_(parameter.data)
-        self._slots.append(_Slot(parameter, parameter.data, master, grad))
+        self._slots.append(_Slot(parameter, parameter.dtype, master, grad))
         parameter.data = master
         parameter.grad = None
 
