@@ -7,6 +7,7 @@ stay what they were; nothing is patched at import. `restore_model` undoes it.
 
 import logging
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from finemill.kernels.decoder_layer import LayerShape
 from finemill.kernels.host_memory import gather_rows, pin
 from finemill.kernels.model import FastModel, LayerParts, ModelLoss, assemble_model
 from finemill.kernels.nf4 import NF4Tensor
-from finemill.kernels.packing import pack_rows
+from finemill.kernels.packing import pack_rows, splittable
 from finemill.kernels.planner import Plan, Workload
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 _COVERED = {"input_ids", "labels", "attention_mask", "position_ids", "num_items_in_batch", "use_cache", "return_dict"}
 """Arguments of a forward that the fast path understands; with any other the model's own forward runs."""
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Frequencies that do not depend on the length of the sequences at hand: one table serves all of them."""
 
 
 class UnsupportedModelError(ValueError):
@@ -58,25 +61,74 @@ def accelerate_model(model: nn.Module, *, plan: Plan | None = None) -> Accelerat
         plan: how to spend memory; by default everything is kept.
     Returns: the engine, and the reason if the model was left unchanged (also logged as a warning).
     """
+    causal = _causal_model(model)
+    if (present := getattr(causal, "_finemill_engine", None)) is not None:
+        if plan is not None:
+            adopt_plan(model, plan)
+        return Acceleration(model, present)
     try:
         engine = _build(model)
     except UnsupportedModelError as error:
-        logger.warning("model runs unchanged, without finemill's kernels: %s", error)
-        return Acceleration(model, None, str(error))
-    causal = _causal_model(model)
+        return leave_unchanged(model, str(error))
     causal._finemill_engine = engine
     adopt_plan(model, plan or Plan.everything(len(engine.layers)))
-    original = causal.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        trains = causal.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
-        if args or not trains or not _COVERED.issuperset(kwargs):
-            return original(*args, **kwargs)
-        return _training_loss(engine, **kwargs)
-
-    causal.forward = forward
+    # What libraries put in place of the class's forward (TRL's fused head), to come back to.
+    causal._finemill_original = causal.__dict__.get("forward")
+    # Bound to the model, so that a deep copy computes with its own engine.
+    causal.forward = MethodType(_forward, causal)
     logger.info("training runs on finemill's kernels: %d layers, plan %s", len(engine.layers), engine.plan)
     return Acceleration(model, engine)
+
+
+def leave_unchanged(model: nn.Module, reason: str) -> Acceleration:
+    """Say once why a model is not accelerated."""
+    logger.warning("model runs unchanged, without finemill's kernels: %s", reason)
+    return Acceleration(model, None, reason)
+
+
+def _forward(causal: Any, *args: Any, **kwargs: Any) -> Any:
+    """The accelerated model's forward: a training loss comes from the engine, everything else from the model's own."""
+    trains = causal.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
+    if (
+        not trains
+        or args
+        or not _COVERED.issuperset(kwargs)
+        or not _as_built(causal)
+        or not _is_covered(causal, **kwargs)
+    ):
+        original = causal._finemill_original
+        return type(causal).forward(causal, *args, **kwargs) if original is None else original(*args, **kwargs)
+    with torch.autocast(causal._finemill_engine.device.type, enabled=False):
+        return _training_loss(causal._finemill_engine, **kwargs)
+
+
+def _as_built(causal: Any) -> bool:
+    """Whether PEFT would use, and train, the adapter that the engine was built with."""
+    first = next(linear for layer in causal.model.layers for linear in _linears(layer).values() if _is_lora(linear))
+    active = list(first.active_adapters)
+    if first.disable_adapters or first.merged or len(active) != 1 or active[0] not in first.lora_A:
+        return False
+    weight, ours = first.lora_A[active[0]].weight, causal._finemill_engine.adapters.parameters
+    return bool(weight.requires_grad) and any(weight is parameter for parameter in ours)
+
+
+def _is_lora(linear: Any) -> bool:
+    return hasattr(linear, "lora_A")
+
+
+def _is_covered(
+    causal: Any,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    use_cache: bool | None = None,
+    return_dict: bool | None = None,
+    **_: Any,
+) -> bool:
+    """Whether the engine gives these arguments the meaning that transformers does."""
+    # Beside a cache, transformers takes positions that start again for one sequence.
+    cached = causal.config.use_cache if use_cache is None else use_cache
+    packed = position_ids is not None and cached
+    return return_dict is not False and not packed and splittable(attention_mask, position_ids)
 
 
 def adopt_plan(model: nn.Module, plan: Plan) -> None:
@@ -125,8 +177,10 @@ def restore_model(model: nn.Module) -> None:
     if engine is None:
         return
     adopt_plan(model, Plan.everything(len(engine.layers)))
-    del causal.forward
-    del causal._finemill_engine
+    original = causal._finemill_original
+    del causal.forward, causal._finemill_engine, causal._finemill_original
+    if original is not None:
+        causal.forward = original
     engine.adapters.restore()
     for layer in causal.model.layers:
         for linear in _linears(layer).values():
@@ -161,18 +215,12 @@ def _training_loss(
 
 def _build(model: nn.Module) -> FastModel:
     causal = _causal_model(model)
-    config = causal.config
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModelError(f"model_type is {config.model_type!r}, the fast path covers {', '.join(FAMILIES)}")
-    if config.hidden_act != "silu":
-        raise UnsupportedModelError(f"hidden_act is {config.hidden_act!r}, expected 'silu'")
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise UnsupportedModelError(f"sliding_window is {config.sliding_window}: attention windows are not covered")
-    if getattr(config, "attention_dropout", 0.0):
-        raise UnsupportedModelError(f"attention_dropout is {config.attention_dropout}, expected 0")
-    decoder = causal.model
-    parts = [_layer_parts(layer) for layer in decoder.layers]
+    _check_architecture(causal)
+    config, decoder = causal.config, causal.model
+    dtype = decoder.norm.weight.dtype
+    parts = [_layer_parts(layer, dtype) for layer in decoder.layers]
     _check_trainable(model, parts)
+    _check_tensors(causal, parts)
     try:
         engine = assemble_model(
             parts,
@@ -191,6 +239,62 @@ def _build(model: nn.Module) -> FastModel:
             if isinstance(weight, Tensor):
                 _base(linear).weight.data = weight
     return engine
+
+
+def _check_architecture(causal: Any) -> None:
+    """Refuse what would compute something else than the engine does: other families, or settings of these."""
+    config = causal.config
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModelError(f"model_type is {config.model_type!r}, the fast path covers {', '.join(FAMILIES)}")
+    kind = type(causal)
+    if not kind.__module__.startswith("transformers.models.") or not kind.__name__.endswith("ForCausalLM"):
+        raise UnsupportedModelError(f"{kind.__name__} is not one of transformers' own causal language models")
+    if config.hidden_act != "silu":
+        raise UnsupportedModelError(f"hidden_act is {config.hidden_act!r}, expected 'silu'")
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise UnsupportedModelError(f"sliding_window is {config.sliding_window}: attention windows are not covered")
+    if getattr(config, "attention_dropout", 0.0):
+        raise UnsupportedModelError(f"attention_dropout is {config.attention_dropout}, expected 0")
+    if getattr(causal.model.embed_tokens, "neftune_noise_alpha", None):
+        raise UnsupportedModelError("NEFTune noise is on the embedding")
+    shape, rotary = _layer_shape(config), causal.model.rotary_emb
+    if rotary.rope_type not in _ROPE_TYPES:
+        raise UnsupportedModelError(f"rope_type is {rotary.rope_type!r}: covered are {', '.join(_ROPE_TYPES)}")
+    if 2 * rotary.inv_freq.numel() != shape.head_dim or shape.head_dim % 2:
+        raise UnsupportedModelError(f"RoPE turns {2 * rotary.inv_freq.numel()} of {shape.head_dim} channels of a head")
+    for layer in causal.model.layers:
+        scaling = getattr(layer.self_attn, "scaling", None)
+        if scaling is not None and abs(scaling * shape.head_dim**0.5 - 1) > 1e-6:
+            raise UnsupportedModelError(f"attention scores are scaled by {scaling}, not by head_dim ** -0.5")
+
+
+def _check_tensors(causal: Any, parts: list[LayerParts]) -> None:
+    """Refuse tensors on several devices or of several dtypes, and float16, whose gradients need a scale."""
+    decoder = causal.model
+    dtype, device = decoder.norm.weight.dtype, decoder.norm.weight.device
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise UnsupportedModelError(f"the model computes in {_name(dtype)}: bfloat16 and float32 are covered")
+    found = {"embedding": decoder.embed_tokens.weight, "output layer": causal.lm_head.weight}
+    if getattr(causal.lm_head, "bias", None) is not None:
+        raise UnsupportedModelError("the output layer has a bias")
+    for index, part in enumerate(parts):
+        norms = {"input_norm": part.input_norm, "post_norm": part.post_norm, "q_norm": part.q_norm}
+        named = part.weights | part.biases | norms | {"k_norm": part.k_norm}
+        found |= {f"{name} of layer {index}": tensor for name, tensor in named.items() if tensor is not None}
+    for name, tensor in found.items():
+        quantized = isinstance(tensor, NF4Tensor)
+        place = tensor.packed.device if quantized else tensor.device
+        if place != device:
+            raise UnsupportedModelError(f"{name} is on {place}, the final norm on {device}: one device is covered")
+        if not quantized and tensor.dtype != dtype:
+            raise UnsupportedModelError(
+                f"{name} is {_name(tensor.dtype)}, the final norm {_name(dtype)}: one dtype is covered "
+                "(peft.prepare_model_for_kbit_training makes two of one)"
+            )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _causal_model(model: nn.Module) -> Any:
@@ -217,20 +321,32 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def _frozen_weight(linear: Any) -> NF4Tensor | Tensor:
-    weight = _base(linear).weight
-    if getattr(weight, "quant_state", None) is not None:
-        return NF4Tensor.from_bitsandbytes(weight)
-    if not weight.is_floating_point():
-        raise UnsupportedModelError(f"base weights are {weight.dtype}: NF4 and 16-bit floating point are covered")
-    return weight.detach()  # type: ignore[no-any-return]
+def _frozen_weight(name: str, linear: Any, dtype: torch.dtype) -> NF4Tensor | Tensor:
+    base = _base(linear)
+    weight = getattr(base, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        computes = getattr(base, "compute_dtype", None) or dtype
+        # In float32 bitsandbytes multiplies the same 16-bit values: only sums differ, and not under autocast.
+        if computes not in (dtype, torch.float32) or state.dtype not in (dtype, torch.float32):
+            raise UnsupportedModelError(
+                f"{name} was quantized from {_name(state.dtype)} and computes in {_name(computes)}, "
+                f"the norms are {_name(dtype)}: one dtype is covered"
+            )
+        try:
+            return NF4Tensor.from_bitsandbytes(weight)
+        except ValueError as error:
+            raise UnsupportedModelError(f"{name}: {error}") from error
+    if type(base) is not nn.Linear or not isinstance(weight, nn.Parameter) or type(weight.data) is not Tensor:
+        raise UnsupportedModelError(f"{name} is a {type(base).__name__}: NF4 and plain 16-bit layers are covered")
+    return weight.detach()
 
 
-def _layer_parts(layer: Any) -> LayerParts:
+def _layer_parts(layer: Any, dtype: torch.dtype) -> LayerParts:
     attention = layer.self_attn
     linears = _linears(layer)
     return LayerParts(
-        weights={name: _frozen_weight(linear) for name, linear in linears.items()},
+        weights={name: _frozen_weight(name, linear, dtype) for name, linear in linears.items()},
         biases={name: _detached(_base(linear).bias) for name, linear in linears.items()},
         pairs=_layer_pairs(linears),
         input_norm=layer.input_layernorm.weight.detach(),
@@ -243,15 +359,20 @@ def _layer_parts(layer: Any) -> LayerParts:
 def _layer_pairs(linears: dict[str, Any]) -> dict[str, LoraPair]:
     pairs = {}
     for name, linear in linears.items():
-        if not hasattr(linear, "lora_A"):
+        if not _is_lora(linear):
             continue
         active = list(linear.active_adapters)
         if len(active) != 1 or active[0] not in linear.lora_A or linear.merged:
             raise UnsupportedModelError(f"{name} has active adapters {active}: exactly one unmerged LoRA is covered")
         adapter = active[0]
-        if getattr(linear, "use_dora", {}).get(adapter) or getattr(linear, "lora_bias", {}).get(adapter):
-            raise UnsupportedModelError(f"{name} uses DoRA or LoRA biases")
+        variants = (getattr(linear, field, {}).get(adapter) for field in ("use_dora", "lora_variant", "lora_bias"))
+        if any(variants) or not isinstance(linear.lora_A[adapter], nn.Linear):
+            raise UnsupportedModelError(f"{name} is not plain LoRA (DoRA and other variants, LoRA biases)")
+        if linear.disable_adapters:
+            raise UnsupportedModelError(f"{name} has its adapter switched off")
         a, b = linear.lora_A[adapter].weight, linear.lora_B[adapter].weight
+        if not (a.requires_grad and b.requires_grad):
+            raise UnsupportedModelError(f"{name} has a frozen adapter: the engine trains A and B of every one")
         pairs[name] = LoraPair(a, b, float(linear.scaling[adapter]))
     return pairs
 

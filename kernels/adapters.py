@@ -47,7 +47,7 @@ class GroupAdapter:
 @dataclass
 class _Slot:
     parameter: nn.Parameter
-    original: Tensor
+    dtype: torch.dtype
     master: Tensor
     grad: Tensor
 
@@ -129,24 +129,33 @@ class FlatAdapters:
         return [slot.parameter for slot in self._slots]
 
     def attach_grads(self) -> None:
-        """Make every parameter's gradient a view of the flat one, which is cleared first if they had none."""
-        first = self._slots[0]
-        if first.parameter.grad is None:
-            self.grad.zero_()
-        elif first.parameter.grad.data_ptr() == first.grad.data_ptr():
+        """Make every parameter's gradient a view of the flat one, with the value it has (none counts as zero)."""
+        first, last = self._slots[0], self._slots[-1]
+        if all(slot.parameter.grad is not None and _same(slot.parameter.grad, slot.grad) for slot in (first, last)):
             return
-        for slot in self._slots:
+        given = [slot.parameter.grad for slot in self._slots]
+        fresh = all(grad is None for grad in given)
+        if fresh:
+            self.grad.zero_()
+        for slot, grad in zip(self._slots, given, strict=True):
+            if grad is None and not fresh:
+                slot.grad.zero_()
+            elif grad is not None and not _same(grad, slot.grad):
+                slot.grad.copy_(grad)
             slot.parameter.grad = slot.grad
 
     def restore(self) -> None:
         """Give the parameters memory of their own again, in their original dtype, with the values they have now."""
         for slot in self._slots:
-            slot.original.copy_(slot.parameter.data)
-            slot.parameter.data = slot.original
+            slot.parameter.data = slot.parameter.data.clone(memory_format=torch.contiguous_format).to(slot.dtype)
             slot.parameter.grad = None
 
     def _adopt(self, parameter: nn.Parameter, master: Tensor, grad: Tensor) -> None:
         master.copy_(parameter.data)
-        self._slots.append(_Slot(parameter, parameter.data, master, grad))
+        self._slots.append(_Slot(parameter, parameter.dtype, master, grad))
         parameter.data = master
         parameter.grad = None
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.data_ptr() == right.data_ptr()

@@ -121,12 +121,31 @@ def backend(q: Tensor, sequences: Sequences) -> str:
 
     FINEMILL_ATTENTION=flash or plain asks for another one than the fastest, to compare them.
     """
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
-        return "plain"
     wanted = os.environ.get("FINEMILL_ATTENTION", "cudnn")
-    # cuDNN has no plan for sequences of one token.
-    covered = sequences.max_length > 1 and _cudnn_module(q.device) is not None
-    return "flash" if wanted == "cudnn" and not covered else wanted
+    if wanted == "cudnn" and (not q.is_cuda or sequences.max_length < 2 or _cudnn_module(q.device) is None):
+        wanted = "flash"  # cuDNN has no plan for sequences of one token
+    return fitting_backend(wanted, q.device, q.dtype, q.shape[2])
+
+
+def fitting_backend(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Return the wanted implementation, or the next one that takes this device, dtype and head width."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8:
+        return "plain"
+    return _fitting(wanted, _capability(device), head_dim)
+
+
+def _fitting(wanted: str, capability: tuple[int, int], head_dim: int) -> str:
+    # cuDNN differentiates heads of up to 128 on every card; FlashAttention-2 begins with Ampere and takes 256, but 192
+    # where shared memory is small (sm_86, sm_89, sm_120).
+    if wanted == "cudnn" and head_dim > 128:
+        wanted = "flash"
+    widest = 192 if capability in ((8, 6), (8, 9)) or capability >= (12, 0) else 256
+    return "plain" if wanted == "flash" and (capability < (8, 0) or head_dim > widest) else wanted
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @contextlib.contextmanager

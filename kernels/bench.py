@@ -20,9 +20,12 @@ import triton
 from torch import Tensor
 
 from finemill.kernels.adamw import AdamWState, adamw_step, grad_norm
+from finemill.kernels.adapters import GroupAdapter
 from finemill.kernels.cross_entropy import cross_entropy_inplace
+from finemill.kernels.host_memory import gather_rows, pin
 from finemill.kernels.lora import LoRADropout, lora_backward_a, lora_backward_x, lora_project
 from finemill.kernels.nf4 import NF4Tensor, dequantize_nf4, dequantize_nf4_reference
+from finemill.kernels.projection import Projection
 from finemill.kernels.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_forward, qk_norm_rope_reference
 from finemill.kernels.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward, rms_norm_reference
 from finemill.kernels.swiglu import swiglu_backward, swiglu_forward, swiglu_reference
@@ -60,7 +63,7 @@ def _nf4(n: int, k: int) -> Case:
             absmax=torch.randint(0, 256, (blocks,), device=device, dtype=torch.uint8),
             codebook=_rand(device, torch.float32, 16),
             nested_code=_rand(device, torch.float32, 256),
-            nested_absmax=_rand(device, torch.float32, blocks // 256),
+            nested_absmax=_rand(device, torch.float32, -(-blocks // 256)),
             offset=_rand(device, torch.float32, 1),
             shape=(n, k),
             dtype=dtype,
@@ -219,6 +222,42 @@ def _grad_norm(n: int) -> Case:
     return Case("adamw", f"gradient norm {n}", 4 * n, build)
 
 
+def _projection(rows: tuple[int, ...], width: int, rank: int) -> Iterator[Case]:
+    """The two small kernels of a group of linear layers: adapters into the extended weight, gradient of the B's."""
+    out, ranks = sum(rows), len(rows) * rank
+
+    def group(device: torch.device, dtype: torch.dtype) -> Projection:
+        size = ranks * width, out * rank
+        (a, grad_a), (b, grad_b) = (_rand(device, torch.float32, 2, n) for n in size)
+        adapter = GroupAdapter(
+            a.view(-1, width), b.view(-1, rank), grad_a.view(-1, width), grad_b.view(-1, rank), 2.0, rows
+        )
+        weights: list[NF4Tensor | Tensor] = [_rand(device, dtype, n, width) for n in rows]
+        return Projection(weights, [None] * len(rows), adapter, dtype, device)
+
+    def write(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
+        layer = group(device, dtype)
+        layer.cache_weight()
+        return layer.refresh, None
+
+    def add(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
+        layer, product = group(device, dtype), _rand(device, torch.float32, out, ranks)
+        return lambda: layer.add_grad_b(product), None
+
+    shape = f"{'|'.join(map(str, rows))} x {width}, rank {rank}"
+    yield Case("projection", f"adapters into the weight {shape}", 6 * (ranks * width + out * rank), write)
+    yield Case("projection", f"dB {shape}", 12 * out * rank, add)
+
+
+def _host_embedding(tokens: int, width: int) -> Case:
+    def build(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
+        table = pin(_rand(torch.device("cpu"), dtype, 4096, width))
+        ids = torch.randint(0, 4096, (tokens,), device=device)
+        return lambda: gather_rows(table, ids), None
+
+    return Case("host-memory", f"embedding on the host {tokens} x {width}", 4 * tokens * width, build)
+
+
 def _lora(tokens: int, width: int, groups: int, rank: int) -> Iterator[Case]:
     ranks, p = groups * rank, 0.05
     shape = f"{tokens} x {width}, {groups} of rank {rank}"
@@ -256,6 +295,7 @@ CASES = [
     # Qwen3-8B, and Qwen3-0.6B where its width takes another path.
     _nf4(4096, 12288),
     _nf4(1024, 4096),
+    _nf4(1024, 2848),  # blocks cross rows
     *_rms_norm(4096, 4096),
     *_rms_norm(16384, 1024),
     *_qk_norm_rope(4096, 32, 8, 128, norm=True),
@@ -267,6 +307,8 @@ CASES = [
     _grad_norm(43646976),
     *_lora(4096, 4096, 3, 16),
     *_lora(512, 1024, 2, 32),
+    *_projection((4096, 1024, 1024), 4096, 16),
+    _host_embedding(4096, 4096),
 ]
 
 

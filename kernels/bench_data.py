@@ -9,12 +9,15 @@ import math
 import shutil
 import zlib
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+from pyarrow.parquet import read_table
 from torch import Tensor, nn
+
+from finemill.kernels.packing import IGNORE_INDEX
 
 SHARD_BYTES = 3_500_000_000
 FOLDERS = (Path("/dev/shm/bench_models"), Path("/tmp/bench_models"))
@@ -225,6 +228,47 @@ def make_batches(vocabulary: int, seq: int, bs: int, accum: int, sets: int, seed
     ]
 
 
+def chat_rows(files: list[Path], tokenizer: Any, num_rows: int, max_length: int) -> list[dict[str, list[int]]]:
+    """Return input_ids and labels of chat rows, the files in turn, labels on the answer only.
+
+    Args:
+        files: train.parquet files of chat-format, which hold both; or .json and .jsonl files of rows with
+            `instruction`, `input` and `output`, or with `question` and `answer`.
+        tokenizer: of the model; without a chat template the two texts follow each other.
+        num_rows: at most.
+        max_length: rows are cut to this many tokens; rows that lose their labels by it are left out.
+    """
+
+    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
+        if "input_ids" in row:
+            return row
+        instruction = "\n".join(filter(None, (row.get("instruction"), row.get("input"))))
+        prompt, answer = row.get("question", instruction), row["output" if "output" in row else "answer"]
+        if tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        head = tokenizer(prompt, add_special_tokens=False).input_ids
+        tail = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        return {"input_ids": head + tail, "labels": [IGNORE_INDEX] * len(head) + tail}
+
+    cut = ({name: list(values[:max_length]) for name, values in encode(row).items()} for row in _in_turn(files))
+    return list(islice((row for row in cut if max(row["labels"][1:], default=IGNORE_INDEX) >= 0), num_rows))
+
+
+def _in_turn(files: list[Path]) -> list[Any]:
+    """Rows of the files, one of each at a time."""
+
+    def load(file: Path) -> list[Any]:
+        if file.suffix == ".parquet":
+            return list(read_table(file, columns=["input_ids", "labels"]).to_pylist())
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            return list(json.loads(text))
+        return [json.loads(line) for line in text.splitlines() if line]
+
+    return [row for group in zip_longest(*map(load, files)) for row in group if row is not None]
+
+
 def real_rows(files: list[Path], num_rows: int, vocabulary: int, max_length: int, seed: int = 99) -> list[list[int]]:
     """Return random token ids with the lengths of real chat rows (3.8 characters a token), the files in turn."""
 
@@ -234,13 +278,6 @@ def real_rows(files: list[Path], num_rows: int, vocabulary: int, max_length: int
         children = list(node.values()) if isinstance(node, dict) else node
         return sum(map(characters, children)) if isinstance(children, list) else 0
 
-    def load(file: Path) -> list[Any]:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".json":
-            return list(json.loads(text))
-        return [json.loads(line) for line in text.splitlines() if line]
-
-    mixed = [row for group in zip_longest(*map(load, files)) for row in group if row is not None][:num_rows]
     generator = torch.Generator().manual_seed(seed)
-    lengths = [min(max_length, 16 + int(characters(row) / 3.8)) for row in mixed]
+    lengths = [min(max_length, 16 + int(characters(row) / 3.8)) for row in _in_turn(files)[:num_rows]]
     return [torch.randint(0, vocabulary - 16, (length,), generator=generator).tolist() for length in lengths]

@@ -66,7 +66,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--trainer", action="store_true", help="through FastSFTTrainer instead of the bare loop")
     parser.add_argument("--packing", action="store_true", help="--trainer: packing=True")
     parser.add_argument(
-        "--rows", type=_files, default=[], help="--trainer: chat files, comma separated, for row lengths"
+        "--rows", type=files, default=[], help="--trainer: chat files, comma separated, for row lengths"
     )
     parser.add_argument("--num-rows", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=3407)
@@ -152,10 +152,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     names = ("shape", "layers", "quant", "seq", "bs", "accum", "rank", "memory_gb")
     settings = {name: getattr(args, name) for name in names}
-    return {"kind": "step", "impl": "finemill"} | settings | {"versions": _versions(), "gpu": _gpu()}
+    return {"kind": "step", "impl": "finemill"} | settings | environment()
 
 
-def _files(text: str) -> list[Path]:
+def environment() -> dict[str, Any]:
+    """Versions of what decides the speed, and the card."""
+    return {"versions": _versions(), "gpu": _gpu()}
+
+
+def files(text: str) -> list[Path]:
+    """Split a comma-separated list of files."""
     return [Path(name) for name in text.split(",")]
 
 
@@ -233,7 +239,7 @@ def _peak_reserved(device: torch.device) -> int:
 
 def _versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
-    for name in ("finemill", "torch", "triton", "bitsandbytes", "nvidia-cudnn-frontend"):
+    for name in ("finemill", "torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "nvidia-cudnn-frontend"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

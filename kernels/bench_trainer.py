@@ -7,6 +7,7 @@ tokens per second: the mean number of row tokens per optimizer step over the med
 import argparse
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ def run_trainer(args: argparse.Namespace) -> dict[str, Any]:
     )
     timer = StepTimer(args.warmup)
     trainer = FastSFTTrainer(
-        model=_load(args, path),
-        args=_arguments(args),
+        model=load_adapted(args, path),
+        args=sft_arguments(args),
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         processing_class=AutoTokenizer.from_pretrained(path),
         callbacks=[timer],
@@ -99,16 +100,24 @@ def run_trainer(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _load(args: argparse.Namespace, path: Any) -> Any:
-    quantization: dict[str, Any] = {}
+def load_adapted(args: argparse.Namespace, path: Path, *, b_std: float = 0.01, seed: int = 7) -> Any:
+    """Load a checkpoint with transformers, quantized by --quant, and put adapters on its seven linear layers.
+
+    Args:
+        args: quant, rank, alpha, dropout, device.
+        path: of the checkpoint.
+        b_std: standard deviation of B at the start, 0 as PEFT starts it.
+        seed: of the adapters' start.
+    """
+    settings: dict[str, Any] = {"dtype": torch.float32 if args.quant == "fp32" else torch.bfloat16}
     if args.quant == "nf4":
-        quantization["quantization_config"] = BitsAndBytesConfig(
+        settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, device_map={"": 0}, **quantization)
+    model = AutoModelForCausalLM.from_pretrained(path, device_map={"": torch.device(args.device)}, **settings)
     model.requires_grad_(False)
     lora = LoraConfig(
         r=args.rank,
@@ -119,29 +128,32 @@ def _load(args: argparse.Namespace, path: Any) -> Any:
     )
     model = get_peft_model(model, lora)
     adapters = {name[name.index("layers.") :]: p for name, p in model.named_parameters() if "lora_" in name}
-    start_adapters(adapters)
+    start_adapters(adapters, b_std, seed)
     return model
 
 
-def _arguments(args: argparse.Namespace) -> SFTConfig:
-    return SFTConfig(
-        output_dir="/tmp/bench_out",
-        per_device_train_batch_size=args.bs,
-        gradient_accumulation_steps=args.accum,
-        max_steps=args.steps,
-        learning_rate=args.lr,
-        lr_scheduler_type="constant",
-        warmup_steps=0,
-        weight_decay=0.01,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        max_length=args.seq,
-        packing=args.packing,
-        seed=args.seed,
-        max_grad_norm=args.clip,
-        bf16=True,
-        gradient_checkpointing=False,
-        dataset_kwargs={} if args.rows else {"skip_prepare_dataset": True},
-        disable_tqdm=True,
-    )
+def sft_arguments(args: argparse.Namespace, **more: Any) -> SFTConfig:
+    """Put the command line into TRL's terms; `more` goes over it."""
+    settings = {
+        "output_dir": "/tmp/bench_out",
+        "use_cpu": args.device == "cpu",
+        "per_device_train_batch_size": args.bs,
+        "gradient_accumulation_steps": args.accum,
+        "max_steps": args.steps,
+        "learning_rate": args.lr,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.01,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "max_length": args.seq,
+        "packing": args.packing,
+        "seed": args.seed,
+        "max_grad_norm": args.clip,
+        "bf16": args.quant != "fp32",
+        "gradient_checkpointing": False,
+        "dataset_kwargs": {} if args.rows else {"skip_prepare_dataset": True},
+        "disable_tqdm": True,
+    }
+    return SFTConfig(**(settings | more))

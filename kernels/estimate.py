@@ -9,12 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finemill.components.errors import UserError
 from finemill.kernels.bench_data import SHAPES
 from finemill.kernels.decoder_layer import LayerShape
 from finemill.kernels.planner import Plan, Workload, plan_step
 
 DEFAULT_MEMORY_GB = 80.0
+
+
+class EstimateError(ValueError):
+    """No estimate for this model or memory; the message says why."""
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +27,7 @@ def main(argv: list[str]) -> int:
     try:
         plan = plan_step(work, int(args.memory_gb * 2**30), allow_stream=args.quant == "nf4")
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise EstimateError(str(error)) from error
     result = summarize(work, plan)
     print(json.dumps(result) if args.json else "\n".join(f"{name:<22} {value}" for name, value in result.items()))
     return 0
@@ -52,7 +55,7 @@ def workload(model: str, *, rank: int, quantized: bool, rows: int, row: int) -> 
         quantized: NF4 base.
         rows: per optimizer step.
         row: tokens per row.
-    Raises: UserError: neither a known name nor such a folder, or a configuration without the usual fields.
+    Raises: EstimateError: neither a known name nor such a folder, or a configuration without the usual fields.
     """
     config = _config(model)
     try:
@@ -76,7 +79,7 @@ def workload(model: str, *, rank: int, quantized: bool, rows: int, row: int) -> 
             row=row,
         )
     except KeyError as error:
-        raise UserError(
+        raise EstimateError(
             f"config.json of {model} has no {error}: estimates cover Llama, Mistral and Qwen decoders"
         ) from error
 
@@ -96,7 +99,7 @@ def _config(model: str) -> dict[str, Any]:
         }
     file = Path(model) / "config.json"
     if not file.is_file():
-        raise UserError(f"{file} not found: pass a model folder, or one of {', '.join(SHAPES)}")
+        raise EstimateError(f"{file} not found: pass a model folder, or one of {', '.join(SHAPES)}")
     return dict(json.loads(file.read_text()))
 
 

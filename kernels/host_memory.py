@@ -159,7 +159,15 @@ def gather_rows(table: Tensor, index: Tensor) -> Tensor:
     out = torch.empty((index.numel(), table.shape[1]), dtype=table.dtype, device=index.device)
     grid = (index.numel(), triton.cdiv(table.shape[1], BLOCK_COLUMNS))
     _gather_rows_kernel[grid](
-        table, index, out, table.stride(0), out.stride(0), table.shape[1], BLOCK=BLOCK_COLUMNS, num_warps=4
+        table,
+        index,
+        out,
+        table.stride(0),
+        out.stride(0),
+        table.shape[1],
+        BLOCK=BLOCK_COLUMNS,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return out
 

@@ -320,7 +320,7 @@ def assemble_model(
                 dtype=dtype,
                 device=device,
                 dropout=None if seed is None else LoRADropout(dropout, seed, stream),
-                scratch=model.scratch if isinstance(weights[0], NF4Tensor) else None,
+                scratch=model.scratch if any(isinstance(weight, NF4Tensor) for weight in weights) else None,
             )
             stream += len(names)
             if group.scratch is None:

@@ -110,6 +110,20 @@ def shift_labels(labels: Tensor) -> Tensor:
     return torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
 
 
+def splittable(attention_mask: Tensor | None, position_ids: Tensor | None) -> bool:
+    """Whether `split_rows` keeps the meaning of a batch: one of the two at most, and no holes in the mask.
+
+    With a mask transformers attends across restarting positions, and a hole moves what follows it; cutting loses both.
+    """
+    if attention_mask is None:
+        return position_ids is None or position_ids.dim() == 2
+    if position_ids is not None or attention_mask.dim() != 2:
+        return False
+    kept = attention_mask != 0
+    ends = torch.nn.functional.pad(kept, (1, 1)).to(torch.int8).diff().abs().sum(-1)
+    return bool((ends <= 2).all())
+
+
 def split_rows(
     input_ids: Tensor,
     labels: Tensor,
@@ -124,7 +138,10 @@ def split_rows(
         attention_mask: (B, S), 0 at padding; None without padding.
         position_ids: (B, S); if given, a new sequence begins wherever a position is not its left neighbour's plus one.
     Returns: (input_ids, labels) of every sequence, (length,) each, on the CPU.
+    Raises: ValueError: a mask with holes, or both a mask and positions (see `splittable`).
     """
+    if not splittable(attention_mask, position_ids):
+        raise ValueError("rows cannot be cut: attention_mask has holes or comes with position_ids")
     ids_rows, label_rows = input_ids.cpu(), labels.cpu()
     mask = None if attention_mask is None else attention_mask.cpu().bool()
     positions = None if position_ids is None else position_ids.cpu()

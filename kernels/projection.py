@@ -168,7 +168,7 @@ class Projection:
             return
         n, k, rank = self.out_features, self.in_features, self.rank
         torch.mm(dy[:, :n], weight[:n, k : k + rank], out=dy[:, n : n + rank])
-        self._add_grad_b(_mm_fp32(dy[:, :n].t(), xa))
+        self.add_grad_b(_mm_fp32(dy[:, :n].t(), xa))
 
     def backward_weight(self, dy: Tensor, x: Tensor) -> None:
         """Do the part of the backward that reads the input x (T, K): dA."""
@@ -203,7 +203,7 @@ class Projection:
         else:
             lora_project(x, a, out, dropout=self.dropout, groups=self._groups)
 
-    def _add_grad_b(self, product: Tensor) -> None:
+    def add_grad_b(self, product: Tensor) -> None:
         """Add scaling times the diagonal blocks of dy^T xa, (N, R) fp32, to the gradient of the stacked B's."""
         assert self.adapter is not None
         grad, rank = self.adapter.grad_b, self.adapter.b.shape[1]
@@ -224,6 +224,7 @@ class Projection:
             RANK=rank,
             BLOCK=BLOCK,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
     def _decode(self, extended: Tensor) -> None:
@@ -263,6 +264,7 @@ class Projection:
             RANK=rank,
             BLOCK=BLOCK,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
 

@@ -6,9 +6,11 @@ What differs from the stock trainer, and why (performance measured in results.md
   memory allows: same gradient, fewer and fuller launches. Batches stay on the CPU until then.
 - A step runs outside autograd, as CUDA graphs where launches would dominate, and reads nothing back: loss, entropy,
   accuracy and gradient norm are summed on the device and fetched when the trainer logs.
-- The optimizer is FlatAdamW, whatever `optim` says: fp32 moments, or 8-bit ones where memory is short.
+- An AdamW, whatever precision `optim` names, is FlatAdamW: fp32 moments, or 8-bit ones where memory is short. Any other
+  optimizer, or the caller's own, steps as it would, on gradients that are views of the flat one.
 
-A model the engine does not cover trains as SFTTrainer does (`trainer.acceleration.reason` says why).
+A model the engine does not cover, or arguments that change the loss, train as SFTTrainer does: `trainer.fast` is False
+and `trainer.acceleration.reason` says why.
 """
 
 import logging
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
-from finemill.kernels.accelerate import Acceleration, accelerate_model, adopt_plan, workload_of
+from finemill.kernels.accelerate import Acceleration, accelerate_model, adopt_plan, leave_unchanged, workload_of
+from finemill.kernels.attention import fitting_backend
 from finemill.kernels.graphs import Buckets, GraphRunner, pad_batch
 from finemill.kernels.loss_head import HeadResult
 from finemill.kernels.optimizer import FlatAdamW
@@ -27,6 +30,9 @@ from finemill.kernels.planner import Plan, launch_bound, plan_step
 
 logger = logging.getLogger(__name__)
 
+_COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"}
+_COLUMNS |= {"max_length_k", "seq_idx", "seq_lengths"}
+"""What a batch may hold: rows, and their boundaries once more."""
 BUCKETS_PER_BATCH = 8
 """Token and label counts of graphs are rounded up to this share of the token budget."""
 
@@ -44,27 +50,48 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self, *args: Any, memory_gb: float | None = None, use_graphs: bool | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.acceleration: Acceleration = accelerate_model(self.model)
+        reason = self._other_training()
+        self.acceleration: Acceleration = (
+            accelerate_model(self.model) if reason is None else leave_unchanged(self.model, reason)
+        )
         self._runner: GraphRunner | None = None
         self._prepared: list[PackedBatch] = []
         self._sums: Tensor | None = None
-        self._labels = self._tokens = 0
-        if self.acceleration.engine is None or not self.fast:
+        self._pending = self._labels = self._tokens = 0
+        if self.acceleration.engine is None:
             return
         self._plan = self._make_plan(memory_gb)
         adopt_plan(self.model, self._plan)
-        cuda = self.acceleration.engine.device.type == "cuda"
+        engine = self.acceleration.engine
         wanted = launch_bound(self._plan, self._work) if use_graphs is None else use_graphs
-        if cuda and wanted:
+        # Plain attention reads the boundaries on the host, which no graph can hold.
+        dtype, head_dim = engine.final_norm.dtype, engine.layers[0].shape.head_dim
+        if wanted and fitting_backend("flash", engine.device, dtype, head_dim) != "plain":
             step = max(256, (self._plan.micro_batch or 0) // BUCKETS_PER_BATCH)
-            self._runner = GraphRunner(self.acceleration.engine, Buckets(step, step))
+            self._runner = GraphRunner(engine, Buckets(step, step))
         # Replacing a NaN loss by an average needs the loss on the host after every micro-batch.
         self.args.logging_nan_inf_filter = False
 
     @property
     def fast(self) -> bool:
-        """Whether steps run on the engine: one process, no loss scaling (float16)."""
-        return self.acceleration.active and self.args.world_size == 1 and not self.args.fp16
+        """Whether steps run on the engine."""
+        return self.acceleration.active
+
+    def _other_training(self) -> str | None:
+        """Say what in the arguments asks for another step than the engine's, None if nothing does."""
+        args = self.args
+        loss_type = getattr(args, "loss_type", None) or "nll"
+        reasons = {
+            f"{args.world_size} processes: the engine runs on one": args.world_size > 1,
+            "DeepSpeed or FSDP own the model": self.is_deepspeed_enabled or self.is_fsdp_enabled,
+            "fp16 scales its loss, bf16 and float32 are covered": args.fp16,
+            f"loss_type is {loss_type!r}": loss_type not in ("nll", "chunked_nll"),
+            f"label_smoothing_factor is {args.label_smoothing_factor}": args.label_smoothing_factor > 0,
+            f"neftune_noise_alpha is {args.neftune_noise_alpha}": args.neftune_noise_alpha is not None,
+            "compute_loss_func is given": self.compute_loss_func is not None,
+            "compute_loss is overridden": type(self).compute_loss is not SFTTrainer.compute_loss,
+        }
+        return next((reason for reason, applies in reasons.items() if applies), None)
 
     def get_train_dataloader(self) -> Any:
         """Leave batches on the CPU: they are packed there, and sent in one piece."""
@@ -74,27 +101,36 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return loader
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build FlatAdamW from the training arguments, unless the caller passed an optimizer."""
-        if not self.fast or getattr(self, "optimizer", None) is not None:
-            return super().create_optimizer()  # type: ignore[no-any-return]
+        """Build FlatAdamW if the arguments ask for an AdamW; otherwise what SFTTrainer would."""
         engine, args = self.acceleration.engine, self.args
-        assert engine is not None
+        adamw = str(getattr(args.optim, "value", args.optim)).removeprefix("paged_").startswith("adamw")
+        if engine is None or self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or not adamw:
+            return super().create_optimizer()  # type: ignore[no-any-return]
         optimizer = FlatAdamW(
             engine.adapters,
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
-            max_norm=args.max_grad_norm or None,
+            max_norm=args.max_grad_norm if args.max_grad_norm > 0 else None,
             bits=8 if self._plan.eight_bit else 32,
         )
-        self.optimizer = optimizer
+        self.optimizer: Any = optimizer
         return optimizer
+
+    @property
+    def _flat_optimizer(self) -> FlatAdamW | None:
+        """The engine's optimizer, if it is the one that steps."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer if isinstance(optimizer, FlatAdamW) else None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Fetch an optimizer step's micro-batches and pack them, while the device still works on the step before."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.fast:
+            self._pending = len(samples)
+            if unknown := {name for batch in samples for name in batch} - _COLUMNS:
+                raise ValueError(f"batches hold {', '.join(sorted(unknown))}: train with SFTTrainer")
             sequences = [
                 pair
                 for batch in samples
@@ -118,11 +154,17 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         engine = self.acceleration.engine
         assert engine is not None
         model.train()
-        if not self.accelerator.gradient_state.sync_gradients:
+        self._pending -= 1
+        if self._pending:
             return torch.zeros((), device=engine.device)
+        if self._flat_optimizer is None:
+            engine.adapters.attach_grads()
         scale = 1.0 / max(1, self._labels)
         total = torch.zeros(4, device=engine.device)
-        for batch in self._prepared:
+        for index, batch in enumerate(self._prepared):
+            if engine.dropout_seed is not None:
+                # Of the step, not a count of batches run: a resumed training draws the masks it would have drawn.
+                engine.dropout_seed.fill_((self.args.seed << 40) + (self.state.global_step << 16) + index)
             result = self._run(batch, scale)
             total[:3] += torch.stack((result.loss, result.entropy, result.correct))
         self._prepared = []
@@ -149,21 +191,17 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def _run(self, batch: PackedBatch, scale: float) -> HeadResult:
         engine = self.acceleration.engine
         assert engine is not None
-        if engine.dropout_seed is not None:
-            engine.dropout_seed += 1
         if self._runner is not None:
             return self._runner.loss_and_grad(batch, scale)
         return engine.loss_and_grad(batch, scale)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """The optimizer clips inside its step; its norm is reported."""
-        if not self.fast:
-            return super()._clip_grad_norm(model)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return optimizer.measure_norm()
+        """FlatAdamW clips inside its step; its norm is reported."""
+        optimizer = self._flat_optimizer
+        return super()._clip_grad_norm(model) if optimizer is None else optimizer.measure_norm()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if not self.fast:
+        if self._flat_optimizer is None:
             return super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 

@@ -1,12 +1,14 @@
 """Every kernel compiles for seven generations of cards, without spills, within their shared memory, as recorded."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from finemill.kernels.resources import broken_limits, differences
+from finemill.kernels.resources import TABLE, broken_limits, differences
 
 
 @pytest.mark.timeout(600)
@@ -16,6 +18,16 @@ def test_every_kernel_compiles_within_the_limits_of_every_card():
     command = [sys.executable, "-m", "finemill.kernels.resources", "--check"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_kernel_is_in_the_table():
+    kernels = {
+        name
+        for file in TABLE.parent.glob("*.py")
+        for name in re.findall(r"^@triton.jit\ndef (_\w+_kernel)\(", file.read_text(), re.MULTILINE)
+    }
+    for version, table in json.loads(TABLE.read_text()).items():
+        assert {entry.split(" / ")[1].split(" #")[0] for entry in table} == kernels, version
 
 
 def test_spills_and_shared_memory_above_the_limit_are_reported():

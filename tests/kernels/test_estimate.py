@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from finemill.components.errors import UserError
 from finemill.kernels.bench_data import SHAPES, _config
-from finemill.kernels.estimate import main
+from finemill.kernels.estimate import EstimateError, main
 
 
 def estimate(capsys, *arguments: str) -> dict[str, object]:
@@ -32,10 +31,10 @@ def test_the_plain_listing_names_every_number(capsys):
 
 
 def test_what_is_missing_is_said_in_a_line(tmp_path):
-    with pytest.raises(UserError, match=r"config\.json not found"):
+    with pytest.raises(EstimateError, match=r"config\.json not found"):
         main(["--model", str(tmp_path)])
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match="has no 'num_attention_heads'"):
+    with pytest.raises(EstimateError, match="has no 'num_attention_heads'"):
         main(["--model", str(tmp_path)])
-    with pytest.raises(UserError, match="the leanest needs"):
+    with pytest.raises(EstimateError, match="the leanest needs"):
         main(["--model", "qwen3-32b", "--memory-gb", "1"])

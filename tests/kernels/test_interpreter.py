@@ -10,6 +10,7 @@ import torch
 
 from finemill.kernels.launch import INTERPRETED
 
+LAYERS = "test_rank_stabilized_scaling_and_partial_targets"
 OPS = ("adamw", "cross_entropy", "lora", "nf4", "qk_norm_rope", "rms_norm", "swiglu")
 
 
@@ -18,6 +19,8 @@ OPS = ("adamw", "cross_entropy", "lora", "nf4", "qk_norm_rope", "rms_norm", "swi
 @pytest.mark.timeout(600)
 def test_kernels_pass_their_tests_in_the_interpreter():
     files = [str(Path(__file__).with_name(f"test_{op}.py")) for op in OPS]
+    # The kernels between the ops: whole layers.
+    files.append(str(Path(__file__).with_name("test_accelerate.py")) + f"::{LAYERS}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

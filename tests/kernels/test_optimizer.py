@@ -1,5 +1,7 @@
 """Flat adapters stay the parameters they were; the flat optimizer steps like torch's with clipping."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,21 @@ def test_parameters_keep_identity_and_values_and_share_the_flat_memory(device):
     adapters.master.zero_()
     for parameter, old in zip((p for pair in pairs for p in (pair.a, pair.b)), before, strict=True):
         assert torch.equal(parameter, 2 * old)
+
+
+def test_adopted_parameters_leave_their_memory_and_come_back_in_their_dtype(device):
+    pairs = make_pairs(device)
+    pairs[0].a.data = pairs[0].a.data.bfloat16()
+    old = [weakref.ref(parameter.untyped_storage()) for pair in pairs for parameter in (pair.a, pair.b)]
+    adapters = FlatAdapters(torch.device(device))
+    adapters.reserve([pairs[0], None, pairs[1]], (5, 7, 3), 6)
+    adapters.build()
+    assert all(storage() is None for storage in old)
+    assert pairs[0].a.dtype == torch.float32
+    adapters.restore()
+    assert pairs[0].a.dtype == torch.bfloat16
+    assert pairs[0].b.is_contiguous()
+    assert pairs[1].b.is_contiguous()
 
 
 def test_different_scalings_over_one_input_are_refused(device):

@@ -4,10 +4,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 from trl import SFTConfig, SFTTrainer
 
+from finemill.kernels.accelerate import restore_model
 from finemill.kernels.trainer import FastSFTTrainer
 
 pytestmark = [
@@ -16,7 +18,8 @@ pytestmark = [
 ]
 
 
-def train(trainer_class, tmp_path, *, packing: bool, accumulation: int):
+def make_trainer(trainer_class, tmp_path, *, lora=None, given=None, rows=24, **settings):
+    """A tiny Qwen3 on rows of 5 to 29 tokens; `given` are arguments of the trainer, `settings` of SFTConfig."""
     torch.manual_seed(0)
     config = Qwen3Config(
         hidden_size=32,
@@ -32,54 +35,193 @@ def train(trainer_class, tmp_path, *, packing: bool, accumulation: int):
     vocabulary = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t1"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="t0", eos_token="t2", unk_token="t1")
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(5, 30, (24,), generator=generator).tolist()
+    lengths = torch.randint(5, 30, (rows,), generator=generator).tolist()
     rows = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in lengths]
-    arguments = SFTConfig(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=accumulation,
-        max_steps=4,
-        learning_rate=1e-2,
-        lr_scheduler_type="linear",
-        warmup_steps=1,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        max_length=32,
-        packing=packing,
-        dataset_kwargs={"skip_prepare_dataset": not packing},
-        max_grad_norm=0.2,
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-    )
-    trainer = trainer_class(
-        model=AutoModelForCausalLM.from_config(config),
-        args=arguments,
-        train_dataset=Dataset.from_dict({"input_ids": rows, "labels": [[-100] * 2 + row[2:] for row in rows]}),
+    data = Dataset.from_dict({"input_ids": rows, "labels": [[-100] * 2 + row[2:] for row in rows]})
+    defaults = {
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "max_length": 32,
+        "dataset_kwargs": {"skip_prepare_dataset": not settings.get("packing")},
+        "max_grad_norm": 0.2,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    model = AutoModelForCausalLM.from_config(config)
+    return trainer_class(
+        model=model,
+        args=SFTConfig(output_dir=str(tmp_path), **(defaults | settings)),
+        train_dataset=data,
+        eval_dataset=data.select(range(4)),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        peft_config=LoraConfig(**{"r": 4, "target_modules": "all-linear", **(lora or {})}),
+        **(given or {}),
     )
+
+
+def history(trainer, *names: str) -> torch.Tensor:
+    names = names or ("loss", "grad_norm", "learning_rate", "num_tokens", "entropy")
+    return torch.tensor(
+        [[float(entry[name]) for name in names] for entry in trainer.state.log_history if names[0] in entry]
+    )
+
+
+def train(trainer_class, tmp_path, **settings):
+    trainer = make_trainer(trainer_class, tmp_path, **settings)
     trainer.train()
-    names = ("loss", "grad_norm", "learning_rate", "num_tokens", "entropy")
-    history = [[float(entry[name]) for name in names] for entry in trainer.state.log_history if "loss" in entry]
-    return torch.tensor(history), trainer
+    return history(trainer), trainer
+
+
+def adapters(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize(("packing", "accumulation"), [(False, 2), (True, 1)])
 def test_every_logged_number_equals_trls(packing, accumulation, tmp_path):
-    expected, _ = train(SFTTrainer, tmp_path, packing=packing, accumulation=accumulation)
-    got, trainer = train(FastSFTTrainer, tmp_path, packing=packing, accumulation=accumulation)
+    settings = {"packing": packing, "gradient_accumulation_steps": accumulation}
+    expected, _ = train(SFTTrainer, tmp_path, **settings)
+    got, trainer = train(FastSFTTrainer, tmp_path, **settings)
     assert trainer.fast
     assert expected.shape == (4, 5)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_optimizer_state_survives_saving(tmp_path):
-    _, trainer = train(FastSFTTrainer, tmp_path, packing=False, accumulation=1)
+    _, trainer = train(FastSFTTrainer, tmp_path)
     state = trainer.optimizer.state_dict()
     torch.save(state, tmp_path / "optimizer.pt")
     trainer.optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     moments = trainer.optimizer.state_dict()["moments"]
     assert all(torch.equal(moments[name], tensor) for name, tensor in state["moments"].items())
+
+
+def stochastic_descent(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # Twelve micro-batches of two rows in steps of five: the last step of an epoch has two.
+        {"gradient_accumulation_steps": 5, "max_steps": 7},
+        {"rows": 23, "gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 2},
+        {"max_grad_norm": 0.0},
+        {"max_grad_norm": -1.0},
+        {"weight_decay": 0.3},
+        {"optim": "sgd", "learning_rate": 0.1},
+        {"optim": "adafactor", "gradient_accumulation_steps": 2},
+        {"lr_scheduler_type": "cosine", "logging_steps": 3, "max_steps": 6},
+        {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 2},
+        {"padding_free": True, "max_length": None},
+        {"pad_to_multiple_of": 16},
+        {"lora": {"use_rslora": True, "target_modules": ["q_proj", "down_proj"]}},
+    ],
+    ids=str,
+)
+def test_training_equals_trls_with(settings, tmp_path):
+    _, theirs = train(SFTTrainer, tmp_path, **settings)
+    _, ours = train(FastSFTTrainer, tmp_path, **settings)
+    assert ours.fast
+    names = ("loss", "grad_norm", "learning_rate", "num_tokens")
+    torch.testing.assert_close(history(ours, *names), history(theirs, *names), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(history(ours, "eval_loss"), history(theirs, "eval_loss"), rtol=1e-4, atol=1e-5)
+    expected = adapters(theirs)
+    for name, value in adapters(ours).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=2e-3, msg=name)
+
+
+def test_the_callers_own_optimizer_steps(tmp_path):
+    runs = []
+    for trainer_class in (SFTTrainer, FastSFTTrainer):
+        trainer = make_trainer(trainer_class, tmp_path)
+        trainer.optimizer = stochastic_descent([p for p in trainer.model.parameters() if p.requires_grad])
+        trainer.train()
+        runs.append(history(trainer))
+    assert trainer.fast
+    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-4)
+
+
+class TwiceTheLoss:
+    def compute_loss(self, *args, **kwargs):
+        return 2 * super().compute_loss(*args, **kwargs)
+
+
+class OwnLoss(TwiceTheLoss, FastSFTTrainer):
+    pass
+
+
+class OwnStockLoss(TwiceTheLoss, SFTTrainer):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("reason", "trainer_class", "settings"),
+    [
+        ("loss_type is 'dft'", FastSFTTrainer, {"loss_type": "dft"}),
+        ("label_smoothing_factor is 0.1", FastSFTTrainer, {"label_smoothing_factor": 0.1}),
+        ("neftune_noise_alpha is 5", FastSFTTrainer, {"neftune_noise_alpha": 5}),
+        ("compute_loss_func", FastSFTTrainer, {"given": {"compute_loss_func": lambda out, labels, **_: out[0].mean()}}),
+        ("compute_loss is overridden", OwnLoss, {}),
+    ],
+)
+def test_arguments_that_change_the_loss_train_as_trl_does(reason, trainer_class, settings, tmp_path):
+    expected, _ = train(OwnStockLoss if trainer_class is OwnLoss else SFTTrainer, tmp_path, max_steps=2, **settings)
+    got, trainer = train(trainer_class, tmp_path, max_steps=2, **settings)
+    assert not trainer.fast
+    assert reason in trainer.acceleration.reason
+    assert torch.equal(got, expected)
+
+
+def test_a_batch_with_unknown_columns_is_refused(tmp_path):
+    trainer = make_trainer(FastSFTTrainer, tmp_path)
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: collate(rows) | {"shift_labels": torch.zeros(2, 4)}
+    with pytest.raises(ValueError, match="shift_labels"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.2}], ids=["plain", "dropout"])
+def test_a_resumed_training_is_the_uninterrupted_one(lora, tmp_path):
+    settings = {
+        "lora": lora,
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "gradient_accumulation_steps": 2,
+    }
+    _, whole = train(FastSFTTrainer, tmp_path / "whole", **settings)
+    resumed = make_trainer(FastSFTTrainer, tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed.fast
+    assert resumed.state.global_step == 6
+    expected = adapters(whole)
+    for name, value in adapters(resumed).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_dropout_follows_the_seed(tmp_path):
+    lora = {"lora_dropout": 0.2}
+    first, again, other = (train(FastSFTTrainer, tmp_path, lora=lora, seed=seed, data_seed=1)[0] for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_saved_adapter_is_the_trained_one(tmp_path):
+    _, trainer = train(FastSFTTrainer, tmp_path)
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    trained = {name.replace(".default", ""): value for name, value in adapters(trainer).items()}
+    assert saved.keys() == trained.keys()
+    assert all(torch.equal(saved[name], value) for name, value in trained.items())
+    logits = trainer.model(torch.tensor([[3, 4, 5]])).logits
+    restore_model(trainer.model)
+    torch.testing.assert_close(trainer.model(torch.tensor([[3, 4, 5]])).logits, logits)
+    assert trainer.evaluate()["eval_loss"] > 0

@@ -1,19 +1,24 @@
-"""`finemill bench kernels|step` and `finemill estimate`: the measuring programs of the kernels."""
+"""`finemill bench kernels|step|loss` and `finemill estimate`: the measuring programs of the kernels."""
 
 import argparse
 
 _PROGRAMS = {
     "kernels": "single ops against their references, share of the card's bandwidth",
     "step": "a whole QLoRA training step",
+    "loss": "training losses over several seeds against Hugging Face's",
 }
 
 
 def execute(name: str, arguments: list[str]) -> int:
     """Hand the arguments to the measuring program. Returns: its exit code."""
     if name == "estimate":
-        from finemill.kernels.estimate import main
+        from finemill.components.errors import UserError
+        from finemill.kernels.estimate import EstimateError, main
 
-        return main(arguments)
+        try:
+            return main(arguments)
+        except EstimateError as error:
+            raise UserError(str(error)) from error
     parser = argparse.ArgumentParser(
         prog="finemill bench", description="\n".join(f"{key}: {text}" for key, text in _PROGRAMS.items())
     )
@@ -21,6 +26,8 @@ def execute(name: str, arguments: list[str]) -> int:
     what = parser.parse_args(arguments[:1] or ["--help"]).what
     if what == "kernels":
         from finemill.kernels.bench import main
+    elif what == "loss":
+        from finemill.kernels.bench_loss import main
     else:
         from finemill.kernels.bench_step import main
     return main(arguments[1:])

@@ -1,0 +1,199 @@
+"""The planner's peaks against a count of what the engine allocates, tensor by tensor, without a GPU.
+
+Both passes run on meta tensors with launches left out; a dispatch mode adds up the storages that are alive. Attention,
+the host arena and streamed weights are stood in for by what they allocate on the device.
+"""
+
+import weakref
+from collections import deque
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from triton.runtime.jit import JITFunction
+
+from finemill.kernels import decoder_layer, model, projection
+from finemill.kernels.adamw import AdamWState
+from finemill.kernels.adapters import LoraPair
+from finemill.kernels.attention import WORKSPACE_PER_ELEMENT
+from finemill.kernels.decoder_layer import Rope
+from finemill.kernels.estimate import workload
+from finemill.kernels.nf4 import NF4Tensor
+from finemill.kernels.packing import PackedBatch, Sequences
+from finemill.kernels.planner import CUBLAS_WORKSPACE, OPTIMIZER_BYTES, Plan, peak_bytes, plan_step
+
+GIB = 1 << 30
+META = torch.device("meta")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of live meta storages, each rounded up as torch's allocator does, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta and id(tensor.untyped_storage()) not in self.live:
+                storage = tensor.untyped_storage()
+                size = -(-storage.nbytes() // 512) * 512
+                self.live[id(storage)] = size
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, id(storage))
+        return out
+
+    def _free(self, key):
+        self.now -= self.live.pop(key)
+
+
+class Arena:
+    """HostArena without the host: what is on its way stays as long, what comes back is allocated."""
+
+    def __init__(self, device):
+        self.in_flight = deque()
+
+    def reserve(self, size): ...
+
+    def reset(self): ...
+
+    def park(self, tensors, keep_layers=1):
+        items = [
+            SimpleNamespace(nbytes=t.untyped_storage().nbytes(), view=(t.shape, t.stride()), dtype=t.dtype)
+            for t in tensors
+        ]
+        self.in_flight.append(tensors)
+        while len(self.in_flight) > keep_layers:
+            self.in_flight.popleft().clear()
+        return items
+
+    def drain(self):
+        while self.in_flight:
+            self.in_flight.popleft().clear()
+
+    def prefetch(self, items):
+        for item in items:
+            item.copy = torch.empty(item.nbytes, dtype=torch.uint8, device=META)
+
+    def take(self, item):
+        storage = item.copy.untyped_storage()
+        del item.copy
+        return torch.empty(0, dtype=item.dtype, device=META).set_(storage, 0, *item.view)
+
+
+def attention_forward(q, k, v, sequences, scale, out):
+    count, length = sequences.uniform
+    return out, (torch.empty((count, q.shape[1], length, 1), dtype=torch.float32, device=META),)
+
+
+def attention_backward(dout, q, k, v, out, saved, sequences, scale):
+    grads = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=META) for tensor in (q, k, v))
+    (count, length), heads, kv_heads = sequences.uniform, q.shape[1], k.shape[1]
+    one_key_head = 2 * count * length**2 * (heads // kv_heads)
+    limit = max(1, WORKSPACE_PER_ELEMENT * q.numel() // one_key_head)
+    step = max(divisor for divisor in range(1, kv_heads + 1) if kv_heads % divisor == 0 and divisor <= limit)
+    torch.empty(one_key_head * step + 4 * q.numel() * step // kv_heads, dtype=torch.uint8, device=META)
+    return grads
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: None)
+    monkeypatch.setattr(decoder_layer, "attention_forward", attention_forward)
+    monkeypatch.setattr(decoder_layer, "attention_backward", attention_backward)
+    monkeypatch.setattr(model, "HostArena", Arena)
+    tables = torch.empty(2, 1, 128, device=META)
+    monkeypatch.setattr(model.FastModel, "_rope", lambda self, batch: Rope(*tables, batch.position_ids))
+    monkeypatch.setattr(
+        projection, "_mm_fp32", lambda a, b: torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32, device=META)
+    )
+
+
+def nf4(n: int, k: int) -> NF4Tensor:
+    sizes = ((n * k // 2, torch.uint8), (n * k // 64, torch.uint8), (16, torch.float32), (256, torch.float32))
+    tensors = [torch.empty(size, dtype=dtype, device=META) for size, dtype in sizes]
+    nested, offset = (torch.empty(size, dtype=torch.float32, device=META) for size in (n * k // 64 // 256, 1))
+    return NF4Tensor(*tensors, nested, offset, (n, k), torch.bfloat16)
+
+
+def simulated_peak(work, plan: Plan) -> int:
+    """Run a micro-batch of a plan. Returns: bytes."""
+    s = work.shape
+    kv = s.num_kv_heads * s.head_dim
+    inputs = (s.hidden, s.hidden, s.hidden, s.q_width, s.hidden, s.hidden, s.intermediate)
+    outputs = (s.q_width, kv, kv, s.hidden, s.intermediate, s.intermediate, s.hidden)
+
+    def table(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.bfloat16, device=META)
+
+    with Allocations() as allocations:
+        head = table(work.vocabulary, s.hidden)
+        embedding = head if work.tied else table(work.vocabulary, s.hidden)
+        parts, bases = [], []
+        for _ in range(work.num_layers):
+            # Streamed weights visit two slots in turn.
+            streamed = plan.stream_weights and len(bases) >= 2
+            bases.append(dict(bases[-2]) if streamed else dict(zip(LINEARS, map(nf4, outputs, inputs), strict=True)))
+            pairs = {
+                name: LoraPair(
+                    *(nn.Parameter(torch.empty(z, device=META)) for z in ((work.rank, k), (n, work.rank))), 1.0
+                )
+                for name, n, k in zip(LINEARS, outputs, inputs, strict=True)
+            }
+            norms = (table(s.hidden), table(s.hidden), table(s.head_dim), table(s.head_dim))
+            parts.append(model.LayerParts(bases[-1], {}, pairs, *norms))
+        engine = model.assemble_model(
+            parts, s, embedding=embedding, final_norm=table(s.hidden), head=head, rotary=lambda *_: None
+        )
+        del parts, pairs, bases
+        state = AdamWState.zeros(engine.adapters.master.numel(), META, 8 if plan.eight_bit else 32)
+        engine.apply_plan(replace(plan, stream_weights=False))
+        if plan.embedding_on_host:
+            allocations.now -= embedding.nbytes
+        allocations.peak = allocations.now
+        tokens = plan.micro_batch
+        uniform = (tokens // work.row, work.row)
+        ids = torch.empty((3, tokens), dtype=torch.int64, device=META)
+        sequences = Sequences(torch.empty(uniform[0] + 1, dtype=torch.int32, device=META), work.row, uniform)
+        engine.loss_and_grad(PackedBatch(*ids, sequences, None), 1.0)
+        del state
+    return allocations.peak + CUBLAS_WORKSPACE
+
+
+@pytest.mark.parametrize(
+    ("shape", "row", "rows", "gib", "stream", "above"),
+    [
+        ("qwen3-8b", 2048, 8, 130, False, 0.01),
+        ("qwen3-8b", 2048, 8, 24, False, 0.04),
+        ("qwen3-8b", 2048, 8, 7.2, True, 0.05),
+        ("qwen3-8b", 2048, 8, 7.2, False, 0.05),
+        ("qwen3-8b", 256, 8, 7.2, False, 0.05),
+        ("qwen3-8b", 2048, 8, 3.5, True, 0.09),
+        # Of its worst layer and its worst moment, which never meet there.
+        ("qwen3-8b", 16384, 1, 10.2, True, 0.27),
+        ("qwen3-4b", 2048, 8, 3.7, True, 0.07),
+        ("qwen3-4b", 2048, 8, 3.7, False, 0.05),
+        ("qwen3-0.6b", 2048, 8, 1.1, False, 0.05),
+        ("qwen3-0.6b", 2048, 8, 130, False, 0.04),
+        ("llama3-1b", 1024, 4, 4, False, 0.05),
+        ("qwen3-14b", 2048, 8, 12, False, 0.05),
+    ],
+)
+def test_predicted_peaks_cover_what_is_allocated(shape, row, rows, gib, stream, above):
+    work = workload(shape, rank=16, quantized=True, rows=rows, row=row)
+    plan = plan_step(work, int(gib * GIB), allow_stream=stream)
+    moments = OPTIMIZER_BYTES[plan.eight_bit]
+    work = replace(
+        work, optimizer_bytes=moments, embedding_on_host=plan.embedding_on_host, stream_weights=plan.stream_weights
+    )
+    cached = plan.cached_layers > 0
+    predicted = peak_bytes(work, plan.micro_batch, plan.head_chunk, plan.levels, plan.host_levels, cached=cached)
+    allocated = simulated_peak(work, plan)
+    assert allocated <= predicted <= (1 + above) * allocated
