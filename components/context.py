@@ -20,6 +20,16 @@ class Recorder(Protocol):
         """Show one short line about where the step is; the newest replaces the one before."""
 
 
+class Unheard:
+    """A recorder for a process that another one speaks for."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Nowhere."""
+
+    def log_progress(self, text: str) -> None:
+        """To nobody."""
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """Resumable states of one step run, as artifacts `<uri>/<training step, eight digits>` in the store."""

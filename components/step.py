@@ -12,13 +12,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from finemill.components.artifacts import Manifest, Producer, Reference
 from finemill.components.code_version import producer
 from finemill.components.config import StepConfig, parse_config
-from finemill.components.context import Checkpoints, StepContext, new_manifest
+from finemill.components.context import Checkpoints, Recorder, StepContext, Unheard, new_manifest
 from finemill.components.errors import StepError, UserError
+from finemill.components.processes import num_idle_gpus, run_in_processes
 from finemill.components.progress import Progress
 from finemill.components.steps import BASE_MODEL, Step, get_step
 from finemill.components.storage.store import fetch_artifact, normalize_uri, open_store, read_artifact
@@ -53,11 +55,13 @@ def run_step(
     Raises: StepError: one line for people, with the exit code.
     """
     step = get_step(name)
+    if step.multi_process and (num_gpus := num_idle_gpus()):
+        return _run_in_processes(step, store, inputs, config, run_id, num_gpus)
     progress = Progress(step.name)
     started = time.monotonic()
     progress.emit("started")
     try:
-        result = _find_or_make(step, normalize_uri(store), dict(inputs), config, run_id, progress)
+        result = _find_or_make(_resolve(step, store, inputs, config), run_id, progress)
     except Exception as error:
         exit_code = error.exit_code if isinstance(error, StepError) else 1
         line = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
@@ -72,61 +76,121 @@ def run_step(
     return result
 
 
-def _find_or_make(
-    step: Step, store_uri: str, inputs: dict[str, str], config: Any, run_id: str | None, progress: Progress
-) -> StepResult:
+def assist_step(name: str, *, store: str, inputs: Mapping[str, str], config: Mapping[str, Any] | StepConfig) -> None:
+    """Compute beside the main process of a step that several processes share: what it writes is nobody's."""
+    step = get_step(name)
+    if not step.multi_process:
+        return
+    call = _resolve(step, store, inputs, config)
+    if open_store(call.uri).read_manifest(call.uri) is None:
+        with TemporaryDirectory(prefix="finemill-assist-") as folder:
+            context = call.context(Unheard())
+            step.function(**_local_folders(call), output_dir=Path(folder), config=call.config, context=context)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a step, checked, and what its output depends on."""
+
+    step: Step
+    store: str
+    inputs: Mapping[str, str]
+    config: StepConfig
+    manifests: Mapping[str, Manifest]
+    state: Mapping[str, str]
+    made_by: Producer
+    key: str
+
+    @property
+    def uri(self) -> str:
+        """The output's place."""
+        return f"{self.store}/{self.step.name}/{self.key}"
+
+    def context(self, recorder: Recorder, run_id: str | None = None) -> StepContext:
+        """What the step's function gets besides folders and configuration."""
+        return StepContext(
+            store=self.store,
+            key=self.key,
+            references=self.inputs,
+            manifests=self.manifests,
+            checkpoints=Checkpoints(f"{self.store}/checkpoints/{self.step.name}-{self.key}", self.made_by),
+            recorder=recorder,
+            run_id=run_id,
+            state=self.state,
+        )
+
+
+def _resolve(step: Step, store: str, inputs: Mapping[str, str], config: Mapping[str, Any] | StepConfig) -> _Call:
     parsed = config if isinstance(config, StepConfig) else parse_config(step.config, config, step.name)
     _check_input_names(step, inputs)
     manifests = {port: read_artifact(Reference.parse(value)) for port, value in inputs.items() if port != BASE_MODEL}
     state = dict(step.state(inputs, parsed)) if step.state else {}
     made_by = producer(step)
     key = _output_key(made_by, parsed, _input_digests(inputs, manifests), state)
-    uri = f"{store_uri}/{step.name}/{key}"
-    store = open_store(store_uri)
-    standing = store.read_manifest(uri)
+    return _Call(step, normalize_uri(store), dict(inputs), parsed, manifests, state, made_by, key)
+
+
+def _find_or_make(call: _Call, run_id: str | None, progress: Progress) -> StepResult:
+    store = open_store(call.store)
+    standing = store.read_manifest(call.uri)
     if standing is not None:
-        return StepResult(Reference(uri, standing.digest), standing, reused=True)
+        return StepResult(Reference(call.uri, standing.digest), standing, reused=True)
     store.check_writable()
     with step_run(
-        step.name, config=parsed, inputs=inputs, made_by=made_by, store=store_uri, run_id=run_id, progress=progress
+        call.step.name,
+        config=call.config,
+        inputs=call.inputs,
+        made_by=call.made_by,
+        store=call.store,
+        run_id=run_id,
+        progress=progress,
     ) as run:
-        context = StepContext(
-            store=store_uri,
-            key=key,
-            references=inputs,
-            manifests=manifests,
-            checkpoints=Checkpoints(f"{store_uri}/checkpoints/{step.name}-{key}", made_by),
-            recorder=run,
-            run_id=run_id,
-            state=state,
-        )
-        manifest = _make(step, uri, parsed, context, made_by)
-        reference = Reference(uri, manifest.digest)
+        manifest = _make(call, call.context(run, run_id))
+        reference = Reference(call.uri, manifest.digest)
         run.finish(reference, manifest)
     return StepResult(reference, manifest, reused=False)
 
 
-def _make(step: Step, uri: str, config: StepConfig, context: StepContext, made_by: Producer) -> Manifest:
+def _run_in_processes(
+    step: Step,
+    store: str,
+    inputs: Mapping[str, str],
+    config: Mapping[str, Any] | StepConfig,
+    run_id: str | None,
+    count: int,
+) -> StepResult:
+    """Let `finemill <step>` do it in a process per GPU; the main one of them reports and records."""
+    values = config.model_dump(mode="json") if isinstance(config, StepConfig) else dict(config)
+    with TemporaryDirectory(prefix="finemill-processes-") as folder:
+        output = Path(folder, "reference")
+        options = {f"--{port.replace('_', '-')}": value for port, value in inputs.items()}
+        options |= {"--store": store, "--config-json": json.dumps(values), "--output-file": str(output)}
+        options |= {"--run-id": run_id} if run_id else {}
+        run_in_processes([step.name, *(part for option in options.items() for part in option)], count)
+        reference = Reference.parse(output.read_text())
+    return StepResult(reference, read_artifact(reference), reused=False)
+
+
+def _make(call: _Call, context: StepContext) -> Manifest:
     """Call the step's function in a staging folder and publish that; whatever goes wrong, nothing stays behind."""
-    store = open_store(uri)
-    inputs = context.references.items() if step.fetches_inputs else ()
-    folders = {port: _local_folder(port, value) for port, value in inputs}
-    staging = store.staging_folder(uri)
+    store = open_store(call.uri)
+    folders = _local_folders(call)
+    staging = store.staging_folder(call.uri)
     started = time.monotonic()
     try:
-        metrics = step.function(**folders, output_dir=staging, config=config, context=context)
+        metrics = call.step.function(**folders, output_dir=staging, config=call.config, context=context)
         manifest = new_manifest(
-            step.output,
+            call.step.output,
             staging,
-            made_by,
-            parents=context.references,
-            config=config.model_dump(mode="json"),
+            call.made_by,
+            parents=call.inputs,
+            config=call.config.model_dump(mode="json"),
             metrics=finite_metrics(metrics),
             seconds=time.monotonic() - started,
         )
-        return store.publish(staging, uri, manifest)
+        return store.publish(staging, call.uri, manifest)
     except OSError as error:
-        raise StepError(f"{step.name}: {error.strerror or error} ({error.filename or staging})") from error
+        raise StepError(f"{call.step.name}: {error.strerror or error} ({error.filename or staging})") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -140,6 +204,11 @@ def finite_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
         if not math.isfinite(value):
             raise ValueError(f"metric '{name}' is {value}: a step reports finite numbers only")
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _local_folders(call: _Call) -> dict[str, Path]:
+    inputs = call.inputs.items() if call.step.fetches_inputs else ()
+    return {port: _local_folder(port, value) for port, value in inputs}
 
 
 def _local_folder(port: str, value: str) -> Path:

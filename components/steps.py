@@ -37,6 +37,8 @@ class Step:
     """Name of a yes or no besides the output; its value is the metric `<module name>/<verdict>`, 1 or 0."""
     section: str | None = None
     """The section of a pipeline's configuration that this step reads, where it shares another step's."""
+    multi_process: bool = False
+    """Whether several processes can compute it together, one a GPU; of another step only the main process computes."""
     fetches_inputs: bool = True
     """Whether the function gets the inputs' folders: one that only refers to models should not fetch them."""
 
@@ -128,6 +130,7 @@ _ALL = (
         "train_qlora.config:TrainQLoRAConfig",
         "train_qlora.train:train_qlora",
         image="train",
+        multi_process=True,
     ),
     Step(
         "train-dpo",
@@ -137,6 +140,7 @@ _ALL = (
         "train_dpo.config:TrainDPOConfig",
         "train_dpo.train:train_dpo",
         image="train",
+        multi_process=True,
     ),
     Step(
         "eval",

@@ -2,17 +2,20 @@
 
 import json
 import logging
-import os
+import math
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finemill.components.context import StepContext
 from finemill.components.errors import UserError
+from finemill.components.processes import num_processes
 from finemill.components.training.config import LoRATrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -26,7 +29,7 @@ def training_identity(config: LoRATrainingConfig, context: StepContext) -> dict[
         "config": config.model_dump(mode="json", exclude=set(config.not_in_key)),
         "inputs": {port: manifest.digest for port, manifest in context.manifests.items()},
         "base_model": context.references["base_model"],
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": num_processes(),
     }
 
 
@@ -62,6 +65,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+FIRST_SAVE_S = 30.0
+"""With `save_steps: auto`, seconds of training before the first checkpoint."""
+SAVE_SHARE = 0.02
+"""With `save_steps: auto`, how much of the time may go into checkpoints."""
+
+
 class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     """Publishes each checkpoint, and turns SIGTERM into one last checkpoint and the end of training.
 
@@ -72,12 +81,17 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         self._config = config
         self._context = context
         self.stop_requested = False
+        self._told_to_stop = False
+        self._save_due_s = math.inf
+        self._save_began_s = 0.0
 
     def __enter__(self) -> "CheckpointCallback":
         # Only the main thread may set handlers; elsewhere the host program decides about signals.
         self._in_main_thread = threading.current_thread() is threading.main_thread()
         if self._in_main_thread:
             self._previous = signal.signal(signal.SIGTERM, self._request_stop)
+        if self._config.save_steps == "auto":
+            self._save_due_s = time.monotonic() + FIRST_SAVE_S
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,27 +99,45 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
             signal.signal(signal.SIGTERM, self._previous)
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
-        self.stop_requested = True
+        self._told_to_stop = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """After SIGTERM: save and stop at the end of the running step. No checkpoint of the last step."""
-        if self.stop_requested:
+        self._save_began_s = time.monotonic()
+        self.stop_requested, is_due = self._agree(self._told_to_stop, self._save_began_s >= self._save_due_s, args)
+        if self.stop_requested or is_due:
             control.should_save = True
+        if self.stop_requested:
             control.should_training_stop = True
         if state.global_step >= state.max_steps:
             # The adapter itself comes next; nobody would continue from here.
             control.should_save = False
         return control
 
+    def _agree(self, stop: bool, save: bool, args: TrainingArguments) -> tuple[bool, bool]:
+        """What any process was told or finds due, all do: they leave the loop after the same step."""
+        if num_processes() == 1:
+            return stop, save
+        flags = torch.tensor([stop, save], dtype=torch.int32, device=args.device)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        return bool(flags[0]), bool(flags[1])
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publish the checkpoint that the trainer has just written."""
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if num_processes() > 1:
+            # Each process writes the state of its own random generators.
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            self._publish(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
+        now = time.monotonic()
+        if self._config.save_steps == "auto":
+            self._save_due_s = now + max(FIRST_SAVE_S, (now - self._save_began_s) / SAVE_SHARE)
+
+    def _publish(self, folder: Path, training_step: int) -> None:
         identity = training_identity(self._config, self._context)
         (folder / IDENTITY_NAME).write_text(json.dumps(identity, indent=2), encoding="utf-8")
-        self._context.checkpoints.save(folder, state.global_step)
+        self._context.checkpoints.save(folder, training_step)
         self._context.checkpoints.keep_only(self._config.save_total_limit)
-        self._context.recorder.log_progress(f"checkpoint at step {state.global_step}")
+        self._context.recorder.log_progress(f"checkpoint at step {training_step}")

@@ -1,6 +1,6 @@
 """The configuration that steps which train LoRA adapters share, in the words of transformers, PEFT, bitsandbytes."""
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -87,8 +87,9 @@ class LoRATrainingConfig(StepConfig):
     eval_steps: int | None = Field(default=None, gt=0)
     """Steps between two measurements of the loss on the validation rows; none by default."""
 
-    save_steps: int | None = Field(default=500, gt=0)
-    """Steps between two checkpoints in the store; `null` writes them only when the run is told to stop."""
+    save_steps: Annotated[int, Field(gt=0)] | Literal["auto"] | None = "auto"
+    """Steps between two checkpoints in the store; `auto` writes the first after half a minute and then as many as take
+    2 % of the time; `null` writes them only when the run is told to stop."""
 
     save_total_limit: int = Field(default=2, gt=0)
     """Checkpoints kept in the store."""

@@ -1,12 +1,14 @@
 """What the trainers of all steps share: the device, the arguments, the run from checkpoint to saved adapter."""
 
+import os
 import resource
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 
 from finemill.components.context import StepContext
 from finemill.components.errors import TemporaryError, UserError
+from finemill.components.processes import num_processes
 from finemill.components.training.adapter import save_adapter
 from finemill.components.training.checkpoint import CheckpointCallback, find_checkpoint
 from finemill.components.training.config import LoRATrainingConfig
@@ -31,15 +34,18 @@ _RESULTS = ("loss", "rewards/accuracies", "rewards/margins")
 
 
 def choose_device() -> torch.device:
-    """The one visible GPU, or the CPU. Raises: UserError: several GPUs and a single process."""
+    """The GPU of this process, or the CPU. Raises: UserError: there are not as many processes here as visible GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if torch.cuda.device_count() > 1 and not torch.distributed.is_torchelastic_launched():
+    num_gpus, num_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or num_processes())
+    if num_gpus != num_here:
         raise UserError(
-            f"{torch.cuda.device_count()} GPUs are visible to one process: start it with torchrun, "
-            "or choose one with CUDA_VISIBLE_DEVICES=0"
+            f"{num_gpus} GPUs are visible to {num_here} processes: start one a GPU (torchrun --nproc-per-node), or "
+            "choose GPUs with CUDA_VISIBLE_DEVICES"
         )
-    return torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 def shared_arguments(config: LoRATrainingConfig, scratch: Path, device: torch.device) -> dict[str, Any]:
@@ -69,15 +75,33 @@ def shared_arguments(config: LoRATrainingConfig, scratch: Path, device: torch.de
         "logging_nan_inf_filter": False,
         "eval_strategy": "steps" if config.eval_steps else "no",
         "eval_steps": config.eval_steps,
-        "save_strategy": "steps" if config.save_steps else "no",
-        "save_steps": config.save_steps or 500,
+        "save_strategy": "steps" if isinstance(config.save_steps, int) else "no",
+        "save_steps": config.save_steps if isinstance(config.save_steps, int) else 500,
         "save_total_limit": 1,
         "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",
         "dataloader_pin_memory": device.type == "cuda",
+        # Every adapter takes part in every step.
+        "ddp_find_unused_parameters": False,
         _CHECKPOINTING_FIELD: config.gradient_checkpointing,
     }
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """A folder for the trainer's own checkpoints, one for all processes of this machine: each adds its part."""
+    if num_processes() == 1:
+        with TemporaryDirectory(prefix="finemill-train-") as folder:
+            yield Path(folder)
+        return
+    shared = Path(gettempdir(), f"finemill-train-{os.environ.get('TORCHELASTIC_RUN_ID')}-{os.environ['MASTER_PORT']}")
+    shared.mkdir(mode=0o700, exist_ok=True)
+    try:
+        yield shared
+    finally:
+        if os.environ.get("LOCAL_RANK") == "0":
+            shutil.rmtree(shared, ignore_errors=True)
 
 
 @contextmanager
@@ -104,8 +128,8 @@ def run_training(
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
     """
     checkpoint = find_checkpoint(config, context)
-    with TemporaryDirectory(prefix="finemill-train-") as scratch, _without_renaming_warnings():
-        trainer = build_trainer(Path(scratch))
+    with _scratch_folder() as scratch, _without_renaming_warnings():
+        trainer = build_trainer(scratch)
         checkpoints = CheckpointCallback(config, context)
         # It prints every log entry as a dictionary; RecordCallback says the same in a line.
         trainer.remove_callback(PrinterCallback)

@@ -17,9 +17,13 @@ def execute(name: str, arguments: list[str]) -> int:
     if parsed.dry_run:
         print(config.model_dump_json(indent=2))
         return 0
-    from finemill.components.step import run_step
+    from finemill.components.processes import is_main_process
+    from finemill.components.step import assist_step, run_step
 
     inputs = {port: getattr(parsed, port) for port in step.inputs}
+    if not is_main_process():
+        assist_step(name, store=parsed.store, inputs=inputs, config=config)
+        return 0
     # Libraries print what they like; standard output is for the reference alone.
     with redirect_stdout(sys.stderr):
         result = run_step(name, store=parsed.store, inputs=inputs, config=config, run_id=parsed.run_id)

@@ -120,6 +120,24 @@ def test_a_checkpoint_of_another_training_is_refused(
         train_qlora(**arguments, output_dir=tmp_path / "b", config=other, context=make_context())
 
 
+def test_checkpoints_come_by_time_as_long_as_they_cost_little(
+    make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def saved(share: float) -> list[str]:
+        monkeypatch.setattr("finemill.components.training.checkpoint.SAVE_SHARE", share)
+        context = make_context()
+        config = CONFIG.model_copy(update={"save_steps": "auto", "max_steps": 4, "resume": "never"})
+        train_qlora(
+            base_model=base_model, dataset=dataset, output_dir=tmp_path / str(share), config=config, context=context
+        )
+        return [line for line in context.recorder.lines if "checkpoint" in line]
+
+    assert saved(0.02) == []
+    monkeypatch.setattr("finemill.components.training.checkpoint.FIRST_SAVE_S", 0.0)
+    assert saved(1e9) == [f"checkpoint at step {step}" for step in (1, 2, 3)]
+    assert saved(1e-9) == ["checkpoint at step 1"]
+
+
 def test_resume_must_needs_a_checkpoint(
     make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,64 @@
+"""One step computed by several processes, one a GPU: which of them this is, and starting them.
+
+torchrun and Kubeflow Trainer start every process with the same command line and tell each by `RANK` and `WORLD_SIZE`
+which it is. The main process does what is done once: it publishes, records and reports.
+"""
+
+import os
+import sys
+import uuid
+
+from finemill.components.errors import StepError, TemporaryError, UserError
+
+
+def num_processes() -> int:
+    """How many processes there are on all nodes."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def is_main_process() -> bool:
+    """Whether this is the one that speaks for all."""
+    return num_processes() == 1 or os.environ.get("RANK") == "0"
+
+
+def num_idle_gpus() -> int:
+    """Visible GPUs, where more than one waits for a process of its own; 0 otherwise."""
+    if "WORLD_SIZE" in os.environ:
+        return 0
+    import torch
+
+    count = torch.cuda.device_count()
+    return count if count > 1 else 0
+
+
+def run_in_processes(arguments: list[str], count: int) -> None:
+    """Run `finemill <arguments>` in `count` processes of this machine that find each other, as torchrun would.
+
+    What they print goes to standard error: standard output is the caller's.
+    Raises: StepError: of the kind that the first failed process ended with, whose own line is printed already.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The orchestrator's grace period is what limits a last checkpoint, not torch's own half minute.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    to_stderr = ["-c", 'exec "$0" "$@" >&2', sys.executable, "-m", "finemill", *arguments]
+    what = f"{arguments[0]} in {count} processes"
+    try:
+        elastic_launch(config, "/bin/sh")(*to_stderr)
+    except SignalException:
+        raise TemporaryError(f"{what} was told to stop: run again to continue") from None
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        kind = {UserError.exit_code: UserError, TemporaryError.exit_code: TemporaryError}.get(code, StepError)
+        raise kind(f"{what} ended with exit code {code}; its own lines are above") from None
