@@ -135,7 +135,7 @@ def test_gpu_placement_reaches_gpu_steps_only() -> None:
     found = steps(template)
     for name, step in found.items():
         patch = json.loads(step["podSpecPatch"])
-        if name in ("train-qlora", "eval"):
+        if name in ("train-qlora", "eval", "score-champion"):
             limits = patch["containers"][0]["resources"]["limits"]
             assert limits == {"amd.com/gpu": "{{workflow.parameters.gpus}}"}
             assert step["nodeSelector"] == {"accelerator": "a100"}
