@@ -225,3 +225,15 @@ def test_the_training_runtime_is_restricted_and_starts_torchrun() -> None:
 )
 def test_wrong_values_are_refused(setting: str, message: str) -> None:
     assert message in render_error("--set", setting)
+
+
+@needs_helm
+def test_nodes_of_a_training_reach_each_other_and_nothing_else_of_the_release() -> None:
+    documents = render("--set", "trainingRuntime.enabled=true")
+    (policy,) = [item for item in documents if item["metadata"]["name"].endswith("-training")]
+    (runtime,) = [item for item in documents if item["kind"] == "TrainingRuntime"]
+    pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    nodes = policy["spec"]["podSelector"]
+    assert nodes["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert policy["spec"]["ingress"] == [{"from": [{"podSelector": nodes}]}]
+    assert policy["spec"]["egress"] == [{"to": [{"podSelector": nodes}]}]

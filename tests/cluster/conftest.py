@@ -122,6 +122,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         pytest.skip("no cluster: set KUBECONFIG, or FINEMILL_CLUSTER to a program that starts one")
 
 
+@pytest.fixture(scope="session")
+def trainer(cluster: Cluster) -> None:
+    """Kubeflow Trainer in the cluster."""
+    known = cluster.run("kubectl", "get", "crd", "trainjobs.trainer.kubeflow.org", check=False).returncode == 0
+    if not known:
+        if os.environ.get("KUBECONFIG"):
+            pytest.skip("Kubeflow Trainer is not installed in this cluster")
+        subprocess.run([os.environ["FINEMILL_CLUSTER"], "trainer"], check=True)
+
+
 def _given_cluster() -> Cluster:
     names = ("FINEMILL_TEST_STORE", "AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI", "FINEMILL_TEST_REGISTRY")
     missing = [name for name in names if not os.environ.get(name)]

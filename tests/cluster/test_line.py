@@ -262,3 +262,37 @@ def test_new_data_is_trained_on_and_compared_with_the_champion_on_the_same_rows(
     newest = registry.get_model_version_by_alias(cluster.model, "champion" if passed else "challenger")
     assert int(newest.version) > int(before.version)
     assert newest.tags["finemill.decision"]
+
+
+def test_a_trainjob_of_two_nodes_publishes_one_adapter(
+    line: subprocess.CompletedProcess[str], cluster: Cluster, trainer: None
+) -> None:
+    sizes = ["gpu.count=0", "resources.gpu.cpu=700m", "resources.gpu.memory=3Gi"]
+    cluster.helm("trainingRuntime.enabled=true", *sizes)
+    dataset = outputs(cluster, line.stdout.split()[0], "chat-format")["dataset"]
+    store = f"{cluster.store}/trainjob"
+    flags = ["--max-steps=4", "--gradient-accumulation-steps=1", "--max-length=256", "--save-steps=2"]
+    arguments = ["-m", "finemill", "train-qlora", f"--store={store}", f"--dataset={dataset}", *flags]
+    job = {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": {"name": "two-nodes"},
+        "spec": {
+            "runtimeRef": {
+                "apiGroup": "trainer.kubeflow.org",
+                "kind": "TrainingRuntime",
+                "name": cluster.kubectl("get", "trainingruntime", "-o", "jsonpath={.items[0].metadata.name}"),
+            },
+            "trainer": {"numNodes": 2, "args": [*arguments, "--base-model=builtin:tiny-qwen3"]},
+        },
+    }
+    cluster.kubectl("create", "-f", "-", input=json.dumps(job))
+
+    def ended() -> str:
+        conditions = cluster.get("trainjob", "two-nodes").get("status", {}).get("conditions", [])
+        return next((item["type"] for item in conditions if item["status"] == "True" and item["type"] != "Created"), "")
+
+    assert wait_until(ended, 900, "the end of the TrainJob") == "Complete"
+    said = cluster.kubectl("logs", "-l", "jobset.sigs.k8s.io/jobset-name=two-nodes", "--tail=-1")
+    assert len(set(re.findall(rf"{store}/train-qlora/\S+@sha256:[0-9a-f]{{64}}", said))) == 1
+    assert "step 4/4" in said
