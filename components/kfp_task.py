@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finemill.components.errors import StepError, UserError
+from finemill.components.errors import StepError, TemporaryError
 from finemill.components.step import StepResult, run_step
 from finemill.components.steps import get_step
 from finemill.components.storage.store import fetch_artifact
@@ -82,9 +82,9 @@ def _run_unless_failed(
         failure.raise_if_noted()
     try:
         return run_step(name, store=store, inputs=inputs, config=config, run_id=run_id or None)
-    except UserError as error:
-        if attempt is not None:
-            failure.note(str(error))
+    except StepError as error:
+        if attempt is not None and not isinstance(error, TemporaryError):
+            failure.note(error)
         raise
 
 

@@ -9,11 +9,12 @@ from typing import Any
 from finemill.components.artifacts import Reference
 from finemill.components.code_version import producer
 from finemill.components.context import new_manifest
-from finemill.components.errors import StepError, UserError
+from finemill.components.errors import GateFailedError, StepError, UserError
 from finemill.components.steps import get_step
 from finemill.components.storage.store import fetch_artifact, normalize_uri, open_store
 
-_ERROR_FILE = "error.txt"
+_ERROR_FILE = "error.json"
+_KINDS = {kind.exit_code: kind for kind in (StepError, UserError, GateFailedError)}
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class TerminalFailure:
         call = json.dumps([step, run_id, dict(inputs), dict(config)], sort_keys=True, default=str)
         return cls(step, f"{normalize_uri(store)}/failures/{step}-{hashlib.sha256(call.encode()).hexdigest()[:20]}")
 
-    def note(self, line: str) -> None:
+    def note(self, error: StepError) -> None:
         """Leave the note. A store that cannot be written is no reason to hide the failure itself."""
         try:
             store = open_store(self.uri)
             staging = store.staging_folder(self.uri)
-            (staging / _ERROR_FILE).write_text(line)
+            (staging / _ERROR_FILE).write_text(json.dumps({"line": str(error), "exit_code": error.exit_code}))
             store.publish(staging, self.uri, new_manifest("failure", staging, producer(get_step(self.step))))
         except (StepError, OSError):
             return
@@ -49,8 +50,9 @@ class TerminalFailure:
             return
 
     def raise_if_noted(self) -> None:
-        """Raises: UserError: an attempt before this one failed in a way that would repeat itself."""
+        """Raises: StepError: an attempt before this one failed in a way that would repeat itself; of the same kind."""
         manifest = open_store(self.uri).read_manifest(self.uri)
         if manifest is not None:
             folder, _ = fetch_artifact(Reference(self.uri, manifest.digest))
-            raise UserError(f"{(folder / _ERROR_FILE).read_text()} (not tried again)")
+            noted = json.loads((folder / _ERROR_FILE).read_text())
+            raise _KINDS.get(noted["exit_code"], StepError)(f"{noted['line']} (not tried again)")

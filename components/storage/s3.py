@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
+from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
@@ -131,7 +132,11 @@ class S3Store:
         config = TransferConfig(
             multipart_chunksize=PART_BYTES, multipart_threshold=PART_BYTES, max_concurrency=MAX_CONCURRENCY
         )
-        self.client.upload_file(str(path), bucket, key, Config=config)
+        try:
+            self.client.upload_file(str(path), bucket, key, Config=config)
+        except S3UploadFailedError as error:
+            # boto3 wraps what the server said into an exception that is no ClientError.
+            raise error.__context__ or error from None
 
     def _put_manifest(self, uri: str, manifest: Manifest) -> Manifest:
         bucket, key = _split(f"{uri}/{MANIFEST_NAME}")

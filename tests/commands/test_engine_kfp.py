@@ -14,6 +14,7 @@ import yaml
 import finemill
 from finemill.cli import main
 from finemill.commands import engine_kfp, run_table
+from finemill.pipelines.cluster import ClusterConfig
 from tests.commands.api_server import Api, point_kubeconfig_at
 
 ROOT = "/apis/v2beta1"
@@ -64,8 +65,8 @@ def run(state: str, details: list[dict[str, Any]], *history: str) -> tuple[int, 
     return 200, body
 
 
-def pod(step: str, attempt: int = 0, **status: Any) -> dict[str, Any]:
-    name = f"finetune-x7k2p.root.{step}.executor({attempt})"
+def pod(step: str, attempt: int = 0, level: str = "", **status: Any) -> dict[str, Any]:
+    name = f"finetune-x7k2p{level}.root{level}.{step}{level}.executor({attempt})"
     return {
         "metadata": {
             "name": f"{step}-{attempt}",
@@ -154,22 +155,36 @@ def test_a_configuration_of_one_s_own_stands_alone(kfp: Api, tmp_path: Path) -> 
     assert kfp.posted[-1]["runtime_config"]["parameters"] == {"data_prep": {"sources": [{"uri": "s3://b/rows"}]}}
 
 
+@pytest.mark.parametrize("level", ["", "(0)"], ids=["Argo as it comes", "Argo as KFP's manifests set it"])
 def test_the_failed_step_s_own_words_and_exit_code_come_from_its_pods(
-    kfp: Api, pods: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    kfp: Api, pods: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], level: str
 ) -> None:
-    pods += [pod("data-prep", 0), pod("data-prep", 1), pod("root-driver")]
+    pods += [pod("data-prep", 0, level), pod("data-prep", 1, level), pod("root-driver")]
     pods[-1]["metadata"]["annotations"] = {"workflows.argoproj.io/node-name": "finetune-x7k2p.root-driver"}
     for attempt in (0, 1):
-        kfp.answers["GET", f"{PODS}/data-prep-{attempt}/log"] = (200, stamped(LOG))
+        progress_bar = "2026-11-24T02:59:59.000000000Z \rWriting shards: 0%\rWriting shards: 100%\n"
+        kfp.answers["GET", f"{PODS}/data-prep-{attempt}/log"] = (200, progress_bar + stamped(LOG))
     assert watch(kfp) == 2
     captured = capsys.readouterr()
     expected = "r1 failed in data-prep: source '/no/such/rows.jsonl' not found"
     assert captured.out.startswith(expected)
     assert "attempt 2" in captured.err
     lines = [line for line in captured.err.splitlines() if line.startswith("data-prep  ") and "attempt" not in line]
+    assert [line for line in lines if "shards" in line] == ["data-prep  Writing shards: 100%"] * 2
+    lines = [line for line in lines if "shards" not in line]
     # What the launcher and kfp's executor say of themselves is left out.
     assert lines == [line for line in lines if line.split("  ")[1].startswith(("data-prep: ", "finemill data-prep: "))]
     assert len(lines) == 6
+
+
+def test_a_step_whose_pod_has_no_place_yet_waits(kfp: Api, pods: list[dict[str, Any]]) -> None:
+    pods += [pod("train-qlora", phase="Pending"), pod("data-prep", phase="Running")]
+    kfp.answers["GET", f"{ROOT}/runs/r1"] = run("RUNNING", tasks(data_prep="RUNNING", train_qlora="RUNNING"))
+    kfp.answers["GET", f"{PODS}/data-prep-0/log"] = (200, "")
+    kfp.answers["GET", f"{PODS}/train-qlora-0/log"] = (400, {})
+    status = engine_kfp.KFPEngine(kfp.url, None, ClusterConfig()).status("r1")
+    phases = {step.name: step.phase for step in status.steps}
+    assert (phases["data-prep"], phases["train-qlora"]) == ("running", "waiting")
 
 
 def test_a_run_s_end_waits_for_its_tasks(

@@ -218,6 +218,9 @@ def _step(task: Any, driver: Any, run_phase: Phase, terminated: bool, facts: Ste
         message = "terminated" if terminated else "why is in its log: see KFP's pages, or set KUBECONFIG"
     elif phase == "waiting" and run_phase in ("done", "failed"):
         phase = "skipped"
+    elif phase == "running" and facts.pending and not facts.blocked:
+        # KFP calls a task running as soon as its pod is asked for; it may wait long for a GPU.
+        phase = "waiting"
     end = task.end_time if task.end_time and task.end_time.year > 1970 else datetime.now(UTC)
     return StepStatus(
         task.display_name,

@@ -7,8 +7,9 @@ from typing import Any
 from finemill.commands.kubernetes_client import PodLogs, waits_in_vain
 from finemill.components.steps import STEPS
 
-# `<workflow>.root.<task>.executor(<attempt>)`; drivers and groups are named otherwise.
-_EXECUTOR = re.compile(r"\.([^.]+)\.executor(?:\((\d+)\))?$")
+# `<workflow>.root.<task>.executor(<attempt>)`, or with the `templateDefaults.retryStrategy` that KFP's own manifests
+# give Argo `<workflow>(0).root(0).<task>(0).executor(<attempt>)`; drivers and groups are named otherwise.
+_EXECUTOR = re.compile(r"\.([^.()]+)(?:\(\d+\))?\.executor(?:\((\d+)\))?$")
 # What the launcher and kfp's executor say, each with a JSON object over many lines now and then.
 _KFP_LINE = re.compile(r"[IWEF]\d{4} [\d:.]+ +\d+ \w+\.go:\d+\] |\[KFP Executor |\{$")
 _END = re.compile(r"failed to execute successfully: (?:exit status (\d+)|signal: (\w+))")
@@ -17,10 +18,11 @@ _SIGNALS = {"killed": 137, "terminated": 143}
 
 @dataclass
 class StepFacts:
-    """What a step's pods tell. `blocked`: what its newest pod waits for in vain."""
+    """What a step's pods tell. `pending`: its newest pod has no place yet; `blocked`: what that waits for in vain."""
 
     attempts: int = 1
     exit_code: int | None = None
+    pending: bool = False
     blocked: str = ""
     verdict: tuple[str, str] | None = None
 
@@ -45,6 +47,7 @@ class KFPPods:
             return None
         facts = self.facts.setdefault(found[1], StepFacts())
         facts.attempts = max(facts.attempts, int(found[2] or 0) + 1)
+        facts.pending = pod.status.phase == "Pending"
         facts.blocked = waits_in_vain(pod)
         return found[1]
 

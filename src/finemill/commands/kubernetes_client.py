@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ WAITING_IN_VAIN: Mapping[str, str] = {
     "InvalidImageName": "the image's name is wrong",
     "CreateContainerConfigError": "a secret or config map is missing",
 }
+
+# What Argo's executor says of itself, 3.x and 4.x.
+_EXECUTOR_LINE = re.compile(r"time=\S+ .* argo=true( |$)|Error: exit status \d+$")
 
 
 def load_client() -> Any:
@@ -123,10 +127,12 @@ class PodLogs:
         except self._exception:
             return []
         found = []
-        for line in text.splitlines():
+        # Not splitlines(): a progress bar returns the carriage, and what follows it has no timestamp.
+        for line in text.split("\n"):
             stamp, _, content = line.partition(" ")
             if stamp > self._seen.get(pod, ""):
                 self._seen[pod] = stamp
-                if not content.endswith("argo=true"):  # what Argo's executor says of itself
+                content = content.rstrip("\r").rpartition("\r")[2]
+                if not _EXECUTOR_LINE.match(content):
                     found.append(content)
         return found

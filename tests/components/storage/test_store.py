@@ -156,3 +156,8 @@ def test_paths_with_odd_characters_survive(tmp_path: Path) -> None:
     assert (
         fetch_artifact(Reference(f"{uri}/merge/1", manifest.digest))[0] == tmp_path / "my store %41 #1" / "merge" / "1"
     )
+
+
+def test_a_refused_upload_is_the_caller_s_to_mend(s3_store: str) -> None:
+    with pytest.raises(UserError, match="there is no such bucket"):
+        publish("s3://finemill-nowhere/merge/1", {"a.txt": "alpha"})
