@@ -1,6 +1,7 @@
 """The `finemill` command: parses, calls, prints. Decides nothing, and imports only what the chosen command needs."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -39,13 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     name, rest = arguments[0], arguments[1:]
     try:
-        return _command(name)(name, rest)
+        exit_code = _command(name)(name, rest)
+        sys.stdout.flush()
     except StepError as error:
         print(f"finemill {name}: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain again when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print(f"finemill {name}: interrupted; the same command goes on from the last finished step", file=sys.stderr)
         return 130
+    return exit_code
 
 
 def _command(name: str) -> Callable[[str, list[str]], int]:

@@ -23,6 +23,7 @@ from finemill import __version__
 
 ROOT = Path(__file__).parents[2]
 SMALL = Path(__file__).parent / "small.yaml"
+SMALL_ALIGN = Path(__file__).parent / "small-align.yaml"
 NODE_ADDRESS = "10.250.0.1"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import Cluster, wait_until
+from tests.cluster.conftest import SMALL_ALIGN, Cluster, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -262,6 +262,15 @@ def test_new_data_is_trained_on_and_compared_with_the_champion_on_the_same_rows(
     newest = registry.get_model_version_by_alias(cluster.model, "champion" if passed else "challenger")
     assert int(newest.version) > int(before.version)
     assert newest.tags["finemill.decision"]
+
+
+def test_preferences_are_aligned(cluster: Cluster, registry: Any) -> None:
+    name = f"{cluster.model}-aligned"
+    config = ["--config", str(SMALL_ALIGN), "--register.registered-model-name", name]
+    result = cluster.submit("align", *config)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert outputs(cluster, result.stdout.split()[0], "promote")["promotion_passed"] in ("true", "false")
+    assert registry.get_model_version(name, "1").tags["finemill.decision"]
 
 
 def test_a_trainjob_of_two_nodes_publishes_one_adapter(
