@@ -6,6 +6,8 @@ What differs from the stock trainer, and why (performance measured in results.md
   memory allows: same gradient, fewer and fuller launches. Batches stay on the CPU until then.
 - A step runs outside autograd, as CUDA graphs where launches would dominate, and reads nothing back: loss, entropy,
   accuracy and gradient norm are summed on the device and fetched when the trainer logs.
+- Several processes, one a GPU, sum the flat gradient once a step, weighted by their labels: the loss is a mean over all
+  labels.
 - An AdamW, whatever precision `optim` names, is FlatAdamW: fp32 moments, or 8-bit ones where memory is short. Any other
   optimizer, or the caller's own, steps as it would, on gradients that are views of the flat one.
 
@@ -58,6 +60,7 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self._prepared: list[PackedBatch] = []
         self._sums: Tensor | None = None
         self._pending = self._labels = self._tokens = 0
+        """Of the step at hand, in this process."""
         if self.acceleration.engine is None:
             return
         self._plan = self._make_plan(memory_gb)
@@ -69,6 +72,13 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         if wanted and fitting_backend("flash", engine.device, dtype, head_dim) != "plain":
             step = max(256, (self._plan.micro_batch or 0) // BUCKETS_PER_BATCH)
             self._runner = GraphRunner(engine, Buckets(step, step))
+        if self.args.world_size > 1:
+            torch.distributed.broadcast(engine.adapters.master, src=0)
+            # The model is where it belongs, and DistributedDataParallel would wait for gradients that no hook sees.
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = lambda model, **_: prepare(
+                model, device_placement=False, evaluation_mode=True
+            )
         # Replacing a NaN loss by an average needs the loss on the host after every micro-batch.
         self.args.logging_nan_inf_filter = False
 
@@ -82,7 +92,6 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         args = self.args
         loss_type = getattr(args, "loss_type", None) or "nll"
         reasons = {
-            f"{args.world_size} processes: the engine runs on one": args.world_size > 1,
             "DeepSpeed or FSDP own the model": self.is_deepspeed_enabled or self.is_fsdp_enabled,
             "fp16 scales its loss, bf16 and float32 are covered": args.fp16,
             f"loss_type is {loss_type!r}": loss_type not in ("nll", "chunked_nll"),
@@ -160,24 +169,30 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         if self._flat_optimizer is None:
             engine.adapters.attach_grads()
         scale = 1.0 / max(1, self._labels)
-        total = torch.zeros(4, device=engine.device)
+        total = torch.zeros(5, dtype=torch.float64, device=engine.device)
         for index, batch in enumerate(self._prepared):
             if engine.dropout_seed is not None:
                 # Of the step, not a count of batches run: a resumed training draws the masks it would have drawn.
-                engine.dropout_seed.fill_((self.args.seed << 40) + (self.state.global_step << 16) + index)
+                stream = index * self.args.world_size + self.args.process_index
+                engine.dropout_seed.fill_((self.args.seed << 40) + (self.state.global_step << 16) + stream)
             result = self._run(batch, scale)
             total[:3] += torch.stack((result.loss, result.entropy, result.correct))
         self._prepared = []
-        total[3] += self._labels
+        total[3:] = torch.tensor([self._labels, self._tokens])
+        if self.args.world_size > 1:
+            engine.adapters.grad.mul_(self._labels)
+            torch.distributed.all_reduce(engine.adapters.grad)
+            torch.distributed.all_reduce(total)
+            engine.adapters.grad.div_(total[3].clamp(min=1))
         self._sums = total if self._sums is None else self._sums + total
-        self._total_train_tokens += self._tokens
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        return total[0] * scale
+        return (total[0] / total[3].clamp(min=1)).float()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Fetch the sums kept on the device, then log as SFTTrainer does."""
         if self._sums is not None and self.model.training:
-            _, entropy, correct, labels = self._sums.tolist()
+            _, entropy, correct, labels, tokens = self._sums.tolist()
+            self._total_train_tokens += int(tokens)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
             self._metrics["train"]["entropy"].append(entropy / max(1.0, labels))
             self._metrics["train"]["mean_token_accuracy"].append(correct / max(1.0, labels))
             self._sums = None
