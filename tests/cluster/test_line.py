@@ -280,7 +280,13 @@ def test_a_trainjob_of_two_nodes_publishes_one_adapter(
     cluster.helm("trainingRuntime.enabled=true", *sizes)
     dataset = outputs(cluster, line.stdout.split()[0], "chat-format")["dataset"]
     store = f"{cluster.store}/trainjob"
-    flags = ["--max-steps=4", "--gradient-accumulation-steps=1", "--max-length=256", "--save-steps=2"]
+    flags = [
+        "--max-steps=4",
+        "--logging-steps=1",
+        "--gradient-accumulation-steps=1",
+        "--max-length=256",
+        "--save-steps=2",
+    ]
     arguments = ["-m", "finemill", "train-qlora", f"--store={store}", f"--dataset={dataset}", *flags]
     job = {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
