@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from finemill.components.artifacts import Manifest, Reference
 from finemill.components.context import StepContext
-from finemill.components.errors import StepError, TemporaryError, UserError
+from finemill.components.errors import UserError, kind_of
+from finemill.components.processes import step_arguments
 from finemill.components.registry import EVALUATION_TAG, RegisteredModel, Version, registry_uri
 from finemill.components.storage.store import fetch_artifact, read_artifact
 from finemill.components.tracking.server import open_client, readable_errors
@@ -77,16 +80,12 @@ def _score_again(model: RegisteredModel, champion: Version, evaluation: Manifest
             "installed here: run score-champion where train-qlora runs, then this again"
         )
     context.recorder.log_progress(f"{who} was scored on other rows: scoring it on the new version's")
-    reference = _run_eval(
-        {
-            "--dataset": evaluation.parents["dataset"],
-            "--base-model": read_artifact(adapter).parents["base_model"],
-            "--adapter": str(adapter),
-            "--store": context.store,
-            "--config-json": json.dumps(evaluation.config),
-        },
-        who,
-    )
+    inputs = {
+        "dataset": evaluation.parents["dataset"],
+        "base_model": read_artifact(adapter).parents["base_model"],
+        "adapter": str(adapter),
+    }
+    reference = _run_eval(inputs, context.store, evaluation.config, who)
     uri = registry_uri()
     with readable_errors(uri):
         tag = _tag(_test_of(evaluation))
@@ -94,16 +93,15 @@ def _score_again(model: RegisteredModel, champion: Version, evaluation: Manifest
     return reference
 
 
-def _run_eval(options: dict[str, str], who: str) -> Reference:
+def _run_eval(inputs: Mapping[str, str], store: str, config: Mapping[str, Any], who: str) -> Reference:
     # Its own run is not a step of this pipeline run: it is neither displayed nor recorded as one.
     hidden = ("FINEMILL_EVENTS", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     with tempfile.TemporaryDirectory(prefix="finemill-champion-") as folder:
         output = Path(folder, "reference")
-        command = [sys.executable, "-m", "finemill", "eval", "--output-file", str(output)]
-        command += [part for option in options.items() for part in option]
+        arguments = step_arguments("eval", store=store, inputs=inputs, config=config, output_file=output)
+        command = [sys.executable, "-m", "finemill", *arguments]
         exit_code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
         if exit_code == 0:
             return Reference.parse(output.read_text())
-    kind = {UserError.exit_code: UserError, TemporaryError.exit_code: TemporaryError}.get(exit_code, StepError)
-    raise kind(f"scoring {who} again failed with exit code {exit_code}; its own lines are above")
+    raise kind_of(exit_code)(f"scoring {who} again failed with exit code {exit_code}; its own lines are above")

@@ -23,3 +23,9 @@ class TemporaryError(StepError):
     """Preempted, or a service out of reach: the same call may succeed later."""
 
     exit_code = 75
+
+
+def kind_of(exit_code: int) -> type[StepError]:
+    """What a process that ended with `exit_code` failed with."""
+    kinds: tuple[type[StepError], ...] = (UserError, GateFailedError, TemporaryError)
+    return next((kind for kind in kinds if kind.exit_code == exit_code), StepError)

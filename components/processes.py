@@ -4,11 +4,15 @@ torchrun and Kubeflow Trainer start every process with the same command line and
 which it is. The main process does what is done once: it publishes, records and reports.
 """
 
+import json
 import os
 import sys
 import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from finemill.components.errors import StepError, TemporaryError, UserError
+from finemill.components.errors import TemporaryError, kind_of
 
 
 def num_processes() -> int:
@@ -29,6 +33,15 @@ def num_idle_gpus() -> int:
 
     count = torch.cuda.device_count()
     return count if count > 1 else 0
+
+
+def step_arguments(
+    name: str, *, store: str, inputs: Mapping[str, str], config: Mapping[str, Any], output_file: Path
+) -> list[str]:
+    """What `finemill` is called with to run a step that writes its output's reference to `output_file`."""
+    options = {f"--{port.replace('_', '-')}": value for port, value in inputs.items()}
+    options |= {"--store": store, "--config-json": json.dumps(config), "--output-file": str(output_file)}
+    return [name, *(part for option in options.items() for part in option)]
 
 
 def run_in_processes(arguments: list[str], count: int) -> None:
@@ -60,5 +73,4 @@ def run_in_processes(arguments: list[str], count: int) -> None:
         raise TemporaryError(f"{what} was told to stop: run again to continue") from None
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
-        kind = {UserError.exit_code: UserError, TemporaryError.exit_code: TemporaryError}.get(code, StepError)
-        raise kind(f"{what} ended with exit code {code}; its own lines are above") from None
+        raise kind_of(code)(f"{what} ended with exit code {code}; its own lines are above") from None

@@ -20,7 +20,7 @@ from finemill.components.code_version import producer
 from finemill.components.config import StepConfig, parse_config
 from finemill.components.context import Checkpoints, Recorder, StepContext, Unheard, new_manifest
 from finemill.components.errors import StepError, UserError
-from finemill.components.processes import num_idle_gpus, run_in_processes
+from finemill.components.processes import num_idle_gpus, run_in_processes, step_arguments
 from finemill.components.progress import Progress
 from finemill.components.steps import BASE_MODEL, Step, get_step
 from finemill.components.storage.store import fetch_artifact, normalize_uri, open_store, read_artifact
@@ -55,18 +55,22 @@ def run_step(
     Raises: StepError: one line for people, with the exit code.
     """
     step = get_step(name)
-    if step.multi_process and (num_gpus := num_idle_gpus()):
-        return _run_in_processes(step, store, inputs, config, run_id, num_gpus)
     progress = Progress(step.name)
     started = time.monotonic()
     progress.emit("started")
     try:
-        result = _find_or_make(_resolve(step, store, inputs, config), run_id, progress)
+        call = _resolve(step, store, inputs, config)
+        found = _find(call)
+        num_gpus = num_idle_gpus() if step.multi_process and found is None else 0
+        result = found or (None if num_gpus else _make_recorded(call, run_id, progress))
     except Exception as error:
         exit_code = error.exit_code if isinstance(error, StepError) else 1
         line = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
         progress.emit("failed", line, seconds=time.monotonic() - started, exit_code=exit_code)
         raise
+    if result is None:
+        # The main one of the processes says how it went.
+        return _run_in_processes(call, run_id, num_gpus)
     progress.emit(
         "reused" if result.reused else "done",
         str(result.reference),
@@ -82,7 +86,7 @@ def assist_step(name: str, *, store: str, inputs: Mapping[str, str], config: Map
     if not step.multi_process:
         return
     call = _resolve(step, store, inputs, config)
-    if open_store(call.uri).read_manifest(call.uri) is None:
+    if _find(call) is None:
         with TemporaryDirectory(prefix="finemill-assist-") as folder:
             context = call.context(Unheard())
             step.function(**_local_folders(call), output_dir=Path(folder), config=call.config, context=context)
@@ -130,12 +134,15 @@ def _resolve(step: Step, store: str, inputs: Mapping[str, str], config: Mapping[
     return _Call(step, normalize_uri(store), dict(inputs), parsed, manifests, state, made_by, key)
 
 
-def _find_or_make(call: _Call, run_id: str | None, progress: Progress) -> StepResult:
-    store = open_store(call.store)
-    standing = store.read_manifest(call.uri)
-    if standing is not None:
-        return StepResult(Reference(call.uri, standing.digest), standing, reused=True)
-    store.check_writable()
+def _find(call: _Call) -> StepResult | None:
+    """The output that stands in the store already."""
+    standing = open_store(call.uri).read_manifest(call.uri)
+    return StepResult(Reference(call.uri, standing.digest), standing, reused=True) if standing else None
+
+
+def _make_recorded(call: _Call, run_id: str | None, progress: Progress) -> StepResult:
+    """Make the output in the store, with an MLflow run of its own."""
+    open_store(call.store).check_writable()
     with step_run(
         call.step.name,
         config=call.config,
@@ -151,22 +158,15 @@ def _find_or_make(call: _Call, run_id: str | None, progress: Progress) -> StepRe
     return StepResult(reference, manifest, reused=False)
 
 
-def _run_in_processes(
-    step: Step,
-    store: str,
-    inputs: Mapping[str, str],
-    config: Mapping[str, Any] | StepConfig,
-    run_id: str | None,
-    count: int,
-) -> StepResult:
+def _run_in_processes(call: _Call, run_id: str | None, count: int) -> StepResult:
     """Let `finemill <step>` do it in a process per GPU; the main one of them reports and records."""
-    values = config.model_dump(mode="json") if isinstance(config, StepConfig) else dict(config)
+    config = call.config.model_dump(mode="json")
     with TemporaryDirectory(prefix="finemill-processes-") as folder:
         output = Path(folder, "reference")
-        options = {f"--{port.replace('_', '-')}": value for port, value in inputs.items()}
-        options |= {"--store": store, "--config-json": json.dumps(values), "--output-file": str(output)}
-        options |= {"--run-id": run_id} if run_id else {}
-        run_in_processes([step.name, *(part for option in options.items() for part in option)], count)
+        arguments = step_arguments(
+            call.step.name, store=call.store, inputs=call.inputs, config=config, output_file=output
+        )
+        run_in_processes([*arguments, *(["--run-id", run_id] if run_id else [])], count)
         reference = Reference.parse(output.read_text())
     return StepResult(reference, read_artifact(reference), reused=False)
 

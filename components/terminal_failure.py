@@ -9,12 +9,11 @@ from typing import Any
 from finemill.components.artifacts import Reference
 from finemill.components.code_version import producer
 from finemill.components.context import new_manifest
-from finemill.components.errors import GateFailedError, StepError, UserError
+from finemill.components.errors import StepError, kind_of
 from finemill.components.steps import get_step
 from finemill.components.storage.store import fetch_artifact, normalize_uri, open_store
 
 _ERROR_FILE = "error.json"
-_KINDS = {kind.exit_code: kind for kind in (StepError, UserError, GateFailedError)}
 
 
 @dataclass(frozen=True)
@@ -55,4 +54,4 @@ class TerminalFailure:
         if manifest is not None:
             folder, _ = fetch_artifact(Reference(self.uri, manifest.digest))
             noted = json.loads((folder / _ERROR_FILE).read_text())
-            raise _KINDS.get(noted["exit_code"], StepError)(f"{noted['line']} (not tried again)")
+            raise kind_of(noted["exit_code"])(f"{noted['line']} (not tried again)")

@@ -7,13 +7,12 @@ from pathlib import Path
 from finemill.components.champion import comparable_evaluation
 from finemill.components.context import StepContext
 from finemill.components.register.config import RegisterConfig
-from finemill.components.registry import CHAMPION, read_registered_model, registry_state_of
+from finemill.components.registry import CHAMPION, RegisteredModel, Version, read_registered_model, registry_state_of
 
 
 def champion_state(inputs: Mapping[str, str], config: RegisterConfig) -> dict[str, str]:
     """Which registered model, and which version is its champion."""
-    model = read_registered_model(config.registered_model_name)
-    champion = model.by_alias(CHAMPION) if model else None
+    model, champion = _champion(config)
     return (
         {"registered_model": registry_state_of(model), "champion": str(champion.number)} if model and champion else {}
     )
@@ -24,11 +23,15 @@ def score_champion(*, output_dir: Path, config: RegisterConfig, context: StepCon
 
     Raises: UserError: the champion has to be scored again, and cannot be here.
     """
-    model = read_registered_model(config.registered_model_name)
-    champion = model.by_alias(CHAMPION) if model else None
+    model, champion = _champion(config)
     record: dict[str, object] = {"registered_model_name": config.registered_model_name, "champion": None}
     if model and champion:
         found = comparable_evaluation(model, champion, context.manifests["evaluation"], context)
         record |= {"champion": champion.number, "evaluation": str(found)}
     (output_dir / "champion.json").write_text(json.dumps(record, indent=2) + "\n")
     return {"score_champion/champion": float(champion.number if champion else 0)}
+
+
+def _champion(config: RegisterConfig) -> tuple[RegisteredModel | None, Version | None]:
+    model = read_registered_model(config.registered_model_name)
+    return model, model.by_alias(CHAMPION) if model else None

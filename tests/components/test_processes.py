@@ -104,5 +104,7 @@ def test_a_machine_with_two_gpus_starts_two_processes_by_itself(
     result = run_step("train-qlora", store=folder_store, inputs=inputs, config={**CONFIG, "max_steps": 2})
     assert result.manifest.metrics["train/num_steps"] == 2
     assert capfd.readouterr().out == ""
+    again = run_step("train-qlora", store=folder_store, inputs=inputs, config={**CONFIG, "max_steps": 2})
+    assert (again.reused, again.reference) == (True, result.reference)
     with pytest.raises(UserError, match="train-qlora in 2 processes ended with exit code 2"):
         run_step("train-qlora", store=folder_store, inputs=inputs, config={**CONFIG, "resume": "must", "seed": 1})

@@ -3,6 +3,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,10 @@ def test_pipeline_run_records_what_the_steps_say(
     monkeypatch.setenv(RECORDER_VARIABLE, "events")
     monkeypatch.setattr(_DATA_PREP, training)
     reference = prepare("job-1", seed=1).reference
+    # MLflow orders runs by the millisecond in which they began.
+    time.sleep(0.01)
     prepare("job-1", seed=1)
+    time.sleep(0.01)
     monkeypatch.setattr(_DATA_PREP, failing(UserError("row 7 is bad")))
     with pytest.raises(UserError):
         prepare("job-1", seed=2)
