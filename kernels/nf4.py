@@ -134,26 +134,26 @@ def _dequantize_nf4_kernel(
     NESTED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
+    # Two dimensions, words and codes: consecutive threads take consecutive words, so that a warp stores 512 adjacent bytes.
     WORDS: tl.constexpr = BLOCKSIZE // 8
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    word = tl.program_id(0) * (BLOCKS * WORDS) + tl.arange(0, BLOCKS * WORDS)
+    block = word // WORDS
     in_range = block < num_blocks
     scale = _block_scale(
         block, in_range, absmax_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr, NESTED, NESTED_BLOCKSIZE
     )
-    word, code = tl.arange(0, WORDS), tl.arange(0, 8)
-    words_offset = (block.to(tl.int64) * WORDS)[:, None] + word[None, :]
-    words = tl.load(words_ptr + words_offset, mask=in_range[:, None], other=0)
+    words = tl.load(words_ptr + word, mask=in_range, other=0)
     # Little-endian: code c lies in byte c // 2, the even one in the high nibble. Eight codes make a 16-byte store.
-    codes = (words[:, :, None] >> ((code ^ 1) * 4)[None, None, :]) & 15
+    code = tl.arange(0, 8)
+    codes = (words[:, None] >> ((code ^ 1) * 4)[None, :]) & 15
     codebook = tl.load(codebook_ptr + tl.arange(0, 16))
     levels = tl.gather(codebook, tl.reshape(codes, (BLOCKS * BLOCKSIZE,)), 0)
-    weight = tl.reshape(levels, (BLOCKS, WORDS, 8)) * scale[:, None, None]
-    row = block // BLOCKS_PER_ROW
-    first_column = (block - row * BLOCKS_PER_ROW) * BLOCKSIZE
+    weight = tl.reshape(levels, (BLOCKS * WORDS, 8)) * scale[:, None]
+    row = word // (BLOCKS_PER_ROW * WORDS)
+    column = (word - row * (BLOCKS_PER_ROW * WORDS)) * 8
     # int64: a vocabulary-sized matrix passes 2**31 elements.
-    out_offset = (row.to(tl.int64) * out_stride + first_column)[:, None, None] + (word * 8)[None, :, None]
-    out_ptrs = out_ptr + out_offset + code[None, None, :]
-    tl.store(out_ptrs, weight.to(out_ptr.dtype.element_ty), mask=in_range[:, None, None])
+    out_ptrs = out_ptr + (row.to(tl.int64) * out_stride + column)[:, None] + code[None, :]
+    tl.store(out_ptrs, weight.to(out_ptr.dtype.element_ty), mask=in_range[:, None])
 
 
 @triton.jit
