@@ -32,9 +32,7 @@ from finemill.kernels.packing import Sequences
 # T tokens, N query heads, K key and value heads, D head width, n sequences
 
 LENGTH_STEP = 128
-"""Bounds on the sequence length are rounded up to this for ragged plans, so that few plans are built."""
-COUNT_STEP = 16
-"""Numbers of sequences are rounded up to this for ragged plans, with empty sequences."""
+"""Bounds on the sequence length are rounded up to this for ragged plans, so that few are built."""
 TOTAL_STEP = 1024
 """Token counts of ragged batches are rounded up to this in plans, which take an upper bound."""
 WORKSPACE_PER_ELEMENT = 16
@@ -109,7 +107,7 @@ def attention_backward(
     """Differentiate. Returns: dq (T, N, D), dk and dv (T, K, D), contiguous. `dout` like out, any token pitch."""
     match backend(q, sequences):
         case "cudnn":
-            return _cudnn_backward(dout, q, k, v, out, saved[0], sequences, scale)
+            return _cudnn_backward(dout, q, k, v, out, saved, sequences, scale)
         case "flash":
             return _flash_backward(dout, q, k, v, out, saved, sequences, scale)
         case _:
@@ -329,7 +327,7 @@ def _plan_key(tensors: dict[str, Tensor], stats: Tensor | None, sequences: Seque
     if sequences.uniform is not None:
         (count, length), total = sequences.uniform, None
     else:
-        count = -(-sequences.count // COUNT_STEP) * COUNT_STEP
+        count = _rounded_count(sequences.count)
         length = -(-sequences.max_length // LENGTH_STEP) * LENGTH_STEP
         total = -(-q.shape[0] // TOTAL_STEP) * TOTAL_STEP
     return _PlanKey(
@@ -352,10 +350,13 @@ def _cudnn_forward(
     q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float, out: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     tensors = {"q": q, "k": k, "v": v, "out": out}
-    key = _plan_key(tensors, None, sequences, scale)
-    stats = torch.empty((key.count, key.heads, key.length, 1), dtype=torch.float32, device=q.device)
-    _cudnn_run(key, sequences, tensors | {"stats": stats})
-    return out, (stats,)
+    saved = []
+    for part in sequences.parts():
+        key = _plan_key(tensors, None, part, scale)
+        stats = torch.empty((key.count, key.heads, key.length, 1), dtype=torch.float32, device=q.device)
+        _cudnn_run(key, part, tensors | {"stats": stats})
+        saved.append(stats)
+    return out, tuple(saved)
 
 
 def _cudnn_backward(
@@ -364,29 +365,36 @@ def _cudnn_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    stats: Tensor,
+    saved: tuple[Tensor, ...],
     sequences: Sequences,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = _like(q), _like(k), _like(v)
     heads, kv_heads = q.shape[1], k.shape[1]
     group = heads // kv_heads
-    length, count = stats.shape[2], stats.shape[0]
-    limit = max(1, WORKSPACE_PER_ELEMENT * q.numel() // (2 * count * length * length * group))
-    step = max(divisor for divisor in range(1, kv_heads + 1) if kv_heads % divisor == 0 and divisor <= limit)
-    for first in range(0, kv_heads, step):
-        keys, queries = slice(first, first + step), slice(first * group, (first + step) * group)
-        tensors = {
-            "q": q[:, queries],
-            "k": k[:, keys],
-            "v": v[:, keys],
-            "out": out[:, queries],
-            "dout": dout[:, queries],
-        }
-        tensors |= {"dq": dq[:, queries], "dk": dk[:, keys], "dv": dv[:, keys]}
-        part = stats[:, queries]
-        _cudnn_run(_plan_key(tensors, part, sequences, scale), sequences, tensors | {"stats": part})
+    for part, stats in zip(sequences.parts(), saved, strict=True):
+        length, count = stats.shape[2], stats.shape[0]
+        limit = max(1, WORKSPACE_PER_ELEMENT * q.numel() // (2 * count * length * length * group))
+        step = max(divisor for divisor in range(1, kv_heads + 1) if kv_heads % divisor == 0 and divisor <= limit)
+        for first in range(0, kv_heads, step):
+            keys, queries = slice(first, first + step), slice(first * group, (first + step) * group)
+            tensors = {
+                "q": q[:, queries],
+                "k": k[:, keys],
+                "v": v[:, keys],
+                "out": out[:, queries],
+                "dout": dout[:, queries],
+            }
+            tensors |= {"dq": dq[:, queries], "dk": dk[:, keys], "dv": dv[:, keys]}
+            rows = stats[:, queries]
+            _cudnn_run(_plan_key(tensors, rows, part, scale), part, tensors | {"stats": rows})
     return dq, dk, dv
+
+
+def _rounded_count(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, ...: few plans, at most half of their sequences empty."""
+    power = 1 << (count - 1).bit_length()
+    return power * 3 // 4 if count <= power * 3 // 4 else power
 
 
 def _pad_count(sequences: Sequences, count: int) -> Sequences:

@@ -131,7 +131,9 @@ def pad_batch(batch: PackedBatch, buckets: Buckets) -> PackedBatch:
         sequences.count % buckets.sequences == 0 and sequences.max_length % buckets.length == 0
     )
     if not missing and capacity == rows.numel() and aligned:
-        return PackedBatch(batch.input_ids, batch.position_ids, batch.labels, sequences, rows)
+        # Without length classes, which would need a graph each.
+        boundaries = Sequences(sequences.cu_seqlens, sequences.max_length, sequences.uniform)
+        return PackedBatch(batch.input_ids, batch.position_ids, batch.labels, boundaries, rows)
     ids, positions, labels, cu_seqlens = batch.input_ids, batch.position_ids, batch.labels, sequences.cu_seqlens
     longest = sequences.max_length
     if missing:

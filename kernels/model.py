@@ -71,6 +71,7 @@ class FastModel:
             as transformers' rotary modules do.
         adapters: flat LoRA tensors.
         plan: what to keep, where; see planner.py.
+        arena: host memory for what the plan parks; made when it is needed.
     """
 
     layers: list[DecoderLayer]
@@ -82,9 +83,9 @@ class FastModel:
     adapters: FlatAdapters
     plan: Plan
     dropout_seed: Tensor | None = None
+    arena: HostArena | None = None
     _tables: tuple[Tensor, Tensor] | None = None
     _scratch: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    _arena: HostArena | None = None
     _stream: WeightStream | None = None
 
     @property
@@ -104,7 +105,7 @@ class FastModel:
         return self._scratch[group.layout]
 
     def apply_plan(self, plan: Plan) -> None:
-        """Adopt a plan: keep or free decoded weights, size the host arena at the next forward."""
+        """Adopt a plan: keep or free decoded weights, begin to lock host memory for what is parked."""
         self.plan = plan
         for index, layer in enumerate(self.layers):
             for group in layer.projections:
@@ -116,6 +117,9 @@ class FastModel:
             self._scratch.clear()
         if plan.stream_weights and self._stream is None:
             self._stream_weights()
+        if plan.micro_batch and any(level is not None for level in plan.host_levels):
+            self.arena = self.arena or HostArena(self.device)
+            self.arena.grow(plan.host_bytes(plan.micro_batch))
 
     def _stream_weights(self) -> None:
         """Move the NF4 weights to host memory, for good; needs a model that nothing else holds the weights of."""
@@ -162,8 +166,8 @@ class FastModel:
                 saved.append(kept)
                 parked.append(self._park(kept, self.plan.host_levels[index]))
         assert delta is not None
-        if self._arena is not None:
-            self._arena.drain()
+        if self.arena is not None:
+            self.arena.drain()
         result = loss_head(
             x,
             delta,
@@ -229,30 +233,30 @@ class FastModel:
         return Rope(*self._tables, batch.position_ids)
 
     def _arena_for(self, batch: PackedBatch) -> HostArena:
-        if self._arena is None:
-            self._arena = HostArena(self.device)
-        self._arena.reserve(self.plan.host_bytes(batch.num_tokens))
-        return self._arena
+        if self.arena is None:
+            self.arena = HostArena(self.device)
+        self.arena.reserve(self.plan.host_bytes(batch.num_tokens))
+        return self.arena
 
     def _park(self, kept: Saved, level: Level | None) -> dict[str, Any]:
         if level is None:
             return {}
-        assert self._arena is not None
+        assert self.arena is not None
         names = kept.large(level)
-        items = self._arena.park([getattr(kept, name) for name in names])
+        items = self.arena.park([getattr(kept, name) for name in names])
         for name in names:
             setattr(kept, name, None)
         return dict(zip(names, items, strict=True))
 
     def _prefetch(self, state: ForwardState, index: int) -> None:
         if index >= 0 and state.parked[index]:
-            assert self._arena is not None
-            self._arena.prefetch(list(state.parked[index].values()))
+            assert self.arena is not None
+            self.arena.prefetch(list(state.parked[index].values()))
 
     def _unpark(self, state: ForwardState, index: int) -> None:
         for name, item in state.parked[index].items():
-            assert self._arena is not None
-            setattr(state.saved[index], name, self._arena.take(item))
+            assert self.arena is not None
+            setattr(state.saved[index], name, self.arena.take(item))
 
 
 class ModelLoss(torch.autograd.Function):

@@ -134,7 +134,7 @@ def _dequantize_nf4_kernel(
     NESTED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    # Two dimensions, words and codes: consecutive threads take consecutive words, so that a warp stores 512 adjacent bytes.
+    # Two dimensions, words and codes: threads of a warp take neighbouring words and store 512 adjacent bytes together.
     WORDS: tl.constexpr = BLOCKSIZE // 8
     word = tl.program_id(0) * (BLOCKS * WORDS) + tl.arange(0, BLOCKS * WORDS)
     block = word // WORDS

@@ -8,11 +8,14 @@ labelled tokens only.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+SHORTEST_CLASS = 256
+"""Sequences of up to this many tokens are one length class: below it attention's time is launches and traffic."""
 
 
 @dataclass
@@ -23,20 +26,31 @@ class Sequences:
         cu_seqlens: (n + 1,) int32, first token of each sequence, then T. Empty sequences are allowed.
         max_length: an upper bound on the longest sequence.
         uniform: (B, S) if the batch is B sequences of S tokens each, else None.
+        classes: (first, end, bound) of runs of sequences of at most `bound` tokens, where they lie in order of length;
+            kernels whose work grows with count x longest^2 run once for each.
     """
 
     cu_seqlens: Tensor
     max_length: int
     uniform: tuple[int, int] | None = None
+    classes: tuple[tuple[int, int, int], ...] = ()
     padded: "Sequences | None" = field(default=None, repr=False)
     """The same with empty sequences appended, kept for kernels that are compiled for a rounded count."""
     _offsets: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _lengths: Tensor | None = field(default=None, repr=False)
+    _parts: "list[Sequences] | None" = field(default=None, repr=False)
 
     @property
     def count(self) -> int:
         """Number of sequences, empty ones included."""
         return self.cu_seqlens.numel() - 1
+
+    def parts(self) -> "list[Sequences]":
+        """One object for each class, of absolute boundaries; this one alone without classes."""
+        if self._parts is None:
+            runs = self.classes
+            self._parts = [Sequences(self.cu_seqlens[first : end + 1], bound) for first, end, bound in runs] or [self]
+        return self._parts
 
     def lengths(self) -> Tensor:
         """(n,) int32 token counts."""
@@ -87,7 +101,8 @@ class PackedBatch:
                 tensor = tensor.pin_memory()
             return tensor.to(device, non_blocking=True)
 
-        sequences = Sequences(move(self.sequences.cu_seqlens), self.sequences.max_length, self.sequences.uniform)
+        old = self.sequences
+        sequences = Sequences(move(old.cu_seqlens), old.max_length, old.uniform, old.classes)
         rows = None if self.loss_rows is None else move(self.loss_rows)
         return PackedBatch(move(self.input_ids), move(self.position_ids), move(self.labels), sequences, rows)
 
@@ -102,7 +117,17 @@ def pack_sequences(sequences: Sequence[tuple[Tensor, Tensor]]) -> PackedBatch:
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])
     rows = torch.nonzero(label_row != IGNORE_INDEX).flatten()
-    return PackedBatch(torch.cat(ids), positions, label_row, Sequences(cu_seqlens, max(lengths), uniform), rows)
+    boundaries = Sequences(cu_seqlens, max(lengths), uniform, () if uniform else length_classes(lengths))
+    return PackedBatch(torch.cat(ids), positions, label_row, boundaries, rows)
+
+
+def length_classes(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """Cut sequences in order of falling length into runs whose bounds differ by factors of two; () in another order."""
+    if any(left < right for left, right in pairwise(lengths)):
+        return ()
+    bounds = [max(SHORTEST_CLASS, 1 << (length - 1).bit_length()) for length in lengths]
+    ends = [index + 1 for index in range(len(bounds)) if index + 1 == len(bounds) or bounds[index] != bounds[index + 1]]
+    return tuple((first, end, bounds[first]) for first, end in pairwise([0, *ends]))
 
 
 def shift_labels(labels: Tensor) -> Tensor:
@@ -175,8 +200,8 @@ def pack_rows(
 def pack_budget(sequences: Sequence[tuple[Tensor, Tensor]], budget: int) -> list[PackedBatch]:
     """Pack sequences into few batches of at most `budget` tokens (a longer sequence gets a batch of its own).
 
-    First-fit decreasing by length; inside a batch the sequences keep their order. The same sequences always give the
-    same batches.
+    First-fit decreasing by length; inside a batch the longest come first. The same sequences always give the same
+    batches.
     """
     bins: list[tuple[int, list[int]]] = []
     for index in sorted(range(len(sequences)), key=lambda i: -sequences[i][0].numel()):
@@ -186,7 +211,7 @@ def pack_budget(sequences: Sequence[tuple[Tensor, Tensor]], budget: int) -> list
             bins.append((size, [index]))
         else:
             bins[slot] = (bins[slot][0] + size, [*bins[slot][1], index])
-    return [pack_sequences([sequences[i] for i in sorted(members)]) for _, members in bins]
+    return [pack_sequences([sequences[i] for i in members]) for _, members in bins]
 
 
 def _uniform(input_ids: Tensor, labels: Tensor) -> PackedBatch:

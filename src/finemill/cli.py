@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in _COMMANDS:
         _parse_top_level(arguments)
+    # Batches of varying length leave gaps in segments of fixed size, and a full GPU takes seconds to give them back.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from finemill.components.errors import StepError
 
     name, rest = arguments[0], arguments[1:]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finemill.kernels.attention import attention_backward, attention_forward
-from finemill.kernels.packing import Sequences
+from finemill.kernels.packing import Sequences, length_classes
 
 LENGTHS = [5, 1, 0, 9]
 
@@ -63,11 +63,11 @@ def test_a_token_does_not_see_other_sequences_or_later_tokens(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("uniform", [True, False])
-def test_the_fast_backends_agree_with_the_plain_one(uniform, monkeypatch):
-    lengths = [256] * 4 if uniform else [300, 1, 77, 640]
+@pytest.mark.parametrize("lengths", [[256] * 4, [300, 1, 77, 640], [1500, 640, 300, 299, 77, 77, 1]])
+def test_the_fast_backends_agree_with_the_plain_one(lengths, monkeypatch):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
-    sequences = Sequences(cu_seqlens, max(lengths), (4, 256) if uniform else None)
+    uniform = (4, 256) if len(set(lengths)) == 1 else None
+    sequences = Sequences(cu_seqlens, max(lengths), uniform, () if uniform else length_classes(lengths))
     shapes = ((8, 128), (2, 128), (2, 128), (8, 128))
     q, k, v, dout = (torch.randn(sum(lengths), *shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
     results = {}

@@ -100,6 +100,7 @@ def test_an_optimizer_step_replays_from_a_graph_with_new_scalars():
             adamw_step(param, grad, state, step=step, lr=lr, grad_norm=norm, max_norm=1.0, weight_decay=0.1)
 
         step.zero_()
+        lr.fill_(1e-2)
         update()  # compiles
         if captured:
             graph = torch.cuda.CUDAGraph()

@@ -2,7 +2,15 @@
 
 import torch
 
-from finemill.kernels.packing import IGNORE_INDEX, pack_budget, pack_rows, pack_sequences, shift_labels, split_rows
+from finemill.kernels.packing import (
+    IGNORE_INDEX,
+    length_classes,
+    pack_budget,
+    pack_rows,
+    pack_sequences,
+    shift_labels,
+    split_rows,
+)
 
 
 def sequence(length: int, first: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,3 +71,17 @@ def test_budget_batches_hold_every_sequence_once_within_the_budget():
     assert sum(b.num_labels for b in batches) == pack_sequences(rows).num_labels
     again = pack_budget(rows, budget=12)
     assert all(torch.equal(left.input_ids, right.input_ids) for left, right in zip(batches, again, strict=True))
+
+
+def test_sequences_in_order_of_length_fall_into_classes():
+    assert length_classes([1500, 1024, 600, 256, 3]) == ((0, 1, 2048), (1, 3, 1024), (3, 5, 256))
+    assert length_classes([7]) == ((0, 1, 256),)
+    assert length_classes([3, 1500]) == ()
+
+
+def test_the_parts_of_a_batch_cover_its_sequences():
+    (batch,) = pack_budget([sequence(length) for length in (3, 300, 9, 600)], budget=2000)
+    assert [part.cu_seqlens.tolist() for part in batch.sequences.parts()] == [[0, 600], [600, 900], [900, 909, 912]]
+    assert [part.max_length for part in batch.sequences.parts()] == [1024, 512, 256]
+    whole = pack_rows(torch.ones(2, 4), torch.ones(2, 4)).sequences
+    assert whole.parts() == [whole]
