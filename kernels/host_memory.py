@@ -94,12 +94,13 @@ class HostArena:
         """Forget all slices: nothing parked before may be fetched after."""
         self._used = 0
 
-    def park(self, tensors: list[Tensor], keep_layers: int = 1) -> list[_Parked]:
+    def park(self, tensors: list[Tensor], keep_layers: int = 2) -> list[_Parked]:
         """Start copying tensors to the host.
 
         Args:
             tensors: dense, possibly with row pitch; not to be written any more.
-            keep_layers: how many later calls may pass before this one's device memory is waited for and released.
+            keep_layers: how many later calls may pass before this one's device memory is waited for and released; with
+                one, two parked layers in a row wait for the bus even where it is idle later.
         """
         parked = []
         self.to_host.wait_stream(torch.cuda.current_stream(self.device))

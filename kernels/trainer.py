@@ -74,11 +74,10 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             self._runner = GraphRunner(engine, Buckets(step, step))
         if self.args.world_size > 1:
             torch.distributed.broadcast(engine.adapters.master, src=0)
-            # The model is where it belongs, and DistributedDataParallel would wait for gradients that no hook sees.
-            prepare = self.accelerator.prepare_model
-            self.accelerator.prepare_model = lambda model, **_: prepare(
-                model, device_placement=False, evaluation_mode=True
-            )
+        # The model is where it belongs (an embedding in host memory would come back to the device), and
+        # DistributedDataParallel would wait for gradients that no hook sees.
+        prepare = self.accelerator.prepare_model
+        self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
         # Replacing a NaN loss by an average needs the loss on the host after every micro-batch.
         self.args.logging_nan_inf_filter = False
 

@@ -66,7 +66,7 @@ class Arena:
 
     def reset(self): ...
 
-    def park(self, tensors, keep_layers=1):
+    def park(self, tensors, keep_layers=2):
         items = [
             SimpleNamespace(nbytes=t.untyped_storage().nbytes(), view=(t.shape, t.stride()), dtype=t.dtype)
             for t in tensors

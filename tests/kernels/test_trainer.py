@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -225,3 +226,16 @@ def test_a_saved_adapter_is_the_trained_one(tmp_path):
     restore_model(trainer.model)
     torch.testing.assert_close(trainer.model(torch.tensor([[3, 4, 5]])).logits, logits)
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_training_leaves_an_embedding_in_host_memory_where_it_is(tmp_path, monkeypatch):
+    placed = []
+    prepare = Accelerator.prepare_model
+
+    def spy(self, model, device_placement=None, **kwargs):
+        placed.append(device_placement)
+        return prepare(self, model, device_placement=device_placement, **kwargs)
+
+    monkeypatch.setattr(Accelerator, "prepare_model", spy)
+    make_trainer(FastSFTTrainer, tmp_path, max_steps=1).train()
+    assert placed == [False]
