@@ -14,8 +14,10 @@ from finemill.kernels.attention import WORKSPACE_PER_ELEMENT
 from finemill.kernels.decoder_layer import LayerShape, Level
 from finemill.kernels.projection import PAD
 
-CUBLAS_WORKSPACE = 136 << 20
-"""What torch allocates for cuBLAS and cuBLASLt on Hopper: 32 MiB each for eager work and for captured graphs."""
+CUBLAS_WORKSPACE = 64 << 20
+"""What torch allocates for cuBLAS on Hopper: 32 MiB each for eager work and for captured graphs."""
+SMALL_TENSORS = 8 << 20
+"""Code tables, rotary tables, the batch and its sums, scalars."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: code, double-quantized scale, nested scale."""
 
@@ -32,6 +34,16 @@ LAUNCH_SECONDS = 5e-3
 """A layer's forward or backward takes the host about 2 ms to launch on a slow machine (results.md)."""
 OPTIMIZER_BYTES = (8.0, 2.0 + 8 / 256)
 """Both moments of an adapter element in fp32, and in 8 bits with an fp32 scale per 256."""
+
+
+def block_bytes(size: int) -> int:
+    """What torch's allocator counts for a tensor of its own: a rest of up to 1 MiB of its 2 MiB pages is not split off.
+
+    This is 2 MiB for each kept decoded layer of Qwen3; smaller tensors and reused memory are split to 512 bytes.
+    """
+    size = -(-size // 512) * 512
+    rest = -size % (2 << 20)
+    return size + rest if size >= 10 << 20 and rest <= 1 << 20 else size
 
 
 @dataclass(frozen=True)
@@ -122,13 +134,22 @@ class Workload:
         return s.hidden * (s.qkv_width + s.q_width + 3 * s.intermediate)
 
     @property
+    def nf4_bytes(self) -> int:
+        """Of a layer's seven quantized matrices."""
+        s = self.shape
+        kv = s.num_kv_heads * s.head_dim
+        outputs = (s.q_width, kv, kv, s.q_width, s.intermediate, s.intermediate, s.intermediate)
+        codes = sum(block_bytes(n * s.hidden // 2) for n in outputs)
+        return codes + int(self.layer_weights * (NF4_BYTES - 0.5))
+
+    @property
     def extended_bytes(self) -> int:
         """Of a layer's four extended 16-bit weights."""
         s = self.shape
         p = [-(-members * self.rank // PAD) * PAD for members in (3, 1, 2, 1)]
         outputs = (s.qkv_width, s.hidden, 2 * s.intermediate, s.hidden)
         inputs = (s.hidden, s.q_width, s.hidden, s.intermediate)
-        return 2 * sum((n + pad) * (k + pad) for n, k, pad in zip(outputs, inputs, p, strict=True))
+        return sum(block_bytes(2 * (n + pad) * (k + pad)) for n, k, pad in zip(outputs, inputs, p, strict=True))
 
     @property
     def adapter_elements(self) -> int:
@@ -144,50 +165,118 @@ class Workload:
         table = 2 * self.vocabulary * s.hidden
         tables = table * (1 if self.tied or self.embedding_on_host else 2)
         layers = 2 if self.stream_weights else self.num_layers
-        base = layers * (self.layer_weights * NF4_BYTES if self.quantized else self.extended_bytes)
+        base = layers * (self.nf4_bytes if self.quantized else self.extended_bytes)
         norms = 2 * self.num_layers * (2 * s.hidden + 2 * s.head_dim)
-        return int(tables + base + norms + self.adapter_elements * (8 + self.optimizer_bytes)) + CUBLAS_WORKSPACE
+        adapters = int(self.adapter_elements * (8 + self.optimizer_bytes))
+        return tables + base + norms + adapters + CUBLAS_WORKSPACE + SMALL_TENSORS
 
-    def saved_bytes(self) -> dict[Level, int]:
-        """Of one layer's saved tensors per token."""
+    def tensor_widths(self) -> dict[str, int]:
+        """Bytes per token of what a layer computes, under the names of decoder_layer.py."""
         s, r = self.shape, self.rank
-        pads = [-(-members * r // PAD) * PAD for members in (3, 1, 2, 1)]
-        small = 2 * 7 * r
-        attention = 2 * (s.qkv_width + pads[0] + s.q_width + pads[1] + s.hidden) + 4 * s.num_heads
-        gate_up = 2 * (2 * s.intermediate + pads[2])
-        rotated = 2 * (s.num_heads + s.num_kv_heads) * s.head_dim + 4 * (s.num_heads + s.num_kv_heads)
-        normed = 2 * (2 * s.hidden + pads[0] + pads[2])
-        steps = (2 * s.hidden + small, attention, gate_up, rotated + normed)
-        return {level: sum(steps[: level + 1]) for level in Level}
+        qkv_pad, o_pad, gate_up_pad, down_pad = (-(-members * r // PAD) * PAD for members in (3, 1, 2, 1))
+        return {
+            "x": 2 * s.hidden,
+            "xa": 2 * 7 * r,
+            "normed_in": 2 * (s.hidden + qkv_pad),
+            "qkv": 2 * (s.qkv_width + qkv_pad),
+            "q": 2 * s.q_width,
+            "kv": 2 * s.num_kv_heads * s.head_dim,
+            "rstd": 4 * (s.num_heads + s.num_kv_heads),
+            "attended": 2 * (s.q_width + o_pad),
+            "state": 4 * s.num_heads,
+            "normed_mid": 2 * (s.hidden + gate_up_pad),
+            "gate_up": 2 * (2 * s.intermediate + gate_up_pad),
+            "hidden": 2 * (s.intermediate + down_pad),
+            "grad_hidden": 2 * s.intermediate,
+            "grad": 2 * (s.hidden + max(o_pad, down_pad)),
+        }
+
+    def tensor_bytes(self, tokens: int) -> dict[str, int]:
+        """Device memory of what a layer computes."""
+        return {name: block_bytes(width * tokens) for name, width in self.tensor_widths().items()}
+
+    def saved_bytes(self, tokens: int) -> dict[Level, int]:
+        """Device memory of one layer's saved tensors."""
+        t = self.tensor_bytes(tokens)
+        return _by_level(
+            t["x"] + t["xa"],
+            t["qkv"] + t["attended"] + t["state"] + t["x"],
+            t["gate_up"],
+            t["q"] + t["kv"] + t["rstd"] + t["normed_in"] + t["normed_mid"] + 8 * tokens,
+        )
+
+    def parked_bytes(self, tokens: int) -> dict[Level, int]:
+        """Device memory of what can be parked of them: all but the adapters' products and the attention's state."""
+        t = self.tensor_bytes(tokens)
+        return _by_level(*_parkable(t))
 
     def host_bytes_per_token(self) -> dict[Level, int]:
-        """The part of `saved_bytes` that can be parked (skinny products and the attention's state stay)."""
-        s = self.shape
-        fixed = 2 * 7 * self.rank
-        state = 4 * s.num_heads
-        saved = self.saved_bytes()
-        return {level: saved[level] - fixed - (state if level >= Level.ATTENTION else 0) for level in Level}
+        """Host memory of the part that can be parked."""
+        return _by_level(*_parkable(self.tensor_widths()))
 
     def attention_workspace(self, tokens: int) -> int:
-        """Of cuDNN's deterministic backward: the scores' gradient of one group of heads, and small change."""
+        """Of cuDNN's deterministic backward: the scores' gradient and an fp32 dq of one group of heads."""
         s = self.shape
         one_key_head = 2 * tokens * self.row * (s.num_heads // s.num_kv_heads)
-        limit = max(one_key_head, WORKSPACE_PER_ELEMENT * tokens * s.q_width)
-        return min(one_key_head * s.num_kv_heads, limit) + 4 * tokens * s.q_width
+        limit = max(1, WORKSPACE_PER_ELEMENT * tokens * s.q_width // one_key_head)
+        step = max(n for n in range(1, s.num_kv_heads + 1) if s.num_kv_heads % n == 0 and n <= limit)
+        return step * (one_key_head + 4 * tokens * s.q_width // s.num_kv_heads)
 
-    def working_bytes(self, tokens: int, head_chunk: int, level: Level) -> int:
-        """Peak of what a micro-batch needs beside static, saved and decoded tensors, if its lowest level is `level`."""
-        s = self.shape
-        kv = s.num_kv_heads * s.head_dim
-        adapter = 4 * 3 * self.rank * max(2 * s.intermediate, s.qkv_width)
-        again = s.qkv_width + s.q_width + s.hidden + 2 * PAD if level == Level.INPUT else 0
-        forward = 2 * tokens * (4 * s.hidden + 3 * s.intermediate + 2 * PAD)
-        mlp = 2 * tokens * (2 * s.hidden + 3 * s.intermediate + 2 * PAD + again) + adapter
-        if level == Level.INPUT:
-            mlp += 2 * tokens * (s.q_width + kv + s.hidden)
-        attention = 2 * tokens * (2 * s.hidden + 3 * s.q_width + 3 * kv + again) + self.attention_workspace(tokens)
-        head = 2 * tokens * (5 * s.hidden + PAD) + 2 * head_chunk * self.vocabulary
-        return max(forward, mlp, attention, head)
+    def forward_bytes(self, tokens: int) -> dict[Level, int]:
+        """Peak of one layer's forward by the level it keeps, its inputs apart."""
+        t = self.tensor_bytes(tokens)
+        both = 2 * t["x"] + t["xa"]  # total and mid
+        attention = t["qkv"] + t["attended"] + t["state"]
+        early = t["normed_in"] + t["q"] + t["kv"] + t["rstd"]
+        peaks = {}
+        for level in Level:
+            kept = both + (attention if level >= Level.ATTENTION else 0) + (early if level == Level.ALL else 0)
+            kept_mid = t["normed_mid"] if level == Level.ALL else 0
+            kept_gate_up = t["gate_up"] if level >= Level.GATE_UP else 0
+            peaks[level] = max(
+                both + attention + early,
+                kept + t["normed_mid"] + t["gate_up"],
+                kept + kept_mid + t["gate_up"] + t["hidden"],
+                kept + kept_mid + kept_gate_up + t["hidden"] + t["x"],
+            )
+        return peaks
+
+    def backward_bytes(self, tokens: int) -> dict[Level, int]:
+        """Peak of one layer's backward by the level that was kept: its saved tensors and both gradients included."""
+        s, t = self.shape, self.tensor_bytes(tokens)
+        products = 4 * self.rank * max(4 * s.intermediate, 3 * s.qkv_width)
+        saved = t["grad"] + t["x"] + t["xa"] + t["qkv"] + t["attended"] + t["state"]
+        mlp = saved + t["x"] + t["normed_mid"] + t["gate_up"] + t["grad_hidden"] + products
+        rotated = t["q"] + t["kv"] + t["rstd"]
+        attention = saved + rotated + 2 * t["q"] + 2 * t["kv"] + self.attention_workspace(tokens)
+        peaks = {}
+        for level in Level:
+            early = level in (Level.INPUT, Level.ALL)  # the attention was recomputed, or all of it kept
+            peaks[level] = max(
+                mlp + (t["normed_in"] + rotated if early else 0), attention + (t["normed_in"] if early else 0)
+            )
+        return peaks
+
+    def head_bytes(self, tokens: int, chunk: int) -> int:
+        """Peak of the loss head, its first input apart."""
+        t = self.tensor_bytes(tokens)
+        return 2 * t["x"] + t["grad"] + 16 * tokens + block_bytes(2 * chunk * self.vocabulary)
+
+
+def _by_level(*steps: int) -> dict[Level, int]:
+    """Sum up what each level adds to the one before."""
+    return {level: sum(steps[: level + 1]) for level in Level}
+
+
+def _parkable(sizes: dict[str, int]) -> tuple[int, ...]:
+    """What each level adds to `Saved.large`."""
+    s = sizes
+    return (
+        s["x"],
+        s["qkv"] + s["attended"] + s["x"],
+        s["gate_up"],
+        s["q"] + s["kv"] + s["normed_in"] + s["normed_mid"],
+    )
 
 
 def forward_seconds(work: Workload, rates: Rates, tokens: int) -> dict[str, float]:
@@ -280,10 +369,9 @@ def _candidate(
     cached: bool,
 ) -> Plan:
     """Fill what the budget leaves with kept tensors, last layers first."""
-    layers, saved, parkable = work.num_layers, work.saved_bytes(), work.host_bytes_per_token()
+    layers, saved, parkable = work.num_layers, work.saved_bytes(tokens), work.host_bytes_per_token()
     chunk = head_chunk(work, tokens)
-    # Parked layers lie evenly among the others, so that the bus catches up; the last two are needed at once.
-    parked = [index < layers - 2 and int((index + 1) * share) > int(index * share) for index in range(layers)]
+    parked = spread(layers, share)
     copied = 0 if host is None else parkable[host] * tokens
     base: Level = Level.ATTENTION if host == Level.ATTENTION else Level.INPUT
     levels: list[Level] = [base] * layers
@@ -291,7 +379,7 @@ def _candidate(
     left = budget - peak_bytes(work, tokens, chunk, levels, host_levels, cached=cached)
     for upper in (Level.ATTENTION, Level.GATE_UP, Level.ALL):
         for index in reversed(range(layers)):
-            cost = (saved[upper] - saved[levels[index]]) * tokens
+            cost = saved[upper] - saved[levels[index]]
             if levels[index] == upper - 1 and cost <= left:
                 levels[index], left = upper, left - cost
     seconds = _step_seconds(work, rates, tokens, levels, cached=cached) + _stall_seconds(
@@ -305,11 +393,16 @@ def _candidate(
         bytes_per_token=parkable,
         micro_batch=tokens,
         seconds=seconds * pieces,
-        peak=int(budget - left),
+        peak=peak_bytes(work, tokens, chunk, levels, host_levels, cached=cached),
         embedding_on_host=work.embedding_on_host,
         eight_bit=work.optimizer_bytes < OPTIMIZER_BYTES[0],
         stream_weights=work.stream_weights,
     )
+
+
+def spread(layers: int, share: float) -> list[bool]:
+    """Choose layers to park: evenly among the others, so that the bus catches up; the last two are needed at once."""
+    return [index < layers - 2 and int((index + 1) * share) > int(index * share) for index in range(layers)]
 
 
 def peak_bytes(
@@ -321,15 +414,25 @@ def peak_bytes(
     *,
     cached: bool,
 ) -> int:
-    """Predict the peak of allocated device memory of a step with micro-batches of `tokens`; arguments as in `Plan`."""
-    saved, parkable = work.saved_bytes(), work.host_bytes_per_token()
-    parked = [parkable[level] for level in host_levels if level is not None]
-    kept = sum(saved[level] for level in levels) - sum(parked)
-    # One parked layer's tensors are still on their way while the next layer runs.
-    in_flight = max(parked, default=0)
+    """Predict the peak of allocated device memory of a step with micro-batches of `tokens`; arguments as in `Plan`.
+
+    The peak is the largest of these moments: each layer's forward, behind the layers before it; the head, with all
+    saved tensors on the device that are not parked; each layer's backward, when only the layers before it hold theirs.
+    """
+    saved, parkable, x = work.saved_bytes(tokens), work.parked_bytes(tokens), work.tensor_bytes(tokens)["x"]
+    forward, backward = work.forward_bytes(tokens), work.backward_bytes(tokens)
+    kept = in_flight = fetched = inputs = peak = 0
+    for level, host in zip(levels, host_levels, strict=True):
+        parked = 0 if host is None else parkable[host]
+        peak = max(peak, kept + in_flight + inputs + forward[level], kept + fetched + backward[level])
+        kept += saved[level] - parked
+        # The tensors parked last stay until the next ones are; those of the layer before are fetched in the backward.
+        in_flight, fetched = parked or in_flight, parked
+        # The next layer's inputs: the MLP's output, and mid unless it is counted among what is kept or in flight.
+        inputs = x if level >= Level.ATTENTION else 2 * x
+    head = inputs - x + work.head_bytes(tokens, chunk)
     weights = work.extended_bytes * (work.num_layers if cached else work.quantized)
-    working = work.working_bytes(tokens, chunk, min(levels))
-    return work.static_bytes() + weights + working + (kept + in_flight) * tokens
+    return work.static_bytes() + weights + max(peak, kept + head)
 
 
 def _stall_seconds(work: Workload, rates: Rates, tokens: int, parked_bytes: int) -> float:
@@ -364,7 +467,8 @@ def _step_seconds(work: Workload, rates: Rates, tokens: int, levels: Sequence[Le
 
 def head_chunk(work: Workload, tokens: int) -> int:
     """Rows of logits at a time: as many as fit into what the layers need anyway, from 256 to 4096."""
-    free = work.working_bytes(tokens, 0, Level.ATTENTION) - 2 * tokens * 5 * work.shape.hidden
+    own = work.saved_bytes(tokens)[Level.ATTENTION] + work.head_bytes(tokens, 0)
+    free = work.backward_bytes(tokens)[Level.ATTENTION] - own
     chunk = 4096
     while chunk > 256 and 2 * chunk * work.vocabulary > max(free, HEAD_BYTES):
         chunk //= 2

@@ -6,7 +6,7 @@ import pytest
 
 from finemill.kernels.decoder_layer import Level
 from finemill.kernels.estimate import workload
-from finemill.kernels.planner import OPTIMIZER_BYTES, launch_bound, peak_bytes, plan_step
+from finemill.kernels.planner import OPTIMIZER_BYTES, launch_bound, peak_bytes, plan_step, spread
 
 GIB = 1 << 30
 
@@ -15,29 +15,32 @@ def step(model: str = "qwen3-8b", rows: int = 8, row: int = 2048):
     return workload(model, rank=16, quantized=True, rows=rows, row=row)
 
 
-# Plans that ran on an H200 on 2026-11-24 and their peaks in GiB (results.md): shape, tokens a row, tokens a
-# micro-batch, head chunk, levels, parked, decoded weights kept, embedding and base on the host with 8-bit moments.
-ATTENTION, GATE_UP, ALL = Level.ATTENTION, Level.GATE_UP, Level.ALL
+# Plans that ran and their peaks in GiB: shape, tokens a row, tokens a micro-batch, head chunk, levels, level and share
+# of the parked, decoded weights kept. The first six on an H100 80GB HBM3 on 2026-11-26, the others on an H200 on
+# 2026-11-24 (results.md), less 4 bytes an adapter element that were not freed then.
+INPUT, ATTENTION, GATE_UP, ALL = Level
 MEASURED = [
-    ("qwen3-8b", 2048, 16384, 4096, [ALL] * 36, False, True, False, 83.9),
-    ("qwen3-8b", 256, 2048, 2048, [ALL] * 36, False, True, False, 28.2),
-    ("qwen3-8b", 2048, 4096, 1024, [ATTENTION] * 15 + [GATE_UP] * 20 + [ALL], True, False, True, 7.256),
-    ("qwen3-8b", 2048, 4096, 1024, [ATTENTION] * 34 + [GATE_UP] * 2, True, False, True, 3.581),
-    ("qwen3-4b", 2048, 16384, 4096, [ALL] * 36, False, True, False, 62.1),
-    ("qwen3-0.6b", 2048, 16384, 1024, [ALL] * 28, False, True, False, 19.8),
-    ("qwen3-0.6b", 256, 2048, 512, [ALL] * 28, False, True, False, 3.93),
+    ("qwen3-8b", 2048, 4096, 1024, [ATTENTION] * 23 + [GATE_UP] * 13, ATTENTION, 0.75, False, 6.624),
+    ("qwen3-8b", 16384, 16384, 4096, [ATTENTION] * 33 + [GATE_UP] * 2 + [ALL], ATTENTION, 1.0, False, 7.695),
+    ("qwen3-4b", 2048, 4096, 1024, [INPUT] * 21 + [ATTENTION] * 15, INPUT, 1.0, False, 3.348),
+    ("qwen3-0.6b", 2048, 4096, 512, [INPUT] * 26 + [ATTENTION, GATE_UP], INPUT, 1.0, False, 0.865),
+    ("qwen3-8b", 2048, 16384, 4096, [ALL] * 36, ATTENTION, 0.75, True, 69.53),
+    ("qwen3-4b", 2048, 16384, 4096, [ALL] * 36, None, 0.0, True, 61.60),
+    ("qwen3-8b", 2048, 16384, 4096, [ALL] * 36, None, 0.0, True, 83.9 - 0.16),
+    ("qwen3-8b", 256, 2048, 2048, [ALL] * 36, None, 0.0, True, 28.2 - 0.16),
+    ("qwen3-4b", 2048, 16384, 4096, [ALL] * 36, None, 0.0, True, 62.1 - 0.12),
+    ("qwen3-0.6b", 2048, 16384, 1024, [ALL] * 28, None, 0.0, True, 19.8 - 0.04),
+    ("qwen3-0.6b", 256, 2048, 512, [ALL] * 28, None, 0.0, True, 3.93 - 0.04),
 ]
 
 
-@pytest.mark.parametrize(("model", "row", "tokens", "chunk", "levels", "parked", "cached", "lean", "gib"), MEASURED)
-def test_predicted_peaks_are_within_five_percent_of_measured_ones(
-    model, row, tokens, chunk, levels, parked, cached, lean, gib
-):
+@pytest.mark.parametrize(("model", "row", "tokens", "chunk", "levels", "host", "share", "cached", "gib"), MEASURED)
+def test_predicted_peaks_are_those_that_were_measured(model, row, tokens, chunk, levels, host, share, cached, gib):
     work = step(model, row=row)
-    if lean:
-        work = replace(work, optimizer_bytes=OPTIMIZER_BYTES[1], embedding_on_host=True, stream_weights=True)
-    hosts = [Level.ATTENTION if parked and index < len(levels) - 2 else None for index in range(len(levels))]
-    assert peak_bytes(work, tokens, chunk, levels, hosts, cached=cached) / GIB == pytest.approx(gib, rel=0.05)
+    if not cached:
+        work = replace(work, optimizer_bytes=OPTIMIZER_BYTES[1], embedding_on_host=not work.tied, stream_weights=True)
+    hosts = [host if parked else None for parked in spread(len(levels), share)]
+    assert peak_bytes(work, tokens, chunk, levels, hosts, cached=cached) / GIB == pytest.approx(gib, rel=0.03)
 
 
 def test_no_plan_passes_its_budget_and_more_memory_is_never_slower():
