@@ -25,7 +25,7 @@ from finemill.kernels.decoder_layer import Level, Rope
 from finemill.kernels.estimate import workload
 from finemill.kernels.nf4 import NF4Tensor
 from finemill.kernels.packing import PackedBatch, Sequences
-from finemill.kernels.planner import CUBLAS_WORKSPACE, OPTIMIZER_BYTES, Plan, block_bytes, peak_bytes, plan_step
+from finemill.kernels.planner import CUBLAS_WORKSPACE, Plan, block_bytes, peak_bytes, plan_step
 
 GIB = 1 << 30
 META = torch.device("meta")
@@ -163,21 +163,15 @@ def simulated_peak(work, plan: Plan) -> int:
         uniform = (tokens // work.row, work.row)
         ids = torch.empty((3, tokens), dtype=torch.int64, device=META)
         sequences = Sequences(torch.empty(uniform[0] + 1, dtype=torch.int32, device=META), work.row, uniform)
-        engine.loss_and_grad(PackedBatch(*ids, sequences, None), 1.0)
+        rows = torch.empty(tokens * 7 // 8 - 1, dtype=torch.int64, device=META) if work.masked else None
+        engine.loss_and_grad(PackedBatch(*ids, sequences, rows), 1.0)
         del state
     return allocations.peak + CUBLAS_WORKSPACE
 
 
 def check(work, plan: Plan) -> None:
-    work = replace(
-        work,
-        optimizer_bytes=OPTIMIZER_BYTES[plan.eight_bit],
-        embedding_on_host=plan.embedding_on_host,
-        stream_weights=plan.stream_weights,
-    )
-    cached = plan.cached_layers > 0
-    predicted = peak_bytes(work, plan.micro_batch, plan.head_chunk, plan.levels, plan.host_levels, cached=cached)
-    allocated = simulated_peak(work, plan)
+    work = work.under(plan)
+    predicted, allocated = peak_bytes(work, plan), simulated_peak(work, plan)
     assert allocated <= predicted <= 1.01 * allocated
 
 
@@ -207,18 +201,20 @@ def test_predicted_peaks_of_chosen_plans_cover_what_is_allocated(shape, row, row
 @pytest.mark.parametrize("shape", ["qwen3-4b", "llama3-1b"])
 @pytest.mark.parametrize("seed", range(6))
 def test_predicted_peaks_of_any_plan_cover_what_is_allocated(shape, seed):
-    work = workload(shape, rank=16, quantized=True, rows=8, row=512)
+    work = replace(workload(shape, rank=16, quantized=True, rows=8, row=512), masked=seed >= 3)
     draw = random.Random(seed)
     levels = [draw.choice(list(Level)) for _ in range(work.num_layers)]
-    hosts = [draw.choice([None, *list(Level)[: level + 1]]) for level in levels[:-2]] + [None, None]
+    parked, streamed = seed % 2 == 1, seed % 3 == 1
+    hosts = [draw.choice([None, *list(Level)[: level + 1]]) if parked else None for level in levels[:-2]]
     plan = Plan(
-        levels=tuple(levels if seed % 2 else sorted(levels)),
-        host_levels=tuple(hosts if seed % 2 else (None,) * work.num_layers),
+        levels=tuple(levels if parked else sorted(levels)),
+        host_levels=(*hosts, None, None),
         cached_layers=work.num_layers if seed % 3 == 0 else 0,
         head_chunk=draw.choice([256, 1024]),
         bytes_per_token=work.host_bytes_per_token(),
-        micro_batch=draw.choice([1024, 4096]),
-        eight_bit=seed % 2 > 0,
-        stream_weights=seed % 3 == 1,
+        micro_batch=draw.choice([2048, 4096]),
+        eight_bit=streamed,
+        stream_weights=streamed,
+        in_flight=draw.choice([1, 2]),
     )
     check(work, plan)
