@@ -348,7 +348,7 @@ def peak_bytes(work: Workload, plan: Plan) -> int:
     """
     tokens = plan.micro_batch or work.tokens
     sizes = layer_bytes(work, tokens)
-    *layers, (kept, _) = _beside(sizes, plan)
+    *layers, (kept, _) = _beside(sizes, plan, plan.levels)
     peak = kept + work.head_bytes(tokens, plan.head_chunk)
     for level, (in_forward, in_backward) in zip(plan.levels, layers, strict=True):
         peak = max(peak, in_forward + sizes.forward[level], in_backward + sizes.backward[level])
@@ -361,11 +361,17 @@ def _lasting_bytes(work: Workload, *, cached: bool) -> int:
     return work.static_bytes() + work.extended_bytes * (work.num_layers if cached else work.quantized)
 
 
-def _beside(sizes: LayerBytes, plan: Plan) -> Iterator[tuple[int, int]]:
-    """Yield what is allocated beside each layer's own, in its forward and in its backward; at last beside the head."""
+def _beside(sizes: LayerBytes, plan: Plan, levels: Sequence[Level]) -> Iterator[tuple[int, int]]:
+    """Yield what is allocated beside a layer's own, in its forward and in its backward; at last beside the head.
+
+    Args:
+        sizes: of a layer.
+        plan: what is parked, how many layers are in flight.
+        levels: in place of the plan's.
+    """
     kept = inputs = fetched = 0
     leaving = [0] * plan.in_flight
-    for level, host in zip(plan.levels, plan.host_levels, strict=True):
+    for level, host in zip(levels, plan.host_levels, strict=True):
         yield kept + sum(leaving) + inputs, kept + fetched
         fetched = 0 if host is None else sizes.parkable[host]
         kept += sizes.saved[level] - fetched
@@ -493,6 +499,7 @@ def _variants(work: Workload, *, allow_host: bool, allow_stream: bool) -> list[W
 
 def _candidates(work: Workload, budget: int, rates: Rates, tokens: int, *, allow_host: bool) -> Iterator[Plan]:
     """Plans of one micro-batch size: what is parked, in how many layers, and whether decoded weights are kept."""
+    per_token = work.host_bytes_per_token()
     for cached in (False, True) if work.quantized and not work.stream_weights else (False,):
         forward = layer_seconds(work, rates, tokens, cached=cached).forward
         nothing: Parking = (None,) * work.num_layers, 1
@@ -503,14 +510,14 @@ def _candidates(work: Workload, budget: int, rates: Rates, tokens: int, *, allow
                 host_levels=host_levels,
                 cached_layers=work.num_layers if cached else 0,
                 head_chunk=head_chunk(work, tokens),
-                bytes_per_token=work.host_bytes_per_token(),
+                bytes_per_token=per_token,
                 micro_batch=tokens,
                 embedding_on_host=work.embedding_on_host,
                 eight_bit=work.optimizer_bytes < OPTIMIZER_BYTES[0],
                 stream_weights=work.stream_weights,
                 in_flight=in_flight,
             )
-            plan = _fill_device(work, budget, plan)
+            plan = replace(plan, levels=_fill_device(work, budget, plan))
             yield replace(plan, seconds=step_seconds(work, rates, plan), peak=peak_bytes(work, plan))
 
 
@@ -558,14 +565,14 @@ def _fill_bus(
     return tuple(chosen)
 
 
-def _fill_device(work: Workload, budget: int, plan: Plan) -> Plan:
+def _fill_device(work: Workload, budget: int, plan: Plan) -> tuple[Level, ...]:
     """Raise levels while all moments stay within the budget, last layers first: theirs are kept for the least time."""
     sizes = layer_bytes(work, plan.micro_batch or work.tokens)
     limit = budget - _lasting_bytes(work, cached=plan.cached_layers > 0)
     head = work.head_bytes(plan.micro_batch or work.tokens, plan.head_chunk)
+    levels = list(plan.levels)
     for upper in (Level.ATTENTION, Level.GATE_UP, Level.ALL):
-        levels = list(plan.levels)
-        *beside, (kept, _) = _beside(sizes, plan)
+        *beside, (kept, _) = _beside(sizes, plan, levels)
         # What all moments behind a layer leave for its saved tensors.
         room = limit - kept - head
         for index in reversed(range(work.num_layers)):
@@ -577,8 +584,7 @@ def _fill_device(work: Workload, budget: int, plan: Plan) -> Plan:
             level = levels[index]
             own = max(in_forward + sizes.forward[level], in_backward + sizes.backward[level])
             room = min(room, limit - own)
-        plan = replace(plan, levels=tuple(levels))
-    return plan
+    return tuple(levels)
 
 
 @lru_cache
