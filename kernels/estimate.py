@@ -111,7 +111,7 @@ def summarize(work: Workload, plan: Plan) -> dict[str, Any]:
     hosts = [level.name.lower() for level in plan.host_levels if level is not None]
     return {
         "peak_gb": round(plan.peak / 2**30, 2),
-        "static_gb": round(work.static_bytes() / 2**30, 2),
+        "static_gb": round(work.under(plan).static_bytes() / 2**30, 2),
         "tokens_per_s": round(work.tokens / plan.seconds),
         "step_s": round(plan.seconds, 3),
         "micro_batch_tokens": plan.micro_batch,
