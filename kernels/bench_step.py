@@ -23,7 +23,7 @@ from finemill.kernels.host_memory import HostArena
 from finemill.kernels.load import LoraSettings, load_model
 from finemill.kernels.optimizer import FlatAdamW
 from finemill.kernels.packing import pack_rows
-from finemill.kernels.planner import Plan, Workload, launch_bound, plan_step
+from finemill.kernels.planner import Plan, Workload, launch_bound, plan_step, rates_of
 
 
 def main(argv: list[str]) -> int:
@@ -195,7 +195,8 @@ def make_plan(args: argparse.Namespace, shape: ModelShape) -> Plan:
     else:
         budget = 8 << 30
     cuda = args.device == "cuda"
-    return plan_step(workload(args, shape), budget, allow_host=cuda, allow_stream=cuda)
+    rates = rates_of(torch.cuda.get_device_name() if cuda else "")
+    return plan_step(workload(args, shape), budget, rates=rates, allow_host=cuda, allow_stream=cuda)
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -211,6 +212,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "embedding_on_host": plan.embedding_on_host,
         "eight_bit": plan.eight_bit,
         "stream_weights": plan.stream_weights,
+        "in_flight": plan.in_flight,
     }
 
 

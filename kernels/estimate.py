@@ -1,7 +1,7 @@
 """`finemill estimate`: predict memory and speed of a QLoRA training step from a model's configuration, without a GPU.
 
 The numbers are the planner's (planner.py), for the plan it would choose under the given memory: peak of allocated
-device memory, tokens per second at an H200's measured rates, what is kept, recomputed and moved to the host.
+device memory, tokens per second at a card's measured rates, what is kept, recomputed and moved to the host.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from typing import Any
 
 from finemill.kernels.bench_data import SHAPES
 from finemill.kernels.decoder_layer import LayerShape
-from finemill.kernels.planner import Plan, Workload, plan_step
+from finemill.kernels.planner import RATES, Plan, Workload, plan_step
 
 DEFAULT_MEMORY_GB = 80.0
 
@@ -25,7 +25,8 @@ def main(argv: list[str]) -> int:
     args = _parse(argv)
     work = workload(args.model, rank=args.rank, quantized=args.quant == "nf4", rows=args.bs * args.accum, row=args.seq)
     try:
-        plan = plan_step(work, int(args.memory_gb * 2**30), allow_stream=args.quant == "nf4")
+        budget = int(args.memory_gb * 2**30)
+        plan = plan_step(work, budget, rates=RATES[args.gpu], allow_stream=args.quant == "nf4")
     except ValueError as error:
         raise EstimateError(str(error)) from error
     result = summarize(work, plan)
@@ -42,6 +43,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank on all seven linear layers")
     parser.add_argument("--quant", default="nf4", choices=["nf4", "bf16"])
     parser.add_argument("--memory-gb", type=float, default=DEFAULT_MEMORY_GB, help="device memory to stay within, GiB")
+    parser.add_argument("--gpu", default="h200", choices=sorted(RATES), help="card whose measured rates are taken")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
 
@@ -109,7 +111,7 @@ def summarize(work: Workload, plan: Plan) -> dict[str, Any]:
     hosts = [level.name.lower() for level in plan.host_levels if level is not None]
     return {
         "peak_gb": round(plan.peak / 2**30, 2),
-        "static_gb": round(work.static_bytes() / 2**30, 2),
+        "static_gb": round(work.under(plan).static_bytes() / 2**30, 2),
         "tokens_per_s": round(work.tokens / plan.seconds),
         "step_s": round(plan.seconds, 3),
         "micro_batch_tokens": plan.micro_batch,

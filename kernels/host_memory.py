@@ -94,7 +94,7 @@ class HostArena:
         """Forget all slices: nothing parked before may be fetched after."""
         self._used = 0
 
-    def park(self, tensors: list[Tensor], keep_layers: int = 2) -> list[_Parked]:
+    def park(self, tensors: list[Tensor], keep_layers: int) -> list[_Parked]:
         """Start copying tensors to the host.
 
         Args:

@@ -243,7 +243,7 @@ class FastModel:
             return {}
         assert self.arena is not None
         names = kept.large(level)
-        items = self.arena.park([getattr(kept, name) for name in names])
+        items = self.arena.park([getattr(kept, name) for name in names], self.plan.in_flight)
         for name in names:
             setattr(kept, name, None)
         return dict(zip(names, items, strict=True))

@@ -16,6 +16,7 @@ and `trainer.acceleration.reason` says why.
 """
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from finemill.kernels.graphs import Buckets, GraphRunner, pad_batch
 from finemill.kernels.loss_head import HeadResult
 from finemill.kernels.optimizer import FlatAdamW
 from finemill.kernels.packing import IGNORE_INDEX, PackedBatch, pack_budget, split_rows
-from finemill.kernels.planner import Plan, launch_bound, plan_step
+from finemill.kernels.planner import Plan, launch_bound, plan_step, rates_of
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +225,7 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         assert engine is not None
         longest = args.max_length or 2048
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        self._work = workload_of(engine, tokens=rows * longest, row=longest)
+        self._work = replace(workload_of(engine, tokens=rows * longest, row=longest), masked=True)
         if engine.device.type != "cuda":
             return Plan.everything(len(engine.layers))
         if memory_gb is not None:
@@ -232,6 +233,6 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         else:
             free, _ = torch.cuda.mem_get_info(engine.device)
             budget = int((free + torch.cuda.memory_allocated(engine.device)) * 0.95)
-        plan = plan_step(self._work, budget)
+        plan = plan_step(self._work, budget, rates=rates_of(torch.cuda.get_device_name(engine.device)))
         logger.info("plan: %s tokens a micro-batch, %.2f GiB", plan.micro_batch, plan.peak / 2**30)
         return plan

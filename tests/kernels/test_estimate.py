@@ -25,6 +25,12 @@ def test_a_higher_rank_takes_more_memory(capsys):
     assert large["static_gb"] > small["static_gb"]
 
 
+def test_a_card_of_slower_memory_takes_longer(capsys):
+    h100, h200 = (estimate(capsys, "--model", "qwen3-8b", "--gpu", gpu) for gpu in ("h100", "h200"))
+    assert h100["step_s"] > h200["step_s"]
+    assert h200 == estimate(capsys, "--model", "qwen3-8b")
+
+
 def test_the_plain_listing_names_every_number(capsys):
     assert main(["--model", "llama3-8b"]) == 0
     assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} >= {"peak_gb", "tokens_per_s", "step_s"}

@@ -63,6 +63,8 @@ def test_levels_host_memory_kept_and_streamed_weights_and_graphs_change_no_bit(k
         parked(Level.INPUT, Level.INPUT),
         parked(Level.ATTENTION, Level.ATTENTION),
         parked(Level.GATE_UP, Level.ATTENTION),
+        replace(parked(Level.GATE_UP, Level.GATE_UP), in_flight=2),
+        replace(parked(Level.ALL, Level.GATE_UP), host_levels=(Level.GATE_UP, Level.INPUT, None, None), in_flight=2),
         replace(parked(Level.GATE_UP, Level.ATTENTION), stream_weights=True),
     ]
     for plan in plans:
