@@ -11,7 +11,7 @@ import torch
 from finemill.kernels.launch import INTERPRETED
 
 LAYERS = "test_rank_stabilized_scaling_and_partial_targets"
-OPS = ("adamw", "cross_entropy", "lora", "nf4", "qk_norm_rope", "rms_norm", "swiglu")
+OPS = ("adamw", "cross_entropy", "lora", "nf4", "qk_norm_rope", "rms_norm", "swiglu", "swiglu_lora")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")
