@@ -295,7 +295,7 @@ def lora_project(x: Tensor, a: Tensor, out: Tensor | None = None, *, dropout: Lo
         enable_fp_fusion=True,
     )
     if splits > 1:
-        sum_splits(target, out, groups, splits, (tokens, rank), dropout.scale, (rank, out.stride(0)))
+        sum_splits(target, out, groups, splits, (tokens, rank), dropout.scale, (rank, out.stride(0), 1))
     return out
 
 
@@ -350,7 +350,7 @@ def lora_backward_a(
         num_stages=3 if block_k * BLOCK_T <= 8192 else 2,
         enable_fp_fusion=True,
     )
-    shape, strides = (rank, width), (rank * width, width)
+    shape, strides = (rank, width), (rank * width, width, 1)
     sum_splits(partial, grad_a, groups, splits, shape, dropout.scale, strides, accumulate=accumulate)
     return grad_a
 

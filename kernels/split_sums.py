@@ -23,6 +23,7 @@ def _sum_splits_kernel(
     partial_row_stride,
     out_group_stride,
     out_row_stride,
+    out_column_stride,
     rows,
     scale,
     COLUMNS: tl.constexpr,
@@ -43,7 +44,7 @@ def _sum_splits_kernel(
         split = start + lane
         offset = (split * partial_split_stride)[:, None]
         total += tl.load(source[None, :] + offset, mask=(split < SPLITS)[:, None] & mask[None, :], other=0.0)
-    target = out_ptr + group * out_group_stride + row * out_row_stride + column
+    target = out_ptr + group * out_group_stride + row * out_row_stride + column * out_column_stride
     result = scale * tl.sum(total, axis=0)
     if ACCUMULATE:
         result += tl.load(target, mask=mask, other=0.0).to(tl.float32)
@@ -62,7 +63,7 @@ def sum_splits(
     splits: int,
     shape: tuple[int, int],
     scale: float,
-    out_strides: tuple[int, int],
+    out_strides: tuple[int, int, int],
     partial_strides: tuple[int, int, int] | None = None,
     *,
     accumulate: bool = False,
@@ -74,10 +75,10 @@ def sum_splits(
         out: the sums of any dtype, each rounded once.
         groups: number of independent matrices.
         splits: number of partial sums of each.
-        shape: rows and columns of a matrix; columns are adjacent on both sides.
+        shape: rows and columns of a matrix.
         scale: factor of the sums.
-        out_strides: elements between groups and between rows of `out`.
-        partial_strides: elements between groups, splits and rows of `partial`.
+        out_strides: elements between groups, rows and columns of `out`.
+        partial_strides: elements between groups, splits and rows of `partial`; columns are adjacent.
         accumulate: whether `out` is added to.
     """
     rows, columns = shape

@@ -70,11 +70,12 @@ def _once(x):
 def _swiglu_lora_backward_kernel(
     dh_ptr,
     gate_up_ptr,
+    d_gate_up_ptr,  # gate_up_ptr again: two names keep the addresses of stores out of the pipeline of loads
     xa_ptr,
     b_ptr,
     dya_down_ptr,
     dya_ptr,  # fp32, partial sums of every block of columns; may lie in dh
-    grad_ptr,  # fp32, (splits, 2I, RANK) of dB, then (splits, RANK, I) of dA
+    grad_ptr,  # fp32, (splits, 3, RANK, I): dB of gate and of up, transposed, and dA
     dh_stride,
     gate_up_stride,
     xa_stride,
@@ -124,24 +125,27 @@ def _swiglu_lora_backward_kernel(
         d_gate = _once((dh * up * (sigmoid + silu * (1.0 - sigmoid))).to(dtype))
         d_up = _once((dh * silu).to(dtype))
         h = _once((silu * up).to(dtype))
-        tl.store(gate_ptrs, d_gate, mask=mask)
-        tl.store(gate_ptrs + width, d_up, mask=mask)
+        d_gate_ptrs = d_gate_up_ptr + first * gate_up_stride + (row[:, None] * gate_up_stride + column[None, :])
+        in_tokens = row + start < T - begin
+        store_mask = in_tokens[:, None] & in_column[None, :]
+        tl.store(d_gate_ptrs, d_gate, mask=store_mask)
+        tl.store(d_gate_ptrs + width, d_up, mask=store_mask)
         # Every dh of these rows and columns went into these products, so what they overwrite has been read.
         dya_gate = tl.dot(d_gate, b_gate, input_precision="ieee")
         dya_up = tl.dot(d_up, b_up, input_precision="ieee")
         dya_ptrs = dya_ptr + first * dya_stride + (row[:, None] * dya_stride + block * dya_block_stride + rank[None, :])
-        tl.store(dya_ptrs, dya_gate, mask=rank_mask)
-        tl.store(dya_ptrs + RANK, dya_up, mask=rank_mask)
+        dya_mask = in_tokens[:, None] & in_rank[None, :]
+        tl.store(dya_ptrs, dya_gate, mask=dya_mask)
+        tl.store(dya_ptrs + RANK, dya_up, mask=dya_mask)
         grad_gate = tl.dot(tl.trans(xa_gate), d_gate, grad_gate, input_precision="ieee")
         grad_up = tl.dot(tl.trans(xa_up), d_up, grad_up, input_precision="ieee")
         grad_a = tl.dot(tl.trans(dya_down), h, grad_a, input_precision="ieee")
     size = tl.cast(width, tl.int64) * RANK
     grad_mask = in_rank[:, None] & in_column[None, :]
-    grad_b_ptrs = grad_ptr + 2 * split * size + (column[None, :] * RANK + rank[:, None])
-    tl.store(grad_b_ptrs, grad_gate, mask=grad_mask)
-    tl.store(grad_b_ptrs + size, grad_up, mask=grad_mask)
-    grad_a_ptrs = grad_ptr + (2 * tl.num_programs(1) + split) * size + (rank[:, None] * width + column[None, :])
-    tl.store(grad_a_ptrs, grad_a, mask=grad_mask)
+    grad_ptrs = grad_ptr + 3 * split * size + (rank[:, None] * width + column[None, :])
+    tl.store(grad_ptrs, grad_gate, mask=grad_mask)
+    tl.store(grad_ptrs + size, grad_up, mask=grad_mask)
+    tl.store(grad_ptrs + 2 * size, grad_a, mask=grad_mask)
 
 
 def runs_fused(gate_up: Tensor, rank: int) -> bool:
@@ -201,6 +205,7 @@ def swiglu_lora_backward(
     _swiglu_lora_backward_kernel[(blocks, splits)](
         dh,
         gate_up,
+        gate_up,
         xa,
         b,
         dya_down,
@@ -224,11 +229,12 @@ def swiglu_lora_backward(
         num_stages=STAGES,
         enable_fp_fusion=True,
     )
-    strides = (0, dya_block_stride, dya_stride)
-    sum_splits(dya_partial, dya, 1, blocks, (tokens, 2 * rank), 1.0, (0, dya.stride(0)), strides)
-    sum_b, sum_a = grad_partial.split((2 * splits * rank * width, splits * rank * width))
-    sum_splits(sum_b, grad_b, 1, splits, (2 * width, rank), scaling, (0, rank), accumulate=True)
-    sum_splits(sum_a, grad_a, 1, splits, (rank, width), 1.0, (0, width), accumulate=True)
+    dya_strides = (0, dya_block_stride, dya_stride)
+    sum_splits(dya_partial, dya, 1, blocks, (tokens, 2 * rank), 1.0, (0, dya.stride(0), 1), dya_strides)
+    size, shape = rank * width, (rank, width)
+    strides = (size, 3 * size, width)
+    sum_splits(grad_partial, grad_b, 2, splits, shape, scaling, (size, 1, rank), strides, accumulate=True)
+    sum_splits(grad_partial[2 * size :], grad_a, 1, splits, shape, 1.0, (0, width, 1), strides, accumulate=True)
 
 
 def _dya_partial(dh: Tensor, rank: int) -> tuple[Tensor, int, int]:
