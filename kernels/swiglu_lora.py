@@ -12,13 +12,15 @@ pitch; dB (2I, r) and dA (r, I) fp32. dg, du and h are rounded to their 16 bits 
 fp32. Apart, these take five passes over tensors of I columns; here dh, g and u are read once, dg and du written once,
 and h never leaves the chip. Nothing is saved.
 
-A program owns BLOCK_I columns and a chunk of tokens. It keeps its sums over tokens (dB, dA) in registers and writes
+A program owns some columns and a chunk of tokens. It keeps its sums over tokens (dB, dA) in registers and writes
 them once; its share of the sums over columns (dya) it writes for every token, over the dh that it has just read, so
 that those partial sums take no memory of their own. split_sums.py adds both in a fixed order: runs repeat bit for bit.
 
 Source: Shazeer (arXiv 2002.05202) for SwiGLU, Hu et al. (arXiv 2106.09685) for LoRA; the sums are those of
 projection.py.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,12 +34,18 @@ from finemill.kernels.swiglu import swiglu_backward_reference, swiglu_reference
 
 # T tokens, I feed-forward width, r rank of one adapter
 
-MAX_RANK = 32
-"""Larger ranks run apart: their sums would not fit the registers of a program wide enough to be worth it."""
-BLOCK_T = 16
-BLOCK_I = 256
-WARPS = 8
-STAGES = 3
+
+class Launch(NamedTuple):
+    """What a program owns (columns) and reads at a time (tokens), its warps, and the tiles in flight."""
+
+    tokens: int
+    columns: int
+    warps: int
+    stages: int
+
+
+LAUNCHES = {16: Launch(16, 256, 8, 3), 32: Launch(32, 128, 8, 3)}
+"""By rank, rounded up. Larger ranks run apart: their sums do not fit the registers of a program that is wide enough."""
 PROGRAMS_PER_SM = 4
 """Programs to split the tokens for; every chunk of tokens costs a write and a read of 12 r I bytes."""
 _COMPILED = tl.constexpr(not INTERPRETED)
@@ -105,9 +113,9 @@ def _swiglu_lora_backward_kernel(
     grad_a = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
     dtype = gate_up_ptr.dtype.element_ty
     begin = split * chunk
-    for start in range(0, tl.minimum(chunk, T - begin), BLOCK_T):
-        first = (begin + start).to(tl.int64)
-        in_token = row < T - begin - start
+    for start in range(begin, tl.minimum(T, begin + chunk), BLOCK_T):
+        first = tl.cast(start, tl.int64)
+        in_token = row < T - start
         mask = in_token[:, None] & in_column[None, :]
         rank_mask = in_token[:, None] & in_rank[None, :]
         gate_ptrs = gate_up_ptr + first * gate_up_stride + (row[:, None] * gate_up_stride + column[None, :])
@@ -126,7 +134,7 @@ def _swiglu_lora_backward_kernel(
         d_up = _once((dh * silu).to(dtype))
         h = _once((silu * up).to(dtype))
         d_gate_ptrs = d_gate_up_ptr + first * gate_up_stride + (row[:, None] * gate_up_stride + column[None, :])
-        in_tokens = row + start < T - begin
+        in_tokens = row + start < T
         store_mask = in_tokens[:, None] & in_column[None, :]
         tl.store(d_gate_ptrs, d_gate, mask=store_mask)
         tl.store(d_gate_ptrs + width, d_up, mask=store_mask)
@@ -151,7 +159,7 @@ def _swiglu_lora_backward_kernel(
 def runs_fused(gate_up: Tensor, rank: int) -> bool:
     """Whether `swiglu_lora_backward` is one kernel for this tensor and rank; its plain PyTorch path runs otherwise."""
     has_kernel = gate_up.element_size() == 2 or INTERPRETED
-    return rank <= MAX_RANK and has_kernel and use_mma_kernel(gate_up)
+    return rank_block(rank) in LAUNCHES and has_kernel and use_mma_kernel(gate_up)
 
 
 def swiglu_lora_backward(
@@ -197,10 +205,11 @@ def swiglu_lora_backward(
         grad_b.add_(more_b, alpha=scaling)
         grad_a.add_(more_a)
         return
-    blocks, steps = triton.cdiv(width, BLOCK_I), triton.cdiv(tokens, BLOCK_T)
+    launch = LAUNCHES[rank_block(rank)]
+    blocks, steps = triton.cdiv(width, launch.columns), triton.cdiv(tokens, launch.tokens)
     per_split = triton.cdiv(steps, min(steps, triton.cdiv(PROGRAMS_PER_SM * num_sms(dh.device), blocks)))
     splits = triton.cdiv(steps, per_split)
-    dya_partial, dya_stride, dya_block_stride = _dya_partial(dh, rank)
+    dya_partial, dya_stride, dya_block_stride = _dya_partial(dh, rank, launch.columns)
     grad_partial = empty_partial(3 * splits * rank * width, dh.device)
     _swiglu_lora_backward_kernel[(blocks, splits)](
         dh,
@@ -220,13 +229,13 @@ def swiglu_lora_backward(
         dya_block_stride,
         tokens,
         width,
-        per_split * BLOCK_T,
+        per_split * launch.tokens,
         RANK=rank,
-        BLOCK_T=BLOCK_T,
-        BLOCK_I=BLOCK_I,
+        BLOCK_T=launch.tokens,
+        BLOCK_I=launch.columns,
         BLOCK_R=rank_block(rank),
-        num_warps=WARPS,
-        num_stages=STAGES,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
         enable_fp_fusion=True,
     )
     dya_strides = (0, dya_block_stride, dya_stride)
@@ -237,16 +246,16 @@ def swiglu_lora_backward(
     sum_splits(grad_partial[2 * size :], grad_a, 1, splits, shape, 1.0, (0, width, 1), strides, accumulate=True)
 
 
-def _dya_partial(dh: Tensor, rank: int) -> tuple[Tensor, int, int]:
+def _dya_partial(dh: Tensor, rank: int, columns: int) -> tuple[Tensor, int, int]:
     """Return memory for dya's partial sums, fp32, and its strides from token to token and from block to block.
 
     A program finds room in its own columns of dh. Only widths that leave few columns to the last program, or an odd
     number, need memory apart.
     """
     (tokens, width), size = dh.shape, dh.element_size()
-    blocks = triton.cdiv(width, BLOCK_I)
-    narrowest = width - (blocks - 1) * BLOCK_I
+    blocks = triton.cdiv(width, columns)
+    narrowest = width - (blocks - 1) * columns
     aligned = all(number * size % 4 == 0 for number in (dh.storage_offset(), dh.stride(0), width))
     if aligned and 8 * rank <= narrowest * size:
-        return dh.view(torch.float32), dh.stride(0) * size // 4, BLOCK_I * size // 4
+        return dh.view(torch.float32), dh.stride(0) * size // 4, columns * size // 4
     return empty_partial(tokens * blocks * 2 * rank, dh.device), blocks * 2 * rank, 2 * rank

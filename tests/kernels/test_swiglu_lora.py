@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from finemill.kernels import swiglu_lora
 from finemill.kernels.swiglu import swiglu_backward
-from finemill.kernels.swiglu_lora import swiglu_lora_backward, swiglu_lora_backward_reference
+from finemill.kernels.swiglu_lora import _dya_partial, swiglu_lora_backward, swiglu_lora_backward_reference
 
 # tokens, width, rank: one token, one column, blocks that end early, several blocks, ranks beyond the kernel
 SHAPES = [(1, 123, 4), (5, 1, 1), (70, 256, 16), (33, 600, 16), (37, 515, 24), (40, 320, 32), (19, 96, 64)]
@@ -76,10 +75,11 @@ def test_runs_repeat_bit_for_bit_wherever_the_partial_sums_lie(shape, dtype, dev
 
 
 def test_partial_sums_lie_in_dh_where_they_fit():
-    dh = torch.zeros(8, 2 * swiglu_lora.BLOCK_I, dtype=torch.bfloat16)
-    assert swiglu_lora._dya_partial(dh, 16)[0].data_ptr() == dh.data_ptr()
-    for other, rank in ((dh, 128), (dh[:, :-1], 16), (dh[:, : swiglu_lora.BLOCK_I + 32], 16)):
-        assert swiglu_lora._dya_partial(other, rank)[0].data_ptr() != dh.data_ptr()
+    dh = torch.zeros(8, 512, dtype=torch.bfloat16)
+    for columns, rank in ((256, 16), (256, 64), (128, 32)):
+        assert _dya_partial(dh, rank, columns)[0].data_ptr() == dh.data_ptr()
+    for other, rank in ((dh, 65), (dh[:, :-1], 16), (dh[:, :300], 16)):
+        assert _dya_partial(other, rank, 256)[0].data_ptr() != dh.data_ptr()
 
 
 def test_wrong_inputs_are_refused(device):
