@@ -47,7 +47,9 @@ class Launch(NamedTuple):
 LAUNCHES = {16: Launch(16, 256, 8, 3), 32: Launch(32, 128, 8, 3)}
 """By rank, rounded up. Larger ranks run apart: their sums do not fit the registers of a program that is wide enough."""
 PROGRAMS_PER_SM = 4
-"""Programs to split the tokens for; every chunk of tokens costs a write and a read of 12 r I bytes."""
+"""Programs to split the tokens for, at most: one more would be a wave of its own."""
+MIN_CHUNK = 256
+"""Tokens of a program, at least: its sums over them are 12 r I bytes that are written and read again."""
 _COMPILED = tl.constexpr(not INTERPRETED)
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -207,7 +209,8 @@ def swiglu_lora_backward(
         return
     launch = LAUNCHES[rank_block(rank)]
     blocks, steps = triton.cdiv(width, launch.columns), triton.cdiv(tokens, launch.tokens)
-    per_split = triton.cdiv(steps, min(steps, triton.cdiv(PROGRAMS_PER_SM * num_sms(dh.device), blocks)))
+    most = max(1, PROGRAMS_PER_SM * num_sms(dh.device) // blocks)
+    per_split = max(MIN_CHUNK // launch.tokens, triton.cdiv(steps, most))
     splits = triton.cdiv(steps, per_split)
     dya_partial, dya_stride, dya_block_stride = _dya_partial(dh, rank, launch.columns)
     grad_partial = empty_partial(3 * splits * rank * width, dh.device)
