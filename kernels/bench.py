@@ -29,6 +29,7 @@ from finemill.kernels.projection import Projection
 from finemill.kernels.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_forward, qk_norm_rope_reference
 from finemill.kernels.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward, rms_norm_reference
 from finemill.kernels.swiglu import swiglu_backward, swiglu_forward, swiglu_reference
+from finemill.kernels.swiglu_lora import swiglu_lora_backward
 
 EPS = 1e-6
 Call = Callable[[], object]
@@ -291,6 +292,24 @@ def _lora(tokens: int, width: int, groups: int, rank: int) -> Iterator[Case]:
     yield Case("lora", f"lora dx {shape}", 4 * tokens * width, backward_x)
 
 
+def _swiglu_lora(tokens: int, width: int, rank: int) -> Case:
+    def build(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
+        gate_up, dh = _rand(device, dtype, tokens, 2 * width + 64), _rand(device, dtype, tokens, width)
+        gates, dya = gate_up[:, : 2 * width], gate_up[:, 2 * width : 2 * width + 2 * rank]
+        xa, dya_down = _rand(device, dtype, tokens, 2 * rank), _rand(device, dtype, tokens, rank)
+        b = _rand(device, dtype, 2 * width, 2 * rank)
+        grad_a, grad_b = (_rand(device, torch.float32, *shape) for shape in ((rank, width), (2 * width, rank)))
+
+        def apart() -> object:
+            swiglu_backward(dh, gates, out=gates, h_out=dh)
+            return dya_down.t() @ dh, torch.mm(gates, b, out=dya), gates.t() @ xa
+
+        return lambda: swiglu_lora_backward(dh, gates, xa, b, dya_down, dya, grad_a, grad_b, 2.0), apart
+
+    size = 10 * tokens * width + 10 * tokens * rank + 32 * rank * width
+    return Case("swiglu-lora", f"swiglu backward + lora {tokens} x {width}, rank {rank}", size, build)
+
+
 CASES = [
     # Qwen3-8B, and Qwen3-0.6B where its width takes another path.
     _nf4(4096, 12288),
@@ -301,6 +320,8 @@ CASES = [
     *_qk_norm_rope(4096, 32, 8, 128, norm=True),
     *_qk_norm_rope(4096, 32, 8, 64, norm=False),  # Llama-3.2-1B
     *_swiglu(4096, 12288),
+    _swiglu_lora(4096, 12288, 16),
+    _swiglu_lora(4096, 12288, 32),
     _cross_entropy(2048, 151936),
     _adamw(43646976, 32),
     _adamw(43646976, 8),

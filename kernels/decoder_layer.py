@@ -29,6 +29,7 @@ from finemill.kernels.projection import Projection
 from finemill.kernels.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_forward
 from finemill.kernels.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from finemill.kernels.swiglu import swiglu_backward, swiglu_forward
+from finemill.kernels.swiglu_lora import runs_fused, swiglu_lora_backward
 
 # T tokens, H model width, I feed-forward width, N query heads, K key and value heads, D head width
 
@@ -292,11 +293,8 @@ class DecoderLayer:
         grad_hidden = torch.empty((mid.shape[0], self.shape.intermediate), dtype=mid.dtype, device=mid.device)
         self.down.backward_output(grad_down, saved.xa_down, down_weight)
         self.down.backward_input(grad_down, down_weight, grad_hidden)
-        gates = saved.gate_up[:, : self.gate_up.out_features]
-        swiglu_backward(grad_hidden, gates, out=gates, h_out=grad_hidden)
-        self.down.backward_weight(grad_down, grad_hidden)
+        self._backward_swiglu(grad_hidden, grad_down, saved.gate_up, saved.xa_gate_up, gate_up_weight)
         del grad_hidden
-        self.gate_up.backward_output(saved.gate_up, saved.xa_gate_up, gate_up_weight)
         self.gate_up.backward_weight(saved.gate_up, saved.normed_mid[:, :width])
         saved.normed_mid = None
         grad_normed = torch.empty_like(mid)
@@ -306,6 +304,31 @@ class DecoderLayer:
         rms_norm_backward(grad_normed, mid, self.post_norm, saved.rstd_mid, residual_grad=stream, out=stream)
         saved.mid = None
         return grad
+
+    def _backward_swiglu(
+        self, grad_hidden: Tensor, grad_down: Tensor, gate_up: Tensor, xa: Tensor, gate_up_weight: Tensor
+    ) -> None:
+        """Make gate|up (T, 2I + P) its gradient with its extension, and add dA of down and dB of gate|up."""
+        first, second = self.gate_up.adapter, self.down.adapter
+        n, k, rank, ranks = self.gate_up.out_features, self.gate_up.in_features, self.down.rank, self.gate_up.rank
+        gates, width = gate_up[:, :n], self.shape.hidden
+        fits = ranks == 2 * rank and self.down.dropout is None and runs_fused(gates, rank)
+        if first is None or second is None or not fits:
+            swiglu_backward(grad_hidden, gates, out=gates, h_out=grad_hidden)
+            self.down.backward_weight(grad_down, grad_hidden)
+            self.gate_up.backward_output(gate_up, xa, gate_up_weight)
+            return
+        swiglu_lora_backward(
+            grad_hidden,
+            gates,
+            xa,
+            gate_up_weight[:n, k : k + ranks],
+            grad_down[:, width : width + rank],
+            gate_up[:, n : n + ranks],
+            second.grad_a,
+            first.grad_b,
+            first.scaling,
+        )
 
     def _backward_attention(
         self, grad: Tensor, saved: Saved, sequences: Sequences, rope: Rope, *, need_input_grad: bool

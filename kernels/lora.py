@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finemill.kernels.launch import check_rows, num_sms, use_kernel
+from finemill.kernels.split_sums import empty_partial, sum_splits
 
 # T tokens, K input width, G groups, r rank of one adapter, R = G r
 
@@ -88,7 +89,8 @@ def dropout_mask_reference(tokens: int, width: int, dropout: LoRADropout, group:
     return (halves.reshape(tokens, -1) >= dropout.threshold)[:, :width]
 
 
-def _use_kernel(tensor: Tensor) -> bool:
+def use_mma_kernel(tensor: Tensor) -> bool:
+    """Whether an op with matrix products launches its kernel: `use_kernel`, where tensor cores are there for Triton."""
     return use_kernel(tensor) and (
         not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= MMA_CAPABILITY
     )
@@ -244,38 +246,6 @@ def _lora_backward_x_kernel(
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _sum_splits_kernel(
-    partial_ptr,  # (G, splits, rows, COLUMNS)
-    out_ptr,
-    out_row_stride,
-    out_group_stride,
-    rows,
-    scale,
-    COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    group = tl.program_id(1)
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    size = rows.to(tl.int64) * COLUMNS
-    mask = element < size
-    # Eight partial sums in flight; the order of additions depends on their number alone.
-    lane = tl.arange(0, 8)
-    total = tl.zeros((8, BLOCK), tl.float32)
-    for start in range(0, SPLITS, 8):
-        split = start + lane
-        offset = (group * SPLITS + split).to(tl.int64)[:, None] * size + element[None, :]
-        total += tl.load(partial_ptr + offset, mask=(split < SPLITS)[:, None] & mask[None, :], other=0.0)
-    row = element // COLUMNS
-    target = out_ptr + group * out_group_stride + row * out_row_stride + (element - row * COLUMNS)
-    result = scale * tl.sum(total, axis=0)
-    if ACCUMULATE:
-        result += tl.load(target, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target, result.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 def lora_project(x: Tensor, a: Tensor, out: Tensor | None = None, *, dropout: LoRADropout, groups: int = 1) -> Tensor:
     """Project the dropped-out x onto the rows of stacked A's.
 
@@ -295,13 +265,13 @@ def lora_project(x: Tensor, a: Tensor, out: Tensor | None = None, *, dropout: Lo
         out = torch.empty((tokens, ranks), dtype=x.dtype, device=x.device)
     check_rows("out", out, (tokens, ranks), x.dtype)
     rank = _rank_of(ranks, groups)
-    if not _use_kernel(x):
+    if not use_mma_kernel(x):
         return out.copy_(lora_project_reference(x, a, dropout, groups))
-    block_r = _rank_block(rank)
+    block_r = rank_block(rank)
     block_k = 32 if block_r > 128 else 64
     token_tiles = triton.cdiv(tokens, BLOCK_T)
     splits = _splits(token_tiles * groups, triton.cdiv(width, block_k), x.device)
-    target = out if splits == 1 else _partial(groups * splits * tokens * rank, x.device)
+    target = out if splits == 1 else empty_partial(groups * splits * tokens * rank, x.device)
     _lora_project_kernel[(token_tiles, splits, groups)](
         x,
         a,
@@ -325,7 +295,7 @@ def lora_project(x: Tensor, a: Tensor, out: Tensor | None = None, *, dropout: Lo
         enable_fp_fusion=True,
     )
     if splits > 1:
-        _sum_splits(target, out, groups, splits, (tokens, rank), dropout.scale, (out.stride(0), rank))
+        sum_splits(target, out, groups, splits, (tokens, rank), dropout.scale, (rank, out.stride(0), 1))
     return out
 
 
@@ -351,15 +321,15 @@ def lora_backward_a(
     if not grad_a.is_contiguous():
         raise ValueError(f"grad_a has strides {grad_a.stride()}: it must be contiguous")
     rank = _rank_of(ranks, groups)
-    if not _use_kernel(x):
+    if not use_mma_kernel(x):
         parts = [part.t() @ _dropped(x, dropout, g) for g, part in enumerate(dya.float().chunk(groups, dim=1))]
         return grad_a.add_(torch.cat(parts)) if accumulate else grad_a.copy_(torch.cat(parts))
-    block_r = _rank_block(rank)
+    block_r = rank_block(rank)
     block_k = _column_block(block_r)
     tiles, blocks = triton.cdiv(width, block_k), triton.cdiv(tokens, BLOCK_T)
     per_split = triton.cdiv(blocks, _splits(tiles * groups, blocks, x.device))
     splits = triton.cdiv(blocks, per_split)
-    partial = _partial(groups * splits * rank * width, x.device)
+    partial = empty_partial(groups * splits * rank * width, x.device)
     _lora_backward_a_kernel[(tiles, splits, groups)](
         dya,
         x,
@@ -380,8 +350,8 @@ def lora_backward_a(
         num_stages=3 if block_k * BLOCK_T <= 8192 else 2,
         enable_fp_fusion=True,
     )
-    shape, strides = (rank, width), (width, rank * width)
-    _sum_splits(partial, grad_a, groups, splits, shape, dropout.scale, strides, accumulate=accumulate)
+    shape, strides = (rank, width), (rank * width, width, 1)
+    sum_splits(partial, grad_a, groups, splits, shape, dropout.scale, strides, accumulate=accumulate)
     return grad_a
 
 
@@ -402,13 +372,13 @@ def lora_backward_x(dya: Tensor, a: Tensor, dx: Tensor, dropout: LoRADropout, gr
     check_rows("a", a, (ranks, width), dya.dtype)
     check_rows("dx", dx, (tokens, width), dya.dtype)
     rank = _rank_of(ranks, groups)
-    if not _use_kernel(dx):
+    if not use_mma_kernel(dx):
         exact = dx.to(torch.promote_types(dx.dtype, torch.float32))
         for group, (left, right) in enumerate(zip(dya.chunk(groups, dim=1), a.chunk(groups), strict=True)):
             share = left.to(exact.dtype) @ right.to(exact.dtype)
             exact = exact + _dropped(share, dropout, group)
         return dx.copy_(exact)
-    block_r = _rank_block(rank)
+    block_r = rank_block(rank)
     block_k = min(128, _column_block(block_r))
     _lora_backward_x_kernel[(triton.cdiv(tokens, BLOCK_T), triton.cdiv(width, block_k))](
         dya,
@@ -435,38 +405,6 @@ def lora_backward_x(dya: Tensor, a: Tensor, dx: Tensor, dropout: LoRADropout, gr
     return dx
 
 
-def _sum_splits(
-    partial: Tensor,
-    out: Tensor,
-    groups: int,
-    splits: int,
-    shape: tuple[int, int],
-    scale: float,
-    strides: tuple[int, int],
-    *,
-    accumulate: bool = False,
-) -> None:
-    """Add partial sums (groups, splits, *shape) into `out`, whose rows and groups are `strides` apart."""
-    block = 256
-    _sum_splits_kernel[(triton.cdiv(shape[0] * shape[1], block), groups)](
-        partial,
-        out,
-        *strides,
-        shape[0],
-        scale,
-        COLUMNS=shape[1],
-        SPLITS=splits,
-        ACCUMULATE=accumulate,
-        BLOCK=block,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-
-
-def _partial(size: int, device: torch.device) -> Tensor:
-    return torch.empty(size, dtype=torch.float32, device=device)
-
-
 def _splits(programs: int, most: int, device: torch.device) -> int:
     """Ways to split a sum: eight programs for every multiprocessor, so that the last wave of them costs little."""
     return max(1, min(most, -(-8 * num_sms(device) // programs)))
@@ -483,5 +421,6 @@ def _rank_of(ranks: int, groups: int) -> int:
     return ranks // groups
 
 
-def _rank_block(rank: int) -> int:
+def rank_block(rank: int) -> int:
+    """Columns of a tile that holds `rank`: what a matrix product takes."""
     return max(16, int(triton.next_power_of_2(rank)))

@@ -31,8 +31,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 # Dynamic shared memory a block may ask for, in bytes: CUDA C++ Programming Guide, compute capabilities.
 SHARED_LIMIT = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-# Triton has no tensor-core product below this; those ops run through cuBLAS there (lora.py).
+# Triton has no tensor-core product below this; these ops run through cuBLAS there (lora.py).
 MMA_CAPABILITY = 80
+MMA_OPS = ("lora", "swiglu-lora")
 
 Usage = dict[str, dict[str, list[int]]]
 """case / kernel -> capability -> [registers a thread, bytes of shared memory, bytes of stack]."""
@@ -97,7 +98,7 @@ def measure(cases: list[Case]) -> Usage:
     table: Usage = {}
     for case in cases:
         for capability in SHARED_LIMIT:
-            if case.op == "lora" and capability < MMA_CAPABILITY:
+            if case.op in MMA_OPS and capability < MMA_CAPABILITY:
                 continue
             for name, kernel in compiled_kernels(case, capability).items():
                 table.setdefault(f"{case.name} / {name}", {})[str(capability)] = usage_of(kernel)

@@ -10,6 +10,7 @@ from finemill.kernels.nf4 import NF4Tensor, dequantize_nf4
 from finemill.kernels.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_forward
 from finemill.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from finemill.kernels.swiglu import swiglu_backward, swiglu_forward
+from finemill.kernels.swiglu_lora import swiglu_lora_backward
 
 pytestmark = pytest.mark.gpu
 WIDTH = 8192
@@ -39,6 +40,21 @@ def test_swiglu_reaches_rows_beyond_32_bit_offsets(huge):
     dh = torch.ones(ROWS, WIDTH // 2, dtype=torch.bfloat16, device="cuda")
     grad = swiglu_backward(dh[-3:], huge[-3:].clone())
     assert torch.equal(swiglu_backward(dh, huge, out=huge)[-3:], grad)
+
+
+def test_swiglu_with_lora_reaches_rows_beyond_32_bit_offsets(huge):
+    def run(gate_up: torch.Tensor) -> list[torch.Tensor]:
+        tokens, width = gate_up.shape[0], WIDTH // 2
+        dh = torch.ones(tokens, width, dtype=torch.bfloat16, device="cuda")
+        xa, dya = torch.ones(2, tokens, 32, dtype=torch.bfloat16, device="cuda")
+        b = torch.ones(WIDTH, 32, dtype=torch.bfloat16, device="cuda")
+        grad_a, grad_b = torch.zeros(16, width, device="cuda"), torch.zeros(WIDTH, 16, device="cuda")
+        swiglu_lora_backward(dh, gate_up, xa, b, xa[:, :16], dya, grad_a, grad_b, 1.0)
+        return [gate_up[-3:].clone(), dya[-3:]]
+
+    expected = run(huge[-3:].clone())
+    for last, alone in zip(run(huge), expected, strict=True):
+        assert torch.equal(last, alone)
 
 
 def test_rope_reaches_rows_beyond_32_bit_offsets(huge):

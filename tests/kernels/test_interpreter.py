@@ -10,8 +10,11 @@ import torch
 
 from finemill.kernels.launch import INTERPRETED
 
-LAYERS = "test_rank_stabilized_scaling_and_partial_targets"
-OPS = ("adamw", "cross_entropy", "lora", "nf4", "qk_norm_rope", "rms_norm", "swiglu")
+LAYERS = (
+    "test_rank_stabilized_scaling_and_partial_targets",
+    "test_loss_and_every_gradient_equal_transformers_and_peft[qwen3]",
+)
+OPS = ("adamw", "cross_entropy", "lora", "nf4", "qk_norm_rope", "rms_norm", "swiglu", "swiglu_lora")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")
@@ -20,7 +23,7 @@ OPS = ("adamw", "cross_entropy", "lora", "nf4", "qk_norm_rope", "rms_norm", "swi
 def test_kernels_pass_their_tests_in_the_interpreter():
     files = [str(Path(__file__).with_name(f"test_{op}.py")) for op in OPS]
     # The kernels between the ops: whole layers.
-    files.append(str(Path(__file__).with_name("test_accelerate.py")) + f"::{LAYERS}")
+    files += [str(Path(__file__).with_name("test_accelerate.py")) + f"::{test}" for test in LAYERS]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
