@@ -85,6 +85,7 @@ def loss_head(
         )
         if pad is not None:
             torch.mm(block, head_weight, out=normed[part])
+        del block  # or it would keep the logits
     del logits
     loss, entropy, correct = sums.sum(dim=1)
     grad = None

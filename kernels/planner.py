@@ -15,6 +15,7 @@ from itertools import product
 from finemill.kernels.attention import WORKSPACE_PER_ELEMENT
 from finemill.kernels.decoder_layer import LayerShape, Level
 from finemill.kernels.projection import PAD
+from finemill.kernels.swiglu_lora import partial_bytes
 
 CUBLAS_WORKSPACE = 64 << 20
 """What torch allocates for cuBLAS on Hopper: 32 MiB each for eager work and for captured graphs."""
@@ -281,7 +282,7 @@ class Workload:
         t = self.tensor_bytes(tokens)
         # Two inputs and a gradient of 7/8 of the rows, at most, in place of one normed tensor of all.
         gathered = 5 * t["x"] // 2 if self.masked else 0
-        return 2 * t["x"] + gathered + t["grad"] + 16 * tokens + block_bytes(2 * chunk * self.vocabulary)
+        return 2 * t["x"] + gathered + 16 * tokens + max(t["grad"], block_bytes(2 * chunk * self.vocabulary))
 
 
 @lru_cache
@@ -330,7 +331,8 @@ def _forward_bytes(t: dict[str, int]) -> dict[Level, int]:
 
 
 def _backward_bytes(work: Workload, t: dict[str, int], tokens: int) -> dict[Level, int]:
-    products = 4 * work.rank * max(4 * work.shape.intermediate, 3 * work.shape.qkv_width)
+    width = work.shape.intermediate
+    products = max(4 * work.rank * max(4 * width, 3 * work.shape.qkv_width), partial_bytes(tokens, width, work.rank))
     rotated = t["q"] + t["kv"] + t["rstd_qk"]
     saved = t["grad"] + t["x"] + t["xa"] + t["qkv"] + t["attended"] + t["state"]
     mlp = saved + t["x"] + t["normed_mid"] + t["gate_up"] + t["grad_hidden"] + products

@@ -36,18 +36,18 @@ from finemill.kernels.swiglu import swiglu_backward_reference, swiglu_reference
 
 
 class Launch(NamedTuple):
-    """What a program owns (columns) and reads at a time (tokens), its warps, and the tiles in flight."""
+    """What a program owns (columns) and reads at a time (tokens), its warps, the tiles in flight, programs per SM."""
 
     tokens: int
     columns: int
     warps: int
     stages: int
+    programs: int
 
 
-LAUNCHES = {16: Launch(16, 256, 8, 3), 32: Launch(32, 128, 8, 3)}
-"""By rank, rounded up. Larger ranks run apart: their sums do not fit the registers of a program that is wide enough."""
-PROGRAMS_PER_SM = 4
-"""Programs to split the tokens for, at most: one more would be a wave of its own."""
+LAUNCHES = {16: Launch(32, 64, 4, 3, 8), 32: Launch(32, 128, 8, 3, 4)}
+"""By rank, rounded up; measured best (results.md). Larger ranks run apart: their sums do not fit a program's registers.
+Tokens are split for `programs` on each multiprocessor at most: one more would be a wave of its own."""
 MIN_CHUNK = 256
 """Tokens of a program, at least: its sums over them are 12 r I bytes that are written and read again."""
 _COMPILED = tl.constexpr(not INTERPRETED)
@@ -208,10 +208,8 @@ def swiglu_lora_backward(
         grad_a.add_(more_a)
         return
     launch = LAUNCHES[rank_block(rank)]
-    blocks, steps = triton.cdiv(width, launch.columns), triton.cdiv(tokens, launch.tokens)
-    most = max(1, PROGRAMS_PER_SM * num_sms(dh.device) // blocks)
-    per_split = max(MIN_CHUNK // launch.tokens, triton.cdiv(steps, most))
-    splits = triton.cdiv(steps, per_split)
+    blocks = triton.cdiv(width, launch.columns)
+    splits, per_split = _splits(tokens, width, launch, num_sms(dh.device))
     dya_partial, dya_stride, dya_block_stride = _dya_partial(dh, rank, launch.columns)
     grad_partial = empty_partial(3 * splits * rank * width, dh.device)
     _swiglu_lora_backward_kernel[(blocks, splits)](
@@ -247,6 +245,20 @@ def swiglu_lora_backward(
     strides = (size, 3 * size, width)
     sum_splits(grad_partial, grad_b, 2, splits, shape, scaling, (size, 1, rank), strides, accumulate=True)
     sum_splits(grad_partial[2 * size :], grad_a, 1, splits, shape, 1.0, (0, width, 1), strides, accumulate=True)
+
+
+def partial_bytes(tokens: int, width: int, rank: int, sms: int = 132) -> int:
+    """Memory of the partial sums of dB and dA, on a card of so many multiprocessors (a Hopper card by default)."""
+    launch = LAUNCHES.get(rank_block(rank))
+    return 0 if launch is None else 12 * rank * width * _splits(tokens, width, launch, sms)[0]
+
+
+def _splits(tokens: int, width: int, launch: Launch, sms: int) -> tuple[int, int]:
+    """Return chunks of tokens, and steps of `launch.tokens` in each."""
+    steps = triton.cdiv(tokens, launch.tokens)
+    most = max(1, launch.programs * sms // triton.cdiv(width, launch.columns))
+    per_split = max(MIN_CHUNK // launch.tokens, triton.cdiv(steps, most))
+    return triton.cdiv(steps, per_split), per_split
 
 
 def _dya_partial(dh: Tensor, rank: int, columns: int) -> tuple[Tensor, int, int]:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from triton.runtime.jit import JITFunction
 
-from finemill.kernels import decoder_layer, model, projection
+from finemill.kernels import decoder_layer, model, projection, swiglu_lora
 from finemill.kernels.adamw import AdamWState
 from finemill.kernels.adapters import LoraPair
 from finemill.kernels.attention import WORKSPACE_PER_ELEMENT
@@ -110,6 +110,7 @@ def attention_backward(dout, q, k, v, out, saved, sequences, scale):
 def stand_ins(monkeypatch):
     monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: None)
     monkeypatch.setattr(decoder_layer, "attention_forward", attention_forward)
+    monkeypatch.setattr(swiglu_lora, "num_sms", lambda device: 132)
     monkeypatch.setattr(decoder_layer, "attention_backward", attention_backward)
     monkeypatch.setattr(model, "HostArena", Arena)
     tables = torch.empty(2, 1, 128, device=META)
