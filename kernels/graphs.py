@@ -38,6 +38,7 @@ class _Captured:
     batch: PackedBatch
     scale: Tensor
     result: HeadResult
+    memory: list[Tensor]
 
 
 @dataclass
@@ -112,7 +113,7 @@ class GraphRunner:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # type: ignore[arg-type]
             result = self.model.loss_and_grad(static, scale)
         self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(device))
-        return _Captured(graph, static, scale, result)
+        return _Captured(graph, static, scale, result, self.model.replaceable())
 
 
 def pad_batch(batch: PackedBatch, buckets: Buckets) -> PackedBatch:

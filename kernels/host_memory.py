@@ -60,7 +60,7 @@ class HostArena:
     """A slab of pinned memory handed out in slices, all of which are free again after `reset`."""
 
     device: torch.device
-    _slab: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    slab: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     _used: int = 0
 
     def __post_init__(self) -> None:
@@ -75,9 +75,9 @@ class HostArena:
 
         def work() -> None:
             torch.cuda.set_device(self.device)
-            self._slab = pinned_bytes(size)
+            self.slab = pinned_bytes(size)
 
-        if size > self._slab.numel() and self._growing is None:
+        if size > self.slab.numel() and self._growing is None:
             self._growing = threading.Thread(target=work, daemon=True)
             self._growing.start()
 
@@ -86,9 +86,9 @@ class HostArena:
         if self._growing is not None:
             self._growing.join()
             self._growing = None
-        if size > self._slab.numel():
+        if size > self.slab.numel():
             torch.cuda.synchronize(self.device)
-            self._slab = pinned_bytes(size)
+            self.slab = pinned_bytes(size)
 
     def reset(self) -> None:
         """Forget all slices: nothing parked before may be fetched after."""
@@ -107,9 +107,9 @@ class HostArena:
         with torch.cuda.stream(self.to_host):
             for tensor in tensors:
                 size = tensor.untyped_storage().nbytes()
-                host = self._slab[self._used : self._used + size]
+                host = self.slab[self._used : self._used + size]
                 if host.numel() < size:
-                    raise MemoryError(f"host arena of {self._slab.numel()} bytes is full")
+                    raise MemoryError(f"host arena of {self.slab.numel()} bytes is full")
                 self._used += -(-size // ALIGNMENT) * ALIGNMENT
                 flat = torch.empty(0, dtype=torch.uint8, device=self.device).set_(tensor.untyped_storage())
                 host.copy_(flat, non_blocking=True)

@@ -133,6 +133,10 @@ class FastModel:
             for group in layer.projections:
                 group.weights = [next(views) for _ in group.weights]
 
+    def replaceable(self) -> list[Tensor]:
+        """Memory that a longer batch may replace: a captured graph keeps what it was captured with."""
+        return [*(self._tables or ()), *([] if self.arena is None else [self.arena.slab])]
+
     def refresh_adapters(self) -> None:
         """Copy the adapters into the kept extended weights: once after every optimizer step."""
         for layer in self.layers:

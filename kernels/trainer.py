@@ -60,8 +60,9 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self._runner: GraphRunner | None = None
         self._prepared: list[PackedBatch] = []
         self._sums: Tensor | None = None
-        self._pending = self._labels = self._tokens = 0
+        self._labels = self._tokens = 0
         """Of the step at hand, in this process."""
+        self._begun = True
         if self.acceleration.engine is None:
             return
         self._plan = self._make_plan(memory_gb)
@@ -137,7 +138,7 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """Fetch an optimizer step's micro-batches and pack them, while the device still works on the step before."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.fast:
-            self._pending = len(samples)
+            self._begun = False
             if unknown := {name for batch in samples for name in batch} - _COLUMNS:
                 raise ValueError(f"batches hold {', '.join(sorted(unknown))}: train with SFTTrainer")
             sequences = [
@@ -154,18 +155,19 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return samples, num_items
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Run the whole optimizer step's forward and backward on its last micro-batch, nothing on the others.
+        """Run the whole optimizer step's forward and backward on its first micro-batch, nothing on the others.
 
-        Returns: the step's loss on its last micro-batch, zero before.
+        The device then computes while the host goes through the rest of the trainer's loop.
+        Returns: the step's loss on its first micro-batch, zero after it.
         """
         if not self.fast:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
         engine = self.acceleration.engine
         assert engine is not None
         model.train()
-        self._pending -= 1
-        if self._pending:
+        if self._begun:
             return torch.zeros((), device=engine.device)
+        self._begun = True
         if self._flat_optimizer is None:
             engine.adapters.attach_grads()
         scale = 1.0 / max(1, self._labels)

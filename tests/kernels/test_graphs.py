@@ -63,3 +63,8 @@ def test_a_graph_gives_bitwise_the_eager_gradient(tmp_path, monkeypatch):
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(gradient(runner), eager, strict=True))
     assert runner.num_graphs == 1
+    # A longer row replaces the rotary tables, not those of the graph.
+    row = torch.randint(1, 50, (1, 2500))
+    runner.loss_and_grad(pad_batch(pack_rows(row, row), runner.buckets).to(device), 0.1)
+    torch.cuda.empty_cache()
+    assert all(torch.equal(a, b) for a, b in zip(gradient(runner), eager, strict=True))
