@@ -20,7 +20,8 @@ from finemill.kernels.host_memory import gather_rows, pin
 from finemill.kernels.model import FastModel, LayerParts, ModelLoss, assemble_model
 from finemill.kernels.nf4 import NF4Tensor
 from finemill.kernels.packing import pack_rows, splittable
-from finemill.kernels.planner import Plan, Workload
+from finemill.kernels.planner import Plan
+from finemill.kernels.workload import Workload
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,9 @@ from finemill.kernels.host_memory import HostArena
 from finemill.kernels.load import LoraSettings, load_model
 from finemill.kernels.optimizer import FlatAdamW
 from finemill.kernels.packing import pack_rows
-from finemill.kernels.planner import Plan, Workload, launch_bound, plan_step, rates_of
+from finemill.kernels.planner import Plan, launch_bound, plan_step
+from finemill.kernels.rates import rates_of
+from finemill.kernels.workload import Workload
 
 
 def main(argv: list[str]) -> int:

@@ -11,7 +11,9 @@ from typing import Any
 
 from finemill.kernels.bench_data import SHAPES
 from finemill.kernels.decoder_layer import LayerShape
-from finemill.kernels.planner import RATES, Plan, Workload, plan_step
+from finemill.kernels.planner import Plan, plan_step, workload_under
+from finemill.kernels.rates import RATES
+from finemill.kernels.workload import Workload
 
 DEFAULT_MEMORY_GB = 80.0
 
@@ -111,7 +113,7 @@ def summarize(work: Workload, plan: Plan) -> dict[str, Any]:
     hosts = [level.name.lower() for level in plan.host_levels if level is not None]
     return {
         "peak_gb": round(plan.peak / 2**30, 2),
-        "static_gb": round(work.under(plan).static_bytes() / 2**30, 2),
+        "static_gb": round(workload_under(work, plan).static_bytes() / 2**30, 2),
         "tokens_per_s": round(work.tokens / plan.seconds),
         "step_s": round(plan.seconds, 3),
         "micro_batch_tokens": plan.micro_batch,

@@ -1,10 +1,10 @@
 """Decide what fits: recompute level per layer, host or device, kept weights, loss-head chunk, micro-batch size.
 
-All sizes are bytes. The planner predicts the peak of `torch.cuda.max_memory_allocated` from tensor shapes and picks the
-plan with the least predicted time under a budget. What can be bought with memory, per layer: keeping more of the
-forward (decoder_layer.Level) instead of recomputing it, and keeping decoded weights instead of decoding NF4 again.
-Kept tensors go to host memory as far as the bus can take them during the forward, to device memory beyond that; larger
-micro-batches decode less often. Predictions follow results.md and are checked against measurements there.
+The planner predicts the peak of allocated device memory (workload.py) and the time (rates.py) of many plans, and picks
+the one with the least time under a budget. What can be bought with memory, per layer: keeping more of the forward
+(decoder_layer.Level) instead of recomputing it, and keeping decoded weights instead of decoding NF4 again. Kept tensors
+go to host memory as far as the bus can take them during the forward, to device memory beyond that; larger micro-batches
+decode less often.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,17 +12,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 
-from finemill.kernels.attention import WORKSPACE_PER_ELEMENT
-from finemill.kernels.decoder_layer import LayerShape, Level
-from finemill.kernels.projection import PAD
-from finemill.kernels.swiglu_lora import partial_bytes
-
-CUBLAS_WORKSPACE = 64 << 20
-"""What torch allocates for cuBLAS on Hopper: 32 MiB each for eager work and for captured graphs."""
-SMALL_TENSORS = 8 << 20
-"""Code tables, rotary tables, the batch and its sums, scalars."""
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Per weight: code, double-quantized scale, nested scale."""
+from finemill.kernels.decoder_layer import Level
+from finemill.kernels.rates import Rates, layer_seconds
+from finemill.kernels.workload import NF4_BYTES, OPTIMIZER_BYTES, LayerBytes, Workload, layer_bytes
 
 HEAD_BYTES = 160 << 20
 """Logits of 512 rows of Qwen3's vocabulary: below that the head's products lose more than the memory is worth."""
@@ -33,31 +25,11 @@ PARKED_SHARES = (0.5, 0.75, 1.0)
 IN_FLIGHT = (1, 2)
 """Parked layers that may still be on their way out. With two, a copy longer than a layer's forward may be followed by a
 shorter one, for the memory of one more."""
-DIAGONAL = 256
-"""Keys a query that attention computes in vain, in the tiles on the diagonal of the scores."""
-FORWARD_KERNELS, BACKWARD_KERNELS = 20, 30
-"""Of a layer."""
-KERNEL_SECONDS = 6e-6
-"""What a kernel costs beside its bytes and operations: start, tail, and too few programs to fill the card."""
 LAUNCH_SECONDS = 5e-3
 """A layer's forward or backward takes the host about 2 ms to launch on a slow machine (results.md)."""
-OPTIMIZER_BYTES = (8.0, 2.0 + 8 / 256)
-"""Both moments of an adapter element in fp32, and in 8 bits with an fp32 scale per 256."""
-
-
 HostLevels = tuple[Level | None, ...]
 Parking = tuple[HostLevels, int]
 """Parked level per layer, layers in flight."""
-
-
-def block_bytes(size: int) -> int:
-    """What torch's allocator counts for a tensor of its own: a rest of up to 1 MiB of its 2 MiB pages is not split off.
-
-    This is 2 MiB for each kept decoded layer of Qwen3; smaller tensors and reused memory are split to 512 bytes.
-    """
-    size = -(-size // 512) * 512
-    rest = -size % (2 << 20)
-    return size + rest if size >= 10 << 20 and rest <= 1 << 20 else size
 
 
 @dataclass(frozen=True)
@@ -103,243 +75,14 @@ class Plan:
         return sum(self.bytes_per_token[level] * tokens + slack for level in self.host_levels if level is not None)
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What a card does per second, sustained; the defaults are an H200's (results.md).
-
-    Args:
-        flops: of matrix products, at the card's power limit.
-        attention_forward: operations of attention, of long rows.
-        attention_backward: likewise, in the deterministic mode.
-        bytes: of elementwise kernels and skinny products, 7/8 of what a copy reads and writes.
-        bus_bytes: to or from the host.
-        shared_bus_bytes: each way, both at once.
-    """
-
-    flops: float = 710e12
-    attention_forward: float = 560e12
-    attention_backward: float = 370e12
-    bytes: float = 3.65e12
-    bus_bytes: float = 54e9
-    shared_bus_bytes: float = 47e9
-
-
-RATES = {"h100": Rates(bytes=2.6e12), "h200": Rates()}
-
-
-def rates_of(gpu: str) -> Rates:
-    """Find the rates of a card by the name CUDA gives it; an H200's for an unknown one."""
-    return next((rates for name, rates in RATES.items() if name in gpu.lower()), Rates())
-
-
-@dataclass(frozen=True)
-class LayerBytes:
-    """Device memory of one layer in a micro-batch, by the level it keeps.
-
-    Args:
-        x: one tensor of the residual stream.
-        saved: what waits for the backward.
-        parkable: the part of `saved` that can be parked.
-        forward: peak of the forward, inputs apart.
-        backward: peak of the backward, its own saved tensors and both gradients included.
-    """
-
-    x: int
-    saved: dict[Level, int]
-    parkable: dict[Level, int]
-    forward: dict[Level, int]
-    backward: dict[Level, int]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A model and a step, as far as memory and time depend on them.
-
-    Args:
-        shape: widths of a layer.
-        num_layers: how many.
-        vocabulary: rows of the head.
-        tied: head and embedding are one tensor.
-        rank: LoRA rank of each of the seven linear layers.
-        quantized: NF4 base, else 16-bit.
-        tokens: per optimizer step.
-        row: tokens per row; micro-batches are whole rows.
-        masked: whether an eighth of the tokens or more may have no label, so that the head gathers the others.
-        optimizer_bytes: per adapter parameter, states only.
-        embedding_on_host: whether the embedding lives in host memory.
-        stream_weights: whether NF4 weights visit the device two layers at a time.
-    """
-
-    shape: LayerShape
-    num_layers: int
-    vocabulary: int
-    tied: bool
-    rank: int
-    quantized: bool
-    tokens: int
-    row: int
-    masked: bool = False
-    optimizer_bytes: float = 8.0
-    embedding_on_host: bool = False
-    stream_weights: bool = False
-
-    def under(self, plan: Plan) -> "Workload":
-        """The workload with weights, embedding and moments where a plan has them."""
-        return replace(
-            self,
-            optimizer_bytes=OPTIMIZER_BYTES[plan.eight_bit],
-            embedding_on_host=plan.embedding_on_host,
-            stream_weights=plan.stream_weights,
-        )
-
-    @property
-    def layer_weights(self) -> int:
-        """Elements of a layer's seven matrices."""
-        s = self.shape
-        return s.hidden * (s.qkv_width + s.q_width + 3 * s.intermediate)
-
-    @property
-    def nf4_bytes(self) -> int:
-        """Of a layer's seven quantized matrices."""
-        s = self.shape
-        kv = s.num_kv_heads * s.head_dim
-        outputs = (s.q_width, kv, kv, s.q_width, s.intermediate, s.intermediate, s.intermediate)
-        codes = sum(block_bytes(n * s.hidden // 2) for n in outputs)
-        return codes + int(self.layer_weights * (NF4_BYTES - 0.5))
-
-    @property
-    def pads(self) -> tuple[int, ...]:
-        """Spare columns of qkv, o, gate-up and down."""
-        return tuple(-(-members * self.rank // PAD) * PAD for members in (3, 1, 2, 1))
-
-    @property
-    def extended_bytes(self) -> int:
-        """Of a layer's four extended 16-bit weights."""
-        s = self.shape
-        outputs = (s.qkv_width, s.hidden, 2 * s.intermediate, s.hidden)
-        inputs = (s.hidden, s.q_width, s.hidden, s.intermediate)
-        return sum(block_bytes(2 * (n + pad) * (k + pad)) for n, k, pad in zip(outputs, inputs, self.pads, strict=True))
-
-    @property
-    def adapter_elements(self) -> int:
-        """Of all LoRA matrices."""
-        s = self.shape
-        outputs = s.qkv_width + s.hidden + 2 * s.intermediate + s.hidden
-        inputs = 3 * s.hidden + s.q_width + 2 * s.hidden + s.intermediate
-        return self.rank * (outputs + inputs) * self.num_layers
-
-    def static_bytes(self) -> int:
-        """Weights, adapters, gradient and optimizer states."""
-        s = self.shape
-        table = 2 * self.vocabulary * s.hidden
-        tables = table * (1 if self.tied or self.embedding_on_host else 2)
-        layers = 2 if self.stream_weights else self.num_layers
-        base = layers * (self.nf4_bytes if self.quantized else self.extended_bytes)
-        norms = 2 * self.num_layers * (2 * s.hidden + 2 * s.head_dim)
-        adapters = int(self.adapter_elements * (8 + self.optimizer_bytes))
-        return tables + base + norms + adapters + CUBLAS_WORKSPACE + SMALL_TENSORS
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """Bytes per token of what a layer computes, under the names of decoder_layer.py."""
-        s, (qkv_pad, o_pad, gate_up_pad, down_pad) = self.shape, self.pads
-        return {
-            "x": 2 * s.hidden,
-            "xa": 2 * 7 * self.rank,
-            "normed_in": 2 * (s.hidden + qkv_pad),
-            "qkv": 2 * (s.qkv_width + qkv_pad),
-            "q": 2 * s.q_width,
-            "kv": 2 * s.num_kv_heads * s.head_dim,
-            "rstd_qk": 4 * (s.num_heads + s.num_kv_heads),
-            "attended": 2 * (s.q_width + o_pad),
-            "state": 4 * s.num_heads,
-            "normed_mid": 2 * (s.hidden + gate_up_pad),
-            "gate_up": 2 * (2 * s.intermediate + gate_up_pad),
-            "hidden": 2 * (s.intermediate + down_pad),
-            "grad_hidden": 2 * s.intermediate,
-            "grad": 2 * (s.hidden + max(o_pad, down_pad)),
-            "rstd": 4,
-        }
-
-    def tensor_bytes(self, tokens: int) -> dict[str, int]:
-        """Device memory of what a layer computes."""
-        return {name: block_bytes(width * tokens) for name, width in self.widths.items()}
-
-    def host_bytes_per_token(self) -> dict[Level, int]:
-        """Host memory that a parked layer takes."""
-        return _parkable(self.widths)
-
-    def attention_workspace(self, tokens: int) -> int:
-        """Of cuDNN's deterministic backward: the scores' gradient and an fp32 dq of one group of heads."""
-        s = self.shape
-        one_key_head = 2 * tokens * self.row * (s.num_heads // s.num_kv_heads)
-        limit = max(1, WORKSPACE_PER_ELEMENT * tokens * s.q_width // one_key_head)
-        step = max(n for n in range(1, s.num_kv_heads + 1) if s.num_kv_heads % n == 0 and n <= limit)
-        return step * (one_key_head + 4 * tokens * s.q_width // s.num_kv_heads)
-
-    def head_bytes(self, tokens: int, chunk: int) -> int:
-        """Peak of the loss head, its first input apart."""
-        t = self.tensor_bytes(tokens)
-        # Two inputs and a gradient of 7/8 of the rows, at most, in place of one normed tensor of all.
-        gathered = 5 * t["x"] // 2 if self.masked else 0
-        return 2 * t["x"] + gathered + 16 * tokens + max(t["grad"], block_bytes(2 * chunk * self.vocabulary))
-
-
-@lru_cache
-def layer_bytes(work: Workload, tokens: int) -> LayerBytes:
-    """Device memory of one layer in a micro-batch."""
-    t = work.tensor_bytes(tokens)
-    rest = {Level.INPUT: t["xa"], Level.ATTENTION: t["state"], Level.ALL: t["rstd_qk"] + 2 * t["rstd"]}
-    parkable, kept = _parkable(t), _by_level(rest)
-    saved = {level: parkable[level] + kept[level] for level in Level}
-    return LayerBytes(t["x"], saved, parkable, _forward_bytes(t), _backward_bytes(work, t, tokens))
-
-
-def _by_level(steps: dict[Level, int]) -> dict[Level, int]:
-    """Sum up what each level adds to the one before."""
-    return {level: sum(size for step, size in steps.items() if step <= level) for level in Level}
-
-
-def _parkable(t: dict[str, int]) -> dict[Level, int]:
-    """What `Saved.large` names, without the adapters' products and the attention's state."""
-    return _by_level(
-        {
-            Level.INPUT: t["x"],
-            Level.ATTENTION: t["qkv"] + t["attended"] + t["x"],
-            Level.GATE_UP: t["gate_up"],
-            Level.ALL: t["q"] + t["kv"] + t["normed_in"] + t["normed_mid"],
-        }
+def workload_under(work: Workload, plan: Plan) -> Workload:
+    """The workload with weights, embedding and moments where a plan has them."""
+    return replace(
+        work,
+        optimizer_bytes=OPTIMIZER_BYTES[plan.eight_bit],
+        embedding_on_host=plan.embedding_on_host,
+        stream_weights=plan.stream_weights,
     )
-
-
-def _forward_bytes(t: dict[str, int]) -> dict[Level, int]:
-    stream = 2 * t["x"] + t["xa"]  # total and mid
-    attention = t["qkv"] + t["attended"] + t["state"]
-    early = t["normed_in"] + t["q"] + t["kv"] + t["rstd_qk"]
-    peaks = {}
-    for level in Level:
-        kept = stream + (attention if level >= Level.ATTENTION else 0) + (early if level == Level.ALL else 0)
-        normed_mid = t["normed_mid"] if level == Level.ALL else 0
-        gate_up = t["gate_up"] if level >= Level.GATE_UP else 0
-        peaks[level] = max(
-            stream + attention + early,
-            kept + t["normed_mid"] + t["gate_up"],
-            kept + normed_mid + t["gate_up"] + t["hidden"],
-            kept + normed_mid + gate_up + t["hidden"] + t["x"],
-        )
-    return peaks
-
-
-def _backward_bytes(work: Workload, t: dict[str, int], tokens: int) -> dict[Level, int]:
-    width = work.shape.intermediate
-    products = max(4 * work.rank * max(4 * width, 3 * work.shape.qkv_width), partial_bytes(tokens, width, work.rank))
-    rotated = t["q"] + t["kv"] + t["rstd_qk"]
-    saved = t["grad"] + t["x"] + t["xa"] + t["qkv"] + t["attended"] + t["state"]
-    mlp = saved + t["x"] + t["normed_mid"] + t["gate_up"] + t["grad_hidden"] + products
-    attention = saved + rotated + 2 * (t["q"] + t["kv"]) + work.attention_workspace(tokens)
-    # An attention that was recomputed leaves as much as one of which all was kept.
-    early = {Level.INPUT: t["normed_in"], Level.ALL: t["normed_in"]}
-    return {level: max(mlp + (rotated if level in early else 0), attention) + early.get(level, 0) for level in Level}
 
 
 def peak_bytes(work: Workload, plan: Plan) -> int:
@@ -382,44 +125,6 @@ def _beside(sizes: LayerBytes, plan: Plan, levels: Sequence[Level]) -> Iterator[
         # The next layer's inputs: the MLP's output, and mid unless it is counted among what is kept or leaving.
         inputs = sizes.x if level >= Level.ATTENTION else 2 * sizes.x
     yield kept + inputs - sizes.x, 0
-
-
-@dataclass(frozen=True)
-class LayerSeconds:
-    """Predicted times of one layer: its forward, and its backward, recompute included, by the level it kept."""
-
-    forward: float
-    backward: dict[Level, float]
-
-
-@lru_cache
-def layer_seconds(work: Workload, rates: Rates, tokens: int, *, cached: bool) -> LayerSeconds:
-    """Predict one layer's passes: matrix products, attention, what the elementwise kernels move, NF4 decode."""
-    s, w = work.shape, work.widths
-
-    def moving(width: int) -> float:
-        return tokens * width / rates.bytes
-
-    matmul = 2 * tokens * s.hidden / rates.flops
-    scores = 2 * tokens * (work.row + DIAGONAL) * s.q_width
-    attention, attention_back = scores / rates.attention_forward, 2.5 * scores / rates.attention_backward
-    decode = 0.0 if cached or not work.quantized else work.layer_weights * 2.6 / rates.bytes
-    products = matmul * (s.qkv_width + s.q_width + 3 * s.intermediate)
-    rotate = 2 * (w["q"] + w["kv"])
-    inputs = 2 * w["x"] + w["q"] + w["grad_hidden"]  # of the adapters: read once forward, once for dA
-    outputs = w["qkv"] + 2 * w["x"] + w["gate_up"]  # their gradients: read for dB and for dy B
-    forward = moving(8 * w["x"] + rotate + 3 * w["grad_hidden"] + inputs)
-    backward = moving(8 * w["x"] + 3 * w["qkv"] + 6 * w["grad_hidden"] + inputs + 2 * outputs)
-    again = {
-        Level.INPUT: matmul * (s.qkv_width + s.q_width) + attention + moving(3 * w["x"]) + decode / 3,
-        Level.ATTENTION: matmul * 2 * s.intermediate,
-        Level.GATE_UP: moving(4 * w["x"] + rotate),
-    }
-    backward += products + attention_back + decode + BACKWARD_KERNELS * KERNEL_SECONDS
-    return LayerSeconds(
-        products + attention + forward + decode + FORWARD_KERNELS * KERNEL_SECONDS,
-        {level: backward + sum(cost for step, cost in again.items() if step >= level) for level in Level},
-    )
 
 
 def step_seconds(work: Workload, rates: Rates, plan: Plan) -> float:

@@ -29,7 +29,8 @@ from finemill.kernels.graphs import Buckets, GraphRunner, pad_batch
 from finemill.kernels.loss_head import HeadResult
 from finemill.kernels.optimizer import FlatAdamW
 from finemill.kernels.packing import IGNORE_INDEX, PackedBatch, pack_budget, split_rows
-from finemill.kernels.planner import Plan, launch_bound, plan_step, rates_of
+from finemill.kernels.planner import Plan, launch_bound, plan_step
+from finemill.kernels.rates import rates_of
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from finemill.kernels.decoder_layer import Level, Rope
 from finemill.kernels.estimate import workload
 from finemill.kernels.nf4 import NF4Tensor
 from finemill.kernels.packing import PackedBatch, Sequences
-from finemill.kernels.planner import CUBLAS_WORKSPACE, Plan, block_bytes, peak_bytes, plan_step
+from finemill.kernels.planner import Plan, peak_bytes, plan_step, workload_under
+from finemill.kernels.workload import CUBLAS_WORKSPACE, block_bytes
 
 GIB = 1 << 30
 META = torch.device("meta")
@@ -173,7 +174,7 @@ def simulated_peak(work, plan: Plan) -> int:
 
 
 def check(work, plan: Plan) -> None:
-    work = work.under(plan)
+    work = workload_under(work, plan)
     predicted, allocated = peak_bytes(work, plan), simulated_peak(work, plan)
     assert allocated <= predicted <= 1.01 * allocated
 
