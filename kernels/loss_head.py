@@ -75,7 +75,7 @@ def loss_head(
     total, normed, rstd = add_rms_norm_forward(x, delta, norm_weight, eps, sum_out=delta)
     num_rows, vocabulary = total.shape[0], head_weight.shape[0]
     sums = torch.zeros((3, max(1, num_rows)), dtype=torch.float32, device=x.device)
-    logits = torch.empty((min(chunk, num_rows), vocabulary), dtype=x.dtype, device=x.device)
+    logits = block = torch.empty((min(chunk, num_rows), vocabulary), dtype=x.dtype, device=x.device)
     for begin in range(0, num_rows, chunk):
         part = slice(begin, min(begin + chunk, num_rows))
         block = logits[: part.stop - begin]
@@ -85,8 +85,7 @@ def loss_head(
         )
         if pad is not None:
             torch.mm(block, head_weight, out=normed[part])
-        del block  # or it would keep the logits
-    del logits
+    del logits, block
     loss, entropy, correct = sums.sum(dim=1)
     grad = None
     if pad is not None:

@@ -122,12 +122,18 @@ def pack_sequences(sequences: Sequence[tuple[Tensor, Tensor]]) -> PackedBatch:
 
 
 def length_classes(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-    """Cut sequences in order of falling length into runs whose bounds differ by factors of two; () in another order."""
+    """Cut sequences in order of falling length into runs within factors of two; () in another order.
+
+    Bounds are the powers of two up to 1024, so that few kernels are compiled, and eighths of one beyond: the memory of
+    attention's backward grows with their square.
+    """
     if any(left < right for left, right in pairwise(lengths)):
         return ()
-    bounds = [max(SHORTEST_CLASS, 1 << (length - 1).bit_length()) for length in lengths]
-    ends = [index + 1 for index in range(len(bounds)) if index + 1 == len(bounds) or bounds[index] != bounds[index + 1]]
-    return tuple((first, end, bounds[first]) for first, end in pairwise([0, *ends]))
+    powers = [max(SHORTEST_CLASS, 1 << (length - 1).bit_length()) for length in lengths]
+    starts = [index for index, power in enumerate(powers) if index == 0 or power != powers[index - 1]]
+    steps = [powers[first] if powers[first] <= 1024 else powers[first] // 8 for first in starts]
+    bounds = [-(-max(1, lengths[first]) // step) * step for first, step in zip(starts, steps, strict=True)]
+    return tuple(zip(starts, [*starts[1:], len(lengths)], bounds, strict=True))
 
 
 def shift_labels(labels: Tensor) -> Tensor:

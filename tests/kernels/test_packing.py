@@ -74,7 +74,9 @@ def test_budget_batches_hold_every_sequence_once_within_the_budget():
 
 
 def test_sequences_in_order_of_length_fall_into_classes():
-    assert length_classes([1500, 1024, 600, 256, 3]) == ((0, 1, 2048), (1, 3, 1024), (3, 5, 256))
+    assert length_classes([1500, 1100, 1024, 600, 256, 3]) == ((0, 2, 1536), (2, 4, 1024), (4, 6, 256))
+    assert length_classes([16500, 9000]) == ((0, 1, 20480), (1, 2, 10240))
+    assert length_classes([300, 0]) == ((0, 1, 512), (1, 2, 256))
     assert length_classes([7]) == ((0, 1, 256),)
     assert length_classes([3, 1500]) == ()
 
