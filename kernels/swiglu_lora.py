@@ -46,7 +46,7 @@ class Launch(NamedTuple):
 
 
 LAUNCHES = {16: Launch(32, 64, 4, 3, 8), 32: Launch(32, 128, 8, 3, 4)}
-"""By rank, rounded up; measured best (results.md). Larger ranks run apart: their sums do not fit a program's registers.
+"""By rank, rounded up; rank 16's was measured (results.md). Larger ranks run apart: their sums do not fit registers.
 Tokens are split for `programs` on each multiprocessor at most: one more would be a wave of its own."""
 MIN_CHUNK = 256
 """Tokens of a program, at least: its sums over them are 12 r I bytes that are written and read again."""
