@@ -45,8 +45,8 @@ class Launch(NamedTuple):
     programs: int
 
 
-LAUNCHES = {16: Launch(32, 64, 4, 3, 8), 32: Launch(32, 128, 8, 3, 4)}
-"""By rank, rounded up; rank 16's was measured (results.md). Larger ranks run apart: their sums do not fit registers.
+LAUNCHES = {16: Launch(32, 64, 4, 3, 8)}
+"""By rank, rounded up, as measured (results.md). Other ranks run apart: their sums take registers and traffic.
 Tokens are split for `programs` on each multiprocessor at most: one more would be a wave of its own."""
 MIN_CHUNK = 256
 """Tokens of a program, at least: its sums over them are 12 r I bytes that are written and read again."""
