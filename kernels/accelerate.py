@@ -159,12 +159,13 @@ def workload_of(engine: FastModel, *, tokens: int, row: int) -> Workload:
         row: longest sequence.
     """
     layer = engine.layers[0]
+    groups = [group for layer in engine.layers for group in layer.projections]
     return Workload(
         shape=layer.shape,
         num_layers=len(engine.layers),
         vocabulary=engine.head.shape[0],
         tied=engine.head.data_ptr() == engine.embedding.data_ptr(),
-        rank=max((group.rank // len(group.weights) for group in layer.projections), default=0),
+        rank=max(group.rank // len(group.weights) for group in groups),
         quantized=layer.qkv.scratch is not None,
         tokens=tokens,
         row=row,

@@ -1,7 +1,7 @@
 """Tensors kept in pinned host memory between uses: saved activations, NF4 weights, the embedding.
 
-Copies run on two side streams, one per direction, beside the computation (55 GB/s each way on an H200's host, without
-slowing its GEMMs; results.md). Order between streams is by events only, and a tensor's device memory is released a
+Copies run on two side streams, one per direction, beside the computation (54 GB/s one way, 46 each way at once,
+without slowing GEMMs; results.md). Order between streams is by events only, and a tensor's device memory is released a
 known number of layers later, so that memory use repeats exactly and everything can be captured in a CUDA graph.
 """
 
@@ -69,16 +69,18 @@ class HostArena:
         self.to_device = torch.cuda.Stream(self.device)
         self._in_flight: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
         self._growing: threading.Thread | None = None
+        self._grown: Tensor | None = None
 
     def grow(self, size: int) -> None:
         """Begin to make the slab at least `size` bytes, in a thread: page-locking a GB takes 0.3 s or more."""
 
         def work() -> None:
-            torch.cuda.set_device(self.device)
-            self.slab = pinned_bytes(size)
+            with torch.cuda.device(self.device):
+                self._grown = pinned_bytes(size)
 
         if size > self.slab.numel() and self._growing is None:
-            self._growing = threading.Thread(target=work, daemon=True)
+            # Not a daemon: an interpreter that ends meanwhile would abort.
+            self._growing = threading.Thread(target=work)
             self._growing.start()
 
     def reserve(self, size: int) -> None:
@@ -86,9 +88,10 @@ class HostArena:
         if self._growing is not None:
             self._growing.join()
             self._growing = None
-        if size > self.slab.numel():
+        grown, self._grown = self._grown, None
+        if size > self.slab.numel() or grown is not None:
             torch.cuda.synchronize(self.device)
-            self.slab = pinned_bytes(size)
+            self.slab = grown if grown is not None and grown.numel() >= size else pinned_bytes(size)
 
     def reset(self) -> None:
         """Forget all slices: nothing parked before may be fetched after."""

@@ -6,7 +6,7 @@
 Labelled rows are gathered, then walked in chunks: one GEMM writes a chunk's logits, the cross-entropy kernel turns them
 into their gradient in place, a second GEMM turns that into dn in the memory of n. The head is frozen, so the gradient
 is made in the forward and nothing of size V survives a chunk. Chunks have at least 512 rows where memory allows: the
-head's arithmetic intensity equals the chunk length (results.md has the GEMM rates by chunk).
+head's arithmetic intensity equals the chunk length.
 
 Shapes: x, delta (T, H); Wh (V, H); labels (T,); loss a scalar. Rounding as in transformers: logits in the compute
 dtype, softmax in fp32, gradient of the logits in the compute dtype.

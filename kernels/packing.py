@@ -127,7 +127,7 @@ def length_classes(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
     Bounds are the powers of two up to 1024, so that few kernels are compiled, and eighths of one beyond: the memory of
     attention's backward grows with their square.
     """
-    if any(left < right for left, right in pairwise(lengths)):
+    if not lengths or any(left < right for left, right in pairwise(lengths)):
         return ()
     powers = [max(SHORTEST_CLASS, 1 << (length - 1).bit_length()) for length in lengths]
     starts = [index for index, power in enumerate(powers) if index == 0 or power != powers[index - 1]]

@@ -26,7 +26,7 @@ IN_FLIGHT = (1, 2)
 """Parked layers that may still be on their way out. With two, a copy longer than a layer's forward may be followed by a
 shorter one, for the memory of one more."""
 LAUNCH_SECONDS = 5e-3
-"""A layer's forward or backward takes the host about 2 ms to launch on a slow machine (results.md)."""
+"""A layer's forward or backward is up to 100 launches, 2 ms on a slow host (17 to 20 us each; results.md)."""
 HostLevels = tuple[Level | None, ...]
 Parking = tuple[HostLevels, int]
 """Parked level per layer, layers in flight."""
@@ -86,7 +86,7 @@ def workload_under(work: Workload, plan: Plan) -> Workload:
 
 
 def peak_bytes(work: Workload, plan: Plan) -> int:
-    """Predict the peak of allocated device memory of a step; `work` is what `under` made of it for the plan.
+    """Predict the peak of allocated device memory of a step; `work` is what `workload_under` made of it for the plan.
 
     The peak is the largest of these moments: each layer's forward, behind the layers before it; the head, with all
     saved tensors on the device that are not parked; each layer's backward, when only the layers before it hold theirs.

@@ -24,13 +24,14 @@ from torch import Tensor
 from trl import SFTTrainer
 
 from finemill.kernels.accelerate import Acceleration, accelerate_model, adopt_plan, leave_unchanged, workload_of
-from finemill.kernels.attention import fitting_backend
+from finemill.kernels.attention import fitting_backend, padded_scores
 from finemill.kernels.graphs import Buckets, GraphRunner, pad_batch
 from finemill.kernels.loss_head import HeadResult
 from finemill.kernels.optimizer import FlatAdamW
 from finemill.kernels.packing import IGNORE_INDEX, PackedBatch, pack_budget, split_rows
 from finemill.kernels.planner import Plan, launch_bound, plan_step
 from finemill.kernels.rates import rates_of
+from finemill.kernels.workload import PADDED_ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -204,12 +205,25 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def _send(self, batch: PackedBatch) -> PackedBatch:
         engine = self.acceleration.engine
         assert engine is not None
-        return (batch if self._runner is None else pad_batch(batch, self._runner.buckets)).to(engine.device)
+        if self._runner is not None:
+            padded = pad_batch(batch, self._runner.buckets)
+            batch = padded if self._fits(padded) else batch
+        return batch.to(engine.device)
+
+    def _fits(self, padded: PackedBatch) -> bool:
+        """Whether a graph's attention, all of whose sequences are as long as the longest, stays within the plan."""
+        if padded.sequences.uniform is not None:
+            return True
+        scores, rows = padded_scores(padded.sequences)
+        tokens = max(padded.num_tokens, self._plan.micro_batch or 0)
+        planned = self._work.attention_workspace(tokens)
+        return rows <= PADDED_ROWS * tokens and self._work.attention_workspace(tokens, scores) <= planned
 
     def _run(self, batch: PackedBatch, scale: float) -> HeadResult:
         engine = self.acceleration.engine
         assert engine is not None
-        if self._runner is not None:
+        # Length classes are left where a batch does not fit into a graph.
+        if self._runner is not None and not batch.sequences.classes:
             return self._runner.loss_and_grad(batch, scale)
         return engine.loss_and_grad(batch, scale)
 
@@ -228,7 +242,7 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         assert engine is not None
         longest = args.max_length or 2048
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        self._work = replace(workload_of(engine, tokens=rows * longest, row=longest), masked=True)
+        self._work = replace(workload_of(engine, tokens=rows * longest, row=longest), ragged=True)
         if engine.device.type != "cuda":
             return Plan.everything(len(engine.layers))
         if memory_gb is not None:

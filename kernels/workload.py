@@ -17,6 +17,8 @@ SMALL_TENSORS = 8 << 20
 """Code tables, rotary tables, the batch and its sums, scalars."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: code, double-quantized scale, nested scale."""
+PADDED_ROWS = 8
+"""Rows of scores a token, at most, that the attention of a ragged batch is padded to in a CUDA graph."""
 OPTIMIZER_BYTES = (8.0, 2.0 + 8 / 256)
 """Both moments of an adapter element in fp32, and in 8 bits with an fp32 scale per 256."""
 
@@ -63,7 +65,8 @@ class Workload:
         quantized: NF4 base, else 16-bit.
         tokens: per optimizer step.
         row: tokens per row; micro-batches are whole rows.
-        masked: whether an eighth of the tokens or more may have no label, so that the head gathers the others.
+        ragged: whether batches are a trainer's: sequences shorter than `row`, whose attention is padded, and an eighth
+            of the tokens or more without label, so that the head gathers the others.
         optimizer_bytes: per adapter parameter, states only.
         embedding_on_host: whether the embedding lives in host memory.
         stream_weights: whether NF4 weights visit the device two layers at a time.
@@ -77,7 +80,7 @@ class Workload:
     quantized: bool
     tokens: int
     row: int
-    masked: bool = False
+    ragged: bool = False
     optimizer_bytes: float = 8.0
     embedding_on_host: bool = False
     stream_weights: bool = False
@@ -142,7 +145,7 @@ class Workload:
             "kv": 2 * s.num_kv_heads * s.head_dim,
             "rstd_qk": 4 * (s.num_heads + s.num_kv_heads),
             "attended": 2 * (s.q_width + o_pad),
-            "state": 4 * s.num_heads,
+            "state": 4 * s.num_heads * (PADDED_ROWS if self.ragged else 1),
             "normed_mid": 2 * (s.hidden + gate_up_pad),
             "gate_up": 2 * (2 * s.intermediate + gate_up_pad),
             "hidden": 2 * (s.intermediate + down_pad),
@@ -159,10 +162,15 @@ class Workload:
         """Host memory that a parked layer takes."""
         return _parkable(self.widths)
 
-    def attention_workspace(self, tokens: int) -> int:
-        """Of cuDNN's deterministic backward: the scores' gradient and an fp32 dq of one group of heads."""
+    def attention_workspace(self, tokens: int, scores: int | None = None) -> int:
+        """Of cuDNN's deterministic backward: the scores' gradient and an fp32 dq of one group of heads.
+
+        Args:
+            tokens: of a micro-batch.
+            scores: of a query head; those of full rows by default.
+        """
         s = self.shape
-        one_key_head = 2 * tokens * self.row * (s.num_heads // s.num_kv_heads)
+        one_key_head = 2 * (tokens * self.row if scores is None else scores) * (s.num_heads // s.num_kv_heads)
         limit = max(1, WORKSPACE_PER_ELEMENT * tokens * s.q_width // one_key_head)
         step = max(n for n in range(1, s.num_kv_heads + 1) if s.num_kv_heads % n == 0 and n <= limit)
         return step * (one_key_head + 4 * tokens * s.q_width // s.num_kv_heads)
@@ -171,7 +179,7 @@ class Workload:
         """Peak of the loss head, its first input apart."""
         t = self.tensor_bytes(tokens)
         # Two inputs and a gradient of 7/8 of the rows, at most, in place of one normed tensor of all.
-        gathered = 5 * t["x"] // 2 if self.masked else 0
+        gathered = 5 * t["x"] // 2 if self.ragged else 0
         return 2 * t["x"] + gathered + 16 * tokens + max(t["grad"], block_bytes(2 * chunk * self.vocabulary))
 
 

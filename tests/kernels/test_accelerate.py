@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from finemill.kernels.accelerate import accelerate_model, adopt_plan, restore_model
+from finemill.kernels.accelerate import accelerate_model, adopt_plan, restore_model, workload_of
 from finemill.kernels.decoder_layer import Level
 from finemill.kernels.packing import pack_sequences
 from finemill.kernels.planner import Plan
@@ -563,3 +563,9 @@ def test_restoring_brings_back_a_forward_that_another_library_put_there(device):
     assert model.forward is not theirs
     restore_model(model)
     assert model.forward is theirs
+
+
+def test_the_planner_sees_the_largest_rank_of_all_layers():
+    model = make_model(FAMILIES["llama"](), "cpu", r=4, layers_to_transform=[2])
+    engine = accelerate_model(model).engine
+    assert workload_of(engine, tokens=64, row=32).rank == 4

@@ -78,7 +78,7 @@ def test_sequences_in_order_of_length_fall_into_classes():
     assert length_classes([16500, 9000]) == ((0, 1, 20480), (1, 2, 10240))
     assert length_classes([300, 0]) == ((0, 1, 512), (1, 2, 256))
     assert length_classes([7]) == ((0, 1, 256),)
-    assert length_classes([3, 1500]) == ()
+    assert length_classes([3, 1500]) == length_classes([]) == ()
 
 
 def test_the_parts_of_a_batch_cover_its_sequences():

@@ -26,7 +26,7 @@ from finemill.kernels.estimate import workload
 from finemill.kernels.nf4 import NF4Tensor
 from finemill.kernels.packing import PackedBatch, Sequences
 from finemill.kernels.planner import Plan, peak_bytes, plan_step, workload_under
-from finemill.kernels.workload import CUBLAS_WORKSPACE, block_bytes
+from finemill.kernels.workload import CUBLAS_WORKSPACE, PADDED_ROWS, block_bytes
 
 GIB = 1 << 30
 META = torch.device("meta")
@@ -94,6 +94,7 @@ class Arena:
 
 def attention_forward(q, k, v, sequences, scale, out):
     count, length = sequences.uniform
+    count = sequences.classes[0][1] if sequences.classes else count
     return out, (torch.empty((count, q.shape[1], length, 1), dtype=torch.float32, device=META),)
 
 
@@ -166,8 +167,10 @@ def simulated_peak(work, plan: Plan) -> int:
         tokens = plan.micro_batch
         uniform = (tokens // work.row, work.row)
         ids = torch.empty((3, tokens), dtype=torch.int64, device=META)
-        sequences = Sequences(torch.empty(uniform[0] + 1, dtype=torch.int32, device=META), work.row, uniform)
-        rows = torch.empty(tokens * 7 // 8 - 1, dtype=torch.int64, device=META) if work.masked else None
+        # As many rows of scores as a ragged batch may be padded to.
+        padded = ((0, PADDED_ROWS * uniform[0], work.row),) if work.ragged else ()
+        sequences = Sequences(torch.empty(uniform[0] + 1, dtype=torch.int32, device=META), work.row, uniform, padded)
+        rows = torch.empty(tokens * 7 // 8 - 1, dtype=torch.int64, device=META) if work.ragged else None
         engine.loss_and_grad(PackedBatch(*ids, sequences, rows), 1.0)
         del state
     return allocations.peak + CUBLAS_WORKSPACE
@@ -205,7 +208,7 @@ def test_predicted_peaks_of_chosen_plans_cover_what_is_allocated(shape, row, row
 @pytest.mark.parametrize("shape", ["qwen3-4b", "llama3-1b"])
 @pytest.mark.parametrize("seed", range(6))
 def test_predicted_peaks_of_any_plan_cover_what_is_allocated(shape, seed):
-    work = replace(workload(shape, rank=16, quantized=True, rows=8, row=512), masked=seed >= 3)
+    work = replace(workload(shape, rank=16, quantized=True, rows=8, row=512), ragged=seed >= 3)
     draw = random.Random(seed)
     levels = [draw.choice(list(Level)) for _ in range(work.num_layers)]
     parked, streamed = seed % 2 == 1, seed % 3 == 1

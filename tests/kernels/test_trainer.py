@@ -1,5 +1,7 @@
 """FastSFTTrainer logs what SFTTrainer logs, step by step, on packed, padded and accumulated batches."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,6 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from trl import SFTConfig, SFTTrainer
 
 from finemill.kernels.accelerate import restore_model
+from finemill.kernels.graphs import Buckets
+from finemill.kernels.packing import pack_budget
 from finemill.kernels.trainer import FastSFTTrainer
 
 pytestmark = [
@@ -239,3 +243,16 @@ def test_training_leaves_an_embedding_in_host_memory_where_it_is(tmp_path, monke
     monkeypatch.setattr(Accelerator, "prepare_model", spy)
     make_trainer(FastSFTTrainer, tmp_path, max_steps=1).train()
     assert placed == [False]
+
+
+def test_a_batch_whose_padding_passes_the_plan_keeps_its_length_classes(tmp_path):
+    trainer = make_trainer(FastSFTTrainer, tmp_path, max_length=2048)
+    trainer._runner = SimpleNamespace(buckets=Buckets(16, 16))
+
+    def sent(*lengths):
+        (batch,) = pack_budget([(torch.ones(n, dtype=torch.long),) * 2 for n in lengths], 1000)
+        return trainer._send(batch).sequences
+
+    assert sent(200, 200, 199, 199).classes == ()
+    assert sent(20, 20).uniform == (2, 20)
+    assert sent(30, *[1] * 40).classes == ((0, 41, 256),)
