@@ -192,6 +192,32 @@ def plan_step(
     return min(fitting, key=lambda candidate: candidate.seconds)
 
 
+def plan_graphed_step(
+    work: Workload, budget: int, card: int, *, rates: Rates | None = None, use_graphs: bool | None = None
+) -> tuple[Plan, bool]:
+    """Choose a plan for batches of many shapes, and whether they run as CUDA graphs.
+
+    The memory of captured graphs stays on the card while the first, eager pass of another shape runs beside it.
+
+    Args:
+        work: model and step.
+        budget: bytes of device memory a step may allocate at its peak.
+        card: bytes the whole process may take on the card.
+        rates: of the device.
+        use_graphs: None where launches would dominate.
+    Raises: ValueError: no plan fits, as `plan_step`.
+    """
+    plan = plan_step(work, budget, rates=rates)
+    graphed = launch_bound(plan, work) if use_graphs is None else use_graphs
+    resting = workload_under(work, plan).static_bytes()
+    if graphed and 2 * plan.peak - resting > card:
+        try:
+            plan = plan_step(work, min(budget, (resting + card) // 2), rates=rates)
+        except ValueError:
+            graphed = False
+    return plan, graphed
+
+
 def _variants(work: Workload, *, allow_host: bool, allow_stream: bool) -> list[Workload]:
     """The workload with fp32 or 8-bit moments, embedding and base on the device or the host; simplest first."""
     places = (False, True) if allow_host and not work.tied else (False,)

@@ -29,7 +29,7 @@ from finemill.kernels.graphs import Buckets, GraphRunner, pad_batch
 from finemill.kernels.loss_head import HeadResult
 from finemill.kernels.optimizer import FlatAdamW
 from finemill.kernels.packing import IGNORE_INDEX, PackedBatch, pack_budget, split_rows
-from finemill.kernels.planner import Plan, launch_bound, plan_step
+from finemill.kernels.planner import Plan, plan_graphed_step
 from finemill.kernels.rates import rates_of
 from finemill.kernels.workload import PADDED_ROWS
 
@@ -67,10 +67,9 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self._begun = True
         if self.acceleration.engine is None:
             return
-        self._plan = self._make_plan(memory_gb)
+        self._plan, wanted = self._make_plan(memory_gb, use_graphs)
         adopt_plan(self.model, self._plan)
         engine = self.acceleration.engine
-        wanted = launch_bound(self._plan, self._work) if use_graphs is None else use_graphs
         # Plain attention reads the boundaries on the host, which no graph can hold.
         dtype, head_dim = engine.final_norm.dtype, engine.layers[0].shape.head_dim
         if wanted and fitting_backend("flash", engine.device, dtype, head_dim) != "plain":
@@ -237,19 +236,19 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             return super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 
-    def _make_plan(self, memory_gb: float | None) -> Plan:
+    def _make_plan(self, memory_gb: float | None, use_graphs: bool | None) -> tuple[Plan, bool]:
+        """Return the plan, and whether micro-batches are wanted as graphs."""
         engine, args = self.acceleration.engine, self.args
         assert engine is not None
         longest = args.max_length or 2048
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self._work = replace(workload_of(engine, tokens=rows * longest, row=longest), ragged=True)
         if engine.device.type != "cuda":
-            return Plan.everything(len(engine.layers))
-        if memory_gb is not None:
-            budget = int(memory_gb * 2**30)
-        else:
-            free, _ = torch.cuda.mem_get_info(engine.device)
-            budget = int((free + torch.cuda.memory_allocated(engine.device)) * 0.95)
-        plan = plan_step(self._work, budget, rates=rates_of(torch.cuda.get_device_name(engine.device)))
+            return Plan.everything(len(engine.layers)), False
+        free, _ = torch.cuda.mem_get_info(engine.device)
+        card = int((free + torch.cuda.memory_allocated(engine.device)) * 0.95)
+        budget = card if memory_gb is None else int(memory_gb * 2**30)
+        rates = rates_of(torch.cuda.get_device_name(engine.device))
+        plan, graphed = plan_graphed_step(self._work, budget, card, rates=rates, use_graphs=use_graphs)
         logger.info("plan: %s tokens a micro-batch, %.2f GiB", plan.micro_batch, plan.peak / 2**30)
-        return plan
+        return plan, graphed

@@ -11,6 +11,7 @@ from finemill.kernels.planner import (
     Plan,
     launch_bound,
     peak_bytes,
+    plan_graphed_step,
     plan_step,
     spread,
     step_seconds,
@@ -137,6 +138,20 @@ def test_the_bus_takes_as_much_as_it_can_while_layers_compute():
     for plan, levels in zip(plans, ({INPUT, ATTENTION}, {ATTENTION, GATE_UP}), strict=True):
         assert {level for level in plan.host_levels if level is not None} == levels
         assert all(host is None or host <= level for host, level in zip(plan.host_levels, plan.levels, strict=True))
+
+
+def test_graphs_leave_the_card_room_for_an_eager_pass_beside_them():
+    work = replace(step("qwen3-0.6b"), ragged=True)
+    roomy, graphed = plan_graphed_step(work, 70 * GIB, 70 * GIB)
+    assert graphed
+    tight, graphed = plan_graphed_step(work, 22 * GIB, 22 * GIB)
+    assert graphed
+    assert tight.peak < roomy.peak < 22 * GIB
+    assert 2 * tight.peak - workload_under(work, tight).static_bytes() <= 22 * GIB
+    least = int(1.1 * GIB)  # fits a step, and no second one beside it
+    assert plan_graphed_step(work, least, least)[1] is False
+    assert plan_graphed_step(step(), 70 * GIB, 70 * GIB)[1] is False
+    assert plan_graphed_step(step(), 70 * GIB, 200 * GIB, use_graphs=True)[1] is True
 
 
 def test_plenty_of_memory_keeps_everything_on_the_device():
