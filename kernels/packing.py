@@ -113,7 +113,9 @@ def pack_sequences(sequences: Sequence[tuple[Tensor, Tensor]]) -> PackedBatch:
     labels = [shift_labels(pair[1].reshape(-1)) for pair in sequences]
     lengths = [row.numel() for row in ids]
     label_row = torch.cat(labels)
-    uniform = (len(lengths), lengths[0]) if len(set(lengths)) == 1 else None
+    # A lone sequence of any length would need attention plans and a graph of its own.
+    alike = len(set(lengths)) == 1 and (len(lengths) > 1 or lengths[0] % SHORTEST_CLASS == 0)
+    uniform = (len(lengths), lengths[0]) if alike else None
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])
     rows = torch.nonzero(label_row != IGNORE_INDEX).flatten()

@@ -81,6 +81,13 @@ def test_sequences_in_order_of_length_fall_into_classes():
     assert length_classes([3, 1500]) == length_classes([]) == ()
 
 
+def test_a_lone_sequence_is_a_full_row_only_if_its_length_is_round():
+    assert pack_sequences([sequence(512)]).sequences.uniform == (1, 512)
+    lone = pack_sequences([sequence(111)]).sequences
+    assert lone.uniform is None
+    assert lone.classes == ((0, 1, 256),)
+
+
 def test_the_parts_of_a_batch_cover_its_sequences():
     (batch,) = pack_budget([sequence(length) for length in (3, 300, 9, 600)], budget=2000)
     assert [part.cu_seqlens.tolist() for part in batch.sequences.parts()] == [[0, 600], [600, 900], [900, 909, 912]]
