@@ -327,8 +327,7 @@ def _plan_key(tensors: dict[str, Tensor], stats: Tensor | None, sequences: Seque
     if sequences.uniform is not None:
         (count, length), total = sequences.uniform, None
     else:
-        count = _rounded_count(sequences.count)
-        length = -(-sequences.max_length // LENGTH_STEP) * LENGTH_STEP
+        count, length = _padded_shape(sequences)
         total = -(-q.shape[0] // TOTAL_STEP) * TOTAL_STEP
     return _PlanKey(
         backward="dout" in tensors,
@@ -373,9 +372,7 @@ def _cudnn_backward(
     heads, kv_heads = q.shape[1], k.shape[1]
     group = heads // kv_heads
     for part, stats in zip(sequences.parts(), saved, strict=True):
-        length, count = stats.shape[2], stats.shape[0]
-        limit = max(1, WORKSPACE_PER_ELEMENT * q.numel() // (2 * count * length * length * group))
-        step = max(divisor for divisor in range(1, kv_heads + 1) if kv_heads % divisor == 0 and divisor <= limit)
+        step = key_heads_at_once(q.numel(), stats.shape[0] * stats.shape[2] ** 2, heads, kv_heads)
         for first in range(0, kv_heads, step):
             keys, queries = slice(first, first + step), slice(first * group, (first + step) * group)
             tensors = {
@@ -391,17 +388,32 @@ def _cudnn_backward(
     return dq, dk, dv
 
 
-def _rounded_count(count: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, ...: few plans, at most half of their sequences empty."""
-    power = 1 << (count - 1).bit_length()
-    return power * 3 // 4 if count <= power * 3 // 4 else power
+def key_heads_at_once(elements: int, scores: int, heads: int, kv_heads: int) -> int:
+    """How many key heads, with their query heads, cuDNN's backward takes in one call: a divisor of all.
+
+    Args:
+        elements: of q, which bound the workspace.
+        scores: of a query head.
+        heads: query heads.
+        kv_heads: key and value heads.
+    """
+    limit = max(1, WORKSPACE_PER_ELEMENT * elements // (2 * scores * (heads // kv_heads)))
+    return max(divisor for divisor in range(1, kv_heads + 1) if kv_heads % divisor == 0 and divisor <= limit)
+
+
+def _padded_shape(sequences: Sequences) -> tuple[int, int]:
+    """Number and length of the sequences that a ragged plan is built for.
+
+    Numbers are rounded up to 1, 2, 3, 4, 6, 8, 12, ...: few plans, at most half of their sequences empty.
+    """
+    power = 1 << (sequences.count - 1).bit_length()
+    count = power * 3 // 4 if sequences.count <= power * 3 // 4 else power
+    return count, -(-sequences.max_length // LENGTH_STEP) * LENGTH_STEP
 
 
 def padded_scores(sequences: Sequences) -> tuple[int, int]:
     """What the backward of a ragged batch is compiled for. Returns: scores of a query head, and their rows."""
-    sizes = [
-        (_rounded_count(part.count), -(-part.max_length // LENGTH_STEP) * LENGTH_STEP) for part in sequences.parts()
-    ]
+    sizes = [_padded_shape(part) for part in sequences.parts()]
     return max(count * length**2 for count, length in sizes), sum(count * length for count, length in sizes)
 
 

@@ -19,8 +19,8 @@ import torch
 from finemill.kernels.bench_data import SHAPES, ModelShape, ensure_checkpoint, make_batches, start_adapters
 from finemill.kernels.decoder_layer import LayerShape
 from finemill.kernels.graphs import GraphRunner
-from finemill.kernels.host_memory import HostArena
 from finemill.kernels.load import LoraSettings, load_model
+from finemill.kernels.model import begin_arena
 from finemill.kernels.optimizer import FlatAdamW
 from finemill.kernels.packing import pack_rows
 from finemill.kernels.planner import Plan, launch_bound, plan_step
@@ -92,10 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plan = make_plan(args, shape)
     lora = LoraSettings(args.rank, args.alpha or args.rank, args.dropout)
     loading = time.time()
-    arena = None
-    if plan.micro_batch and plan.host_bytes(plan.micro_batch):
-        arena = HostArena(device)
-        arena.grow(plan.host_bytes(plan.micro_batch))
+    arena = begin_arena(plan, device)
     model, parameters = load_model(
         path, device=device, quantize=args.quant == "nf4", lora=lora, embedding_on_host=plan.embedding_on_host
     )

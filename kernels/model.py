@@ -117,9 +117,7 @@ class FastModel:
             self._scratch.clear()
         if plan.stream_weights and self._stream is None:
             self._stream_weights()
-        if plan.micro_batch and any(level is not None for level in plan.host_levels):
-            self.arena = self.arena or HostArena(self.device)
-            self.arena.grow(plan.host_bytes(plan.micro_batch))
+        self.arena = begin_arena(plan, self.device, self.arena)
 
     def _stream_weights(self) -> None:
         """Move the NF4 weights to host memory, for good; needs a model that nothing else holds the weights of."""
@@ -261,6 +259,15 @@ class FastModel:
         for name, item in state.parked[index].items():
             assert self.arena is not None
             setattr(state.saved[index], name, self.arena.take(item))
+
+
+def begin_arena(plan: Plan, device: torch.device, arena: HostArena | None = None) -> HostArena | None:
+    """Begin to lock the host memory that a plan's micro-batches park, in `arena` or a new one, if any."""
+    size = plan.host_bytes(plan.micro_batch) if plan.micro_batch else 0
+    if size:
+        arena = arena or HostArena(device)
+        arena.grow(size)
+    return arena
 
 
 class ModelLoss(torch.autograd.Function):

@@ -95,8 +95,7 @@ def peak_bytes(work: Workload, plan: Plan) -> int:
     sizes = layer_bytes(work, tokens)
     *layers, (kept, _) = _beside(sizes, plan, plan.levels)
     peak = kept + work.head_bytes(tokens, plan.head_chunk)
-    for level, (in_forward, in_backward) in zip(plan.levels, layers, strict=True):
-        peak = max(peak, in_forward + sizes.forward[level], in_backward + sizes.backward[level])
+    peak = max(peak, *(sizes.peak(level, *beside) for level, beside in zip(plan.levels, layers, strict=True)))
     return _lasting_bytes(work, cached=plan.cached_layers > 0) + peak
 
 
@@ -309,14 +308,10 @@ def _fill_device(work: Workload, budget: int, plan: Plan) -> tuple[Level, ...]:
         # What all moments behind a layer leave for its saved tensors.
         room = limit - kept - head
         for index in reversed(range(work.num_layers)):
-            in_forward, in_backward = beside[index]
             more = sizes.saved[upper] - sizes.saved[levels[index]]
-            own = max(in_forward + sizes.forward[upper], in_backward + sizes.backward[upper])
-            if levels[index] == upper - 1 and more <= room and own <= limit:
+            if levels[index] == upper - 1 and more <= room and sizes.peak(upper, *beside[index]) <= limit:
                 levels[index], room = upper, room - more
-            level = levels[index]
-            own = max(in_forward + sizes.forward[level], in_backward + sizes.backward[level])
-            room = min(room, limit - own)
+            room = min(room, limit - sizes.peak(levels[index], *beside[index]))
     return tuple(levels)
 
 

@@ -60,11 +60,11 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             accelerate_model(self.model) if reason is None else leave_unchanged(self.model, reason)
         )
         self._runner: GraphRunner | None = None
-        self._prepared: list[PackedBatch] = []
+        self._prepared: list[PackedBatch] | None = None
+        """Batches of an optimizer step that has not begun yet."""
         self._sums: Tensor | None = None
         self._labels = self._tokens = 0
         """Of the step at hand, in this process."""
-        self._begun = True
         if self.acceleration.engine is None:
             return
         self._plan, wanted = self._make_plan(memory_gb, use_graphs)
@@ -139,7 +139,6 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """Fetch an optimizer step's micro-batches and pack them, while the device still works on the step before."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.fast:
-            self._begun = False
             if unknown := {name for batch in samples for name in batch} - _COLUMNS:
                 raise ValueError(f"batches hold {', '.join(sorted(unknown))}: train with SFTTrainer")
             sequences = [
@@ -166,21 +165,20 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         engine = self.acceleration.engine
         assert engine is not None
         model.train()
-        if self._begun:
+        batches, self._prepared = self._prepared, None
+        if batches is None:
             return torch.zeros((), device=engine.device)
-        self._begun = True
         if self._flat_optimizer is None:
             engine.adapters.attach_grads()
         scale = 1.0 / max(1, self._labels)
         total = torch.zeros(5, dtype=torch.float64, device=engine.device)
-        for index, batch in enumerate(self._prepared):
+        for index, batch in enumerate(batches):
             if engine.dropout_seed is not None:
                 # Of the step, not a count of batches run: a resumed training draws the masks it would have drawn.
                 stream = index * self.args.world_size + self.args.process_index
                 engine.dropout_seed.fill_((self.args.seed << 40) + (self.state.global_step << 16) + stream)
             result = self._run(batch, scale)
             total[:3] += torch.stack((result.loss, result.entropy, result.correct))
-        self._prepared = []
         total[3:] = torch.tensor([self._labels, self._tokens])
         if self.args.world_size > 1:
             engine.adapters.grad.mul_(self._labels)

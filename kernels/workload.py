@@ -6,7 +6,7 @@ All sizes are bytes, as `torch.cuda.max_memory_allocated` counts them; names of 
 from dataclasses import dataclass
 from functools import lru_cache
 
-from finemill.kernels.attention import WORKSPACE_PER_ELEMENT
+from finemill.kernels.attention import key_heads_at_once
 from finemill.kernels.decoder_layer import LayerShape, Level
 from finemill.kernels.projection import PAD
 from finemill.kernels.swiglu_lora import partial_bytes
@@ -50,6 +50,10 @@ class LayerBytes:
     parkable: dict[Level, int]
     forward: dict[Level, int]
     backward: dict[Level, int]
+
+    def peak(self, level: Level, in_forward: int, in_backward: int) -> int:
+        """Peak of a layer's passes, with what is allocated beside it in each."""
+        return max(in_forward + self.forward[level], in_backward + self.backward[level])
 
 
 @dataclass(frozen=True)
@@ -170,10 +174,9 @@ class Workload:
             scores: of a query head; those of full rows by default.
         """
         s = self.shape
-        one_key_head = 2 * (tokens * self.row if scores is None else scores) * (s.num_heads // s.num_kv_heads)
-        limit = max(1, WORKSPACE_PER_ELEMENT * tokens * s.q_width // one_key_head)
-        step = max(n for n in range(1, s.num_kv_heads + 1) if s.num_kv_heads % n == 0 and n <= limit)
-        return step * (one_key_head + 4 * tokens * s.q_width // s.num_kv_heads)
+        scores = tokens * self.row if scores is None else scores
+        step = key_heads_at_once(tokens * s.q_width, scores, s.num_heads, s.num_kv_heads)
+        return step * (2 * scores * (s.num_heads // s.num_kv_heads) + 4 * tokens * s.q_width // s.num_kv_heads)
 
     def head_bytes(self, tokens: int, chunk: int) -> int:
         """Peak of the loss head, its first input apart."""

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from finemill.kernels import decoder_layer, model, projection, swiglu_lora
 from finemill.kernels.adamw import AdamWState
 from finemill.kernels.adapters import LoraPair
-from finemill.kernels.attention import WORKSPACE_PER_ELEMENT
+from finemill.kernels.attention import key_heads_at_once
 from finemill.kernels.decoder_layer import Level, Rope
 from finemill.kernels.estimate import workload
 from finemill.kernels.nf4 import NF4Tensor
@@ -102,8 +102,7 @@ def attention_backward(dout, q, k, v, out, saved, sequences, scale):
     grads = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=META) for tensor in (q, k, v))
     (count, length), heads, kv_heads = sequences.uniform, q.shape[1], k.shape[1]
     one_key_head = 2 * count * length**2 * (heads // kv_heads)
-    limit = max(1, WORKSPACE_PER_ELEMENT * q.numel() // one_key_head)
-    step = max(divisor for divisor in range(1, kv_heads + 1) if kv_heads % divisor == 0 and divisor <= limit)
+    step = key_heads_at_once(q.numel(), count * length**2, heads, kv_heads)
     torch.empty(one_key_head * step + 4 * q.numel() * step // kv_heads, dtype=torch.uint8, device=META)
     return grads
 
