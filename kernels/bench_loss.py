@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PrinterCallback
 from trl import SFTTrainer
 
 from finemill.kernels.bench_data import SHAPES, chat_rows, ensure_checkpoint
-from finemill.kernels.bench_step import environment, files
+from finemill.kernels.bench_step import check_device, environment, files
 from finemill.kernels.bench_trainer import load_adapted, sft_arguments
 from finemill.kernels.trainer import FastSFTTrainer
 
@@ -90,7 +90,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--clip", type=float, default=1.0, help="gradient-norm clipping")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--json", type=Path, default=None, help="file to write the result to")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_device(parser, args.device)
+    return args
 
 
 def _seeds(text: str) -> list[int]:

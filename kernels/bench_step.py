@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -78,7 +79,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.warmup >= args.steps:
         parser.error(f"--warmup {args.warmup} must be smaller than --steps {args.steps}")
+    if args.trainer and args.device == "cpu":
+        parser.error("--trainer is timed on a GPU: leave --device cpu out")
+    check_device(parser, args.device)
     return args
+
+
+def check_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """End with a usage error where the device is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device is visible to torch: run it where there is an NVIDIA GPU, or with --device cpu")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -186,7 +196,7 @@ def workload(args: argparse.Namespace, shape: ModelShape) -> Workload:
 
 
 def make_plan(args: argparse.Namespace, shape: ModelShape) -> Plan:
-    """Plan a step under --memory-gb, or under what the card has free."""
+    """Plan a step under --memory-gb, or under what the card has free; ends with exit code 2 where none fits."""
     if args.memory_gb:
         budget = int(args.memory_gb * 2**30)
     elif args.device == "cuda":
@@ -195,7 +205,11 @@ def make_plan(args: argparse.Namespace, shape: ModelShape) -> Plan:
         budget = 8 << 30
     cuda = args.device == "cuda"
     rates = rates_of(torch.cuda.get_device_name() if cuda else "")
-    return plan_step(workload(args, shape), budget, rates=rates, allow_host=cuda, allow_stream=cuda)
+    try:
+        return plan_step(workload(args, shape), budget, rates=rates, allow_host=cuda, allow_stream=cuda)
+    except ValueError as error:
+        print(f"finemill bench step: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def describe(plan: Plan) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finemill.kernels import bench_data, bench_step
+from finemill.kernels import bench_data, bench_loss, bench_step
 from finemill.kernels.bench_data import ensure_checkpoint, real_rows, start_adapters
 from finemill.kernels.load import LoraSettings, Rotary, dynamic_codebook, load_model, nf4_codebook
 from finemill.kernels.packing import pack_rows
@@ -29,6 +29,28 @@ def test_the_record_holds_losses_norms_speed_and_the_plan(checkpoint, tmp_path):
     assert record["tokens_per_s"] > 0
     assert len(record["losses"]) == len(record["grad_norms"]) == 3
     assert {"peak_alloc_gb", "first_step_s", "start_to_first_step_s", "predicted_peak_gb", "plan"} <= set(record)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--device cpu --memory-gb 0.001", "no plan fits 0.00 GiB: the leanest needs "),
+        ("--device cpu --trainer", "--trainer is timed on a GPU"),
+    ],
+)
+def test_what_cannot_run_is_said_in_a_line(checkpoint, arguments, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench_step.main(f"--shape qwen3-tiny --layers 1 {arguments}".split())
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")
+@pytest.mark.parametrize("program", [bench_step.main, bench_loss.main], ids=["step", "loss"])
+def test_without_a_gpu_it_says_so_and_exits_2(program, capsys):
+    rows = "--rows rows.jsonl" if program is bench_loss.main else ""
+    with pytest.raises(SystemExit, match="2"):
+        program(f"--shape qwen3-tiny {rows}".split())
+    assert "no CUDA device is visible to torch" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_checkpoint_is_found_again_and_read_by_transformers(checkpoint):
