@@ -169,6 +169,7 @@ def workload_of(engine: FastModel, *, tokens: int, row: int) -> Workload:
         quantized=layer.qkv.scratch is not None,
         tokens=tokens,
         row=row,
+        fa4=engine.attention_backend(row) == "fa4",
     )
 
 

@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences: cuDNN where its Python frontend is installed, else FlashAttention-2 in torch.
+"""Causal attention over packed sequences: cuDNN or FlashAttention-4 where they are installed, else FlashAttention-2.
 
     p[t,s] = softmax_s(scale q[t] . k[s]),  s <= t in the same sequence;   out[t] = sum_s p[t,s] v[s]
     with delta[t] = dout[t] . out[t]:   ds[t,s] = p[t,s] (dout[t] . v[s] - delta[t])
@@ -10,7 +10,7 @@ is run in its deterministic mode: training repeats bit for bit.
 
 cuDNN's backward is 1.7 to 2.4 times as fast as FlashAttention-2's on a Hopper card (results.md), and its frontend takes
 ragged sequences, free strides and a deterministic flag, which `scaled_dot_product_attention` does not offer. Plans are
-built once per shape (about 0.1 s) and cached.
+built once per shape (about 0.1 s) and cached. Long sequences run on FlashAttention-4 (attention_fa4.py).
 
 Source: Dao, FlashAttention-2 (arXiv 2307.08691); cuDNN frontend documentation, operations/Attention.
 """
@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finemill.kernels.packing import Sequences
+from finemill.kernels import attention_fa4
+from finemill.kernels.packing import Sequences, round_count
 
 # T tokens, N query heads, K key and value heads, D head width, n sequences
 
@@ -35,9 +36,6 @@ LENGTH_STEP = 128
 """Bounds on the sequence length are rounded up to this for ragged plans, so that few are built."""
 TOTAL_STEP = 1024
 """Token counts of ragged batches are rounded up to this in plans, which take an upper bound."""
-WORKSPACE_PER_ELEMENT = 16
-"""Bytes of workspace per element of q that cuDNN's deterministic backward may take: it holds the gradient of the scores
-(heads x sequences x length^2, 16-bit), so heads are done in groups to stay below, one key head at least."""
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
@@ -84,8 +82,9 @@ def attention_forward(
     Returns: out, and what `attention_backward` needs besides it.
     """
     match backend(q, sequences):
-        case "cudnn":
-            return _cudnn_forward(q, k, v, sequences, scale, _like(q) if out is None else out)
+        case "fa4" | "cudnn":
+            out = _like(q) if out is None else out
+            return out, tuple(_part_forward(q, k, v, part, scale, out) for part in sequences.parts())
         case "flash":
             result, saved = _flash_forward(q, k, v, sequences, scale)
         case _:
@@ -103,11 +102,29 @@ def attention_backward(
     saved: tuple[Tensor, ...],
     sequences: Sequences,
     scale: float,
+    workspace: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiate. Returns: dq (T, N, D), dk and dv (T, K, D), contiguous. `dout` like out, any token pitch."""
+    """Differentiate.
+
+    Args:
+        dout: gradient of out, (T, N, D), any token pitch.
+        q: the forward's, as k, v, out, sequences and scale.
+        k: see q.
+        v: see q.
+        out: see q.
+        saved: what the forward left.
+        sequences: see q.
+        scale: see q.
+        workspace: bytes that the gradient of the scores may take in cuDNN; heads are done in groups to stay below, one
+            key head at least. None for all at once.
+    Returns: dq (T, N, D), dk and dv (T, K, D), contiguous.
+    """
     match backend(q, sequences):
-        case "cudnn":
-            return _cudnn_backward(dout, q, k, v, out, saved, sequences, scale)
+        case "fa4" | "cudnn":
+            grads = _like(q), _like(k), _like(v)
+            for part, state in zip(sequences.parts(), saved, strict=True):
+                _part_backward(dout, q, k, v, out, state, part, scale, workspace, grads)
+            return grads
         case "flash":
             return _flash_backward(dout, q, k, v, out, saved, sequences, scale)
         case _:
@@ -115,20 +132,25 @@ def attention_backward(
 
 
 def backend(q: Tensor, sequences: Sequences) -> str:
-    """Which implementation runs: "cudnn", "flash" or "plain".
+    """Which implementation runs: "fa4", "cudnn", "flash" or "plain".
 
-    FINEMILL_ATTENTION=flash or plain asks for another one than the fastest, to compare them.
+    FINEMILL_ATTENTION asks for another one than the fastest, to compare them.
     """
-    wanted = os.environ.get("FINEMILL_ATTENTION", "cudnn")
-    if wanted == "cudnn" and (not q.is_cuda or sequences.max_length < 2 or _cudnn_module(q.device) is None):
-        wanted = "flash"  # cuDNN has no plan for sequences of one token
-    return fitting_backend(wanted, q.device, q.dtype, q.shape[2])
+    return fitting_backend(q.device, q.dtype, q.shape[2], sequences.max_length)
 
 
-def fitting_backend(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Return the wanted implementation, or the next one that takes this device, dtype and head width."""
+def fitting_backend(device: torch.device, dtype: torch.dtype, head_dim: int, length: int) -> str:
+    """Return the fastest implementation, or the one asked for, that takes sequences of up to `length` tokens."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8:
         return "plain"
+    usable = {
+        "fa4": head_dim in attention_fa4.HEAD_DIMS and attention_fa4.available(device),
+        "cudnn": length > 1 and _cudnn_module(device) is not None,  # it has no plan for sequences of one token
+    }
+    order = ["fa4", "cudnn"] if length >= attention_fa4.LONG else ["cudnn", "fa4"]
+    if asked := os.environ.get("FINEMILL_ATTENTION"):
+        order = [asked]
+    wanted = next((name for name in order if usable.get(name, True)), "flash")
     return _fitting(wanted, _capability(device), head_dim)
 
 
@@ -345,76 +367,80 @@ def _plan_key(tensors: dict[str, Tensor], stats: Tensor | None, sequences: Seque
     )
 
 
-def _cudnn_forward(
-    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float, out: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _part_forward(q: Tensor, k: Tensor, v: Tensor, part: Sequences, scale: float, out: Tensor) -> Tensor:
+    """Write `out` for sequences of one class. Returns: their log-sum-exp."""
+    if backend(q, part) == "fa4":
+        return attention_fa4.forward(q, k, v, part, scale, out)
     tensors = {"q": q, "k": k, "v": v, "out": out}
-    saved = []
-    for part in sequences.parts():
-        key = _plan_key(tensors, None, part, scale)
-        stats = torch.empty((key.count, key.heads, key.length, 1), dtype=torch.float32, device=q.device)
-        _cudnn_run(key, part, tensors | {"stats": stats})
-        saved.append(stats)
-    return out, tuple(saved)
+    key = _plan_key(tensors, None, part, scale)
+    stats = torch.empty((key.count, key.heads, key.length, 1), dtype=torch.float32, device=q.device)
+    _cudnn_run(key, part, tensors | {"stats": stats})
+    return stats
 
 
-def _cudnn_backward(
+def _part_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    saved: tuple[Tensor, ...],
-    sequences: Sequences,
+    stats: Tensor,
+    part: Sequences,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _like(q), _like(k), _like(v)
+    workspace: int | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write the gradients for sequences of one class."""
+    if backend(q, part) == "fa4":
+        attention_fa4.backward(dout, q, k, v, out, stats, part, scale, grads)
+        return
+    dq, dk, dv = grads
     heads, kv_heads = q.shape[1], k.shape[1]
     group = heads // kv_heads
-    for part, stats in zip(sequences.parts(), saved, strict=True):
-        step = key_heads_at_once(q.numel(), stats.shape[0] * stats.shape[2] ** 2, heads, kv_heads)
-        for first in range(0, kv_heads, step):
-            keys, queries = slice(first, first + step), slice(first * group, (first + step) * group)
-            tensors = {
-                "q": q[:, queries],
-                "k": k[:, keys],
-                "v": v[:, keys],
-                "out": out[:, queries],
-                "dout": dout[:, queries],
-            }
-            tensors |= {"dq": dq[:, queries], "dk": dk[:, keys], "dv": dv[:, keys]}
-            rows = stats[:, queries]
-            _cudnn_run(_plan_key(tensors, rows, part, scale), part, tensors | {"stats": rows})
-    return dq, dk, dv
+    step = key_heads_at_once(workspace, stats.shape[0] * stats.shape[2] ** 2, heads, kv_heads)
+    for first in range(0, kv_heads, step):
+        keys, queries = slice(first, first + step), slice(first * group, (first + step) * group)
+        tensors = {
+            "q": q[:, queries],
+            "k": k[:, keys],
+            "v": v[:, keys],
+            "out": out[:, queries],
+            "dout": dout[:, queries],
+        }
+        tensors |= {"dq": dq[:, queries], "dk": dk[:, keys], "dv": dv[:, keys]}
+        rows = stats[:, queries]
+        _cudnn_run(_plan_key(tensors, rows, part, scale), part, tensors | {"stats": rows})
 
 
-def key_heads_at_once(elements: int, scores: int, heads: int, kv_heads: int) -> int:
+def key_heads_at_once(workspace: int | None, scores: int, heads: int, kv_heads: int) -> int:
     """How many key heads, with their query heads, cuDNN's backward takes in one call: a divisor of all.
 
+    Its deterministic mode keeps the gradient of the scores, in 16 bits.
+
     Args:
-        elements: of q, which bound the workspace.
+        workspace: bytes this may take, None for any number.
         scores: of a query head.
         heads: query heads.
         kv_heads: key and value heads.
     """
-    limit = max(1, WORKSPACE_PER_ELEMENT * elements // (2 * scores * (heads // kv_heads)))
-    return max(divisor for divisor in range(1, kv_heads + 1) if kv_heads % divisor == 0 and divisor <= limit)
+    one = scores_bytes(scores, heads // kv_heads)
+    fitting = (n for n in divisors(kv_heads) if workspace is None or n * one <= workspace)
+    return max(fitting, default=1)
+
+
+def scores_bytes(scores: int, heads: int) -> int:
+    """Of the gradient of the scores of some query heads."""
+    return 2 * scores * heads
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, smallest first."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def _padded_shape(sequences: Sequences) -> tuple[int, int]:
-    """Number and length of the sequences that a ragged plan is built for.
-
-    Numbers are rounded up to 1, 2, 3, 4, 6, 8, 12, ...: few plans, at most half of their sequences empty.
-    """
-    power = 1 << (sequences.count - 1).bit_length()
-    count = power * 3 // 4 if sequences.count <= power * 3 // 4 else power
-    return count, -(-sequences.max_length // LENGTH_STEP) * LENGTH_STEP
-
-
-def padded_scores(sequences: Sequences) -> tuple[int, int]:
-    """What the backward of a ragged batch is compiled for. Returns: scores of a query head, and their rows."""
-    sizes = [_padded_shape(part) for part in sequences.parts()]
-    return max(count * length**2 for count, length in sizes), sum(count * length for count, length in sizes)
+    """Number and length of the sequences that a ragged plan is built for."""
+    return round_count(sequences.count), -(-sequences.max_length // LENGTH_STEP) * LENGTH_STEP
 
 
 def _pad_count(sequences: Sequences, count: int) -> Sequences:

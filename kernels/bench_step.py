@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from finemill.kernels.attention import fitting_backend
 from finemill.kernels.bench_data import SHAPES, ModelShape, ensure_checkpoint, make_batches, start_adapters
 from finemill.kernels.decoder_layer import LayerShape
 from finemill.kernels.graphs import GraphRunner
@@ -117,9 +118,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     tokens = args.bs * args.accum * args.seq
     pieces = max(1, tokens // (plan.micro_batch or tokens))
     steps = [torch.cat(batches).chunk(pieces) for batches in sets]
-    packed = [[pack_rows(rows, rows).to(device) for rows in step] for step in steps]
-    graphed = device.type == "cuda" and not args.eager and launch_bound(plan, workload(args, shape))
-    runner = GraphRunner(model) if graphed else None
+    graphed = device.type == "cuda" and not args.eager
+    runner = GraphRunner(model, patience=0 if launch_bound(plan, workload(args, shape)) else 1) if graphed else None
+    batches = [[pack_rows(rows, rows) for rows in step] for step in steps]
+    packed = [[(runner.shapes.prepare(batch) if runner else batch).to(device) for batch in step] for step in batches]
     optimizer = FlatAdamW(
         model.adapters, lr=args.lr, weight_decay=0.01, max_norm=args.clip, bits=8 if plan.eight_bit else 32
     )
@@ -192,6 +194,7 @@ def workload(args: argparse.Namespace, shape: ModelShape) -> Workload:
         quantized=args.quant == "nf4",
         tokens=args.bs * args.accum * args.seq,
         row=args.seq,
+        fa4=fitting_backend(torch.device(args.device), torch.bfloat16, shape.head_dim, args.seq) == "fa4",
     )
 
 

@@ -17,7 +17,7 @@ down_proj is never recomputed: nothing in the backward reads its output. All lev
 values, so they give bitwise equal gradients. The adapters' skinny products x A^T (R columns) are always kept.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 
 import torch
@@ -131,6 +131,8 @@ class DecoderLayer:
     o: Projection
     gate_up: Projection
     down: Projection
+    scores_bytes: int | None = field(default=None, init=False)
+    """Of attention's backward (`attention_backward`'s workspace)."""
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
@@ -354,6 +356,7 @@ class DecoderLayer:
             saved.attention_state,
             sequences,
             self._scale,
+            self.scores_bytes,
         )
         saved.q = saved.k = saved.attended = None
         saved.attention_state = ()

@@ -1,7 +1,8 @@
 """`finemill estimate`: predict memory and speed of a QLoRA training step from a model's configuration, without a GPU.
 
 The numbers are the planner's (planner.py), for the plan it would choose under the given memory: peak of allocated
-device memory, tokens per second at a card's measured rates, what is kept, recomputed and moved to the host.
+device memory, tokens per second at a card's measured rates, what is kept, recomputed and moved to the host. cuDNN's
+frontend and flash-attn-4 are taken to be installed.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finemill.kernels import attention_fa4
 from finemill.kernels.bench_data import SHAPES
 from finemill.kernels.decoder_layer import LayerShape
 from finemill.kernels.planner import Plan, plan_step, workload_under
@@ -81,6 +83,7 @@ def workload(model: str, *, rank: int, quantized: bool, rows: int, row: int) -> 
             quantized=quantized,
             tokens=rows * row,
             row=row,
+            fa4=attention_fa4.suits(row, shape.head_dim),
         )
     except KeyError as error:
         raise EstimateError(

@@ -2,14 +2,15 @@
 
 An eager launch costs the host 20 microseconds on the machine measured (results.md), a node of a graph 1. The forward
 and backward of a micro-batch, host copies included, are captured once per shape and replayed with new tokens in the
-same buffers; the optimizer stays outside. Shapes are rounded up so that few graphs are needed: tokens to a bucket with
-one unlabelled dummy sequence, labelled rows and the number of sequences likewise. A replay runs the very kernels of the
-eager pass, so it gives bitwise the same gradient as an eager pass of the same padded batch.
+same buffers; the optimizer stays outside. Shapes are rounded up so that few graphs are needed (shapes.py). A replay
+runs the very kernels of the eager pass, so it gives bitwise the same gradient as an eager pass of the same batch.
 
 All graphs share one memory pool, used one at a time. `torch.cuda.max_memory_allocated` sees a graph's memory only while
 it is captured, so the peak from the runner's construction to its last capture is kept in `peak_bytes`.
 """
 
+from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import torch
@@ -17,19 +18,10 @@ from torch import Tensor
 
 from finemill.kernels.loss_head import HeadResult
 from finemill.kernels.model import FastModel
-from finemill.kernels.packing import IGNORE_INDEX, PackedBatch, Sequences
+from finemill.kernels.packing import PackedBatch, send
+from finemill.kernels.shapes import Shape, Shapes, shape_of
 
 MAX_GRAPHS = 32
-
-
-@dataclass(frozen=True)
-class Buckets:
-    """What shapes are rounded up to: tokens, labelled rows, sequences, longest sequence."""
-
-    tokens: int = 512
-    labels: int = 512
-    sequences: int = 16
-    length: int = 128
 
 
 @dataclass
@@ -47,13 +39,16 @@ class GraphRunner:
 
     Args:
         model: the engine; its plan must not change while graphs exist (`reset` drops them).
-        buckets: rounding of shapes.
+        shapes: those a graph may be captured for.
+        patience: how often a shape runs eagerly before it is captured.
     """
 
     model: FastModel
-    buckets: Buckets = field(default_factory=Buckets)
+    shapes: Shapes = field(default_factory=Shapes)
+    patience: int = 0
     peak_bytes: int = 0
-    _graphs: dict[tuple[object, ...], _Captured] = field(default_factory=dict)
+    _runs: Counter[Shape] = field(default_factory=Counter)
+    _graphs: dict[Shape, _Captured] = field(default_factory=dict)
     _pool: object | None = None
 
     def __post_init__(self) -> None:
@@ -63,18 +58,17 @@ class GraphRunner:
     def loss_and_grad(self, batch: PackedBatch, scale: Tensor | float) -> HeadResult:
         """Add a micro-batch's gradient to the flat gradient, as `FastModel.loss_and_grad` does.
 
-        The result's tensors are overwritten by the next replay of the same shape.
+        A batch of no such shape, or of one too many, runs eagerly. The result's tensors are overwritten by the next
+        replay of the same shape.
         """
-        batch = pad_batch(batch, self.buckets)
-        rows = batch.loss_rows
-        assert rows is not None
-        sequences = batch.sequences
-        key = (batch.num_tokens, rows.numel(), sequences.uniform, sequences.count, sequences.max_length)
-        if key not in self._graphs:
-            if len(self._graphs) >= MAX_GRAPHS:
+        shape = shape_of(batch)
+        if shape not in self._graphs:
+            self._runs[shape] += 1
+            early = self._runs[shape] <= self.patience
+            if early or shape not in self.shapes or len(self._graphs) >= MAX_GRAPHS:
                 return self.model.loss_and_grad(batch.to(self.model.device), scale)
-            self._graphs[key] = self._capture(batch)
-        captured = self._graphs[key]
+            self._graphs[shape] = self._capture(batch)
+        captured = self._graphs[shape]
         _fill(captured.batch, batch)
         captured.scale.fill_(scale) if isinstance(scale, float) else captured.scale.copy_(scale)
         captured.graph.replay()
@@ -92,18 +86,13 @@ class GraphRunner:
 
     def _capture(self, batch: PackedBatch) -> _Captured:
         device = self.model.device
-        static = batch.to(device)
-        static = PackedBatch(
-            static.input_ids.clone(),
-            static.position_ids.clone(),
-            static.labels.clone(),
-            Sequences(static.sequences.cu_seqlens.clone(), batch.sequences.max_length, batch.sequences.uniform),
-            None if static.loss_rows is None else static.loss_rows.clone(),
-        )
+        static = deepcopy(batch.to(device))
         scale = torch.zeros(1, dtype=torch.float32, device=device)
-        # Compiles kernels and attention plans, sizes the host arena; a scale of zero leaves the gradient as it is.
-        self.model.loss_and_grad(static, scale)
-        static.sequences = Sequences(static.sequences.cu_seqlens, batch.sequences.max_length, batch.sequences.uniform)
+        if not self.patience:
+            # Compiles kernels and attention plans, sizes the host arena; a scale of zero leaves the gradient as it is.
+            self.model.loss_and_grad(static, scale)
+            # Without what that pass worked out from the boundaries: the graph has to.
+            static.sequences = static.sequences.bare()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
@@ -114,42 +103,6 @@ class GraphRunner:
             result = self.model.loss_and_grad(static, scale)
         self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(device))
         return _Captured(graph, static, scale, result, self.model.replaceable())
-
-
-def pad_batch(batch: PackedBatch, buckets: Buckets) -> PackedBatch:
-    """Round a batch's shapes up with unlabelled tokens and empty sequences; equal-length rows stay as they are.
-
-    Labelled rows are padded with rows that have no label, each once, so that scattering their zero gradient is exact.
-    """
-    tokens, sequences = batch.num_tokens, batch.sequences
-    rows = batch.loss_rows
-    device = batch.input_ids.device
-    if rows is None:
-        rows = torch.arange(tokens, device=device)
-    missing = 0 if sequences.uniform is not None else -tokens % buckets.tokens
-    capacity = min(tokens + missing, -(-rows.numel() // buckets.labels) * buckets.labels)
-    aligned = sequences.uniform is not None or (
-        sequences.count % buckets.sequences == 0 and sequences.max_length % buckets.length == 0
-    )
-    if not missing and capacity == rows.numel() and aligned:
-        # Without length classes, which would need a graph each.
-        boundaries = Sequences(sequences.cu_seqlens, sequences.max_length, sequences.uniform)
-        return PackedBatch(batch.input_ids, batch.position_ids, batch.labels, boundaries, rows)
-    ids, positions, labels, cu_seqlens = batch.input_ids, batch.position_ids, batch.labels, sequences.cu_seqlens
-    longest = sequences.max_length
-    if missing:
-        ids = torch.nn.functional.pad(ids, (0, missing))
-        positions = torch.cat([positions, torch.arange(missing, device=device)])
-        labels = torch.nn.functional.pad(labels, (0, missing), value=IGNORE_INDEX)
-        cu_seqlens = torch.nn.functional.pad(cu_seqlens, (0, 1), value=tokens + missing)
-        longest = max(longest, missing)
-    if sequences.uniform is None:
-        empty = -(cu_seqlens.numel() - 1) % buckets.sequences
-        cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(empty)])
-        longest = -(-longest // buckets.length) * buckets.length
-    if capacity > rows.numel():
-        rows = torch.argsort((labels == IGNORE_INDEX).to(torch.uint8), stable=True)[:capacity]
-    return PackedBatch(ids, positions, labels, Sequences(cu_seqlens, longest, sequences.uniform), rows)
 
 
 def _fill(target: PackedBatch, source: PackedBatch) -> None:
@@ -163,4 +116,4 @@ def _fill(target: PackedBatch, source: PackedBatch) -> None:
     if target.loss_rows is not None and source.loss_rows is not None:
         pairs.append((target.loss_rows, source.loss_rows))
     for buffer, values in pairs:
-        buffer.copy_(values.pin_memory() if values.device.type == "cpu" else values, non_blocking=True)
+        buffer.copy_(send(values, buffer.device))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finemill.kernels.adapters import FlatAdapters, LoraPair
+from finemill.kernels.attention import fitting_backend
 from finemill.kernels.decoder_layer import DecoderLayer, LayerShape, Level, Rope, Saved
 from finemill.kernels.host_memory import HostArena, gather_rows
 from finemill.kernels.lora import LoRADropout
@@ -108,6 +109,7 @@ class FastModel:
         """Adopt a plan: keep or free decoded weights, begin to lock host memory for what is parked."""
         self.plan = plan
         for index, layer in enumerate(self.layers):
+            layer.scores_bytes = plan.scores_bytes
             for group in layer.projections:
                 if group.scratch is None or index < plan.cached_layers:
                     group.cache_weight()
@@ -131,15 +133,13 @@ class FastModel:
             for group in layer.projections:
                 group.weights = [next(views) for _ in group.weights]
 
+    def attention_backend(self, length: int) -> str:
+        """Which implementation of attention runs for sequences of up to so many tokens."""
+        return fitting_backend(self.device, self.final_norm.dtype, self.layers[0].shape.head_dim, length)
+
     def replaceable(self) -> list[Tensor]:
         """Memory that a longer batch may replace: a captured graph keeps what it was captured with."""
         return [*(self._tables or ()), *([] if self.arena is None else [self.arena.slab])]
-
-    def refresh_adapters(self) -> None:
-        """Copy the adapters into the kept extended weights: once after every optimizer step."""
-        for layer in self.layers:
-            for group in layer.projections:
-                group.refresh()
 
     def forward(
         self, batch: PackedBatch, scale: Tensor | float, *, train: bool
@@ -152,7 +152,6 @@ class FastModel:
             train: keep what the backward needs.
         """
         rope = self._rope(batch)
-        self.refresh_adapters()
         x, delta = gather_rows(self.embedding, batch.input_ids), None
         saved: list[Saved] = []
         parked: list[dict[str, Any]] = []
@@ -162,6 +161,8 @@ class FastModel:
             self._stream.begin()
         for index, layer in enumerate(self.layers):
             self._fetch_weights(index, index + 1)
+            for group in layer.projections:  # here and not all at first: the device would wait for the launches
+                group.refresh()
             level = self.plan.levels[index] if train else None
             x, delta, kept = layer.forward(x, delta, batch.sequences, rope, level)
             if kept is not None:

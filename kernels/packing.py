@@ -8,7 +8,7 @@ labelled tokens only.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 IGNORE_INDEX = -100
 SHORTEST_CLASS = 256
 """Sequences of up to this many tokens are one length class: below it attention's time is launches and traffic."""
+
+Classes = tuple[tuple[int, int, int], ...]
+"""(first, end, bound) of runs of sequences of at most `bound` tokens."""
 
 
 @dataclass
@@ -26,14 +29,14 @@ class Sequences:
         cu_seqlens: (n + 1,) int32, first token of each sequence, then T. Empty sequences are allowed.
         max_length: an upper bound on the longest sequence.
         uniform: (B, S) if the batch is B sequences of S tokens each, else None.
-        classes: (first, end, bound) of runs of sequences of at most `bound` tokens, where they lie in order of length;
-            kernels whose work grows with count x longest^2 run once for each.
+        classes: runs of sequences of about one length; kernels whose work grows with count x longest^2 run once for
+            each.
     """
 
     cu_seqlens: Tensor
     max_length: int
     uniform: tuple[int, int] | None = None
-    classes: tuple[tuple[int, int, int], ...] = ()
+    classes: Classes = ()
     padded: "Sequences | None" = field(default=None, repr=False)
     """The same with empty sequences appended, kept for kernels that are compiled for a rounded count."""
     _offsets: dict[int, Tensor] = field(default_factory=dict, repr=False)
@@ -51,6 +54,10 @@ class Sequences:
             runs = self.classes
             self._parts = [Sequences(self.cu_seqlens[first : end + 1], bound) for first, end, bound in runs] or [self]
         return self._parts
+
+    def bare(self) -> "Sequences":
+        """The same boundaries, without what has been worked out from them."""
+        return Sequences(self.cu_seqlens, self.max_length, self.uniform, self.classes)
 
     def lengths(self) -> Tensor:
         """(n,) int32 token counts."""
@@ -90,21 +97,23 @@ class PackedBatch:
 
     @property
     def num_labels(self) -> int:
-        """M, of a batch that is not padded yet."""
+        """M; unlabelled rows that a graph's shape was padded with count as well."""
         return self.num_tokens if self.loss_rows is None else self.loss_rows.numel()
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Move all tensors, without waiting for the copies."""
-
-        def move(tensor: Tensor) -> Tensor:
-            if device.type == "cuda" and tensor.device.type == "cpu":
-                tensor = tensor.pin_memory()
-            return tensor.to(device, non_blocking=True)
-
         old = self.sequences
-        sequences = Sequences(move(old.cu_seqlens), old.max_length, old.uniform, old.classes)
-        rows = None if self.loss_rows is None else move(self.loss_rows)
-        return PackedBatch(move(self.input_ids), move(self.position_ids), move(self.labels), sequences, rows)
+        sequences = Sequences(send(old.cu_seqlens, device), old.max_length, old.uniform, old.classes)
+        rows = None if self.loss_rows is None else send(self.loss_rows, device)
+        ids, positions, labels = (send(t, device) for t in (self.input_ids, self.position_ids, self.labels))
+        return PackedBatch(ids, positions, labels, sequences, rows)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor without waiting: from pageable memory a copy would wait for the device."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def pack_sequences(sequences: Sequence[tuple[Tensor, Tensor]]) -> PackedBatch:
@@ -123,19 +132,24 @@ def pack_sequences(sequences: Sequence[tuple[Tensor, Tensor]]) -> PackedBatch:
     return PackedBatch(torch.cat(ids), positions, label_row, boundaries, rows)
 
 
-def length_classes(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-    """Cut sequences in order of falling length into runs within factors of two; () in another order.
+def length_classes(lengths: Sequence[int]) -> Classes:
+    """Cut sequences into runs within factors of two; few and tight where the longest come first.
 
-    Bounds are the powers of two up to 1024, so that few kernels are compiled, and eighths of one beyond: the memory of
-    attention's backward grows with their square.
+    Bounds are rounded up to quarters of the power of two above, so that few kernels are compiled. A run also takes the
+    shorter sequences before a longer one.
     """
-    if not lengths or any(left < right for left, right in pairwise(lengths)):
-        return ()
-    powers = [max(SHORTEST_CLASS, 1 << (length - 1).bit_length()) for length in lengths]
+    longest = [*accumulate(reversed(lengths), max)][::-1]  # from here on
+    powers = [max(SHORTEST_CLASS, 1 << (length - 1).bit_length()) for length in longest]
     starts = [index for index, power in enumerate(powers) if index == 0 or power != powers[index - 1]]
-    steps = [powers[first] if powers[first] <= 1024 else powers[first] // 8 for first in starts]
-    bounds = [-(-max(1, lengths[first]) // step) * step for first, step in zip(starts, steps, strict=True)]
-    return tuple(zip(starts, [*starts[1:], len(lengths)], bounds, strict=True))
+    steps = [max(128, powers[first] // 4) for first in starts]
+    bounds = [-(-max(1, longest[first]) // step) * step for first, step in zip(starts, steps, strict=True)]
+    return tuple(zip(starts, [*starts[1:], len(lengths)], bounds, strict=True)) if lengths else ()
+
+
+def round_count(count: int) -> int:
+    """Round a number of sequences up to 1, 2, 3, 4, 6, 8, 12, ...: few plans, a third of them empty at most."""
+    power = 1 << max(0, count - 1).bit_length()
+    return power * 3 // 4 if count <= power * 3 // 4 else power
 
 
 def shift_labels(labels: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 
+from finemill.kernels.attention import divisors
 from finemill.kernels.decoder_layer import Level
 from finemill.kernels.rates import Rates, layer_seconds
 from finemill.kernels.workload import NF4_BYTES, OPTIMIZER_BYTES, LayerBytes, Workload, layer_bytes
@@ -27,6 +28,8 @@ IN_FLIGHT = (1, 2)
 shorter one, for the memory of one more."""
 LAUNCH_SECONDS = 5e-3
 """A layer's forward or backward is up to 100 launches, 2 ms on a slow host (17 to 20 us each; results.md)."""
+PATIENCE = 8
+"""Steps that launches do not bind gain 1 % as a graph, whose capture takes half a step: for frequent shapes."""
 HostLevels = tuple[Level | None, ...]
 Parking = tuple[HostLevels, int]
 """Parked level per layer, layers in flight."""
@@ -49,6 +52,8 @@ class Plan:
         eight_bit: 8-bit instead of fp32 optimizer states.
         stream_weights: NF4 weights wait in pinned host memory.
         in_flight: parked layers whose device memory may wait for their copies.
+        key_heads: that attention's backward takes at once; None for all.
+        scores_bytes: what the gradient of their scores takes, at most; None for any number.
     """
 
     levels: tuple[Level, ...]
@@ -63,6 +68,8 @@ class Plan:
     eight_bit: bool = False
     stream_weights: bool = False
     in_flight: int = 1
+    key_heads: int | None = None
+    scores_bytes: int | None = None
 
     @staticmethod
     def everything(num_layers: int, *, cached: bool = False, head_chunk: int = 1024) -> "Plan":
@@ -82,6 +89,7 @@ def workload_under(work: Workload, plan: Plan) -> Workload:
         optimizer_bytes=OPTIMIZER_BYTES[plan.eight_bit],
         embedding_on_host=plan.embedding_on_host,
         stream_weights=plan.stream_weights,
+        key_heads=plan.key_heads,
     )
 
 
@@ -174,58 +182,77 @@ def plan_step(
     """
     rates, budget = rates or Rates(), int(budget * MARGIN)
     rows = max(1, work.tokens // work.row)
-    candidates = [
-        candidate
-        for variant in _variants(work, allow_host=allow_host, allow_stream=allow_stream)
-        for pieces in range(1, rows + 1)
-        if rows % pieces == 0
-        for candidate in _candidates(variant, budget, rates, rows // pieces * work.row, allow_host=allow_host)
-    ]
-    fitting = [candidate for candidate in candidates if candidate.peak <= budget]
+
+    def candidates(heads: Sequence[int], micro_batches: Sequence[int]) -> list[Plan]:
+        return [
+            candidate
+            for variant in _variants(work, heads, allow_host=allow_host, allow_stream=allow_stream)
+            for tokens in micro_batches
+            for candidate in _candidates(variant, budget, rates, tokens, allow_host=allow_host)
+        ]
+
+    one, *between, every = [1, *divisors(work.shape.num_kv_heads)[1:-1], work.shape.num_kv_heads]
+    if work.fa4 and not work.ragged:  # takes all heads in little memory
+        one, between = every, []
+    micro_batches = [pieces * work.row for pieces in reversed(divisors(rows))]
+    leanest_and_fastest = candidates(sorted({every, one}, reverse=True), micro_batches)
+    fitting = [candidate for candidate in leanest_and_fastest if candidate.peak <= budget]
     if not fitting:
-        least = min(candidate.peak for candidate in candidates)
+        least = min(candidate.peak for candidate in leanest_and_fastest)
         raise ValueError(
             f"no plan fits {budget / 2**30:.2f} GiB: the leanest needs {least / 2**30:.2f} GiB; "
             "allow more memory, shorter rows or a smaller rank"
         )
-    return min(fitting, key=lambda candidate: candidate.seconds)
+    best = min(fitting, key=lambda candidate: candidate.seconds)
+    assert best.micro_batch is not None
+    fitting = [candidate for candidate in candidates(between, [best.micro_batch]) if candidate.peak <= budget]
+    return min([best, *fitting], key=lambda candidate: candidate.seconds)
 
 
 def plan_graphed_step(
     work: Workload, budget: int, card: int, *, rates: Rates | None = None, use_graphs: bool | None = None
-) -> tuple[Plan, bool]:
+) -> tuple[Plan, int | None]:
     """Choose a plan for batches of many shapes, and whether they run as CUDA graphs.
 
-    The memory of captured graphs stays on the card while the first, eager pass of another shape runs beside it.
+    The memory of captured graphs stays on the card while an eager pass of another shape runs beside it.
 
     Args:
         work: model and step.
         budget: bytes of device memory a step may allocate at its peak.
         card: bytes the whole process may take on the card.
         rates: of the device.
-        use_graphs: None where launches would dominate.
+        use_graphs: None where launches would dominate at once, and elsewhere for shapes that come often.
+    Returns: the plan, and how often a shape runs before it is captured; None without graphs.
     Raises: ValueError: no plan fits, as `plan_step`.
     """
     plan = plan_step(work, budget, rates=rates)
-    graphed = launch_bound(plan, work) if use_graphs is None else use_graphs
+    if use_graphs is False:
+        return plan, None
+    patience = 0 if use_graphs or launch_bound(plan, work) else PATIENCE
     resting = workload_under(work, plan).static_bytes()
-    if graphed and 2 * plan.peak - resting > card:
+    if 2 * plan.peak - resting > card:
+        if patience:
+            return plan, None
         try:
             plan = plan_step(work, min(budget, (resting + card) // 2), rates=rates)
         except ValueError:
-            graphed = False
-    return plan, graphed
+            return plan, None
+    return plan, patience
 
 
-def _variants(work: Workload, *, allow_host: bool, allow_stream: bool) -> list[Workload]:
-    """The workload with fp32 or 8-bit moments, embedding and base on the device or the host; simplest first."""
+def _variants(work: Workload, heads: Sequence[int], *, allow_host: bool, allow_stream: bool) -> list[Workload]:
+    """The workload with fp32 or 8-bit moments, embedding and base on the device or the host, so many key heads at once.
+
+    Simplest first.
+    """
     places = (False, True) if allow_host and not work.tied else (False,)
     streams = (False, True) if allow_stream and work.quantized else (False,)
     return [
-        replace(work, optimizer_bytes=size, embedding_on_host=place, stream_weights=stream)
+        replace(work, optimizer_bytes=size, embedding_on_host=place, stream_weights=stream, key_heads=number)
         for stream in streams
         for size in OPTIMIZER_BYTES
         for place in places
+        for number in heads
     ]
 
 
@@ -248,6 +275,8 @@ def _candidates(work: Workload, budget: int, rates: Rates, tokens: int, *, allow
                 eight_bit=work.optimizer_bytes < OPTIMIZER_BYTES[0],
                 stream_weights=work.stream_weights,
                 in_flight=in_flight,
+                key_heads=work.key_heads,
+                scores_bytes=work.scores_bytes(tokens),
             )
             plan = replace(plan, levels=_fill_device(work, budget, plan))
             yield replace(plan, seconds=step_seconds(work, rates, plan), peak=peak_bytes(work, plan))

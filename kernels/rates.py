@@ -3,17 +3,21 @@
 Calibrated to measured steps (results.md); tests/kernels/test_planner.py holds predictions against them.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 from finemill.kernels.decoder_layer import Level
 from finemill.kernels.workload import Workload
 
-DIAGONAL = 256
-"""Keys a query that attention computes in vain, in the tiles on the diagonal of the scores."""
+DIAGONAL, DIAGONAL_BACKWARD = 256, 500
+"""Keys a query that attention computes in vain, in the tiles on the diagonal of the scores, or costs as much as."""
+SPLIT_SECONDS = 2e-6
+"""What each group of heads but one costs attention's backward, times the root of the length: the card runs empty. A
+quarter of the backward at most."""
 FORWARD_KERNELS, BACKWARD_KERNELS = 20, 30
 """Of a layer."""
-KERNEL_SECONDS = 6e-6
+KERNEL_SECONDS = 5.5e-6
 """What a kernel costs beside its bytes and operations: start, tail, and too few programs to fill the card."""
 
 
@@ -25,6 +29,8 @@ class Rates:
         flops: of matrix products, at the card's power limit.
         attention_forward: operations of attention, of long rows.
         attention_backward: likewise, in the deterministic mode.
+        fa4_forward: of FlashAttention-4.
+        fa4_backward: likewise, in the deterministic mode.
         bytes: of elementwise kernels and skinny products, 7/8 of what a copy reads and writes.
         bus_bytes: to or from the host.
         shared_bus_bytes: each way, both at once.
@@ -32,7 +38,9 @@ class Rates:
 
     flops: float = 710e12
     attention_forward: float = 560e12
-    attention_backward: float = 370e12
+    attention_backward: float = 434e12
+    fa4_forward: float = 615e12
+    fa4_backward: float = 490e12
     bytes: float = 3.65e12
     bus_bytes: float = 54e9
     shared_bus_bytes: float = 47e9
@@ -63,8 +71,14 @@ def layer_seconds(work: Workload, rates: Rates, tokens: int, *, cached: bool) ->
         return tokens * width / rates.bytes
 
     matmul = 2 * tokens * s.hidden / rates.flops
-    scores = 2 * tokens * (work.row + DIAGONAL) * s.q_width
-    attention, attention_back = scores / rates.attention_forward, 2.5 * scores / rates.attention_backward
+    attention_forward, attention_backward = rates.attention_forward, rates.attention_backward
+    if work.fa4:
+        attention_forward, attention_backward = rates.fa4_forward, rates.fa4_backward
+    attention = 2 * tokens * (work.row + DIAGONAL) * s.q_width / attention_forward
+    attention_back = 5 * tokens * (work.row + DIAGONAL_BACKWARD) * s.q_width / attention_backward
+    if work.key_heads is not None and not work.fa4:
+        groups = s.num_kv_heads // work.key_heads
+        attention_back += (groups - 1) * min(attention_back / 4, SPLIT_SECONDS * math.sqrt(work.row))
     decode = 0.0 if cached or not work.quantized else work.layer_weights * 2.6 / rates.bytes
     products = matmul * (s.qkv_width + s.q_width + 3 * s.intermediate)
     rotate = 2 * (w["q"] + w["kv"])

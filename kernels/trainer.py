@@ -24,13 +24,13 @@ from torch import Tensor
 from trl import SFTTrainer
 
 from finemill.kernels.accelerate import Acceleration, accelerate_model, adopt_plan, leave_unchanged, workload_of
-from finemill.kernels.attention import fitting_backend, padded_scores
-from finemill.kernels.graphs import Buckets, GraphRunner, pad_batch
-from finemill.kernels.loss_head import HeadResult
+from finemill.kernels.graphs import GraphRunner
+from finemill.kernels.model import FastModel
 from finemill.kernels.optimizer import FlatAdamW
-from finemill.kernels.packing import IGNORE_INDEX, PackedBatch, pack_budget, split_rows
+from finemill.kernels.packing import IGNORE_INDEX, Classes, PackedBatch, pack_budget, send, split_rows
 from finemill.kernels.planner import Plan, plan_graphed_step
 from finemill.kernels.rates import rates_of
+from finemill.kernels.shapes import Buckets, Shapes
 from finemill.kernels.workload import PADDED_ROWS
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ _COLUMNS |= {"max_length_k", "seq_idx", "seq_lengths"}
 """What a batch may hold: rows, and their boundaries once more."""
 BUCKETS_PER_BATCH = 8
 """Token and label counts of graphs are rounded up to this share of the token budget."""
+EAGER_BUCKET = 128
+"""What they are rounded up to without graphs, for the tiles of matrix products."""
 
 
 class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
@@ -59,22 +61,28 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self.acceleration: Acceleration = (
             accelerate_model(self.model) if reason is None else leave_unchanged(self.model, reason)
         )
+        self._shapes: Shapes | None = None
         self._runner: GraphRunner | None = None
         self._prepared: list[PackedBatch] | None = None
         """Batches of an optimizer step that has not begun yet."""
         self._sums: Tensor | None = None
-        self._labels = self._tokens = 0
+        self._labels = 0
         """Of the step at hand, in this process."""
+        self._counts = torch.zeros(2)
+        """Labels and tokens of the step, on the device."""
+        self._parameters: int | None = None
         if self.acceleration.engine is None:
             return
-        self._plan, wanted = self._make_plan(memory_gb, use_graphs)
+        self._plan, patience = self._make_plan(memory_gb, use_graphs)
         adopt_plan(self.model, self._plan)
         engine = self.acceleration.engine
         # Plain attention reads the boundaries on the host, which no graph can hold.
-        dtype, head_dim = engine.final_norm.dtype, engine.layers[0].shape.head_dim
-        if wanted and fitting_backend("flash", engine.device, dtype, head_dim) != "plain":
+        if patience is not None and engine.attention_backend(self._work.row) != "plain":
             step = max(256, (self._plan.micro_batch or 0) // BUCKETS_PER_BATCH)
-            self._runner = GraphRunner(engine, Buckets(step, step))
+            self._shapes = Shapes(Buckets(step, step), self._fits)
+            self._runner = GraphRunner(engine, self._shapes, patience)
+        elif engine.device.type == "cuda":
+            self._shapes = Shapes(Buckets(EAGER_BUCKET, EAGER_BUCKET), self._fits)
         if self.args.world_size > 1:
             torch.distributed.broadcast(engine.adapters.master, src=0)
         # The model is where it belongs (an embedding in host memory would come back to the device), and
@@ -83,6 +91,12 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
         # Replacing a NaN loss by an average needs the loss on the host after every micro-batch.
         self.args.logging_nan_inf_filter = False
+
+    @property
+    def _engine(self) -> FastModel:
+        engine = self.acceleration.engine
+        assert engine is not None
+        return engine
 
     @property
     def fast(self) -> bool:
@@ -151,7 +165,7 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             tokens = sum(ids.numel() for ids, _ in sequences)
             self._prepared = [self._send(batch) for batch in pack_budget(sequences, self._plan.micro_batch or tokens)]
             self._labels = sum(int((labels[1:] != IGNORE_INDEX).sum()) for _, labels in sequences)
-            self._tokens = tokens
+            self._counts = send(torch.tensor([self._labels, tokens]), self._engine.device)
         return samples, num_items
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -162,12 +176,12 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """
         if not self.fast:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
-        engine = self.acceleration.engine
-        assert engine is not None
-        model.train()
+        engine = self._engine
         batches, self._prepared = self._prepared, None
         if batches is None:
             return torch.zeros((), device=engine.device)
+        if not model.training:  # visiting every module takes milliseconds
+            model.train()
         if self._flat_optimizer is None:
             engine.adapters.attach_grads()
         scale = 1.0 / max(1, self._labels)
@@ -177,9 +191,9 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
                 # Of the step, not a count of batches run: a resumed training draws the masks it would have drawn.
                 stream = index * self.args.world_size + self.args.process_index
                 engine.dropout_seed.fill_((self.args.seed << 40) + (self.state.global_step << 16) + stream)
-            result = self._run(batch, scale)
+            result = (self._runner or engine).loss_and_grad(batch, scale)
             total[:3] += torch.stack((result.loss, result.entropy, result.correct))
-        total[3:] = torch.tensor([self._labels, self._tokens])
+        total[3:] = self._counts
         if self.args.world_size > 1:
             engine.adapters.grad.mul_(self._labels)
             torch.distributed.all_reduce(engine.adapters.grad)
@@ -187,6 +201,12 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             engine.adapters.grad.div_(total[3].clamp(min=1))
         self._sums = total if self._sums is None else self._sums + total
         return (total[0] / total[3].clamp(min=1)).float()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Estimate a micro-batch's operations as SFTTrainer does, without counting the parameters each time."""
+        if self._parameters is None:
+            self._parameters = int(self.model.num_parameters(exclude_embeddings=True))
+        return int(6 * inputs["input_ids"].numel() * self._parameters)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Fetch the sums kept on the device, then log as SFTTrainer does."""
@@ -200,29 +220,15 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def _send(self, batch: PackedBatch) -> PackedBatch:
-        engine = self.acceleration.engine
-        assert engine is not None
-        if self._runner is not None:
-            padded = pad_batch(batch, self._runner.buckets)
-            batch = padded if self._fits(padded) else batch
-        return batch.to(engine.device)
+        return (batch if self._shapes is None else self._shapes.prepare(batch)).to(self._engine.device)
 
-    def _fits(self, padded: PackedBatch) -> bool:
-        """Whether a graph's attention, all of whose sequences are as long as the longest, stays within the plan."""
-        if padded.sequences.uniform is not None:
-            return True
-        scores, rows = padded_scores(padded.sequences)
-        tokens = max(padded.num_tokens, self._plan.micro_batch or 0)
+    def _fits(self, slots: Classes) -> bool:
+        """Whether attention over these slots stays within the plan."""
+        tokens = self._plan.micro_batch or self._work.tokens
+        rows = sum((end - first) * bound for first, end, bound in slots)
+        largest = max((end - first) * bound**2 for first, end, bound in slots)
         planned = self._work.attention_workspace(tokens)
-        return rows <= PADDED_ROWS * tokens and self._work.attention_workspace(tokens, scores) <= planned
-
-    def _run(self, batch: PackedBatch, scale: float) -> HeadResult:
-        engine = self.acceleration.engine
-        assert engine is not None
-        # Length classes are left where a batch does not fit into a graph.
-        if self._runner is not None and not batch.sequences.classes:
-            return self._runner.loss_and_grad(batch, scale)
-        return engine.loss_and_grad(batch, scale)
+        return rows <= PADDED_ROWS * tokens and self._work.attention_workspace(tokens, largest) <= planned
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """FlatAdamW clips inside its step; its norm is reported."""
@@ -234,19 +240,18 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             return super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 
-    def _make_plan(self, memory_gb: float | None, use_graphs: bool | None) -> tuple[Plan, bool]:
-        """Return the plan, and whether micro-batches are wanted as graphs."""
-        engine, args = self.acceleration.engine, self.args
-        assert engine is not None
+    def _make_plan(self, memory_gb: float | None, use_graphs: bool | None) -> tuple[Plan, int | None]:
+        """Return the plan, and how often a shape of micro-batches runs before it is captured, None without graphs."""
+        engine, args = self._engine, self.args
         longest = args.max_length or 2048
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self._work = replace(workload_of(engine, tokens=rows * longest, row=longest), ragged=True)
         if engine.device.type != "cuda":
-            return Plan.everything(len(engine.layers)), False
+            return Plan.everything(len(engine.layers)), None
         free, _ = torch.cuda.mem_get_info(engine.device)
         card = int((free + torch.cuda.memory_allocated(engine.device)) * 0.95)
         budget = card if memory_gb is None else int(memory_gb * 2**30)
         rates = rates_of(torch.cuda.get_device_name(engine.device))
-        plan, graphed = plan_graphed_step(self._work, budget, card, rates=rates, use_graphs=use_graphs)
+        plan, patience = plan_graphed_step(self._work, budget, card, rates=rates, use_graphs=use_graphs)
         logger.info("plan: %s tokens a micro-batch, %.2f GiB", plan.micro_batch, plan.peak / 2**30)
-        return plan, graphed
+        return plan, patience

@@ -6,7 +6,8 @@ All sizes are bytes, as `torch.cuda.max_memory_allocated` counts them; names of 
 from dataclasses import dataclass
 from functools import lru_cache
 
-from finemill.kernels.attention import key_heads_at_once
+from finemill.kernels.attention import key_heads_at_once, scores_bytes
+from finemill.kernels.attention_fa4 import LONG, workspace_bytes
 from finemill.kernels.decoder_layer import LayerShape, Level
 from finemill.kernels.projection import PAD
 from finemill.kernels.swiglu_lora import partial_bytes
@@ -74,6 +75,8 @@ class Workload:
         optimizer_bytes: per adapter parameter, states only.
         embedding_on_host: whether the embedding lives in host memory.
         stream_weights: whether NF4 weights visit the device two layers at a time.
+        key_heads: that cuDNN's backward takes at once, with their query heads; None for all.
+        fa4: whether full rows run on FlashAttention-4.
     """
 
     shape: LayerShape
@@ -88,6 +91,8 @@ class Workload:
     optimizer_bytes: float = 8.0
     embedding_on_host: bool = False
     stream_weights: bool = False
+    key_heads: int | None = None
+    fa4: bool = False
 
     @property
     def layer_weights(self) -> int:
@@ -166,17 +171,26 @@ class Workload:
         """Host memory that a parked layer takes."""
         return _parkable(self.widths)
 
+    def scores_bytes(self, tokens: int) -> int:
+        """What the gradient of the scores of cuDNN's longest rows takes in the backward, of `key_heads`."""
+        s, row = self.shape, min(self.row, LONG) if self.fa4 else self.row
+        return scores_bytes(tokens * row, (self.key_heads or s.num_kv_heads) * s.num_heads // s.num_kv_heads)
+
     def attention_workspace(self, tokens: int, scores: int | None = None) -> int:
-        """Of cuDNN's deterministic backward: the scores' gradient and an fp32 dq of one group of heads.
+        """Of the deterministic backward: FlashAttention-4's sums, cuDNN's scores' gradient and fp32 dq of some heads.
 
         Args:
             tokens: of a micro-batch.
-            scores: of a query head; those of full rows by default.
+            scores: of a query head in cuDNN; those of full rows by default.
         """
-        s = self.shape
-        scores = tokens * self.row if scores is None else scores
-        step = key_heads_at_once(tokens * s.q_width, scores, s.num_heads, s.num_kv_heads)
-        return step * (2 * scores * (s.num_heads // s.num_kv_heads) + 4 * tokens * s.q_width // s.num_kv_heads)
+        s, kv_width = self.shape, self.shape.num_kv_heads * self.shape.head_dim
+        long = workspace_bytes(tokens, s.q_width, kv_width) if self.fa4 else 0
+        if self.fa4 and not self.ragged:
+            return long
+        scores = tokens * (min(self.row, LONG) if self.fa4 else self.row) if scores is None else scores
+        step = key_heads_at_once(self.scores_bytes(tokens), scores, s.num_heads, s.num_kv_heads)
+        group = step * s.num_heads // s.num_kv_heads
+        return max(long, scores_bytes(scores, group) + 4 * tokens * group * s.head_dim)
 
     def head_bytes(self, tokens: int, chunk: int) -> int:
         """Peak of the loss head, its first input apart."""

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from finemill.kernels import attention_fa4
 from finemill.kernels.attention import attention_backward, attention_forward
 from finemill.kernels.packing import Sequences, length_classes
 
@@ -63,20 +64,23 @@ def test_a_token_does_not_see_other_sequences_or_later_tokens(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [[256] * 4, [300, 1, 77, 640], [1500, 640, 300, 299, 77, 77, 1]])
+@pytest.mark.parametrize(
+    "lengths", [[256] * 4, [300, 1, 77, 640], [1500, 640, 300, 299, 77, 77, 1], [5000, 4100, 0, 900, 20], [4096] * 2]
+)
 def test_the_fast_backends_agree_with_the_plain_one(lengths, monkeypatch):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
-    uniform = (4, 256) if len(set(lengths)) == 1 else None
+    uniform = (len(lengths), lengths[0]) if len(set(lengths)) == 1 else None
     sequences = Sequences(cu_seqlens, max(lengths), uniform, () if uniform else length_classes(lengths))
     shapes = ((8, 128), (2, 128), (2, 128), (8, 128))
     q, k, v, dout = (torch.randn(sum(lengths), *shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
     results = {}
-    for name in ("plain", "flash", "cudnn"):
+    fast = ["flash", "cudnn", ""] + ["fa4"] * attention_fa4.available(cu_seqlens.device)
+    for name in ("plain", *fast):
         monkeypatch.setenv("FINEMILL_ATTENTION", name)
         out, saved = attention_forward(q, k, v, sequences, 128**-0.5)
         results[name] = (out, *attention_backward(dout, q, k, v, out, saved, sequences, 128**-0.5))
         again = attention_backward(dout, q, k, v, out, saved, sequences, 128**-0.5)
         assert all(torch.equal(a, b) for a, b in zip(again, results[name][1:], strict=True))
-    for name in ("flash", "cudnn"):
+    for name in fast:
         for got, plain in zip(results[name], results["plain"], strict=True):
             assert (got.double() - plain.double()).norm() < 0.01 * plain.double().norm()

@@ -1,10 +1,13 @@
-"""Padding a batch to a graph's shapes changes no gradient; a graph gives the bits of the eager pass."""
+"""A graph gives the bits of the eager pass, whatever ran between its replays."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from finemill.kernels.graphs import Buckets, GraphRunner, pad_batch
+from finemill.kernels.graphs import GraphRunner
 from finemill.kernels.packing import IGNORE_INDEX, pack_rows, pack_sequences
+from finemill.kernels.shapes import Buckets, Shapes
 
 
 def ragged():
@@ -16,32 +19,16 @@ def ragged():
     return pack_sequences(pairs)
 
 
-def test_shapes_are_rounded_up_with_tokens_that_carry_no_label():
-    batch, buckets = ragged(), Buckets(tokens=16, labels=12, sequences=4, length=8)
-    padded = pad_batch(batch, buckets)
-    assert padded.num_tokens == 32
-    assert padded.sequences.count == 4
-    assert padded.sequences.max_length == 16
-    assert padded.loss_rows.numel() == 24
-    assert padded.loss_rows.unique().numel() == 24
-    labelled = padded.labels[padded.loss_rows]
-    assert (labelled != IGNORE_INDEX).sum() == batch.num_labels
-    assert torch.equal(padded.labels[:22], batch.labels)
-    again = pad_batch(padded, buckets)
-    assert again.num_tokens == 32
-    assert torch.equal(again.loss_rows, padded.loss_rows)
+def test_a_batch_of_another_shape_runs_eagerly(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    ran = []
+    model = SimpleNamespace(device=torch.device("cpu"), loss_and_grad=lambda batch, scale: ran.append((batch, scale)))
+    runner = GraphRunner(model)
+    runner.loss_and_grad(ragged(), 0.5)
+    assert [(ran[0][0].num_tokens, ran[0][1], runner.num_graphs)] == [(22, 0.5, 0)]
 
 
-def test_rows_of_equal_length_stay_as_they_are():
-    ids = torch.arange(1, 25).view(4, 6)
-    padded = pad_batch(pack_rows(ids, ids), Buckets(16, 4, 4, 8))
-    assert padded.num_tokens == 24
-    assert padded.sequences.uniform == (4, 6)
-    assert padded.loss_rows.numel() == 20
-
-
-@pytest.mark.gpu
-def test_a_graph_gives_bitwise_the_eager_gradient(tmp_path, monkeypatch):
+def loaded(tmp_path, monkeypatch):
     from finemill.kernels import bench_data
     from finemill.kernels.load import load_model
     from finemill.kernels.planner import Plan
@@ -51,20 +38,38 @@ def test_a_graph_gives_bitwise_the_eager_gradient(tmp_path, monkeypatch):
     model, parameters = load_model(bench_data.ensure_checkpoint("qwen3-tiny", 0, device), device=device)
     bench_data.start_adapters(parameters)
     model.apply_plan(Plan.everything(2))
-    runner = GraphRunner(model, Buckets(16, 8, 4, 8))
-    batch = pad_batch(ragged(), runner.buckets).to(device)
+    return model
 
-    def gradient(engine):
-        model.adapters.grad.zero_()
-        loss = engine.loss_and_grad(batch, 0.1).loss.clone()
-        return loss, model.adapters.grad.clone()
 
-    eager = gradient(model)
+def gradient(model, engine, batch):
+    model.adapters.grad.zero_()
+    loss = engine.loss_and_grad(batch, 0.1).loss.clone()
+    return loss, model.adapters.grad.clone()
+
+
+@pytest.mark.gpu
+def test_a_graph_gives_bitwise_the_eager_gradient(tmp_path, monkeypatch):
+    model = loaded(tmp_path, monkeypatch)
+    runner = GraphRunner(model, Shapes(Buckets(16, 8)))
+    batch = runner.shapes.prepare(ragged()).to(model.device)
+
+    eager = gradient(model, model, batch)
     for _ in range(2):
-        assert all(torch.equal(a, b) for a, b in zip(gradient(runner), eager, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(gradient(model, runner, batch), eager, strict=True))
     assert runner.num_graphs == 1
     # A longer row replaces the rotary tables, not those of the graph.
     row = torch.randint(1, 50, (1, 2500))
-    runner.loss_and_grad(pad_batch(pack_rows(row, row), runner.buckets).to(device), 0.1)
+    runner.loss_and_grad(runner.shapes.prepare(pack_rows(row, row)).to(model.device), 0.1)
+    assert runner.num_graphs == 2
     torch.cuda.empty_cache()
-    assert all(torch.equal(a, b) for a, b in zip(gradient(runner), eager, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradient(model, runner, batch), eager, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_shape_is_captured_once_it_has_come_often_enough(tmp_path, monkeypatch):
+    model, batch = loaded(tmp_path, monkeypatch), ragged()
+    runner = GraphRunner(model, Shapes(Buckets(16, 8)), patience=2)
+    batch = runner.shapes.prepare(batch).to(model.device)
+    gradients = [gradient(model, runner, batch) for _ in range(4)]
+    assert runner.num_graphs == 1
+    assert all(torch.equal(a, b) for later in gradients[1:] for a, b in zip(later, gradients[0], strict=True))

@@ -8,6 +8,7 @@ from finemill.kernels.packing import (
     pack_budget,
     pack_rows,
     pack_sequences,
+    round_count,
     shift_labels,
     split_rows,
 )
@@ -73,24 +74,32 @@ def test_budget_batches_hold_every_sequence_once_within_the_budget():
     assert all(torch.equal(left.input_ids, right.input_ids) for left, right in zip(batches, again, strict=True))
 
 
-def test_sequences_in_order_of_length_fall_into_classes():
-    assert length_classes([1500, 1100, 1024, 600, 256, 3]) == ((0, 2, 1536), (2, 4, 1024), (4, 6, 256))
-    assert length_classes([16500, 9000]) == ((0, 1, 20480), (1, 2, 10240))
-    assert length_classes([300, 0]) == ((0, 1, 512), (1, 2, 256))
-    assert length_classes([7]) == ((0, 1, 256),)
-    assert length_classes([3, 1500]) == length_classes([]) == ()
+def test_sequences_fall_into_classes_by_length():
+    assert length_classes([1400, 1100, 1024, 600, 256, 3]) == ((0, 2, 1536), (2, 4, 1024), (4, 6, 256))
+    assert length_classes([16500, 9000]) == ((0, 1, 24576), (1, 2, 12288))
+    assert length_classes([300, 0]) == ((0, 1, 384), (1, 2, 128))
+    assert length_classes([7]) == ((0, 1, 128),)
+    assert length_classes([]) == ()
+
+
+def test_a_class_takes_the_shorter_sequences_before_a_longer_one():
+    assert length_classes([3, 1500, 200, 900, 5]) == ((0, 2, 1536), (2, 4, 1024), (4, 5, 128))
+
+
+def test_counts_are_rounded_to_a_power_of_two_or_three_quarters_of_one():
+    assert [round_count(n) for n in (1, 2, 3, 4, 5, 7, 9, 25, 97)] == [1, 2, 3, 4, 6, 8, 12, 32, 128]
 
 
 def test_a_lone_sequence_is_a_full_row_only_if_its_length_is_round():
     assert pack_sequences([sequence(512)]).sequences.uniform == (1, 512)
     lone = pack_sequences([sequence(111)]).sequences
     assert lone.uniform is None
-    assert lone.classes == ((0, 1, 256),)
+    assert lone.classes == ((0, 1, 128),)
 
 
 def test_the_parts_of_a_batch_cover_its_sequences():
     (batch,) = pack_budget([sequence(length) for length in (3, 300, 9, 600)], budget=2000)
     assert [part.cu_seqlens.tolist() for part in batch.sequences.parts()] == [[0, 600], [600, 900], [900, 909, 912]]
-    assert [part.max_length for part in batch.sequences.parts()] == [1024, 512, 256]
+    assert [part.max_length for part in batch.sequences.parts()] == [768, 384, 128]
     whole = pack_rows(torch.ones(2, 4), torch.ones(2, 4)).sequences
     assert whole.parts() == [whole]

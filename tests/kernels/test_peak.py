@@ -21,6 +21,7 @@ from finemill.kernels import decoder_layer, model, projection, swiglu_lora
 from finemill.kernels.adamw import AdamWState
 from finemill.kernels.adapters import LoraPair
 from finemill.kernels.attention import key_heads_at_once
+from finemill.kernels.attention_fa4 import suits
 from finemill.kernels.decoder_layer import Level, Rope
 from finemill.kernels.estimate import workload
 from finemill.kernels.nf4 import NF4Tensor
@@ -98,11 +99,14 @@ def attention_forward(q, k, v, sequences, scale, out):
     return out, (torch.empty((count, q.shape[1], length, 1), dtype=torch.float32, device=META),)
 
 
-def attention_backward(dout, q, k, v, out, saved, sequences, scale):
+def attention_backward(dout, q, k, v, out, saved, sequences, scale, workspace):
     grads = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=META) for tensor in (q, k, v))
+    if suits(sequences.max_length, q.shape[2]):
+        torch.empty(4 * (q.numel() + k.numel() + v.numel()), dtype=torch.uint8, device=META)
+        return grads
     (count, length), heads, kv_heads = sequences.uniform, q.shape[1], k.shape[1]
     one_key_head = 2 * count * length**2 * (heads // kv_heads)
-    step = key_heads_at_once(q.numel(), count * length**2, heads, kv_heads)
+    step = key_heads_at_once(workspace, count * length**2, heads, kv_heads)
     torch.empty(one_key_head * step + 4 * q.numel() * step // kv_heads, dtype=torch.uint8, device=META)
     return grads
 

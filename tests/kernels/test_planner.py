@@ -56,6 +56,7 @@ class Run:
             eight_bit=not self.cached,
             stream_weights=not self.cached,
             in_flight=self.in_flight,
+            key_heads=4 if self.row == 2048 else None,
         )
         return workload_under(work, plan), plan
 
@@ -136,22 +137,27 @@ def test_the_bus_takes_as_much_as_it_can_while_layers_compute():
     short, long = step(row=2048), step(rows=1, row=16384)
     plans = plan_step(short, int(3.5 * GIB), allow_stream=True), plan_step(long, int(10.2 * GIB), allow_stream=True)
     for plan, levels in zip(plans, ({INPUT, ATTENTION}, {ATTENTION, GATE_UP}), strict=True):
-        assert {level for level in plan.host_levels if level is not None} == levels
+        assert {level for level in plan.host_levels if level is not None} >= levels
         assert all(host is None or host <= level for host, level in zip(plan.host_levels, plan.levels, strict=True))
 
 
 def test_graphs_leave_the_card_room_for_an_eager_pass_beside_them():
     work = replace(step("qwen3-0.6b"), ragged=True)
-    roomy, graphed = plan_graphed_step(work, 70 * GIB, 70 * GIB)
-    assert graphed
-    tight, graphed = plan_graphed_step(work, 22 * GIB, 22 * GIB)
-    assert graphed
+    roomy, patience = plan_graphed_step(work, 70 * GIB, 70 * GIB)
+    assert patience == 0
+    tight, patience = plan_graphed_step(work, 22 * GIB, 22 * GIB)
+    assert patience == 0
     assert tight.peak < roomy.peak < 22 * GIB
     assert 2 * tight.peak - workload_under(work, tight).static_bytes() <= 22 * GIB
     least = int(1.1 * GIB)  # fits a step, and no second one beside it
-    assert plan_graphed_step(work, least, least)[1] is False
-    assert plan_graphed_step(step(), 70 * GIB, 70 * GIB)[1] is False
-    assert plan_graphed_step(step(), 70 * GIB, 200 * GIB, use_graphs=True)[1] is True
+    assert plan_graphed_step(work, least, least)[1] is None
+    assert plan_graphed_step(work, 70 * GIB, 70 * GIB, use_graphs=False)[1] is None
+
+
+def test_long_passes_are_captured_where_there_is_room_once_their_shape_has_come_often():
+    assert plan_graphed_step(step(), 70 * GIB, 70 * GIB)[1] is None
+    assert plan_graphed_step(step(), 70 * GIB, 200 * GIB)[1] > 0
+    assert plan_graphed_step(step(), 70 * GIB, 200 * GIB, use_graphs=True)[1] == 0
 
 
 def test_plenty_of_memory_keeps_everything_on_the_device():

@@ -8,11 +8,12 @@ import torch
 from finemill.kernels import bench_data
 from finemill.kernels.decoder_layer import Level
 from finemill.kernels.estimate import workload
-from finemill.kernels.graphs import Buckets, GraphRunner
+from finemill.kernels.graphs import GraphRunner
 from finemill.kernels.load import LoraSettings, load_model, quantize_nf4
 from finemill.kernels.nf4 import dequantize_nf4
 from finemill.kernels.packing import pack_rows, pack_sequences
 from finemill.kernels.planner import Plan
+from finemill.kernels.shapes import Buckets, Shapes
 
 pytestmark = pytest.mark.gpu
 LAYERS = 4
@@ -70,9 +71,11 @@ def test_levels_host_memory_kept_and_streamed_weights_and_graphs_change_no_bit(k
     for plan in plans:
         model.apply_plan(plan)
         assert torch.equal(gradient(model, model, batch), expected), plan
-    runner = GraphRunner(model, Buckets(1, 1, 1, 1))
+    runner = GraphRunner(model, Shapes(Buckets(1, 1)))
+    prepared = runner.shapes.prepare(batch)
     for _ in range(2):
-        assert torch.equal(gradient(model, runner, batch), expected)
+        assert torch.equal(gradient(model, runner, prepared), expected)
+    assert runner.num_graphs == 1
 
 
 def test_packed_sequences_give_the_gradient_of_each_alone(model):

@@ -1,7 +1,5 @@
 """FastSFTTrainer logs what SFTTrainer logs, step by step, on packed, padded and accumulated batches."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,8 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from trl import SFTConfig, SFTTrainer
 
 from finemill.kernels.accelerate import restore_model
-from finemill.kernels.graphs import Buckets
-from finemill.kernels.packing import pack_budget
 from finemill.kernels.trainer import FastSFTTrainer
 
 pytestmark = [
@@ -245,14 +241,17 @@ def test_training_leaves_an_embedding_in_host_memory_where_it_is(tmp_path, monke
     assert placed == [False]
 
 
-def test_a_batch_whose_padding_passes_the_plan_keeps_its_length_classes(tmp_path):
+def test_a_graph_has_slots_for_attention_within_the_plan(tmp_path):
     trainer = make_trainer(FastSFTTrainer, tmp_path, max_length=2048)
-    trainer._runner = SimpleNamespace(buckets=Buckets(16, 16))
+    rows = trainer._work.tokens // 2048
+    assert trainer._fits(((0, rows, 2048),))
+    assert trainer._fits(((0, 1, 2048), (1, 1 + 8 * (rows - 1), 256)))
+    assert not trainer._fits(((0, 64 * rows, 2048),))
+    assert not trainer._fits(((0, 65 * rows, 256),))
 
-    def sent(*lengths):
-        (batch,) = pack_budget([(torch.ones(n, dtype=torch.long),) * 2 for n in lengths], 1000)
-        return trainer._send(batch).sequences
 
-    assert sent(200, 200, 199, 199).classes == ()
-    assert sent(20, 20).uniform == (2, 20)
-    assert sent(30, *[1] * 40).classes == ((0, 41, 256),)
+def test_operations_are_counted_as_sft_trainer_does(tmp_path):
+    trainer = make_trainer(FastSFTTrainer, tmp_path)
+    inputs = {"input_ids": torch.ones((2, 3), dtype=torch.long)}
+    for _ in range(2):
+        assert trainer.floating_point_ops(inputs) == SFTTrainer.floating_point_ops(trainer, inputs) > 0

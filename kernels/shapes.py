@@ -1,0 +1,98 @@
+"""Rounded shapes of ragged micro-batches, so that attention plans and CUDA graphs serve more than one of them.
+
+Tokens are rounded up with unlabelled dummy sequences, rows of the loss head with rows that have no label, sequences to
+slots (slots.py): no gradient changes.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from finemill.kernels.packing import IGNORE_INDEX, SHORTEST_CLASS, Classes, PackedBatch, Sequences
+from finemill.kernels.slots import Fits, choose_slots
+
+
+class Shape(NamedTuple):
+    """What a graph is captured for."""
+
+    tokens: int
+    labels: int
+    uniform: tuple[int, int] | None
+    slots: Classes
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """What numbers of tokens and of labelled rows are rounded up to."""
+
+    tokens: int = 512
+    labels: int = 512
+
+
+@dataclass
+class Shapes:
+    """The shapes that batches were given so far.
+
+    Args:
+        buckets: rounding of tokens and labels.
+        fits: whether memory allows attention over slots.
+    """
+
+    buckets: Buckets = field(default_factory=Buckets)
+    fits: Fits = lambda slots: True
+    _known: set[Shape] = field(default_factory=set)
+
+    def __contains__(self, shape: Shape) -> bool:
+        """Whether a batch was given this shape."""
+        return shape in self._known
+
+    def prepare(self, batch: PackedBatch) -> PackedBatch:
+        """Give a batch, on the CPU, a known shape or a new one; one that memory allows none for stays as it is."""
+        padded = pad_batch(batch, self.buckets)
+        sequences = padded.sequences
+        if sequences.uniform is None:
+            alike = shape_of(padded)._replace(slots=())
+            known = [shape.slots for shape in self._known if shape._replace(slots=()) == alike]
+            slots = choose_slots(sequences.lengths().tolist(), known, self.fits)
+            if slots is None:
+                return batch
+            padded.sequences = _fill_slots(sequences, slots)
+        self._known.add(shape_of(padded))
+        return padded
+
+
+def shape_of(batch: PackedBatch) -> Shape:
+    """Say which shape a batch has."""
+    return Shape(batch.num_tokens, batch.num_labels, batch.sequences.uniform, batch.sequences.classes)
+
+
+def pad_batch(batch: PackedBatch, buckets: Buckets) -> PackedBatch:
+    """Round a batch's tokens up with short unlabelled sequences; equal-length rows stay as they are.
+
+    Labelled rows are padded with rows that have no label, each once, so that scattering their zero gradient is exact.
+    """
+    tokens, sequences = batch.num_tokens, batch.sequences
+    rows = batch.loss_rows
+    device = batch.input_ids.device
+    if rows is None:
+        rows = torch.arange(tokens, device=device)
+    missing = 0 if sequences.uniform is not None else -tokens % buckets.tokens
+    capacity = min(tokens + missing, -(-rows.numel() // buckets.labels) * buckets.labels)
+    ids = torch.nn.functional.pad(batch.input_ids, (0, missing))
+    labels = torch.nn.functional.pad(batch.labels, (0, missing), value=IGNORE_INDEX)
+    dummies = torch.arange(missing, device=device)
+    positions = torch.cat([batch.position_ids, dummies % SHORTEST_CLASS])
+    ends = tokens + torch.cat([dummies[SHORTEST_CLASS::SHORTEST_CLASS], dummies[-1:] + 1])
+    cu_seqlens = torch.cat([sequences.cu_seqlens, ends.int()])
+    boundaries = Sequences(cu_seqlens, max(sequences.max_length, min(missing, SHORTEST_CLASS)), sequences.uniform)
+    if capacity > rows.numel():
+        rows = torch.argsort((labels == IGNORE_INDEX).to(torch.uint8), stable=True)[:capacity]
+    return PackedBatch(ids, positions, labels, boundaries, rows)
+
+
+def _fill_slots(sequences: Sequences, slots: Classes) -> Sequences:
+    """Append empty sequences until every slot has one."""
+    missing = slots[-1][1] - sequences.count
+    cu_seqlens = torch.cat([sequences.cu_seqlens, sequences.cu_seqlens[-1:].expand(missing)])
+    return Sequences(cu_seqlens, slots[0][2], None, slots)

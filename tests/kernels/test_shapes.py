@@ -1,0 +1,72 @@
+"""Rounding a batch's shapes up changes no gradient, and batches of like lengths get the same ones."""
+
+import pytest
+import torch
+
+from finemill.kernels.packing import IGNORE_INDEX, pack_rows, pack_sequences
+from finemill.kernels.shapes import Buckets, Shapes, pad_batch, shape_of
+
+
+def ragged():
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for length in (7, 3, 12):
+        ids = torch.randint(1, 50, (length,), generator=generator)
+        pairs.append((ids, torch.where(torch.arange(length) < 2, IGNORE_INDEX, ids)))
+    return pack_sequences(pairs)
+
+
+def lengths_of(sequences):
+    return sequences.lengths().tolist()
+
+
+def test_shapes_are_rounded_up_with_tokens_that_carry_no_label():
+    batch, buckets = ragged(), Buckets(tokens=16, labels=12)
+    padded = pad_batch(batch, buckets)
+    assert padded.num_tokens == 32
+    assert lengths_of(padded.sequences) == [7, 3, 12, 10]
+    assert padded.position_ids.tolist() == [*range(7), *range(3), *range(12), *range(10)]
+    assert padded.loss_rows.numel() == 24
+    assert padded.loss_rows.unique().numel() == 24
+    labelled = padded.labels[padded.loss_rows]
+    assert (labelled != IGNORE_INDEX).sum() == batch.num_labels
+    assert torch.equal(padded.labels[:22], batch.labels)
+    again = pad_batch(padded, buckets)
+    assert again.num_tokens == 32
+    assert torch.equal(again.loss_rows, padded.loss_rows)
+
+
+@pytest.mark.parametrize(("length", "dummies"), [(1, [256, 256, 256, 255]), (512, [256, 256]), (1024, [])])
+def test_tokens_that_fill_up_are_short_sequences(length, dummies):
+    row = torch.ones(length, dtype=torch.long)
+    padded = pad_batch(pack_sequences([(row, row), (row[:0], row[:0])]), Buckets(1024, 16))
+    assert lengths_of(padded.sequences) == [length, 0, *dummies]
+    assert padded.position_ids.tolist() == [p for n in (length, *dummies) for p in range(n)]
+
+
+def test_rows_of_equal_length_stay_as_they_are():
+    ids = torch.arange(1, 25).view(4, 6)
+    padded = pad_batch(pack_rows(ids, ids), Buckets(16, 4))
+    assert padded.num_tokens == 24
+    assert padded.sequences.uniform == (4, 6)
+    assert padded.loss_rows.numel() == 20
+
+
+def batch_of(*lengths):
+    return pack_sequences([(torch.ones(n, dtype=torch.long),) * 2 for n in lengths])
+
+
+def test_batches_of_like_lengths_get_one_shape():
+    shapes = Shapes(Buckets(1024, 1024))
+    first, second = (shapes.prepare(batch) for batch in (batch_of(700, 140, 100), batch_of(520, 200, 99)))
+    assert first.sequences.classes == second.sequences.classes == ((0, 1, 768), (1, 4, 256))
+    assert lengths_of(first.sequences) == [700, 140, 100, 84]
+    assert shape_of(first) == shape_of(second)
+    assert shape_of(first) in shapes
+
+
+def test_a_batch_that_memory_has_no_room_for_keeps_its_shape():
+    shapes = Shapes(Buckets(1024, 1024), lambda slots: False)
+    batch = batch_of(700, 120)
+    assert shapes.prepare(batch) is batch
+    assert shape_of(batch) not in shapes

@@ -1,0 +1,48 @@
+"""Slots take batches that were never seen, waste little, and stay within memory."""
+
+import pytest
+
+from finemill.kernels.slots import choose_slots, round_counts, scores, takes
+
+
+def anything(_):
+    return True
+
+
+def test_a_batch_goes_into_the_tightest_slots_that_take_it():
+    tight, wide = ((0, 3, 256),), ((0, 4, 512),)
+    assert choose_slots([200, 100], [wide, tight], anything) == tight
+    assert choose_slots([400, 400, 300], [wide, tight], anything) == wide
+
+
+def test_spare_slots_of_a_longer_class_take_shorter_sequences():
+    slots = ((0, 2, 1024), (2, 4, 256))
+    assert takes(slots, [900, 200, 200, 200])
+    assert takes(slots, [])
+    assert not takes(slots, [900, 800, 257])
+    assert not takes(slots, [1, 1, 1, 1, 1])
+
+
+def test_new_slots_also_take_what_known_ones_do():
+    known = ((0, 1, 1024), (1, 5, 256))
+    lengths = [700, 700, 100]
+    slots = choose_slots(lengths, [known], anything)
+    assert slots not in ([known], None)
+    assert takes(slots, lengths)
+    assert takes(slots, [1024, 256, 256, 256, 256])
+
+
+def test_slots_far_wider_than_the_batch_are_left_to_others():
+    assert choose_slots([200], [((0, 8, 2048),)], anything) == ((0, 1, 256),)
+
+
+def test_memory_decides():
+    lengths = [700] * 3
+    own = ((0, 3, 768),)
+    assert choose_slots(lengths, [((0, 2, 1024),)], lambda slots: scores(slots) <= scores(own)) == own
+    assert choose_slots(lengths, [], lambda slots: False) is None
+
+
+@pytest.mark.parametrize(("count", "rounded"), [(5, 6), (6, 6), (33, 48)])
+def test_classes_have_as_many_slots_as_there_are_kernels_for(count, rounded):
+    assert round_counts(((0, count, 512), (count, count + 1, 256))) == ((0, rounded, 512), (rounded, rounded + 1, 256))
