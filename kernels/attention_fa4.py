@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def _module() -> Any:
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     folder = Path(triton.knobs.cache.dir) / "flash_attention_4"
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
+    warnings.filterwarnings("ignore", module=r"cutlass\b")  # the compiler's, about its own library
     return importlib.import_module("flash_attn.cute.interface")
 
 

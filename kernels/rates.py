@@ -17,7 +17,7 @@ SPLIT_SECONDS = 2e-6
 quarter of the backward at most."""
 FORWARD_KERNELS, BACKWARD_KERNELS = 20, 30
 """Of a layer."""
-KERNEL_SECONDS = 5.5e-6
+KERNEL_SECONDS = 4.5e-6
 """What a kernel costs beside its bytes and operations: start, tail, and too few programs to fill the card."""
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 256
+BLOCK = 512
 
 
 @triton.jit
