@@ -32,6 +32,9 @@ from finemill.kernels.packing import Sequences, round_count
 
 # T tokens, N query heads, K key and value heads, D head width, n sequences
 
+WORKSPACE_PER_ELEMENT = 16
+"""Bytes per element of q that cuDNN's backward may take where no plan says otherwise."""
+BACKENDS = ("fa4", "cudnn", "flash", "plain")
 LENGTH_STEP = 128
 """Bounds on the sequence length are rounded up to this for ragged plans, so that few are built."""
 TOTAL_STEP = 1024
@@ -115,8 +118,8 @@ def attention_backward(
         saved: what the forward left.
         sequences: see q.
         scale: see q.
-        workspace: bytes that the gradient of the scores may take in cuDNN; heads are done in groups to stay below, one
-            key head at least. None for all at once.
+        workspace: bytes that the gradient of the scores may take in cuDNN; heads, then sequences are done in groups to
+            stay below, one at least. WORKSPACE_PER_ELEMENT decides by default.
     Returns: dq (T, N, D), dk and dv (T, K, D), contiguous.
     """
     match backend(q, sequences):
@@ -140,18 +143,29 @@ def backend(q: Tensor, sequences: Sequences) -> str:
 
 
 def fitting_backend(device: torch.device, dtype: torch.dtype, head_dim: int, length: int) -> str:
-    """Return the fastest implementation, or the one asked for, that takes sequences of up to `length` tokens."""
+    """Return the fastest implementation, or the one asked for, that takes sequences of up to `length` tokens.
+
+    Raises: ValueError: FINEMILL_ATTENTION names none.
+    """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8:
         return "plain"
-    usable = {
-        "fa4": head_dim in attention_fa4.HEAD_DIMS and attention_fa4.available(device),
-        "cudnn": length > 1 and _cudnn_module(device) is not None,  # it has no plan for sequences of one token
-    }
-    order = ["fa4", "cudnn"] if length >= attention_fa4.LONG else ["cudnn", "fa4"]
-    if asked := os.environ.get("FINEMILL_ATTENTION"):
-        order = [asked]
-    wanted = next((name for name in order if usable.get(name, True)), "flash")
+    asked = os.environ.get("FINEMILL_ATTENTION")
+    if asked and asked not in BACKENDS:
+        raise ValueError(f"FINEMILL_ATTENTION is {asked!r}: allowed are {', '.join(BACKENDS)}")
+    order = [asked] if asked else ["cudnn"]
+    if not asked and length >= attention_fa4.LONG and _usable("cudnn", device, head_dim, length):
+        order = ["fa4", "cudnn"]  # shorter sequences of the same batch run on cuDNN
+    wanted = next((name for name in order if _usable(name, device, head_dim, length)), "flash")
     return _fitting(wanted, _capability(device), head_dim)
+
+
+def _usable(name: str, device: torch.device, head_dim: int, length: int) -> bool:
+    match name:
+        case "fa4":
+            return head_dim in attention_fa4.HEAD_DIMS and attention_fa4.available(device)
+        case "cudnn":  # it has no plan for sequences of one token
+            return length > 1 and _cudnn_module(device) is not None
+    return True
 
 
 def _fitting(wanted: str, capability: tuple[int, int], head_dim: int) -> str:
@@ -250,7 +264,7 @@ class _PlanKey:
     device: torch.device
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # without a bound: captured graphs hold a plan's kernels
 def _cudnn_plan(key: _PlanKey) -> tuple[Any, dict[str, Any], int]:
     """Build a forward or backward plan. Returns: graph, its tensors by name, workspace bytes."""
     cudnn = _cudnn_module(key.device)
@@ -397,7 +411,15 @@ def _part_backward(
     dq, dk, dv = grads
     heads, kv_heads = q.shape[1], k.shape[1]
     group = heads // kv_heads
-    step = key_heads_at_once(workspace, stats.shape[0] * stats.shape[2] ** 2, heads, kv_heads)
+    workspace = WORKSPACE_PER_ELEMENT * q.numel() if workspace is None else workspace
+    count, length = stats.shape[0], stats.shape[2]
+    step = key_heads_at_once(workspace, count * length**2, heads, kv_heads)
+    if part.uniform is None and count > 1 and scores_bytes(count * length**2, group) > workspace:
+        padded = _pad_count(part, count)
+        for first, end in ((0, count // 2), (count // 2, count)):
+            half = Sequences(padded.cu_seqlens[first : end + 1], part.max_length)
+            _part_backward(dout, q, k, v, out, stats[first:end], half, scale, workspace, grads)
+        return
     for first in range(0, kv_heads, step):
         keys, queries = slice(first, first + step), slice(first * group, (first + step) * group)
         tensors = {

@@ -27,6 +27,7 @@ from finemill.kernels.optimizer import FlatAdamW
 from finemill.kernels.packing import pack_rows
 from finemill.kernels.planner import Plan, launch_bound, plan_step
 from finemill.kernels.rates import rates_of
+from finemill.kernels.shapes import Shapes
 from finemill.kernels.workload import Workload
 
 
@@ -120,8 +121,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     steps = [torch.cat(batches).chunk(pieces) for batches in sets]
     graphed = device.type == "cuda" and not args.eager
     runner = GraphRunner(model, patience=0 if launch_bound(plan, workload(args, shape)) else 1) if graphed else None
-    batches = [[pack_rows(rows, rows) for rows in step] for step in steps]
-    packed = [[(runner.shapes.prepare(batch) if runner else batch).to(device) for batch in step] for step in batches]
+    shapes = Shapes()
+    packed = [[shapes.prepare(pack_rows(rows, rows)).to(device) for rows in step] for step in steps]
     optimizer = FlatAdamW(
         model.adapters, lr=args.lr, weight_decay=0.01, max_norm=args.clip, bits=8 if plan.eight_bit else 32
     )
@@ -263,7 +264,8 @@ def _peak_reserved(device: torch.device) -> int:
 
 def _versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
-    for name in ("finemill", "torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "nvidia-cudnn-frontend"):
+    names = ("finemill", "torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "nvidia-cudnn-frontend")
+    for name in (*names, "flash-attn-4"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

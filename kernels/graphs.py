@@ -19,7 +19,7 @@ from torch import Tensor
 from finemill.kernels.loss_head import HeadResult
 from finemill.kernels.model import FastModel
 from finemill.kernels.packing import PackedBatch, send
-from finemill.kernels.shapes import Shape, Shapes, shape_of
+from finemill.kernels.shapes import Shape, shape_of
 
 MAX_GRAPHS = 32
 
@@ -38,13 +38,11 @@ class GraphRunner:
     """Runs micro-batches of a model through captured graphs.
 
     Args:
-        model: the engine; its plan must not change while graphs exist (`reset` drops them).
-        shapes: those a graph may be captured for.
+        model: the engine; its plan must not change while graphs exist.
         patience: how often a shape runs eagerly before it is captured.
     """
 
     model: FastModel
-    shapes: Shapes = field(default_factory=Shapes)
     patience: int = 0
     peak_bytes: int = 0
     _runs: Counter[Shape] = field(default_factory=Counter)
@@ -58,15 +56,16 @@ class GraphRunner:
     def loss_and_grad(self, batch: PackedBatch, scale: Tensor | float) -> HeadResult:
         """Add a micro-batch's gradient to the flat gradient, as `FastModel.loss_and_grad` does.
 
-        A batch of no such shape, or of one too many, runs eagerly. The result's tensors are overwritten by the next
-        replay of the same shape.
+        A shape too many runs eagerly. The result's tensors are overwritten by the next replay of the same shape.
         """
+        device = self.model.device
         shape = shape_of(batch)
         if shape not in self._graphs:
             self._runs[shape] += 1
-            early = self._runs[shape] <= self.patience
-            if early or shape not in self.shapes or len(self._graphs) >= MAX_GRAPHS:
-                return self.model.loss_and_grad(batch.to(self.model.device), scale)
+            if self._runs[shape] <= self.patience or len(self._graphs) >= MAX_GRAPHS:
+                if isinstance(scale, float):  # as a graph takes it: the same kernels are compiled
+                    scale = torch.full((1,), scale, dtype=torch.float32, device=device)
+                return self.model.loss_and_grad(batch.to(device), scale)
             self._graphs[shape] = self._capture(batch)
         captured = self._graphs[shape]
         _fill(captured.batch, batch)
@@ -78,11 +77,6 @@ class GraphRunner:
     def num_graphs(self) -> int:
         """Graphs captured so far."""
         return len(self._graphs)
-
-    def reset(self) -> None:
-        """Drop all graphs, before the plan changes."""
-        self._graphs.clear()
-        self._pool = None
 
     def _capture(self, batch: PackedBatch) -> _Captured:
         device = self.model.device

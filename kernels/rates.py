@@ -76,7 +76,7 @@ def layer_seconds(work: Workload, rates: Rates, tokens: int, *, cached: bool) ->
         attention_forward, attention_backward = rates.fa4_forward, rates.fa4_backward
     attention = 2 * tokens * (work.row + DIAGONAL) * s.q_width / attention_forward
     attention_back = 5 * tokens * (work.row + DIAGONAL_BACKWARD) * s.q_width / attention_backward
-    if work.key_heads is not None and not work.fa4:
+    if work.key_heads is not None and (work.ragged or not work.fa4):
         groups = s.num_kv_heads // work.key_heads
         attention_back += (groups - 1) * min(attention_back / 4, SPLIT_SECONDS * math.sqrt(work.row))
     decode = 0.0 if cached or not work.quantized else work.layer_weights * 2.6 / rates.bytes

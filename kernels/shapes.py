@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from finemill.kernels.packing import IGNORE_INDEX, SHORTEST_CLASS, Classes, PackedBatch, Sequences
-from finemill.kernels.slots import Fits, choose_slots
+from finemill.kernels.slots import choose_slots
 
 
 class Shape(NamedTuple):
@@ -24,41 +24,39 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Buckets:
-    """What numbers of tokens and of labelled rows are rounded up to."""
+    """What numbers of tokens and of labelled rows are rounded up to, and the tokens that memory was planned for."""
 
     tokens: int = 512
     labels: int = 512
+    most: int | None = None
+
+    def round_tokens(self, tokens: int) -> int:
+        """Round up, at most to what was planned for."""
+        rounded = -(-tokens // self.tokens) * self.tokens
+        return rounded if self.most is None else max(tokens, min(rounded, self.most))
 
 
 @dataclass
 class Shapes:
-    """The shapes that batches were given so far.
+    """Gives batches shapes, and remembers them.
 
     Args:
         buckets: rounding of tokens and labels.
-        fits: whether memory allows attention over slots.
     """
 
     buckets: Buckets = field(default_factory=Buckets)
-    fits: Fits = lambda slots: True
     _known: set[Shape] = field(default_factory=set)
 
-    def __contains__(self, shape: Shape) -> bool:
-        """Whether a batch was given this shape."""
-        return shape in self._known
-
     def prepare(self, batch: PackedBatch) -> PackedBatch:
-        """Give a batch, on the CPU, a known shape or a new one; one that memory allows none for stays as it is."""
+        """Give a batch, on the CPU, a known shape or a new one."""
         padded = pad_batch(batch, self.buckets)
         sequences = padded.sequences
         if sequences.uniform is None:
             alike = shape_of(padded)._replace(slots=())
             known = [shape.slots for shape in self._known if shape._replace(slots=()) == alike]
-            slots = choose_slots(sequences.lengths().tolist(), known, self.fits)
-            if slots is None:
-                return batch
+            slots = choose_slots(sequences.lengths().tolist(), known)
             padded.sequences = _fill_slots(sequences, slots)
-        self._known.add(shape_of(padded))
+            self._known.add(shape_of(padded))
         return padded
 
 
@@ -77,7 +75,7 @@ def pad_batch(batch: PackedBatch, buckets: Buckets) -> PackedBatch:
     device = batch.input_ids.device
     if rows is None:
         rows = torch.arange(tokens, device=device)
-    missing = 0 if sequences.uniform is not None else -tokens % buckets.tokens
+    missing = 0 if sequences.uniform is not None else buckets.round_tokens(tokens) - tokens
     capacity = min(tokens + missing, -(-rows.numel() // buckets.labels) * buckets.labels)
     ids = torch.nn.functional.pad(batch.input_ids, (0, missing))
     labels = torch.nn.functional.pad(batch.labels, (0, missing), value=IGNORE_INDEX)

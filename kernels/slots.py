@@ -1,12 +1,12 @@
-"""Slots: the sequences that attention in a CUDA graph was captured for, by length class, and what fits into them.
+"""Slots: the sequences that attention plans and CUDA graphs are made for, by length class, and what fits into them.
 
 A graph's attention takes a fixed number of sequences of each length class (packing.length_classes). Any batch whose
-longest sequence fits the first slot, the next longest the second and so on can be replayed in it; what stays empty
-costs little. So a graph made for one batch serves most batches of a data set, and padding no sequence to the longest of
-all keeps the gradient of the scores (sequences x length^2) small.
+longest sequence fits the first slot, the next longest the second and so on can run in it; what stays empty costs
+little. So what was made for one batch serves most batches of a data set, and padding no sequence to the longest of all
+keeps the gradient of the scores (sequences x length^2) small.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 
 from finemill.kernels.packing import Classes, length_classes, round_count
@@ -14,24 +14,19 @@ from finemill.kernels.packing import Classes, length_classes, round_count
 SLACK = 2
 """A batch may run in slots with up to this many times its scores; one that would waste more is worth its own graph."""
 
-Fits = Callable[[Classes], bool]
 
-
-def choose_slots(lengths: Sequence[int], known: Sequence[Classes], fits: Fits) -> Classes | None:
-    """Choose slots for a batch: the tightest known ones that take it, else new ones, wide enough for those known.
+def choose_slots(lengths: Sequence[int], known: Sequence[Classes]) -> Classes:
+    """Choose slots for a batch: the tightest known ones that take it, else new ones that take what known ones do.
 
     Args:
         lengths: tokens of each sequence, longest first.
-        known: slots that graphs of the batch's other shapes have.
-        fits: whether memory allows slots.
-    Returns: slots; None if not even the batch's own fit.
+        known: slots that batches of this size have.
     """
     own = round_counts(length_classes(lengths))
     limit = SLACK * scores(own)
     takers = [slots for slots in known if takes(slots, lengths) and scores(slots) <= limit]
-    wider = [slots for slots in (_union(own, other) for other in known) if scores(slots) <= limit and fits(slots)]
-    new = [own] if fits(own) else []
-    return min(takers or wider or new, key=scores, default=None)
+    wider = [slots for slots in (_union(own, other) for other in known) if scores(slots) <= limit]
+    return min(takers or wider or [own], key=scores)
 
 
 def takes(slots: Classes, lengths: Sequence[int]) -> bool:

@@ -4,7 +4,7 @@ What differs from the stock trainer, and why (performance measured in results.md
 
 - The micro-batches of one optimizer step are merged into one bag of sequences and packed into token-budget batches that
   memory allows: same gradient, fewer and fuller launches. Batches stay on the CPU until then.
-- A step runs outside autograd, as CUDA graphs where launches would dominate, and reads nothing back: loss, entropy,
+- A step runs outside autograd, as CUDA graphs where that pays, and reads nothing back: loss, entropy,
   accuracy and gradient norm are summed on the device and fetched when the trainer logs.
 - Several processes, one a GPU, sum the flat gradient once a step, weighted by their labels: the loss is a mean over all
   labels.
@@ -27,11 +27,10 @@ from finemill.kernels.accelerate import Acceleration, accelerate_model, adopt_pl
 from finemill.kernels.graphs import GraphRunner
 from finemill.kernels.model import FastModel
 from finemill.kernels.optimizer import FlatAdamW
-from finemill.kernels.packing import IGNORE_INDEX, Classes, PackedBatch, pack_budget, send, split_rows
+from finemill.kernels.packing import IGNORE_INDEX, PackedBatch, length_classes, pack_budget, send, split_rows
 from finemill.kernels.planner import Plan, plan_graphed_step
 from finemill.kernels.rates import rates_of
 from finemill.kernels.shapes import Buckets, Shapes
-from finemill.kernels.workload import PADDED_ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,8 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     Args:
         memory_gb: device memory the step may allocate at its peak, GiB; None for what the card has free.
-        use_graphs: capture micro-batches as CUDA graphs; None decides by their predicted time.
+        use_graphs: capture micro-batches as CUDA graphs at once, or not at all; None decides by their predicted time
+            and by how often a shape comes.
         kwargs: SFTTrainer's own arguments.
     """
 
@@ -78,11 +78,11 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         engine = self.acceleration.engine
         # Plain attention reads the boundaries on the host, which no graph can hold.
         if patience is not None and engine.attention_backend(self._work.row) != "plain":
-            step = max(256, (self._plan.micro_batch or 0) // BUCKETS_PER_BATCH)
-            self._shapes = Shapes(Buckets(step, step), self._fits)
-            self._runner = GraphRunner(engine, self._shapes, patience)
-        elif engine.device.type == "cuda":
-            self._shapes = Shapes(Buckets(EAGER_BUCKET, EAGER_BUCKET), self._fits)
+            self._runner = GraphRunner(engine, patience)
+        if engine.device.type == "cuda":
+            micro_batch = self._plan.micro_batch or self._work.tokens
+            step = EAGER_BUCKET if self._runner is None else max(256, micro_batch // BUCKETS_PER_BATCH)
+            self._shapes = Shapes(Buckets(step, step, micro_batch))
         if self.args.world_size > 1:
             torch.distributed.broadcast(engine.adapters.master, src=0)
         # The model is where it belongs (an embedding in host memory would come back to the device), and
@@ -204,6 +204,8 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Estimate a micro-batch's operations as SFTTrainer does, without counting the parameters each time."""
+        if not self.fast:
+            return int(super().floating_point_ops(inputs))
         if self._parameters is None:
             self._parameters = int(self.model.num_parameters(exclude_embeddings=True))
         return int(6 * inputs["input_ids"].numel() * self._parameters)
@@ -222,14 +224,6 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
     def _send(self, batch: PackedBatch) -> PackedBatch:
         return (batch if self._shapes is None else self._shapes.prepare(batch)).to(self._engine.device)
 
-    def _fits(self, slots: Classes) -> bool:
-        """Whether attention over these slots stays within the plan."""
-        tokens = self._plan.micro_batch or self._work.tokens
-        rows = sum((end - first) * bound for first, end, bound in slots)
-        largest = max((end - first) * bound**2 for first, end, bound in slots)
-        planned = self._work.attention_workspace(tokens)
-        return rows <= PADDED_ROWS * tokens and self._work.attention_workspace(tokens, largest) <= planned
-
     def _clip_grad_norm(self, model: Any) -> Any:
         """FlatAdamW clips inside its step; its norm is reported."""
         optimizer = self._flat_optimizer
@@ -245,7 +239,9 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         engine, args = self._engine, self.args
         longest = args.max_length or 2048
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        self._work = replace(workload_of(engine, tokens=rows * longest, row=longest), ragged=True)
+        bound = length_classes([longest])[0][2]
+        work = workload_of(engine, tokens=rows * longest, row=longest)
+        self._work = replace(work, ragged=True, fa4=engine.attention_backend(bound) == "fa4")
         if engine.device.type != "cuda":
             return Plan.everything(len(engine.layers)), None
         free, _ = torch.cuda.mem_get_info(engine.device)

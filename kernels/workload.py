@@ -6,7 +6,7 @@ All sizes are bytes, as `torch.cuda.max_memory_allocated` counts them; names of 
 from dataclasses import dataclass
 from functools import lru_cache
 
-from finemill.kernels.attention import key_heads_at_once, scores_bytes
+from finemill.kernels.attention import scores_bytes
 from finemill.kernels.attention_fa4 import LONG, workspace_bytes
 from finemill.kernels.decoder_layer import LayerShape, Level
 from finemill.kernels.projection import PAD
@@ -19,7 +19,7 @@ SMALL_TENSORS = 8 << 20
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: code, double-quantized scale, nested scale."""
 PADDED_ROWS = 8
-"""Rows of scores a token, at most, that the attention of a ragged batch is padded to in a CUDA graph."""
+"""Rows of scores a token that the attention of a ragged batch is padded to; sequences of under 16 tokens pass it."""
 OPTIMIZER_BYTES = (8.0, 2.0 + 8 / 256)
 """Both moments of an adapter element in fp32, and in 8 bits with an fp32 scale per 256."""
 
@@ -172,25 +172,18 @@ class Workload:
         return _parkable(self.widths)
 
     def scores_bytes(self, tokens: int) -> int:
-        """What the gradient of the scores of cuDNN's longest rows takes in the backward, of `key_heads`."""
+        """What the gradient of the scores of cuDNN's longest rows takes in the backward, of the heads done at once."""
         s, row = self.shape, min(self.row, LONG) if self.fa4 else self.row
         return scores_bytes(tokens * row, (self.key_heads or s.num_kv_heads) * s.num_heads // s.num_kv_heads)
 
-    def attention_workspace(self, tokens: int, scores: int | None = None) -> int:
-        """Of the deterministic backward: FlashAttention-4's sums, cuDNN's scores' gradient and fp32 dq of some heads.
-
-        Args:
-            tokens: of a micro-batch.
-            scores: of a query head in cuDNN; those of full rows by default.
-        """
+    def attention_workspace(self, tokens: int) -> int:
+        """Of the deterministic backward: FlashAttention-4's sums; cuDNN's scores' gradient and dq of some heads."""
         s, kv_width = self.shape, self.shape.num_kv_heads * self.shape.head_dim
         long = workspace_bytes(tokens, s.q_width, kv_width) if self.fa4 else 0
         if self.fa4 and not self.ragged:
             return long
-        scores = tokens * (min(self.row, LONG) if self.fa4 else self.row) if scores is None else scores
-        step = key_heads_at_once(self.scores_bytes(tokens), scores, s.num_heads, s.num_kv_heads)
-        group = step * s.num_heads // s.num_kv_heads
-        return max(long, scores_bytes(scores, group) + 4 * tokens * group * s.head_dim)
+        heads = (self.key_heads or s.num_kv_heads) * s.num_heads // s.num_kv_heads
+        return max(long, self.scores_bytes(tokens) + 4 * tokens * heads * s.head_dim)
 
     def head_bytes(self, tokens: int, chunk: int) -> int:
         """Peak of the loss head, its first input apart."""

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from finemill.kernels import attention_fa4
-from finemill.kernels.attention import attention_backward, attention_forward
+from finemill.kernels import attention, attention_fa4
+from finemill.kernels.attention import attention_backward, attention_forward, fitting_backend
 from finemill.kernels.packing import Sequences, length_classes
 
 LENGTHS = [5, 1, 0, 9]
@@ -61,6 +61,75 @@ def test_a_token_does_not_see_other_sequences_or_later_tokens(device):
     after, _ = attention_forward(q, changed_k, changed_v, sequences, 1.0)
     assert torch.equal(before[:4], after[:4])
     assert not torch.equal(before[4], after[4])
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A card that only answers what is asked of it; returns what is installed."""
+    installed = {"fa4": True, "cudnn": True}
+    monkeypatch.delenv("FINEMILL_ATTENTION", raising=False)
+    monkeypatch.setattr(attention, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "_cudnn_module", lambda device: object() if installed["cudnn"] else None)
+    monkeypatch.setattr(attention_fa4, "available", lambda device: installed["fa4"])
+    return installed
+
+
+def chosen(length, head_dim=128, device="cuda", dtype=torch.bfloat16):
+    return fitting_backend(torch.device(device), dtype, head_dim, length)
+
+
+def test_the_length_decides_which_implementation_runs(hopper):
+    assert [chosen(length) for length in (1, 2, 4095, 4096)] == ["flash", "cudnn", "cudnn", "fa4"]
+    assert [chosen(8192, head_dim) for head_dim in (64, 80, 256)] == ["fa4", "cudnn", "flash"]
+    assert chosen(8192, device="cpu") == chosen(8192, dtype=torch.float32) == "plain"
+
+
+def test_what_is_not_installed_is_done_without(hopper):
+    hopper["fa4"] = False
+    assert chosen(8192) == "cudnn"
+    hopper["cudnn"] = False
+    assert chosen(8192) == chosen(100) == "flash"
+    hopper["fa4"] = True  # shorter sequences of the same batch have no implementation beside it
+    assert chosen(8192) == "flash"
+
+
+def test_an_implementation_can_be_asked_for(hopper, monkeypatch):
+    for name in attention.BACKENDS:
+        monkeypatch.setenv("FINEMILL_ATTENTION", name)
+        assert chosen(100) == chosen(8192) == name
+    monkeypatch.setenv("FINEMILL_ATTENTION", "triton")
+    with pytest.raises(ValueError, match="FINEMILL_ATTENTION is 'triton': allowed are fa4, cudnn, flash, plain"):
+        chosen(100)
+
+
+ONE_HEAD = 2 * 128**2
+
+
+@pytest.mark.parametrize(
+    ("workspace", "calls"),
+    [
+        (3 * 4 * ONE_HEAD, [(0, 4, 3)]),
+        (3 * 2 * ONE_HEAD, [(0, 2, 3), (2, 2, 3)]),
+        (2 * 2 * ONE_HEAD, [(0, 4, 1), (0, 2, 2), (2, 2, 2)]),
+        (1, [(0, 2, 1), (2, 2, 1)] * 3),
+    ],
+)
+def test_cudnn_takes_fewer_heads_then_fewer_sequences_where_its_workspace_is_short(workspace, calls, monkeypatch):
+    ran, starts = [], []
+
+    def run(key, part, buffers):
+        ran.append((int(buffers["q"][0, 0, 0]), key.heads, part.count))
+        starts.append(int(part.cu_seqlens[0]))
+        assert buffers["stats"].shape[:2] == (part.count, key.heads)
+
+    monkeypatch.setattr(attention, "backend", lambda q, sequences: "cudnn")
+    monkeypatch.setattr(attention, "_cudnn_run", run)
+    sequences = Sequences(torch.tensor([0, 100, 200, 300]), 128, None, ((0, 3, 128),))
+    q, kv = torch.arange(4.0)[None, :, None].repeat(300, 1, 8), torch.zeros(300, 2, 8)
+    attention_backward(q, q, kv, kv, q, (torch.zeros(3, 4, 128, 1),), sequences, 1.0, workspace)
+    assert ran == calls
+    assert starts == sorted(starts)
+    assert starts[0] == 0
 
 
 @pytest.mark.gpu

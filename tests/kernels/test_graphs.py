@@ -19,13 +19,15 @@ def ragged():
     return pack_sequences(pairs)
 
 
-def test_a_batch_of_another_shape_runs_eagerly(monkeypatch):
+def test_a_shape_runs_eagerly_until_it_has_come_often_enough(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     ran = []
     model = SimpleNamespace(device=torch.device("cpu"), loss_and_grad=lambda batch, scale: ran.append((batch, scale)))
-    runner = GraphRunner(model)
-    runner.loss_and_grad(ragged(), 0.5)
-    assert [(ran[0][0].num_tokens, ran[0][1], runner.num_graphs)] == [(22, 0.5, 0)]
+    runner = GraphRunner(model, patience=2)
+    for _ in range(2):
+        runner.loss_and_grad(ragged(), 0.5)
+    assert [(batch.num_tokens, scale.tolist()) for batch, scale in ran] == [(22, [0.5]), (22, [0.5])]
+    assert runner.num_graphs == 0
 
 
 def loaded(tmp_path, monkeypatch):
@@ -50,8 +52,8 @@ def gradient(model, engine, batch):
 @pytest.mark.gpu
 def test_a_graph_gives_bitwise_the_eager_gradient(tmp_path, monkeypatch):
     model = loaded(tmp_path, monkeypatch)
-    runner = GraphRunner(model, Shapes(Buckets(16, 8)))
-    batch = runner.shapes.prepare(ragged()).to(model.device)
+    runner, shapes = GraphRunner(model), Shapes(Buckets(16, 8))
+    batch = shapes.prepare(ragged()).to(model.device)
 
     eager = gradient(model, model, batch)
     for _ in range(2):
@@ -59,7 +61,7 @@ def test_a_graph_gives_bitwise_the_eager_gradient(tmp_path, monkeypatch):
     assert runner.num_graphs == 1
     # A longer row replaces the rotary tables, not those of the graph.
     row = torch.randint(1, 50, (1, 2500))
-    runner.loss_and_grad(runner.shapes.prepare(pack_rows(row, row)).to(model.device), 0.1)
+    runner.loss_and_grad(shapes.prepare(pack_rows(row, row)).to(model.device), 0.1)
     assert runner.num_graphs == 2
     torch.cuda.empty_cache()
     assert all(torch.equal(a, b) for a, b in zip(gradient(model, runner, batch), eager, strict=True))
@@ -68,8 +70,8 @@ def test_a_graph_gives_bitwise_the_eager_gradient(tmp_path, monkeypatch):
 @pytest.mark.gpu
 def test_a_shape_is_captured_once_it_has_come_often_enough(tmp_path, monkeypatch):
     model, batch = loaded(tmp_path, monkeypatch), ragged()
-    runner = GraphRunner(model, Shapes(Buckets(16, 8)), patience=2)
-    batch = runner.shapes.prepare(batch).to(model.device)
+    runner = GraphRunner(model, patience=2)
+    batch = Shapes(Buckets(16, 8)).prepare(batch).to(model.device)
     gradients = [gradient(model, runner, batch) for _ in range(4)]
     assert runner.num_graphs == 1
     assert all(torch.equal(a, b) for later in gradients[1:] for a, b in zip(later, gradients[0], strict=True))

@@ -21,7 +21,7 @@ from finemill.kernels import decoder_layer, model, projection, swiglu_lora
 from finemill.kernels.adamw import AdamWState
 from finemill.kernels.adapters import LoraPair
 from finemill.kernels.attention import key_heads_at_once
-from finemill.kernels.attention_fa4 import suits
+from finemill.kernels.attention_fa4 import LONG, suits
 from finemill.kernels.decoder_layer import Level, Rope
 from finemill.kernels.estimate import workload
 from finemill.kernels.nf4 import NF4Tensor
@@ -177,6 +177,16 @@ def simulated_peak(work, plan: Plan) -> int:
         engine.loss_and_grad(PackedBatch(*ids, sequences, rows), 1.0)
         del state
     return allocations.peak + CUBLAS_WORKSPACE
+
+
+def test_attention_of_long_rows_takes_scores_for_the_shorter_ones_beside_them_alone():
+    work = workload("qwen3-8b", rank=16, quantized=True, rows=1, row=16384)
+    sums = 4 * 16384 * (4096 + 2 * 1024)
+    assert work.attention_workspace(16384) == sums
+    ragged = replace(work, ragged=True)
+    assert ragged.attention_workspace(16384) == 2 * 16384 * LONG * 32 + 4 * 16384 * 4096
+    assert replace(ragged, key_heads=1).attention_workspace(16384) == 2 * 16384 * LONG * 4 + 4 * 16384 * 512
+    assert replace(work, fa4=False, key_heads=1).attention_workspace(16384) == 2 * 16384**2 * 4 + 4 * 16384 * 512
 
 
 def check(work, plan: Plan) -> None:

@@ -71,8 +71,8 @@ def test_levels_host_memory_kept_and_streamed_weights_and_graphs_change_no_bit(k
     for plan in plans:
         model.apply_plan(plan)
         assert torch.equal(gradient(model, model, batch), expected), plan
-    runner = GraphRunner(model, Shapes(Buckets(1, 1)))
-    prepared = runner.shapes.prepare(batch)
+    runner = GraphRunner(model)
+    prepared = Shapes(Buckets(1, 1)).prepare(batch)
     for _ in range(2):
         assert torch.equal(gradient(model, runner, prepared), expected)
     assert runner.num_graphs == 1

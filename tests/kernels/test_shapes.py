@@ -62,11 +62,9 @@ def test_batches_of_like_lengths_get_one_shape():
     assert first.sequences.classes == second.sequences.classes == ((0, 1, 768), (1, 4, 256))
     assert lengths_of(first.sequences) == [700, 140, 100, 84]
     assert shape_of(first) == shape_of(second)
-    assert shape_of(first) in shapes
 
 
-def test_a_batch_that_memory_has_no_room_for_keeps_its_shape():
-    shapes = Shapes(Buckets(1024, 1024), lambda slots: False)
-    batch = batch_of(700, 120)
-    assert shapes.prepare(batch) is batch
-    assert shape_of(batch) not in shapes
+def test_rounding_stays_within_what_memory_was_planned_for():
+    buckets = Buckets(1024, 1024, most=4500)
+    assert [buckets.round_tokens(tokens) for tokens in (1, 1024, 4400, 4500, 4501)] == [1024, 1024, 4500, 4500, 4501]
+    assert pad_batch(batch_of(3000, 1400), buckets).num_tokens == 4500

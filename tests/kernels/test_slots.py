@@ -1,18 +1,14 @@
-"""Slots take batches that were never seen, waste little, and stay within memory."""
+"""Slots take batches that were never seen, and waste little."""
 
 import pytest
 
-from finemill.kernels.slots import choose_slots, round_counts, scores, takes
-
-
-def anything(_):
-    return True
+from finemill.kernels.slots import choose_slots, round_counts, takes
 
 
 def test_a_batch_goes_into_the_tightest_slots_that_take_it():
     tight, wide = ((0, 3, 256),), ((0, 4, 512),)
-    assert choose_slots([200, 100], [wide, tight], anything) == tight
-    assert choose_slots([400, 400, 300], [wide, tight], anything) == wide
+    assert choose_slots([200, 100], [wide, tight]) == tight
+    assert choose_slots([400, 400, 300], [wide, tight]) == wide
 
 
 def test_spare_slots_of_a_longer_class_take_shorter_sequences():
@@ -26,21 +22,14 @@ def test_spare_slots_of_a_longer_class_take_shorter_sequences():
 def test_new_slots_also_take_what_known_ones_do():
     known = ((0, 1, 1024), (1, 5, 256))
     lengths = [700, 700, 100]
-    slots = choose_slots(lengths, [known], anything)
+    slots = choose_slots(lengths, [known])
     assert slots not in ([known], None)
     assert takes(slots, lengths)
     assert takes(slots, [1024, 256, 256, 256, 256])
 
 
 def test_slots_far_wider_than_the_batch_are_left_to_others():
-    assert choose_slots([200], [((0, 8, 2048),)], anything) == ((0, 1, 256),)
-
-
-def test_memory_decides():
-    lengths = [700] * 3
-    own = ((0, 3, 768),)
-    assert choose_slots(lengths, [((0, 2, 1024),)], lambda slots: scores(slots) <= scores(own)) == own
-    assert choose_slots(lengths, [], lambda slots: False) is None
+    assert choose_slots([200], [((0, 8, 2048),)]) == ((0, 1, 256),)
 
 
 @pytest.mark.parametrize(("count", "rounded"), [(5, 6), (6, 6), (33, 48)])

@@ -241,15 +241,6 @@ def test_training_leaves_an_embedding_in_host_memory_where_it_is(tmp_path, monke
     assert placed == [False]
 
 
-def test_a_graph_has_slots_for_attention_within_the_plan(tmp_path):
-    trainer = make_trainer(FastSFTTrainer, tmp_path, max_length=2048)
-    rows = trainer._work.tokens // 2048
-    assert trainer._fits(((0, rows, 2048),))
-    assert trainer._fits(((0, 1, 2048), (1, 1 + 8 * (rows - 1), 256)))
-    assert not trainer._fits(((0, 64 * rows, 2048),))
-    assert not trainer._fits(((0, 65 * rows, 256),))
-
-
 def test_operations_are_counted_as_sft_trainer_does(tmp_path):
     trainer = make_trainer(FastSFTTrainer, tmp_path)
     inputs = {"input_ids": torch.ones((2, 3), dtype=torch.long)}
