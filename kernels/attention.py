@@ -434,20 +434,19 @@ def _part_backward(
         _cudnn_run(_plan_key(tensors, rows, part, scale), part, tensors | {"stats": rows})
 
 
-def key_heads_at_once(workspace: int | None, scores: int, heads: int, kv_heads: int) -> int:
+def key_heads_at_once(workspace: int, scores: int, heads: int, kv_heads: int) -> int:
     """How many key heads, with their query heads, cuDNN's backward takes in one call: a divisor of all.
 
     Its deterministic mode keeps the gradient of the scores, in 16 bits.
 
     Args:
-        workspace: bytes this may take, None for any number.
+        workspace: bytes this may take.
         scores: of a query head.
         heads: query heads.
         kv_heads: key and value heads.
     """
     one = scores_bytes(scores, heads // kv_heads)
-    fitting = (n for n in divisors(kv_heads) if workspace is None or n * one <= workspace)
-    return max(fitting, default=1)
+    return max((n for n in divisors(kv_heads) if n * one <= workspace), default=1)
 
 
 def scores_bytes(scores: int, heads: int) -> int:

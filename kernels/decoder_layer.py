@@ -132,7 +132,7 @@ class DecoderLayer:
     gate_up: Projection
     down: Projection
     scores_bytes: int | None = field(default=None, init=False)
-    """Of attention's backward (`attention_backward`'s workspace)."""
+    """Of attention's backward: `attention_backward`'s workspace."""
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:

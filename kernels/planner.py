@@ -53,7 +53,7 @@ class Plan:
         stream_weights: NF4 weights wait in pinned host memory.
         in_flight: parked layers whose device memory may wait for their copies.
         key_heads: that attention's backward takes at once; None for all.
-        scores_bytes: what the gradient of their scores takes, at most; None for any number.
+        scores_bytes: what the gradient of their scores takes, at most; None for attention's own limit.
     """
 
     levels: tuple[Level, ...]

@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from finemill.kernels.packing import IGNORE_INDEX, SHORTEST_CLASS, Classes, PackedBatch, Sequences
+from finemill.kernels.packing import IGNORE_INDEX, Classes, PackedBatch, Sequences
 from finemill.kernels.slots import choose_slots
+
+DUMMY_TOKENS = 128
+"""Length of sequences that fill up, at most: as short as any class is."""
 
 
 class Shape(NamedTuple):
@@ -31,9 +34,9 @@ class Buckets:
     most: int | None = None
 
     def round_tokens(self, tokens: int) -> int:
-        """Round up, at most to what was planned for."""
+        """Round up, at most to what was planned for if the tokens are within it."""
         rounded = -(-tokens // self.tokens) * self.tokens
-        return rounded if self.most is None else max(tokens, min(rounded, self.most))
+        return rounded if self.most is None or tokens > self.most else min(rounded, self.most)
 
 
 @dataclass
@@ -80,10 +83,10 @@ def pad_batch(batch: PackedBatch, buckets: Buckets) -> PackedBatch:
     ids = torch.nn.functional.pad(batch.input_ids, (0, missing))
     labels = torch.nn.functional.pad(batch.labels, (0, missing), value=IGNORE_INDEX)
     dummies = torch.arange(missing, device=device)
-    positions = torch.cat([batch.position_ids, dummies % SHORTEST_CLASS])
-    ends = tokens + torch.cat([dummies[SHORTEST_CLASS::SHORTEST_CLASS], dummies[-1:] + 1])
+    positions = torch.cat([batch.position_ids, dummies % DUMMY_TOKENS])
+    ends = tokens + torch.cat([dummies[DUMMY_TOKENS::DUMMY_TOKENS], dummies[-1:] + 1])
     cu_seqlens = torch.cat([sequences.cu_seqlens, ends.int()])
-    boundaries = Sequences(cu_seqlens, max(sequences.max_length, min(missing, SHORTEST_CLASS)), sequences.uniform)
+    boundaries = Sequences(cu_seqlens, max(sequences.max_length, min(missing, DUMMY_TOKENS)), sequences.uniform)
     if capacity > rows.numel():
         rows = torch.argsort((labels == IGNORE_INDEX).to(torch.uint8), stable=True)[:capacity]
     return PackedBatch(ids, positions, labels, boundaries, rows)

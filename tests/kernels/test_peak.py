@@ -106,7 +106,7 @@ def attention_backward(dout, q, k, v, out, saved, sequences, scale, workspace):
         return grads
     (count, length), heads, kv_heads = sequences.uniform, q.shape[1], k.shape[1]
     one_key_head = 2 * count * length**2 * (heads // kv_heads)
-    step = key_heads_at_once(workspace, count * length**2, heads, kv_heads)
+    step = kv_heads if workspace is None else key_heads_at_once(workspace, count * length**2, heads, kv_heads)
     torch.empty(one_key_head * step + 4 * q.numel() * step // kv_heads, dtype=torch.uint8, device=META)
     return grads
 
