@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from finemill.kernels.launch import INTERPRETED
+from finemill.kernels.packing import IGNORE_INDEX, pack_sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -80,3 +81,14 @@ def pitched() -> Callable[[torch.Tensor], torch.Tensor]:
         return view
 
     return copy
+
+
+@pytest.fixture
+def ragged():
+    """Three sequences on the CPU, each with two tokens that are not learned."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for length in (7, 3, 12):
+        ids = torch.randint(1, 50, (length,), generator=generator)
+        pairs.append((ids, torch.where(torch.arange(length) < 2, IGNORE_INDEX, ids)))
+    return pack_sequences(pairs)

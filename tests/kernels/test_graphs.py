@@ -6,26 +6,17 @@ import pytest
 import torch
 
 from finemill.kernels.graphs import GraphRunner
-from finemill.kernels.packing import IGNORE_INDEX, pack_rows, pack_sequences
+from finemill.kernels.packing import pack_rows
 from finemill.kernels.shapes import Buckets, Shapes
 
 
-def ragged():
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for length in (7, 3, 12):
-        ids = torch.randint(1, 50, (length,), generator=generator)
-        pairs.append((ids, torch.where(torch.arange(length) < 2, IGNORE_INDEX, ids)))
-    return pack_sequences(pairs)
-
-
-def test_a_shape_runs_eagerly_until_it_has_come_often_enough(monkeypatch):
+def test_a_shape_runs_eagerly_until_it_has_come_often_enough(ragged, monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     ran = []
     model = SimpleNamespace(device=torch.device("cpu"), loss_and_grad=lambda batch, scale: ran.append((batch, scale)))
     runner = GraphRunner(model, patience=2)
     for _ in range(2):
-        runner.loss_and_grad(ragged(), 0.5)
+        runner.loss_and_grad(ragged, 0.5)
     assert [(batch.num_tokens, scale.tolist()) for batch, scale in ran] == [(22, [0.5]), (22, [0.5])]
     assert runner.num_graphs == 0
 
@@ -50,10 +41,10 @@ def gradient(model, engine, batch):
 
 
 @pytest.mark.gpu
-def test_a_graph_gives_bitwise_the_eager_gradient(tmp_path, monkeypatch):
+def test_a_graph_gives_bitwise_the_eager_gradient(ragged, tmp_path, monkeypatch):
     model = loaded(tmp_path, monkeypatch)
     runner, shapes = GraphRunner(model), Shapes(Buckets(16, 8))
-    batch = shapes.prepare(ragged()).to(model.device)
+    batch = shapes.prepare(ragged).to(model.device)
 
     eager = gradient(model, model, batch)
     for _ in range(2):
@@ -68,10 +59,10 @@ def test_a_graph_gives_bitwise_the_eager_gradient(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_shape_is_captured_once_it_has_come_often_enough(tmp_path, monkeypatch):
-    model, batch = loaded(tmp_path, monkeypatch), ragged()
+def test_a_shape_is_captured_once_it_has_come_often_enough(ragged, tmp_path, monkeypatch):
+    model = loaded(tmp_path, monkeypatch)
     runner = GraphRunner(model, patience=2)
-    batch = Shapes(Buckets(16, 8)).prepare(batch).to(model.device)
+    batch = Shapes(Buckets(16, 8)).prepare(ragged).to(model.device)
     gradients = [gradient(model, runner, batch) for _ in range(4)]
     assert runner.num_graphs == 1
     assert all(torch.equal(a, b) for later in gradients[1:] for a, b in zip(later, gradients[0], strict=True))

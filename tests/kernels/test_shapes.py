@@ -7,21 +7,12 @@ from finemill.kernels.packing import IGNORE_INDEX, pack_rows, pack_sequences
 from finemill.kernels.shapes import Buckets, Shapes, pad_batch, shape_of
 
 
-def ragged():
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for length in (7, 3, 12):
-        ids = torch.randint(1, 50, (length,), generator=generator)
-        pairs.append((ids, torch.where(torch.arange(length) < 2, IGNORE_INDEX, ids)))
-    return pack_sequences(pairs)
-
-
 def lengths_of(sequences):
     return sequences.lengths().tolist()
 
 
-def test_shapes_are_rounded_up_with_tokens_that_carry_no_label():
-    batch, buckets = ragged(), Buckets(tokens=16, labels=12)
+def test_shapes_are_rounded_up_with_tokens_that_carry_no_label(ragged):
+    batch, buckets = ragged, Buckets(tokens=16, labels=12)
     padded = pad_batch(batch, buckets)
     assert padded.num_tokens == 32
     assert lengths_of(padded.sequences) == [7, 3, 12, 10]
