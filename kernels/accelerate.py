@@ -19,7 +19,7 @@ from finemill.kernels.decoder_layer import LayerShape
 from finemill.kernels.host_memory import gather_rows, pin
 from finemill.kernels.model import FastModel, LayerParts, ModelLoss, assemble_model
 from finemill.kernels.nf4 import NF4Tensor
-from finemill.kernels.packing import pack_rows, splittable
+from finemill.kernels.packing import length_classes, pack_rows, splittable
 from finemill.kernels.planner import Plan
 from finemill.kernels.workload import Workload
 
@@ -151,7 +151,7 @@ def adopt_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def workload_of(engine: FastModel, *, tokens: int, row: int) -> Workload:
-    """Describe an engine and a step to the planner.
+    """Describe an engine and a trainer's step, of sequences of many lengths, to the planner.
 
     Args:
         engine: what `accelerate_model` built.
@@ -160,6 +160,7 @@ def workload_of(engine: FastModel, *, tokens: int, row: int) -> Workload:
     """
     layer = engine.layers[0]
     groups = [group for layer in engine.layers for group in layer.projections]
+    ((_, _, bound),) = length_classes([row])
     return Workload(
         shape=layer.shape,
         num_layers=len(engine.layers),
@@ -169,7 +170,8 @@ def workload_of(engine: FastModel, *, tokens: int, row: int) -> Workload:
         quantized=layer.qkv.scratch is not None,
         tokens=tokens,
         row=row,
-        fa4=engine.attention_backend(row) == "fa4",
+        ragged=True,
+        fa4=engine.attention_backend(bound) == "fa4",
     )
 
 

@@ -28,15 +28,13 @@ import torch
 from torch import Tensor
 
 from finemill.kernels import attention_fa4
-from finemill.kernels.packing import Sequences, round_count
+from finemill.kernels.packing import LENGTH_STEP, Sequences, round_count
 
 # T tokens, N query heads, K key and value heads, D head width, n sequences
 
 WORKSPACE_PER_ELEMENT = 16
 """Bytes per element of q that cuDNN's backward may take where no plan says otherwise."""
 BACKENDS = ("fa4", "cudnn", "flash", "plain")
-LENGTH_STEP = 128
-"""Bounds on the sequence length are rounded up to this for ragged plans, so that few are built."""
 TOTAL_STEP = 1024
 """Token counts of ragged batches are rounded up to this in plans, which take an upper bound."""
 
@@ -124,6 +122,7 @@ def attention_backward(
     """
     match backend(q, sequences):
         case "fa4" | "cudnn":
+            workspace = WORKSPACE_PER_ELEMENT * q.numel() if workspace is None else workspace
             grads = _like(q), _like(k), _like(v)
             for part, state in zip(sequences.parts(), saved, strict=True):
                 _part_backward(dout, q, k, v, out, state, part, scale, workspace, grads)
@@ -152,29 +151,24 @@ def fitting_backend(device: torch.device, dtype: torch.dtype, head_dim: int, len
     asked = os.environ.get("FINEMILL_ATTENTION")
     if asked and asked not in BACKENDS:
         raise ValueError(f"FINEMILL_ATTENTION is {asked!r}: allowed are {', '.join(BACKENDS)}")
-    order = [asked] if asked else ["cudnn"]
-    if not asked and length >= attention_fa4.LONG and _usable("cudnn", device, head_dim, length):
-        order = ["fa4", "cudnn"]  # shorter sequences of the same batch run on cuDNN
-    wanted = next((name for name in order if _usable(name, device, head_dim, length)), "flash")
-    return _fitting(wanted, _capability(device), head_dim)
+    wanted = asked or "cudnn"
+    if not _usable(wanted, device, head_dim, length):
+        wanted = "flash"
+    elif not asked and length >= attention_fa4.LONG and _usable("fa4", device, head_dim, length):
+        wanted = "fa4"  # shorter sequences of the same batch run on cuDNN
+    # FlashAttention-2 begins with Ampere and takes heads of 256, but 192 where shared memory is small (sm_86, 89, 120).
+    capability = _capability(device)
+    widest = 192 if capability in ((8, 6), (8, 9)) or capability >= (12, 0) else 256
+    return "plain" if wanted == "flash" and (capability < (8, 0) or head_dim > widest) else wanted
 
 
 def _usable(name: str, device: torch.device, head_dim: int, length: int) -> bool:
     match name:
         case "fa4":
             return head_dim in attention_fa4.HEAD_DIMS and attention_fa4.available(device)
-        case "cudnn":  # it has no plan for sequences of one token
-            return length > 1 and _cudnn_module(device) is not None
+        case "cudnn":  # it differentiates heads of up to 128, and has no plan for sequences of one token
+            return length > 1 and head_dim <= 128 and _cudnn_module(device) is not None
     return True
-
-
-def _fitting(wanted: str, capability: tuple[int, int], head_dim: int) -> str:
-    # cuDNN differentiates heads of up to 128 on every card; FlashAttention-2 begins with Ampere and takes 256, but 192
-    # where shared memory is small (sm_86, sm_89, sm_120).
-    if wanted == "cudnn" and head_dim > 128:
-        wanted = "flash"
-    widest = 192 if capability in ((8, 6), (8, 9)) or capability >= (12, 0) else 256
-    return "plain" if wanted == "flash" and (capability < (8, 0) or head_dim > widest) else wanted
 
 
 @functools.cache
@@ -401,7 +395,7 @@ def _part_backward(
     stats: Tensor,
     part: Sequences,
     scale: float,
-    workspace: int | None,
+    workspace: int,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Write the gradients for sequences of one class."""
@@ -411,15 +405,14 @@ def _part_backward(
     dq, dk, dv = grads
     heads, kv_heads = q.shape[1], k.shape[1]
     group = heads // kv_heads
-    workspace = WORKSPACE_PER_ELEMENT * q.numel() if workspace is None else workspace
     count, length = stats.shape[0], stats.shape[2]
-    step = key_heads_at_once(workspace, count * length**2, heads, kv_heads)
     if part.uniform is None and count > 1 and scores_bytes(count * length**2, group) > workspace:
         padded = _pad_count(part, count)
         for first, end in ((0, count // 2), (count // 2, count)):
             half = Sequences(padded.cu_seqlens[first : end + 1], part.max_length)
             _part_backward(dout, q, k, v, out, stats[first:end], half, scale, workspace, grads)
         return
+    step = key_heads_at_once(workspace, count * length**2, heads, kv_heads)
     for first in range(0, kv_heads, step):
         keys, queries = slice(first, first + step), slice(first * group, (first + step) * group)
         tensors = {

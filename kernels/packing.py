@@ -17,6 +17,9 @@ IGNORE_INDEX = -100
 SHORTEST_CLASS = 256
 """Sequences of up to this many tokens are one length class: below it attention's time is launches and traffic."""
 
+LENGTH_STEP = 128
+"""Bounds on the length of sequences are multiples of this, so that few kernels are compiled."""
+
 Classes = tuple[tuple[int, int, int], ...]
 """(first, end, bound) of runs of sequences of at most `bound` tokens."""
 
@@ -141,7 +144,7 @@ def length_classes(lengths: Sequence[int]) -> Classes:
     longest = [*accumulate(reversed(lengths), max)][::-1]  # from here on
     powers = [max(SHORTEST_CLASS, 1 << (length - 1).bit_length()) for length in longest]
     starts = [index for index, power in enumerate(powers) if index == 0 or power != powers[index - 1]]
-    steps = [max(128, powers[first] // 4) for first in starts]
+    steps = [max(LENGTH_STEP, powers[first] // 4) for first in starts]
     bounds = [-(-max(1, longest[first]) // step) * step for first, step in zip(starts, steps, strict=True)]
     return tuple(zip(starts, [*starts[1:], len(lengths)], bounds, strict=True)) if lengths else ()
 

@@ -191,11 +191,11 @@ def plan_step(
             for candidate in _candidates(variant, budget, rates, tokens, allow_host=allow_host)
         ]
 
-    one, *between, every = [1, *divisors(work.shape.num_kv_heads)[1:-1], work.shape.num_kv_heads]
+    heads = divisors(work.shape.num_kv_heads)
     if work.fa4 and not work.ragged:  # takes all heads in little memory
-        one, between = every, []
+        heads = heads[-1:]
     micro_batches = [pieces * work.row for pieces in reversed(divisors(rows))]
-    leanest_and_fastest = candidates(sorted({every, one}, reverse=True), micro_batches)
+    leanest_and_fastest = candidates(sorted({heads[0], heads[-1]}, reverse=True), micro_batches)
     fitting = [candidate for candidate in leanest_and_fastest if candidate.peak <= budget]
     if not fitting:
         least = min(candidate.peak for candidate in leanest_and_fastest)
@@ -205,7 +205,7 @@ def plan_step(
         )
     best = min(fitting, key=lambda candidate: candidate.seconds)
     assert best.micro_batch is not None
-    fitting = [candidate for candidate in candidates(between, [best.micro_batch]) if candidate.peak <= budget]
+    fitting = [candidate for candidate in candidates(heads[1:-1], [best.micro_batch]) if candidate.peak <= budget]
     return min([best, *fitting], key=lambda candidate: candidate.seconds)
 
 

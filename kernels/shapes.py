@@ -9,11 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from finemill.kernels.packing import IGNORE_INDEX, Classes, PackedBatch, Sequences
+from finemill.kernels.packing import IGNORE_INDEX, LENGTH_STEP, Classes, PackedBatch, Sequences
 from finemill.kernels.slots import choose_slots
-
-DUMMY_TOKENS = 128
-"""Length of sequences that fill up, at most: as short as any class is."""
 
 
 class Shape(NamedTuple):
@@ -41,25 +38,26 @@ class Buckets:
 
 @dataclass
 class Shapes:
-    """Gives batches shapes, and remembers them.
+    """Gives batches shapes, and remembers the slots of ragged ones.
 
     Args:
         buckets: rounding of tokens and labels.
     """
 
     buckets: Buckets = field(default_factory=Buckets)
-    _known: set[Shape] = field(default_factory=set)
+    _known: dict[tuple[int, int], list[Classes]] = field(default_factory=dict)
+    """By tokens and labels, in the order in which they came: the choice among them repeats from run to run."""
 
     def prepare(self, batch: PackedBatch) -> PackedBatch:
         """Give a batch, on the CPU, a known shape or a new one."""
         padded = pad_batch(batch, self.buckets)
         sequences = padded.sequences
         if sequences.uniform is None:
-            alike = shape_of(padded)._replace(slots=())
-            known = [shape.slots for shape in self._known if shape._replace(slots=()) == alike]
+            known = self._known.setdefault((padded.num_tokens, padded.num_labels), [])
             slots = choose_slots(sequences.lengths().tolist(), known)
+            if slots not in known:
+                known.append(slots)
             padded.sequences = _fill_slots(sequences, slots)
-            self._known.add(shape_of(padded))
         return padded
 
 
@@ -69,7 +67,7 @@ def shape_of(batch: PackedBatch) -> Shape:
 
 
 def pad_batch(batch: PackedBatch, buckets: Buckets) -> PackedBatch:
-    """Round a batch's tokens up with short unlabelled sequences; equal-length rows stay as they are.
+    """Round a batch's tokens up with unlabelled sequences of the shortest class; equal-length rows stay as they are.
 
     Labelled rows are padded with rows that have no label, each once, so that scattering their zero gradient is exact.
     """
@@ -83,10 +81,10 @@ def pad_batch(batch: PackedBatch, buckets: Buckets) -> PackedBatch:
     ids = torch.nn.functional.pad(batch.input_ids, (0, missing))
     labels = torch.nn.functional.pad(batch.labels, (0, missing), value=IGNORE_INDEX)
     dummies = torch.arange(missing, device=device)
-    positions = torch.cat([batch.position_ids, dummies % DUMMY_TOKENS])
-    ends = tokens + torch.cat([dummies[DUMMY_TOKENS::DUMMY_TOKENS], dummies[-1:] + 1])
+    positions = torch.cat([batch.position_ids, dummies % LENGTH_STEP])
+    ends = tokens + torch.cat([dummies[LENGTH_STEP::LENGTH_STEP], dummies[-1:] + 1])
     cu_seqlens = torch.cat([sequences.cu_seqlens, ends.int()])
-    boundaries = Sequences(cu_seqlens, max(sequences.max_length, min(missing, DUMMY_TOKENS)), sequences.uniform)
+    boundaries = Sequences(cu_seqlens, max(sequences.max_length, min(missing, LENGTH_STEP)), sequences.uniform)
     if capacity > rows.numel():
         rows = torch.argsort((labels == IGNORE_INDEX).to(torch.uint8), stable=True)[:capacity]
     return PackedBatch(ids, positions, labels, boundaries, rows)

@@ -16,7 +16,6 @@ and `trainer.acceleration.reason` says why.
 """
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from finemill.kernels.accelerate import Acceleration, accelerate_model, adopt_pl
 from finemill.kernels.graphs import GraphRunner
 from finemill.kernels.model import FastModel
 from finemill.kernels.optimizer import FlatAdamW
-from finemill.kernels.packing import IGNORE_INDEX, PackedBatch, length_classes, pack_budget, send, split_rows
+from finemill.kernels.packing import IGNORE_INDEX, PackedBatch, pack_budget, send, split_rows
 from finemill.kernels.planner import Plan, plan_graphed_step
 from finemill.kernels.rates import rates_of
 from finemill.kernels.shapes import Buckets, Shapes
@@ -76,11 +75,9 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self._plan, patience = self._make_plan(memory_gb, use_graphs)
         adopt_plan(self.model, self._plan)
         engine = self.acceleration.engine
-        # Plain attention reads the boundaries on the host, which no graph can hold.
-        if patience is not None and engine.attention_backend(self._work.row) != "plain":
+        if patience is not None:
             self._runner = GraphRunner(engine, patience)
-        if engine.device.type == "cuda":
-            micro_batch = self._plan.micro_batch or self._work.tokens
+        if (micro_batch := self._plan.micro_batch) is not None:
             step = EAGER_BUCKET if self._runner is None else max(256, micro_batch // BUCKETS_PER_BATCH)
             self._shapes = Shapes(Buckets(step, step, micro_batch))
         if self.args.world_size > 1:
@@ -239,15 +236,15 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         engine, args = self._engine, self.args
         longest = args.max_length or 2048
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        bound = length_classes([longest])[0][2]
-        work = workload_of(engine, tokens=rows * longest, row=longest)
-        self._work = replace(work, ragged=True, fa4=engine.attention_backend(bound) == "fa4")
         if engine.device.type != "cuda":
             return Plan.everything(len(engine.layers)), None
         free, _ = torch.cuda.mem_get_info(engine.device)
         card = int((free + torch.cuda.memory_allocated(engine.device)) * 0.95)
         budget = card if memory_gb is None else int(memory_gb * 2**30)
         rates = rates_of(torch.cuda.get_device_name(engine.device))
-        plan, patience = plan_graphed_step(self._work, budget, card, rates=rates, use_graphs=use_graphs)
+        if engine.attention_backend(longest) == "plain":
+            use_graphs = False  # it reads the boundaries on the host, which no graph can hold
+        work = workload_of(engine, tokens=rows * longest, row=longest)
+        plan, patience = plan_graphed_step(work, budget, card, rates=rates, use_graphs=use_graphs)
         logger.info("plan: %s tokens a micro-batch, %.2f GiB", plan.micro_batch, plan.peak / 2**30)
         return plan, patience
