@@ -321,6 +321,8 @@ CASES = [
     *_qk_norm_rope(4096, 32, 8, 64, norm=False),  # Llama-3.2-1B
     *_swiglu(4096, 12288),
     _swiglu_lora(4096, 12288, 16),
+    _swiglu_lora(4096, 12288, 32),  # one kernel on Hopper only
+    _swiglu_lora(4096, 2848, 16),  # columns that Hopper's kernel does not take
     _cross_entropy(2048, 151936),
     _adamw(43646976, 32),
     _adamw(43646976, 8),

@@ -5,9 +5,12 @@ import os
 
 import torch
 from torch import Tensor
+from triton.runtime.driver import driver
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads this variable when it is imported, so it is fixed for the life of the process."""
+
+HOPPER = 90
 
 
 def use_kernel(tensor: Tensor) -> bool:
@@ -16,6 +19,19 @@ def use_kernel(tensor: Tensor) -> bool:
     Meta tensors count: with them kernels/resources.py compiles every launch on a machine without a GPU.
     """
     return tensor.is_cuda or tensor.is_meta or INTERPRETED
+
+
+def is_hopper(tensor: Tensor) -> bool:
+    """Whether kernels that only Hopper has the instructions for run on `tensor`, or are compiled for if it is meta."""
+    if tensor.is_meta:
+        return driver.active.get_current_target().arch == HOPPER  # type: ignore[no-any-return]
+    return tensor.is_cuda and _capability(tensor.device) == HOPPER
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @functools.cache

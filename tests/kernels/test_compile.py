@@ -24,7 +24,7 @@ def test_every_kernel_is_in_the_table():
     kernels = {
         name
         for file in TABLE.parent.glob("*.py")
-        for name in re.findall(r"^@triton.jit\ndef (_\w+_kernel)\(", file.read_text(), re.MULTILINE)
+        for name in re.findall(r"^@(?:triton|gluon).jit\ndef (_\w+_kernel)\(", file.read_text(), re.MULTILINE)
     }
     for version, table in json.loads(TABLE.read_text()).items():
         assert {entry.split(" / ")[1].split(" #")[0] for entry in table} == kernels, version

@@ -116,6 +116,7 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: None)
     monkeypatch.setattr(decoder_layer, "attention_forward", attention_forward)
     monkeypatch.setattr(swiglu_lora, "num_sms", lambda device: 132)
+    monkeypatch.setattr(swiglu_lora, "is_hopper", lambda tensor: True)
     monkeypatch.setattr(decoder_layer, "attention_backward", attention_backward)
     monkeypatch.setattr(model, "HostArena", Arena)
     tables = torch.empty(2, 1, 128, device=META)
