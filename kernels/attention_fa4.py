@@ -1,15 +1,18 @@
 """FlashAttention-4 for long sequences: 1.25 times as fast as cuDNN at 16384 tokens, in memory linear in the length.
 
 Its deterministic backward lets the blocks of keys add to dq in a fixed order, where cuDNN's keeps the gradient of all
-scores. Below `LONG` tokens cuDNN is faster (results.md). The kernels are written in CuTe's Python and compiled when
-first used, about five seconds; torch calls the same two functions (torch.nn.attention's FA4).
+scores. At `LONG` tokens both take as long, and a step with this one draws less power (results.md). The kernels are
+written in CuTe's Python, whose import takes seconds, and compiled when first used, about five seconds; torch calls the
+same two functions (torch.nn.attention's FA4).
 
 Source: Dao et al., flash-attn-4 (BSD 3-Clause), flash_attn/cute/interface.py.
 """
 
+import contextlib
 import functools
 import importlib
 import os
+import threading
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from finemill.kernels.packing import Sequences
 
-LONG = 4096
+LONG = 2048
 """Bound on the length, in tokens, from which FlashAttention-4 is used."""
 HEAD_DIMS = (64, 96, 128)
 
@@ -41,6 +44,16 @@ def available(device: torch.device) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def preload() -> None:
+    """Import the package beside other work, such as loading a model."""
+
+    def load() -> None:
+        with contextlib.suppress(ImportError):  # the first use says what is missing
+            _module()
+
+    threading.Thread(target=load, name="finemill-flash-attn-4").start()
 
 
 @functools.cache

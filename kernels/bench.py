@@ -223,8 +223,8 @@ def _grad_norm(n: int) -> Case:
     return Case("adamw", f"gradient norm {n}", 4 * n, build)
 
 
-def _projection(rows: tuple[int, ...], width: int, rank: int) -> Iterator[Case]:
-    """The two small kernels of a group of linear layers: adapters into the extended weight, gradient of the B's."""
+def _projection(tokens: int, rows: tuple[int, ...], width: int, rank: int) -> Iterator[Case]:
+    """Of a group of linear layers: adapters into the extended weight, gradient of the B's, and what reads dy."""
     out, ranks = sum(rows), len(rows) * rank
 
     def group(device: torch.device, dtype: torch.dtype) -> Projection:
@@ -245,9 +245,21 @@ def _projection(rows: tuple[int, ...], width: int, rank: int) -> Iterator[Case]:
         layer, product = group(device, dtype), _rand(device, torch.float32, out, ranks)
         return lambda: layer.add_grad_b(product), None
 
+    def outputs(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
+        layer = group(device, dtype)
+        dy, xa = layer.extended_output(tokens), _rand(device, dtype, tokens, ranks)
+        dy.normal_()
+        weight = layer.extended_weight()
+
+        def apart() -> object:
+            return torch.mm(dy[:, :out], weight[:out, width : width + ranks]), dy[:, :out].t() @ xa
+
+        return lambda: layer.backward_output(dy, xa, weight), apart
+
     shape = f"{'|'.join(map(str, rows))} x {width}, rank {rank}"
     yield Case("projection", f"adapters into the weight {shape}", 6 * (ranks * width + out * rank), write)
     yield Case("projection", f"dB {shape}", 12 * out * rank, add)
+    yield Case("lora-b", f"dy B and dB, {tokens} tokens, {shape}", 2 * tokens * (out + 2 * ranks), outputs)
 
 
 def _host_embedding(tokens: int, width: int) -> Case:
@@ -329,7 +341,7 @@ CASES = [
     _grad_norm(43646976),
     *_lora(4096, 4096, 3, 16),
     *_lora(512, 1024, 2, 32),
-    *_projection((4096, 1024, 1024), 4096, 16),
+    *_projection(4096, (4096, 1024, 1024), 4096, 16),
     _host_embedding(4096, 4096),
 ]
 

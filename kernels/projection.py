@@ -30,6 +30,7 @@ from torch import Tensor
 from finemill.kernels.adapters import GroupAdapter
 from finemill.kernels.launch import use_kernel
 from finemill.kernels.lora import LoRADropout, lora_backward_a, lora_backward_x, lora_project
+from finemill.kernels.lora_b import has_kernel, lora_backward_b
 from finemill.kernels.nf4 import NF4Tensor, dequantize_nf4
 
 # T tokens, K input width, N output width of all members, R rank of all members, P spare columns
@@ -167,8 +168,13 @@ class Projection:
         if self.adapter is None:
             return
         n, k, rank = self.out_features, self.in_features, self.rank
-        torch.mm(dy[:, :n], weight[:n, k : k + rank], out=dy[:, n : n + rank])
-        self.add_grad_b(_mm_fp32(dy[:, :n].t(), xa))
+        outputs, b, dya = dy[:, :n], weight[:n, k : k + rank], dy[:, n : n + rank]
+        groups = list(zip(self._rows, self._rows[1:], strict=False))
+        if has_kernel(outputs, xa, groups, self.adapter.b.shape[1]):
+            lora_backward_b(outputs, xa, b, groups, dya, self.adapter.grad_b, self.adapter.scaling)
+            return
+        torch.mm(outputs, b, out=dya)
+        self.add_grad_b(_mm_fp32(outputs.t(), xa))
 
     def backward_weight(self, dy: Tensor, x: Tensor) -> None:
         """Do the part of the backward that reads the input x (T, K): dA."""

@@ -12,6 +12,8 @@ from finemill.kernels.workload import Workload
 
 DIAGONAL, DIAGONAL_BACKWARD = 256, 500
 """Keys a query that attention computes in vain, in the tiles on the diagonal of the scores, or costs as much as."""
+FA4_DIAGONAL, FA4_DIAGONAL_BACKWARD = 1070, 1520
+"""The same of FlashAttention-4."""
 SPLIT_SECONDS = 2e-6
 """What each group of heads but one costs attention's backward, times the root of the length: the card runs empty. A
 quarter of the backward at most."""
@@ -39,8 +41,8 @@ class Rates:
     flops: float = 710e12
     attention_forward: float = 560e12
     attention_backward: float = 434e12
-    fa4_forward: float = 615e12
-    fa4_backward: float = 490e12
+    fa4_forward: float = 768e12
+    fa4_backward: float = 612e12
     bytes: float = 3.65e12
     bus_bytes: float = 54e9
     shared_bus_bytes: float = 47e9
@@ -71,12 +73,12 @@ def layer_seconds(work: Workload, rates: Rates, tokens: int, *, cached: bool) ->
         return tokens * width / rates.bytes
 
     matmul = 2 * tokens * s.hidden / rates.flops
-    attention_forward, attention_backward = rates.attention_forward, rates.attention_backward
-    if work.fa4:
-        attention_forward, attention_backward = rates.fa4_forward, rates.fa4_backward
-    attention = 2 * tokens * (work.row + DIAGONAL) * s.q_width / attention_forward
-    attention_back = 5 * tokens * (work.row + DIAGONAL_BACKWARD) * s.q_width / attention_backward
-    if work.key_heads is not None and (work.ragged or not work.fa4):
+    attention = 2 * tokens * (work.row + DIAGONAL) * s.q_width / rates.attention_forward
+    attention_back = 5 * tokens * (work.row + DIAGONAL_BACKWARD) * s.q_width / rates.attention_backward
+    if work.fa4 and not work.ragged:  # a trainer's sequences are shorter, most of them
+        attention = 2 * tokens * (work.row + FA4_DIAGONAL) * s.q_width / rates.fa4_forward
+        attention_back = 5 * tokens * (work.row + FA4_DIAGONAL_BACKWARD) * s.q_width / rates.fa4_backward
+    elif work.key_heads is not None:
         groups = s.num_kv_heads // work.key_heads
         attention_back += (groups - 1) * min(attention_back / 4, SPLIT_SECONDS * math.sqrt(work.row))
     decode = 0.0 if cached or not work.quantized else work.layer_weights * 2.6 / rates.bytes

@@ -33,7 +33,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 SHARED_LIMIT = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 # Triton has no tensor-core product below this; these ops run through cuBLAS there (lora.py).
 MMA_CAPABILITY = 80
-MMA_OPS = ("lora", "swiglu-lora")
+MMA_OPS = ("lora", "lora-b", "swiglu-lora")
 
 Usage = dict[str, dict[str, list[int]]]
 """case / kernel -> capability -> [registers a thread, bytes of shared memory, bytes of stack]."""

@@ -51,6 +51,19 @@ def _sum_splits_kernel(
     tl.store(target, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def steps_per_chunk(steps: int, blocks: int, programs: int) -> int:
+    """Split a sum of `steps` for each of `blocks` so that the programs that run at once end together.
+
+    A program takes a step and a half more to begin and end, and a sum is split into 32 at most: partial sums are
+    traffic.
+    """
+
+    def duration(chunks: int) -> float:
+        return float(triton.cdiv(blocks * chunks, programs) * (triton.cdiv(steps, chunks) + 1.5))
+
+    return int(triton.cdiv(steps, min(range(1, min(steps, 32) + 1), key=duration)))
+
+
 def empty_partial(size: int, device: torch.device) -> Tensor:
     """Memory for `size` partial sums."""
     return torch.empty(size, dtype=torch.float32, device=device)

@@ -34,6 +34,7 @@ from finemill.kernels.lora import rank_block, use_mma_kernel
 from finemill.kernels.split_sums import empty_partial, sum_splits
 from finemill.kernels.swiglu import swiglu_backward_reference, swiglu_reference
 from finemill.kernels.swiglu_lora_hopper import Split
+from finemill.kernels.tma import can_address
 
 # T tokens, I feed-forward width, r rank of one adapter
 
@@ -168,11 +169,8 @@ def runs_fused(gate_up: Tensor, rank: int) -> bool:
 
 
 def _runs_on_hopper(gate_up: Tensor, rank: int, *others: Tensor) -> bool:
-    if gate_up.element_size() != 2 or not is_hopper(gate_up):
-        return False
-    matrices = (gate_up, *others)
     fits = swiglu_lora_hopper.takes(gate_up.shape[1] // 2, rank, rank_block(rank))
-    return fits and all(swiglu_lora_hopper.can_address(matrix) for matrix in matrices)
+    return fits and all(map(can_address, (gate_up, *others))) and is_hopper(gate_up)
 
 
 def swiglu_lora_backward(

@@ -8,9 +8,8 @@ registers over `tiles` of columns: with fewer, partial sums are as much traffic 
 Gluon is Triton's own lower level, compiled by the same compiler: layouts, barriers and copies are written out.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -22,7 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from finemill.kernels.split_sums import steps_per_chunk
+from finemill.kernels.tma import descriptor, load_tile, store_tile
 
 # T tokens, I feed-forward width, r rank of one adapter
 
@@ -32,11 +33,6 @@ STAGES = 3
 WARPS = 8
 TILES = {16: 2, 32: 1}
 """By rank, rounded up: tiles of columns of a program. More sums do not fit into registers."""
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-# Triton 3.6 has other names for the two copies.
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 class Split(NamedTuple):
@@ -75,13 +71,13 @@ def _request(
     barrier = arrived.index(stage)
     mbarrier.expect(barrier, 3 * gate_desc.block_type.nbytes, pred=exists & (part != 0))
     mbarrier.expect(barrier, 3 * gate_desc.block_type.nbytes + 3 * xa_desc.block_type.nbytes, pred=first)
-    _load(gate_desc, [row, column], barrier, tiles.index(3 * stage), pred=exists)
-    _load(up_desc, [row, column], barrier, tiles.index(3 * stage + 1), pred=exists)
-    _load(dh_desc, [row, column], barrier, tiles.index(3 * stage + 2), pred=exists)
+    load_tile(gate_desc, [row, column], barrier, tiles.index(3 * stage), pred=exists)
+    load_tile(up_desc, [row, column], barrier, tiles.index(3 * stage + 1), pred=exists)
+    load_tile(dh_desc, [row, column], barrier, tiles.index(3 * stage + 2), pred=exists)
     rank_stage = step % RANK_STAGES
-    _load(xa_desc, [row, 0], barrier, rank_tiles.index(3 * rank_stage), pred=first)
-    _load(xa_desc, [row, RANK], barrier, rank_tiles.index(3 * rank_stage + 1), pred=first)
-    _load(dya_down_desc, [row, 0], barrier, rank_tiles.index(3 * rank_stage + 2), pred=first)
+    load_tile(xa_desc, [row, 0], barrier, rank_tiles.index(3 * rank_stage), pred=first)
+    load_tile(xa_desc, [row, RANK], barrier, rank_tiles.index(3 * rank_stage + 1), pred=first)
+    load_tile(dya_down_desc, [row, 0], barrier, rank_tiles.index(3 * rank_stage + 2), pred=first)
 
 
 @gluon.jit
@@ -174,8 +170,8 @@ def _swiglu_lora_backward_hopper_kernel(
             up_tile.store((dh * silu).to(dtype))
             dh_tile.store((silu * up).to(dtype))  # h
             fence_async_shared()
-            _store(gate_desc, [row, column + part * BLOCK_I], gate_tile)
-            _store(up_desc, [row, column + part * BLOCK_I], up_tile)
+            store_tile(gate_desc, [row, column + part * BLOCK_I], gate_tile)
+            store_tile(up_desc, [row, column + part * BLOCK_I], up_tile)
             dya_gate = warpgroup_mma(gate_tile, b_tiles.index(2 * part), dya_gate, is_async=True)
             dya_up = warpgroup_mma(up_tile, b_tiles.index(2 * part + 1), dya_up, is_async=True)
             xa_gate, xa_up = rank_tiles.index(rank_stage), rank_tiles.index(rank_stage + 1)
@@ -213,23 +209,11 @@ def takes(width: int, rank: int, rank_block: int) -> bool:
     return rank_block in TILES and width % (BLOCK_I * TILES[rank_block]) == 0 and rank % 4 == 0
 
 
-def can_address(tensor: Tensor) -> bool:
-    """Whether TMA reads this matrix: its start and its rows are multiples of 16 bytes."""
-    starts = (tensor.storage_offset(), tensor.stride(0))
-    return all(start * tensor.element_size() % 16 == 0 for start in starts)
-
-
 def split(tokens: int, width: int, rank_block: int, sms: int) -> Split:
-    """Divide the work so that the multiprocessors, one program each at a time, are done together."""
+    """Divide the work among multiprocessors that hold one program each."""
     columns = BLOCK_I * TILES[rank_block]
-    steps, blocks = triton.cdiv(tokens, BLOCK_T), triton.cdiv(width, columns)
-
-    def duration(chunks: int) -> float:
-        """Of all waves in steps; a program takes one and a half more to begin and end."""
-        return float(triton.cdiv(blocks * chunks, sms) * (triton.cdiv(steps, chunks) + 1.5))
-
-    per_chunk = triton.cdiv(steps, min(range(1, min(steps, 32) + 1), key=duration))
-    return Split(columns, triton.cdiv(steps, per_chunk), per_chunk * BLOCK_T)
+    chunk = BLOCK_T * steps_per_chunk(triton.cdiv(tokens, BLOCK_T), triton.cdiv(width, columns), sms)
+    return Split(columns, triton.cdiv(tokens, chunk), chunk)
 
 
 def launch(
@@ -247,8 +231,8 @@ def launch(
     """Launch the kernel; tensors as in `swiglu_lora_backward`, dya_strides from token to token and block to block."""
     tokens, width = dh.shape
     _swiglu_lora_backward_hopper_kernel[(triton.cdiv(width, work.columns), work.chunks)](
-        *(_descriptor(matrix, BLOCK_I) for matrix in (gate_up[:, :width], gate_up[:, width:], dh)),
-        *(_descriptor(matrix, rank_block) for matrix in (xa, dya_down)),
+        *(descriptor(matrix, BLOCK_T, BLOCK_I) for matrix in (gate_up[:, :width], gate_up[:, width:], dh)),
+        *(descriptor(matrix, BLOCK_T, rank_block) for matrix in (xa, dya_down)),
         b,
         dya_partial,
         grad_partial,
@@ -264,9 +248,3 @@ def launch(
         num_warps=WARPS,
         enable_fp_fusion=True,
     )
-
-
-def _descriptor(matrix: Tensor, columns: int) -> Any:
-    block = [BLOCK_T, columns]
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[matrix.dtype])
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block, layout)

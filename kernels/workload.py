@@ -6,11 +6,11 @@ All sizes are bytes, as `torch.cuda.max_memory_allocated` counts them; names of 
 from dataclasses import dataclass
 from functools import lru_cache
 
+from finemill.kernels import lora_b, swiglu_lora
 from finemill.kernels.attention import scores_bytes
 from finemill.kernels.attention_fa4 import LONG, workspace_bytes
 from finemill.kernels.decoder_layer import LayerShape, Level
 from finemill.kernels.projection import PAD
-from finemill.kernels.swiglu_lora import partial_bytes
 
 CUBLAS_WORKSPACE = 64 << 20
 """What torch allocates for cuBLAS on Hopper: 32 MiB each for eager work and for captured graphs."""
@@ -240,7 +240,11 @@ def _forward_bytes(t: dict[str, int]) -> dict[Level, int]:
 
 def _backward_bytes(work: Workload, t: dict[str, int], tokens: int) -> dict[Level, int]:
     width = work.shape.intermediate
-    products = max(4 * work.rank * max(4 * width, 3 * work.shape.qkv_width), partial_bytes(tokens, width, work.rank))
+    products = max(
+        4 * work.rank * max(4 * width, 3 * work.shape.qkv_width),
+        swiglu_lora.partial_bytes(tokens, width, work.rank),
+        lora_b.partial_bytes(tokens, [(0, work.shape.hidden)], work.rank),
+    )
     rotated = t["q"] + t["kv"] + t["rstd_qk"]
     saved = t["grad"] + t["x"] + t["xa"] + t["qkv"] + t["attended"] + t["state"]
     mlp = saved + t["x"] + t["normed_mid"] + t["gate_up"] + t["grad_hidden"] + products

@@ -15,7 +15,9 @@ def test_without_a_gpu_it_says_so_in_a_line_and_exits_2(capsys):
 def test_an_unknown_op_is_refused_with_the_known_ones(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["rms-nrom"])
-    known = "adamw, cross-entropy, host-memory, lora, nf4, projection, qk-norm-rope, rms-norm, swiglu, swiglu-lora"
+    known = (
+        "adamw, cross-entropy, host-memory, lora, lora-b, nf4, projection, qk-norm-rope, rms-norm, swiglu, swiglu-lora"
+    )
     assert f"choose from {known}" in capsys.readouterr().err
 
 
