@@ -162,12 +162,6 @@ def fitting_backend(device: torch.device, dtype: torch.dtype, head_dim: int, len
     return "plain" if wanted == "flash" and (capability < (8, 0) or head_dim > widest) else wanted
 
 
-def preload(device: torch.device, dtype: torch.dtype, head_dim: int, length: int) -> None:
-    """Start importing what sequences of up to `length` tokens will need, where that takes seconds."""
-    if fitting_backend(device, dtype, head_dim, length) == "fa4":
-        attention_fa4.preload()
-
-
 def _usable(name: str, device: torch.device, head_dim: int, length: int) -> bool:
     match name:
         case "fa4":

@@ -8,11 +8,9 @@ same two functions (torch.nn.attention's FA4).
 Source: Dao et al., flash-attn-4 (BSD 3-Clause), flash_attn/cute/interface.py.
 """
 
-import contextlib
 import functools
 import importlib
 import os
-import threading
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,16 +42,6 @@ def available(device: torch.device) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-def preload() -> None:
-    """Import the package beside other work, such as loading a model."""
-
-    def load() -> None:
-        with contextlib.suppress(ImportError):  # the first use says what is missing
-            _module()
-
-    threading.Thread(target=load, name="finemill-flash-attn-4").start()
 
 
 @functools.cache

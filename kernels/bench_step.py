@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from finemill.kernels.attention import fitting_backend, preload
+from finemill.kernels.attention import fitting_backend
 from finemill.kernels.bench_data import SHAPES, ModelShape, ensure_checkpoint, make_batches, start_adapters
 from finemill.kernels.decoder_layer import LayerShape
 from finemill.kernels.graphs import GraphRunner
@@ -101,7 +101,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     made = time.time()
     path = ensure_checkpoint(args.shape, args.layers, device)
     made = time.time() - made
-    preload(device, torch.bfloat16, shape.head_dim, args.seq)
     plan = make_plan(args, shape)
     lora = LoraSettings(args.rank, args.alpha or args.rank, args.dropout)
     loading = time.time()

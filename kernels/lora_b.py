@@ -197,6 +197,8 @@ def lora_backward_b(
     check_rows("b", b, (width, len(groups) * rank), dy.dtype)
     check_rows("dya", dya, (tokens, len(groups) * rank), dy.dtype)
     check_rows("grad_b", grad_b, (width, rank), torch.float32)
+    if not grad_b.is_contiguous():
+        raise ValueError(f"grad_b has strides {grad_b.stride()}: it must be contiguous")
     tiles = _tiles(groups)
     columns = BLOCK_N * tiles
     blocks = triton.cdiv(width, columns)
@@ -251,7 +253,7 @@ def partial_bytes(tokens: int, groups: list[tuple[int, int]], rank: int, sms: in
 
 
 def _fits(groups: list[tuple[int, int]], rank: int) -> bool:
-    return rank <= MAX_RANK and rank % 4 == 0 and all(begin % BLOCK_N == 0 for begin, _ in groups)
+    return rank <= MAX_RANK and rank % 8 == 0 and all(begin % BLOCK_N == 0 for begin, _ in groups)
 
 
 def _tiles(groups: list[tuple[int, int]]) -> int:

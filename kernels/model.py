@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finemill.kernels.adapters import FlatAdapters, LoraPair
-from finemill.kernels.attention import fitting_backend, preload
+from finemill.kernels.attention import fitting_backend
 from finemill.kernels.decoder_layer import DecoderLayer, LayerShape, Level, Rope, Saved
 from finemill.kernels.host_memory import HostArena, gather_rows
 from finemill.kernels.lora import LoRADropout
@@ -136,10 +136,6 @@ class FastModel:
     def attention_backend(self, length: int) -> str:
         """Which implementation of attention runs for sequences of up to so many tokens."""
         return fitting_backend(self.device, self.final_norm.dtype, self.layers[0].shape.head_dim, length)
-
-    def preload_attention(self, length: int) -> None:
-        """Start importing the implementation for sequences of up to so many tokens."""
-        preload(self.device, self.final_norm.dtype, self.layers[0].shape.head_dim, length)
 
     def replaceable(self) -> list[Tensor]:
         """Memory that a longer batch may replace: a captured graph keeps what it was captured with."""

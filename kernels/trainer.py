@@ -244,7 +244,6 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         rates = rates_of(torch.cuda.get_device_name(engine.device))
         if engine.attention_backend(longest) == "plain":
             use_graphs = False  # it reads the boundaries on the host, which no graph can hold
-        engine.preload_attention(longest)
         work = workload_of(engine, tokens=rows * longest, row=longest)
         plan, patience = plan_graphed_step(work, budget, card, rates=rates, use_graphs=use_graphs)
         logger.info("plan: %s tokens a micro-batch, %.2f GiB", plan.micro_batch, plan.peak / 2**30)
