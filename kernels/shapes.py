@@ -5,7 +5,7 @@ slots (slots.py): no gradient changes.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,6 +59,17 @@ class Shapes:
                 known.append(slots)
             padded.sequences = _fill_slots(sequences, slots)
         return padded
+
+    def state(self) -> list[Any]:
+        """What later batches' slots depend on, for JSON."""
+        return [[list(size), known] for size, known in self._known.items()]
+
+    def restore(self, state: list[Any]) -> None:
+        """Go on from what `state` returned."""
+        self._known = {
+            (tokens, labels): [tuple((first, end, bound) for first, end, bound in slots) for slots in known]
+            for (tokens, labels), known in state
+        }
 
 
 def shape_of(batch: PackedBatch) -> Shape:

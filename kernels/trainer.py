@@ -15,7 +15,9 @@ A model the engine does not cover, or arguments that change the loss, train as S
 and `trainer.acceleration.reason` says why.
 """
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -217,6 +219,21 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             self._metrics["train"]["mean_token_accuracy"].append(correct / max(1.0, labels))
             self._sums = None
         super().log(logs, start_time)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save the slots of batches seen beside the random numbers: with others, attention might round otherwise."""
+        super()._save_rng_state(output_dir)
+        if self._shapes is not None:
+            self._shapes_file(output_dir).write_text(json.dumps(self._shapes.state()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._shapes is not None and checkpoint is not None and (file := self._shapes_file(checkpoint)).is_file():
+            self._shapes.restore(json.loads(file.read_text()))
+
+    def _shapes_file(self, checkpoint: str) -> Path:
+        """Each process has its own: it sees other batches."""
+        return Path(checkpoint) / f"finemill_slots_{self.args.process_index}.json"
 
     def _send(self, batch: PackedBatch) -> PackedBatch:
         return (batch if self._shapes is None else self._shapes.prepare(batch)).to(self._engine.device)

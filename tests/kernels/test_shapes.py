@@ -1,5 +1,7 @@
 """Rounding a batch's shapes up changes no gradient, and batches of like lengths get the same ones."""
 
+import json
+
 import pytest
 import torch
 
@@ -53,6 +55,16 @@ def test_batches_of_like_lengths_get_one_shape():
     assert first.sequences.classes == second.sequences.classes == ((0, 1, 768), (1, 4, 256))
     assert lengths_of(first.sequences) == [700, 140, 100, 84]
     assert shape_of(first) == shape_of(second)
+
+
+def test_slots_go_on_after_a_checkpoint():
+    before, after = Shapes(Buckets(1024, 1024)), Shapes(Buckets(1024, 1024))
+    before.prepare(batch_of(700, 140, 100))
+    after.restore(json.loads(json.dumps(before.state())))
+    later = batch_of(500, 200, 99)
+    alone = Shapes(Buckets(1024, 1024)).prepare(later)
+    assert shape_of(after.prepare(later)) == shape_of(before.prepare(later)) != shape_of(alone)
+    assert after.state() == before.state()
 
 
 def test_rounding_stays_within_what_memory_was_planned_for():
