@@ -342,6 +342,7 @@ CASES = [
     *_lora(4096, 4096, 3, 16),
     *_lora(512, 1024, 2, 32),
     *_projection(4096, (4096, 1024, 1024), 4096, 16),
+    *_projection(4096, (896,), 896, 32),  # Qwen2.5-0.5B: single tiles of columns
     _host_embedding(4096, 4096),
 ]
 

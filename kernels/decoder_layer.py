@@ -318,7 +318,8 @@ class DecoderLayer:
         if first is None or second is None or not fits:
             swiglu_backward(grad_hidden, gates, out=gates, h_out=grad_hidden)
             self.down.backward_weight(grad_down, grad_hidden)
-            self.gate_up.backward_output(gate_up, xa, gate_up_weight)
+            # At the peak of the backward: no plan has room for partial sums over so many columns.
+            self.gate_up.backward_output(gate_up, xa, gate_up_weight, one_pass=False)
             return
         swiglu_lora_backward(
             grad_hidden,

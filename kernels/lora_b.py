@@ -257,8 +257,8 @@ def _fits(groups: list[tuple[int, int]], rank: int) -> bool:
 
 
 def _tiles(groups: list[tuple[int, int]]) -> int:
-    """Tiles of columns of a program, none of which may have columns of two groups."""
-    return 1 if any(begin % (2 * BLOCK_N) for begin, _ in groups) else 2
+    """Tiles of columns of a program, which has columns of one group, and no tile without any."""
+    return 1 if any(edge % (2 * BLOCK_N) for group in groups for edge in group) else 2
 
 
 def _chunk(tokens: int, blocks: int, sms: int) -> int:

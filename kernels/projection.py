@@ -157,20 +157,21 @@ class Projection:
         """Return the (T, R) columns of an extended input that the backward needs, as a copy of their own."""
         return x[:, self.in_features : self.in_features + self.rank].clone()
 
-    def backward_output(self, dy: Tensor, xa: Tensor, weight: Tensor) -> None:
+    def backward_output(self, dy: Tensor, xa: Tensor, weight: Tensor, *, one_pass: bool = True) -> None:
         """Do the first part of the backward: dB, and dy Bs in the extension of dy.
 
         Args:
             dy: (T, N + P), gradient of y in the first N columns; the extension is written here.
             xa: (T, R) from the forward.
             weight: what `extended_weight` returned.
+            one_pass: whether to read dy once where there is a kernel for it; its partial sums take memory.
         """
         if self.adapter is None:
             return
         n, k, rank = self.out_features, self.in_features, self.rank
         outputs, b, dya = dy[:, :n], weight[:n, k : k + rank], dy[:, n : n + rank]
         groups = list(zip(self._rows, self._rows[1:], strict=False))
-        if has_kernel(outputs, xa, groups, self.adapter.b.shape[1]):
+        if one_pass and has_kernel(outputs, xa, groups, self.adapter.b.shape[1]):
             lora_backward_b(outputs, xa, b, groups, dya, self.adapter.grad_b, self.adapter.scaling)
             return
         torch.mm(outputs, b, out=dya)

@@ -85,9 +85,9 @@ def layer_seconds(work: Workload, rates: Rates, tokens: int, *, cached: bool) ->
     products = matmul * (s.qkv_width + s.q_width + 3 * s.intermediate)
     rotate = 2 * (w["q"] + w["kv"])
     inputs = 2 * w["x"] + w["q"] + w["grad_hidden"]  # of the adapters: read once forward, once for dA
-    outputs = w["qkv"] + 2 * w["x"] + w["gate_up"]  # their gradients: read for dB and for dy B
+    outputs = w["qkv"] + 2 * w["x"] + w["gate_up"]  # their gradients: read once for dB and dy B
     forward = moving(8 * w["x"] + rotate + 3 * w["grad_hidden"] + inputs)
-    backward = moving(8 * w["x"] + 3 * w["qkv"] + 6 * w["grad_hidden"] + inputs + 2 * outputs)
+    backward = moving(8 * w["x"] + 3 * w["qkv"] + 6 * w["grad_hidden"] + inputs + outputs)
     again = {
         Level.INPUT: matmul * (s.qkv_width + s.q_width) + attention + moving(3 * w["x"]) + decode / 3,
         Level.ATTENTION: matmul * 2 * s.intermediate,

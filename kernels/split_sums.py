@@ -26,8 +26,8 @@ def _sum_splits_kernel(
     out_column_stride,
     rows,
     scale,
+    splits,
     COLUMNS: tl.constexpr,
-    SPLITS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -40,10 +40,10 @@ def _sum_splits_kernel(
     # Eight partial sums in flight.
     lane = tl.arange(0, 8).to(tl.int64)
     total = tl.zeros((8, BLOCK), tl.float32)
-    for start in range(0, SPLITS, 8):
+    for start in range(0, splits, 8):
         split = start + lane
         offset = (split * partial_split_stride)[:, None]
-        total += tl.load(source[None, :] + offset, mask=(split < SPLITS)[:, None] & mask[None, :], other=0.0)
+        total += tl.load(source[None, :] + offset, mask=(split < splits)[:, None] & mask[None, :], other=0.0)
     target = out_ptr + group * out_group_stride + row * out_row_stride + column * out_column_stride
     result = scale * tl.sum(total, axis=0)
     if ACCUMULATE:
@@ -102,8 +102,8 @@ def sum_splits(
         *out_strides,
         rows,
         scale,
+        splits,
         COLUMNS=columns,
-        SPLITS=splits,
         ACCUMULATE=accumulate,
         BLOCK=BLOCK,
         num_warps=4,

@@ -163,7 +163,10 @@ def _swiglu_lora_backward_kernel(
 
 
 def runs_fused(gate_up: Tensor, rank: int) -> bool:
-    """Whether `swiglu_lora_backward` is one kernel for this tensor and rank; its plain PyTorch path runs otherwise."""
+    """Whether `swiglu_lora_backward` is one kernel for this tensor and rank; its plain PyTorch path runs otherwise.
+
+    The other tensors must be such that TMA can address them (tma.py) where the rank is above 16.
+    """
     has_kernel = gate_up.element_size() == 2 or INTERPRETED
     return _runs_on_hopper(gate_up, rank) or (rank_block(rank) in LAUNCHES and has_kernel and use_mma_kernel(gate_up))
 
@@ -275,11 +278,10 @@ def _launch(
 
 
 def partial_bytes(tokens: int, width: int, rank: int, sms: int = 132) -> int:
-    """Memory of the partial sums of dB and dA, on a Hopper card of so many multiprocessors."""
-    on_hopper = swiglu_lora_hopper.takes(width, rank, rank_block(rank))
-    if not on_hopper and rank_block(rank) not in LAUNCHES:
-        return 0
-    return 12 * rank * width * _split(tokens, width, rank, sms, on_hopper=on_hopper).chunks
+    """Memory of the partial sums of dB and dA, on a card of so many multiprocessors: what either kernel takes."""
+    kernels = {True: swiglu_lora_hopper.takes(width, rank, rank_block(rank)), False: rank_block(rank) in LAUNCHES}
+    chunks = [_split(tokens, width, rank, sms, on_hopper=kind).chunks for kind, exists in kernels.items() if exists]
+    return 12 * rank * width * max(chunks, default=0)
 
 
 def _split(tokens: int, width: int, rank: int, sms: int, *, on_hopper: bool) -> Split:
