@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from finemill.kernels.launch import check_rows, is_hopper, num_sms
 from finemill.kernels.lora import rank_block
 from finemill.kernels.split_sums import empty_partial, steps_per_chunk, sum_splits
-from finemill.kernels.tma import can_address, descriptor, load_tile
+from finemill.kernels.tma import can_address, copy_rows, descriptor, load_tile
 
 # T tokens, N outputs of all groups, G groups, r rank of one adapter
 
@@ -125,13 +125,8 @@ def _lora_backward_b_kernel(
 
     b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_R], dtype)
     b_tiles = gl.allocate_shared_memory(dtype, [TILES, BLOCK_N, BLOCK_R], b_layout)
-    by_rank: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_R, BLOCK_R // 8], [num_warps, 1], [1, 0])
-    b_rank = gl.arange(0, BLOCK_R, gl.SliceLayout(0, by_rank))
     for part in gl.static_range(TILES):
-        b_row = column + part * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, by_rank))
-        b_ptrs = b_ptr + b_row.to(gl.int64)[:, None] * b_stride + (xa_column + b_rank[None, :])
-        b_mask = (b_row < N)[:, None] & (b_rank < RANK)[None, :]
-        b_tiles.index(part).store(gl.load(b_ptrs, mask=b_mask, other=0.0))
+        copy_rows(b_ptr + xa_column, b_stride, column + part * BLOCK_N, N, RANK, b_tiles.index(part), num_warps)
     fence_async_shared()
 
     grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_R, 16])

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from finemill.kernels.split_sums import steps_per_chunk
-from finemill.kernels.tma import descriptor, load_tile, store_tile
+from finemill.kernels.tma import copy_rows, descriptor, load_tile, store_tile
 
 # T tokens, I feed-forward width, r rank of one adapter
 
@@ -125,15 +125,11 @@ def _swiglu_lora_backward_hopper_kernel(
 
     b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_I, BLOCK_R], dtype)
     b_tiles = gl.allocate_shared_memory(dtype, [2 * TILES, BLOCK_I, BLOCK_R], b_layout)
-    by_rank: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_R, BLOCK_R // 8], [num_warps, 1], [1, 0])
-    b_rank = gl.arange(0, BLOCK_R, gl.SliceLayout(0, by_rank))
+    b_up_ptr = b_ptr + gl.to_tensor(width).to(gl.int64) * b_stride + RANK
     for part in gl.static_range(TILES):
-        b_row = column + part * BLOCK_I + gl.arange(0, BLOCK_I, gl.SliceLayout(1, by_rank))
-        b_mask = (b_row < width)[:, None] & (b_rank < RANK)[None, :]
-        b_ptrs = b_ptr + b_row.to(gl.int64)[:, None] * b_stride + b_rank[None, :]
-        b_tiles.index(2 * part).store(gl.load(b_ptrs, mask=b_mask, other=0.0))
-        b_up_ptrs = b_ptrs + gl.to_tensor(width).to(gl.int64) * b_stride + RANK
-        b_tiles.index(2 * part + 1).store(gl.load(b_up_ptrs, mask=b_mask, other=0.0))
+        b_row = column + part * BLOCK_I
+        copy_rows(b_ptr, b_stride, b_row, width, RANK, b_tiles.index(2 * part), num_warps)
+        copy_rows(b_up_ptr, b_stride, b_row, width, RANK, b_tiles.index(2 * part + 1), num_warps)
 
     by_vector: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
     grad_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_R, 16])
