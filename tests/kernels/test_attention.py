@@ -133,10 +133,11 @@ def test_cudnn_takes_fewer_heads_then_fewer_sequences_where_its_workspace_is_sho
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("workspace", [None, 1])  # all at once, and a key head of a sequence at a time
 @pytest.mark.parametrize(
     "lengths", [[256] * 4, [300, 1, 77, 640], [1500, 640, 300, 299, 77, 77, 1], [5000, 4100, 0, 900, 20], [4096] * 2]
 )
-def test_the_fast_backends_agree_with_the_plain_one(lengths, monkeypatch):
+def test_the_fast_backends_agree_with_the_plain_one(lengths, workspace, monkeypatch):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
     uniform = (len(lengths), lengths[0]) if len(set(lengths)) == 1 else None
     sequences = Sequences(cu_seqlens, max(lengths), uniform, () if uniform else length_classes(lengths))
@@ -147,8 +148,8 @@ def test_the_fast_backends_agree_with_the_plain_one(lengths, monkeypatch):
     for name in ("plain", *fast):
         monkeypatch.setenv("FINEMILL_ATTENTION", name)
         out, saved = attention_forward(q, k, v, sequences, 128**-0.5)
-        results[name] = (out, *attention_backward(dout, q, k, v, out, saved, sequences, 128**-0.5))
-        again = attention_backward(dout, q, k, v, out, saved, sequences, 128**-0.5)
+        results[name] = (out, *attention_backward(dout, q, k, v, out, saved, sequences, 128**-0.5, workspace))
+        again = attention_backward(dout, q, k, v, out, saved, sequences, 128**-0.5, workspace)
         assert all(torch.equal(a, b) for a, b in zip(again, results[name][1:], strict=True))
     for name in fast:
         for got, plain in zip(results[name], results["plain"], strict=True):
