@@ -150,13 +150,14 @@ def adopt_plan(model: nn.Module, plan: Plan) -> None:
     engine.embedding = embedding.weight.detach()
 
 
-def workload_of(engine: FastModel, *, tokens: int, row: int) -> Workload:
+def workload_of(engine: FastModel, *, tokens: int, row: int, typical: int | None = None) -> Workload:
     """Describe an engine and a trainer's step, of sequences of many lengths, to the planner.
 
     Args:
         engine: what `accelerate_model` built.
         tokens: per optimizer step.
         row: longest sequence.
+        typical: length of the sequence that a token is in, on average, if it is known.
     """
     layer = engine.layers[0]
     groups = [group for layer in engine.layers for group in layer.projections]
@@ -171,6 +172,7 @@ def workload_of(engine: FastModel, *, tokens: int, row: int) -> Workload:
         tokens=tokens,
         row=row,
         ragged=True,
+        typical=typical,
         fa4=engine.attention_backend(bound) == "fa4",
     )
 

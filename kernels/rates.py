@@ -73,14 +73,15 @@ def layer_seconds(work: Workload, rates: Rates, tokens: int, *, cached: bool) ->
         return tokens * width / rates.bytes
 
     matmul = 2 * tokens * s.hidden / rates.flops
-    attention = 2 * tokens * (work.row + DIAGONAL) * s.q_width / rates.attention_forward
-    attention_back = 5 * tokens * (work.row + DIAGONAL_BACKWARD) * s.q_width / rates.attention_backward
+    length = work.row if work.typical is None else min(work.typical, work.row)
+    attention = 2 * tokens * (length + DIAGONAL) * s.q_width / rates.attention_forward
+    attention_back = 5 * tokens * (length + DIAGONAL_BACKWARD) * s.q_width / rates.attention_backward
     if work.fa4 and not work.ragged:  # a trainer's sequences are shorter, most of them
-        attention = 2 * tokens * (work.row + FA4_DIAGONAL) * s.q_width / rates.fa4_forward
-        attention_back = 5 * tokens * (work.row + FA4_DIAGONAL_BACKWARD) * s.q_width / rates.fa4_backward
+        attention = 2 * tokens * (length + FA4_DIAGONAL) * s.q_width / rates.fa4_forward
+        attention_back = 5 * tokens * (length + FA4_DIAGONAL_BACKWARD) * s.q_width / rates.fa4_backward
     elif work.key_heads is not None:
         groups = s.num_kv_heads // work.key_heads
-        attention_back += (groups - 1) * min(attention_back / 4, SPLIT_SECONDS * math.sqrt(work.row))
+        attention_back += (groups - 1) * min(attention_back / 4, SPLIT_SECONDS * math.sqrt(length))
     decode = 0.0 if cached or not work.quantized else work.layer_weights * 2.6 / rates.bytes
     products = matmul * (s.qkv_width + s.q_width + 3 * s.intermediate)
     rotate = 2 * (w["q"] + w["kv"])

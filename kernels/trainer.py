@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from trl import SFTTrainer
 
@@ -40,6 +41,8 @@ _COLUMNS |= {"max_length_k", "seq_idx", "seq_lengths"}
 """What a batch may hold: rows, and their boundaries once more."""
 BUCKETS_PER_BATCH = 8
 """Token and label counts of graphs are rounded up to this share of the token budget."""
+SAMPLED_ROWS = 1000
+"""Rows of the data that are looked at for how long sequences are."""
 EAGER_BUCKET = 128
 """What they are rounded up to without graphs, for the tiles of matrix products."""
 
@@ -248,6 +251,16 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             return super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 
+    def _typical_length(self) -> int | None:
+        """Length of the sequence that a token is in, on average over the first rows; None for a stream of rows."""
+        columns = getattr(self.train_dataset, "column_names", None) or ()
+        column = next((name for name in ("seq_lengths", "input_ids") if name in columns), None)
+        if column is None or not isinstance(self.train_dataset, Dataset):
+            return None
+        rows = self.train_dataset.select_columns(column)[:SAMPLED_ROWS][column]
+        lengths = [length for row in rows for length in row] if column == "seq_lengths" else list(map(len, rows))
+        return sum(length**2 for length in lengths) // max(1, sum(lengths))
+
     def _make_plan(self, memory_gb: float | None, use_graphs: bool | None) -> tuple[Plan, int | None]:
         """Return the plan, and how often a shape of micro-batches runs before it is captured, None without graphs."""
         engine, args = self._engine, self.args
@@ -261,7 +274,7 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         rates = rates_of(torch.cuda.get_device_name(engine.device))
         if engine.attention_backend(longest) == "plain":
             use_graphs = False  # it reads the boundaries on the host, which no graph can hold
-        work = workload_of(engine, tokens=rows * longest, row=longest)
+        work = workload_of(engine, tokens=rows * longest, row=longest, typical=self._typical_length())
         plan, patience = plan_graphed_step(work, budget, card, rates=rates, use_graphs=use_graphs)
         logger.info("plan: %s tokens a micro-batch, %.2f GiB", plan.micro_batch, plan.peak / 2**30)
         return plan, patience

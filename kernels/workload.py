@@ -75,6 +75,8 @@ class Workload:
         optimizer_bytes: per adapter parameter, states only.
         embedding_on_host: whether the embedding lives in host memory.
         stream_weights: whether NF4 weights visit the device two layers at a time.
+        typical: length of the sequence that a token is in, on average, in a ragged batch; None for `row`. Only time
+            depends on it: memory is planned for the longest.
         key_heads: that cuDNN's backward takes at once, with their query heads; None for all.
         fa4: whether full rows run on FlashAttention-4.
     """
@@ -88,6 +90,7 @@ class Workload:
     tokens: int
     row: int
     ragged: bool = False
+    typical: int | None = None
     optimizer_bytes: float = 8.0
     embedding_on_host: bool = False
     stream_weights: bool = False

@@ -154,6 +154,15 @@ def test_graphs_leave_the_card_room_for_an_eager_pass_beside_them():
     assert plan_graphed_step(work, 70 * GIB, 70 * GIB, use_graphs=False)[1] is None
 
 
+def test_short_sequences_get_larger_micro_batches_in_the_memory_of_the_longest():
+    work, budget = replace(step("qwen3-0.6b"), ragged=True), int(1.1 * GIB)
+    unknown, short = (plan_step(replace(work, typical=typical), budget) for typical in (None, 256))
+    assert short.micro_batch > unknown.micro_batch
+    assert short.seconds < unknown.seconds
+    assert short.peak == peak_bytes(workload_under(work, short), short) <= budget
+    assert plan_step(replace(work, typical=9999), budget) == unknown
+
+
 def test_long_passes_are_captured_where_there_is_room_once_their_shape_has_come_often():
     assert plan_graphed_step(step(), 70 * GIB, 70 * GIB)[1] is None
     assert plan_graphed_step(step(), 70 * GIB, 200 * GIB)[1] > 0

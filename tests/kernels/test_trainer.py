@@ -96,6 +96,15 @@ def test_every_logged_number_equals_trls(packing, accumulation, tmp_path):
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_how_long_sequences_are_is_read_from_the_data(packing, tmp_path):
+    trainer = make_trainer(FastSFTTrainer, tmp_path, packing=packing)
+    lengths = [len(row) for row in make_trainer(FastSFTTrainer, tmp_path, packing=False).train_dataset["input_ids"]]
+    assert trainer._typical_length() == sum(n**2 for n in lengths) // sum(lengths) < max(lengths)
+    trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+    assert trainer._typical_length() is None
+
+
 def test_optimizer_state_survives_saving(tmp_path):
     _, trainer = train(FastSFTTrainer, tmp_path)
     state = trainer.optimizer.state_dict()
