@@ -259,7 +259,7 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             return None
         rows = self.train_dataset.select_columns(column)[:SAMPLED_ROWS][column]
         lengths = [length for row in rows for length in row] if column == "seq_lengths" else list(map(len, rows))
-        return sum(length**2 for length in lengths) // max(1, sum(lengths))
+        return int(sum(length**2 for length in lengths) // max(1, sum(lengths)))
 
     def _make_plan(self, memory_gb: float | None, use_graphs: bool | None) -> tuple[Plan, int | None]:
         """Return the plan, and how often a shape of micro-batches runs before it is captured, None without graphs."""
