@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from finemill.kernels import attention_fa4
+from finemill.kernels.launch import HOPPER, capability
 from finemill.kernels.packing import LENGTH_STEP, Sequences, round_count
 
 # T tokens, N query heads, K key and value heads, D head width, n sequences
@@ -154,12 +155,12 @@ def fitting_backend(device: torch.device, dtype: torch.dtype, head_dim: int, len
     wanted = asked or "cudnn"
     if not _usable(wanted, device, head_dim, length):
         wanted = "flash"
-    elif not asked and length >= attention_fa4.LONG and _usable("fa4", device, head_dim, length):
+    elif not asked and attention_fa4.suits(length, head_dim) and attention_fa4.available(device):
         wanted = "fa4"  # shorter sequences of the same batch run on cuDNN
     # FlashAttention-2 begins with Ampere and takes heads of 256, but 192 where shared memory is small (sm_86, 89, 120).
-    capability = _capability(device)
-    widest = 192 if capability in ((8, 6), (8, 9)) or capability >= (12, 0) else 256
-    return "plain" if wanted == "flash" and (capability < (8, 0) or head_dim > widest) else wanted
+    card = capability(device)
+    widest = 192 if card in ((8, 6), (8, 9)) or card >= (12, 0) else 256
+    return "plain" if wanted == "flash" and (card < (8, 0) or head_dim > widest) else wanted
 
 
 def _usable(name: str, device: torch.device, head_dim: int, length: int) -> bool:
@@ -169,11 +170,6 @@ def _usable(name: str, device: torch.device, head_dim: int, length: int) -> bool
         case "cudnn":  # it differentiates heads of up to 128, and has no plan for sequences of one token
             return length > 1 and head_dim <= 128 and _cudnn_module(device) is not None
     return True
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 @contextlib.contextmanager
@@ -222,7 +218,7 @@ def _flash_backward(
 @functools.cache
 def _cudnn_module(device: torch.device) -> Any:
     """Return cuDNN's frontend module, or None where it is missing, too old, or not faster (before Hopper)."""
-    if torch.cuda.get_device_capability(device) < (9, 0):
+    if capability(device) < HOPPER:
         return None
     try:
         module = importlib.import_module("cudnn")

@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from finemill.kernels.launch import HOPPER, capability
 from finemill.kernels.packing import Sequences
 
 LONG = 2048
@@ -35,7 +36,7 @@ def suits(length: int, head_dim: int) -> bool:
 @functools.cache
 def available(device: torch.device) -> bool:
     """Whether this is a Hopper card, the only one it was measured on, and the package is installed."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if device.type != "cuda" or capability(device) != HOPPER:
         return False
     try:
         version("flash-attn-4")  # looking for the module would import it, which takes seconds

@@ -10,7 +10,7 @@ from triton.runtime.driver import driver
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads this variable when it is imported, so it is fixed for the life of the process."""
 
-HOPPER = 90
+HOPPER = (9, 0)
 
 
 def use_kernel(tensor: Tensor) -> bool:
@@ -24,20 +24,30 @@ def use_kernel(tensor: Tensor) -> bool:
 def is_hopper(tensor: Tensor) -> bool:
     """Whether kernels that only Hopper has the instructions for run on `tensor`, or are compiled for if it is meta."""
     if tensor.is_meta:
-        return driver.active.get_current_target().arch == HOPPER  # type: ignore[no-any-return]
-    return tensor.is_cuda and _capability(tensor.device) == HOPPER
+        return bool(divmod(driver.active.get_current_target().arch, 10) == HOPPER)
+    return tensor.is_cuda and capability(tensor.device) == HOPPER
 
 
 @functools.cache
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def capability(device: torch.device) -> tuple[int, int]:
+    """Major and minor compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache
 def num_sms(device: torch.device) -> int:
     """Number of multiprocessors of `device`; 2 in the interpreter, so that split reductions really split there."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def check_gradient(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Check a gradient that a kernel adds to.
+
+    Raises: ValueError: wrong shape, not fp32, or not contiguous.
+    """
+    check_rows(name, tensor, shape, torch.float32)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}: it must be contiguous")
 
 
 def check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:

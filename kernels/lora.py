@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finemill.kernels.launch import check_rows, num_sms, use_kernel
+from finemill.kernels.launch import capability, check_gradient, check_rows, num_sms, use_kernel
 from finemill.kernels.split_sums import empty_partial, sum_splits
 
 # T tokens, K input width, G groups, r rank of one adapter, R = G r
@@ -91,9 +91,7 @@ def dropout_mask_reference(tokens: int, width: int, dropout: LoRADropout, group:
 
 def use_mma_kernel(tensor: Tensor) -> bool:
     """Whether an op with matrix products launches its kernel: `use_kernel`, where tensor cores are there for Triton."""
-    return use_kernel(tensor) and (
-        not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= MMA_CAPABILITY
-    )
+    return use_kernel(tensor) and (not tensor.is_cuda or capability(tensor.device) >= MMA_CAPABILITY)
 
 
 def _dropped(x: Tensor, dropout: LoRADropout, group: int) -> Tensor:
@@ -317,9 +315,7 @@ def lora_backward_a(
     (tokens, width), ranks = x.shape, dya.shape[1]
     check_rows("dya", dya, (tokens, ranks), x.dtype)
     check_rows("x", x, (tokens, width))
-    check_rows("grad_a", grad_a, (ranks, width), torch.float32)
-    if not grad_a.is_contiguous():
-        raise ValueError(f"grad_a has strides {grad_a.stride()}: it must be contiguous")
+    check_gradient("grad_a", grad_a, (ranks, width))
     rank = _rank_of(ranks, groups)
     if not use_mma_kernel(x):
         parts = [part.t() @ _dropped(x, dropout, g) for g, part in enumerate(dya.float().chunk(groups, dim=1))]

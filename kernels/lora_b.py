@@ -27,10 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from finemill.kernels.launch import check_rows, is_hopper, num_sms
+from finemill.kernels.launch import check_gradient, check_rows, is_hopper, num_sms
 from finemill.kernels.lora import rank_block
-from finemill.kernels.split_sums import empty_partial, steps_per_chunk, sum_splits
-from finemill.kernels.tma import can_address, copy_rows, descriptor, load_tile
+from finemill.kernels.split_sums import Split, empty_partial, split_evenly, sum_splits
+from finemill.kernels.tma import can_address, copy_rows, descriptor, load_tile, new_barriers
 
 # T tokens, N outputs of all groups, G groups, r rank of one adapter
 
@@ -114,10 +114,7 @@ def _lora_backward_b_kernel(
     end = gl.minimum(T, begin + chunk)
     tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_T, BLOCK_N], dy_desc.layout)
     xa_tiles = gl.allocate_shared_memory(dtype, [XA_STAGES, BLOCK_T, BLOCK_R], xa_desc.layout)
-    arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(arrived.index(slot), count=1)
-    fence_async_shared()
+    arrived = new_barriers(STAGES)
     for early in gl.static_range(STAGES - 1):
         _request(
             early, dy_desc, xa_desc, tiles, xa_tiles, arrived, begin, end, column, xa_column, TILES, STAGES, XA_STAGES
@@ -191,18 +188,13 @@ def lora_backward_b(
     check_rows("xa", xa, (tokens, len(groups) * rank), dy.dtype)
     check_rows("b", b, (width, len(groups) * rank), dy.dtype)
     check_rows("dya", dya, (tokens, len(groups) * rank), dy.dtype)
-    check_rows("grad_b", grad_b, (width, rank), torch.float32)
-    if not grad_b.is_contiguous():
-        raise ValueError(f"grad_b has strides {grad_b.stride()}: it must be contiguous")
-    tiles = _tiles(groups)
-    columns = BLOCK_N * tiles
-    blocks = triton.cdiv(width, columns)
-    chunk = _chunk(tokens, blocks, num_sms(dy.device))
-    chunks = triton.cdiv(tokens, chunk)
+    check_gradient("grad_b", grad_b, (width, rank))
+    work = _split(tokens, groups, num_sms(dy.device))
+    blocks = triton.cdiv(width, work.columns)
     dya_partial = empty_partial(blocks * tokens * rank, dy.device)
-    grad_partial = empty_partial(chunks * rank * width, dy.device)
+    grad_partial = empty_partial(work.chunks * rank * width, dy.device)
     starts = [begin for begin, _ in groups[1:]] + [width] * (3 - len(groups))
-    _lora_backward_b_kernel[(blocks, chunks)](
+    _lora_backward_b_kernel[(blocks, work.chunks)](
         descriptor(dy, BLOCK_T, BLOCK_N),
         descriptor(xa, BLOCK_T, rank_block(rank)),
         b,
@@ -211,17 +203,17 @@ def lora_backward_b(
         b.stride(0),
         tokens,
         width,
-        chunk,
+        work.tokens,
         *starts,
         RANK=rank,
         BLOCK_R=rank_block(rank),
-        TILES=tiles,
+        TILES=work.columns // BLOCK_N,
         STAGES=STAGES,
         num_warps=WARPS,
         enable_fp_fusion=True,
     )
     first_block = first_group = 0
-    for of_each, alike in groupby(triton.cdiv(end - begin, columns) for begin, end in groups):
+    for of_each, alike in groupby(triton.cdiv(end - begin, work.columns) for begin, end in groups):
         count = len(list(alike))
         sum_splits(
             dya_partial[first_block * tokens * rank :],
@@ -234,27 +226,22 @@ def lora_backward_b(
         )
         first_block, first_group = first_block + count * of_each, first_group + count
     strides = (0, rank * width, width)
-    sum_splits(grad_partial, grad_b, 1, chunks, (rank, width), scaling, (0, 1, rank), strides, accumulate=True)
+    sum_splits(grad_partial, grad_b, 1, work.chunks, (rank, width), scaling, (0, 1, rank), strides, accumulate=True)
 
 
 def partial_bytes(tokens: int, groups: list[tuple[int, int]], rank: int, sms: int = 132) -> int:
     """Memory of the partial sums, on a Hopper card of so many multiprocessors; 0 where cuBLAS multiplies."""
     if not _fits(groups, rank):
         return 0
-    width = groups[-1][1]
-    blocks = triton.cdiv(width, BLOCK_N * _tiles(groups))
-    chunks = triton.cdiv(tokens, _chunk(tokens, blocks, sms))
-    return int(4 * rank * (blocks * tokens + chunks * width))
+    width, work = groups[-1][1], _split(tokens, groups, sms)
+    return int(4 * rank * (triton.cdiv(width, work.columns) * tokens + work.chunks * width))
 
 
 def _fits(groups: list[tuple[int, int]], rank: int) -> bool:
     return rank <= MAX_RANK and rank % 8 == 0 and all(begin % BLOCK_N == 0 for begin, _ in groups)
 
 
-def _tiles(groups: list[tuple[int, int]]) -> int:
-    """Tiles of columns of a program, which has columns of one group, and no tile without any."""
-    return 1 if any(edge % (2 * BLOCK_N) for group in groups for edge in group) else 2
-
-
-def _chunk(tokens: int, blocks: int, sms: int) -> int:
-    return BLOCK_T * steps_per_chunk(triton.cdiv(tokens, BLOCK_T), blocks, PROGRAMS * sms)
+def _split(tokens: int, groups: list[tuple[int, int]], sms: int) -> Split:
+    """Two tiles of columns a program, or one: all of one group, and none without any."""
+    tiles = 1 if any(edge % (2 * BLOCK_N) for group in groups for edge in group) else 2
+    return split_evenly(tokens, BLOCK_T, groups[-1][1], tiles * BLOCK_N, PROGRAMS * sms)

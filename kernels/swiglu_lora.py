@@ -29,11 +29,10 @@ import triton.language as tl
 from torch import Tensor
 
 from finemill.kernels import swiglu_lora_hopper
-from finemill.kernels.launch import INTERPRETED, check_rows, is_hopper, num_sms
+from finemill.kernels.launch import INTERPRETED, check_gradient, check_rows, is_hopper, num_sms
 from finemill.kernels.lora import rank_block, use_mma_kernel
-from finemill.kernels.split_sums import empty_partial, sum_splits
+from finemill.kernels.split_sums import Split, empty_partial, sum_splits
 from finemill.kernels.swiglu import swiglu_backward_reference, swiglu_reference
-from finemill.kernels.swiglu_lora_hopper import Split
 from finemill.kernels.tma import can_address
 
 # T tokens, I feed-forward width, r rank of one adapter
@@ -167,8 +166,12 @@ def runs_fused(gate_up: Tensor, rank: int) -> bool:
 
     The other tensors must be such that TMA can address them (tma.py) where the rank is above 16.
     """
+    return _runs_on_hopper(gate_up, rank) or _runs_anywhere(gate_up, rank)
+
+
+def _runs_anywhere(gate_up: Tensor, rank: int) -> bool:
     has_kernel = gate_up.element_size() == 2 or INTERPRETED
-    return _runs_on_hopper(gate_up, rank) or (rank_block(rank) in LAUNCHES and has_kernel and use_mma_kernel(gate_up))
+    return rank_block(rank) in LAUNCHES and has_kernel and use_mma_kernel(gate_up)
 
 
 def _runs_on_hopper(gate_up: Tensor, rank: int, *others: Tensor) -> bool:
@@ -208,25 +211,53 @@ def swiglu_lora_backward(
     check_rows("b", b, (2 * width, 2 * rank), dh.dtype)
     check_rows("dya_down", dya_down, (tokens, rank), dh.dtype)
     check_rows("dya", dya, (tokens, 2 * rank), dh.dtype)
-    for name, grad, shape in (("grad_a", grad_a, (rank, width)), ("grad_b", grad_b, (2 * width, rank))):
-        check_rows(name, grad, shape, torch.float32)
-        if not grad.is_contiguous():
-            raise ValueError(f"{name} has strides {grad.stride()}: it must be contiguous")
+    check_gradient("grad_a", grad_a, (rank, width))
+    check_gradient("grad_b", grad_b, (2 * width, rank))
     on_hopper = _runs_on_hopper(gate_up, rank, dh, xa, dya_down)
-    if not on_hopper and (rank_block(rank) not in LAUNCHES or not runs_fused(gate_up, rank)):
+    if not on_hopper and not _runs_anywhere(gate_up, rank):
         d_gate_up, new_dya, more_b, more_a = swiglu_lora_backward_reference(dh, gate_up, xa, b, dya_down)
         gate_up.copy_(d_gate_up)
         dya.copy_(new_dya)
         grad_b.add_(more_b, alpha=scaling)
         grad_a.add_(more_a)
         return
-    work = _split(tokens, width, rank, num_sms(dh.device), on_hopper=on_hopper)
+    split = swiglu_lora_hopper.split if on_hopper else _split
+    work = split(tokens, width, rank_block(rank), num_sms(dh.device))
     blocks, splits = triton.cdiv(width, work.columns), work.chunks
     dya_partial, dya_stride, dya_block_stride = _dya_partial(dh, rank, work.columns)
     grad_partial = empty_partial(3 * splits * rank * width, dh.device)
-    launch = swiglu_lora_hopper.launch if on_hopper else _launch
-    tensors = (dh, gate_up, xa, b, dya_down, dya_partial, grad_partial)
-    launch(*tensors, (dya_stride, dya_block_stride), work, rank_block(rank))
+    if on_hopper:
+        tensors = (dh, gate_up, xa, b, dya_down, dya_partial, grad_partial)
+        swiglu_lora_hopper.launch(*tensors, (dya_stride, dya_block_stride), work, rank_block(rank))
+    else:
+        launch = LAUNCHES[rank_block(rank)]
+        _swiglu_lora_backward_kernel[(blocks, splits)](
+            dh,
+            gate_up,
+            gate_up,
+            xa,
+            b,
+            dya_down,
+            dya_partial,
+            grad_partial,
+            dh.stride(0),
+            gate_up.stride(0),
+            xa.stride(0),
+            b.stride(0),
+            dya_down.stride(0),
+            dya_stride,
+            dya_block_stride,
+            tokens,
+            width,
+            work.tokens,
+            RANK=rank,
+            BLOCK_T=launch.tokens,
+            BLOCK_I=launch.columns,
+            BLOCK_R=rank_block(rank),
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            enable_fp_fusion=True,
+        )
     dya_strides = (0, dya_block_stride, dya_stride)
     sum_splits(dya_partial, dya, 1, blocks, (tokens, 2 * rank), 1.0, (0, dya.stride(0), 1), dya_strides)
     size, shape = rank * width, (rank, width)
@@ -235,59 +266,18 @@ def swiglu_lora_backward(
     sum_splits(grad_partial[2 * size :], grad_a, 1, splits, shape, 1.0, (0, width, 1), strides, accumulate=True)
 
 
-def _launch(
-    dh: Tensor,
-    gate_up: Tensor,
-    xa: Tensor,
-    b: Tensor,
-    dya_down: Tensor,
-    dya_partial: Tensor,
-    grad_partial: Tensor,
-    dya_strides: tuple[int, int],
-    work: Split,
-    rank_block: int,
-) -> None:
-    tokens, width = dh.shape
-    launch = LAUNCHES[rank_block]
-    _swiglu_lora_backward_kernel[(triton.cdiv(width, work.columns), work.chunks)](
-        dh,
-        gate_up,
-        gate_up,
-        xa,
-        b,
-        dya_down,
-        dya_partial,
-        grad_partial,
-        dh.stride(0),
-        gate_up.stride(0),
-        xa.stride(0),
-        b.stride(0),
-        dya_down.stride(0),
-        *dya_strides,
-        tokens,
-        width,
-        work.tokens,
-        RANK=dya_down.shape[1],
-        BLOCK_T=launch.tokens,
-        BLOCK_I=launch.columns,
-        BLOCK_R=rank_block,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        enable_fp_fusion=True,
-    )
-
-
 def partial_bytes(tokens: int, width: int, rank: int, sms: int = 132) -> int:
     """Memory of the partial sums of dB and dA, on a card of so many multiprocessors: what either kernel takes."""
-    kernels = {True: swiglu_lora_hopper.takes(width, rank, rank_block(rank)), False: rank_block(rank) in LAUNCHES}
-    chunks = [_split(tokens, width, rank, sms, on_hopper=kind).chunks for kind, exists in kernels.items() if exists]
-    return 12 * rank * width * max(chunks, default=0)
+    block, chunks = rank_block(rank), 0
+    if swiglu_lora_hopper.takes(width, rank, block):
+        chunks = swiglu_lora_hopper.split(tokens, width, block, sms).chunks
+    if block in LAUNCHES:
+        chunks = max(chunks, _split(tokens, width, block, sms).chunks)
+    return 12 * rank * width * chunks
 
 
-def _split(tokens: int, width: int, rank: int, sms: int, *, on_hopper: bool) -> Split:
-    if on_hopper:
-        return swiglu_lora_hopper.split(tokens, width, rank_block(rank), sms)
-    launch = LAUNCHES[rank_block(rank)]
+def _split(tokens: int, width: int, rank_block: int, sms: int) -> Split:
+    launch = LAUNCHES[rank_block]
     steps = triton.cdiv(tokens, launch.tokens)
     most = max(1, launch.programs * sms // triton.cdiv(width, launch.columns))
     per_chunk = max(MIN_CHUNK // launch.tokens, triton.cdiv(steps, most))

@@ -8,8 +8,6 @@ registers over `tiles` of columns: with fewer, partial sums are as much traffic 
 Gluon is Triton's own lower level, compiled by the same compiler: layouts, barriers and copies are written out.
 """
 
-from typing import NamedTuple
-
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -22,8 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from finemill.kernels.split_sums import steps_per_chunk
-from finemill.kernels.tma import copy_rows, descriptor, load_tile, store_tile
+from finemill.kernels.split_sums import Split, split_evenly
+from finemill.kernels.tma import copy_rows, descriptor, load_tile, new_barriers, store_tile
 
 # T tokens, I feed-forward width, r rank of one adapter
 
@@ -33,14 +31,6 @@ STAGES = 3
 WARPS = 8
 TILES = {16: 2, 32: 1}
 """By rank, rounded up: tiles of columns of a program. More sums do not fit into registers."""
-
-
-class Split(NamedTuple):
-    """How the work is divided: columns of a program, chunks of tokens, tokens of a chunk."""
-
-    columns: int
-    chunks: int
-    tokens: int
 
 
 @gluon.jit
@@ -113,10 +103,7 @@ def _swiglu_lora_backward_hopper_kernel(
     end = gl.minimum(T, begin + chunk)
     tiles = gl.allocate_shared_memory(dtype, [3 * STAGES, BLOCK_T, BLOCK_I], gate_desc.layout)
     rank_tiles = gl.allocate_shared_memory(dtype, [3 * RANK_STAGES, BLOCK_T, BLOCK_R], xa_desc.layout)
-    arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(arrived.index(slot), count=1)
-    fence_async_shared()
+    arrived = new_barriers(STAGES)
     for early in gl.static_range(STAGES - 1):
         _request(
             early, gate_desc, up_desc, dh_desc, xa_desc, dya_down_desc, tiles, rank_tiles, arrived,
@@ -207,9 +194,7 @@ def takes(width: int, rank: int, rank_block: int) -> bool:
 
 def split(tokens: int, width: int, rank_block: int, sms: int) -> Split:
     """Divide the work among multiprocessors that hold one program each."""
-    columns = BLOCK_I * TILES[rank_block]
-    chunk = BLOCK_T * steps_per_chunk(triton.cdiv(tokens, BLOCK_T), triton.cdiv(width, columns), sms)
-    return Split(columns, triton.cdiv(tokens, chunk), chunk)
+    return split_evenly(tokens, BLOCK_T, width, BLOCK_I * TILES[rank_block], sms)
 
 
 def launch(

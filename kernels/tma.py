@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -14,6 +14,16 @@ DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 # Triton 3.6 has other names for the two copies.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+@gluon.jit
+def new_barriers(COUNT: gl.constexpr):
+    """Barriers for tiles that arrive."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(slot), count=1)
+    fence_async_shared()
+    return barriers
 
 
 @gluon.jit

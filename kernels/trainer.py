@@ -253,9 +253,11 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _typical_length(self) -> int | None:
         """Length of the sequence that a token is in, on average over the first rows; None for a stream of rows."""
-        columns = getattr(self.train_dataset, "column_names", None) or ()
+        if not isinstance(self.train_dataset, Dataset):
+            return None
+        columns = self.train_dataset.column_names
         column = next((name for name in ("seq_lengths", "input_ids") if name in columns), None)
-        if column is None or not isinstance(self.train_dataset, Dataset):
+        if column is None:
             return None
         rows = self.train_dataset.select_columns(column)[:SAMPLED_ROWS][column]
         lengths = [length for row in rows for length in row] if column == "seq_lengths" else list(map(len, rows))

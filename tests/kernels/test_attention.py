@@ -68,7 +68,7 @@ def hopper(monkeypatch):
     """A card that only answers what is asked of it; returns what is installed."""
     installed = {"fa4": True, "cudnn": True}
     monkeypatch.delenv("FINEMILL_ATTENTION", raising=False)
-    monkeypatch.setattr(attention, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "capability", lambda device: (9, 0))
     monkeypatch.setattr(attention, "_cudnn_module", lambda device: object() if installed["cudnn"] else None)
     monkeypatch.setattr(attention_fa4, "available", lambda device: installed["fa4"])
     return installed
