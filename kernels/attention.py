@@ -33,7 +33,7 @@ from finemill.kernels.packing import LENGTH_STEP, Sequences, round_count
 
 # T tokens, N query heads, K key and value heads, D head width, n sequences
 
-WORKSPACE_PER_ELEMENT = 16
+WORKSPACE_PER_ELEMENT = 20
 """Bytes per element of q that cuDNN's backward may take where no plan says otherwise."""
 BACKENDS = ("fa4", "cudnn", "flash", "plain")
 TOTAL_STEP = 1024
@@ -117,8 +117,8 @@ def attention_backward(
         saved: what the forward left.
         sequences: see q.
         scale: see q.
-        workspace: bytes that the gradient of the scores may take in cuDNN; heads, then sequences are done in groups to
-            stay below, one at least. WORKSPACE_PER_ELEMENT decides by default.
+        workspace: bytes that cuDNN may take; heads, then sequences are done in groups to stay below, one at least.
+            WORKSPACE_PER_ELEMENT decides by default.
     Returns: dq (T, N, D), dk and dv (T, K, D), contiguous.
     """
     match backend(q, sequences):
@@ -399,16 +399,17 @@ def _part_backward(
         attention_fa4.backward(dout, q, k, v, out, stats, part, scale, grads)
         return
     dq, dk, dv = grads
-    heads, kv_heads = q.shape[1], k.shape[1]
-    group = heads // kv_heads
+    kv_heads = k.shape[1]
+    group = q.shape[1] // kv_heads
     count, length = stats.shape[0], stats.shape[2]
-    if part.uniform is None and count > 1 and scores_bytes(count * length**2, group) > workspace:
+    one_key_head = workspace_bytes(count * length, length, group, q.shape[2])
+    if part.uniform is None and count > 1 and one_key_head > workspace:
         padded = _pad_count(part, count)
         for first, end in ((0, count // 2), (count // 2, count)):
             half = Sequences(padded.cu_seqlens[first : end + 1], part.max_length)
             _part_backward(dout, q, k, v, out, stats[first:end], half, scale, workspace, grads)
         return
-    step = key_heads_at_once(workspace, count * length**2, heads, kv_heads)
+    step = key_heads_at_once(workspace, one_key_head, kv_heads)
     for first in range(0, kv_heads, step):
         keys, queries = slice(first, first + step), slice(first * group, (first + step) * group)
         tensors = {
@@ -423,24 +424,27 @@ def _part_backward(
         _cudnn_run(_plan_key(tensors, rows, part, scale), part, tensors | {"stats": rows})
 
 
-def key_heads_at_once(workspace: int, scores: int, heads: int, kv_heads: int) -> int:
+def key_heads_at_once(workspace: int, one: int, kv_heads: int) -> int:
     """How many key heads, with their query heads, cuDNN's backward takes in one call: a divisor of all.
-
-    Its deterministic mode keeps the gradient of the scores, in 16 bits.
 
     Args:
         workspace: bytes this may take.
-        scores: of a query head.
-        heads: query heads.
+        one: bytes that one key head takes.
         kv_heads: key and value heads.
     """
-    one = scores_bytes(scores, heads // kv_heads)
     return max((n for n in divisors(kv_heads) if n * one <= workspace), default=1)
 
 
-def scores_bytes(scores: int, heads: int) -> int:
-    """Of the gradient of the scores of some query heads."""
-    return 2 * scores * heads
+def workspace_bytes(tokens: int, length: int, heads: int, head_dim: int) -> int:
+    """Of cuDNN's deterministic backward: the gradient of the scores in 16 bits, dq in fp32.
+
+    Args:
+        tokens: of all sequences, each padded to `length`.
+        length: of the longest.
+        heads: query heads done at once.
+        head_dim: D.
+    """
+    return tokens * heads * (2 * length + 4 * head_dim)
 
 
 def divisors(number: int) -> list[int]:

@@ -131,8 +131,8 @@ class DecoderLayer:
     o: Projection
     gate_up: Projection
     down: Projection
-    scores_bytes: int | None = field(default=None, init=False)
-    """Of attention's backward: `attention_backward`'s workspace."""
+    workspace: int | None = field(default=None, init=False)
+    """Of attention's backward, bytes."""
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
@@ -357,7 +357,7 @@ class DecoderLayer:
             saved.attention_state,
             sequences,
             self._scale,
-            self.scores_bytes,
+            self.workspace,
         )
         saved.q = saved.k = saved.attended = None
         saved.attention_state = ()

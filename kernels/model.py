@@ -109,7 +109,7 @@ class FastModel:
         """Adopt a plan: keep or free decoded weights, begin to lock host memory for what is parked."""
         self.plan = plan
         for index, layer in enumerate(self.layers):
-            layer.scores_bytes = plan.scores_bytes
+            layer.workspace = plan.workspace
             for group in layer.projections:
                 if group.scratch is None or index < plan.cached_layers:
                     group.cache_weight()

@@ -125,8 +125,8 @@ def pack_sequences(sequences: Sequence[tuple[Tensor, Tensor]]) -> PackedBatch:
     labels = [shift_labels(pair[1].reshape(-1)) for pair in sequences]
     lengths = [row.numel() for row in ids]
     label_row = torch.cat(labels)
-    # A lone sequence of any length would need attention plans and a graph of its own.
-    alike = len(set(lengths)) == 1 and (len(lengths) > 1 or lengths[0] % SHORTEST_CLASS == 0)
+    # Equal sequences of any length would need attention plans and a graph of their own.
+    alike = len(set(lengths)) == 1 and lengths[0] % SHORTEST_CLASS == 0
     uniform = (len(lengths), lengths[0]) if alike else None
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     positions = torch.cat([torch.arange(length) for length in lengths])
@@ -225,18 +225,33 @@ def pack_rows(
 def pack_budget(sequences: Sequence[tuple[Tensor, Tensor]], budget: int) -> list[PackedBatch]:
     """Pack sequences into few batches of at most `budget` tokens (a longer sequence gets a batch of its own).
 
-    First-fit decreasing by length; inside a batch the longest come first. The same sequences always give the same
-    batches.
+    Each batch is as full as the sequences left allow, and of all ways to fill it so the one with the longest: sequences
+    of like length meet, and no short batch is left over, whose layers would take as long to decode and recompute. The
+    longest come first. The same sequences always give the same batches.
     """
-    bins: list[tuple[int, list[int]]] = []
-    for index in sorted(range(len(sequences)), key=lambda i: -sequences[i][0].numel()):
-        size = sequences[index][0].numel()
-        slot = next((i for i, (used, _) in enumerate(bins) if used + size <= budget), None)
-        if slot is None:
-            bins.append((size, [index]))
-        else:
-            bins[slot] = (bins[slot][0] + size, [*bins[slot][1], index])
-    return [pack_sequences([sequences[i] for i in members]) for _, members in bins]
+    left = sorted(sequences, key=lambda pair: -pair[0].numel())
+    batches = []
+    while left:
+        chosen = _fill([ids.numel() for ids, _ in left], budget)
+        batches.append(pack_sequences([pair for pair, inside in zip(left, chosen, strict=True) if inside]))
+        left = [pair for pair, inside in zip(left, chosen, strict=True) if not inside]
+    return batches
+
+
+def _fill(sizes: Sequence[int], budget: int) -> list[bool]:
+    """Choose sizes, given longest first, whose sum is the largest within the budget; the first alone if it is beyond."""
+    if sizes[0] > budget:
+        return [index == 0 for index in range(len(sizes))]
+    sums = [1]  # bit s of sums[n]: some of the n shortest add up to s
+    for size in reversed(sizes):
+        sums.append((sums[-1] | sums[-1] << size) & ((1 << budget + 1) - 1))
+    rest = sums.pop().bit_length() - 1
+    chosen = []
+    for size in sizes:
+        shorter = sums.pop()
+        chosen.append(size <= rest and bool(shorter >> rest - size & 1))
+        rest -= size * chosen[-1]
+    return chosen
 
 
 def _uniform(input_ids: Tensor, labels: Tensor) -> PackedBatch:

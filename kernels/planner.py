@@ -53,7 +53,7 @@ class Plan:
         stream_weights: NF4 weights wait in pinned host memory.
         in_flight: parked layers whose device memory may wait for their copies.
         key_heads: that attention's backward takes at once; None for all.
-        scores_bytes: what the gradient of their scores takes, at most; None for attention's own limit.
+        workspace: bytes this may take; None for attention's own limit.
     """
 
     levels: tuple[Level, ...]
@@ -69,7 +69,7 @@ class Plan:
     stream_weights: bool = False
     in_flight: int = 1
     key_heads: int | None = None
-    scores_bytes: int | None = None
+    workspace: int | None = None
 
     @staticmethod
     def everything(num_layers: int, *, cached: bool = False, head_chunk: int = 1024) -> "Plan":
@@ -276,7 +276,7 @@ def _candidates(work: Workload, budget: int, rates: Rates, tokens: int, *, allow
                 stream_weights=work.stream_weights,
                 in_flight=in_flight,
                 key_heads=work.key_heads,
-                scores_bytes=work.scores_bytes(tokens),
+                workspace=work.attention_workspace(tokens),
             )
             plan = replace(plan, levels=_fill_device(work, budget, plan))
             yield replace(plan, seconds=step_seconds(work, rates, plan), peak=peak_bytes(work, plan))

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from finemill.kernels import lora_b, swiglu_lora
-from finemill.kernels.attention import scores_bytes
-from finemill.kernels.attention_fa4 import LONG, workspace_bytes
+from finemill.kernels import attention, attention_fa4
 from finemill.kernels.decoder_layer import LayerShape, Level
 from finemill.kernels.projection import PAD
 
@@ -174,19 +173,15 @@ class Workload:
         """Host memory that a parked layer takes."""
         return _parkable(self.widths)
 
-    def scores_bytes(self, tokens: int) -> int:
-        """What the gradient of the scores of cuDNN's longest rows takes in the backward, of the heads done at once."""
-        s, row = self.shape, min(self.row, LONG) if self.fa4 else self.row
-        return scores_bytes(tokens * row, (self.key_heads or s.num_kv_heads) * s.num_heads // s.num_kv_heads)
-
     def attention_workspace(self, tokens: int) -> int:
-        """Of the deterministic backward: FlashAttention-4's sums; cuDNN's scores' gradient and dq of some heads."""
-        s, kv_width = self.shape, self.shape.num_kv_heads * self.shape.head_dim
-        long = workspace_bytes(tokens, s.q_width, kv_width) if self.fa4 else 0
-        if self.fa4 and not self.ragged:
-            return long
+        """Of the deterministic backward: FlashAttention-4's, and cuDNN's for the heads done at once."""
+        s = self.shape
         heads = (self.key_heads or s.num_kv_heads) * s.num_heads // s.num_kv_heads
-        return max(long, self.scores_bytes(tokens) + 4 * tokens * heads * s.head_dim)
+        if not self.fa4:
+            return attention.workspace_bytes(tokens, self.row, heads, s.head_dim)
+        long = attention_fa4.workspace_bytes(tokens, s.q_width, s.num_kv_heads * s.head_dim)
+        shorter = attention.workspace_bytes(tokens, min(self.row, attention_fa4.LONG), heads, s.head_dim)
+        return max(long, shorter) if self.ragged else long
 
     def head_bytes(self, tokens: int, chunk: int) -> int:
         """Peak of the loss head, its first input apart."""

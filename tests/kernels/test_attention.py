@@ -102,7 +102,7 @@ def test_an_implementation_can_be_asked_for(hopper, monkeypatch):
         chosen(100)
 
 
-ONE_HEAD = 2 * 128**2
+ONE_HEAD = 128 * (2 * 128 + 4 * 8)  # its scores' gradient and dq
 
 
 @pytest.mark.parametrize(

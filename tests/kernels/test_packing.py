@@ -1,5 +1,6 @@
 """Batches become sequences, sequences become token-budget batches, and no token or label is lost on the way."""
 
+import pytest
 import torch
 
 from finemill.kernels.packing import (
@@ -54,12 +55,12 @@ def test_restarting_positions_separate_packed_sequences():
 
 
 def test_full_rows_equal_the_same_rows_packed_one_by_one():
-    ids = torch.arange(1, 13).reshape(3, 4)
+    ids = torch.arange(1, 769).reshape(3, 256)
     whole, packed = pack_rows(ids, ids), pack_sequences([(row, row) for row in ids])
     for name in ("input_ids", "position_ids", "labels", "loss_rows"):
         assert torch.equal(getattr(whole, name), getattr(packed, name)), name
     assert torch.equal(whole.sequences.cu_seqlens, packed.sequences.cu_seqlens)
-    assert whole.sequences.uniform == packed.sequences.uniform == (3, 4)
+    assert whole.sequences.uniform == packed.sequences.uniform == (3, 256)
 
 
 def test_budget_batches_hold_every_sequence_once_within_the_budget():
@@ -90,11 +91,30 @@ def test_counts_are_rounded_to_a_power_of_two_or_three_quarters_of_one():
     assert [round_count(n) for n in (1, 2, 3, 4, 5, 7, 9, 25, 97)] == [1, 2, 3, 4, 6, 8, 12, 32, 128]
 
 
-def test_a_lone_sequence_is_a_full_row_only_if_its_length_is_round():
-    assert pack_sequences([sequence(512)]).sequences.uniform == (1, 512)
-    lone = pack_sequences([sequence(111)]).sequences
-    assert lone.uniform is None
-    assert lone.classes == ((0, 1, 128),)
+@pytest.mark.parametrize("count", [1, 3])
+def test_sequences_of_one_length_are_full_rows_only_if_it_is_round(count):
+    assert pack_sequences([sequence(512)] * count).sequences.uniform == (count, 512)
+    other = pack_sequences([sequence(111)] * count).sequences
+    assert other.uniform is None
+    assert other.classes == ((0, count, 128),)
+
+
+def test_batches_are_as_full_as_the_sequences_allow_and_like_lengths_meet():
+    def packed(lengths, budget):
+        return [b.sequences.lengths().tolist() for b in pack_budget([sequence(n) for n in lengths], budget)]
+
+    # First-fit decreasing begins with 7 + 5 and needs a third batch.
+    assert packed([7, 5, 5, 4, 4, 4, 1], 15) == [[7, 4, 4], [5, 5, 4, 1]]
+    assert packed([9, 8, 2, 1, 1], 10) == [[9, 1], [8, 2], [1]]
+    assert packed([6, 6, 6], 12) == [[6, 6], [6]]
+
+
+def test_rows_that_were_packed_to_a_length_leave_no_batch_over():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        cuts = [torch.randint(40, 500, (4,), generator=generator).tolist() for _ in range(8)]
+        sequences = [sequence(n) for row in cuts for n in (*row, 2048 - sum(row))]
+        assert len(pack_budget(sequences, 4096)) == 4
 
 
 def test_the_parts_of_a_batch_cover_its_sequences():

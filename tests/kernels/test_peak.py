@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 from finemill.kernels import decoder_layer, lora_b, model, projection, swiglu_lora
 from finemill.kernels.adamw import AdamWState
 from finemill.kernels.adapters import LoraPair
-from finemill.kernels.attention import key_heads_at_once
+from finemill.kernels.attention import key_heads_at_once, workspace_bytes
 from finemill.kernels.attention_fa4 import LONG, suits
 from finemill.kernels.decoder_layer import Level, Rope
 from finemill.kernels.estimate import workload
@@ -105,9 +105,9 @@ def attention_backward(dout, q, k, v, out, saved, sequences, scale, workspace):
         torch.empty(4 * (q.numel() + k.numel() + v.numel()), dtype=torch.uint8, device=META)
         return grads
     (count, length), heads, kv_heads = sequences.uniform, q.shape[1], k.shape[1]
-    one_key_head = 2 * count * length**2 * (heads // kv_heads)
-    step = kv_heads if workspace is None else key_heads_at_once(workspace, count * length**2, heads, kv_heads)
-    torch.empty(one_key_head * step + 4 * q.numel() * step // kv_heads, dtype=torch.uint8, device=META)
+    one_key_head = workspace_bytes(count * length, length, heads // kv_heads, q.shape[2])
+    step = kv_heads if workspace is None else key_heads_at_once(workspace, one_key_head, kv_heads)
+    torch.empty(one_key_head * step, dtype=torch.uint8, device=META)
     return grads
 
 
