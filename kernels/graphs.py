@@ -84,7 +84,9 @@ class GraphRunner:
         scale = torch.zeros(1, dtype=torch.float32, device=device)
         if not self.patience:
             # Compiles kernels and attention plans, sizes the host arena; a scale of zero leaves the gradient as it is.
-            self.model.loss_and_grad(static, scale)
+            # Beside a graph of as many tokens and labels, attention alone can be new.
+            known = any((other.tokens, other.labels) == (batch.num_tokens, batch.num_labels) for other in self._graphs)
+            (self.model.rehearse_attention if known else self.model.loss_and_grad)(static, scale)
             # Without what that pass worked out from the boundaries: the graph has to.
             static.sequences = static.sequences.bare()
         torch.cuda.synchronize(device)

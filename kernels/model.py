@@ -6,7 +6,7 @@ decisions; every plan gives bitwise equal gradients.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -216,6 +216,25 @@ class FastModel:
         assert state is not None
         self.backward(state)
         return result
+
+    def rehearse_attention(self, batch: PackedBatch, scale: Tensor | float) -> None:
+        """Have attention's kernels and plans ready for a batch: run both passes on one layer of each kind alone.
+
+        Args:
+            batch: on this device.
+            scale: factor of the gradient, zero to leave it as it is.
+        """
+        if self._stream is not None:
+            self.loss_and_grad(batch, scale)
+            return
+        self._rope(batch)
+        kinds = {
+            (level, *(group.pad for group in layer.projections)): (layer, level)
+            for layer, level in zip(self.layers, self.plan.levels, strict=True)
+        }
+        layers, levels = zip(*kinds.values(), strict=True)
+        plan = replace(self.plan, levels=levels, host_levels=(None,) * len(levels))
+        replace(self, layers=list(layers), plan=plan).loss_and_grad(batch, scale)
 
     def _fetch_weights(self, now: int, then: int) -> None:
         """Have one layer's streamed weights on the device, and the next one's on their way."""

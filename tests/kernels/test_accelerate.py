@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from finemill.kernels import decoder_layer
 from finemill.kernels.accelerate import accelerate_model, adopt_plan, restore_model, workload_of
 from finemill.kernels.decoder_layer import Level
 from finemill.kernels.packing import pack_sequences
@@ -275,6 +276,31 @@ def test_every_plan_gives_bitwise_equal_gradients(device):
         loss, grads = loss_and_grads(model, batch)
         assert torch.equal(loss, expected[0]), level
         assert all(torch.equal(grads[name], grad) for name, grad in expected[1].items()), level
+
+
+def test_a_rehearsal_meets_every_call_of_attention_in_few_layers_and_leaves_the_gradient(ragged, device, monkeypatch):
+    model = make_model(FAMILIES["qwen3"](), device, layers_to_transform=[0, 1])  # the last output has other pads
+    engine = accelerate_model(model, plan=Plan((Level.INPUT, Level.INPUT, Level.ALL), (None,) * 3, 0, 16)).engine
+    calls = []
+
+    def spied(op, name):
+        def run(*args):
+            tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+            calls.append((name, *((tensor.shape, tensor.stride()) for tensor in tensors)))
+            return op(*args)
+
+        monkeypatch.setattr(decoder_layer, name, run)
+
+    spied(decoder_layer.attention_forward, "attention_forward")
+    spied(decoder_layer.attention_backward, "attention_backward")
+    batch = ragged.to(engine.device)
+    engine.adapters.grad.fill_(2.0)
+    engine.rehearse_attention(batch, 0.0)
+    rehearsed, calls = calls, []
+    assert (engine.adapters.grad == 2.0).all()
+    engine.loss_and_grad(batch, 1.0)
+    assert set(rehearsed) == set(calls)
+    assert len(rehearsed) < len(calls)
 
 
 def test_packed_and_merged_batches_give_the_gradient_of_rows_one_by_one(device):
