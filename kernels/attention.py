@@ -19,7 +19,7 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -33,7 +33,7 @@ from finemill.kernels.packing import LENGTH_STEP, Sequences, round_count
 
 # T tokens, N query heads, K key and value heads, D head width, n sequences
 
-WORKSPACE_PER_ELEMENT = 20
+WORKSPACE_PER_ELEMENT = 24
 """Bytes per element of q that cuDNN's backward may take where no plan says otherwise."""
 BACKENDS = ("fa4", "cudnn", "flash", "plain")
 TOTAL_STEP = 1024
@@ -399,17 +399,17 @@ def _part_backward(
         attention_fa4.backward(dout, q, k, v, out, stats, part, scale, grads)
         return
     dq, dk, dv = grads
-    kv_heads = k.shape[1]
+    kv_heads, ragged = k.shape[1], part.uniform is None
     group = q.shape[1] // kv_heads
     count, length = stats.shape[0], stats.shape[2]
-    one_key_head = workspace_bytes(count * length, length, group, q.shape[2])
-    if part.uniform is None and count > 1 and one_key_head > workspace:
+    step = key_heads_at_once(workspace, count * length**2, q.shape, kv_heads, ragged=ragged)
+    if ragged and count > 1 and not step:
         padded = _pad_count(part, count)
         for first, end in ((0, count // 2), (count // 2, count)):
             half = Sequences(padded.cu_seqlens[first : end + 1], part.max_length)
             _part_backward(dout, q, k, v, out, stats[first:end], half, scale, workspace, grads)
         return
-    step = key_heads_at_once(workspace, one_key_head, kv_heads)
+    step = max(1, step)
     for first in range(0, kv_heads, step):
         keys, queries = slice(first, first + step), slice(first * group, (first + step) * group)
         tensors = {
@@ -424,27 +424,30 @@ def _part_backward(
         _cudnn_run(_plan_key(tensors, rows, part, scale), part, tensors | {"stats": rows})
 
 
-def key_heads_at_once(workspace: int, one: int, kv_heads: int) -> int:
-    """How many key heads, with their query heads, cuDNN's backward takes in one call: a divisor of all.
+def key_heads_at_once(workspace: int, scores: int, shape: Sequence[int], kv_heads: int, *, ragged: bool) -> int:
+    """How many key heads, with their query heads, cuDNN's backward takes in one call: a divisor of all, 0 if none fits.
 
     Args:
         workspace: bytes this may take.
-        one: bytes that one key head takes.
+        scores: of a query head: sequences x length^2.
+        shape: of q, (T, N, D).
         kv_heads: key and value heads.
+        ragged: whether the sequences differ in length.
     """
-    return max((n for n in divisors(kv_heads) if n * one <= workspace), default=1)
+    group = shape[1] // kv_heads
+    fitting = (n for n in divisors(kv_heads) if workspace_bytes(n * group, scores, shape, ragged=ragged) <= workspace)
+    return max(fitting, default=0)
 
 
-def workspace_bytes(tokens: int, length: int, heads: int, head_dim: int) -> int:
-    """Of cuDNN's deterministic backward: the gradient of the scores in 16 bits, dq in fp32.
+def workspace_bytes(heads: int, scores: int, shape: Sequence[int], *, ragged: bool) -> int:
+    """What cuDNN's deterministic backward takes for so many query heads at once; other arguments as above.
 
-    Args:
-        tokens: of all sequences, each padded to `length`.
-        length: of the longest.
-        heads: query heads done at once.
-        head_dim: D.
+    It keeps the gradient of the scores in 16 bits and dq in fp32; of ragged sequences dq of all heads, and dk and dv of
+    every query head.
     """
-    return tokens * heads * (2 * length + 4 * head_dim)
+    tokens, all_heads, head_dim = shape
+    sums = 8 * tokens * all_heads * head_dim if ragged else 4 * tokens * heads * head_dim
+    return 2 * scores * heads + sums
 
 
 def divisors(number: int) -> list[int]:

@@ -176,12 +176,13 @@ class Workload:
     def attention_workspace(self, tokens: int) -> int:
         """Of the deterministic backward: FlashAttention-4's, and cuDNN's for the heads done at once."""
         s = self.shape
+        long = attention_fa4.workspace_bytes(tokens, s.q_width, s.num_kv_heads * s.head_dim) if self.fa4 else 0
+        if self.fa4 and not self.ragged:
+            return long
         heads = (self.key_heads or s.num_kv_heads) * s.num_heads // s.num_kv_heads
-        if not self.fa4:
-            return attention.workspace_bytes(tokens, self.row, heads, s.head_dim)
-        long = attention_fa4.workspace_bytes(tokens, s.q_width, s.num_kv_heads * s.head_dim)
-        shorter = attention.workspace_bytes(tokens, min(self.row, attention_fa4.LONG), heads, s.head_dim)
-        return max(long, shorter) if self.ragged else long
+        row = min(self.row, attention_fa4.LONG) if self.fa4 else self.row
+        shape = (tokens, s.num_heads, s.head_dim)
+        return max(long, attention.workspace_bytes(heads, tokens * row, shape, ragged=self.ragged))
 
     def head_bytes(self, tokens: int, chunk: int) -> int:
         """Peak of the loss head, its first input apart."""

@@ -102,15 +102,16 @@ def test_an_implementation_can_be_asked_for(hopper, monkeypatch):
         chosen(100)
 
 
-ONE_HEAD = 128 * (2 * 128 + 4 * 8)  # its scores' gradient and dq
+ONE_HEAD = 2 * 128**2
+SUMS = 8 * 300 * 4 * 8  # dq in fp32, dk and dv of each query head
 
 
 @pytest.mark.parametrize(
     ("workspace", "calls"),
     [
-        (3 * 4 * ONE_HEAD, [(0, 4, 3)]),
-        (3 * 2 * ONE_HEAD, [(0, 2, 3), (2, 2, 3)]),
-        (2 * 2 * ONE_HEAD, [(0, 4, 1), (0, 2, 2), (2, 2, 2)]),
+        (SUMS + 3 * 4 * ONE_HEAD, [(0, 4, 3)]),
+        (SUMS + 3 * 2 * ONE_HEAD, [(0, 2, 3), (2, 2, 3)]),
+        (SUMS + 2 * 2 * ONE_HEAD, [(0, 4, 1), (0, 2, 2), (2, 2, 2)]),
         (1, [(0, 2, 1), (2, 2, 1)] * 3),
     ],
 )

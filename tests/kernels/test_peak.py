@@ -105,9 +105,12 @@ def attention_backward(dout, q, k, v, out, saved, sequences, scale, workspace):
         torch.empty(4 * (q.numel() + k.numel() + v.numel()), dtype=torch.uint8, device=META)
         return grads
     (count, length), heads, kv_heads = sequences.uniform, q.shape[1], k.shape[1]
-    one_key_head = workspace_bytes(count * length, length, heads // kv_heads, q.shape[2])
-    step = kv_heads if workspace is None else key_heads_at_once(workspace, one_key_head, kv_heads)
-    torch.empty(one_key_head * step, dtype=torch.uint8, device=META)
+    scores, ragged = count * length**2, bool(sequences.classes)
+    step = kv_heads
+    if workspace is not None:
+        step = max(1, key_heads_at_once(workspace, scores, q.shape, kv_heads, ragged=ragged))
+    taken = workspace_bytes(step * heads // kv_heads, scores, q.shape, ragged=ragged)
+    torch.empty(taken, dtype=torch.uint8, device=META)
     return grads
 
 
@@ -186,8 +189,8 @@ def test_attention_of_long_rows_takes_scores_for_the_shorter_ones_beside_them_al
     sums = 4 * 16384 * (4096 + 2 * 1024)
     assert work.attention_workspace(16384) == sums
     ragged = replace(work, ragged=True)
-    assert ragged.attention_workspace(16384) == 2 * 16384 * LONG * 32 + 4 * 16384 * 4096
-    assert replace(ragged, key_heads=1).attention_workspace(16384) == sums > 2 * 16384 * LONG * 4 + 4 * 16384 * 512
+    assert ragged.attention_workspace(16384) == 2 * 16384 * LONG * 32 + 8 * 16384 * 4096
+    assert replace(ragged, key_heads=1).attention_workspace(16384) == 2 * 16384 * LONG * 4 + 8 * 16384 * 4096
     assert replace(work, fa4=False, key_heads=1).attention_workspace(16384) == 2 * 16384**2 * 4 + 4 * 16384 * 512
 
 
