@@ -5,6 +5,7 @@ without slowing GEMMs; results.md). Order between streams is by events only, and
 known number of layers later, so that memory use repeats exactly and everything can be captured in a CUDA graph.
 """
 
+import contextlib
 import mmap
 import threading
 import weakref
@@ -24,9 +25,12 @@ ALIGNMENT = 512
 def pinned_bytes(size: int) -> Tensor:
     """Allocate page-locked host memory of exactly `size` bytes (torch's pinned allocator rounds up to 2^n).
 
-    Returns: (size,) uint8. The memory is unlocked when the last tensor over it is gone.
+    Returns: (size,) uint8. The memory is unlocked when the last tensor over it is gone; child processes do not have it.
     """
-    memory = mmap.mmap(-1, max(1, size))
+    memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_DONTFORK)  # a copy on write would part the device's pages from ours
+    with contextlib.suppress(AttributeError, OSError):  # where the kernel has no huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     host = torch.frombuffer(memory, dtype=torch.uint8)[:size]
     if torch.cuda.is_available():
         host.zero_()  # all threads touch the pages; page-locking would do it with one, at half the speed
