@@ -28,8 +28,8 @@ def pinned_bytes(size: int) -> Tensor:
     Returns: (size,) uint8. The memory is unlocked when the last tensor over it is gone; child processes do not have it.
     """
     memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_DONTFORK)  # a copy on write would part the device's pages from ours
-    with contextlib.suppress(AttributeError, OSError):  # where the kernel has no huge pages
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or without huge pages
+        memory.madvise(mmap.MADV_DONTFORK)  # a copy on write would part the device's pages from ours
         memory.madvise(mmap.MADV_HUGEPAGE)
     host = torch.frombuffer(memory, dtype=torch.uint8)[:size]
     if torch.cuda.is_available():

@@ -242,9 +242,10 @@ def _fill(sizes: Sequence[int], budget: int) -> list[bool]:
     """Choose sizes, given longest first, whose sum is the largest within the budget; the first alone if it is beyond."""
     if sizes[0] > budget:
         return [index == 0 for index in range(len(sizes))]
+    within = (1 << budget + 1) - 1
     sums = [1]  # bit s of sums[n]: some of the n shortest add up to s
     for size in reversed(sizes):
-        sums.append((sums[-1] | sums[-1] << size) & ((1 << budget + 1) - 1))
+        sums.append((sums[-1] | sums[-1] << size) & within)
     rest = sums.pop().bit_length() - 1
     chosen = []
     for size in sizes:

@@ -6,8 +6,7 @@ All sizes are bytes, as `torch.cuda.max_memory_allocated` counts them; names of 
 from dataclasses import dataclass
 from functools import lru_cache
 
-from finemill.kernels import lora_b, swiglu_lora
-from finemill.kernels import attention, attention_fa4
+from finemill.kernels import attention, attention_fa4, lora_b, swiglu_lora
 from finemill.kernels.decoder_layer import LayerShape, Level
 from finemill.kernels.projection import PAD
 
