@@ -239,7 +239,7 @@ def pack_budget(sequences: Sequence[tuple[Tensor, Tensor]], budget: int) -> list
 
 
 def _fill(sizes: Sequence[int], budget: int) -> list[bool]:
-    """Choose sizes, given longest first, whose sum is the largest within the budget; the first alone if it is beyond."""
+    """Choose sizes, given longest first, with the largest sum within the budget; the first alone if it is beyond."""
     if sizes[0] > budget:
         return [index == 0 for index in range(len(sizes))]
     within = (1 << budget + 1) - 1
