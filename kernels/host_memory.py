@@ -76,7 +76,7 @@ class HostArena:
         self._grown: Tensor | None = None
 
     def grow(self, size: int) -> None:
-        """Begin to make the slab at least `size` bytes, in a thread: page-locking a GB takes 0.3 s or more."""
+        """Begin to make the slab at least `size` bytes, in a thread: a GB takes 0.05 s in huge pages, 0.3 s without."""
 
         def work() -> None:
             with torch.cuda.device(self.device):

@@ -68,8 +68,9 @@ def test_both_sums_are_as_accurate_as_products_of_their_own(case, dtype, sms, as
     eager = lora_backward_b_reference(*tensors, groups, rank)
     exact = lora_backward_b_reference(*(tensor.double() for tensor in tensors), groups, rank)
     # Tensor cores truncate what they add: 2000 tokens in one program leave 2.6e-6 of the largest sum.
-    assert_as_accurate(ours[0], eager[0], exact[0], tiny=4e-6)
-    assert_as_accurate(ours[1], SCALING * eager[1], SCALING * exact[1], tiny=4e-6)
+    tiny = 4e-6 if sms == 1 else 2e-6
+    assert_as_accurate(ours[0], eager[0], exact[0], tiny=tiny)
+    assert_as_accurate(ours[1], SCALING * eager[1], SCALING * exact[1], tiny=tiny)
 
 
 @hopper

@@ -90,6 +90,12 @@ CHOSEN = [
     ("h100", "qwen3-0.6b", 8, 2048, 1.1, 1.070, 0.1697),
     ("h100", "qwen3-0.6b", 8, 2048, 0.7, 0.672, 0.2110),
 ]
+# An H200 or an H100 that day, before FlashAttention-4 took rows of 2048: limit and peak in GiB.
+LEAST_ON_CUDNN = [
+    ("qwen3-8b", 2048, 3.5, 3.417),
+    ("qwen3-8b", 256, 7.2, 7.045),
+    ("qwen3-0.6b", 2048, 0.7, 0.672),
+]
 # Rows of Alpaca and GSM8K through the trainer that day: limit, peak in GiB, seconds of a step.
 TRAINED = [
     ("qwen3-8b", 75.2, 69.770, 0.9235),
@@ -125,6 +131,13 @@ def test_what_is_predicted_of_a_chosen_plan_is_what_was_measured(gpu, model, row
     plan = plan_step(step(model, rows, row), int(limit * GIB), rates=RATES[gpu], allow_stream=True)
     assert plan.peak / GIB == pytest.approx(gib, rel=0.01)
     assert plan.seconds == pytest.approx(seconds, rel=0.06)
+
+
+@pytest.mark.parametrize(("model", "row", "limit", "gib"), LEAST_ON_CUDNN)
+def test_the_peak_of_a_chosen_plan_is_what_was_measured_without_flash_attention_4(model, row, limit, gib):
+    work = replace(step(model, row=row), fa4=False)
+    plan = plan_step(work, int(limit * GIB), rates=RATES["h200"], allow_stream=True)
+    assert plan.peak / GIB == pytest.approx(gib, rel=0.01)
 
 
 @pytest.mark.parametrize(("model", "limit", "gib", "seconds"), TRAINED)
