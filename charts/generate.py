@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from finemill.components.config import parse_config
+from finemill.config import parse_config
 from finemill.pipelines.catalog import PIPELINES
 from finemill.pipelines.cluster import ClusterConfig
 from finemill.pipelines.config import with_optional_fields

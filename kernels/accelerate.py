@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from finemill.kernels.adapters import LoraPair
-from finemill.kernels.decoder_layer import LayerShape
-from finemill.kernels.host_memory import gather_rows, pin
-from finemill.kernels.model import FastModel, LayerParts, ModelLoss, assemble_model
-from finemill.kernels.nf4 import NF4Tensor
-from finemill.kernels.packing import length_classes, pack_rows, splittable
-from finemill.kernels.planner import Plan
-from finemill.kernels.workload import Workload
+from finemill.kernels.engine.adapters import LoraPair
+from finemill.kernels.engine.host_memory import gather_rows, pin
+from finemill.kernels.engine.model import FastModel, LayerParts, ModelLoss, assemble_model
+from finemill.kernels.engine.plan import LayerShape, Plan
+from finemill.kernels.ops.nf4 import NF4Tensor
+from finemill.kernels.ops.packing import length_classes, pack_rows, splittable
+from finemill.kernels.planning.workload import Workload
 
 logger = logging.getLogger(__name__)
 

@@ -26,13 +26,14 @@ from torch import Tensor
 from trl import SFTTrainer
 
 from finemill.kernels.accelerate import Acceleration, accelerate_model, adopt_plan, leave_unchanged, workload_of
-from finemill.kernels.graphs import GraphRunner
-from finemill.kernels.model import FastModel
-from finemill.kernels.optimizer import FlatAdamW
-from finemill.kernels.packing import IGNORE_INDEX, PackedBatch, pack_budget, send, split_rows
-from finemill.kernels.planner import Plan, plan_graphed_step
-from finemill.kernels.rates import rates_of
-from finemill.kernels.shapes import Buckets, Shapes
+from finemill.kernels.engine.graphs import GraphRunner
+from finemill.kernels.engine.model import FastModel
+from finemill.kernels.engine.optimizer import FlatAdamW
+from finemill.kernels.engine.plan import Plan
+from finemill.kernels.engine.shapes import Buckets, Shapes
+from finemill.kernels.ops.packing import IGNORE_INDEX, PackedBatch, pack_budget, send, split_rows
+from finemill.kernels.planning.planner import plan_graphed_step
+from finemill.kernels.planning.rates import rates_of
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from finemill.components.errors import UserError
+from finemill.errors import UserError
 from finemill.pipelines.align import ALIGN
 from finemill.pipelines.export import EXPORT
 from finemill.pipelines.finetune import FINETUNE

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import Field
 
-from finemill.components.config import StepConfig
-from finemill.components.images import IMAGES
+from finemill.config import StepConfig
 from finemill.pipelines.graph import Resources
+from finemill.runtime.images import IMAGES
 
 SHARED_MEMORY_PATH = "/dev/shm"
 CACHE_PATH = "/cache"
@@ -105,7 +105,7 @@ class ClusterConfig(StepConfig):
     """Seconds after which a finished Argo workflow is deleted; artifacts, MLflow and logs in them stay."""
 
     def image(self, role: str) -> str:
-        """The image of a role in `components/images.py`."""
+        """The image of a role in `src/finemill/runtime/images.py`."""
         return {"cpu": self.image_cpu, "train": self.image_train}[role]
 
     def size(self, resources: Resources) -> ContainerSize:
@@ -117,8 +117,8 @@ def read_cluster_config(path: Path | None, **overrides: Any) -> ClusterConfig:
     """The settings in a YAML file; `overrides` that are not None win. Raises: UserError: a key or value is wrong."""
     import yaml
 
-    from finemill.components.config import parse_config
-    from finemill.components.errors import UserError
+    from finemill.config import parse_config
+    from finemill.errors import UserError
 
     try:
         values = (yaml.safe_load(path.read_text()) or {}) if path else {}

@@ -5,7 +5,6 @@ from typing import Any
 from pydantic import Field, create_model, field_validator
 
 from finemill.components.chat_format.config import ChatFormatConfig
-from finemill.components.config import StepConfig
 from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.eval.config import EvalConfig
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
@@ -15,6 +14,7 @@ from finemill.components.promote.config import PromoteConfig
 from finemill.components.register.config import RegisterConfig
 from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_qlora.config import TrainQLoRAConfig
+from finemill.config import StepConfig
 
 
 class FinetuneConfig(StepConfig):

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finemill.components.config import StepConfig
-from finemill.components.steps import STEPS, Step
+from finemill.config import StepConfig
+from finemill.runtime.catalog import STEPS, Step
 
 
 @dataclass(frozen=True)

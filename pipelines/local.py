@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from finemill.components.errors import StepError
-from finemill.components.progress import EVENTS_VARIABLE
+from finemill.errors import StepError
 from finemill.pipelines.graph import SMALL, Pipeline
+from finemill.tracking.progress import EVENTS_VARIABLE
 
 # The caller of a local run has checked configuration and store; and here `promote` can score a champion by itself.
 _CLUSTER_ONLY = ("preflight", "score-champion")
@@ -71,7 +71,7 @@ def run_locally(
         pipeline: what to run.
         parameters: a value for each of its parameters.
         log_file: gets everything kfp and the steps print.
-        on_event: called with each event (`finemill.components.progress`) soon after it happened.
+        on_event: called with each event (`finemill.tracking.progress`) soon after it happened.
         environment: variables for the steps besides this process's own.
     Raises: StepFailedError: with the failed step's line and exit code. KeyboardInterrupt: after the steps were told.
     """

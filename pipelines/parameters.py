@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from finemill.components.config import StepConfig
-from finemill.components.errors import UserError
+from finemill.config import StepConfig
+from finemill.errors import UserError
 
 
 def run_parameters(config: StepConfig) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 from kfp import compiler, dsl, kubernetes
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
-from finemill.components.kfp_task import TRACKING_PREFIX
 from finemill.pipelines.cluster import (
     CACHE_PATH,
     CACHE_VARIABLES,
@@ -24,6 +23,7 @@ from finemill.pipelines.cluster import (
     ClusterConfig,
 )
 from finemill.pipelines.graph import GPUS, Parameter, Pipeline, Task
+from finemill.runtime.kfp_task import TRACKING_PREFIX
 
 # KFP stops retrying an hour after the first attempt began unless told otherwise: longer than any training run.
 BACKOFF_MAX_DURATION = "604800s"

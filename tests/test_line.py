@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from finemill.components.artifacts import Manifest
-from finemill.components.steps import STEPS
+from finemill.artifacts.manifest import Manifest
 from finemill.pipelines.finetune import FINETUNE
 from finemill.pipelines.local import for_this_machine
+from finemill.runtime.catalog import STEPS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 LINE = [task.name for task in for_this_machine(FINETUNE).tasks]

@@ -52,6 +52,22 @@ def test_every_yaml_block_names_its_file_and_parses() -> None:
         assert isinstance(yaml.safe_load(text), dict)
 
 
+def test_the_tree_names_every_folder() -> None:
+    (text,) = blocks("text")
+    named, parent = set(), ""
+    for line in text.splitlines():
+        name = line.split("/")[0]
+        parent, place = ("", name.strip()) if not name.startswith(" ") else (parent, f"{parent}/{name.strip()}")
+        parent = parent or place
+        assert line.split("/", 1)[1].strip(), f"{place} has no clause"
+        named.add(place if not parent.startswith("src") or place != "src" else "src/finemill")
+    folders = {"components", "pipelines", "kernels", "src/finemill", "images", "charts", "tests"}
+    folders |= {f"kernels/{path.name}" for path in (ROOT / "kernels").iterdir() if (path / "__init__.py").is_file()}
+    library = ROOT / "src" / "finemill"
+    folders |= {f"src/{path.name}" for path in library.iterdir() if (path / "__init__.py").is_file()}
+    assert named == folders
+
+
 def test_own_data_and_model_commands_are_valid(tmp_path: Path) -> None:
     lines = [line.split("#")[0].strip() for line in scripts_with("my.yaml").splitlines()]
     script = "\n".join(line if "--dry-run" in line else f"{line} --dry-run" for line in lines)

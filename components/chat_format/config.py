@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from finemill.components.config import StepConfig
+from finemill.config import StepConfig
 
 
 class ChatFormatConfig(StepConfig):

@@ -21,7 +21,7 @@ from finemill.components.chat_format.mask import (
 from finemill.components.chat_format.messages import Conversation, DroppedRowError, Message, to_conversation
 from finemill.components.chat_format.template import BROKEN, ChatTemplate
 from finemill.components.chat_format.tokenize import ChatTokenizer, Tokens, check_characters
-from finemill.components.errors import UserError
+from finemill.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finemill.components.answers import final_answer
-from finemill.components.row_shapes import Row, as_turns, completion, conversation, turn_role
+from finemill.rows.answers import final_answer
+from finemill.rows.shapes import Row, as_turns, completion, conversation, turn_role
 
 Message = dict[str, Any]
 

@@ -22,7 +22,7 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finemill.components.chat_format.messages import DroppedRowError, Message
-from finemill.components.errors import UserError
+from finemill.errors import UserError
 
 # Unicode noncharacters: never part of text that is interchanged, so they can stand for marks.
 MARK_OPEN, MARK_CLOSE, BROKEN = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -155,7 +155,7 @@ def load_template(base_dir: Path, path: str | None, special_tokens: Mapping[str,
 
 def template_state(inputs: Mapping[str, str], config: Any) -> dict[str, str]:
     """What the step's output depends on outside of the store: the file `chat_template_path`."""
-    from finemill.components.artifacts import sha256_file
+    from finemill.artifacts.manifest import sha256_file
 
     path = config.chat_template_path
     if path is None or not os.path.isfile(os.path.expanduser(path)):

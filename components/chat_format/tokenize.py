@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from finemill.components.artifacts import sha256_file
+from finemill.artifacts.manifest import sha256_file
 from finemill.components.chat_format.messages import DroppedRowError
 from finemill.components.chat_format.template import BROKEN, NONCHARACTERS
-from finemill.components.errors import UserError
+from finemill.errors import UserError
 
 _NEVER = re.compile(r"(?!)")
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from finemill.components.data_prep.config import DataPrepConfig, Source
 from finemill.components.data_prep.read import Row
-from finemill.components.errors import UserError
-from finemill.components.row_shapes import SHAPES, detect_shape, prompt_and_answer
+from finemill.errors import UserError
+from finemill.rows.shapes import SHAPES, detect_shape, prompt_and_answer
 
 _MAX_SHOWN = 5
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from finemill.components.config import StepConfig
+from finemill.config import StepConfig
 
 
 class Source(StepConfig):

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from finemill.components.data_prep.read import FORMATS
-from finemill.components.errors import TemporaryError, UserError
+from finemill.errors import TemporaryError, UserError
 
 _HUB_URI = re.compile(r"hf://datasets/(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^/]+))?(?P<path>/.*)?")
 

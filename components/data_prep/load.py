@@ -9,14 +9,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
-from finemill.components.artifacts import sha256_file
-from finemill.components.code_version import source_digest
+from finemill.artifacts.manifest import sha256_file
 from finemill.components.data_prep.config import DataPrepConfig, Source
 from finemill.components.data_prep.hub import snapshot_dataset
 from finemill.components.data_prep.read import FORMATS, Row, is_data_file, read_rows
-from finemill.components.errors import UserError
-from finemill.components.row_shapes import parse_json_columns
-from finemill.components.storage.store import local_path
+from finemill.errors import UserError
+from finemill.rows.shapes import parse_json_columns
+from finemill.storage.base import local_path
 
 EXAMPLE_ROWS = 2000
 """Rows of an `example:` source without `max_rows`."""
@@ -131,8 +130,8 @@ def _example_file(source: Source, seed: int) -> DataFile:
     num_rows = source.max_rows or EXAMPLE_ROWS
 
     def write(folder: Path) -> Path:
-        from finemill.components.example_data.generate import write_example_data
+        from finemill.rows.examples.generate import write_example_data
 
         return write_example_data(name, folder, seed, num_rows)
 
-    return DataFile(source.uri, lambda: f"{source_digest('example_data')} {seed} {num_rows}", write)
+    return DataFile(source.uri, lambda: f"{seed} {num_rows}", write)

@@ -5,7 +5,7 @@ from itertools import accumulate, cycle, islice
 
 from finemill.components.data_prep.clean import Record
 from finemill.components.data_prep.config import DataPrepConfig
-from finemill.components.errors import UserError
+from finemill.errors import UserError
 
 Records = Sequence[Record]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from finemill.components.errors import UserError
+from finemill.errors import UserError
 
 Row = dict[str, Any]
 

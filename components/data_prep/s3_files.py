@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from finemill.components.errors import UserError
-from finemill.components.storage.s3 import S3Store, readable_errors
+from finemill.errors import UserError
+from finemill.storage.s3 import S3Store, readable_errors
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from kfp import dsl
 
-from finemill.components.images import IMAGES
+from finemill.runtime.images import IMAGES
 
 
 @dsl.component(base_image=IMAGES["cpu"], install_kfp_package=False)
@@ -27,7 +27,7 @@ def detect_change(
         run_id: groups the steps of one pipeline run in MLflow.
     Returns: whether there is something new to train on.
     """
-    from finemill.components.kfp_task import run_kfp_task
+    from finemill.runtime.kfp_task import run_kfp_task
 
     return run_kfp_task(
         "detect-change",

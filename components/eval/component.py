@@ -2,7 +2,7 @@
 
 from kfp import dsl
 
-from finemill.components.images import IMAGES
+from finemill.runtime.images import IMAGES
 
 
 @dsl.component(base_image=IMAGES["train"], install_kfp_package=False)
@@ -34,7 +34,7 @@ def eval(
         config: fields as in `finemill schema eval`; the rest keep their defaults.
         run_id: groups the steps of one pipeline run in MLflow.
     """
-    from finemill.components.kfp_task import run_kfp_task
+    from finemill.runtime.kfp_task import run_kfp_task
 
     run_kfp_task(
         "eval",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from finemill.components.held_out import IGNORE_INDEX, HeldOutRow
+from finemill.artifacts.dataset import IGNORE_INDEX, HeldOutRow
 
 # Logits held at once; 2^27 values are 0.5 GB in float32.
 _MAX_LOGITS = 1 << 27

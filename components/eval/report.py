@@ -9,11 +9,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from finemill.components.context import StepContext
 from finemill.components.eval.chart import training_chart
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.metrics import metric_part, sources
 from finemill.components.eval.sample import Sample
+from finemill.runtime.context import StepContext
 
 _MINUS = "\N{MINUS SIGN}"
 _Z95 = 1.96

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from finemill.components.answers import final_answer, normalize_answer
-from finemill.components.generation import Answer
-from finemill.components.held_out import HeldOutRow
+from finemill.artifacts.dataset import HeldOutRow
+from finemill.models.generation import Answer
+from finemill.rows.answers import final_answer, normalize_answer
 
 _OPEN, _CLOSE = "<think>", "</think>"
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from finemill.components.config import StepConfig
+from finemill.config import StepConfig
 
 Quantization = Literal["F16", "Q8_0", "Q4_K_M"]
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from finemill.components.errors import UserError
+from finemill.errors import UserError
 
 Array = NDArray[np.float32]
 

@@ -14,7 +14,7 @@ from gguf import GGML_QUANT_SIZES, quants
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from finemill.components.errors import StepError
+from finemill.errors import StepError
 
 Bytes = NDArray[np.uint8]
 # Float32 values that one call rounds: large enough to hide the call, small enough to share a matrix among threads.

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from finemill.artifacts.dataset import HeldOutRow
 from finemill.components.gguf_quantize.convert import Array, SourceModel
-from finemill.components.held_out import HeldOutRow
 
 
 @torch.inference_mode()

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finemill.components.errors import StepError
-from finemill.components.generation import Answer
+from finemill.errors import StepError
+from finemill.models.generation import Answer
 
 # Answers decoded together: llama.cpp batches them, which is worth more than threads for a small model.
 _PARALLEL = 8

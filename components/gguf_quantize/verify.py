@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from finemill.components.answers import final_answer, normalize_answer
-from finemill.components.errors import StepError
-from finemill.components.generation import Answer, generate_answers
+from finemill.artifacts.dataset import IGNORE_INDEX, HeldOutRow, prompt_ids
 from finemill.components.gguf_quantize.llama_cpp import LlamaServer
-from finemill.components.held_out import IGNORE_INDEX, HeldOutRow, prompt_ids
+from finemill.errors import StepError
+from finemill.models.generation import Answer, generate_answers
+from finemill.rows.answers import final_answer, normalize_answer
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from typing import Any
 import gguf
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from finemill.components.errors import UserError
-from finemill.components.generation import stop_token_ids
+from finemill.errors import UserError
+from finemill.models.generation import stop_token_ids
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"

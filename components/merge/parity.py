@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finemill.components.errors import StepError
+from finemill.errors import StepError
 
 # Plain text, arithmetic, code, other scripts: together they pass through every layer with varied activations.
 _QUESTIONS = (

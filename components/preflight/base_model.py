@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from finemill.components.artifacts import Reference
-from finemill.components.base_model.resolve import BUILTIN_MODELS, FORMS, check_model_folder
-from finemill.components.errors import TemporaryError, UserError
-from finemill.components.storage.store import fetch_artifact, read_artifact
+from finemill.artifacts.manifest import Reference
+from finemill.errors import TemporaryError, UserError
+from finemill.models.base.resolve import BUILTIN_MODELS, FORMS, check_model_folder
+from finemill.storage.store import fetch_artifact, read_artifact
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 from kfp import dsl
 
-from finemill.components.images import IMAGES
+from finemill.runtime.images import IMAGES
 
 
 @dsl.component(base_image=IMAGES["cpu"], install_kfp_package=False)
@@ -46,7 +46,7 @@ def preflight(
         config: fields as in `finemill schema preflight`; the rest keep their defaults.
         run_id: groups the steps of one pipeline run in MLflow.
     """
-    from finemill.components.kfp_task import run_kfp_task
+    from finemill.runtime.kfp_task import run_kfp_task
 
     sections = {
         "data_prep": data_prep,

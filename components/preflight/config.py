@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field
 
-from finemill.components.config import StepConfig
+from finemill.config import StepConfig
 
 
 class PreflightSettings(StepConfig):

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finemill.components.errors import UserError
-from finemill.components.training.config import LoRATrainingConfig
+from finemill.errors import UserError
+from finemill.training.config import LoRATrainingConfig
 
 GIB = 2.0**30
 # Bits per weight: 4, and a float32 constant per 64 weights; doubly quantized 8 bits per 64 and 32 per 16384.

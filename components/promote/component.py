@@ -2,7 +2,7 @@
 
 from kfp import dsl
 
-from finemill.components.images import IMAGES
+from finemill.runtime.images import IMAGES
 
 
 @dsl.component(base_image=IMAGES["cpu"], install_kfp_package=False)
@@ -29,7 +29,7 @@ def promote(
         run_id: groups the steps of one pipeline run in MLflow.
     Returns: whether the version became the champion.
     """
-    from finemill.components.kfp_task import run_kfp_task
+    from finemill.runtime.kfp_task import run_kfp_task
 
     return run_kfp_task(
         "promote",

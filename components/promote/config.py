@@ -4,8 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from finemill.components.config import StepConfig
-from finemill.components.registry import check_registered_model_name
+from finemill.config import StepConfig
+from finemill.registry.snapshot import check_registered_model_name
 
 
 class Gate(StepConfig):

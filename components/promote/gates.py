@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from finemill.components.errors import UserError
 from finemill.components.promote.bootstrap import lower_bound
 from finemill.components.promote.config import Gate, PromoteConfig
 from finemill.components.promote.scores import Scores
+from finemill.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from finemill.components.errors import UserError
 from finemill.components.promote.config import RollbackConfig
-from finemill.components.registry import (
+from finemill.errors import UserError
+from finemill.registry.snapshot import (
     CHAMPION,
     PREVIOUS_CHAMPION,
     ROLLED_BACK_TAG,
@@ -14,8 +14,8 @@ from finemill.components.registry import (
     read_registered_model,
     registry_uri,
 )
-from finemill.components.tracking.describe import without_credentials
-from finemill.components.tracking.server import open_client, readable_errors
+from finemill.tracking.describe import without_credentials
+from finemill.tracking.server import open_client, readable_errors
 
 
 @dataclass(frozen=True)

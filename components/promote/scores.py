@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finemill.components.errors import UserError
+from finemill.errors import UserError
 
 # A row's loss is the mean over its tokens: weighted by them, the mean over rows is the evaluation's loss.
 _WEIGHTS = {"loss": "num_tokens"}

@@ -2,7 +2,7 @@
 
 from kfp import dsl
 
-from finemill.components.images import IMAGES
+from finemill.runtime.images import IMAGES
 
 
 @dsl.component(base_image=IMAGES["cpu"], install_kfp_package=False)
@@ -32,7 +32,7 @@ def register(
         config: fields as in `finemill schema register`; the rest keep their defaults.
         run_id: groups the steps of one pipeline run in MLflow.
     """
-    from finemill.components.kfp_task import run_kfp_task
+    from finemill.runtime.kfp_task import run_kfp_task
 
     run_kfp_task(
         "register",

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from finemill.components.registry import DIGEST_TAG
-from finemill.components.tracking.describe import is_total, without_credentials
+from finemill.registry.snapshot import DIGEST_TAG
+from finemill.tracking.describe import is_total, without_credentials
 
 _BASE, _TUNED = "eval/base/", "eval/tuned/"
 # MLflow keeps 5000 characters of a description.

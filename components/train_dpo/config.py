@@ -4,7 +4,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from finemill.components.training.config import LoRATrainingConfig
+from finemill.training.config import LoRATrainingConfig
 
 _SMOOTHED = ("robust", "exo_pair")
 

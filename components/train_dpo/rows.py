@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from finemill.components.errors import UserError
-from finemill.components.held_out import IGNORE_INDEX
+from finemill.artifacts.dataset import IGNORE_INDEX
+from finemill.errors import UserError
 
 logger = logging.getLogger(__name__)
 

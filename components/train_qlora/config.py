@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from finemill.components.training.config import LoRATrainingConfig
+from finemill.training.config import LoRATrainingConfig
 
 
 class TrainQLoRAConfig(LoRATrainingConfig):

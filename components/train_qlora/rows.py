@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from finemill.components.errors import UserError
+from finemill.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parse_top_level(arguments)
     # Batches of varying length leave gaps in segments of fixed size, and a full GPU takes seconds to give them back.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    from finemill.components.errors import StepError
+    from finemill.errors import StepError
 
     name, rest = arguments[0], arguments[1:]
     try:

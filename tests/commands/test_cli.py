@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from finemill.cli import main
-from finemill.components.steps import STEPS
+from finemill.runtime.catalog import STEPS
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,8 @@ import pytest
 from pydantic import Field
 
 from finemill.commands.config_flags import add_config_flags, merge_values, read_config
-from finemill.components.config import StepConfig
-from finemill.components.errors import UserError
+from finemill.config import StepConfig
+from finemill.errors import UserError
 
 
 class Optimizer(StepConfig):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finemill.components.images import IMAGES
+from finemill.runtime.images import IMAGES
 
 ROOT = Path(__file__).parents[2]
 every_role = pytest.mark.parametrize("role", list(IMAGES))

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from finemill.kernels.launch import INTERPRETED
-from finemill.kernels.packing import IGNORE_INDEX, pack_sequences
+from finemill.kernels.ops.launch import INTERPRETED
+from finemill.kernels.ops.packing import IGNORE_INDEX, pack_sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -19,11 +19,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from finemill.kernels import decoder_layer
 from finemill.kernels.accelerate import accelerate_model, adopt_plan, restore_model, workload_of
-from finemill.kernels.decoder_layer import Level
-from finemill.kernels.packing import pack_sequences
-from finemill.kernels.planner import Plan
+from finemill.kernels.engine import decoder_layer
+from finemill.kernels.engine.plan import Level, Plan
+from finemill.kernels.ops.packing import pack_sequences
 
 SIZES = {
     "hidden_size": 64,

@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from finemill.kernels.resources import TABLE, broken_limits, differences
+from finemill.kernels.bench.resources import TABLE, broken_limits, differences
 
 
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles_within_the_limits_of_every_card():
     # In a process of its own: a kernel decorated under TRITON_INTERPRET cannot be compiled.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "finemill.kernels.resources", "--check"]
+    command = [sys.executable, "-m", "finemill.kernels.bench.resources", "--check"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 

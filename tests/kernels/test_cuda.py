@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from finemill.kernels.adamw import AdamWState, adamw_step, grad_norm
-from finemill.kernels.cross_entropy import cross_entropy_inplace
-from finemill.kernels.lora import LoRADropout, lora_backward_a, lora_project
-from finemill.kernels.nf4 import NF4Tensor, dequantize_nf4
-from finemill.kernels.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_forward
-from finemill.kernels.rms_norm import rms_norm_backward, rms_norm_forward
-from finemill.kernels.swiglu import swiglu_backward, swiglu_forward
-from finemill.kernels.swiglu_lora import swiglu_lora_backward
+from finemill.kernels.ops.adamw import AdamWState, adamw_step, grad_norm
+from finemill.kernels.ops.cross_entropy import cross_entropy_inplace
+from finemill.kernels.ops.lora import LoRADropout, lora_backward_a, lora_project
+from finemill.kernels.ops.nf4 import NF4Tensor, dequantize_nf4
+from finemill.kernels.ops.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_forward
+from finemill.kernels.ops.rms_norm import rms_norm_backward, rms_norm_forward
+from finemill.kernels.ops.swiglu import swiglu_backward, swiglu_forward
+from finemill.kernels.ops.swiglu_lora import swiglu_lora_backward
 
 pytestmark = pytest.mark.gpu
 WIDTH = 8192

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finemill.kernels.launch import INTERPRETED
+from finemill.kernels.ops.launch import INTERPRETED
 
 LAYERS = (
     "test_rank_stabilized_scaling_and_partial_targets",
@@ -21,7 +21,7 @@ OPS = ("adamw", "cross_entropy", "lora", "nf4", "qk_norm_rope", "rms_norm", "swi
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the op tests run the kernels on the GPU")
 @pytest.mark.timeout(600)
 def test_kernels_pass_their_tests_in_the_interpreter():
-    files = [str(Path(__file__).with_name(f"test_{op}.py")) for op in OPS]
+    files = [str(Path(__file__).with_name("ops") / f"test_{op}.py") for op in OPS]
     # The kernels between the ops: whole layers.
     files += [str(Path(__file__).with_name("test_accelerate.py")) + f"::{test}" for test in LAYERS]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]

@@ -17,17 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from triton.runtime.jit import JITFunction
 
-from finemill.kernels import decoder_layer, lora_b, model, projection, swiglu_lora
-from finemill.kernels.adamw import AdamWState
-from finemill.kernels.adapters import LoraPair
-from finemill.kernels.attention import key_heads_at_once, workspace_bytes
-from finemill.kernels.attention_fa4 import LONG, suits
-from finemill.kernels.decoder_layer import Level, Rope
-from finemill.kernels.estimate import workload
-from finemill.kernels.nf4 import NF4Tensor
-from finemill.kernels.packing import PackedBatch, Sequences
-from finemill.kernels.planner import Plan, peak_bytes, plan_step, workload_under
-from finemill.kernels.workload import CUBLAS_WORKSPACE, PADDED_ROWS, block_bytes
+from finemill.kernels.engine import decoder_layer, model, projection
+from finemill.kernels.engine.adapters import LoraPair
+from finemill.kernels.engine.decoder_layer import Rope
+from finemill.kernels.engine.plan import Level, Plan
+from finemill.kernels.ops import lora_b, swiglu_lora
+from finemill.kernels.ops.adamw import AdamWState
+from finemill.kernels.ops.attention import key_heads_at_once, workspace_bytes
+from finemill.kernels.ops.attention_fa4 import LONG, suits
+from finemill.kernels.ops.nf4 import NF4Tensor
+from finemill.kernels.ops.packing import PackedBatch, Sequences
+from finemill.kernels.planning.estimate import workload
+from finemill.kernels.planning.planner import peak_bytes, plan_step, workload_under
+from finemill.kernels.planning.workload import CUBLAS_WORKSPACE, PADDED_ROWS, block_bytes
 
 GIB = 1 << 30
 META = torch.device("meta")

@@ -5,15 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from finemill.kernels import bench_data
-from finemill.kernels.decoder_layer import Level
-from finemill.kernels.estimate import workload
-from finemill.kernels.graphs import GraphRunner
-from finemill.kernels.load import LoraSettings, load_model, quantize_nf4
-from finemill.kernels.nf4 import dequantize_nf4
-from finemill.kernels.packing import pack_rows, pack_sequences
-from finemill.kernels.planner import Plan
-from finemill.kernels.shapes import Buckets, Shapes
+from finemill.kernels.bench import data as bench_data
+from finemill.kernels.engine.graphs import GraphRunner
+from finemill.kernels.engine.load import LoraSettings, load_model, quantize_nf4
+from finemill.kernels.engine.plan import Level, Plan
+from finemill.kernels.engine.shapes import Buckets, Shapes
+from finemill.kernels.ops.nf4 import dequantize_nf4
+from finemill.kernels.ops.packing import pack_rows, pack_sequences
+from finemill.kernels.planning.estimate import workload
 
 pytestmark = pytest.mark.gpu
 LAYERS = 4

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from trl import SFTConfig, SFTTrainer
 
 from finemill.kernels.accelerate import restore_model
-from finemill.kernels.shapes import Buckets, Shapes
+from finemill.kernels.engine.shapes import Buckets, Shapes
 from finemill.kernels.trainer import FastSFTTrainer
 
 pytestmark = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from finemill.components.steps import STEPS
+from finemill.runtime.catalog import STEPS
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@ import pytest
 import yaml
 
 from finemill.commands.pipeline_argument import default_config_file
-from finemill.components.config import parse_config
-from finemill.components.errors import UserError
+from finemill.config import parse_config
+from finemill.errors import UserError
 from finemill.pipelines.align import ALIGN
 from finemill.pipelines.config import AlignConfig, with_optional_fields
 from finemill.pipelines.parameters import run_parameters

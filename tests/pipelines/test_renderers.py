@@ -8,9 +8,9 @@ import yaml
 
 import finemill
 from finemill.cli import main
-from finemill.components.steps import STEPS
 from finemill.pipelines.catalog import PIPELINES
 from finemill.pipelines.graph import SMALL
+from finemill.runtime.catalog import STEPS
 from tests.pipelines.compiled import CompiledTask, read_argo, read_kfp
 
 CLUSTER = """

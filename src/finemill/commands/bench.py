@@ -12,8 +12,8 @@ _PROGRAMS = {
 def execute(name: str, arguments: list[str]) -> int:
     """Hand the arguments to the measuring program. Returns: its exit code."""
     if name == "estimate":
-        from finemill.components.errors import UserError
-        from finemill.kernels.estimate import EstimateError, main
+        from finemill.errors import UserError
+        from finemill.kernels.planning.estimate import EstimateError, main
 
         try:
             return main(arguments)
@@ -25,9 +25,9 @@ def execute(name: str, arguments: list[str]) -> int:
     parser.add_argument("what", choices=list(_PROGRAMS))
     what = parser.parse_args(arguments[:1] or ["--help"]).what
     if what == "kernels":
-        from finemill.kernels.bench import main
+        from finemill.kernels.bench.ops import main
     elif what == "loss":
-        from finemill.kernels.bench_loss import main
+        from finemill.kernels.bench.loss import main
     else:
-        from finemill.kernels.bench_step import main
+        from finemill.kernels.bench.step import main
     return main(arguments[1:])

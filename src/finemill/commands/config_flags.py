@@ -10,8 +10,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from finemill.components.config import ConfigT, parse_config
-from finemill.components.errors import UserError
+from finemill.config import ConfigT, parse_config
+from finemill.errors import UserError
 
 
 def add_config_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:

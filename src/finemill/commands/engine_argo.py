@@ -7,9 +7,9 @@ from typing import Any
 
 from finemill.commands.kubernetes_client import WAITING_IN_VAIN, PodLogs, load_client, readable_errors
 from finemill.commands.run_status import Phase, RunStatus, StepStatus
-from finemill.components.errors import UserError
-from finemill.components.steps import STEPS
+from finemill.errors import UserError
 from finemill.pipelines.graph import Pipeline
+from finemill.runtime.catalog import STEPS
 
 _GROUP, _VERSION = "argoproj.io", "v1alpha1"
 _PHASES: Mapping[str, Phase] = {

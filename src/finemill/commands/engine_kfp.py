@@ -14,11 +14,11 @@ from typing import Any
 from finemill.commands.kfp_pods import KFPPods, StepFacts
 from finemill.commands.kubernetes_client import load_client
 from finemill.commands.run_status import Phase, RunStatus, StepStatus
-from finemill.components.errors import StepError, TemporaryError, UserError
-from finemill.components.steps import STEPS
+from finemill.errors import StepError, TemporaryError, UserError
 from finemill.pipelines.catalog import PIPELINES
 from finemill.pipelines.cluster import ClusterConfig
 from finemill.pipelines.graph import Pipeline
+from finemill.runtime.catalog import STEPS
 
 EXPERIMENT = "finemill"
 SETTLE_S = 15.0

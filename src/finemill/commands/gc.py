@@ -5,9 +5,10 @@ import os
 from datetime import UTC, datetime, timedelta
 
 from finemill.commands.run import local_tracking_uri
-from finemill.components.errors import UserError
-from finemill.components.storage.store import normalize_uri, open_store
-from finemill.components.tracking.server import TRACKING_VARIABLE
+from finemill.errors import UserError
+from finemill.storage.base import normalize_uri
+from finemill.storage.store import open_store
+from finemill.tracking.server import TRACKING_VARIABLE
 
 _GIB = 2**30
 
@@ -20,8 +21,8 @@ def execute(name: str, arguments: list[str]) -> int:
     store = normalize_uri(parsed.store)
     if store.startswith("file:"):
         os.environ.setdefault(TRACKING_VARIABLE, local_tracking_uri(store))
-    from finemill.components.garbage import find_garbage
-    from finemill.components.registry import registered_artifacts
+    from finemill.registry.garbage import find_garbage
+    from finemill.registry.snapshot import registered_artifacts
 
     before = datetime.now(UTC) - timedelta(days=parsed.older_than_days)
     garbage = find_garbage(store, registered_artifacts(), before)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finemill.commands.kubernetes_client import PodLogs, waits_in_vain
-from finemill.components.steps import STEPS
+from finemill.runtime.catalog import STEPS
 
 # `<workflow>.root.<task>.executor(<attempt>)`, or with the `templateDefaults.retryStrategy` that KFP's own manifests
 # give Argo `<workflow>(0).root(0).<task>(0).executor(<attempt>)`; drivers and groups are named otherwise.

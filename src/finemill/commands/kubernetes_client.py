@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from finemill.components.errors import StepError, TemporaryError, UserError
+from finemill.errors import StepError, TemporaryError, UserError
 
 # What a pod waits for in vain, by the reason that its container gives.
 WAITING_IN_VAIN: Mapping[str, str] = {

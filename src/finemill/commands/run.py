@@ -11,12 +11,13 @@ from typing import Any
 from finemill.commands.config_flags import add_config_flags, read_config
 from finemill.commands.pipeline_argument import choose_pipeline, default_config_file
 from finemill.commands.run_display import RunDisplay, print_results
-from finemill.components.base_model.resolve import resolve_base_model
-from finemill.components.config import StepConfig
-from finemill.components.storage.store import local_path, normalize_uri, open_store
+from finemill.config import StepConfig
+from finemill.models.base.resolve import resolve_base_model
 from finemill.pipelines.graph import Pipeline
 from finemill.pipelines.local import for_this_machine, run_locally
 from finemill.pipelines.parameters import run_parameters
+from finemill.storage.base import local_path, normalize_uri
+from finemill.storage.store import open_store
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -48,8 +49,8 @@ def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
     open_store(store).check_writable()
     if base_model := getattr(config, "base_model", None):
         resolve_base_model(base_model)
-    from finemill.components.registry import check_registry_reads, registry_uri
-    from finemill.components.tracking.pipeline import parent_run
+    from finemill.registry.snapshot import check_registry_reads, registry_uri
+    from finemill.tracking.pipeline import parent_run
 
     tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(store)
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri

@@ -4,8 +4,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from finemill.components.artifacts import Manifest, Reference
-from finemill.components.storage.store import fetch_artifact, local_path, read_artifact
+from finemill.artifacts.manifest import Manifest, Reference
+from finemill.storage.base import local_path
+from finemill.storage.store import fetch_artifact, read_artifact
 
 _MARKS = {"done": "done", "reused": "reused", "failed": "FAILED"}
 
@@ -21,7 +22,7 @@ class RunDisplay:
         self._last_plain_line = 0.0
 
     def show(self, event: Mapping[str, Any]) -> None:
-        """Show an event of `finemill.components.progress`; those without a text are for recorders."""
+        """Show an event of `finemill.tracking.progress`; those without a text are for recorders."""
         if "text" not in event:
             return
         position = self._steps.index(event["step"]) + 1

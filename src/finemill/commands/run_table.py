@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TextIO
 
 from finemill.commands.run_status import Engine, RunStatus, StepStatus
-from finemill.components.errors import TemporaryError, UserError
+from finemill.errors import TemporaryError, UserError
 
 POLL_S = 2.0
 BLOCKED_S = 30.0

@@ -3,8 +3,8 @@
 import argparse
 import json
 
-from finemill.components.config import StepConfig
-from finemill.components.steps import STEPS
+from finemill.config import StepConfig
+from finemill.runtime.catalog import STEPS
 
 
 def execute(name: str, arguments: list[str]) -> int:

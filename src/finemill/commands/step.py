@@ -5,8 +5,9 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from finemill.artifacts.manifest import BASE_MODEL
 from finemill.commands.config_flags import add_config_flags, read_config
-from finemill.components.steps import BASE_MODEL, Step, get_step
+from finemill.runtime.catalog import Step, get_step
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -17,8 +18,8 @@ def execute(name: str, arguments: list[str]) -> int:
     if parsed.dry_run:
         print(config.model_dump_json(indent=2))
         return 0
-    from finemill.components.processes import is_main_process
-    from finemill.components.step import assist_step, run_step
+    from finemill.runtime.processes import is_main_process
+    from finemill.runtime.run import assist_step, run_step
 
     inputs = {port: getattr(parsed, port) for port in step.inputs}
     if not is_main_process():

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from finemill.components.base_model.resolve import BUILTIN_MODELS
 from finemill.components.chat_format.template import ChatTemplate, load_template
 from finemill.components.chat_format.tokenize import ChatTokenizer, load_tokenizer
+from finemill.models.base.resolve import BUILTIN_MODELS
 
 BASE = BUILTIN_MODELS["builtin:tiny-qwen3"]
 TOOLS = [

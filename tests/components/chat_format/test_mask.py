@@ -161,7 +161,7 @@ def test_masks_decode_to_exactly_what_the_assistant_says(
 ) -> None:
     from tokenizers import Tokenizer
 
-    from finemill.components.base_model.resolve import BUILTIN_MODELS
+    from finemill.models.base.resolve import BUILTIN_MODELS
 
     decoder = Tokenizer.from_file(str(BUILTIN_MODELS["builtin:tiny-qwen3"] / "tokenizer.json"))
     checked = 0

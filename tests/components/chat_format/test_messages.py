@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from finemill.components.chat_format.messages import DroppedRowError, split_thinking, to_conversation
-from finemill.components.row_shapes import detect_shape
+from finemill.rows.shapes import detect_shape
 
 TOOL = {"name": "get_rate", "description": "Exchange rate", "parameters": {"type": "object", "properties": {}}}
 CALL = {"name": "get_rate", "arguments": {"to": "EUR"}}

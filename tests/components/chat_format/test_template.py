@@ -8,7 +8,7 @@ import pytest
 from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.chat_format.messages import DroppedRowError
 from finemill.components.chat_format.template import ChatTemplate, load_template, template_state
-from finemill.components.errors import UserError
+from finemill.errors import UserError
 
 Conversations = dict[str, tuple[list[dict[str, Any]], Any]]
 
@@ -45,7 +45,7 @@ def test_the_base_models_template_renders_as_its_tokenizer_does(
 ) -> None:
     from transformers import AutoTokenizer
 
-    from finemill.components.base_model.resolve import BUILTIN_MODELS
+    from finemill.models.base.resolve import BUILTIN_MODELS
 
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN_MODELS["builtin:tiny-qwen3"])
     for thinking in (True, False):

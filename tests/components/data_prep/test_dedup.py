@@ -3,10 +3,10 @@ from random import Random
 
 import pytest
 
-from finemill.components.config import parse_config
 from finemill.components.data_prep.clean import SourceCounts, Spool, clean_rows
 from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.data_prep.dedup import Deduplicator, NearDuplicates
+from finemill.config import parse_config
 
 WORDS = [f"word{number}" for number in range(500)]
 

@@ -4,11 +4,11 @@ from pathlib import Path
 import boto3
 import pytest
 
-from finemill.components.config import parse_config
 from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.data_prep.hub import snapshot_dataset
 from finemill.components.data_prep.load import load_source, source_digests
-from finemill.components.errors import UserError
+from finemill.config import parse_config
+from finemill.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

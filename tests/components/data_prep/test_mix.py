@@ -2,11 +2,11 @@ from random import Random
 
 import pytest
 
-from finemill.components.config import parse_config
 from finemill.components.data_prep.clean import Record
 from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.data_prep.mix import apportion, mix_sources
-from finemill.components.errors import UserError
+from finemill.config import parse_config
+from finemill.errors import UserError
 
 
 def records(source: int, count: int, num_characters: int = 10) -> list[Record]:

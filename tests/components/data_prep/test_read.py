@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from finemill.components.data_prep.read import is_data_file, read_rows
-from finemill.components.errors import UserError
+from finemill.errors import UserError
 
 ROWS = [{"question": f"Wie viel ist {n}+1?", "answer": f"“{n + 1}”"} for n in range(3)]
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from finemill.artifacts.dataset import HeldOutRow
 from finemill.components.eval.loss import assistant_losses
-from finemill.components.held_out import HeldOutRow
 
 
 @dataclass

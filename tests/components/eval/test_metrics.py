@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from finemill.artifacts.dataset import HeldOutRow
 from finemill.components.eval.metrics import (
     metric_part,
     paired_rate_error,
@@ -13,8 +14,7 @@ from finemill.components.eval.metrics import (
     weighted_mean,
 )
 from finemill.components.eval.sample import Sample, rouge_scores, score_answer
-from finemill.components.generation import Answer
-from finemill.components.held_out import HeldOutRow
+from finemill.models.generation import Answer
 
 STOPS = ["<|im_end|>"]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from finemill.components.context import StepContext
 from finemill.components.eval.chart import nice_ticks, training_chart
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.metrics import summarize
 from finemill.components.eval.report import segments, write_reports
 from finemill.components.eval.sample import Sample
+from finemill.runtime.context import StepContext
 
 HOSTILE = '<script>alert("x")</script><img src=https://example.org/x onerror=alert(1)>" data-x="'
 

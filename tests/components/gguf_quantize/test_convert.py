@@ -11,8 +11,6 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoTokenizer
 
-from finemill.components.causal_lm import load_causal_lm
-from finemill.components.errors import StepError, UserError
 from finemill.components.gguf_quantize import ggml
 from finemill.components.gguf_quantize.config import Quantization
 from finemill.components.gguf_quantize.convert import SourceModel, rope_parameters
@@ -21,6 +19,8 @@ from finemill.components.gguf_quantize.mixture import tensor_type
 from finemill.components.gguf_quantize.verify import check_tokenization, kl_divergence
 from finemill.components.gguf_quantize.vocabulary import pre_tokenizer_name
 from finemill.components.gguf_quantize.write import WrittenFile, write_gguf
+from finemill.errors import StepError, UserError
+from finemill.models.causal_lm import load_causal_lm
 
 TEXT = "Ann has 12 apples and gives 345 away; how many are left of 1000000? It's fine."
 

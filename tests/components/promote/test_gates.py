@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finemill.components.config import parse_config
-from finemill.components.errors import UserError
 from finemill.components.promote.bootstrap import lower_bound
 from finemill.components.promote.config import PromoteConfig
 from finemill.components.promote.gates import check_gates
 from finemill.components.promote.scores import Scores
+from finemill.config import parse_config
+from finemill.errors import UserError
 
 
 def scores(folder: Path, rows: list[dict[str, Any]], metrics: dict[str, float] | None = None) -> Scores:

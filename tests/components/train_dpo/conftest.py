@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from finemill.components.artifacts import Producer
-from finemill.components.context import Checkpoints, StepContext
-from finemill.components.step import run_step
-from finemill.components.storage.store import fetch_artifact
+from finemill.artifacts.manifest import Producer
+from finemill.runtime.context import Checkpoints, StepContext
+from finemill.runtime.run import run_step
+from finemill.storage.store import fetch_artifact
 
 
 @dataclass

@@ -1,8 +1,8 @@
 import pytest
 
-from finemill.components.config import parse_config
-from finemill.components.errors import UserError
 from finemill.components.train_dpo.config import TrainDPOConfig
+from finemill.config import parse_config
+from finemill.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from finemill.components.step import run_step
-from finemill.components.storage.store import fetch_artifact
 from finemill.components.train_dpo.rows import load_pairs
+from finemill.runtime.run import run_step
+from finemill.storage.store import fetch_artifact
 
 FILE = Path(__file__).parents[4] / "shared" / "data" / "dpo_en_demo.json"
 BASE = "builtin:tiny-qwen3"

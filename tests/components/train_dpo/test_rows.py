@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from finemill.components.errors import UserError
 from finemill.components.train_dpo.rows import load_pairs, split_pair
+from finemill.errors import UserError
 
 SCHEMA = pa.schema(
     [(name, pa.list_(pa.int32())) for name in ("input_ids", "labels", "rejected_input_ids", "rejected_labels")]

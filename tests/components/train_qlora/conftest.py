@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finemill.components.artifacts import Producer
-from finemill.components.base_model.resolve import BUILTIN_MODELS
-from finemill.components.context import Checkpoints, StepContext
-from finemill.components.example_data.reasoning import reasoning_problem
+from finemill.artifacts.manifest import Producer
+from finemill.models.base.resolve import BUILTIN_MODELS
+from finemill.rows.examples.reasoning import reasoning_problem
+from finemill.runtime.context import Checkpoints, StepContext
 
 
 @dataclass

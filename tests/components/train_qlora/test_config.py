@@ -1,10 +1,10 @@
 import pytest
 
-from finemill.components.artifacts import Producer
-from finemill.components.config import parse_config
-from finemill.components.errors import UserError
-from finemill.components.step import _output_key
+from finemill.artifacts.manifest import Producer
 from finemill.components.train_qlora.config import TrainQLoRAConfig
+from finemill.config import parse_config
+from finemill.errors import UserError
+from finemill.runtime.run import _output_key
 
 
 def output_key(**values: object) -> str:

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finemill.components.errors import UserError
 from finemill.components.train_qlora.rows import load_rows
+from finemill.errors import UserError
 
 
 def write_split(folder: Path, rows: list[dict[str, list[int]]]) -> Path:

@@ -1,0 +1,82 @@
+"""The step `chat-format`: rows in, token ids and labels out."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from finemill.components.chat_format.config import ChatFormatConfig
+from finemill.components.chat_format.dataset import DatasetWriter
+from finemill.components.chat_format.example import Draft, Example, Formatter
+from finemill.components.chat_format.messages import DroppedRowError
+from finemill.components.chat_format.report import SplitCounts, write_report
+from finemill.components.chat_format.template import load_template
+from finemill.components.chat_format.tokenize import load_tokenizer
+from finemill.errors import UserError
+from finemill.runtime.context import StepContext
+
+SPLITS = ("train", "validation", "test")
+_BATCH_ROWS = 1000
+
+
+def run(
+    *, rows: Path, base_model: Path, output_dir: Path, config: ChatFormatConfig, context: StepContext
+) -> Mapping[str, float]:
+    """Turn rows into messages, render and tokenize them, and label what the assistant says.
+
+    Writes train.parquet, validation.parquet and test.parquet (`dataset.SCHEMA`), chat_template.jinja, chat.jsonl (the
+    training conversations) and dataset.json.
+    Raises: UserError: a base without tokenizer or template, or no training row is left.
+    """
+    tokenizer = load_tokenizer(base_model)
+    template = load_template(base_model, config.chat_template_path, tokenizer.named_tokens)
+    formatter = Formatter(tokenizer, template, config)
+    counts = {split: SplitCounts() for split in SPLITS}
+    with (output_dir / "chat.jsonl").open("w", encoding="utf-8") as chat:
+        for split in SPLITS:
+            with DatasetWriter(output_dir / f"{split}.parquet") as writer:
+                for batch in _read_batches(rows / f"{split}.parquet"):
+                    examples = list(_format_batch(formatter, batch, counts[split], unroll=split == "train"))
+                    writer.write(examples)
+                    if split == "train":
+                        chat.writelines(example.chat_line for example in examples)
+                    context.recorder.log_progress(f"{split}: {counts[split].read} rows")
+    if not counts["train"].examples:
+        reasons = ", ".join(f"{reason} {number}" for reason, number in counts["train"].dropped.most_common(4))
+        raise UserError(f"no training row is left of {counts['train'].read} (left out: {reasons or 'none'})")
+    (output_dir / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+    return write_report(output_dir / "dataset.json", counts, tokenizer, template)
+
+
+def _read_batches(path: Path) -> Iterator[list[dict[str, Any]]]:
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+            yield batch.to_pylist()
+
+
+def _format_batch(
+    formatter: Formatter, batch: list[dict[str, Any]], counts: SplitCounts, *, unroll: bool
+) -> Iterator[Example]:
+    """Render row by row, tokenize all at once: the tokenizer works in parallel."""
+    drafts: list[Draft] = []
+    for record in batch:
+        counts.read += 1
+        try:
+            row_drafts = formatter.drafts(record, json.loads(record["row"]), unroll=unroll)
+        except DroppedRowError as reason:
+            counts.dropped[str(reason)] += 1
+        else:
+            drafts += row_drafts
+    tokens = formatter.tokenizer.encode([draft.text for draft in drafts])
+    rejected = iter(formatter.tokenizer.encode([draft.rejected.text for draft in drafts if draft.rejected]))
+    for draft, draft_tokens in zip(drafts, tokens, strict=True):
+        rejected_tokens = next(rejected) if draft.rejected else None
+        try:
+            example = formatter.finish(draft, draft_tokens, rejected_tokens)
+        except DroppedRowError as reason:
+            counts.dropped[str(reason)] += 1
+        else:
+            counts.add(example)
+            yield example

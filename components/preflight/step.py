@@ -1,0 +1,92 @@
+"""The checks that run before anything is spent: seconds on a CPU instead of a GPU that finds out after an hour."""
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from finemill.components.preflight.base_model import BaseFacts, inspect_base_model
+from finemill.components.preflight.config import PreflightConfig
+from finemill.components.preflight.memory import estimate_memory
+from finemill.config import StepConfig, parse_config
+from finemill.errors import TemporaryError, UserError
+from finemill.runtime.catalog import STEPS
+from finemill.runtime.context import StepContext
+from finemill.training.config import LoRATrainingConfig
+
+TIMEOUT_S = 10.0
+_TRACKED_SECTIONS = ("register", "promote")
+
+
+def check_time(inputs: Mapping[str, str], config: PreflightConfig) -> dict[str, str]:
+    """The state that a check depends on is that of the world: each run checks anew."""
+    return {"checked": datetime.now(UTC).isoformat()}
+
+
+def run(*, output_dir: Path, config: PreflightConfig, context: StepContext) -> dict[str, float]:
+    """Check that a run can succeed; the harness has written to the store before.
+
+    Returns: metrics; the estimates are in `plan.json` too, with the base model's exact revision.
+    Raises: UserError: a configuration is wrong, no such base model, too little GPU memory, no credentials.
+        TemporaryError: a service is out of reach.
+    """
+    parsed = check_configs(config)
+    if any(section in config.steps for section in _TRACKED_SECTIONS):
+        check_tracking_server(os.environ.get("MLFLOW_TRACKING_URI"))
+    base = inspect_base_model(config.base_model) if config.base_model else None
+    metrics: dict[str, float] = {}
+    training = next((item for item in parsed.values() if isinstance(item, LoRATrainingConfig)), None)
+    if base and training:
+        metrics["preflight/gpu_memory_gib"] = check_memory(base, training, config.gpu_memory_gib)
+    plan = {
+        "base_model": base.id if base else None,
+        "store": context.store,
+        "steps": {section: item.model_dump(mode="json") for section, item in parsed.items()},
+        **metrics,
+    }
+    (output_dir / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
+    return metrics
+
+
+def check_configs(config: PreflightConfig) -> dict[str, StepConfig]:
+    """Parse every section. Raises: UserError: names the section and the key."""
+    models = {step.config_section: step.config for step in STEPS.values()}
+    unknown = sorted(set(config.steps) - set(models))
+    if unknown:
+        raise UserError(f"preflight: no step reads the section {', '.join(unknown)}; allowed are {', '.join(models)}")
+    return {section: parse_config(models[section], values, section) for section, values in config.steps.items()}
+
+
+def check_tracking_server(uri: str | None) -> None:
+    """Ask an HTTP tracking server for its health and for one registered model."""
+    if not uri:
+        raise UserError("MLFLOW_TRACKING_URI is not set: register and promote need a tracking server")
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=TIMEOUT_S):
+            pass
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise UserError(f"{uri} answers {error.code}: check the credentials in MLFLOW_TRACKING_USERNAME") from None
+        raise TemporaryError(f"{uri} answers {error.code} {error.reason}") from None
+    except OSError as error:
+        raise TemporaryError(
+            f"{uri} (MLFLOW_TRACKING_URI) is out of reach: {getattr(error, 'reason', error)}"
+        ) from None
+
+
+def check_memory(base: BaseFacts, training: LoRATrainingConfig, gpu_memory_gib: float | None) -> float:
+    """The estimated peak of a training step, GiB. Raises: UserError: the GPU asked for has less."""
+    estimate = estimate_memory(base.config, training)
+    if gpu_memory_gib is not None and estimate.total > gpu_memory_gib:
+        raise UserError(
+            f"training {base.id} needs about {estimate.total:.1f} GiB (weights {estimate.weights:.1f}, adapters "
+            f"{estimate.adapters:.1f}, activations {estimate.activations:.1f}, logits {estimate.logits:.1f}), the GPU "
+            f"has {gpu_memory_gib:g}: lower per_device_train_batch_size ({training.per_device_train_batch_size}) or "
+            f"max_length ({training.max_length}), or ask for a larger GPU"
+        )
+    return estimate.total

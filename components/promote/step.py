@@ -1,0 +1,169 @@
+"""Compare a registered version with the champion, and make it champion if every gate passes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finemill.artifacts.manifest import Reference
+from finemill.components.promote.config import PromoteConfig
+from finemill.components.promote.decision import Decision, summarize
+from finemill.components.promote.gates import check_gates
+from finemill.components.promote.scores import Scores
+from finemill.errors import GateFailedError, TemporaryError, UserError
+from finemill.registry.champion import comparable_evaluation
+from finemill.registry.snapshot import (
+    CHALLENGER,
+    CHAMPION,
+    COMPARED_TAG,
+    DECISION_TAG,
+    PREVIOUS_CHAMPION,
+    ROLLED_BACK_TAG,
+    RegisteredModel,
+    Version,
+    locked,
+    read_registered_model,
+    registry_state_of,
+    registry_uri,
+)
+from finemill.runtime.context import StepContext
+from finemill.storage.store import fetch_artifact
+from finemill.tracking.server import open_client, readable_errors
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_NONE = "none"
+
+
+def champion_state(inputs: Mapping[str, str], config: PromoteConfig) -> dict[str, str]:
+    """The champion that the version is compared with, and whether the version was rolled back.
+
+    The same before and after the version has become champion itself, and another one when the champion has changed.
+    """
+    record = _read_record(fetch_artifact(Reference.parse(inputs["version"]))[0])
+    model, version = _find(record)
+    return {
+        "registered_model": registry_state_of(model),
+        "champion": _compared_with(model, version),
+        "rolled_back": version.tags.get(ROLLED_BACK_TAG, ""),
+    }
+
+
+def run(
+    *, version: Path, evaluation: Path, output_dir: Path, config: PromoteConfig, context: StepContext
+) -> dict[str, float]:
+    """Decide, move the aliases under the registry's lock, and write the decision.
+
+    Raises: UserError: the version is not in the registry, or the champion cannot be scored. TemporaryError: the
+        champion changed meanwhile. GateFailedError: not promoted, and `strict` is set.
+    """
+    model, challenger = _find(_read_record(version))
+    registered = challenger.artifact("evaluation")
+    if registered is None or registered.digest != Reference.parse(context.references["evaluation"]).digest:
+        raise UserError(
+            f"promote: {model.name} version {challenger.number} was registered with another evaluation than "
+            f"{context.references['evaluation']}: pass the one that register got"
+        )
+    expected = _compared_with(model, challenger)
+    decision = _decide(model, challenger, expected, Scores(evaluation), config, context)
+    uri = registry_uri()
+    client = open_client(uri)
+    with readable_errors(uri), locked(client, model, context.store):
+        _apply(client, decision, expected)
+    context.recorder.log_progress(f"{model.name} version {challenger.number}: {decision.summary}")
+    if config.strict and not decision.promoted:
+        raise GateFailedError(f"{model.name} version {challenger.number} {decision.summary}")
+    decision.write(output_dir)
+    return {"promote/promotion_passed": float(decision.promoted), "promote/version": float(challenger.number)}
+
+
+def _decide(
+    model: RegisteredModel,
+    challenger: Version,
+    expected: str,
+    scores: Scores,
+    config: PromoteConfig,
+    context: StepContext,
+) -> Decision:
+    champion = model.versions.get(int(expected)) if expected != _NONE else None
+    champion_evaluation: Reference | None = None
+    theirs: Scores | None = None
+    if champion is not None:
+        champion_evaluation = comparable_evaluation(model, champion, context.manifests["evaluation"], context)
+        theirs = Scores(fetch_artifact(champion_evaluation)[0])
+    gates = check_gates(scores, theirs, config)
+    rolled_back = challenger.tags.get(ROLLED_BACK_TAG)
+    refusal = f"it was champion and was rolled back on {rolled_back}" if rolled_back else None
+    summary = summarize(gates, champion.number if champion else None, refusal)
+    promoted = refusal is None and all(gate.passed for gate in gates)
+    if not promoted and model.aliases.get(CHAMPION) == challenger.number:
+        summary += "; it stays champion until `finemill rollback` or another version is promoted"
+    return Decision(
+        registered_model_name=model.name,
+        version=challenger.number,
+        champion_before=champion.number if champion else None,
+        promoted=promoted,
+        summary=summary,
+        confidence=config.confidence,
+        gates=gates,
+        evaluation=context.references["evaluation"],
+        champion_evaluation=str(champion_evaluation) if champion_evaluation else None,
+    )
+
+
+def _apply(client: "MlflowClient", decision: Decision, expected: str) -> None:
+    """Record the decision and move the aliases, in an order that a crash at any point leaves to be repeated.
+
+    The champion moves last: until then it is the old one, and `previous_champion` names it too, which is no rollback.
+    """
+    name, number = decision.registered_model_name, str(decision.version)
+    _check_champion(name, decision.version, expected)
+    client.set_model_version_tag(name, number, DECISION_TAG, decision.summary)
+    if not decision.promoted:
+        return
+    client.set_model_version_tag(name, number, COMPARED_TAG, expected)
+    if expected != _NONE:
+        client.set_registered_model_alias(name, PREVIOUS_CHAMPION, expected)
+    client.set_registered_model_alias(name, CHAMPION, number)
+    _check_champion(name, decision.version, expected)
+    aliases = client.get_registered_model(name).aliases
+    if str(aliases.get(CHAMPION)) != number:
+        raise TemporaryError(f"promote: somebody else moved the champion of {name} at the same moment: try again")
+    if str(aliases.get(CHALLENGER)) == number:
+        client.delete_registered_model_alias(name, CHALLENGER)
+
+
+def _check_champion(name: str, number: int, expected: str) -> None:
+    model = read_registered_model(name)
+    version = model.versions.get(number) if model else None
+    found = _compared_with(model, version) if model and version else "deleted"
+    if found != expected:
+        raise TemporaryError(
+            f"promote: the champion of {name} changed from version {expected} to {found} meanwhile: try again, and "
+            "the new version is compared with that one"
+        )
+
+
+def _compared_with(model: RegisteredModel, version: Version) -> str:
+    """The number of the champion that `version` has to beat: the one before, once it is champion itself."""
+    number = model.aliases.get(CHAMPION)
+    if number == version.number:
+        return version.tags.get(COMPARED_TAG, _NONE)
+    return _NONE if number is None else str(number)
+
+
+def _find(record: Mapping[str, Any]) -> tuple[RegisteredModel, Version]:
+    name, number = record["registered_model_name"], record["version"]
+    model = read_registered_model(name)
+    if model is None or number not in model.versions:
+        raise UserError(
+            f"promote: the registry has no version {number} of '{name}': register it there, or correct "
+            "MLFLOW_TRACKING_URI"
+        )
+    return model, model.versions[number]
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "version.json").read_text())
+    return record

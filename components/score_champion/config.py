@@ -1,0 +1,3 @@
+"""Configuration of `score-champion`: whose champion is scored."""
+
+from finemill.registry.config import RegisterConfig as RegisterConfig

@@ -1,0 +1,79 @@
+"""Train LoRA adapters on the 4-bit base with TRL and PEFT."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from finemill.components.train_qlora.config import TrainQLoRAConfig
+from finemill.components.train_qlora.rows import load_rows
+from finemill.errors import UserError
+from finemill.runtime.context import StepContext
+from finemill.training.adapter import keep_adapters_in_float32, lora_config
+from finemill.training.quantized_base import load_base
+from finemill.training.trainer import choose_device, run_training, shared_arguments
+
+
+def run(
+    *, base_model: Path, dataset: Path, output_dir: Path, config: TrainQLoRAConfig, context: StepContext
+) -> dict[str, float]:
+    """Train on the dataset's train split and write the adapter, its tokenizer and `training.json` to `output_dir`.
+
+    Returns: the last logged loss, tokens and steps, seconds, tokens per second, peak memory in bytes.
+    Raises: UserError: unusable rows, a loss that is not finite, a checkpoint of another training.
+        TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
+    """
+    device = choose_device()
+    tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
+
+    def build(scratch: Path) -> SFTTrainer:
+        return build_trainer(base_model, dataset, tokenizer, scratch, config, device)
+
+    return run_training(build, tokenizer, output_dir, config, context)
+
+
+def build_trainer(
+    base_model: Path,
+    dataset: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    scratch: Path,
+    config: TrainQLoRAConfig,
+    device: torch.device,
+) -> SFTTrainer:
+    """TRL's trainer on rows that are tokenized and labelled already."""
+    trainer = _trainer_class(config, device)(
+        model=load_base(base_model, config, device),
+        args=_arguments(config, scratch, device),
+        train_dataset=load_rows(dataset, "train", config.max_length),
+        eval_dataset=load_rows(dataset, "validation", config.max_length) if config.eval_steps else None,
+        processing_class=tokenizer,
+        peft_config=lora_config(config),
+    )
+    acceleration = getattr(trainer, "acceleration", None)
+    if acceleration is None or not acceleration.active:
+        if config.kernels == "on":
+            reason = acceleration.reason if acceleration else "there is no GPU"
+            raise UserError(f"kernels: on, but they cannot run here ({reason}): use kernels: auto or off")
+        keep_adapters_in_float32(trainer.model)
+    return trainer
+
+
+def _trainer_class(config: TrainQLoRAConfig, device: torch.device) -> Any:
+    """TRL's trainer, or the one of the same interface that runs its steps on finemill's kernels."""
+    if config.kernels == "off" or device.type != "cuda":
+        return SFTTrainer
+    from finemill.kernels.trainer import FastSFTTrainer
+
+    return FastSFTTrainer
+
+
+def _arguments(config: TrainQLoRAConfig, scratch: Path, device: torch.device) -> SFTConfig:
+    return SFTConfig(
+        **shared_arguments(config, scratch, device),
+        # load_rows has cut the rows; only packing is left to the trainer.
+        packing=config.packing,
+        dataset_kwargs={"skip_prepare_dataset": not config.packing},
+        train_sampling_strategy=config.train_sampling_strategy,
+    )

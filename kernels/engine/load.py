@@ -1,0 +1,333 @@
+"""Read a Hugging Face checkpoint straight into the engine: no transformers, PEFT or bitsandbytes import.
+
+Those imports take longer than reading the weights of an 8B model (3.5 to 5.5 s; results.md). Threads read the
+safetensors files into pinned buffers while the device quantizes what has arrived, with bitsandbytes' own library called
+through ctypes, so that the NF4 codes are its codes.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import json
+import math
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finemill.kernels.engine.adapters import LoraPair
+from finemill.kernels.engine.host_memory import pin
+from finemill.kernels.engine.model import GROUPS, FastModel, LayerParts, assemble_model
+from finemill.kernels.engine.plan import LayerShape
+from finemill.kernels.ops.nf4 import NF4Tensor
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+READERS = 6
+IN_FLIGHT = 12
+"""Tensors read ahead; with 8B's widest matrices about 1.2 GB of pinned memory."""
+LINEARS = tuple(name for group in GROUPS for name in group)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Rank, alpha and dropout of the adapters to add to all seven linear layers."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+
+@dataclass
+class Rotary:
+    """cos and sin tables from a configuration: the default and Llama 3's scaled frequencies."""
+
+    config: dict[str, Any]
+    head_dim: int
+    device: torch.device
+
+    def __call__(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin (1, positions, D) of like's dtype."""
+        angles = position_ids[..., None].float() * self._frequencies()
+        both = torch.cat((angles, angles), dim=-1)
+        return both.cos().to(like.dtype), both.sin().to(like.dtype)
+
+    def _frequencies(self) -> Tensor:
+        parameters = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        theta = float(parameters.get("rope_theta") or self.config.get("rope_theta", 10000.0))
+        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.int64).to(self.device, torch.float32) / self.head_dim
+        inverse: Tensor = 1.0 / (theta**exponent)
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind == "default":
+            return inverse
+        if kind != "llama3":
+            raise ValueError(f"rope_type is {kind!r}: this loader knows 'default' and 'llama3'; load with transformers")
+        old = parameters["original_max_position_embeddings"]
+        low, high, factor = (float(parameters[k]) for k in ("low_freq_factor", "high_freq_factor", "factor"))
+        wavelength = 2 * math.pi / inverse
+        smooth: Tensor = ((old / wavelength - low) / (high - low)).clamp(0, 1)
+        return (1 - smooth) * inverse / factor + smooth * inverse
+
+
+def load_model(
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    quantize: bool = True,
+    lora: LoraSettings | None = None,
+    embedding_on_host: bool = False,
+) -> tuple[FastModel, dict[str, nn.Parameter]]:
+    """Load a checkpoint of the Llama family with fresh adapters (A uniform, B zero, as PEFT starts them).
+
+    Args:
+        path: folder with config.json and safetensors files.
+        device: where to compute.
+        dtype: compute dtype.
+        quantize: NF4 with double quantization for the seven linear layers, else `dtype`.
+        lora: adapters to add.
+        embedding_on_host: keep an untied embedding in pinned host memory.
+    Returns: the engine, and the LoRA parameters under PEFT's names (from "layers." on).
+    """
+    config = json.loads((path / "config.json").read_text())
+    lora = lora or LoraSettings()
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    shape = LayerShape(
+        config["hidden_size"],
+        config["intermediate_size"],
+        heads,
+        config.get("num_key_value_heads", heads),
+        head_dim,
+        config["rms_norm_eps"],
+    )
+    found: dict[str, NF4Tensor | Tensor] = {}
+    for name, tensor in _stream_tensors(path, device):
+        linear = quantize and name.endswith("_proj.weight")
+        if linear:
+            found[name] = quantize_nf4(tensor.to(dtype))
+        elif name == "model.embed_tokens.weight" and embedding_on_host and not config["tie_word_embeddings"]:
+            found[name] = pin(tensor.to(dtype))
+        else:
+            found[name] = tensor.to(dtype)
+    parameters: dict[str, nn.Parameter] = {}
+    parts = [_layer_parts(found, index, lora, parameters, device) for index in range(config["num_hidden_layers"])]
+    embedding = found["model.embed_tokens.weight"]
+    model = assemble_model(
+        parts,
+        shape,
+        embedding=embedding,  # type: ignore[arg-type]
+        final_norm=found["model.norm.weight"],  # type: ignore[arg-type]
+        head=found.get("lm_head.weight", embedding),  # type: ignore[arg-type]
+        rotary=Rotary(config, head_dim, device),
+        dropout=lora.dropout,
+    )
+    return model, parameters
+
+
+def _layer_parts(
+    found: dict[str, NF4Tensor | Tensor],
+    index: int,
+    lora: LoraSettings,
+    parameters: dict[str, nn.Parameter],
+    device: torch.device,
+) -> LayerParts:
+    prefix = f"model.layers.{index}."
+
+    def tensor(name: str) -> Any:
+        return found.pop(prefix + name, None)
+
+    weights, biases, pairs = {}, {}, {}
+    for name in LINEARS:
+        module = f"self_attn.{name}" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else f"mlp.{name}"
+        weights[name] = tensor(f"{module}.weight")
+        biases[name] = tensor(f"{module}.bias")
+        n, k = weights[name].shape
+        a = torch.empty((lora.rank, k), dtype=torch.float32, device=device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        b = torch.zeros((n, lora.rank), dtype=torch.float32, device=device)
+        pair = LoraPair(nn.Parameter(a), nn.Parameter(b), lora.alpha / lora.rank)
+        pairs[name] = pair
+        parameters[f"layers.{index}.{module}.lora_A.default.weight"] = pair.a
+        parameters[f"layers.{index}.{module}.lora_B.default.weight"] = pair.b
+    return LayerParts(
+        weights,
+        biases,
+        pairs,
+        tensor("input_layernorm.weight"),
+        tensor("post_attention_layernorm.weight"),
+        tensor("self_attn.q_norm.weight"),
+        tensor("self_attn.k_norm.weight"),
+    )
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    begin: int
+    size: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def _entries(path: Path) -> dict[str, _Entry]:
+    """Where every tensor of the checkpoint lies, from the safetensors headers."""
+    found = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                found[name] = _Entry(
+                    file, 8 + length + begin, end - begin, DTYPES[entry["dtype"]], tuple(entry["shape"])
+                )
+    if not found:
+        raise FileNotFoundError(f"no *.safetensors in {path}: pass the folder of a Hugging Face checkpoint")
+    return found
+
+
+def _stream_tensors(path: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor on the device), read by threads a few tensors ahead."""
+    entries = _entries(path)
+    wanted: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for name in [*entries, *([None] * READERS)]:
+        wanted.put(name)
+    ready: queue.Queue[tuple[str, Tensor] | BaseException] = queue.Queue(IN_FLIGHT)
+    cuda = device.type == "cuda"
+
+    def read() -> None:
+        try:
+            while (name := wanted.get()) is not None:
+                entry = entries[name]
+                buffer = torch.empty(entry.size, dtype=torch.uint8, pin_memory=cuda)
+                with entry.file.open("rb", buffering=0) as stream:
+                    stream.seek(entry.begin)
+                    view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+                    done = 0
+                    while done < entry.size:
+                        count = stream.readinto(view[done:])
+                        if not count:
+                            raise EOFError(f"{entry.file} ends inside {name}: the checkpoint is incomplete")
+                        done += count
+                ready.put((name, buffer.view(entry.dtype).view(entry.shape)))
+        except BaseException as error:
+            ready.put(error)
+
+    threads = [threading.Thread(target=read, daemon=True) for _ in range(READERS)]
+    for thread in threads:
+        thread.start()
+    for _ in entries:
+        item = ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        yield item[0], item[1].to(device, non_blocking=True)
+
+
+@functools.cache
+def _bitsandbytes_library() -> Any:
+    """Load bitsandbytes' CUDA library for torch's CUDA version, or the highest packaged one below it."""
+    spec = importlib.util.find_spec("bitsandbytes")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("bitsandbytes is not installed: NF4 quantization is its library's")
+    wanted = int(str(torch.version.cuda).replace(".", ""))
+    names = {
+        int(file.stem.removeprefix("libbitsandbytes_cuda")): file
+        for file in Path(spec.origin).parent.glob("libbitsandbytes_cuda*.so")
+    }
+    fitting = [version for version in names if version // 10 == wanted // 10 and version <= wanted]
+    if not fitting:
+        raise ModuleNotFoundError(
+            f"bitsandbytes has CUDA libraries {sorted(names)}, none for CUDA {torch.version.cuda}"
+        )
+    library = ctypes.CDLL(str(names[max(fitting)]))
+    for function in (library.cquantize_blockwise_bf16_nf4, library.cquantize_blockwise_fp16_nf4):
+        function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int32] * 2
+    library.cquantize_blockwise_fp32.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int32] * 2
+    return library
+
+
+def nf4_codebook(device: torch.device) -> Tensor:
+    """The 16 levels of NF4: QLoRA, appendix E."""
+    levels = [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+    return torch.tensor(levels, dtype=torch.float32, device=device)
+
+
+def dynamic_codebook(device: torch.device) -> Tensor:
+    """The 256 levels of signed 8-bit dynamic quantization: Dettmers (arXiv 1511.04561), as bitsandbytes spaces them."""
+    levels = [0.0, 1.0]
+    for exponent in range(7):
+        boundaries = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = (boundaries[:-1] + boundaries[1:]) / 2.0
+        scaled = (10 ** (exponent - 6)) * means
+        levels += scaled.tolist() + (-scaled).tolist()
+    return torch.tensor(sorted(levels), dtype=torch.float32).to(device)
+
+
+def quantize_nf4(weight: Tensor) -> NF4Tensor:
+    """Quantize a matrix (N, K) to NF4 with double-quantized scales, code for code as bitsandbytes does.
+
+    On a GPU bitsandbytes' library is called directly; on the CPU through its Python package.
+    """
+    if not weight.is_cuda:
+        import bitsandbytes
+
+        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        parameter = nn.Parameter(packed, requires_grad=False)
+        parameter.quant_state = state  # type: ignore[attr-defined]
+        return NF4Tensor.from_bitsandbytes(parameter)
+    library, device, blocksize, nested = _bitsandbytes_library(), weight.device, 64, 256
+    weight = weight.contiguous()
+    count = weight.numel()
+    blocks = -(-count // blocksize)
+    packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=device)
+    scales = torch.empty(blocks, dtype=torch.float32, device=device)
+    quantize = {
+        torch.bfloat16: library.cquantize_blockwise_bf16_nf4,
+        torch.float16: library.cquantize_blockwise_fp16_nf4,
+    }[weight.dtype]
+    # The library launches on the default stream; so does everything during loading.
+    quantize(None, weight.data_ptr(), scales.data_ptr(), packed.data_ptr(), blocksize, count)
+    offset = scales.mean()
+    centred = scales - offset
+    code = dynamic_codebook(device)
+    absmax = torch.empty(blocks, dtype=torch.uint8, device=device)
+    nested_absmax = torch.empty(-(-blocks // nested), dtype=torch.float32, device=device)
+    library.cquantize_blockwise_fp32(
+        code.data_ptr(), centred.data_ptr(), nested_absmax.data_ptr(), absmax.data_ptr(), nested, blocks
+    )
+    n, k = weight.shape
+    return NF4Tensor(
+        packed,
+        absmax,
+        nf4_codebook(device),
+        code,
+        nested_absmax,
+        offset.reshape(1),
+        (n, k),
+        weight.dtype,
+        blocksize,
+        nested,
+    )

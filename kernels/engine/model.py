@@ -1,0 +1,368 @@
+"""The whole decoder: embedding, layers, loss head and the flat adapters, as one forward and one backward.
+
+One autograd node covers the model (`ModelLoss`), so that the engine decides itself when each layer's saved tensors are
+dropped, parked in host memory or fetched back, and when each weight is decoded. The plan (planner.py) carries these
+decisions; every plan gives bitwise equal gradients.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finemill.kernels.engine.adapters import FlatAdapters, LoraPair
+from finemill.kernels.engine.decoder_layer import DecoderLayer, Rope, Saved
+from finemill.kernels.engine.host_memory import HostArena, gather_rows
+from finemill.kernels.engine.loss_head import HeadResult, loss_head
+from finemill.kernels.engine.plan import LayerShape, Level, Plan
+from finemill.kernels.engine.projection import Projection
+from finemill.kernels.engine.weight_stream import WeightStream
+from finemill.kernels.ops.attention import fitting_backend
+from finemill.kernels.ops.lora import LoRADropout
+from finemill.kernels.ops.nf4 import NF4Tensor
+from finemill.kernels.ops.packing import PackedBatch
+
+# T tokens, H model width, V vocabulary
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""The seven linear layers by the input they share, under transformers' names."""
+
+
+@dataclass
+class LayerParts:
+    """What one decoder layer is made of: frozen weights and biases by linear layer's name, norms, LoRA pairs.
+
+    A `weights` entry of a 16-bit layer is replaced by a view of its extended copy, so that nothing is held twice.
+    """
+
+    weights: dict[str, NF4Tensor | Tensor]
+    biases: dict[str, Tensor | None]
+    pairs: dict[str, LoraPair]
+    input_norm: Tensor
+    post_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+@dataclass
+class ForwardState:
+    """What a forward leaves for the backward."""
+
+    batch: PackedBatch
+    rope: Rope
+    saved: list[Saved]
+    parked: list[dict[str, Any]]
+    grad: Tensor
+    plan: Plan
+
+
+@dataclass
+class FastModel:
+    """A causal language model of the Llama family on our kernels.
+
+    Args:
+        layers: decoder layers.
+        embedding: (V, H), on the device or in pinned host memory.
+        final_norm: (H,).
+        eps: of the final norm.
+        head: (V, H); the embedding itself where they are tied.
+        rotary: gives cos and sin tables (1, positions, D) of the dtype of its first argument for position_ids (1, n),
+            as transformers' rotary modules do.
+        adapters: flat LoRA tensors.
+        plan: what to keep, where; see planner.py.
+        arena: host memory for what the plan parks; made when it is needed.
+    """
+
+    layers: list[DecoderLayer]
+    embedding: Tensor
+    final_norm: Tensor
+    eps: float
+    head: Tensor
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    adapters: FlatAdapters
+    plan: Plan
+    dropout_seed: Tensor | None = None
+    arena: HostArena | None = None
+    _tables: tuple[Tensor, Tensor] | None = None
+    _scratch: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _stream: WeightStream | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.adapters.device
+
+    @property
+    def grad_pad(self) -> int:
+        """Spare columns of the residual stream's gradient."""
+        return max(layer.grad_pad for layer in self.layers)
+
+    def scratch(self, group: Projection) -> Tensor:
+        """Return the decode buffer of a layout, made at its first use."""
+        if group.layout not in self._scratch:
+            self._scratch[group.layout] = torch.zeros(group.extended_shape, dtype=group.dtype, device=group.device)
+        return self._scratch[group.layout]
+
+    def apply_plan(self, plan: Plan) -> None:
+        """Adopt a plan: keep or free decoded weights, begin to lock host memory for what is parked."""
+        self.plan = plan
+        for index, layer in enumerate(self.layers):
+            layer.workspace = plan.workspace
+            for group in layer.projections:
+                if group.scratch is None or index < plan.cached_layers:
+                    group.cache_weight()
+                else:
+                    group.drop_cache()
+        if plan.cached_layers == len(self.layers):
+            self._scratch.clear()
+        if plan.stream_weights and self._stream is None:
+            self._stream_weights()
+        self.arena = begin_arena(plan, self.device, self.arena)
+
+    def _stream_weights(self) -> None:
+        """Move the NF4 weights to host memory, for good; needs a model that nothing else holds the weights of."""
+        weights = [[w for group in layer.projections for w in group.weights] for layer in self.layers]
+        quantized = [[w for w in layer if isinstance(w, NF4Tensor)] for layer in weights]
+        if quantized != weights:
+            raise ValueError("only NF4 weights are streamed: this base is not quantized")
+        self._stream = WeightStream(quantized, self.device)
+        for index, layer in enumerate(self.layers):
+            views = iter(self._stream.views(index, quantized[index]))
+            for group in layer.projections:
+                group.weights = [next(views) for _ in group.weights]
+
+    def attention_backend(self, length: int) -> str:
+        """Which implementation of attention runs for sequences of up to so many tokens."""
+        return fitting_backend(self.device, self.final_norm.dtype, self.layers[0].shape.head_dim, length)
+
+    def replaceable(self) -> list[Tensor]:
+        """Memory that a longer batch may replace: a captured graph keeps what it was captured with."""
+        return [*(self._tables or ()), *([] if self.arena is None else [self.arena.slab])]
+
+    def forward(
+        self, batch: PackedBatch, scale: Tensor | float, *, train: bool
+    ) -> tuple[HeadResult, ForwardState | None]:
+        """Compute the summed loss of a batch and, in training, everything its backward needs.
+
+        Args:
+            batch: on this device.
+            scale: factor of the gradient.
+            train: keep what the backward needs.
+        """
+        rope = self._rope(batch)
+        x, delta = gather_rows(self.embedding, batch.input_ids), None
+        saved: list[Saved] = []
+        parked: list[dict[str, Any]] = []
+        if train and any(level is not None for level in self.plan.host_levels):
+            self._arena_for(batch).reset()
+        if self._stream is not None:
+            self._stream.begin()
+        for index, layer in enumerate(self.layers):
+            self._fetch_weights(index, index + 1)
+            for group in layer.projections:  # here and not all at first: the device would wait for the launches
+                group.refresh()
+            level = self.plan.levels[index] if train else None
+            x, delta, kept = layer.forward(x, delta, batch.sequences, rope, level)
+            if kept is not None:
+                saved.append(kept)
+                parked.append(self._park(kept, self.plan.host_levels[index]))
+        assert delta is not None
+        if self.arena is not None:
+            self.arena.drain()
+        result = loss_head(
+            x,
+            delta,
+            self.final_norm,
+            self.eps,
+            self.head,
+            batch,
+            scale,
+            chunk=self.plan.head_chunk,
+            pad=self.grad_pad if train else None,
+        )
+        del x, delta
+        if result.grad is None:
+            return result, None
+        state = ForwardState(batch, rope, saved, parked, result.grad, self.plan)
+        result.grad = None
+        return result, state
+
+    def backward(self, state: ForwardState, factor: Tensor | None = None) -> None:
+        """Add the gradient of every adapter to the flat gradient.
+
+        Args:
+            state: from `forward`; used up.
+            factor: scalar the gradient is multiplied with (what autograd sends in), None for one.
+        """
+        grad: Tensor | None = state.grad
+        state.grad = torch.empty(0)
+        if factor is not None and grad is not None:
+            grad.mul_(factor)
+        self._prefetch(state, len(self.layers) - 1)
+        for index in reversed(range(len(self.layers))):
+            self._unpark(state, index)
+            self._fetch_weights(index, index - 1)
+            self._prefetch(state, index - 1)
+            assert grad is not None
+            grad = self.layers[index].backward(
+                grad, state.saved.pop(), state.batch.sequences, state.rope, need_input_grad=index > 0
+            )
+
+    def loss_and_grad(self, batch: PackedBatch, scale: Tensor | float) -> HeadResult:
+        """Run both passes of a micro-batch without autograd; gradients go to the flat gradient."""
+        result, state = self.forward(batch, scale, train=True)
+        assert state is not None
+        self.backward(state)
+        return result
+
+    def rehearse_attention(self, batch: PackedBatch, scale: Tensor | float) -> None:
+        """Have attention's kernels and plans ready for a batch: run both passes on one layer of each kind alone.
+
+        Args:
+            batch: on this device.
+            scale: factor of the gradient, zero to leave it as it is.
+        """
+        if self._stream is not None:
+            self.loss_and_grad(batch, scale)
+            return
+        self._rope(batch)
+        kinds = {
+            (level, *(group.pad for group in layer.projections)): (layer, level)
+            for layer, level in zip(self.layers, self.plan.levels, strict=True)
+        }
+        layers, levels = zip(*kinds.values(), strict=True)
+        plan = replace(self.plan, levels=levels, host_levels=(None,) * len(levels))
+        replace(self, layers=list(layers), plan=plan).loss_and_grad(batch, scale)
+
+    def _fetch_weights(self, now: int, then: int) -> None:
+        """Have one layer's streamed weights on the device, and the next one's on their way."""
+        if self._stream is not None:
+            self._stream.wait(now)
+            self._stream.prefetch(then)
+
+    def _rope(self, batch: PackedBatch) -> Rope:
+        needed = batch.sequences.max_length
+        if self._tables is None or self._tables[0].shape[0] < needed:
+            size = max(2048, 1 << (needed - 1).bit_length())
+            positions = torch.arange(size, device=self.device)[None]
+            like = torch.empty(1, dtype=torch.float32, device=self.device)
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                cos, sin = self.rotary(like, positions)
+            half = cos.shape[-1] // 2
+            self._tables = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        return Rope(*self._tables, batch.position_ids)
+
+    def _arena_for(self, batch: PackedBatch) -> HostArena:
+        if self.arena is None:
+            self.arena = HostArena(self.device)
+        self.arena.reserve(self.plan.host_bytes(batch.num_tokens))
+        return self.arena
+
+    def _park(self, kept: Saved, level: Level | None) -> dict[str, Any]:
+        if level is None:
+            return {}
+        assert self.arena is not None
+        names = kept.large(level)
+        items = self.arena.park([getattr(kept, name) for name in names], self.plan.in_flight)
+        for name in names:
+            setattr(kept, name, None)
+        return dict(zip(names, items, strict=True))
+
+    def _prefetch(self, state: ForwardState, index: int) -> None:
+        if index >= 0 and state.parked[index]:
+            assert self.arena is not None
+            self.arena.prefetch(list(state.parked[index].values()))
+
+    def _unpark(self, state: ForwardState, index: int) -> None:
+        for name, item in state.parked[index].items():
+            assert self.arena is not None
+            setattr(state.saved[index], name, self.arena.take(item))
+
+
+def begin_arena(plan: Plan, device: torch.device, arena: HostArena | None = None) -> HostArena | None:
+    """Begin to lock the host memory that a plan's micro-batches park, in `arena` or a new one, if any."""
+    size = plan.host_bytes(plan.micro_batch) if plan.micro_batch else 0
+    if size:
+        arena = arena or HostArena(device)
+        arena.grow(size)
+    return arena
+
+
+class ModelLoss(torch.autograd.Function):
+    """Autograd node of the whole model: forward gives the scaled loss, backward fills the flat gradient.
+
+    `anchor` is any adapter parameter: it makes autograd call the backward, which writes gradients itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, model: FastModel, batch: PackedBatch, scale: Tensor | float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scale * loss, and the entropy and correct sums for metrics."""
+        result, ctx.state = model.forward(batch, scale, train=True)
+        ctx.model = model
+        ctx.mark_non_differentiable(result.entropy, result.correct)
+        return result.loss * scale, result.entropy, result.correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[None, None, None, None]:
+        """Run the model's backward; a second call would need a second forward."""
+        if ctx.state is None:
+            raise RuntimeError("this loss was differentiated already: its saved tensors are gone, run forward again")
+        ctx.model.adapters.attach_grads()
+        state, ctx.state = ctx.state, None
+        ctx.model.backward(state, grad_loss)
+        return None, None, None, None
+
+
+def assemble_model(
+    parts: list[LayerParts],
+    shape: LayerShape,
+    *,
+    embedding: Tensor,
+    final_norm: Tensor,
+    head: Tensor,
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    dropout: float = 0.0,
+) -> FastModel:
+    """Build the engine from its parts; the LoRA parameters become slices of flat tensors.
+
+    Raises: ValueError: adapters over one input have different scalings.
+    """
+    device, dtype = final_norm.device, final_norm.dtype
+    adapters = FlatAdapters(device)
+    tickets: list[int | None] = []
+    for layer in parts:
+        for names in GROUPS:
+            shapes = [layer.weights[name].shape for name in names]
+            widths = tuple(int(rows) for rows, _ in shapes)
+            tickets.append(adapters.reserve([layer.pairs.get(name) for name in names], widths, int(shapes[0][1])))
+    adapters.build()
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout else None
+    model = FastModel([], embedding, final_norm, shape.eps, head, rotary, adapters, Plan.everything(len(parts)), seed)
+    stream = 0
+    for layer in parts:
+        groups: list[Projection] = []
+        for names in GROUPS:
+            ticket = tickets[len(model.layers) * len(GROUPS) + len(groups)]
+            weights = [layer.weights[name] for name in names]
+            group = Projection(
+                weights=weights,
+                biases=[layer.biases.get(name) for name in names],
+                adapter=None if ticket is None else adapters.group(ticket),
+                dtype=dtype,
+                device=device,
+                dropout=None if seed is None else LoRADropout(dropout, seed, stream),
+                scratch=model.scratch if any(isinstance(weight, NF4Tensor) for weight in weights) else None,
+            )
+            stream += len(names)
+            if group.scratch is None:
+                group.cache_weight()
+                group.weights = list(group.views())
+                layer.weights.update(zip(names, group.views(), strict=True))
+            groups.append(group)
+        norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
+        model.layers.append(DecoderLayer(shape, *norms, *groups))
+    return model

@@ -1,0 +1,35 @@
+"""Widths of published models by name: what `finemill estimate` and the benchmarks know without a configuration file."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Widths of a published model."""
+
+    family: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    rope_theta: float
+    eps: float
+    max_positions: int
+
+
+SHAPES = {
+    "qwen3-0.6b": ModelShape("qwen3", 1024, 3072, 28, 16, 8, 128, 151936, True, 1e6, 1e-6, 40960),
+    "qwen3-1.7b": ModelShape("qwen3", 2048, 6144, 28, 16, 8, 128, 151936, True, 1e6, 1e-6, 40960),
+    "qwen3-4b": ModelShape("qwen3", 2560, 9728, 36, 32, 8, 128, 151936, True, 1e6, 1e-6, 40960),
+    "qwen3-8b": ModelShape("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False, 1e6, 1e-6, 40960),
+    "qwen3-14b": ModelShape("qwen3", 5120, 17408, 40, 40, 8, 128, 151936, False, 1e6, 1e-6, 40960),
+    "qwen3-32b": ModelShape("qwen3", 5120, 25600, 64, 64, 8, 128, 151936, False, 1e6, 1e-6, 40960),
+    "llama3-8b": ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False, 5e5, 1e-5, 8192),
+    "llama3-1b": ModelShape("llama", 2048, 8192, 16, 32, 8, 64, 128256, True, 5e5, 1e-5, 8192),
+    "qwen3-tiny": ModelShape("qwen3", 256, 512, 2, 4, 2, 64, 4096, False, 1e6, 1e-6, 4096),
+    "llama3-tiny": ModelShape("llama", 256, 512, 2, 4, 2, 64, 4096, False, 5e5, 1e-5, 4096),
+}

@@ -1,0 +1,313 @@
+"""Decide what fits: recompute level per layer, host or device, kept weights, loss-head chunk, micro-batch size.
+
+The planner predicts the peak of allocated device memory (workload.py) and the time (rates.py) of many plans, and picks
+the one with the least time under a budget. What can be bought with memory, per layer: keeping more of the forward
+(decoder_layer.Level) instead of recomputing it, and keeping decoded weights instead of decoding NF4 again. Kept tensors
+go to host memory as far as the bus can take them during the forward, to device memory beyond that; larger micro-batches
+decode less often.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import product
+
+from finemill.kernels.engine.plan import HostLevels, Level, Plan
+from finemill.kernels.ops.attention import divisors
+from finemill.kernels.planning.rates import Rates, layer_seconds
+from finemill.kernels.planning.workload import NF4_BYTES, OPTIMIZER_BYTES, LayerBytes, Workload, layer_bytes
+
+HEAD_BYTES = 160 << 20
+"""Logits of 512 rows of Qwen3's vocabulary: below that the head's products lose more than the memory is worth."""
+MARGIN = 0.985
+"""Share of the budget to plan for: predictions are not exact (tests/kernels/planning/test_planner.py)."""
+PARKED_SHARES = (0.5, 0.75, 1.0)
+"""Shares of the layers whose tensors may be parked."""
+IN_FLIGHT = (1, 2)
+"""Parked layers that may still be on their way out. With two, a copy longer than a layer's forward may be followed by a
+shorter one, for the memory of one more."""
+LAUNCH_SECONDS = 5e-3
+"""A layer's forward or backward is up to 100 launches, 2 ms on a slow host (17 to 20 us each; results.md)."""
+PATIENCE = 8
+"""Steps that launches do not bind gain 1 % as a graph, whose capture takes half a step: for frequent shapes."""
+Parking = tuple[HostLevels, int]
+"""Parked level per layer, layers in flight."""
+
+
+def workload_under(work: Workload, plan: Plan) -> Workload:
+    """The workload with weights, embedding and moments where a plan has them."""
+    return replace(
+        work,
+        optimizer_bytes=OPTIMIZER_BYTES[plan.eight_bit],
+        embedding_on_host=plan.embedding_on_host,
+        stream_weights=plan.stream_weights,
+        key_heads=plan.key_heads,
+    )
+
+
+def peak_bytes(work: Workload, plan: Plan) -> int:
+    """Predict the peak of allocated device memory of a step; `work` is what `workload_under` made of it for the plan.
+
+    The peak is the largest of these moments: each layer's forward, behind the layers before it; the head, with all
+    saved tensors on the device that are not parked; each layer's backward, when only the layers before it hold theirs.
+    """
+    tokens = plan.micro_batch or work.tokens
+    sizes = layer_bytes(work, tokens)
+    *layers, (kept, _) = _beside(sizes, plan, plan.levels)
+    peak = kept + work.head_bytes(tokens, plan.head_chunk)
+    peak = max(peak, *(sizes.peak(level, *beside) for level, beside in zip(plan.levels, layers, strict=True)))
+    return _lasting_bytes(work, cached=plan.cached_layers > 0) + peak
+
+
+@lru_cache
+def _lasting_bytes(work: Workload, *, cached: bool) -> int:
+    """What is there all the time: decoded weights, kept or of the layer at hand, beside the static tensors."""
+    return work.static_bytes() + work.extended_bytes * (work.num_layers if cached else work.quantized)
+
+
+def _beside(sizes: LayerBytes, plan: Plan, levels: Sequence[Level]) -> Iterator[tuple[int, int]]:
+    """Yield what is allocated beside a layer's own, in its forward and in its backward; at last beside the head.
+
+    Args:
+        sizes: of a layer.
+        plan: what is parked, how many layers are in flight.
+        levels: in place of the plan's.
+    """
+    kept = inputs = fetched = 0
+    leaving = [0] * plan.in_flight
+    for level, host in zip(levels, plan.host_levels, strict=True):
+        yield kept + sum(leaving) + inputs, kept + fetched
+        fetched = 0 if host is None else sizes.parkable[host]
+        kept += sizes.saved[level] - fetched
+        if fetched:
+            leaving = [*leaving[1:], fetched]
+        # The next layer's inputs: the MLP's output, and mid unless it is counted among what is kept or leaving.
+        inputs = sizes.x if level >= Level.ATTENTION else 2 * sizes.x
+    yield kept + inputs - sizes.x, 0
+
+
+def step_seconds(work: Workload, rates: Rates, plan: Plan) -> float:
+    """Predict an optimizer step's time layer by layer, with the bus beside it; `work` as in `peak_bytes`."""
+    s, tokens = work.shape, plan.micro_batch or work.tokens
+    times = layer_seconds(work, rates, tokens, cached=plan.cached_layers > 0)
+    weights = work.layer_weights * NF4_BYTES if work.stream_weights else 0.0
+    rate = rates.shared_bus_bytes if weights else rates.bus_bytes
+    parked = [0 if level is None else tokens * plan.bytes_per_token[level] for level in plan.host_levels]
+    now = bus = 0.0
+    leaving = [0.0] * plan.in_flight
+    for size in parked:
+        now += max(times.forward, weights / rate)
+        if size:
+            bus = max(now, bus) + size / rate
+            now = max(now, leaving[0])
+            leaving = [*leaving[1:], bus]
+    now = max(now, *leaving)
+    now += 4 * tokens * s.hidden * work.vocabulary / rates.flops + 6 * tokens * work.vocabulary / rates.bytes
+    # A layer's tensors and weights are fetched while the layer behind it runs backward.
+    bus = fetched = now
+    for level, size in zip(reversed(plan.levels), reversed([0, *parked[:-1]]), strict=True):
+        now = max(now, fetched)
+        bus = fetched = max(now, bus) + (weights + size) / rates.bus_bytes
+        now += times.backward[level]
+    embedding = 2 * tokens * s.hidden / rates.bus_bytes if work.embedding_on_host else 0.0
+    return (now + embedding) * max(1, work.tokens // tokens)
+
+
+def plan_step(
+    work: Workload,
+    budget: int,
+    *,
+    rates: Rates | None = None,
+    allow_host: bool = True,
+    allow_stream: bool = False,
+) -> Plan:
+    """Choose micro-batch size, levels, host share and kept weights for one optimizer step.
+
+    Args:
+        work: model and step.
+        budget: bytes of device memory the step may allocate at its peak.
+        rates: of the device.
+        allow_host: whether activations may be parked in host memory.
+        allow_stream: whether the NF4 weights may be, too (the loader must own them: load.py).
+    Returns: the plan with the least predicted time.
+    Raises: ValueError: not even the leanest plan fits; the message gives its size.
+    """
+    rates, budget = rates or Rates(), int(budget * MARGIN)
+    rows = max(1, work.tokens // work.row)
+
+    def candidates(heads: Sequence[int], micro_batches: Sequence[int]) -> list[Plan]:
+        return [
+            candidate
+            for variant in _variants(work, heads, allow_host=allow_host, allow_stream=allow_stream)
+            for tokens in micro_batches
+            for candidate in _candidates(variant, budget, rates, tokens, allow_host=allow_host)
+        ]
+
+    heads = divisors(work.shape.num_kv_heads)
+    if work.fa4 and not work.ragged:  # takes all heads in little memory
+        heads = heads[-1:]
+    micro_batches = [pieces * work.row for pieces in reversed(divisors(rows))]
+    leanest_and_fastest = candidates(sorted({heads[0], heads[-1]}, reverse=True), micro_batches)
+    fitting = [candidate for candidate in leanest_and_fastest if candidate.peak <= budget]
+    if not fitting:
+        least = min(candidate.peak for candidate in leanest_and_fastest)
+        raise ValueError(
+            f"no plan fits {budget / 2**30:.2f} GiB: the leanest needs {least / 2**30:.2f} GiB; "
+            "allow more memory, shorter rows or a smaller rank"
+        )
+    best = min(fitting, key=lambda candidate: candidate.seconds)
+    assert best.micro_batch is not None
+    fitting = [candidate for candidate in candidates(heads[1:-1], [best.micro_batch]) if candidate.peak <= budget]
+    return min([best, *fitting], key=lambda candidate: candidate.seconds)
+
+
+def plan_graphed_step(
+    work: Workload, budget: int, card: int, *, rates: Rates | None = None, use_graphs: bool | None = None
+) -> tuple[Plan, int | None]:
+    """Choose a plan for batches of many shapes, and whether they run as CUDA graphs.
+
+    The memory of captured graphs stays on the card while an eager pass of another shape runs beside it.
+
+    Args:
+        work: model and step.
+        budget: bytes of device memory a step may allocate at its peak.
+        card: bytes the whole process may take on the card.
+        rates: of the device.
+        use_graphs: None where launches would dominate at once, and elsewhere for shapes that come often.
+    Returns: the plan, and how often a shape runs before it is captured; None without graphs.
+    Raises: ValueError: no plan fits, as `plan_step`.
+    """
+    plan = plan_step(work, budget, rates=rates)
+    if use_graphs is False:
+        return plan, None
+    patience = 0 if use_graphs or launch_bound(plan, work) else PATIENCE
+    resting = workload_under(work, plan).static_bytes()
+    if 2 * plan.peak - resting > card:
+        if patience:
+            return plan, None
+        try:
+            plan = plan_step(work, min(budget, (resting + card) // 2), rates=rates)
+        except ValueError:
+            return plan, None
+    return plan, patience
+
+
+def _variants(work: Workload, heads: Sequence[int], *, allow_host: bool, allow_stream: bool) -> list[Workload]:
+    """The workload with fp32 or 8-bit moments, embedding and base on the device or the host, so many key heads at once.
+
+    Simplest first.
+    """
+    places = (False, True) if allow_host and not work.tied else (False,)
+    streams = (False, True) if allow_stream and work.quantized else (False,)
+    return [
+        replace(work, optimizer_bytes=size, embedding_on_host=place, stream_weights=stream, key_heads=number)
+        for stream in streams
+        for size in OPTIMIZER_BYTES
+        for place in places
+        for number in heads
+    ]
+
+
+def _candidates(work: Workload, budget: int, rates: Rates, tokens: int, *, allow_host: bool) -> Iterator[Plan]:
+    """Plans of one micro-batch size: what is parked, in how many layers, and whether decoded weights are kept."""
+    per_token = work.host_bytes_per_token()
+    for cached in (False, True) if work.quantized and not work.stream_weights else (False,):
+        forward = layer_seconds(work, rates, tokens, cached=cached).forward
+        nothing: Parking = (None,) * work.num_layers, 1
+        parkings = _parkings(work, rates, tokens, forward) if allow_host else ()
+        for host_levels, in_flight in dict.fromkeys([nothing, *parkings]):
+            plan = Plan(
+                levels=tuple(Level.INPUT if host is None else host for host in host_levels),
+                host_levels=host_levels,
+                cached_layers=work.num_layers if cached else 0,
+                head_chunk=head_chunk(work, tokens),
+                bytes_per_token=per_token,
+                micro_batch=tokens,
+                embedding_on_host=work.embedding_on_host,
+                eight_bit=work.optimizer_bytes < OPTIMIZER_BYTES[0],
+                stream_weights=work.stream_weights,
+                in_flight=in_flight,
+                key_heads=work.key_heads,
+                workspace=work.attention_workspace(tokens),
+            )
+            plan = replace(plan, levels=_fill_device(work, budget, plan))
+            yield replace(plan, seconds=step_seconds(work, rates, plan), peak=peak_bytes(work, plan))
+
+
+def _parkings(work: Workload, rates: Rates, tokens: int, forward: float) -> Iterator[Parking]:
+    """What may be parked: one level in a share of the layers, or more than that wherever the bus has time."""
+    rate = rates.shared_bus_bytes if work.stream_weights else rates.bus_bytes
+    copies = {level: size * tokens / rate for level, size in work.host_bytes_per_token().items()}
+    bases = (Level.INPUT, Level.ATTENTION, Level.GATE_UP)
+    for share, base, in_flight in product(PARKED_SHARES, bases, IN_FLIGHT):
+        parked = spread(work.num_layers, share)
+        yield tuple(base if is_parked else None for is_parked in parked), in_flight
+        yield _fill_bus(copies, base, parked, forward, in_flight), in_flight
+
+
+def spread(layers: int, share: float) -> list[bool]:
+    """Choose layers to park: evenly among the others, so that the bus catches up; the last two are needed at once."""
+    return [index < layers - 2 and int((index + 1) * share) > int(index * share) for index in range(layers)]
+
+
+def _fill_bus(
+    copies: dict[Level, float], base: Level, parked: Sequence[bool], forward: float, in_flight: int
+) -> HostLevels:
+    """Park more than `base` where its copy, and a copy of `base` next, end before the device waits for them.
+
+    Args:
+        copies: seconds to the host by level.
+        base: the least to park.
+        parked: layers that are.
+        forward: seconds of a layer.
+        in_flight: as in `Plan`.
+    """
+    indices = [index for index, is_parked in enumerate(parked) if is_parked]
+    ends = [(index + 1) * forward for index in indices] + [len(parked) * forward] * (in_flight + 1)
+    chosen: list[Level | None] = [None] * len(parked)
+    bus = 0.0
+    for number, index in enumerate(indices):
+        begin, (first, second) = max(ends[number], bus), ends[number + in_flight : number + in_flight + 2]
+        fitting = [
+            level
+            for level in Level
+            if base < level < Level.ALL and begin + copies[level] <= min(first, second - copies[base])
+        ]
+        level = max(fitting, default=base)
+        bus, chosen[index] = begin + copies[level], level
+    return tuple(chosen)
+
+
+def _fill_device(work: Workload, budget: int, plan: Plan) -> tuple[Level, ...]:
+    """Raise levels while all moments stay within the budget, last layers first: theirs are kept for the least time."""
+    sizes = layer_bytes(work, plan.micro_batch or work.tokens)
+    limit = budget - _lasting_bytes(work, cached=plan.cached_layers > 0)
+    head = work.head_bytes(plan.micro_batch or work.tokens, plan.head_chunk)
+    levels = list(plan.levels)
+    for upper in (Level.ATTENTION, Level.GATE_UP, Level.ALL):
+        *beside, (kept, _) = _beside(sizes, plan, levels)
+        # What all moments behind a layer leave for its saved tensors.
+        room = limit - kept - head
+        for index in reversed(range(work.num_layers)):
+            more = sizes.saved[upper] - sizes.saved[levels[index]]
+            if levels[index] == upper - 1 and more <= room and sizes.peak(upper, *beside[index]) <= limit:
+                levels[index], room = upper, room - more
+            room = min(room, limit - sizes.peak(levels[index], *beside[index]))
+    return tuple(levels)
+
+
+@lru_cache
+def head_chunk(work: Workload, tokens: int) -> int:
+    """Rows of logits at a time: as many as fit into what the layers need anyway, from 256 to 4096."""
+    sizes = layer_bytes(work, tokens)
+    free = sizes.backward[Level.ATTENTION] - sizes.saved[Level.ATTENTION] - work.head_bytes(tokens, 0)
+    chunk = 4096
+    while chunk > 256 and 2 * chunk * work.vocabulary > max(free, HEAD_BYTES):
+        chunk //= 2
+    return min(chunk, tokens)
+
+
+def launch_bound(plan: Plan, work: Workload) -> bool:
+    """Whether kernel-by-kernel launches may take longer than the kernels: under 5 ms for a layer and pass."""
+    pieces = max(1, work.tokens // (plan.micro_batch or work.tokens))
+    return plan.seconds / pieces / (2 * work.num_layers) < LAUNCH_SECONDS

@@ -1,0 +1,252 @@
+"""A model and a step as the planner sees them: how many bytes its tensors take on the device, at each moment.
+
+All sizes are bytes, as `torch.cuda.max_memory_allocated` counts them; names of tensors are decoder_layer.py's.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from finemill.kernels.engine.plan import LayerShape, Level
+from finemill.kernels.engine.projection import PAD
+from finemill.kernels.ops import attention, attention_fa4, lora_b, swiglu_lora
+
+CUBLAS_WORKSPACE = 64 << 20
+"""What torch allocates for cuBLAS on Hopper: 32 MiB each for eager work and for captured graphs."""
+SMALL_TENSORS = 8 << 20
+"""Code tables, rotary tables, the batch and its sums, scalars."""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Per weight: code, double-quantized scale, nested scale."""
+PADDED_ROWS = 8
+"""Rows of scores a token that the attention of a ragged batch is padded to; sequences of under 16 tokens pass it."""
+OPTIMIZER_BYTES = (8.0, 2.0 + 8 / 256)
+"""Both moments of an adapter element in fp32, and in 8 bits with an fp32 scale per 256."""
+
+
+def block_bytes(size: int) -> int:
+    """What torch's allocator counts for a tensor of its own: a rest of up to 1 MiB of its 2 MiB pages is not split off.
+
+    This is 2 MiB for each kept decoded layer of Qwen3; smaller tensors and reused memory are split to 512 bytes.
+    """
+    size = -(-size // 512) * 512
+    rest = -size % (2 << 20)
+    return size + rest if size >= 10 << 20 and rest <= 1 << 20 else size
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Device memory of one layer in a micro-batch, by the level it keeps.
+
+    Args:
+        x: one tensor of the residual stream.
+        saved: what waits for the backward.
+        parkable: the part of `saved` that can be parked.
+        forward: peak of the forward, inputs apart.
+        backward: peak of the backward, its own saved tensors and both gradients included.
+    """
+
+    x: int
+    saved: dict[Level, int]
+    parkable: dict[Level, int]
+    forward: dict[Level, int]
+    backward: dict[Level, int]
+
+    def peak(self, level: Level, in_forward: int, in_backward: int) -> int:
+        """Peak of a layer's passes, with what is allocated beside it in each."""
+        return max(in_forward + self.forward[level], in_backward + self.backward[level])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and a step, as far as memory and time depend on them.
+
+    Args:
+        shape: widths of a layer.
+        num_layers: how many.
+        vocabulary: rows of the head.
+        tied: head and embedding are one tensor.
+        rank: LoRA rank of each of the seven linear layers.
+        quantized: NF4 base, else 16-bit.
+        tokens: per optimizer step.
+        row: tokens per row; micro-batches are whole rows.
+        ragged: whether batches are a trainer's: sequences shorter than `row`, whose attention is padded, and an eighth
+            of the tokens or more without label, so that the head gathers the others.
+        optimizer_bytes: per adapter parameter, states only.
+        embedding_on_host: whether the embedding lives in host memory.
+        stream_weights: whether NF4 weights visit the device two layers at a time.
+        typical: length of the sequence that a token is in, on average, in a ragged batch; None for `row`. Only time
+            depends on it: memory is planned for the longest.
+        key_heads: that cuDNN's backward takes at once, with their query heads; None for all.
+        fa4: whether full rows run on FlashAttention-4.
+    """
+
+    shape: LayerShape
+    num_layers: int
+    vocabulary: int
+    tied: bool
+    rank: int
+    quantized: bool
+    tokens: int
+    row: int
+    ragged: bool = False
+    typical: int | None = None
+    optimizer_bytes: float = 8.0
+    embedding_on_host: bool = False
+    stream_weights: bool = False
+    key_heads: int | None = None
+    fa4: bool = False
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of a layer's seven matrices."""
+        s = self.shape
+        return s.hidden * (s.qkv_width + s.q_width + 3 * s.intermediate)
+
+    @property
+    def nf4_bytes(self) -> int:
+        """Of a layer's seven quantized matrices."""
+        s = self.shape
+        kv = s.num_kv_heads * s.head_dim
+        outputs = (s.q_width, kv, kv, s.q_width, s.intermediate, s.intermediate, s.intermediate)
+        codes = sum(block_bytes(n * s.hidden // 2) for n in outputs)
+        return codes + int(self.layer_weights * (NF4_BYTES - 0.5))
+
+    @property
+    def pads(self) -> tuple[int, ...]:
+        """Spare columns of qkv, o, gate-up and down."""
+        return tuple(-(-members * self.rank // PAD) * PAD for members in (3, 1, 2, 1))
+
+    @property
+    def extended_bytes(self) -> int:
+        """Of a layer's four extended 16-bit weights."""
+        s = self.shape
+        outputs = (s.qkv_width, s.hidden, 2 * s.intermediate, s.hidden)
+        inputs = (s.hidden, s.q_width, s.hidden, s.intermediate)
+        return sum(block_bytes(2 * (n + pad) * (k + pad)) for n, k, pad in zip(outputs, inputs, self.pads, strict=True))
+
+    @property
+    def adapter_elements(self) -> int:
+        """Of all LoRA matrices."""
+        s = self.shape
+        outputs = s.qkv_width + s.hidden + 2 * s.intermediate + s.hidden
+        inputs = 3 * s.hidden + s.q_width + 2 * s.hidden + s.intermediate
+        return self.rank * (outputs + inputs) * self.num_layers
+
+    def static_bytes(self) -> int:
+        """Weights, adapters, gradient and optimizer states."""
+        s = self.shape
+        table = 2 * self.vocabulary * s.hidden
+        tables = table * (1 if self.tied or self.embedding_on_host else 2)
+        layers = 2 if self.stream_weights else self.num_layers
+        base = layers * (self.nf4_bytes if self.quantized else self.extended_bytes)
+        norms = 2 * self.num_layers * (2 * s.hidden + 2 * s.head_dim)
+        adapters = int(self.adapter_elements * (8 + self.optimizer_bytes))
+        return tables + base + norms + adapters + CUBLAS_WORKSPACE + SMALL_TENSORS
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Bytes per token of what a layer computes, under the names of decoder_layer.py."""
+        s, (qkv_pad, o_pad, gate_up_pad, down_pad) = self.shape, self.pads
+        return {
+            "x": 2 * s.hidden,
+            "xa": 2 * 7 * self.rank,
+            "normed_in": 2 * (s.hidden + qkv_pad),
+            "qkv": 2 * (s.qkv_width + qkv_pad),
+            "q": 2 * s.q_width,
+            "kv": 2 * s.num_kv_heads * s.head_dim,
+            "rstd_qk": 4 * (s.num_heads + s.num_kv_heads),
+            "attended": 2 * (s.q_width + o_pad),
+            "state": 4 * s.num_heads * (PADDED_ROWS if self.ragged else 1),
+            "normed_mid": 2 * (s.hidden + gate_up_pad),
+            "gate_up": 2 * (2 * s.intermediate + gate_up_pad),
+            "hidden": 2 * (s.intermediate + down_pad),
+            "grad_hidden": 2 * s.intermediate,
+            "grad": 2 * (s.hidden + max(o_pad, down_pad)),
+            "rstd": 4,
+        }
+
+    def tensor_bytes(self, tokens: int) -> dict[str, int]:
+        """Device memory of what a layer computes."""
+        return {name: block_bytes(width * tokens) for name, width in self.widths.items()}
+
+    def host_bytes_per_token(self) -> dict[Level, int]:
+        """Host memory that a parked layer takes."""
+        return _parkable(self.widths)
+
+    def attention_workspace(self, tokens: int) -> int:
+        """Of the deterministic backward: FlashAttention-4's, and cuDNN's for the heads done at once."""
+        s = self.shape
+        long = attention_fa4.workspace_bytes(tokens, s.q_width, s.num_kv_heads * s.head_dim) if self.fa4 else 0
+        if self.fa4 and not self.ragged:
+            return long
+        heads = (self.key_heads or s.num_kv_heads) * s.num_heads // s.num_kv_heads
+        row = min(self.row, attention_fa4.LONG) if self.fa4 else self.row
+        shape = (tokens, s.num_heads, s.head_dim)
+        return max(long, attention.workspace_bytes(heads, tokens * row, shape, ragged=self.ragged))
+
+    def head_bytes(self, tokens: int, chunk: int) -> int:
+        """Peak of the loss head, its first input apart."""
+        t = self.tensor_bytes(tokens)
+        # Two inputs and a gradient of 7/8 of the rows, at most, in place of one normed tensor of all.
+        gathered = 5 * t["x"] // 2 if self.ragged else 0
+        return 2 * t["x"] + gathered + 16 * tokens + max(t["grad"], block_bytes(2 * chunk * self.vocabulary))
+
+
+@lru_cache
+def layer_bytes(work: Workload, tokens: int) -> LayerBytes:
+    """Device memory of one layer in a micro-batch."""
+    t = work.tensor_bytes(tokens)
+    rest = {Level.INPUT: t["xa"], Level.ATTENTION: t["state"], Level.ALL: t["rstd_qk"] + 2 * t["rstd"]}
+    parkable, kept = _parkable(t), _by_level(rest)
+    saved = {level: parkable[level] + kept[level] for level in Level}
+    return LayerBytes(t["x"], saved, parkable, _forward_bytes(t), _backward_bytes(work, t, tokens))
+
+
+def _by_level(steps: dict[Level, int]) -> dict[Level, int]:
+    """Sum up what each level adds to the one before."""
+    return {level: sum(size for step, size in steps.items() if step <= level) for level in Level}
+
+
+def _parkable(t: dict[str, int]) -> dict[Level, int]:
+    """What `Saved.large` names, without the adapters' products and the attention's state."""
+    return _by_level(
+        {
+            Level.INPUT: t["x"],
+            Level.ATTENTION: t["qkv"] + t["attended"] + t["x"],
+            Level.GATE_UP: t["gate_up"],
+            Level.ALL: t["q"] + t["kv"] + t["normed_in"] + t["normed_mid"],
+        }
+    )
+
+
+def _forward_bytes(t: dict[str, int]) -> dict[Level, int]:
+    stream = 2 * t["x"] + t["xa"]  # total and mid
+    attention = t["qkv"] + t["attended"] + t["state"]
+    early = t["normed_in"] + t["q"] + t["kv"] + t["rstd_qk"]
+    peaks = {}
+    for level in Level:
+        kept = stream + (attention if level >= Level.ATTENTION else 0) + (early if level == Level.ALL else 0)
+        normed_mid = t["normed_mid"] if level == Level.ALL else 0
+        gate_up = t["gate_up"] if level >= Level.GATE_UP else 0
+        peaks[level] = max(
+            stream + attention + early,
+            kept + t["normed_mid"] + t["gate_up"],
+            kept + normed_mid + t["gate_up"] + t["hidden"],
+            kept + normed_mid + gate_up + t["hidden"] + t["x"],
+        )
+    return peaks
+
+
+def _backward_bytes(work: Workload, t: dict[str, int], tokens: int) -> dict[Level, int]:
+    width = work.shape.intermediate
+    products = max(
+        4 * work.rank * max(4 * width, 3 * work.shape.qkv_width),
+        swiglu_lora.partial_bytes(tokens, width, work.rank),
+        lora_b.partial_bytes(tokens, [(0, work.shape.hidden)], work.rank),
+    )
+    rotated = t["q"] + t["kv"] + t["rstd_qk"]
+    saved = t["grad"] + t["x"] + t["xa"] + t["qkv"] + t["attended"] + t["state"]
+    mlp = saved + t["x"] + t["normed_mid"] + t["gate_up"] + t["grad_hidden"] + products
+    attention = saved + rotated + 2 * (t["q"] + t["kv"]) + work.attention_workspace(tokens)
+    # An attention that was recomputed leaves as much as one of which all was kept.
+    early = {Level.INPUT: t["normed_in"], Level.ALL: t["normed_in"]}
+    return {level: max(mlp + (rotated if level in early else 0), attention) + early.get(level, 0) for level in Level}

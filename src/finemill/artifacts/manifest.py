@@ -1,0 +1,173 @@
+"""Artifacts: a folder of files under a prefix, complete when its `manifest.json` is there.
+
+A step passes an artifact on as one string, the reference `<uri>@sha256:<digest>`: where the folder lies and what it
+must contain. The digest covers every file's path, size and sha256, so whoever follows a reference knows that he reads
+the bytes that were written.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from finemill.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+LAYOUT_VERSION = 1
+_DIGEST_MARK = "@sha256:"
+BASE_MODEL = "base_model"
+"""The one input that is not written by a step: a model reference, resolved by `models/base/resolve.py`."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An artifact's prefix and the sha256 of its contents."""
+
+    uri: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.uri}{_DIGEST_MARK}{self.digest}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Reference":
+        """Read `<uri>@sha256:<64 hex digits>`. Raises: UserError: the text has another form."""
+        uri, mark, digest = text.rpartition(_DIGEST_MARK)
+        if not mark or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise UserError(
+                f"'{text}' is no artifact reference: write <uri>@sha256:<64 hex digits>, as its step printed it"
+            )
+        return cls(uri.rstrip("/"), digest)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Record):
+    """Size in bytes and sha256 (hex) of one file."""
+
+    size: int
+    sha256: str
+
+
+class Producer(_Record):
+    """Which step and which code wrote an artifact."""
+
+    step: str
+    version: str
+    code: str
+    git_sha: str | None = None
+    image: str | None = None
+
+
+class Manifest(_Record):
+    """What an artifact holds, who made it, and from what. Written last."""
+
+    layout: int = LAYOUT_VERSION
+    kind: str
+    digest: str
+    folder: str = ""
+    """Where the files lie, relative to the manifest: "" in a folder store, a name of its own per content in S3, so that
+    two attempts which write at once never mix their files."""
+    files: dict[str, FileEntry]
+    producer: Producer
+    parents: dict[str, str]
+    config: dict[str, Any]
+    metrics: dict[str, float]
+    seconds: float
+    created: str
+
+    def to_bytes(self) -> bytes:
+        """JSON text, UTF-8, keys in order of definition."""
+        return self.model_dump_json(indent=2).encode()
+
+    def files_uri(self, uri: str) -> str:
+        """Where the files lie, for an artifact under `uri`."""
+        return f"{uri}/{self.folder}".rstrip("/")
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> "Manifest":
+        """Parse and check a manifest. Raises: UserError: not a manifest of this layout, or its digest is wrong."""
+        try:
+            manifest = cls.model_validate_json(data)
+        except ValueError:
+            raise UserError(
+                f"damaged artifact: {where}/{MANIFEST_NAME} is not a manifest of layout {LAYOUT_VERSION}; "
+                "delete the folder and run the step that writes it again"
+            ) from None
+        if manifest.digest != digest_files(manifest.files):
+            raise UserError(
+                f"damaged artifact: {where}/{MANIFEST_NAME} lists files that do not add up to its digest; "
+                "delete the folder and run the step that writes it again"
+            )
+        return manifest
+
+
+def new_manifest(
+    kind: str,
+    folder: Path,
+    producer: Producer,
+    *,
+    parents: Mapping[str, str] | None = None,
+    config: Mapping[str, object] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    seconds: float = 0.0,
+) -> Manifest:
+    """Describe a finished staging folder."""
+    files = list_files(folder)
+    return Manifest(
+        kind=kind,
+        digest=digest_files(files),
+        files=files,
+        producer=producer,
+        parents=dict(parents or {}),
+        config=dict(config or {}),
+        metrics=dict(metrics or {}),
+        seconds=round(seconds, 3),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, hex, read in 1 MiB pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_files(folder: Path) -> dict[str, FileEntry]:
+    """Every file under `folder` but a manifest, by path relative to it, in sorted order."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(size=path.stat().st_size, sha256=sha256_file(path))
+        for path in paths
+    }
+
+
+def digest_files(files: Mapping[str, FileEntry]) -> str:
+    """The sha256 over the sorted lines `<sha256> <size> <path>`."""
+    lines = (f"{entry.sha256} {entry.size} {path}\n" for path, entry in sorted(files.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def verify_folder(folder: Path, manifest: Manifest, where: str) -> None:
+    """Compare every file with the manifest. Raises: UserError: a file is missing, cut or changed."""
+    for name, entry in manifest.files.items():
+        verify_file(folder / name, entry, f"{where}/{name}")
+
+
+def verify_file(path: Path, entry: FileEntry, where: str) -> None:
+    """Raises: UserError: the file is missing, or its size or sha256 is another than the manifest's."""
+    advice = "delete the artifact's folder and run the step that writes it again"
+    if not path.is_file():
+        raise UserError(f"damaged artifact: {where} is missing; {advice}")
+    size = path.stat().st_size
+    if size != entry.size:
+        raise UserError(f"damaged artifact: {where} has {size} bytes, its manifest says {entry.size}; {advice}")
+    found = sha256_file(path)
+    if found != entry.sha256:
+        raise UserError(f"damaged artifact: {where} has sha256 {found}, its manifest says {entry.sha256}; {advice}")

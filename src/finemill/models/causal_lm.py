@@ -1,0 +1,77 @@
+"""Loading a causal language model to measure it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finemill.errors import UserError
+
+SMALL_MODEL = 50_000_000
+"""Parameters below which several threads cost more than they bring."""
+
+
+def load_causal_lm(folder: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
+    """The model in `folder`, in evaluation mode.
+
+    Args:
+        device: default: the GPU if there is one.
+        dtype: of weights and arithmetic. Default: bfloat16 on a GPU; float32 on a CPU, where it is exact, nowhere
+            emulated, and for small models as fast.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    with no_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return model.to(device).eval()
+
+
+def load_adapter(base: Any, adapter: Path) -> Any:
+    """`base` with the LoRA adapter in the folder `adapter`, as one PEFT model in evaluation mode.
+
+    Raises: UserError: the adapter is missing, or has other shapes than the base.
+    """
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise UserError(
+            f"adapter_config.json not found in {adapter}: pass the adapter that train-qlora or train-dpo printed"
+        )
+    try:
+        return PeftModel.from_pretrained(base, adapter).eval()
+    except (RuntimeError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"the adapter in {adapter} does not fit the base model: {line:.300}") from error
+
+
+@contextmanager
+def suitable_threads(model: Any) -> Iterator[None]:
+    """One thread inside the block for a small model on a CPU.
+
+    Its matrices are so small that PyTorch's threads spin at barriers longer than they compute; on cores that others use
+    as well, two threads are many times as slow as one.
+    """
+    small = sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
+    before = torch.get_num_threads()
+    if small and model.device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bar for loaded weights out of the steps' progress lines."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    yield
+    if was_enabled:
+        logging.enable_progress_bar()

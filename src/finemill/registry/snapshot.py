@@ -1,0 +1,256 @@
+"""MLflow's model registry: what is known of a registered model, read in one go.
+
+What register, promote, rollback and detect-change decide, they decide on this snapshot. Names of tags and aliases are
+here, and nowhere else.
+"""
+
+import os
+import re
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finemill.artifacts.manifest import Reference
+from finemill.errors import UserError
+from finemill.storage.store import open_store
+from finemill.tracking.describe import without_credentials
+from finemill.tracking.server import TRACKING_VARIABLE, open_client, readable_errors, sqlite_path
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+CHALLENGER = "challenger"
+CHAMPION = "champion"
+PREVIOUS_CHAMPION = "previous_champion"
+
+DIGEST_TAG = "finemill.digest"
+"""The sha256 over the digests of all artifacts of a version: the same artifacts are the same version."""
+ARTIFACT_TAG = "finemill.artifact."
+"""Followed by a port, `adapter`, `evaluation`, ...: the artifact's reference."""
+EVALUATION_TAG = "finemill.evaluation."
+"""Followed by the digest of a test: on a champion, the evaluation made for a comparison with a version that was scored
+on other rows."""
+COMPARED_TAG = "finemill.compared_with"
+"""On a version that was made champion: the version that was champion before, or `none`."""
+ROLLED_BACK_TAG = "finemill.rolled_back"
+"""On a version that was champion and was rolled back: when."""
+DECISION_TAG = "finemill.decision"
+"""On a version: what `promote` decided last, in one line."""
+LOCK_TAG = "finemill.lock"
+"""On a registered model: the URI of the lock that whoever moves its aliases holds."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def check_registered_model_name(name: str) -> str:
+    """A name that MLflow takes, and that its searches and URIs need not quote.
+
+    Raises: ValueError: the name has other characters.
+    """
+    if not _NAME.fullmatch(name):
+        better = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "finemill"
+        raise ValueError(f"a registered model's name has letters, digits, . _ - only; write {better}")
+    return name
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a registered model; `created` in milliseconds."""
+
+    number: int
+    created: int
+    tags: Mapping[str, str]
+
+    def artifact(self, port: str) -> Reference | None:
+        """The reference of one of the version's artifacts."""
+        text = self.tags.get(f"{ARTIFACT_TAG}{port}")
+        return Reference.parse(text) if text else None
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """A registered model with its versions by number and its aliases."""
+
+    name: str
+    created: int
+    next_number: int
+    versions: Mapping[int, Version] = field(default_factory=dict)
+    aliases: Mapping[str, int] = field(default_factory=dict)
+    lock_uri: str | None = None
+
+    def by_alias(self, alias: str) -> Version | None:
+        """The version that carries `alias`."""
+        number = self.aliases.get(alias)
+        return self.versions.get(number) if number is not None else None
+
+    def by_tag(self, key: str, value: str) -> Version | None:
+        """The newest version with this tag."""
+        found = [version for version in self.versions.values() if version.tags.get(key) == value]
+        return max(found, key=lambda version: version.number, default=None)
+
+    @property
+    def newest(self) -> Version | None:
+        """The version with the highest number."""
+        return max(self.versions.values(), key=lambda version: version.number, default=None)
+
+
+def registry_uri() -> str:
+    """Where the registry is. Raises: UserError: nowhere."""
+    uri = os.environ.get("MLFLOW_REGISTRY_URI") or os.environ.get(TRACKING_VARIABLE)
+    if not uri:
+        raise UserError(
+            f"{TRACKING_VARIABLE} is not set: the model registry is in MLflow; give sqlite:///folder/mlflow.db or http(s)://host"
+        )
+    return uri
+
+
+def check_registry_reads(uri: str, place: str) -> None:
+    """Raises: UserError: `uri` is a server, and `place`, a store or artifact, is in a folder that only we can read."""
+    if uri.startswith("http") and place.startswith("file:"):
+        raise UserError(
+            f"register: the MLflow server at {without_credentials(uri)} refuses models in {place.partition('@')[0]}: "
+            "use an s3:// store, or with a folder an SQLite registry, MLFLOW_TRACKING_URI=sqlite:///folder/mlflow.db"
+        )
+
+
+def read_registered_model(name: str) -> RegisteredModel | None:
+    """The registered model `name`, None if there is none.
+
+    An SQLite registry is read directly: importing MLflow takes seconds, and a step that is only to find out that
+    nothing has changed should take none. If MLflow has changed its tables, it is asked itself.
+    """
+    uri = registry_uri()
+    path = sqlite_path(uri)
+    if path is not None and not os.environ.get("MLFLOW_WORKSPACE"):
+        try:
+            return _read_sqlite(path, name)
+        except sqlite3.Error:
+            pass
+    client = open_client(uri)
+    with readable_errors(uri):
+        return _read_client(client, name)
+
+
+def _read_sqlite(path: Path, name: str) -> RegisteredModel | None:
+    if not path.exists():
+        return None
+    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=10)) as database:
+
+        def rows(columns: str, table: str) -> list[Any]:
+            return database.execute(f"SELECT {columns} FROM {table} WHERE name = ?", (name,)).fetchall()
+
+        models = rows("creation_time", "registered_models")
+        if not models:
+            return None
+        tags: dict[int, dict[str, str]] = {}
+        for number, key, value in rows("version, key, value", "model_version_tags"):
+            tags.setdefault(int(number), {})[key] = value
+        versions = rows("version, creation_time, current_stage", "model_versions")
+        return RegisteredModel(
+            name,
+            int(models[0][0]),
+            next_number=max((int(number) for number, _, _ in versions), default=0) + 1,
+            versions={
+                int(number): Version(int(number), int(created), tags.get(int(number), {}))
+                for number, created, stage in versions
+                if stage != "Deleted_Internal"
+            },
+            aliases={alias: int(number) for alias, number in rows("alias, version", "registered_model_aliases")},
+            lock_uri=dict(rows("key, value", "registered_model_tags")).get(LOCK_TAG),
+        )
+
+
+def _read_client(client: "MlflowClient", name: str) -> RegisteredModel | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        model = client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    versions = {
+        int(item.version): Version(int(item.version), int(item.creation_timestamp), dict(item.tags))
+        for item in _all_versions(client, name)
+    }
+    return RegisteredModel(
+        name,
+        int(model.creation_timestamp),
+        next_number=max(versions, default=0) + 1,
+        versions=versions,
+        aliases={alias: int(number) for alias, number in model.aliases.items()},
+        lock_uri=model.tags.get(LOCK_TAG),
+    )
+
+
+def _all_versions(client: "MlflowClient", name: str | None = None) -> "list[ModelVersion]":
+    """Every version of one registered model, or of all."""
+    found: list[ModelVersion] = []
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'" if name else "", page_token=token)
+        found += list(page)
+        token = page.token
+        if not token:
+            return found
+
+
+def registered_artifacts() -> list[Reference]:
+    """The artifacts that any version of any registered model refers to."""
+    uri = registry_uri()
+    client = open_client(uri)
+    with readable_errors(uri):
+        versions = _all_versions(client)
+    return [
+        Reference.parse(value)
+        for version in versions
+        for key, value in version.tags.items()
+        if key.startswith((ARTIFACT_TAG, EVALUATION_TAG))
+    ]
+
+
+def ensure_registered_model(name: str) -> RegisteredModel:
+    """The registered model `name`, created if there is none."""
+    model = read_registered_model(name)
+    if model is not None:
+        return model
+    from mlflow.exceptions import MlflowException
+
+    uri = registry_uri()
+    client = open_client(uri)
+    with readable_errors(uri):
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        created = _read_client(client, name)
+    if created is None:
+        raise UserError(f"registered model '{name}' was deleted while it was being created: run the step again")
+    return created
+
+
+def registry_state_of(model: RegisteredModel) -> str:
+    """Tells this registered model from one of the same name in another registry, or made anew."""
+    return f"{without_credentials(registry_uri())} {model.name} {model.created}"
+
+
+@contextmanager
+def locked(client: "MlflowClient", model: RegisteredModel, store: str | None) -> Iterator[None]:
+    """Hold the lock of a registered model, which lies in the store of its first version.
+
+    MLflow moves an alias without looking at where it points, so whoever decides from where it points holds this.
+    """
+    lock_uri = model.lock_uri
+    if lock_uri is None:
+        if store is None:
+            raise UserError(f"registered model '{model.name}' has no {LOCK_TAG} tag: it was not made by `register`")
+        lock_uri = f"{store}/locks/registered-model-{model.name}.lock"
+        client.set_registered_model_tag(model.name, LOCK_TAG, lock_uri)
+        lock_uri = client.get_registered_model(model.name).tags[LOCK_TAG]
+    with open_store(lock_uri).lock(lock_uri):
+        yield

@@ -1,0 +1,201 @@
+"""The steps by name: what each reads, what it writes, and where its code is.
+
+A new step is one line here and one folder. The line is data, so that `--help`, both pipeline renderers and the
+component wrappers agree without importing what a step computes with.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from finemill.artifacts.manifest import BASE_MODEL
+from finemill.config import StepConfig
+from finemill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the line.
+
+    Its folder has the step's name. In `step.py` there, `run(**inputs, output_dir, config, context)` gets a local folder
+    per input and returns the metrics, finite numbers by name. `state(inputs, config)`, where there is one, names what
+    the output depends on besides inputs, configuration and code: files outside the store, the champion of a registry.
+    """
+
+    name: str
+    summary: str
+    inputs: tuple[str, ...]
+    output: str
+    config_name: str
+    """The class in the folder's `config.py`."""
+    image: str
+    state_name: str | None = None
+    """`<module>:<function>` in the folder: light to import, because a step whose output is there runs nothing else."""
+    verdict: str | None = None
+    """Name of a yes or no besides the output; its value is the metric `<module name>/<verdict>`, 1 or 0."""
+    section: str | None = None
+    """The section of a pipeline's configuration that this step reads, where it shares another step's."""
+    multi_process: bool = False
+    """Whether several processes can compute it together, one a GPU; of another step only the main process computes."""
+    fetches_inputs: bool = True
+    """Whether the function gets the inputs' folders: one that only refers to models should not fetch them."""
+
+    @property
+    def config_section(self) -> str:
+        """Where a pipeline's configuration holds this step's."""
+        return self.section or self.module_name
+
+    @property
+    def module_name(self) -> str:
+        """The step's folder: its name in snake case."""
+        return self.name.replace("-", "_")
+
+    def verdict_text(self, metrics: Mapping[str, float]) -> str:
+        """The verdict as both engines compare it, `true` or `false`."""
+        return "true" if metrics[f"{self.module_name}/{self.verdict}"] else "false"
+
+    @property
+    def config(self) -> type[StepConfig]:
+        """The configuration class; light to import."""
+        loaded: type[StepConfig] = self._load(f"config:{self.config_name}")
+        return loaded
+
+    @property
+    def function(self) -> Callable[..., Mapping[str, float]]:
+        """The function that does the work; imports what it computes with."""
+        loaded: Callable[..., Mapping[str, float]] = self._load("step:run")
+        return loaded
+
+    @property
+    def state(self) -> Callable[..., Mapping[str, str]] | None:
+        """What else the output depends on, see the class."""
+        return self._load(self.state_name) if self.state_name else None
+
+    def _load(self, path: str) -> Any:
+        module, name = path.split(":")
+        return getattr(import_module(f"finemill.components.{self.module_name}.{module}"), name)
+
+
+_ALL = (
+    Step(
+        "preflight",
+        "Check store, credentials, tracking server, base model, configuration and GPU memory before anything is spent.",
+        (),
+        "plan",
+        "PreflightConfig",
+        image="cpu",
+        state_name="step:check_time",
+    ),
+    Step(
+        "data-prep",
+        "Read raw rows, clean, deduplicate, mix and split them.",
+        (),
+        "rows",
+        "DataPrepConfig",
+        image="cpu",
+        state_name="load:source_digests",
+    ),
+    Step(
+        "chat-format",
+        "Turn rows into messages, apply the model's own chat template, label the assistant's turns.",
+        ("rows", BASE_MODEL),
+        "dataset",
+        "ChatFormatConfig",
+        image="cpu",
+        state_name="template:template_state",
+    ),
+    Step(
+        "detect-change",
+        "Tell whether the dataset differs from the one behind the newest registered version.",
+        ("dataset",),
+        "change",
+        "RegisterConfig",
+        image="cpu",
+        state_name="step:newest_version",
+        verdict="changed",
+        section="register",
+    ),
+    Step(
+        "train-qlora",
+        "Train LoRA adapters on the 4-bit base.",
+        ("dataset", BASE_MODEL),
+        "adapter",
+        "TrainQLoRAConfig",
+        image="train",
+        multi_process=True,
+    ),
+    Step(
+        "train-dpo",
+        "Train LoRA adapters on preferences, the 4-bit base as reference (DPO).",
+        ("dataset", BASE_MODEL),
+        "adapter",
+        "TrainDPOConfig",
+        image="train",
+        multi_process=True,
+    ),
+    Step(
+        "eval",
+        "Score base and tuned model on held-out rows, and write the report.",
+        ("dataset", BASE_MODEL, "adapter"),
+        "evaluation",
+        "EvalConfig",
+        image="train",
+    ),
+    Step(
+        "merge",
+        "Merge the adapter into the unquantized base, 16 bit, and check its logits.",
+        (BASE_MODEL, "adapter"),
+        "model",
+        "MergeConfig",
+        image="train",
+    ),
+    Step(
+        "gguf-quantize",
+        "Write GGUF files, load each in llama.cpp, and compare them with the merged model.",
+        ("model", "dataset"),
+        "gguf",
+        "GGUFQuantizeConfig",
+        image="train",
+    ),
+    Step(
+        "register",
+        "Record the results as a version in MLflow's model registry.",
+        ("adapter", "model", "gguf", "evaluation"),
+        "version",
+        "RegisterConfig",
+        image="cpu",
+        state_name="step:registry_state",
+        fetches_inputs=False,
+    ),
+    Step(
+        "score-champion",
+        "Score the champion on the rows that the new version was scored on, unless it was before.",
+        ("evaluation",),
+        "champion",
+        "RegisterConfig",
+        image="train",
+        state_name="step:champion_state",
+        section="register",
+        fetches_inputs=False,
+    ),
+    Step(
+        "promote",
+        "Compare the new version with the champion and move the alias if it wins.",
+        ("version", "evaluation"),
+        "decision",
+        "PromoteConfig",
+        image="cpu",
+        state_name="step:champion_state",
+        verdict="promotion_passed",
+    ),
+)
+
+STEPS: Mapping[str, Step] = {step.name: step for step in _ALL}
+
+
+def get_step(name: str) -> Step:
+    """Raises: UserError: there is no step of that name."""
+    if name not in STEPS:
+        raise UserError(f"unknown step '{name}'; the steps are {', '.join(STEPS)}")
+    return STEPS[name]

@@ -1,0 +1,75 @@
+"""What a step's function gets besides its folders and its configuration."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from finemill.artifacts.manifest import Manifest, Producer, Reference, new_manifest
+from finemill.storage.store import fetch_artifact, open_store
+
+
+class Recorder(Protocol):
+    """Where live metrics and progress go: MLflow, the progress display, or nowhere."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record values of one training step."""
+
+    def log_progress(self, text: str) -> None:
+        """Show one short line about where the step is; the newest replaces the one before."""
+
+
+class Unheard:
+    """A recorder for a process that another one speaks for."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Nowhere."""
+
+    def log_progress(self, text: str) -> None:
+        """To nobody."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Resumable states of one step run, as artifacts `<uri>/<training step, eight digits>` in the store."""
+
+    uri: str
+    producer: Producer
+
+    def save(self, folder: Path, training_step: int) -> None:
+        """Publish a copy of `folder`. An interruption leaves either nothing or all of it."""
+        target = f"{self.uri}/{training_step:08d}"
+        store = open_store(target)
+        staging = store.staging_folder(target)
+        shutil.copytree(folder, staging, dirs_exist_ok=True)
+        store.publish(staging, target, new_manifest("checkpoint", staging, self.producer))
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint as a verified local folder, read only."""
+        uris = open_store(self.uri).list(self.uri)
+        if not uris:
+            return None
+        manifest = open_store(uris[-1]).read_manifest(uris[-1])
+        return fetch_artifact(Reference(uris[-1], manifest.digest))[0] if manifest else None
+
+    def keep_only(self, count: int) -> None:
+        """Delete all but the newest `count` checkpoints."""
+        store = open_store(self.uri)
+        uris = store.list(self.uri)
+        for uri in uris[: len(uris) - count]:
+            store.delete(uri)
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """References and manifests of the inputs, the checkpoint store, and where to record progress."""
+
+    store: str
+    key: str
+    references: Mapping[str, str]
+    manifests: Mapping[str, Manifest]
+    checkpoints: Checkpoints
+    recorder: Recorder
+    run_id: str | None = None
+    state: Mapping[str, str] = field(default_factory=dict)

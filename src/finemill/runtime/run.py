@@ -1,0 +1,248 @@
+"""Run one step: resolve its inputs, find its output or make it, publish, record.
+
+The output's place is the digest of everything it depends on: inputs, configuration, code and outside state. A complete
+artifact there is the result, so that repeating a step, after an interruption or in another pipeline, costs nothing.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from finemill.artifacts.manifest import BASE_MODEL, Manifest, Producer, Reference, new_manifest
+from finemill.config import StepConfig, parse_config
+from finemill.errors import StepError, UserError
+from finemill.runtime.catalog import Step, get_step
+from finemill.runtime.code_version import producer
+from finemill.runtime.context import Checkpoints, Recorder, StepContext, Unheard
+from finemill.runtime.processes import num_idle_gpus, run_in_processes, step_arguments
+from finemill.storage.base import normalize_uri
+from finemill.storage.store import fetch_artifact, open_store, read_artifact
+from finemill.tracking.progress import Progress
+from finemill.tracking.step import step_run
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The output's reference and manifest, and whether it was there already."""
+
+    reference: Reference
+    manifest: Manifest
+    reused: bool
+
+
+def run_step(
+    name: str,
+    *,
+    store: str,
+    inputs: Mapping[str, str],
+    config: Mapping[str, Any] | StepConfig,
+    run_id: str | None = None,
+) -> StepResult:
+    """Run the step `name` unless its output is in `store` already.
+
+    Args:
+        name: kebab-case name of a step in `steps.py`.
+        store: URI of the folder or bucket prefix that gets the output.
+        inputs: an artifact reference per input of the step; a model reference for `base_model`.
+        config: the step's configuration, or its values.
+        run_id: groups the steps of one pipeline run in MLflow.
+    Raises: StepError: one line for people, with the exit code.
+    """
+    step = get_step(name)
+    progress = Progress(step.name)
+    started = time.monotonic()
+    progress.emit("started")
+    try:
+        call = _resolve(step, store, inputs, config)
+        found = _find(call)
+        num_gpus = num_idle_gpus() if step.multi_process and found is None else 0
+        result = found or (None if num_gpus else _make_recorded(call, run_id, progress))
+    except Exception as error:
+        exit_code = error.exit_code if isinstance(error, StepError) else 1
+        line = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
+        progress.emit("failed", line, seconds=time.monotonic() - started, exit_code=exit_code)
+        raise
+    if result is None:
+        # The main one of the processes says how it went.
+        return _run_in_processes(call, run_id, num_gpus)
+    progress.emit(
+        "reused" if result.reused else "done",
+        str(result.reference),
+        seconds=time.monotonic() - started,
+        reference=str(result.reference),
+    )
+    return result
+
+
+def assist_step(name: str, *, store: str, inputs: Mapping[str, str], config: Mapping[str, Any] | StepConfig) -> None:
+    """Compute beside the main process of a step that several processes share: what it writes is nobody's."""
+    step = get_step(name)
+    if not step.multi_process:
+        return
+    call = _resolve(step, store, inputs, config)
+    if _find(call) is None:
+        with TemporaryDirectory(prefix="finemill-assist-") as folder:
+            context = call.context(Unheard())
+            step.function(**_local_folders(call), output_dir=Path(folder), config=call.config, context=context)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a step, checked, and what its output depends on."""
+
+    step: Step
+    store: str
+    inputs: Mapping[str, str]
+    config: StepConfig
+    manifests: Mapping[str, Manifest]
+    state: Mapping[str, str]
+    made_by: Producer
+    key: str
+
+    @property
+    def uri(self) -> str:
+        """The output's place."""
+        return f"{self.store}/{self.step.name}/{self.key}"
+
+    def context(self, recorder: Recorder, run_id: str | None = None) -> StepContext:
+        """What the step's function gets besides folders and configuration."""
+        return StepContext(
+            store=self.store,
+            key=self.key,
+            references=self.inputs,
+            manifests=self.manifests,
+            checkpoints=Checkpoints(f"{self.store}/checkpoints/{self.step.name}-{self.key}", self.made_by),
+            recorder=recorder,
+            run_id=run_id,
+            state=self.state,
+        )
+
+
+def _resolve(step: Step, store: str, inputs: Mapping[str, str], config: Mapping[str, Any] | StepConfig) -> _Call:
+    parsed = config if isinstance(config, StepConfig) else parse_config(step.config, config, step.name)
+    _check_input_names(step, inputs)
+    manifests = {port: read_artifact(Reference.parse(value)) for port, value in inputs.items() if port != BASE_MODEL}
+    state = dict(step.state(inputs, parsed)) if step.state else {}
+    made_by = producer(step)
+    key = _output_key(made_by, parsed, _input_digests(inputs, manifests), state)
+    return _Call(step, normalize_uri(store), dict(inputs), parsed, manifests, state, made_by, key)
+
+
+def _find(call: _Call) -> StepResult | None:
+    """The output that stands in the store already."""
+    standing = open_store(call.uri).read_manifest(call.uri)
+    return StepResult(Reference(call.uri, standing.digest), standing, reused=True) if standing else None
+
+
+def _make_recorded(call: _Call, run_id: str | None, progress: Progress) -> StepResult:
+    """Make the output in the store, with an MLflow run of its own."""
+    open_store(call.store).check_writable()
+    with step_run(
+        call.step.name,
+        config=call.config,
+        inputs=call.inputs,
+        made_by=call.made_by,
+        store=call.store,
+        run_id=run_id,
+        progress=progress,
+    ) as run:
+        manifest = _make(call, call.context(run, run_id))
+        reference = Reference(call.uri, manifest.digest)
+        run.finish(reference, manifest)
+    return StepResult(reference, manifest, reused=False)
+
+
+def _run_in_processes(call: _Call, run_id: str | None, count: int) -> StepResult:
+    """Let `finemill <step>` do it in a process per GPU; the main one of them reports and records."""
+    config = call.config.model_dump(mode="json")
+    with TemporaryDirectory(prefix="finemill-processes-") as folder:
+        output = Path(folder, "reference")
+        arguments = step_arguments(
+            call.step.name, store=call.store, inputs=call.inputs, config=config, output_file=output
+        )
+        run_in_processes([*arguments, *(["--run-id", run_id] if run_id else [])], count)
+        reference = Reference.parse(output.read_text())
+    return StepResult(reference, read_artifact(reference), reused=False)
+
+
+def _make(call: _Call, context: StepContext) -> Manifest:
+    """Call the step's function in a staging folder and publish that; whatever goes wrong, nothing stays behind."""
+    store = open_store(call.uri)
+    folders = _local_folders(call)
+    staging = store.staging_folder(call.uri)
+    started = time.monotonic()
+    try:
+        metrics = call.step.function(**folders, output_dir=staging, config=call.config, context=context)
+        manifest = new_manifest(
+            call.step.output,
+            staging,
+            call.made_by,
+            parents=call.inputs,
+            config=call.config.model_dump(mode="json"),
+            metrics=finite_metrics(metrics),
+            seconds=time.monotonic() - started,
+        )
+        return store.publish(staging, call.uri, manifest)
+    except OSError as error:
+        raise StepError(f"{call.step.name}: {error.strerror or error} ({error.filename or staging})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def finite_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Plain floats. One NaN would crash KFP, so a metric that is not finite is an error where it arises.
+
+    Raises: ValueError: names the metric.
+    """
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(f"metric '{name}' is {value}: a step reports finite numbers only")
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _local_folders(call: _Call) -> dict[str, Path]:
+    inputs = call.inputs.items() if call.step.fetches_inputs else ()
+    return {port: _local_folder(port, value) for port, value in inputs}
+
+
+def _local_folder(port: str, value: str) -> Path:
+    if port != BASE_MODEL:
+        return fetch_artifact(Reference.parse(value))[0]
+    from finemill.models.base.resolve import resolve_base_model
+
+    return resolve_base_model(value).path
+
+
+def _input_digests(inputs: Mapping[str, str], manifests: Mapping[str, Manifest]) -> dict[str, str]:
+    digests = {port: manifest.digest for port, manifest in manifests.items()}
+    if BASE_MODEL in inputs:
+        from finemill.models.base.resolve import resolve_base_model
+
+        digests[BASE_MODEL] = resolve_base_model(inputs[BASE_MODEL]).digest
+    return digests
+
+
+def _check_input_names(step: Step, inputs: Mapping[str, str]) -> None:
+    missing = [port for port in step.inputs if not inputs.get(port)]
+    unknown = sorted(set(inputs) - set(step.inputs))
+    if missing or unknown:
+        problem = f"missing {', '.join(missing)}" if missing else f"unknown {', '.join(unknown)}"
+        raise UserError(f"{step.name}: input {problem}; it takes {', '.join(step.inputs) or 'no inputs'}")
+
+
+def _output_key(made_by: Producer, config: StepConfig, digests: Mapping[str, str], state: Mapping[str, str]) -> str:
+    material = {
+        "step": made_by.step,
+        "code": made_by.code,
+        "config": config.model_dump(mode="json", exclude=set(config.not_in_key)),
+        "inputs": dict(digests),
+        "state": dict(state),
+    }
+    return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()[:20]

@@ -1,0 +1,90 @@
+"""A lock in the store: one holder at a time among processes and machines that share nothing but the store."""
+
+import random
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from finemill.errors import TemporaryError
+
+WAIT_TIMEOUT_S = 120.0
+EXPIRY_S = 60.0
+"""Age after which an object lock is taken to be left over from a holder that died. Hold it for seconds, not minutes."""
+_POLL_INTERVAL_S = 0.5
+
+
+@contextmanager
+def folder_lock(path: Path) -> Iterator[None]:
+    """Hold a lock on a file; the system releases it when the process ends, whatever the reason."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=WAIT_TIMEOUT_S):
+            yield
+    except Timeout:
+        raise TemporaryError(f"{path} is locked by another process for {WAIT_TIMEOUT_S:.0f} s: try again") from None
+
+
+@contextmanager
+def object_lock(client: Any, bucket: str, key: str) -> Iterator[None]:
+    """Hold a lock by an S3 object that only one can create (`If-None-Match`), and only one can take over when it is
+    too old (`If-Match`). Ages are by the server's clock.
+
+    Raises: TemporaryError: somebody else holds it for longer than `WAIT_TIMEOUT_S`.
+    """
+    deadline = time.monotonic() + WAIT_TIMEOUT_S
+    while (etag := _try_lock(client, bucket, key)) is None:
+        if time.monotonic() > deadline:
+            raise TemporaryError(f"s3://{bucket}/{key} is held by another run for {WAIT_TIMEOUT_S:.0f} s: try again")
+        time.sleep(_POLL_INTERVAL_S * (0.5 + random.random()))
+    try:
+        yield
+    finally:
+        standing = _head(client, bucket, key)
+        if standing and standing["ETag"] == etag:
+            client.delete_object(Bucket=bucket, Key=key)
+
+
+def _try_lock(client: Any, bucket: str, key: str) -> str | None:
+    """The entity tag of our lock object; None if the lock is another's."""
+    etag = _put_if(client, bucket, key, IfNoneMatch="*")
+    if etag is None:
+        standing = _head(client, bucket, key)
+        if standing is not None and _age_s(standing) > EXPIRY_S:
+            return _put_if(client, bucket, key, IfMatch=standing["ETag"])
+    return etag
+
+
+def _put_if(client: Any, bucket: str, key: str, **condition: str) -> str | None:
+    """The entity tag of an object put under a condition; None if the condition did not hold."""
+    try:
+        etag: str = client.put_object(Bucket=bucket, Key=key, Body=uuid.uuid4().hex.encode(), **condition)["ETag"]
+    except client.exceptions.ClientError as error:
+        # 404: the object that If-Match names is gone; 409: two conditional writes at once.
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 409, 412):
+            raise
+        if error.response["Error"].get("Code") == "NoSuchBucket":
+            raise
+        return None
+    return etag
+
+
+def _head(client: Any, bucket: str, key: str) -> Any:
+    try:
+        return client.head_object(Bucket=bucket, Key=key)
+    except client.exceptions.ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+            return None
+        raise
+
+
+def _age_s(head: Any) -> float:
+    from email.utils import parsedate_to_datetime
+
+    now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+    age: float = (now - head["LastModified"]).total_seconds()
+    return age

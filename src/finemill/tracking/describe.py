@@ -1,0 +1,92 @@
+"""A step run in the words of MLflow: flat parameters, tags, and nothing secret. Imports no MLflow."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from finemill.artifacts.manifest import BASE_MODEL, Producer, Reference
+
+RUN_ID_TAG = "finemill.run_id"
+STEP_TAG = "finemill.step"
+OUTPUT_TAG = "finemill.output"
+REUSED_TAG = "finemill.reused"
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+@dataclass(frozen=True)
+class StepDescription:
+    """What is known of a step before it computes; travels as JSON from a step to whoever records it."""
+
+    name: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    run_id: str | None = None
+
+    @classmethod
+    def of_call(
+        cls, name: str, config: Mapping[str, Any], inputs: Mapping[str, str], made_by: Producer, run_id: str | None
+    ) -> "StepDescription":
+        """Describe a call of the step `name`; `inputs` are references by port."""
+        tags = {
+            STEP_TAG: name,
+            "mlflow.source.name": f"finemill {name}",
+            **_origin_tags(made_by),
+            **lineage_tags(inputs),
+        }
+        tags |= {f"finemill.input.{port}": without_credentials(value) for port, value in inputs.items()}
+        return cls(name, flatten(config), tags, run_id)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Parameters by dotted name; lists as JSON text, everything else as Python prints it, like transformers does."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            text = json.dumps(value) if isinstance(value, list | tuple) else str(value)
+            flat[f"{prefix}{key}"] = without_credentials(text)
+    return flat
+
+
+def lineage_tags(inputs: Mapping[str, str]) -> dict[str, str]:
+    """`dataset.digest`, `base_model.id` and `base_model.revision`, as far as the inputs by port tell them."""
+    tags = base_model_tags(inputs[BASE_MODEL]) if inputs.get(BASE_MODEL) else {}
+    if inputs.get("dataset"):
+        tags["dataset.digest"] = Reference.parse(inputs["dataset"]).digest
+    return tags
+
+
+def base_model_tags(reference: str) -> dict[str, str]:
+    """Id and revision of a base model. A local folder is named without the folders around it."""
+    if "@sha256:" in reference:
+        parsed = Reference.parse(reference)
+        return {"base_model.id": parsed.uri.rsplit("/", 1)[-1], "base_model.revision": f"sha256:{parsed.digest}"}
+    if reference.startswith(("file:", "/", ".", "~")):
+        return {"base_model.id": unquote(urlsplit(reference).path).rstrip("/").rsplit("/", 1)[-1]}
+    name, _, revision = reference.removeprefix("hf://").partition("@")
+    return {"base_model.id": name} | ({"base_model.revision": revision} if revision else {})
+
+
+def _origin_tags(made_by: Producer) -> dict[str, str]:
+    found = {
+        "git.sha": made_by.git_sha,
+        "mlflow.source.git.commit": made_by.git_sha,
+        "image.digest": made_by.image,
+        "finemill.version": made_by.version,
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def is_total(metric: str) -> bool:
+    """Whether a metric is over all rows: not of one source, `eval/tuned/<source>/loss`, and no standard error."""
+    return metric.count("/") <= 2 and not metric.endswith("_stderr")
+
+
+def without_credentials(text: str) -> str:
+    """The text with `user:password@` cut out of every URI in it."""
+    return _CREDENTIALS.sub("", text)

@@ -1,0 +1,143 @@
+"""Resumable training states: written to the store whole or not at all, and only resumed by the same training."""
+
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finemill.errors import UserError
+from finemill.runtime.context import StepContext
+from finemill.runtime.processes import num_processes
+from finemill.training.config import LoRATrainingConfig
+
+logger = logging.getLogger(__name__)
+
+IDENTITY_NAME = "training_identity.json"
+
+
+def training_identity(config: LoRATrainingConfig, context: StepContext) -> dict[str, Any]:
+    """Everything that must be the same for a checkpoint to be continued."""
+    return {
+        "config": config.model_dump(mode="json", exclude=set(config.not_in_key)),
+        "inputs": {port: manifest.digest for port, manifest in context.manifests.items()},
+        "base_model": context.references["base_model"],
+        "world_size": num_processes(),
+    }
+
+
+def find_checkpoint(config: LoRATrainingConfig, context: StepContext) -> Path | None:
+    """The checkpoint to continue from, as `config.resume` asks.
+
+    Raises: UserError: none where one must be, or it belongs to another training.
+    """
+    folder = None if config.resume == "never" else context.checkpoints.latest()
+    if folder is None:
+        if config.resume == "must":
+            raise UserError(f"resume: must, but there is no checkpoint in {context.checkpoints.uri}: use resume: auto")
+        return None
+    written = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
+    expected = training_identity(config, context)
+    changed = sorted(_flat(written).items() ^ _flat(expected).items())
+    if changed:
+        names = ", ".join(sorted({name for name, _ in changed}))
+        raise UserError(
+            f"checkpoint {folder.name} was written by another training, different in {names}: "
+            "restore these, or start over with resume: never"
+        )
+    return folder
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value)
+    return flat
+
+
+FIRST_SAVE_S = 30.0
+"""With `save_steps: auto`, seconds of training before the first checkpoint."""
+SAVE_SHARE = 0.02
+"""With `save_steps: auto`, how much of the time may go into checkpoints."""
+
+
+class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
+    """Publishes each checkpoint, and turns SIGTERM into one last checkpoint and the end of training.
+
+    Used as a context manager around `Trainer.train`; the previous signal handler is put back afterwards.
+    """
+
+    def __init__(self, config: LoRATrainingConfig, context: StepContext) -> None:
+        self._config = config
+        self._context = context
+        self.stop_requested = False
+        self._told_to_stop = False
+        self._save_due_s = math.inf
+        self._save_began_s = 0.0
+
+    def __enter__(self) -> "CheckpointCallback":
+        # Only the main thread may set handlers; elsewhere the host program decides about signals.
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        if self._in_main_thread:
+            self._previous = signal.signal(signal.SIGTERM, self._request_stop)
+        if self._config.save_steps == "auto":
+            self._save_due_s = time.monotonic() + FIRST_SAVE_S
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._in_main_thread:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _request_stop(self, signum: int, frame: FrameType | None) -> None:
+        self._told_to_stop = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """After SIGTERM: save and stop at the end of the running step. No checkpoint of the last step."""
+        self._save_began_s = time.monotonic()
+        self.stop_requested, is_due = self._agree(self._told_to_stop, self._save_began_s >= self._save_due_s, args)
+        if self.stop_requested or is_due:
+            control.should_save = True
+        if self.stop_requested:
+            control.should_training_stop = True
+        if state.global_step >= state.max_steps:
+            # The adapter itself comes next; nobody would continue from here.
+            control.should_save = False
+        return control
+
+    def _agree(self, stop: bool, save: bool, args: TrainingArguments) -> tuple[bool, bool]:
+        """What any process was told or finds due, all do: they leave the loop after the same step."""
+        if num_processes() == 1:
+            return stop, save
+        flags = torch.tensor([stop, save], dtype=torch.int32, device=args.device)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        return bool(flags[0]), bool(flags[1])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Publish the checkpoint that the trainer has just written."""
+        if num_processes() > 1:
+            # Each process writes the state of its own random generators.
+            torch.distributed.barrier()
+        if state.is_world_process_zero:
+            self._publish(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
+        now = time.monotonic()
+        if self._config.save_steps == "auto":
+            self._save_due_s = now + max(FIRST_SAVE_S, (now - self._save_began_s) / SAVE_SHARE)
+
+    def _publish(self, folder: Path, training_step: int) -> None:
+        identity = training_identity(self._config, self._context)
+        (folder / IDENTITY_NAME).write_text(json.dumps(identity, indent=2), encoding="utf-8")
+        self._context.checkpoints.save(folder, training_step)
+        self._context.checkpoints.keep_only(self._config.save_total_limit)
+        self._context.recorder.log_progress(f"checkpoint at step {training_step}")

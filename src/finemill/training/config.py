@@ -1,0 +1,104 @@
+"""The configuration that steps which train LoRA adapters share, in the words of transformers, PEFT, bitsandbytes."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from finemill.config import StepConfig
+
+
+class LoRATrainingConfig(StepConfig):
+    """LoRA adapters on a 4-bit base: what is adapted, how it is quantized, and the training schedule."""
+
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"resume", "save_steps", "save_total_limit"})
+
+    sequences_per_row: ClassVar[int] = 1
+    """Sequences that one row of a batch is."""
+
+    lora_r: int = Field(default=16, gt=0)
+    """Rank of the adapters: more capacity, more memory."""
+
+    lora_alpha: int = Field(default=32, gt=0)
+    """Scale of the adapters; they are multiplied by lora_alpha / lora_r."""
+
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the adapters."""
+
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(lora_r) instead, which keeps high ranks stable."""
+
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the linear layers that get adapters; all but the output layer by default."""
+
+    load_in_4bit: bool = True
+    """Quantize the base to 4 bits. Without it this is LoRA on the base as it is: faster, four times its memory."""
+
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 4-bit data type."""
+
+    bnb_4bit_use_double_quant: bool = True
+    """Quantize the quantization constants too: 0.4 bits per weight less."""
+
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Dtype of the matrix products; auto is bfloat16 on GPUs that have it, float16 on older ones, float32 on a CPU."""
+
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training rows."""
+
+    max_steps: int | None = Field(default=None, gt=0)
+    """Optimizer steps; overrides num_train_epochs."""
+
+    per_device_train_batch_size: int = Field(default=2, gt=0)
+    """Sequences per device and forward pass."""
+
+    gradient_accumulation_steps: int = Field(default=8, gt=0)
+    """Forward passes per optimizer step. The global batch size is the product of both and the number of processes."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate."""
+
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Shape of the schedule after the warm-up."""
+
+    warmup_steps: float = Field(default=0.03, ge=0)
+    """Steps of linear warm-up; below 1 a share of all steps."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decay of the adapter weights."""
+
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm."""
+
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
+    """The optimizer; the 8-bit ones save 6 bytes per adapter weight."""
+
+    max_length: int = Field(default=2048, gt=0)
+    """Longer rows are cut to this many tokens; rows left without a label are dropped and counted."""
+
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: much less memory, about a quarter more time."""
+
+    seed: int = 42
+    """Seed of the adapters' initialization and of the rows' order."""
+
+    logging_steps: int = Field(default=10, gt=0)
+    """Steps between two points of the loss curve."""
+
+    eval_steps: int | None = Field(default=None, gt=0)
+    """Steps between two measurements of the loss on the validation rows; none by default."""
+
+    save_steps: Annotated[int, Field(gt=0)] | Literal["auto"] | None = "auto"
+    """Steps between two checkpoints in the store; `auto` writes the first after half a minute and then as many as take
+    2 % of the time; `null` writes them only when the run is told to stop."""
+
+    save_total_limit: int = Field(default=2, gt=0)
+    """Checkpoints kept in the store."""
+
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Continue from the newest checkpoint in the store: if there is one, never, or fail without one."""
+
+    @model_validator(mode="after")
+    def _has_targets(self) -> Self:
+        if self.target_modules == ():
+            raise ValueError("target_modules is empty: name at least one linear layer or use 'all-linear'")
+        return self

@@ -1,0 +1,57 @@
+"""The 4-bit base that adapters are trained on."""
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from finemill.models.causal_lm import no_progress_bar
+from finemill.training.config import LoRATrainingConfig
+
+
+def compute_dtype(config: LoRATrainingConfig, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products. On CPUs float32: bfloat16 there is slower at small sizes, and not everywhere."""
+    if config.compute_dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[config.compute_dtype]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device) -> PreTrainedModel:
+    """Load the base on `device`, its linear layers but the output layer quantized if the configuration says so."""
+    dtype = compute_dtype(config, device)
+    quantization: dict[str, Any] = {}
+    if config.load_in_4bit:
+        quantization["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    with no_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(
+            base_model,
+            dtype=dtype,
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            **quantization,
+        )
+    keep_trainable_on_cpu(model)
+    return model
+
+
+def keep_trainable_on_cpu(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
+
+    There the first forward pass in eval mode without gradients repacks the weights in place for a faster kernel. That
+    kernel has no autograd and `dequantize()` does not know the new order: training after any evaluation would go on
+    with wrong gradients and without a word (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,162 @@
+"""What the trainers of all steps share: the device, the arguments, the run from checkpoint to saved adapter."""
+
+import os
+import resource
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+
+from finemill.errors import TemporaryError, UserError
+from finemill.runtime.context import StepContext
+from finemill.runtime.processes import num_processes
+from finemill.training.adapter import save_adapter
+from finemill.training.checkpoint import CheckpointCallback, find_checkpoint
+from finemill.training.config import LoRATrainingConfig
+from finemill.training.quantized_base import compute_dtype
+from finemill.training.record import METRIC_NAMES, RecordCallback
+
+# transformers 5.18 renamed the argument and warns about the old name.
+_CHECKPOINTING_FIELD = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+# What a training returns of the last point of its curve, by the trainer's names.
+_RESULTS = ("loss", "rewards/accuracies", "rewards/margins")
+
+
+def choose_device() -> torch.device:
+    """The GPU of this process, or the CPU. Raises: UserError: there are not as many processes here as visible GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    num_gpus, num_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or num_processes())
+    if num_gpus != num_here:
+        raise UserError(
+            f"{num_gpus} GPUs are visible to {num_here} processes: start one a GPU (torchrun --nproc-per-node), or "
+            "choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def shared_arguments(config: LoRATrainingConfig, scratch: Path, device: torch.device) -> dict[str, Any]:
+    """The arguments that TRL's configurations have in common."""
+    dtype = compute_dtype(config, device)
+    return {
+        "output_dir": str(scratch),
+        "use_cpu": device.type == "cpu",
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "max_length": config.max_length,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "per_device_eval_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps or -1,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": config.optim,
+        "seed": config.seed,
+        "logging_steps": config.logging_steps,
+        "logging_first_step": True,
+        # The filter would replace a loss of NaN by an average of older ones.
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if config.eval_steps else "no",
+        "eval_steps": config.eval_steps,
+        "save_strategy": "steps" if isinstance(config.save_steps, int) else "no",
+        "save_steps": config.save_steps if isinstance(config.save_steps, int) else 500,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+        "dataloader_pin_memory": device.type == "cuda",
+        # Every adapter takes part in every step.
+        "ddp_find_unused_parameters": False,
+        _CHECKPOINTING_FIELD: config.gradient_checkpointing,
+    }
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """A folder for the trainer's own checkpoints, one for all processes of this machine: each adds its part."""
+    if num_processes() == 1:
+        with TemporaryDirectory(prefix="finemill-train-") as folder:
+            yield Path(folder)
+        return
+    shared = Path(gettempdir(), f"finemill-train-{os.environ.get('TORCHELASTIC_RUN_ID')}-{os.environ['MASTER_PORT']}")
+    shared.mkdir(mode=0o700, exist_ok=True)
+    try:
+        yield shared
+    finally:
+        if os.environ.get("LOCAL_RANK") == "0":
+            shutil.rmtree(shared, ignore_errors=True)
+
+
+@contextmanager
+def _without_renaming_warnings() -> Iterator[None]:
+    """PEFT 0.21 and TRL 1.16 read attributes that transformers 5.18 renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+def run_training(
+    build_trainer: Callable[[Path], Trainer],
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path,
+    config: LoRATrainingConfig,
+    context: StepContext,
+) -> dict[str, float]:
+    """Train from the newest checkpoint to the end, and write the adapter to `output_dir`.
+
+    Args:
+        build_trainer: makes the trainer, given the folder that its own checkpoints go to.
+    Returns: the last logged loss (and rewards), tokens and steps, seconds, tokens per second, peak memory in bytes.
+    Raises: UserError: a loss that is not finite, a checkpoint of another training.
+        TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
+    """
+    checkpoint = find_checkpoint(config, context)
+    with _scratch_folder() as scratch, _without_renaming_warnings():
+        trainer = build_trainer(scratch)
+        checkpoints = CheckpointCallback(config, context)
+        # It prints every log entry as a dictionary; RecordCallback says the same in a line.
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(RecordCallback(context.recorder, config.learning_rate))
+        trainer.add_callback(checkpoints)
+        with checkpoints:
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if checkpoints.stop_requested and trainer.state.global_step < trainer.state.max_steps:
+        raise TemporaryError(f"stopped at step {trainer.state.global_step}; run again to continue from there")
+    save_adapter(trainer, tokenizer, output_dir, context.references["base_model"])
+    return _metrics(trainer, result.metrics["train_runtime"])
+
+
+def _metrics(trainer: Trainer, seconds: float) -> dict[str, float]:
+    history: list[dict[str, Any]] = trainer.state.log_history
+    last = {name: entry[name] for entry in history for name in _RESULTS if name in entry}
+    num_tokens = max((entry.get("num_tokens", 0.0) for entry in history), default=0.0)
+    if trainer.args.device.type == "cuda":
+        peak_memory = torch.cuda.max_memory_allocated(trainer.args.device)
+    else:
+        # Linux counts kilobytes, macOS bytes.
+        peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        **{METRIC_NAMES[name]: value for name, value in last.items()},
+        "train/num_tokens": num_tokens,
+        "train/num_steps": trainer.state.global_step,
+        "train/seconds": seconds,
+        "train/tokens_per_second": num_tokens / seconds,
+        "train/peak_memory_bytes": peak_memory,
+    }

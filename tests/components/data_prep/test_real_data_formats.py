@@ -1,0 +1,94 @@
+"""Real data sets of every shape through data-prep and chat-format; skipped where they are not beside the repository."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer
+
+from finemill.models.base.resolve import BUILTIN_MODELS
+from finemill.runtime.run import run_step
+from finemill.storage.store import fetch_artifact
+
+DATA = Path(__file__).parents[4] / "shared" / "data"
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data sets in ../shared/data")
+BACKEND = Tokenizer.from_file(str(BUILTIN_MODELS["builtin:tiny-qwen3"] / "tokenizer.json"))
+SETS: dict[str, tuple[str, dict[str, int]]] = {
+    "gsm8k_test.jsonl": ("question_answer", {}),
+    "alpaca_en_demo.json": ("alpaca", {}),
+    "glaive_toolcall_en_demo.json": ("sharegpt", {}),
+    "dpo_en_demo.json": ("preference", {}),
+    "c4_demo.jsonl": ("text", {}),
+    "mt_bench_question.jsonl": ("turns", {"no_answer": 41, "empty_turn": 8}),
+}
+"""File, shape, and the rows that chat-format must leave out: MT-bench has answers to 39 of its questions."""
+
+
+def run_line(folder: Path, uri: str, **fields: object) -> tuple[Path, Path, dict[str, Any]]:
+    """The folders of rows and dataset, and dataset.json."""
+    store = folder.as_uri()
+    prepared = run_step("data-prep", store=store, inputs={}, config={"sources": [{"uri": uri}], **fields})
+    inputs = {"rows": str(prepared.reference), "base_model": "builtin:tiny-qwen3"}
+    result = run_step("chat-format", store=store, inputs=inputs, config={"max_length": None})
+    dataset = fetch_artifact(result.reference)[0]
+    return fetch_artifact(prepared.reference)[0], dataset, json.loads((dataset / "dataset.json").read_text())
+
+
+def examples(dataset: Path) -> list[dict[str, Any]]:
+    files = [dataset / f"{split}.parquet" for split in ("train", "validation", "test")]
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_real_data_set_goes_through(tmp_path: Path, name: str) -> None:
+    shape, left_out = SETS[name]
+    rows, dataset, counts = run_line(tmp_path, str(DATA / name), dedup="exact", test_size=0.2, validation_size=0.1)
+    source = json.loads((rows / "data.json").read_text())["sources"][0]
+    assert source["shapes"] == {shape: source["read"]}
+    dropped: dict[str, int] = {}
+    for split in counts["splits"].values():
+        for reason, number in split["rows_dropped"].items():
+            dropped[reason] = dropped.get(reason, 0) + number
+    assert dropped == left_out
+    assert counts["end_of_turn_tokens"] == {} or set(counts["end_of_turn_tokens"]) == {"<|im_end|>"}
+    for row in examples(dataset):
+        ids, labels = np.array(row["input_ids"]), np.array(row["labels"])
+        assert ((labels == ids) | (labels == -100)).all()
+        learned = BACKEND.decode(labels[labels != -100].tolist(), skip_special_tokens=False)
+        assert learned.endswith(row["completion"])
+
+
+def test_gsm8k_rows_have_their_final_answers(tmp_path: Path) -> None:
+    _, dataset, _ = run_line(tmp_path, str(DATA / "gsm8k_test.jsonl"))
+    answers = {row["answer"] for row in examples(dataset)}
+    assert None not in answers
+    assert {"18", "3", "70000"} <= answers
+
+
+def test_every_answer_and_tool_call_of_the_real_training_rows_is_learned_once(tmp_path: Path) -> None:
+    _, dataset, _ = run_line(tmp_path, str(DATA / "glaive_toolcall_en_demo.json"))
+    rows = pq.read_table(dataset / "train.parquet").to_pylist()
+    learned: dict[str, list[str]] = {}
+    for row in rows:
+        text = BACKEND.decode([label for label in row["labels"] if label != -100], skip_special_tokens=False)
+        learned.setdefault(row["id"].partition("-")[0], []).append(text)
+    calls = 0
+    for row in rows:
+        if row["id"] not in learned:
+            continue
+        said = [message for message in json.loads(row["messages"]) if message["role"] == "assistant"]
+        assert sum(text.count("<|im_end|>") for text in learned[row["id"]]) == len(said)
+        for message in said:
+            parts = [message["content"].strip()]
+            parts += [json.dumps(c["function"]["arguments"], ensure_ascii=False) for c in message.get("tool_calls", ())]
+            assert any(all(part in text for part in parts) for text in learned[row["id"]])
+            calls += len(parts) - 1
+    assert calls > 150
+
+
+def test_real_preferences_keep_a_worse_answer(tmp_path: Path) -> None:
+    _, dataset, _ = run_line(tmp_path, str(DATA / "dpo_en_demo.json"))
+    assert all(row["rejected"] and row["rejected"] != row["completion"] for row in examples(dataset))

@@ -1,0 +1,182 @@
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import pyarrow.parquet as pq
+import pytest
+
+from finemill.components.data_prep.clean import normalize_text
+from finemill.errors import UserError
+from finemill.rows.shapes import prompt_and_answer
+from finemill.runtime.run import StepResult, run_step
+from finemill.storage.store import fetch_artifact
+
+SPLITS = ("train", "validation", "test")
+Row = dict[str, object]
+
+
+def prepare(store: str, sources: Sequence[object], **fields: object) -> StepResult:
+    listed = [{"uri": str(source)} if isinstance(source, Path) else source for source in sources]
+    return run_step("data-prep", store=store, inputs={}, config={"sources": listed, **fields})
+
+
+def folder_of(result: StepResult) -> Path:
+    return fetch_artifact(result.reference)[0]
+
+
+def split_rows(result: StepResult) -> dict[str, list[dict[str, str]]]:
+    return {split: pq.read_table(folder_of(result) / f"{split}.parquet").to_pylist() for split in SPLITS}
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sums(numbers: range) -> list[Row]:
+    return [{"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}."} for n in numbers]
+
+
+def test_the_shipped_mix_is_75_to_25_in_every_split(folder_store: str) -> None:
+    sources = [
+        {"uri": "example:reasoning", "weight": 75, "max_rows": 300},
+        {"uri": "example:chat", "weight": 25, "max_rows": 200},
+    ]
+    result = prepare(folder_store, sources, test_size=0.2, validation_size=0.1)
+    for rows in split_rows(result).values():
+        reasoning = sum(row["source"] == "example:reasoning" for row in rows)
+        assert abs(reasoning - 0.75 * len(rows)) < 1
+    data = json.loads((folder_of(result) / "data.json").read_text())
+    assert data["splits"]["train"]["sources"][0]["share"] == pytest.approx(0.75, abs=0.005)
+    assert "| train | example:reasoning |" in (folder_of(result) / "report.md").read_text()
+
+
+def test_rows_come_out_as_they_went_in(folder_store: str, tmp_path: Path) -> None:
+    rows = sums(range(60))
+    splits = split_rows(prepare(folder_store, [write_rows(tmp_path / "a.jsonl", rows)]))
+    out = [json.loads(row["row"]) for split in SPLITS for row in splits[split]]
+    assert sorted(map(str, out)) == sorted(map(str, rows))
+    assert {row["shape"] for split in SPLITS for row in splits[split]} == {"question_answer"}
+
+
+def test_rows_of_different_sources_are_shuffled_together(folder_store: str, tmp_path: Path) -> None:
+    sums_file = write_rows(tmp_path / "a.jsonl", sums(range(100)))
+    texts_file = write_rows(tmp_path / "b.jsonl", [{"text": f"Text {n}"} for n in range(100)])
+    train = split_rows(prepare(folder_store, [sums_file, texts_file]))["train"]
+    shapes = [row["shape"] for row in train]
+    assert 20 < shapes[: len(shapes) // 2].count("text") < len(shapes) // 2 - 20
+
+
+def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "a.jsonl", sums(range(100)))
+    first, second = (prepare((tmp_path / name).as_uri(), [source], seed=4) for name in ("one", "two"))
+    assert not second.reused
+    assert first.reference.digest == second.reference.digest
+
+
+def test_a_second_run_reuses_and_a_changed_file_does_not(folder_store: str, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "a.jsonl", sums(range(60)))
+    assert not prepare(folder_store, [source]).reused
+    assert prepare(folder_store, [source]).reused
+    write_rows(source, sums(range(61)))
+    assert not prepare(folder_store, [source]).reused
+
+
+def test_more_rows_move_no_row_to_another_split(folder_store: str, tmp_path: Path) -> None:
+    rows = sums(range(300))
+    Random(0).shuffle(rows)
+    placed: dict[str, str] = {}
+    for count in (100, 200, 300):
+        # In another order each time, in front of and behind the old rows.
+        some = rows[300 - count :] if count == 200 else rows[:count]
+        source = write_rows(tmp_path / f"{count}.jsonl", some)
+        for split, split_rows_ in split_rows(prepare(folder_store, [source], test_size=0.2)).items():
+            for row in split_rows_:
+                assert placed.setdefault(row["id"], split) == split
+    assert len(placed) == 300
+
+
+def test_nothing_held_out_is_in_train_whatever_its_shape(folder_store: str, tmp_path: Path) -> None:
+    rows: list[Row] = []
+    for number in range(120):
+        question = f"What is {number} times {number}?"
+        rows += [
+            {"question": question, "answer": "first answer"},
+            {"instruction": question.upper(), "input": "", "output": "second answer"},
+            {"prompt": f"  {question}\n", "completion": "third answer"},
+            {"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": question},
+                               {"from": "gpt", "value": "fourth answer"}]},
+        ]  # fmt: skip
+    splits = split_rows(prepare(folder_store, [write_rows(tmp_path / "a.jsonl", rows)], test_size=0.3))
+    prompts = {
+        split: {normalize_text(prompt_and_answer(json.loads(row["row"]), row["shape"])[0]) for row in splits[split]}
+        for split in SPLITS
+    }
+    assert sum(len(splits[split]) for split in SPLITS) == 480
+    assert not prompts["train"] & (prompts["test"] | prompts["validation"])
+    assert not prompts["test"] & prompts["validation"]
+
+
+def test_rows_of_no_known_shape_are_left_out_and_counted(folder_store: str, tmp_path: Path) -> None:
+    rows: list[Row] = [*sums(range(60)), {"foo": 1}, {"bar": 2}]
+    rows.insert(3, {"foo": 0})
+    result = prepare(folder_store, [write_rows(tmp_path / "a.jsonl", rows)])
+    source = json.loads((folder_of(result) / "data.json").read_text())["sources"][0]
+    assert source["dropped"] == {"unknown_shape": 3}
+    assert source["first_unknown_rows"] == [4, 62, 63]
+    assert result.manifest.metrics["data/rows_dropped"] == 3
+    assert "first rows 4, 62, 63" in (folder_of(result) / "report.md").read_text()
+
+
+def test_unusable_rows_are_counted_by_reason(folder_store: str, tmp_path: Path) -> None:
+    rows: list[Row] = [
+        *sums(range(60)),
+        {"question": " ", "answer": "4"},
+        {"question": "2+2?", "answer": ""},
+        {"question": "2?", "answer": "2"},
+        {"question": "long" * 100, "answer": "4"},
+        {"question": "broken \ud800 text", "answer": "and nothing else"},
+        *sums(range(1)),
+    ]
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    result = prepare(folder_store, [source], min_characters=5, max_characters=200)
+    counts = json.loads((folder_of(result) / "data.json").read_text())["sources"][0]
+    reasons = {"empty": 1, "no_answer": 1, "too_short": 1, "too_long": 1, "not_unicode": 1, "duplicate": 1}
+    assert counts["dropped"] == reasons
+    assert counts["read"] == 66
+
+
+def test_upsampled_rows_are_repeated_in_train_only(folder_store: str, tmp_path: Path) -> None:
+    many = write_rows(tmp_path / "many.jsonl", sums(range(300)))
+    few = write_rows(tmp_path / "few.jsonl", [{"text": f"Text {n}"} for n in range(60)])
+    sources = [{"uri": str(many), "weight": 1}, {"uri": str(few), "weight": 1}]
+    result = prepare(folder_store, sources, mix_policy="upsample", test_size=0.2)
+    splits = split_rows(result)
+    ids = {split: [row["id"] for row in splits[split]] for split in SPLITS}
+    assert len(set(ids["train"])) < len(ids["train"])
+    assert len(set(ids["test"])) == len(ids["test"])
+    # All rows once come before any row twice.
+    distinct = len(set(ids["train"]))
+    assert len(set(ids["train"][:distinct])) == distinct
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "message"),
+    [
+        ("", {}, "a.jsonl: no rows in it"),
+        ('{"foo": 1}\n' * 7, {}, r"7 of 7 rows have no known shape .first: row 1, 2, 3, 4, 5; columns foo.; known "),
+        ('{"text": "a"}\n{"foo": 1}\n', {"unknown_rows": "error"}, "1 of 2 rows have no known shape .first: row 2"),
+        ('{"text": "a"}\n', {"min_characters": 9}, "no row is left of 1 read .left out: too_short 1"),
+        ('{"text": "a"}\n{"text": "b"}\n', {}, "the validation split got none of 2 rows; add rows, or raise"),
+        ('{"text": "a"}\n{"text"\n', {}, "a.jsonl, line 2: not valid JSON"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line_and_leaves_nothing(
+    tmp_path: Path, folder_store: str, text: str, fields: dict[str, object], message: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        prepare(folder_store, [tmp_path / "a.jsonl"], **fields)
+    assert "\n" not in str(error.value)
+    assert not [path for path in (tmp_path / "store").rglob("*") if path.is_file()]

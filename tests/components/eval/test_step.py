@@ -1,0 +1,140 @@
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from finemill.artifacts.dataset import read_rows
+from finemill.components.eval.config import EvalConfig
+from finemill.components.eval.step import run as evaluate
+from finemill.errors import UserError
+from finemill.models.causal_lm import load_adapter
+from finemill.runtime.context import StepContext
+
+CONFIG = EvalConfig(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    tiny_model_dir: Path,
+    tiny_adapter_dir: Path,
+    tiny_dataset_dir: Path,
+    step_context: StepContext,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Mapping[str, float]]:
+    folder = tmp_path_factory.mktemp("evaluation")
+    metrics = evaluate(
+        dataset=tiny_dataset_dir,
+        base_model=tiny_model_dir,
+        adapter=tiny_adapter_dir,
+        output_dir=folder,
+        config=CONFIG,
+        context=step_context,
+    )
+    return folder, metrics
+
+
+def test_metrics_are_flat_finite_and_written(evaluated: tuple[Path, Mapping[str, float]]) -> None:
+    folder, metrics = evaluated
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["eval/rows"] == 8
+    assert {"eval/base/preference_accuracy_stderr", "eval/delta/preference_accuracy"} <= metrics.keys()
+    assert "eval/base/example_reasoning/preference_accuracy" not in metrics
+    assert {"eval/base/exact_match", "eval/tuned/perplexity", "eval/tuned/example_chat/rougeL"} <= metrics.keys()
+
+
+def test_samples_hold_every_row_for_both_models(
+    evaluated: tuple[Path, Mapping[str, float]], tiny_dataset_dir: Path
+) -> None:
+    samples = pq.read_table(evaluated[0] / "samples.parquet").to_pylist()
+    ids = [row.id for row in read_rows(tiny_dataset_dir, "test")]
+    assert [sample["id"] for sample in samples] == ids * 2
+    assert [sample["model"] for sample in samples] == ["base"] * 8 + ["tuned"] * 8
+    assert [sample["exact_match"] is None for sample in samples[:8]] == [False, False, False, True] * 2
+
+
+def test_base_is_the_base_and_tuned_is_base_with_adapter(
+    evaluated: tuple[Path, Mapping[str, float]], tiny_model_dir: Path, tiny_adapter_dir: Path, tiny_dataset_dir: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    rows = read_rows(tiny_dataset_dir, "test")
+    assert evaluated[1]["eval/base/loss"] == pytest.approx(plain_loss(base, rows), rel=1e-5)
+    assert evaluated[1]["eval/tuned/loss"] == pytest.approx(
+        plain_loss(load_adapter(base, tiny_adapter_dir), rows), rel=1e-5
+    )
+    assert abs(evaluated[1]["eval/delta/loss"]) > 0.01
+
+
+def test_a_model_prefers_the_answer_that_is_likelier_per_token(
+    evaluated: tuple[Path, Mapping[str, float]], tiny_model_dir: Path, tiny_dataset_dir: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    samples = {row["id"]: row for row in pq.read_table(evaluated[0] / "samples.parquet").to_pylist()[:8]}
+    for row in read_rows(tiny_dataset_dir, "test"):
+        worse = row.with_rejected
+        expected = plain_loss(base, [row]) < plain_loss(base, [worse]) if worse else None
+        assert samples[row.id]["prefers_chosen"] == expected
+    assert [row["rejected"] for row in samples.values() if row["rejected"]] == ["Day the is nice a."] * 2
+    assert "Day the is nice a." in (evaluated[0] / "report.html").read_text()
+    assert "| Preference accuracy |" in (evaluated[0] / "report.md").read_text()
+
+
+@torch.inference_mode()
+def plain_loss(model, rows) -> float:  # type: ignore[no-untyped-def]
+    """One row at a time, by transformers' own loss."""
+    totals = [(float(model(torch.tensor([r.input_ids]), labels=torch.tensor([r.labels])).loss), r) for r in rows]
+    counts = [sum(label != -100 for label in row.labels) for _, row in totals]
+    return sum(loss * count for (loss, _), count in zip(totals, counts, strict=True)) / sum(counts)
+
+
+def test_answers_do_not_depend_on_the_batch_they_are_in(tiny_model_dir: Path, tiny_dataset_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from finemill.models.generation import generate_answers, stop_token_ids
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    prompts = [tokenizer(row.prompt)["input_ids"] for row in read_rows(tiny_dataset_dir, "test")]
+    prompts[0] = prompts[0][-5:]
+    stops = stop_token_ids(tokenizer, tiny_model_dir)
+    together, alone = (
+        generate_answers(model, tokenizer, prompts, stop_token_ids=stops, max_new_tokens=24, batch_size=size)
+        for size in (8, 1)
+    )
+    assert together == alone
+    assert any(answer.finished for answer in together)
+
+
+def test_an_empty_split_is_refused(
+    tiny_model_dir: Path, tiny_adapter_dir: Path, tiny_dataset_dir: Path, tmp_path: Path, step_context: StepContext
+) -> None:
+    empty = pq.read_table(tiny_dataset_dir / "test.parquet").slice(0, 0)
+    pq.write_table(empty, tmp_path / "test.parquet")
+    with pytest.raises(UserError, match="holds no rows"):
+        evaluate(
+            dataset=tmp_path,
+            base_model=tiny_model_dir,
+            adapter=tiny_adapter_dir,
+            output_dir=tmp_path,
+            config=CONFIG,
+            context=step_context,
+        )
+
+
+def test_a_missing_adapter_is_said_in_one_line(
+    tiny_model_dir: Path, tiny_dataset_dir: Path, tmp_path: Path, step_context: StepContext
+) -> None:
+    with pytest.raises(UserError, match=r"adapter_config\.json not found"):
+        evaluate(
+            dataset=tiny_dataset_dir,
+            base_model=tiny_model_dir,
+            adapter=tmp_path,
+            output_dir=tmp_path,
+            config=CONFIG,
+            context=step_context,
+        )

@@ -1,0 +1,182 @@
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from finemill.artifacts.dataset import read_rows, spread
+from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
+from finemill.components.gguf_quantize.convert import SourceModel
+from finemill.components.gguf_quantize.imatrix import channel_weights
+from finemill.components.gguf_quantize.llama_cpp import serve
+from finemill.components.gguf_quantize.modelfile import modelfile
+from finemill.components.gguf_quantize.step import default_name
+from finemill.components.gguf_quantize.step import run as quantize_gguf
+from finemill.components.gguf_quantize.verify import check_tokenization, exact_match, kl_divergence
+from finemill.components.gguf_quantize.write import write_gguf
+from finemill.errors import GateFailedError, StepError
+from finemill.models.causal_lm import load_causal_lm
+from finemill.models.generation import Answer
+from finemill.runtime.context import StepContext
+
+SMALL: dict[str, Any] = {"verify_rows": 4, "kl_rows": 3, "kl_positions": 3, "max_new_tokens": 24, "num_threads": 1}
+
+
+def run(model: Path, dataset: Path, output: Path, context: StepContext, **config: Any) -> Mapping[str, float]:
+    return quantize_gguf(
+        model=model,
+        dataset=dataset,
+        output_dir=output,
+        config=GGUFQuantizeConfig(**{**SMALL, **config}),
+        context=context,
+    )
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    tiny_model_dir: Path, tiny_dataset_dir: Path, step_context: StepContext, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Mapping[str, float]]:
+    folder = tmp_path_factory.mktemp("gguf")
+    return folder, run(tiny_model_dir, tiny_dataset_dir, folder, step_context, name="small", imatrix=True)
+
+
+def test_every_file_is_written_run_and_recorded(quantized: tuple[Path, Mapping[str, float]]) -> None:
+    folder, metrics = quantized
+    names = {"small-F16.gguf", "small-Q8_0.gguf", "small-Q4_K_M.gguf", "Modelfile", "gguf.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    record = json.loads((folder / "gguf.json").read_text())
+    assert record["files"]["Q4_K_M"]["kl"] == metrics["gguf/q4_k_m/kl"]
+    assert record["files"]["Q8_0"]["size_bytes"] == (folder / "small-Q8_0.gguf").stat().st_size
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_fewer_bits_are_smaller_and_further_from_the_merged_model(
+    quantized: tuple[Path, Mapping[str, float]],
+) -> None:
+    metrics = quantized[1]
+    kl = [metrics[f"gguf/{name}/kl"] for name in ("f16", "q8_0", "q4_k_m")]
+    size = [metrics[f"gguf/{name}/size_bytes"] for name in ("f16", "q8_0", "q4_k_m")]
+    assert kl == sorted(kl)
+    assert size == sorted(size, reverse=True)
+    assert kl[0] < 1e-4
+    assert kl[2] < 0.2
+    assert metrics["gguf/f16/same_answer_rate"] == 1.0
+    assert metrics["gguf/f16/exact_match"] == metrics["gguf/merged/exact_match"]
+    assert metrics["gguf/f16/tokenization_match"] == 1.0
+
+
+def test_llama_cpp_answers_what_the_merged_model_answers(
+    quantized: tuple[Path, Mapping[str, float]], tiny_model_dir: Path
+) -> None:
+    from finemill.models.generation import generate_answers, stop_token_ids
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    stops = stop_token_ids(tokenizer, tiny_model_dir)
+    prompts = [
+        tokenizer(f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n")["input_ids"] for q in ("Hi!", "2 + 3")
+    ]
+    model = load_causal_lm(tiny_model_dir, dtype=torch.float32)
+    expected = generate_answers(model, tokenizer, prompts, stop_token_ids=stops, max_new_tokens=20)
+    counts: list[int] = []
+    with serve(quantized[0] / "small-F16.gguf", 1, 64) as server:
+        found = server.answers(
+            prompts,
+            stop_texts=tokenizer.convert_ids_to_tokens(stops),
+            max_new_tokens=20,
+            on_progress=counts.append,
+        )
+    assert found == expected
+    assert counts == [1, 2]
+
+
+def test_probabilities_are_the_models_own_even_where_the_likeliest_token_is_half_a_character(
+    quantized: tuple[Path, Mapping[str, float]], tiny_model_dir: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    ids = tokenizer("日本")["input_ids"][:-1]
+    with serve(quantized[0] / "small-F16.gguf", 1, 64) as server:
+        found = server.next_token_log_probabilities(ids, 1536)
+    assert len(found) == 1536
+    assert sum(math.exp(value) for value in found.values()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_file_that_loses_too_many_points_fails_only_under_strict(
+    tiny_model_dir: Path,
+    tiny_dataset_dir: Path,
+    step_context: StepContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from finemill.components.gguf_quantize import step
+
+    def worse(*_: Any, **__: Any) -> dict[str, float]:
+        return {"kl": 1.0, "exact_match": -0.5}
+
+    monkeypatch.setattr(step, "compare", worse)
+    run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q8_0"])
+    assert "Q8_0 loses" in caplog.text
+    with pytest.raises(GateFailedError, match=r"loses .* points of exact match"):
+        run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q8_0"], strict=True)
+
+
+def test_a_file_that_llama_cpp_cannot_load_is_an_error_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(StepError, match=r"does not load broken\.gguf"), serve(tmp_path / "broken.gguf", 1, 64):
+        pass
+
+
+def test_a_tokenizer_that_differs_is_caught(tiny_model_dir: Path, llama_dir: Path, tmp_path: Path) -> None:
+    write_gguf(SourceModel(llama_dir), tmp_path / "llama.gguf", "F16", "llama", 1)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    with serve(tmp_path / "llama.gguf", 1, 64) as server, pytest.raises(StepError, match=r"llama\.cpp splits"):
+        check_tokenization(server, tokenizer, [])
+
+
+def test_channel_weights_are_the_mean_square_of_each_input(tiny_model_dir: Path, tiny_dataset_dir: Path) -> None:
+    rows = read_rows(tiny_dataset_dir, "train")[:2]
+    model = load_causal_lm(tiny_model_dir, dtype=torch.float32)
+    inputs: list[torch.Tensor] = []
+    handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
+    weights = channel_weights(model, SourceModel(tiny_model_dir), rows)
+    handle.remove()
+    expected = torch.cat(inputs).square().mean(0)
+    torch.testing.assert_close(torch.from_numpy(weights["blk.1.ffn_down.weight"]), expected)
+    assert len(weights) == 6 * 7
+
+
+def test_divergence_over_all_tokens_and_with_a_rest() -> None:
+    p = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64).log()
+    q = {0: math.log(0.25), 1: math.log(0.5), 2: math.log(0.125), 3: math.log(0.125)}
+    expected = 0.5 * math.log(2) - 0.25 * math.log(2)
+    assert kl_divergence(p, q) == pytest.approx(expected)
+    assert kl_divergence(p, {0: q[0], 1: q[1]}) == pytest.approx(expected)
+    assert kl_divergence(p, {**q, 3: -math.inf}) == pytest.approx(expected + 0.125 * (100 + math.log(0.125)))
+
+
+def test_exact_match_counts_rows_with_a_known_answer(tiny_dataset_dir: Path) -> None:
+    rows = read_rows(tiny_dataset_dir, "test")
+    answers = [Answer(f"It is \\boxed{{{row.answer}}}", 3, finished=True) for row in rows]
+    assert exact_match(rows, answers) == 1.0
+    assert exact_match(rows, [Answer("no idea", 2, finished=True)] * len(rows)) == 0.0
+    assert exact_match(rows[3:4], answers[3:4]) is None
+    assert [row.id for row in spread(rows, 2)] == ["test-0", "test-4"]
+
+
+def test_files_are_named_after_the_base(tmp_path: Path) -> None:
+    names = {"builtin:tiny-qwen3": "tiny-qwen3", "hf://Qwen/Qwen3-8B@abc": "Qwen3-8B", "file:///models/mine/": "mine"}
+    for reference, name in names.items():
+        (tmp_path / "merge.json").write_text(json.dumps({"base_model": reference}))
+        assert default_name(tmp_path) == f"{name}-tuned"
+
+
+def test_the_modelfile_has_turns_stops_and_sampling(tiny_model_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    text = modelfile("m-Q4_K_M.gguf", tokenizer, ["<|im_end|>"], {"temperature": 0.6, "top_k": 20})
+    assert text.startswith('FROM ./m-Q4_K_M.gguf\nTEMPLATE """')
+    assert "<|im_start|>assistant" in text
+    assert text.endswith('PARAMETER stop "<|im_end|>"\nPARAMETER temperature 0.6\nPARAMETER top_k 20\n')

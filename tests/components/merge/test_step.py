@@ -1,0 +1,164 @@
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finemill.components.merge.config import MergeConfig
+from finemill.components.merge.parity import compare_logits
+from finemill.components.merge.step import run as merge_adapter
+from finemill.errors import StepError, UserError
+from finemill.runtime.context import StepContext
+
+
+@pytest.fixture(scope="module")
+def merged(
+    tiny_model_dir: Path, tiny_adapter_dir: Path, step_context: StepContext, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Mapping[str, float]]:
+    folder = tmp_path_factory.mktemp("merged")
+    metrics = merge_adapter(
+        base_model=tiny_model_dir,
+        adapter=tiny_adapter_dir,
+        output_dir=folder,
+        config=MergeConfig(max_shard_size="3MB"),
+        context=step_context,
+    )
+    return folder, metrics
+
+
+def test_each_weight_is_base_plus_scaled_product_rounded_once(
+    merged: tuple[Path, Mapping[str, float]], tiny_model_dir: Path, tiny_adapter_dir: Path
+) -> None:
+    base = load_file(tiny_model_dir / "model.safetensors")
+    adapter = load_file(tiny_adapter_dir / "adapter_model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(merged[0], dtype=torch.bfloat16)
+    key = "model.layers.3.mlp.down_proj"
+    low_rank = adapter[f"base_model.model.{key}.lora_B.weight"] @ adapter[f"base_model.model.{key}.lora_A.weight"]
+    expected = (base[f"{key}.weight"].float() + 8 / 4 * low_rank).bfloat16()
+    assert torch.equal(model.state_dict()[f"{key}.weight"], expected)
+    assert torch.equal(model.state_dict()["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+
+
+def test_the_written_model_is_16_bit_sharded_and_tied(merged: tuple[Path, Mapping[str, float]]) -> None:
+    folder, metrics = merged
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            assert "lm_head.weight" not in file.keys()  # noqa: SIM118 safe_open is no mapping
+            assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
+    assert metrics["merge/size_bytes"] == sum(shard.stat().st_size for shard in shards)
+
+
+def test_parity_is_measured_and_recorded(merged: tuple[Path, Mapping[str, float]]) -> None:
+    folder, metrics = merged
+    record = json.loads((folder / "merge.json").read_text())
+    assert record["base_model"] == "builtin:tiny-qwen3"
+    assert record["kl"] == metrics["merge/kl"]
+    assert 0 < metrics["merge/kl"] < 1e-3
+    assert metrics["merge/top1_agreement"] > 0.95
+    assert metrics["merge/max_abs_diff"] > 0
+
+
+def test_tokenizer_and_chat_template_are_the_adapters_byte_for_byte(
+    merged: tuple[Path, Mapping[str, float]], tiny_adapter_dir: Path
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (merged[0] / name).read_bytes() == (tiny_adapter_dir / name).read_bytes()
+    chat = [{"role": "user", "content": "Hi"}]
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (tiny_adapter_dir, merged[0]))
+    for thinking in (True, False):
+        options = {"add_generation_prompt": True, "enable_thinking": thinking, "tokenize": False}
+        assert before.apply_chat_template(chat, **options) == after.apply_chat_template(chat, **options)
+
+
+def test_generation_ends_at_the_end_of_the_turn(merged: tuple[Path, Mapping[str, float]]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(merged[0])
+    stops = json.loads((merged[0] / "generation_config.json").read_text())["eos_token_id"]
+    assert tokenizer.convert_ids_to_tokens(stops) == ["<|im_end|>", "<|endoftext|>"]
+
+
+def test_a_wrong_merge_is_caught(
+    tiny_model_dir: Path,
+    tiny_adapter_dir: Path,
+    step_context: StepContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peft import LoraModel
+
+    correct = LoraModel.merge_and_unload
+
+    def drop_one_matrix(model: Any, **options: Any) -> Any:
+        result = correct(model, **options)
+        base = load_file(tiny_model_dir / "model.safetensors")
+        result.model.layers[0].mlp.down_proj.weight.data.copy_(base["model.layers.0.mlp.down_proj.weight"])
+        return result
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", drop_one_matrix)
+    with pytest.raises(StepError, match="differs from base and adapter"):
+        merge(tiny_model_dir, tiny_adapter_dir, tmp_path, step_context)
+
+
+def test_an_adapted_output_matrix_is_separated_from_the_embedding(
+    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"]))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+    adapter, output = tmp_path / "adapter", tmp_path / "merged"
+    tuned.save_pretrained(adapter, save_embedding_layers=False)
+    with pytest.warns(UserWarning, match="tie_word_embeddings"):
+        metrics = merge(tiny_model_dir, adapter, output, step_context)
+    weights = load_file(output / "model.safetensors")
+    base = load_file(tiny_model_dir / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(weights["model.embed_tokens.weight"], base)
+    assert not torch.equal(weights["lm_head.weight"], base)
+    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is False
+    assert metrics["merge/top1_agreement"] > 0.95
+
+
+def test_a_quantized_base_is_refused(
+    tiny_model_dir: Path, tiny_adapter_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(UserError, match=r"quantized \(bitsandbytes\)"):
+        merge(base, tiny_adapter_dir, tmp_path / "out", step_context)
+
+
+def test_an_adapter_of_another_model_is_refused(
+    tiny_model_dir: Path, tiny_adapter_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tiny_adapter_dir, adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    wider = {key: torch.cat([value, value], 1) if "lora_A" in key else value for key, value in weights.items()}
+    save_file(wider, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="does not fit the base model"):
+        merge(tiny_model_dir, adapter, tmp_path / "out", step_context)
+
+
+def merge(base: Path, adapter: Path, output: Path, context: StepContext) -> Mapping[str, float]:
+    return merge_adapter(base_model=base, adapter=adapter, output_dir=output, config=MergeConfig(), context=context)
+
+
+def test_logits_are_compared_by_difference_divergence_and_likeliest_token() -> None:
+    even, skewed = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0986122886681098]])
+    parity = compare_logits([skewed, skewed], [skewed, even])
+    # KL((1/4, 3/4) || (1/2, 1/2)) = 1/4 log 1/2 + 3/4 log 3/2, at one of two tokens.
+    assert parity["kl"] == pytest.approx((0.25 * -0.6931471805599453 + 0.75 * 0.4054651081081644) / 2)
+    assert parity["max_abs_diff"] == pytest.approx(1.0986122886681098)
+    assert parity["top1_agreement"] == 0.5

@@ -1,0 +1,218 @@
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from finemill.components.promote.config import RollbackConfig
+from finemill.components.promote.rollback import rollback
+from finemill.errors import GateFailedError, StepError, TemporaryError, UserError
+from finemill.registry.snapshot import read_registered_model
+from finemill.runtime.run import StepResult, run_step
+from finemill.storage.store import fetch_artifact
+
+Trained = Callable[..., dict[str, str]]
+Line = Callable[..., dict[str, str]]
+
+
+@pytest.fixture
+def registered(tracking_uri: str, folder_store: str, trained: Trained) -> Line:
+    """Inputs of `promote` for a new version; arguments as for `trained`."""
+
+    def registered(name: str, **scores: Any) -> dict[str, str]:
+        line = trained(name, **scores)
+        version = run_step("register", store=folder_store, inputs=line, config={})
+        return {"version": str(version.reference), "evaluation": line["evaluation"]}
+
+    return registered
+
+
+def promote(store: str, inputs: dict[str, str], **config: object) -> StepResult:
+    return run_step("promote", store=store, inputs=inputs, config=config)
+
+
+def decision(result: StepResult) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((fetch_artifact(result.reference)[0] / "decision.json").read_text())
+    return loaded
+
+
+def aliases() -> dict[str, int]:
+    model = read_registered_model("finemill")
+    assert model is not None
+    return dict(model.aliases)
+
+
+def test_first_version_that_beats_its_base_becomes_champion(folder_store: str, registered: Line) -> None:
+    result = promote(folder_store, registered("one"))
+    found = decision(result)
+    assert (found["promoted"], found["summary"], found["champion_before"]) == (True, "@champion, the first", None)
+    assert [gate["rule"] for gate in found["gates"]] == ["better than base", "at most 0.02 worse than base"]
+    assert result.manifest.metrics == {"promote/promotion_passed": 1.0, "promote/version": 1.0}
+    assert aliases() == {"champion": 1}
+    assert "| yes | loss | better than base |" in (fetch_artifact(result.reference)[0] / "decision.md").read_text()
+
+
+def test_version_that_does_not_beat_its_base_stays_challenger(folder_store: str, registered: Line) -> None:
+    result = promote(folder_store, registered("one", loss=2.0))
+    assert decision(result)["summary"].startswith("not promoted: loss ")
+    assert result.manifest.metrics["promote/promotion_passed"] == 0
+    assert aliases() == {"challenger": 1}
+
+
+def test_better_version_takes_over_and_worse_does_not(folder_store: str, registered: Line) -> None:
+    promote(folder_store, registered("one", loss=0.5))
+    worse = promote(folder_store, registered("two", loss=0.6))
+    assert aliases() == {"champion": 1, "challenger": 2}
+    better = promote(folder_store, registered("three", loss=0.4))
+    assert aliases() == {"champion": 3, "previous_champion": 1}
+    assert (decision(worse)["champion_before"], decision(better)["champion_before"]) == (1, 1)
+    assert decision(better)["summary"] == "@champion in place of version 1"
+
+
+def test_guarded_metric_must_not_regress(folder_store: str, registered: Line) -> None:
+    promote(folder_store, registered("one", right=90, loss=0.5))
+    result = promote(folder_store, registered("two", right=70, loss=0.3))
+    assert "exact_match 0.7 is not at most 0.02 worse than champion (0.9; -0.2, bound" in decision(result)["summary"]
+
+
+def test_bounds_hold_whatever_the_champion(folder_store: str, registered: Line) -> None:
+    gates = [
+        {"metric": "loss", "direction": "lower", "min_delta": 0, "compare_with": ["base"]},
+        {"metric": "perplexity", "direction": "lower", "max_value": 1.5, "compare_with": []},
+    ]
+    result = promote(folder_store, registered("one"), gates=gates)
+    assert decision(result)["summary"] == "not promoted: perplexity 1.6 is not at most 1.5"
+
+
+def test_strict_turns_a_no_into_a_failure_that_publishes_nothing(folder_store: str, registered: Line) -> None:
+    inputs = registered("one", loss=2.0)
+    with pytest.raises(GateFailedError, match="finemill version 1 not promoted: loss"):
+        promote(folder_store, inputs, strict=True)
+    assert not list(Path(folder_store.removeprefix("file://"), "promote").glob("*/manifest.json"))
+
+
+def test_missing_metric_is_named_with_those_there_are(folder_store: str, registered: Line) -> None:
+    gates = [{"metric": "bleu", "direction": "higher", "min_delta": 0}]
+    with pytest.raises(UserError, match="no metric 'bleu' in the evaluation; it has exact_match, loss, perplexity"):
+        promote(folder_store, registered("one"), gates=gates)
+
+
+def test_same_promotion_is_reused_even_after_it_made_itself_champion(folder_store: str, registered: Line) -> None:
+    first, second = registered("one", loss=0.5), registered("two", loss=0.4)
+    results = [promote(folder_store, inputs) for inputs in (first, first, second, second)]
+    assert [result.reused for result in results] == [False, True, False, True]
+
+
+def test_new_champion_means_a_new_decision(folder_store: str, registered: Line) -> None:
+    promote(folder_store, registered("one", loss=0.5))
+    second = registered("two", loss=0.5)
+    promote(folder_store, second)
+    promote(folder_store, registered("three", loss=0.4))
+    again = promote(folder_store, second)
+    assert (again.reused, decision(again)["champion_before"]) == (False, 3)
+
+
+@pytest.mark.parametrize("crash_after", range(6))
+def test_interrupted_promotion_is_finished_by_the_next_attempt(
+    crash_after: int, folder_store: str, registered: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(folder_store, registered("one", loss=0.5))
+    inputs = registered("two", loss=0.4)
+    calls = 0
+
+    def crashing(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > crash_after:
+                raise KeyboardInterrupt
+            return method(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("set_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias"):
+            patch.setattr(MlflowClient, name, crashing(getattr(MlflowClient, name)))
+        if crash_after < 5:
+            with pytest.raises(KeyboardInterrupt):
+                promote(folder_store, inputs)
+    result = promote(folder_store, inputs)
+    assert decision(result)["promoted"]
+    assert aliases() == {"champion": 2, "previous_champion": 1}
+
+
+def test_two_promotions_at_once_have_one_winner(
+    folder_store: str, registered: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(folder_store, registered("one", loss=0.5))
+    lines = [registered("two", loss=0.4), registered("three", loss=0.4001)]
+    together = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr("finemill.components.promote.step.locked", _waiting(together))
+    outcomes: list[object] = [None, None]
+
+    def attempt(index: int) -> None:
+        try:
+            outcomes[index] = promote(folder_store, lines[index]).manifest.metrics["promote/promotion_passed"]
+        except StepError as error:
+            outcomes[index] = error
+
+    threads = [threading.Thread(target=attempt, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winner = next(index for index in range(2) if outcomes[index] == 1.0)
+    loser = outcomes[1 - winner]
+    assert isinstance(loser, TemporaryError)
+    assert "changed from version 1 to " in str(loser)
+    assert aliases()["champion"] == winner + 2
+    assert aliases()["previous_champion"] == 1
+    monkeypatch.undo()
+
+
+def _waiting(together: threading.Barrier) -> Callable[..., Any]:
+    from finemill.registry.snapshot import locked
+
+    def locked_together(*args: Any) -> Any:
+        together.wait()
+        return locked(*args)
+
+    return locked_together
+
+
+def test_rollback_restores_the_previous_champion_once(folder_store: str, registered: Line) -> None:
+    first, second = registered("one", loss=0.5), registered("two", loss=0.4)
+    promote(folder_store, first)
+    promote(folder_store, second)
+    result = rollback(RollbackConfig())
+    assert (result.champion, result.rolled_back) == (1, 2)
+    assert aliases() == {"champion": 1}
+    with pytest.raises(UserError, match="'finemill' has no previous champion: version 1 stays champion"):
+        rollback(RollbackConfig())
+
+
+def test_version_that_was_rolled_back_is_not_promoted_again(folder_store: str, registered: Line) -> None:
+    first, second = registered("one", loss=0.5), registered("two", loss=0.4)
+    promote(folder_store, first)
+    promote(folder_store, second)
+    rollback(RollbackConfig())
+    again = promote(folder_store, second)
+    assert not again.reused
+    assert decision(again)["summary"].startswith("not promoted: it was champion and was rolled back on ")
+    assert aliases() == {"champion": 1}
+    assert promote(folder_store, first).reused
+
+
+@pytest.mark.usefixtures("tracking_uri")
+def test_rollback_of_an_unknown_model_says_so() -> None:
+    with pytest.raises(UserError, match="has no model 'finemill'"):
+        rollback(RollbackConfig())
+
+
+def test_rollback_without_a_champion_says_so(registered: Line) -> None:
+    registered("one")
+    with pytest.raises(UserError, match="'finemill' has no champion"):
+        rollback(RollbackConfig())

@@ -1,0 +1,127 @@
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finemill.components.train_dpo.config import TrainDPOConfig
+from finemill.components.train_dpo.step import build_trainer
+from finemill.components.train_dpo.step import run as train_dpo
+from finemill.errors import TemporaryError, UserError
+from finemill.runtime.context import StepContext
+
+CONFIG = TrainDPOConfig(
+    lora_r=4,
+    max_steps=6,
+    per_device_train_batch_size=4,
+    gradient_accumulation_steps=1,
+    learning_rate=2e-3,
+    logging_steps=1,
+    gradient_checkpointing=False,
+    save_steps=None,
+)
+MakeContext = Callable[[], StepContext]
+Trained = tuple[Path, StepContext, dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny_model_dir: Path, preferences: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[MakeContext], Trained]:
+    """The same training without a stop, run once for the tests of this file."""
+    done: list[Trained] = []
+
+    def run(make_context: MakeContext) -> Trained:
+        if not done:
+            folder, context = tmp_path_factory.mktemp("adapter"), make_context()
+            metrics = train_dpo(
+                base_model=tiny_model_dir, dataset=preferences, output_dir=folder, config=CONFIG, context=context
+            )
+            done.append((folder, context, metrics))
+        return done[0]
+
+    return run
+
+
+def test_learns_to_prefer_and_records_rewards_live(uninterrupted, make_context: MakeContext) -> None:
+    _, context, metrics = uninterrupted(make_context)
+    points = [values for _, values in context.recorder.points]
+    # Adapters begin at zero: policy and reference are the same model, and the loss is that of a coin.
+    assert points[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert points[0]["train/rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert {"train/rewards/accuracies", "train/rewards/chosen", "train/rewards/rejected"} <= points[0].keys()
+    assert metrics["train/rewards/margins"] > 0.05
+    assert metrics["train/loss"] < math.log(2)
+    assert metrics["train/rewards/accuracies"] == points[-1]["train/rewards/accuracies"]
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_writes_an_adapter_that_peft_loads(uninterrupted, make_context: MakeContext, tiny_model_dir: Path) -> None:
+    folder, _, _ = uninterrupted(make_context)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    assert any("lora_A" in name for name, _ in PeftModel.from_pretrained(base, folder).named_parameters())
+    assert {weight.dtype for weight in load_file(folder / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+def test_the_trainer_s_batches_are_the_pairs_and_the_base_is_its_own_reference(
+    tiny_model_dir: Path, preferences: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    trainer = build_trainer(tiny_model_dir, preferences, tokenizer, tmp_path, CONFIG, torch.device("cpu"))
+    assert trainer.ref_model is None
+    pair = trainer.train_dataset[0]
+    batch = trainer.data_collator([pair])
+    for ids, mask, answer in zip(
+        batch["input_ids"], batch["attention_mask"], (pair["chosen_ids"], pair["rejected_ids"]), strict=True
+    ):
+        assert ids[mask.bool()].tolist() == pair["prompt_ids"] + answer
+
+
+def test_sigterm_saves_a_checkpoint_and_resuming_equals_an_uninterrupted_run(
+    uninterrupted, make_context: MakeContext, tiny_model_dir: Path, preferences: Path, tmp_path: Path
+) -> None:
+    def terminate_at_step_3(text: str) -> None:
+        if text.startswith("step 3/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    context = make_context()
+    context.recorder.on_progress = terminate_at_step_3
+    arguments = {"base_model": tiny_model_dir, "dataset": preferences, "config": CONFIG}
+    with pytest.raises(TemporaryError, match="stopped at step 4"):
+        train_dpo(**arguments, output_dir=tmp_path / "first", context=context)
+    assert not (tmp_path / "first").exists()
+
+    resumed = make_context()
+    train_dpo(**arguments, output_dir=tmp_path / "second", context=resumed)
+    assert [step for step, values in resumed.recorder.points if "train/loss" in values] == [5, 6]
+    found = load_file(tmp_path / "second" / "adapter_model.safetensors")
+    for name, weight in load_file(uninterrupted(make_context)[0] / "adapter_model.safetensors").items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=0, msg=name)
+
+
+def test_reference_scores_made_before_give_the_same_training(
+    uninterrupted, make_context: MakeContext, tiny_model_dir: Path, preferences: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"precompute_ref_log_probs": True, "max_steps": 2, "eval_steps": 2})
+    context = make_context()
+    train_dpo(base_model=tiny_model_dir, dataset=preferences, output_dir=tmp_path, config=config, context=context)
+    (first, *_), (expected, *_) = context.recorder.points, uninterrupted(make_context)[1].recorder.points
+    assert first[1]["train/loss"] == pytest.approx(expected[1]["train/loss"], abs=1e-4)
+    assert {"validation/loss", "validation/rewards/accuracies"} <= set().union(*(v for _, v in context.recorder.points))
+
+
+def test_a_loss_that_is_no_number_stops_the_training(
+    make_context: MakeContext, tiny_model_dir: Path, preferences: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0.0})
+    with pytest.raises(UserError, match=r"lower learning_rate \(now 1e\+30\)") as error:
+        train_dpo(
+            base_model=tiny_model_dir, dataset=preferences, output_dir=tmp_path, config=config, context=make_context()
+        )
+    assert "\n" not in str(error.value)

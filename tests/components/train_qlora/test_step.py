@@ -1,0 +1,176 @@
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finemill.components.train_qlora.config import TrainQLoRAConfig
+from finemill.components.train_qlora.step import run as train_qlora
+from finemill.errors import TemporaryError, UserError
+from finemill.runtime.context import StepContext
+
+CONFIG = TrainQLoRAConfig(
+    lora_r=4,
+    max_steps=6,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=1,
+    learning_rate=1e-3,
+    logging_steps=1,
+    gradient_checkpointing=False,
+    save_steps=None,
+)
+MakeContext = Callable[[], StepContext]
+
+
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same_adapter(found: Path, expected: Path) -> None:
+    for name, weight in adapter_weights(expected).items():
+        torch.testing.assert_close(adapter_weights(found)[name], weight, rtol=0, atol=0, msg=name)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[MakeContext], tuple[Path, StepContext, dict[str, float]]]:
+    """The same training without a stop, run once for the tests of this file."""
+    done: list[tuple[Path, StepContext, dict[str, float]]] = []
+
+    def run(make_context: MakeContext) -> tuple[Path, StepContext, dict[str, float]]:
+        if not done:
+            folder, context = tmp_path_factory.mktemp("adapter"), make_context()
+            metrics = train_qlora(
+                base_model=base_model, dataset=dataset, output_dir=folder, config=CONFIG, context=context
+            )
+            done.append((folder, context, metrics))
+        return done[0]
+
+    return run
+
+
+def test_writes_an_adapter_that_peft_loads(uninterrupted, make_context: MakeContext, base_model: Path) -> None:
+    folder, _, _ = uninterrupted(make_context)
+    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, folder)
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+    assert AutoTokenizer.from_pretrained(folder).chat_template == (base_model / "chat_template.jinja").read_text()
+    assert {weight.dtype for weight in adapter_weights(folder).values()} == {torch.float32}
+
+
+def test_adapter_names_its_base_by_reference_and_holds_no_path(uninterrupted, make_context: MakeContext) -> None:
+    folder, _, _ = uninterrupted(make_context)
+    adapter_config = json.loads((folder / "adapter_config.json").read_text())
+    assert adapter_config["base_model_name_or_path"] == "builtin:tiny-qwen3"
+    for path in folder.glob("*.json"):
+        assert str(Path.home()) not in path.read_text()
+
+
+def test_records_the_loss_curve_and_returns_finite_metrics(uninterrupted, make_context: MakeContext) -> None:
+    folder, context, metrics = uninterrupted(make_context)
+    steps = [step for step, values in context.recorder.points if "train/loss" in values]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(context.recorder.points[0][1])
+    assert metrics["train/num_steps"] == 6
+    assert all(math.isfinite(value) for value in metrics.values())
+    history = json.loads((folder / "training.json").read_text())["log_history"]
+    assert metrics["train/loss"] == [entry["loss"] for entry in history if "loss" in entry][-1]
+
+
+def test_sigterm_saves_a_checkpoint_and_resuming_equals_an_uninterrupted_run(
+    uninterrupted, make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    def terminate_at_step_3(text: str) -> None:
+        if text.startswith("step 3/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    context = make_context()
+    context.recorder.on_progress = terminate_at_step_3
+    arguments = {"base_model": base_model, "dataset": dataset, "config": CONFIG}
+    with pytest.raises(TemporaryError, match="stopped at step 4"):
+        train_qlora(**arguments, output_dir=tmp_path / "first", context=context)
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert not (tmp_path / "first").exists()
+
+    resumed = make_context()
+    train_qlora(**arguments, output_dir=tmp_path / "second", context=resumed)
+    assert [step for step, values in resumed.recorder.points if "train/loss" in values] == [5, 6]
+    assert_same_adapter(tmp_path / "second", uninterrupted(make_context)[0])
+
+
+def test_a_checkpoint_of_another_training_is_refused(
+    make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    with_checkpoint = CONFIG.model_copy(update={"save_steps": 1, "max_steps": 2})
+    arguments = {"base_model": base_model, "dataset": dataset}
+    context = make_context()
+    train_qlora(**arguments, output_dir=tmp_path / "a", config=with_checkpoint, context=context)
+    assert [line for line in context.recorder.lines if "checkpoint" in line] == ["checkpoint at step 1"]
+    other = with_checkpoint.model_copy(update={"learning_rate": 5e-4})
+    with pytest.raises(UserError, match=r"another training, different in config\.learning_rate"):
+        train_qlora(**arguments, output_dir=tmp_path / "b", config=other, context=make_context())
+
+
+def test_checkpoints_come_by_time_as_long_as_they_cost_little(
+    make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def saved(share: float) -> list[str]:
+        monkeypatch.setattr("finemill.training.checkpoint.SAVE_SHARE", share)
+        context = make_context()
+        config = CONFIG.model_copy(update={"save_steps": "auto", "max_steps": 4, "resume": "never"})
+        train_qlora(
+            base_model=base_model, dataset=dataset, output_dir=tmp_path / str(share), config=config, context=context
+        )
+        return [line for line in context.recorder.lines if "checkpoint" in line]
+
+    assert saved(0.02) == []
+    monkeypatch.setattr("finemill.training.checkpoint.FIRST_SAVE_S", 0.0)
+    assert saved(1e9) == [f"checkpoint at step {step}" for step in (1, 2, 3)]
+    assert saved(1e-9) == ["checkpoint at step 1"]
+
+
+def test_resume_must_needs_a_checkpoint(
+    make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"resume": "must"})
+    with pytest.raises(UserError, match="resume: must"):
+        train_qlora(
+            base_model=base_model, dataset=dataset, output_dir=tmp_path / "a", config=config, context=make_context()
+        )
+
+
+def test_a_loss_that_is_no_number_stops_the_training(
+    make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0.0})
+    with pytest.raises(UserError, match=r"lower learning_rate \(now 1e\+30\)"):
+        train_qlora(
+            base_model=base_model, dataset=dataset, output_dir=tmp_path / "a", config=config, context=make_context()
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on this machine's GPU")
+def test_kernels_on_needs_a_gpu(make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"kernels": "on"})
+    with pytest.raises(UserError, match=r"kernels: on, but they cannot run here \(there is no GPU\)"):
+        train_qlora(
+            base_model=base_model, dataset=dataset, output_dir=tmp_path / "a", config=config, context=make_context()
+        )
+
+
+def test_packing_and_validation_loss(
+    make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"packing": True, "max_length": 256, "max_steps": 2, "eval_steps": 1})
+    context = make_context()
+    train_qlora(base_model=base_model, dataset=dataset, output_dir=tmp_path / "a", config=config, context=context)
+    assert [step for step, values in context.recorder.points if "validation/loss" in values] == [1, 2]

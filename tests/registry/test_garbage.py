@@ -1,0 +1,98 @@
+"""Only what nothing needs is garbage, in a folder and in a bucket."""
+
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from finemill.artifacts.manifest import Producer, Reference, new_manifest
+from finemill.cli import main
+from finemill.registry.garbage import find_garbage
+from finemill.storage.base import local_path
+from finemill.storage.store import open_store
+
+LATER = datetime.now(UTC) + timedelta(days=1)
+
+
+def put(store: str, place: str, parents: dict[str, str] | None = None) -> str:
+    uri = f"{store}/{place}"
+    staging = open_store(uri).staging_folder(uri)
+    (staging / "file").write_text(place)
+    made_by = Producer(step=place.split("/")[0], version="0", code="c")
+    manifest = open_store(uri).publish(staging, uri, new_manifest("any", staging, made_by, parents=parents))
+    return str(Reference(uri, manifest.digest))
+
+
+def places(store: str, registered: list[str], before: datetime) -> set[str]:
+    found = find_garbage(store, [Reference.parse(text) for text in registered], before)
+    return {artifact.uri.removeprefix(f"{store}/") for artifact in found}
+
+
+def test_what_registered_versions_were_made_from_is_kept(store: str) -> None:
+    rows = put(store, "data-prep/a")
+    dataset = put(store, "chat-format/a", {"rows": rows, "base_model": "builtin:tiny-qwen3"})
+    adapter = put(store, "train-qlora/a", {"dataset": dataset, "base_model": "builtin:tiny-qwen3"})
+    put(store, "train-qlora/b", {"dataset": dataset})
+    put(store, "checkpoints/train-qlora-b/00000004")
+    put(store, "failures/eval-b")
+    garbage = {"train-qlora/b", "checkpoints/train-qlora-b/00000004", "failures/eval-b"}
+    assert places(store, [adapter], LATER) == garbage
+    assert places(store, [], LATER) == garbage | {"data-prep/a", "chat-format/a", "train-qlora/a"}
+
+
+def test_what_is_young_is_kept_with_what_it_was_made_from(store: str) -> None:
+    put(store, "chat-format/new", {"rows": put(store, "data-prep/a")})
+    assert places(store, [], datetime.now(UTC) - timedelta(days=1)) == set()
+
+
+def test_attempts_that_died_are_garbage_and_other_things_in_a_store_are_not(folder_store: str) -> None:
+    put(folder_store, "merge/a")
+    root = local_path(folder_store)
+    (open_store(folder_store).staging_folder(f"{folder_store}/merge/b") / "half").write_text("x")
+    (root / "logs").mkdir()
+    (root / "logs" / "finetune.log").write_text("x")
+    (root / "mlflow.db").write_text("x")
+    (died,) = places(folder_store, [], LATER) - {"merge/a"}
+    assert died.startswith("merge/.staging/b-")
+
+
+def test_unfinished_upload_is_garbage(s3_store: str) -> None:
+    import boto3
+
+    bucket, _, prefix = s3_store.removeprefix("s3://").partition("/")
+    boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/merge/b/0123/model.safetensors", Body=b"half")
+    (found,) = find_garbage(s3_store, [], LATER)
+    assert (found.uri, found.size_bytes, found.complete) == (f"{s3_store}/merge/b", 4, False)
+    open_store(s3_store).delete(found.uri)
+    assert find_garbage(s3_store, [], LATER) == []
+
+
+def test_gc_asks_the_registry_and_deletes_the_rest(
+    tracking_uri: str,
+    folder_store: str,
+    publish: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from mlflow import MlflowClient
+
+    kept, dropped = put(folder_store, "merge/kept"), put(folder_store, "merge/dropped")
+    client = MlflowClient(tracking_uri)
+    client.create_registered_model("tuned")
+    client.create_model_version("tuned", "file:///model", tags={"finemill.artifact.model": kept})
+    weeks_ago = time.time() - 40 * 86400
+    for path in local_path(folder_store).rglob("*"):
+        os.utime(path, (weeks_ago, weeks_ago))
+    assert main(["gc", "--store", folder_store, "--dry-run"]) == 0
+    assert "1 artifacts, 0.000 GiB, would be deleted" in capsys.readouterr().out
+    assert main(["gc", "--store", folder_store]) == 0
+    assert Reference.parse(dropped).uri in capsys.readouterr().out
+    assert open_store(folder_store).list(f"{folder_store}/merge") == [Reference.parse(kept).uri]
+
+
+def test_gc_without_a_registry_deletes_nothing(s3_store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    put(s3_store, "merge/a")
+    assert main(["gc", "--store", s3_store, "--older-than-days", "1"]) == 2
+    assert "MLFLOW_TRACKING_URI is not set" in capsys.readouterr().err
+    assert open_store(s3_store).list(f"{s3_store}/merge")

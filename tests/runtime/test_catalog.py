@@ -1,0 +1,128 @@
+"""The components in the form of Kubeflow's own catalogue: metadata.yaml, OWNERS and README.md beside each."""
+
+import ast
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finemill import __version__
+from finemill.runtime.catalog import STEPS
+
+COMPONENTS = Path(__file__).parents[2] / "components"
+KEYS = {
+    "name",
+    "stability",
+    "version",
+    "image",
+    "inputs",
+    "outputs",
+    "resources",
+    "dependencies",
+    "tags",
+    "lastVerified",
+}
+OPTIONAL_KEYS = {"ci", "links"}
+SEMVER_RANGE = re.compile(r"any|((>=|<=|==|>|<|~=)\d+(\.\d+)*)(,\s*(>=|<=|==|>|<|~=)\d+(\.\d+)*)*")
+# What the harness passes, besides the step's own ports.
+PLUMBING = {"store", "config", "run_id"}
+every_step = pytest.mark.parametrize("name", list(STEPS))
+
+
+def folder(name: str) -> Path:
+    return COMPONENTS / STEPS[name].module_name
+
+
+def metadata(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((folder(name) / "metadata.yaml").read_text())
+    return loaded
+
+
+def component(name: str) -> Any:
+    module = import_module(f"finemill.components.{STEPS[name].module_name}.component")
+    return getattr(module, STEPS[name].module_name)
+
+
+@every_step
+def test_metadata_has_the_catalogue_s_keys(name: str) -> None:
+    found = metadata(name)
+    assert KEYS <= set(found) <= KEYS | OPTIONAL_KEYS
+    assert found["stability"] in ("experimental", "alpha", "beta", "stable")
+    assert found["version"] == __version__
+    assert all(re.fullmatch(r"[a-z0-9_]+", tag) for tag in found["tags"])
+    assert found["lastVerified"].year >= 2026
+    pipelines = {item["name"]: item["version"] for item in found["dependencies"]["kubeflow"]}
+    assert "Pipelines" in pipelines
+    services = found["dependencies"].get("external_services", [])
+    for version in [*pipelines.values(), *(item["version"] for item in services)]:
+        assert SEMVER_RANGE.fullmatch(version), version
+
+
+@every_step
+def test_metadata_matches_the_table_of_steps(name: str) -> None:
+    found, step = metadata(name), STEPS[name]
+    assert (found["name"], found["image"]) == (step.name, step.image)
+    assert [item["name"] for item in found["inputs"]] == list(step.inputs)
+    assert [item["name"] for item in found["outputs"]] == [step.output]
+    assert all(item["description"] for item in found["inputs"] + found["outputs"])
+    assert set(found["resources"]["requests"]) >= {"cpu", "memory"}
+
+
+@every_step
+def test_the_component_s_signature_matches_the_table_of_steps(name: str) -> None:
+    step, spec = STEPS[name], component(name).component_spec
+    extra = {item.config_section for item in STEPS.values()} | {"base_model"} if name == "preflight" else set()
+    assert set(spec.inputs) <= set(step.inputs) | PLUMBING | extra
+    assert set(step.inputs) | PLUMBING <= set(spec.inputs)
+    verdict = {"Output"} if step.verdict else set()
+    assert {step.output, "manifest", "metrics"} | verdict <= set(spec.outputs)
+    required = {key for key, value in spec.inputs.items() if not value.optional}
+    assert required == set(step.inputs) | {"store"}
+    assert all(spec.inputs[key].description for key in spec.inputs)
+    assert spec.description
+
+
+@every_step
+def test_the_component_installs_nothing_and_imports_nothing_at_module_level_but_kfp(name: str) -> None:
+    text = (folder(name) / "component.py").read_text()
+    assert "packages_to_install" not in text
+    assert "install_kfp_package=False" in text
+    allowed = set(sys.stdlib_module_names) | {"kfp", "finemill.runtime.images"}
+    for node in ast.parse(text).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert set(names) <= allowed
+
+
+@every_step
+def test_owners_are_named(name: str) -> None:
+    owners = yaml.safe_load((folder(name) / "OWNERS").read_text())
+    assert owners["approvers"]
+
+
+@every_step
+def test_the_readme_fits_a_screen_and_is_about_this_step(name: str) -> None:
+    lines = (folder(name) / "README.md").read_text().splitlines()
+    assert lines[0] == f"# {name}"
+    assert 5 <= len(lines) <= 60
+
+
+@every_step
+def test_each_component_compiles_alone_into_anybody_s_pipeline(name: str, tmp_path: Path) -> None:
+    from kfp import compiler, dsl
+
+    call = component(name)
+    ports = {key: f"s3://bucket/{key}@sha256:{'0' * 64}" for key in STEPS[name].inputs}
+
+    @dsl.pipeline(name="mine")
+    def mine() -> None:
+        call(store="s3://bucket", **ports)
+
+    compiler.Compiler().compile(mine, str(tmp_path / "mine.yaml"))
+    (executor,) = yaml.safe_load((tmp_path / "mine.yaml").read_text())["deploymentSpec"]["executors"].values()
+    assert executor["container"]["command"][0] == "sh"
+    assert "pip install" not in " ".join(executor["container"]["command"])

@@ -1,0 +1,61 @@
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from finemill.artifacts.manifest import Reference
+from finemill.errors import TemporaryError
+from finemill.runtime.kfp_task import TRACKING_PREFIX, run_kfp_task
+
+OURS = {"MLFLOW_TRACKING_URI": "http://ours", "MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "secret"}
+
+
+def run_data_prep(folder: Path) -> dict[str, float]:
+    """Run the step with outputs as the launcher provides them. Returns: the metrics that KFP is told."""
+    logged: dict[str, float] = {}
+    run_kfp_task(
+        "data-prep",
+        store=str(folder / "store"),
+        inputs={},
+        config={"sources": [{"uri": "example:chat", "max_rows": 40}]},
+        run_id="run",
+        reference_path=str(folder / "rows"),
+        manifest=SimpleNamespace(path=str(folder / "manifest"), metadata={}),
+        metrics=SimpleNamespace(path=str(folder / "metrics"), log_metric=logged.__setitem__),
+    )
+    return logged
+
+
+def test_every_output_is_a_file(tmp_path: Path) -> None:
+    logged = run_data_prep(tmp_path)
+    reference = Reference.parse((tmp_path / "rows").read_text())
+    assert json.loads((tmp_path / "manifest").read_text())["digest"] == reference.digest
+    assert json.loads((tmp_path / "metrics").read_text()) == logged
+    assert logged
+
+
+@pytest.mark.parametrize(
+    ("plugin", "seen"),
+    [
+        ({}, OURS),
+        ({"MLFLOW_TRACKING_URI": "http://plugin"}, {"MLFLOW_TRACKING_URI": "http://plugin"}),
+    ],
+)
+def test_the_server_of_kfp_s_mlflow_plugin_goes_first_and_never_gets_our_credentials(
+    plugin: dict[str, str], seen: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables: dict[str, str] = {}
+
+    def remember(name: str, **arguments: Any) -> None:
+        variables.update({key: value for key, value in os.environ.items() if key in OURS})
+        raise TemporaryError("that was all")
+
+    environment = {f"{TRACKING_PREFIX}{name}": value for name, value in OURS.items()} | plugin
+    monkeypatch.setattr("finemill.runtime.kfp_task.run_step", remember)
+    monkeypatch.setattr(os, "environ", {**os.environ, **environment})
+    with pytest.raises(SystemExit):
+        run_data_prep(tmp_path)
+    assert variables == seen

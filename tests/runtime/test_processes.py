@@ -1,0 +1,110 @@
+"""Two processes train together as two GPUs would: on a CPU, over gloo."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finemill.artifacts.manifest import Reference
+from finemill.errors import UserError
+from finemill.runtime.run import run_step
+from finemill.storage.store import fetch_artifact, open_store
+
+pytestmark = pytest.mark.slow
+BASE = "builtin:tiny-qwen3"
+CONFIG = {
+    "lora_r": 4,
+    "max_steps": 6,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    store = tmp_path_factory.mktemp("data").as_uri()
+    config = {"sources": [{"uri": "example:reasoning", "max_rows": 60}]}
+    rows = run_step("data-prep", store=store, inputs={}, config=config)
+    inputs = {"rows": str(rows.reference), "base_model": BASE}
+    return str(run_step("chat-format", store=store, inputs=inputs, config={}).reference)
+
+
+def torchrun(dataset: str, store: str, *flags: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "finemill", "train-qlora"]
+    command += ["--dataset", dataset, "--base-model", BASE, "--store", store, *flags]
+    for name, value in CONFIG.items():
+        command += [f"--{name.replace('_', '-')}", str(value).lower()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_two_processes_publish_one_adapter_that_equals_one_process_with_twice_the_accumulation(
+    dataset: str, folder_store: str, tracking_uri: str
+) -> None:
+    from mlflow import MlflowClient
+
+    process = torchrun(dataset, folder_store)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    (reference,) = stdout.split()
+    assert open_store(folder_store).list(f"{folder_store}/train-qlora") == [reference.partition("@")[0]]
+    client = MlflowClient(tracking_uri)
+    experiment = client.get_experiment_by_name("finemill")
+    assert [run.info.run_name for run in client.search_runs([experiment.experiment_id])] == ["train-qlora"]
+
+    inputs = {"dataset": dataset, "base_model": BASE}
+    alone = run_step(
+        "train-qlora", store=folder_store, inputs=inputs, config={**CONFIG, "gradient_accumulation_steps": 2}
+    )
+    expected = weights(fetch_artifact(alone.reference)[0])
+    for name, weight in weights(fetch_artifact(Reference.parse(reference))[0]).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-4, msg=name)
+
+
+def test_sigterm_to_torchrun_leaves_a_checkpoint_that_the_same_processes_continue(
+    dataset: str, folder_store: str
+) -> None:
+    process = torchrun(dataset, folder_store)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "step 2/6" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.communicate(timeout=300)[1]
+    assert process.returncode != 0
+    assert "checkpoint at step" in rest
+    assert not open_store(folder_store).list(f"{folder_store}/train-qlora")
+    again = torchrun(dataset, folder_store)
+    stdout, stderr = again.communicate(timeout=300)
+    assert again.returncode == 0, stderr
+    assert "step 1/6" not in stderr
+    assert len(stdout.split()) == 1
+
+
+def test_a_machine_with_two_gpus_starts_two_processes_by_itself(
+    dataset: str, folder_store: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finemill.runtime.run.num_idle_gpus", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    inputs = {"dataset": dataset, "base_model": BASE}
+    result = run_step("train-qlora", store=folder_store, inputs=inputs, config={**CONFIG, "max_steps": 2})
+    assert result.manifest.metrics["train/num_steps"] == 2
+    assert capfd.readouterr().out == ""
+    again = run_step("train-qlora", store=folder_store, inputs=inputs, config={**CONFIG, "max_steps": 2})
+    assert (again.reused, again.reference) == (True, result.reference)
+    with pytest.raises(UserError, match="train-qlora in 2 processes ended with exit code 2"):
+        run_step("train-qlora", store=folder_store, inputs=inputs, config={**CONFIG, "resume": "must", "seed": 1})

@@ -1,0 +1,164 @@
+import threading
+from pathlib import Path
+
+import boto3
+import pytest
+
+from finemill.artifacts.manifest import Manifest, Producer, Reference, new_manifest
+from finemill.errors import TemporaryError, UserError
+from finemill.runtime.context import Checkpoints
+from finemill.storage.base import normalize_uri
+from finemill.storage.store import fetch_artifact, open_store, read_artifact
+
+MADE_BY = Producer(step="merge", version="0", code="c")
+
+
+def publish(uri: str, files: dict[str, str]) -> Manifest:
+    store = open_store(uri)
+    staging = store.staging_folder(uri)
+    for name, text in files.items():
+        path = staging / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    standing = store.publish(staging, uri, new_manifest("model", staging, MADE_BY))
+    assert not staging.exists()
+    return standing
+
+
+def test_published_artifact_is_fetched_with_its_files(store: str) -> None:
+    uri = f"{store}/merge/1"
+    manifest = publish(uri, {"a.txt": "alpha", "sub/b.txt": "beta", "empty": ""})
+    folder, found = fetch_artifact(Reference(uri, manifest.digest))
+    assert found == open_store(uri).read_manifest(uri)
+    assert found.digest == manifest.digest
+    assert [(folder / name).read_text() for name in ("a.txt", "sub/b.txt", "empty")] == ["alpha", "beta", ""]
+
+
+def test_prefix_without_a_manifest_does_not_exist(store: str) -> None:
+    assert open_store(store).read_manifest(f"{store}/merge/none") is None
+    with pytest.raises(UserError, match="no complete artifact"):
+        read_artifact(Reference(f"{store}/merge/none", "0" * 64))
+
+
+def test_first_to_publish_stands(store: str) -> None:
+    uri = f"{store}/merge/1"
+    first = publish(uri, {"a.txt": "first"})
+    assert publish(uri, {"a.txt": "first"}).digest == first.digest
+    standing = publish(uri, {"a.txt": "second"})
+    assert standing.digest == first.digest
+
+
+def test_reference_with_another_digest_is_refused(store: str) -> None:
+    uri = f"{store}/merge/1"
+    publish(uri, {"a.txt": "alpha"})
+    with pytest.raises(UserError, match="it was written anew"):
+        fetch_artifact(Reference(uri, "0" * 64))
+
+
+def test_only_complete_artifacts_are_listed_and_deleted_ones_are_gone(store: str) -> None:
+    publish(f"{store}/c/2", {"x": "2"})
+    publish(f"{store}/c/1", {"x": "1"})
+    handle = open_store(store)
+    assert handle.list(f"{store}/c") == [f"{store}/c/1", f"{store}/c/2"]
+    handle.delete(f"{store}/c/1")
+    assert handle.list(f"{store}/c") == [f"{store}/c/2"]
+    assert handle.list(f"{store}/nothing") == []
+
+
+def test_newest_checkpoint_is_found_and_old_ones_go(store: str, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(f"{store}/checkpoints/x", MADE_BY)
+    assert checkpoints.latest() is None
+    for step in (5, 10, 15):
+        (tmp_path / "state").mkdir(exist_ok=True)
+        (tmp_path / "state" / "step").write_text(str(step))
+        checkpoints.save(tmp_path / "state", step)
+    checkpoints.keep_only(2)
+    latest = checkpoints.latest()
+    assert latest is not None
+    assert (latest / "step").read_text() == "15"
+    assert len(open_store(store).list(checkpoints.uri)) == 2
+
+
+def test_damaged_file_in_a_folder_is_refused(folder_store: str) -> None:
+    uri = f"{folder_store}/merge/1"
+    manifest = publish(uri, {"a.txt": "alpha"})
+    Path(uri.removeprefix("file://"), "a.txt").write_text("alphA")
+    with pytest.raises(UserError, match="damaged artifact"):
+        fetch_artifact(Reference(uri, manifest.digest))
+
+
+def test_damaged_object_in_a_bucket_is_refused(s3_store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    uri = f"{s3_store}/merge/1"
+    manifest = publish(uri, {"a.txt": "alpha, damaged later"})
+    monkeypatch.setenv("FINEMILL_CACHE", str(tmp_path / "another-machine"))
+    bucket, _, key = manifest.files_uri(uri).removeprefix("s3://").partition("/")
+    boto3.client("s3").put_object(Bucket=bucket, Key=f"{key}/a.txt", Body=b"alphA, damaged later")
+    with pytest.raises(UserError, match=r"damaged artifact: s3://.*a.txt has sha256"):
+        fetch_artifact(Reference(uri, manifest.digest))
+    boto3.client("s3").delete_object(Bucket=bucket, Key=f"{key}/a.txt")
+    with pytest.raises(UserError, match=r"damaged artifact: s3://.*a.txt is missing"):
+        fetch_artifact(Reference(uri, manifest.digest))
+
+
+def test_bucket_is_read_once_per_machine(s3_store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    uri = f"{s3_store}/merge/1"
+    manifest = publish(uri, {"a.txt": "read once"})
+    monkeypatch.setenv("FINEMILL_CACHE", str(tmp_path / "another-machine"))
+    first, _ = fetch_artifact(Reference(uri, manifest.digest))
+    bucket, _, key = manifest.files_uri(uri).removeprefix("s3://").partition("/")
+    boto3.client("s3").delete_object(Bucket=bucket, Key=f"{key}/a.txt")
+    assert fetch_artifact(Reference(uri, manifest.digest))[0] == first
+
+
+def test_two_writers_agree_on_one_artifact(store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    uri = f"{store}/merge/1"
+    results: list[Manifest] = []
+    writers = [threading.Thread(target=lambda n=n: results.append(publish(uri, {"who": str(n)}))) for n in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    standing = open_store(uri).read_manifest(uri)
+    assert standing is not None
+    assert {result.digest for result in results} == {standing.digest}
+    monkeypatch.setenv("FINEMILL_CACHE", str(tmp_path / "another-machine"))
+    folder, _ = fetch_artifact(Reference(uri, standing.digest))
+    assert (folder / "who").read_text() in "0123"
+
+
+def test_unwritable_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        open_store(f"{tmp_path}/file/store").check_writable()
+
+
+def test_unknown_scheme_and_host_are_refused() -> None:
+    with pytest.raises(UserError, match="unknown scheme 'gs'"):
+        open_store("gs://bucket/x")
+    with pytest.raises(UserError, match="three slashes"):
+        normalize_uri("file://host/x")
+    with pytest.raises(UserError, match="names no bucket"):
+        open_store("s3:///x").check_writable()
+
+
+def test_missing_bucket_wrong_host_and_no_credentials_are_told_apart(
+    s3_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="NoSuchBucket"):
+        open_store("s3://finemill-none/x").check_writable()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(TemporaryError, match="check AWS_ENDPOINT_URL"):
+        open_store(s3_store).check_writable()
+
+
+def test_paths_with_odd_characters_survive(tmp_path: Path) -> None:
+    uri = normalize_uri(str(tmp_path / "my store %41 #1"))
+    manifest = publish(f"{uri}/merge/1", {"a": "x"})
+    assert (
+        fetch_artifact(Reference(f"{uri}/merge/1", manifest.digest))[0] == tmp_path / "my store %41 #1" / "merge" / "1"
+    )
+
+
+def test_a_refused_upload_is_the_caller_s_to_mend(s3_store: str) -> None:
+    with pytest.raises(UserError, match="there is no such bucket"):
+        publish("s3://finemill-nowhere/merge/1", {"a.txt": "alpha"})

@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from peft import get_peft_model
+from transformers import PreTrainedModel, set_seed
+
+from finemill.training.adapter import lora_config
+from finemill.training.config import LoRATrainingConfig
+from finemill.training.quantized_base import load_base
+
+CPU = torch.device("cpu")
+
+
+def adapter_gradients(model: PreTrainedModel, *, evaluate_first: bool) -> dict[str, torch.Tensor]:
+    """Gradients of one training step on fixed tokens and fixed, non-zero adapters."""
+    set_seed(0)
+    model = get_peft_model(model, lora_config(LoRATrainingConfig(lora_r=4)))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    tokens = torch.arange(64).reshape(2, 32) + 100
+    if evaluate_first:
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False)
+    model.train()
+    model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_evaluating_before_training_leaves_the_gradients_as_they_are(tiny_model_dir: Path) -> None:
+    config = LoRATrainingConfig()
+    expected = adapter_gradients(load_base(tiny_model_dir, config, CPU), evaluate_first=False)
+    found = adapter_gradients(load_base(tiny_model_dir, config, CPU), evaluate_first=True)
+    assert expected
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=0, msg=name)
+
+
+def test_linear_layers_are_nf4_and_the_output_layer_is_not(tiny_model_dir: Path) -> None:
+    model = load_base(tiny_model_dir, LoRATrainingConfig(), CPU)
+    quantized = {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    assert len(quantized) == 7 * model.config.num_hidden_layers
+    assert not isinstance(model.lm_head, bnb.nn.Linear4bit)
+    assert {model.get_submodule(name).weight.quant_state.quant_type for name in quantized} == {"nf4"}
+
+
+def test_without_4_bit_the_base_is_loaded_as_it_is(tiny_model_dir: Path) -> None:
+    model = load_base(tiny_model_dir, LoRATrainingConfig(load_in_4bit=False), CPU)
+    assert not any(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
