@@ -89,7 +89,7 @@ def task(
     """Call a step on other tasks' outputs.
 
     Args:
-        step_name: its key in `steps.py`.
+        step_name: its name in the catalogue.
         resources: requests and limits of its container.
         retries: further attempts after a lost node or exit code 75.
         after: tasks that must succeed first, besides those whose outputs it reads.

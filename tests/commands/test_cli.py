@@ -1,3 +1,4 @@
+import ast
 import subprocess
 import sys
 
@@ -16,11 +17,59 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n  {command} " in text
 
 
-def test_unknown_command_is_an_error_that_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("arguments", [["trian"], ["trian", "--help"], ["trian", "-h"], ["trian", "--version"], [""]])
+def test_unknown_command_is_an_error_that_lists_the_commands(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["trian"])
+        main(arguments)
+    shown = capsys.readouterr()
     assert ended.value.code == 2
-    assert "unknown command 'trian'; the commands are run, " in capsys.readouterr().err
+    assert f"unknown command '{arguments[0]}'; the commands are run, " in shown.err
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("arguments", [["schema", "trian", "--help"], ["run", "trian", "--help"]])
+def test_unknown_argument_is_an_error_with_help_asked_for_too(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        exit_code = main(arguments)
+    except SystemExit as ended:
+        exit_code = int(str(ended.code))
+    shown = capsys.readouterr()
+    assert exit_code == 2
+    assert "'trian'" in shown.err
+    assert "finetune" in shown.err
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("name", ["run", "schema", "merge", "gc"])
+def test_only_a_run_is_said_to_go_on_after_an_interruption(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str, arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finemill.cli._command", lambda name: interrupted)
+    assert main([name]) == 130
+    said = capsys.readouterr().err
+    assert said.startswith(f"finemill {name}: interrupted")
+    assert ("the same command goes on from the last finished step" in said) == (name == "run")
+
+
+def test_help_imports_no_configuration() -> None:
+    script = (
+        "import sys\n"
+        "from finemill.cli import main\n"
+        "try:\n"
+        "    main(['--help'])\n"
+        "except SystemExit:\n"
+        "    print({name for name in sys.modules if name.startswith(('pydantic', 'finemill'))}, file=sys.stderr)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = ast.literal_eval(result.stderr)
+    assert not {name for name in loaded if "pydantic" in name or "config" in name or "components" in name}
 
 
 def test_help_and_config_checks_import_nothing_heavy() -> None:

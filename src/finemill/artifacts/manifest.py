@@ -19,8 +19,6 @@ from finemill.errors import UserError
 MANIFEST_NAME = "manifest.json"
 LAYOUT_VERSION = 1
 _DIGEST_MARK = "@sha256:"
-BASE_MODEL = "base_model"
-"""The one input that is not written by a step: a model reference, resolved by `models/base/resolve.py`."""
 
 
 @dataclass(frozen=True)

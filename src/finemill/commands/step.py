@@ -5,7 +5,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from finemill.artifacts.manifest import BASE_MODEL
+from finemill.artifacts.ports import BASE_MODEL
 from finemill.commands.config_flags import add_config_flags, read_config
 from finemill.runtime.catalog import Step, get_step
 

@@ -1,21 +1,21 @@
 """The steps by name: what each reads, what it writes, and where its code is.
 
-A new step is one line here and one folder. The line is data, so that `--help`, both pipeline renderers and the
-component wrappers agree without importing what a step computes with.
+A new step is one line here and one folder. The line is data and light to import, so that `finemill --help`, both
+pipeline renderers and the component wrappers agree without importing what a step computes with.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finemill.artifacts.manifest import BASE_MODEL
-from finemill.config import StepConfig
+from finemill.artifacts.ports import BASE_MODEL
 from finemill.errors import UserError
 
+if TYPE_CHECKING:
+    from finemill.config import StepConfig
 
-@dataclass(frozen=True)
-class Step:
+
+class Step(NamedTuple):
     """One step of the line.
 
     Its folder has the step's name. In `step.py` there, `run(**inputs, output_dir, config, context)` gets a local folder
@@ -25,6 +25,7 @@ class Step:
 
     name: str
     summary: str
+    """One sentence: what `finemill --help` says of it."""
     inputs: tuple[str, ...]
     output: str
     config_name: str
@@ -56,8 +57,8 @@ class Step:
         return "true" if metrics[f"{self.module_name}/{self.verdict}"] else "false"
 
     @property
-    def config(self) -> type[StepConfig]:
-        """The configuration class; light to import."""
+    def config(self) -> "type[StepConfig]":
+        """The configuration class."""
         loaded: type[StepConfig] = self._load(f"config:{self.config_name}")
         return loaded
 
@@ -80,37 +81,37 @@ class Step:
 _ALL = (
     Step(
         "preflight",
-        "Check store, credentials, tracking server, base model, configuration and GPU memory before anything is spent.",
-        (),
-        "plan",
-        "PreflightConfig",
+        "Check configuration, store, tracking server, base model and GPU memory before anything is spent.",
+        inputs=(),
+        output="plan",
+        config_name="PreflightConfig",
         image="cpu",
         state_name="step:check_time",
     ),
     Step(
         "data-prep",
         "Read raw rows, clean, deduplicate, mix and split them.",
-        (),
-        "rows",
-        "DataPrepConfig",
+        inputs=(),
+        output="rows",
+        config_name="DataPrepConfig",
         image="cpu",
         state_name="load:source_digests",
     ),
     Step(
         "chat-format",
         "Turn rows into messages, apply the model's own chat template, label the assistant's turns.",
-        ("rows", BASE_MODEL),
-        "dataset",
-        "ChatFormatConfig",
+        inputs=("rows", BASE_MODEL),
+        output="dataset",
+        config_name="ChatFormatConfig",
         image="cpu",
         state_name="template:template_state",
     ),
     Step(
         "detect-change",
         "Tell whether the dataset differs from the one behind the newest registered version.",
-        ("dataset",),
-        "change",
-        "RegisterConfig",
+        inputs=("dataset",),
+        output="change",
+        config_name="RegisterConfig",
         image="cpu",
         state_name="step:newest_version",
         verdict="changed",
@@ -119,51 +120,51 @@ _ALL = (
     Step(
         "train-qlora",
         "Train LoRA adapters on the 4-bit base.",
-        ("dataset", BASE_MODEL),
-        "adapter",
-        "TrainQLoRAConfig",
+        inputs=("dataset", BASE_MODEL),
+        output="adapter",
+        config_name="TrainQLoRAConfig",
         image="train",
         multi_process=True,
     ),
     Step(
         "train-dpo",
         "Train LoRA adapters on preferences, the 4-bit base as reference (DPO).",
-        ("dataset", BASE_MODEL),
-        "adapter",
-        "TrainDPOConfig",
+        inputs=("dataset", BASE_MODEL),
+        output="adapter",
+        config_name="TrainDPOConfig",
         image="train",
         multi_process=True,
     ),
     Step(
         "eval",
         "Score base and tuned model on held-out rows, and write the report.",
-        ("dataset", BASE_MODEL, "adapter"),
-        "evaluation",
-        "EvalConfig",
+        inputs=("dataset", BASE_MODEL, "adapter"),
+        output="evaluation",
+        config_name="EvalConfig",
         image="train",
     ),
     Step(
         "merge",
         "Merge the adapter into the unquantized base, 16 bit, and check its logits.",
-        (BASE_MODEL, "adapter"),
-        "model",
-        "MergeConfig",
+        inputs=(BASE_MODEL, "adapter"),
+        output="model",
+        config_name="MergeConfig",
         image="train",
     ),
     Step(
         "gguf-quantize",
         "Write GGUF files, load each in llama.cpp, and compare them with the merged model.",
-        ("model", "dataset"),
-        "gguf",
-        "GGUFQuantizeConfig",
+        inputs=("model", "dataset"),
+        output="gguf",
+        config_name="GGUFQuantizeConfig",
         image="train",
     ),
     Step(
         "register",
         "Record the results as a version in MLflow's model registry.",
-        ("adapter", "model", "gguf", "evaluation"),
-        "version",
-        "RegisterConfig",
+        inputs=("adapter", "model", "gguf", "evaluation"),
+        output="version",
+        config_name="RegisterConfig",
         image="cpu",
         state_name="step:registry_state",
         fetches_inputs=False,
@@ -171,9 +172,9 @@ _ALL = (
     Step(
         "score-champion",
         "Score the champion on the rows that the new version was scored on, unless it was before.",
-        ("evaluation",),
-        "champion",
-        "RegisterConfig",
+        inputs=("evaluation",),
+        output="champion",
+        config_name="RegisterConfig",
         image="train",
         state_name="step:champion_state",
         section="register",
@@ -182,9 +183,9 @@ _ALL = (
     Step(
         "promote",
         "Compare the new version with the champion and move the alias if it wins.",
-        ("version", "evaluation"),
-        "decision",
-        "PromoteConfig",
+        inputs=("version", "evaluation"),
+        output="decision",
+        config_name="PromoteConfig",
         image="cpu",
         state_name="step:champion_state",
         verdict="promotion_passed",

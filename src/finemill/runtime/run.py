@@ -15,7 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from finemill.artifacts.manifest import BASE_MODEL, Manifest, Producer, Reference, new_manifest
+from finemill.artifacts.manifest import Manifest, Producer, Reference, new_manifest
+from finemill.artifacts.ports import BASE_MODEL
 from finemill.config import StepConfig, parse_config
 from finemill.errors import StepError, UserError
 from finemill.runtime.catalog import Step, get_step
@@ -48,7 +49,7 @@ def run_step(
     """Run the step `name` unless its output is in `store` already.
 
     Args:
-        name: kebab-case name of a step in `steps.py`.
+        name: kebab-case name of a step in the catalogue.
         store: URI of the folder or bucket prefix that gets the output.
         inputs: an artifact reference per input of the step; a model reference for `base_model`.
         config: the step's configuration, or its values.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from finemill.artifacts.manifest import BASE_MODEL, Producer, Reference
+from finemill.artifacts.manifest import Producer, Reference
+from finemill.artifacts.ports import BASE_MODEL
 
 RUN_ID_TAG = "finemill.run_id"
 STEP_TAG = "finemill.step"
