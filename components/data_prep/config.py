@@ -40,7 +40,7 @@ class DataPrepConfig(StepConfig):
     """When the sources do not have the weights' proportions: leave out rows of those that have too many, or repeat rows
     of those that have too few (training rows only)."""
     test_size: float = Field(default=0.05, ge=0, lt=1)
-    """Share of prompts held out for `eval`. A prompt's hash decides, so that adding data moves no row.""" ""
+    """Share of prompts held out for `eval`. A prompt's hash decides, so that adding data moves no row."""
     validation_size: float = Field(default=0.05, ge=0, lt=1)
     """Share of prompts held out for the loss during training."""
     dedup: Literal["none", "exact", "normalized", "minhash"] = "normalized"

@@ -29,9 +29,11 @@ def channel_weights(model: Any, source: SourceModel, rows: Sequence[HeldOutRow])
                 total += inputs[0].double().square().flatten(0, -2).sum(0)
 
             handles.append(module.register_forward_pre_hook(add))
-    for row in rows:
-        model(torch.tensor([row.input_ids], device=model.device))
-    for handle in handles:
-        handle.remove()
+    try:
+        for row in rows:
+            model(torch.tensor([row.input_ids], device=model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
     num_tokens = sum(len(row.input_ids) for row in rows)
     return {name: (total / num_tokens).cpu().numpy().astype(np.float32) for name, total in sums.items()}

@@ -107,7 +107,9 @@ def serve(path: Path, num_threads: int, context_length: int) -> Iterator[LlamaSe
         server = xllamacpp.Server(params)
     except RuntimeError as error:
         raise StepError(f"gguf-quantize: llama.cpp does not load {path.name}: {error}") from error
-    yield LlamaServer(server)
-    # The model is freed with the server, which nothing refers to any longer.
-    del server
-    gc.collect()
+    try:
+        yield LlamaServer(server)
+    finally:
+        # The model is freed with the server, which nothing refers to any longer.
+        del server
+        gc.collect()

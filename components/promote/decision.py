@@ -38,8 +38,10 @@ class Decision:
             [
                 f"# {self.registered_model_name} version {self.version}: {self.summary}",
                 "",
-                f"Positive differences are better. The bound is what the difference exceeds at {self.confidence:.0%} "
-                "confidence (paired bootstrap over the held-out rows).",
+                (
+                    f"Positive differences are better. The bound is what the difference exceeds at "
+                    f"{self.confidence:.0%} confidence (paired bootstrap over the held-out rows)."
+                ),
                 "",
                 "| passed | metric | rule | new | other | difference | bound | rows |",
                 "|---|---|---|---:|---:|---:|---:|---:|",

@@ -72,6 +72,8 @@ def no_progress_bar() -> Iterator[None]:
 
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    yield
-    if was_enabled:
-        logging.enable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from finemill.artifacts.dataset import read_rows, spread
+from finemill.artifacts.dataset import HeldOutRow, read_rows, spread
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.gguf_quantize.convert import SourceModel
 from finemill.components.gguf_quantize.imatrix import channel_weights
@@ -180,3 +180,11 @@ def test_the_modelfile_has_turns_stops_and_sampling(tiny_model_dir: Path) -> Non
     assert text.startswith('FROM ./m-Q4_K_M.gguf\nTEMPLATE """')
     assert "<|im_start|>assistant" in text
     assert text.endswith('PARAMETER stop "<|im_end|>"\nPARAMETER temperature 0.6\nPARAMETER top_k 20\n')
+
+
+def test_a_failed_measurement_leaves_no_hook_on_the_model(tiny_model_dir: Path) -> None:
+    model = load_causal_lm(tiny_model_dir)
+    row = HeldOutRow("a", "s", input_ids=[10**6], labels=[0], prompt="", completion="", answer=None)
+    with pytest.raises(IndexError):
+        channel_weights(model, SourceModel(tiny_model_dir), [row])
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -46,10 +46,14 @@ def _two_products(rng: Random) -> Exercise:
             f"The bill lists {a} {first}, {p} dollars for each, and {b} {second}, {q} dollars for each. Find the sum.",
             f"At {p} dollars apiece {a} {first} were sold, and {b} {second} at {q} dollars apiece.",
             f"A hall has {a} rows of {p} seats and {b} rows of {q} seats. Count the seats.",
-            f"{first.capitalize()} sell for {p} dollars and {second} for {q} dollars. How much must be paid for {a} "
-            f"{first} and {b} {second}?",
-            f"{rng.choice(NAMES)} orders {a} {first} and {b} {second}. The {first} are {p} dollars each, the {second} "
-            f"{q} dollars each. How much is the whole order?",
+            (
+                f"{first.capitalize()} sell for {p} dollars and {second} for {q} dollars. How much must be paid for "
+                f"{a} {first} and {b} {second}?"
+            ),
+            (
+                f"{rng.choice(NAMES)} orders {a} {first} and {b} {second}. The {first} are {p} dollars each, the "
+                f"{second} {q} dollars each. How much is the whole order?"
+            ),
         )
     )
     return text, [f"{a} * {p} = {a * p}", f"{b} * {q} = {b * q}", f"{a * p} + {b * q} = {a * p + b * q}"], a * p + b * q
@@ -64,8 +68,10 @@ def _product_and_rest(rng: Random) -> Exercise:
             f"{a} full {containers} hold {b} {items} apiece. Next to them lie {c} more {items}.",
             f"A worker packs {b} {items} into each of {a} {containers} and keeps {c} besides. Count all {items}.",
             f"For {a} hours a train goes {b} km every hour, then it goes another {c} km. Find the whole distance.",
-            f"In a store room stand {a} {containers}, each with {b} {items} in it, and {c} {items} lie on the floor. "
-            f"What is the number of {items}?",
+            (
+                f"In a store room stand {a} {containers}, each with {b} {items} in it, and {c} {items} lie on the "
+                f"floor. What is the number of {items}?"
+            ),
             f"{rng.choice(NAMES)} drives {b} km in every one of {a} hours and later {c} km more. How far is that?",
         )
     )
@@ -79,13 +85,19 @@ def _whole_less_product(rng: Random) -> Exercise:
     text = rng.choice(
         (
             f"Out of a purse with {total} dollars, {a} {items} are paid, {b} dollars apiece. Find the change.",
-            f"A road to the {rng.choice(PLACES)} measures {total} km. A cart does {b} km in each of {a} hours. "
-            "Find the rest of the road.",
+            (
+                f"A road to the {rng.choice(PLACES)} measures {total} km. A cart does {b} km in each of {a} hours. "
+                "Find the rest of the road."
+            ),
             f"From {total} {items}, {a} {rng.choice(GROUPS)} take {b} apiece. Find what remains.",
-            f"{rng.choice(NAMES)} has {total} dollars and pays for {a} {items} that cost {b} dollars apiece. "
-            "How much is left?",
-            f"It is {total} km to the {rng.choice(PLACES)}. {rng.choice(NAMES)} has gone {b} km an hour for {a} hours. "
-            "How far is the rest?",
+            (
+                f"{rng.choice(NAMES)} has {total} dollars and pays for {a} {items} that cost {b} dollars apiece. "
+                "How much is left?"
+            ),
+            (
+                f"It is {total} km to the {rng.choice(PLACES)}. {rng.choice(NAMES)} has gone {b} km an hour for {a} "
+                "hours. How far is the rest?"
+            ),
         )
     )
     return text, [f"{a} * {b} = {a * b}", f"{total} - {a * b} = {total - a * b}"], total - a * b
@@ -100,8 +112,10 @@ def _shares(rng: Random) -> Exercise:
         (
             f"{a} old and {total - a} new {items} are dealt out evenly to {people} {group}.",
             f"Two heaps of {a} and {total - a} {items} are joined and cut into {people} equal parts. Find one part.",
-            f"{rng.choice(NAMES)} owns {a} {items}, a friend owns {total - a}. They give all to {people} {group} in "
-            "equal parts. How many does one of them receive?",
+            (
+                f"{rng.choice(NAMES)} owns {a} {items}, a friend owns {total - a}. They give all to {people} {group} "
+                "in equal parts. How many does one of them receive?"
+            ),
         )
     )
     return text, [f"{a} + {total - a} = {total}", f"{total} / {people} = {share}"], share
@@ -115,11 +129,15 @@ def _ages(rng: Random) -> Exercise:
     c = rng.randint(1, min(old, 12))
     text = rng.choice(
         (
-            f"{name} turned {a}. {b} years must be added for {other}, and the teacher is {factor} times that. "
-            f"Go back {c} years.",
+            (
+                f"{name} turned {a}. {b} years must be added for {other}, and the teacher is {factor} times that. "
+                f"Go back {c} years."
+            ),
             f"Begin with {a}, add {b}, multiply by {factor} and subtract {c}.",
-            f"{name} is {a}. {other} is older by {b} years. Their teacher is {factor} times the age of {other}. "
-            f"What was the teacher's age {c} years before?",
+            (
+                f"{name} is {a}. {other} is older by {b} years. Their teacher is {factor} times the age of {other}. "
+                f"What was the teacher's age {c} years before?"
+            ),
         )
     )
     return text, [f"{a} + {b} = {middle}", f"{middle} * {factor} = {old}", f"{old} - {c} = {old - c}"], old - c
@@ -204,8 +222,10 @@ def _product_spent_given(rng: Random) -> Exercise:
         (
             f"A club takes in {a} dollars from each of {b} members. It pays out {c} dollars and earns {d} dollars.",
             f"Every day for {b} days {a} liters run into a tank. {c} liters leak out, {d} liters are poured in.",
-            f"{rng.choice(NAMES)} puts {a} dollars aside in each of {b} weeks, uses {c} dollars and gets {d} dollars. "
-            "How much money is there?",
+            (
+                f"{rng.choice(NAMES)} puts {a} dollars aside in each of {b} weeks, uses {c} dollars and gets {d} "
+                "dollars. How much money is there?"
+            ),
         )
     )
     left = product - c

@@ -51,8 +51,10 @@ def shopping_total(rng: Random) -> Problem:
     question = rng.choice(
         (
             f"One {one} costs {p} dollars and one {other} costs {q} dollars. What do {a} {many} and {b} {others} cost?",
-            f"{rng.choice(NAMES)} buys {a} {many} at {p} dollars each and {b} {others} at {q} dollars each. "
-            "What is the total price?",
+            (
+                f"{rng.choice(NAMES)} buys {a} {many} at {p} dollars each and {b} {others} at {q} dollars each. "
+                "What is the total price?"
+            ),
         )
     )
     steps = (f"{a} * {p} = {a * p}", f"{b} * {q} = {b * q}", f"{a * p} + {b * q} = {a * p + b * q}")
@@ -67,8 +69,10 @@ def packed_and_loose(rng: Random) -> Problem:
     question = rng.choice(
         (
             f"There are {a} {containers} with {b} {items} each, and {c} loose {items}. How many {items} are there?",
-            f"{rng.choice(NAMES)} fills {a} {containers}. Each {container} holds {b} {items}, and {c} {items} "
-            f"do not fit. How many {items} are there in all?",
+            (
+                f"{rng.choice(NAMES)} fills {a} {containers}. Each {container} holds {b} {items}, and {c} {items} "
+                f"do not fit. How many {items} are there in all?"
+            ),
         )
     )
     return Problem(question, (f"{a} * {b} = {a * b}", f"{a * b} + {c} = {a * b + c}"), a * b + c, items)
@@ -83,8 +87,10 @@ def equal_shares(rng: Random) -> Problem:
     b = c * share - a
     question = rng.choice(
         (
-            f"{first} brings {a} {items} and {second} brings {b}. They share all of them equally among {c} {people}. "
-            f"How many {items} does each one get?",
+            (
+                f"{first} brings {a} {items} and {second} brings {b}. They share all of them equally among {c} "
+                f"{people}. How many {items} does each one get?"
+            ),
             f"{c} {people} split {a} red and {b} blue {items} evenly. How many {items} does each one receive?",
         )
     )
@@ -100,8 +106,10 @@ def money_back(rng: Random) -> Problem:
     question = rng.choice(
         (
             f"{name} pays for {a} {many} at {p} dollars each with {d} dollars. How much money comes back?",
-            f"With {d} dollars in hand, {name} buys {a} {many}. Each {one} costs {p} dollars. "
-            "How many dollars are left?",
+            (
+                f"With {d} dollars in hand, {name} buys {a} {many}. Each {one} costs {p} dollars. "
+                "How many dollars are left?"
+            ),
         )
     )
     return Problem(question, (f"{a} * {p} = {a * p}", f"{d} - {a * p} = {d - a * p}"), d - a * p, "dollars")
