@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from finemill.artifacts.manifest import Producer, Reference, new_manifest
-from finemill.storage.store import open_store
+from finemill.storage.store import publish_artifact, staging_folder
 
 if TYPE_CHECKING:
     from finemill.runtime.context import StepContext
@@ -208,7 +208,7 @@ def publish(folder_store: str) -> Publish:
         store: str = folder_store,
     ) -> str:
         uri = f"{store}/{kind}/{next(number):04d}"
-        staging = open_store(uri).staging_folder(uri)
+        staging = staging_folder(uri)
         for name, content in files.items():
             if isinstance(content, pa.Table):
                 pq.write_table(content, staging / name)
@@ -216,7 +216,7 @@ def publish(folder_store: str) -> Publish:
                 (staging / name).write_bytes(content.encode() if isinstance(content, str) else content)
         made_by = Producer(step=kind, version="0.1.0", code="0" * 16, git_sha="c0ffee")
         manifest = new_manifest(kind, staging, made_by, parents=parents, config=config, metrics=metrics)
-        return str(Reference(uri, open_store(uri).publish(staging, uri, manifest).digest))
+        return str(Reference(uri, publish_artifact(staging, uri, manifest).digest))
 
     return publish
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from finemill.errors import UserError
-from finemill.storage.s3 import S3Store, readable_errors
+from finemill.storage.s3 import readable_errors, s3_client
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class S3File:
         """The object as a file in `folder`, which keeps its name."""
         path = folder / Path(self.key).name
         with readable_errors(self.uri, "cannot be read"):
-            S3Store(self.uri).client.download_file(self.bucket, self.key, str(path))
+            s3_client().download_file(self.bucket, self.key, str(path))
         return path
 
 
@@ -42,7 +42,7 @@ def list_s3_files(uri: str) -> Mapping[str, S3File]:
     parts = urlsplit(uri, allow_fragments=False)
     bucket, key = parts.netloc, parts.path.lstrip("/")
     with readable_errors(uri, "cannot be listed"):
-        pages = S3Store(uri).client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
+        pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
         items = [item for page in pages for item in page.get("Contents", [])]
     found = {item["Key"]: S3File(bucket, item["Key"], item["ETag"]) for item in items}
     if key in found:

@@ -11,17 +11,17 @@ from finemill.artifacts.manifest import Producer, Reference, new_manifest
 from finemill.cli import main
 from finemill.registry.garbage import find_garbage
 from finemill.storage.base import local_path
-from finemill.storage.store import open_store
+from finemill.storage.store import delete_artifact, list_artifacts, publish_artifact, staging_folder
 
 LATER = datetime.now(UTC) + timedelta(days=1)
 
 
 def put(store: str, place: str, parents: dict[str, str] | None = None) -> str:
     uri = f"{store}/{place}"
-    staging = open_store(uri).staging_folder(uri)
+    staging = staging_folder(uri)
     (staging / "file").write_text(place)
     made_by = Producer(step=place.split("/")[0], version="0", code="c")
-    manifest = open_store(uri).publish(staging, uri, new_manifest("any", staging, made_by, parents=parents))
+    manifest = publish_artifact(staging, uri, new_manifest("any", staging, made_by, parents=parents))
     return str(Reference(uri, manifest.digest))
 
 
@@ -50,7 +50,7 @@ def test_what_is_young_is_kept_with_what_it_was_made_from(store: str) -> None:
 def test_attempts_that_died_are_garbage_and_other_things_in_a_store_are_not(folder_store: str) -> None:
     put(folder_store, "merge/a")
     root = local_path(folder_store)
-    (open_store(folder_store).staging_folder(f"{folder_store}/merge/b") / "half").write_text("x")
+    (staging_folder(f"{folder_store}/merge/b") / "half").write_text("x")
     (root / "logs").mkdir()
     (root / "logs" / "finetune.log").write_text("x")
     (root / "mlflow.db").write_text("x")
@@ -65,7 +65,7 @@ def test_unfinished_upload_is_garbage(s3_store: str) -> None:
     boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/merge/b/0123/model.safetensors", Body=b"half")
     (found,) = find_garbage(s3_store, [], LATER)
     assert (found.uri, found.size_bytes, found.complete) == (f"{s3_store}/merge/b", 4, False)
-    open_store(s3_store).delete(found.uri)
+    delete_artifact(found.uri)
     assert find_garbage(s3_store, [], LATER) == []
 
 
@@ -88,11 +88,11 @@ def test_gc_asks_the_registry_and_deletes_the_rest(
     assert "1 artifacts, 0.000 GiB, would be deleted" in capsys.readouterr().out
     assert main(["gc", "--store", folder_store]) == 0
     assert Reference.parse(dropped).uri in capsys.readouterr().out
-    assert open_store(folder_store).list(f"{folder_store}/merge") == [Reference.parse(kept).uri]
+    assert list_artifacts(f"{folder_store}/merge") == [Reference.parse(kept).uri]
 
 
 def test_gc_without_a_registry_deletes_nothing(s3_store: str, capsys: pytest.CaptureFixture[str]) -> None:
     put(s3_store, "merge/a")
     assert main(["gc", "--store", s3_store, "--older-than-days", "1"]) == 2
     assert "MLFLOW_TRACKING_URI is not set" in capsys.readouterr().err
-    assert open_store(s3_store).list(f"{s3_store}/merge")
+    assert list_artifacts(f"{s3_store}/merge")

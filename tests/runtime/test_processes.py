@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from finemill.artifacts.manifest import Reference
 from finemill.errors import UserError
 from finemill.runtime.run import run_step
-from finemill.storage.store import fetch_artifact, open_store
+from finemill.storage.store import fetch_artifact, list_artifacts
 
 pytestmark = pytest.mark.slow
 BASE = "builtin:tiny-qwen3"
@@ -61,7 +61,7 @@ def test_two_processes_publish_one_adapter_that_equals_one_process_with_twice_th
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     (reference,) = stdout.split()
-    assert open_store(folder_store).list(f"{folder_store}/train-qlora") == [reference.partition("@")[0]]
+    assert list_artifacts(f"{folder_store}/train-qlora") == [reference.partition("@")[0]]
     client = MlflowClient(tracking_uri)
     experiment = client.get_experiment_by_name("finemill")
     assert [run.info.run_name for run in client.search_runs([experiment.experiment_id])] == ["train-qlora"]
@@ -87,7 +87,7 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_that_the_same_processes_continu
     rest = process.communicate(timeout=300)[1]
     assert process.returncode != 0
     assert "checkpoint at step" in rest
-    assert not open_store(folder_store).list(f"{folder_store}/train-qlora")
+    assert not list_artifacts(f"{folder_store}/train-qlora")
     again = torchrun(dataset, folder_store)
     stdout, stderr = again.communicate(timeout=300)
     assert again.returncode == 0, stderr

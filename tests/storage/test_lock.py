@@ -7,7 +7,7 @@ import pytest
 
 from finemill.errors import TemporaryError
 from finemill.storage import lock
-from finemill.storage.store import open_store
+from finemill.storage.store import hold_lock
 
 
 def test_one_holder_at_a_time(store: str) -> None:
@@ -16,7 +16,7 @@ def test_one_holder_at_a_time(store: str) -> None:
 
     def hold() -> None:
         nonlocal inside
-        with open_store(store).lock(name):
+        with hold_lock(name):
             inside += 1
             together.append(inside)
             time.sleep(0.05)
@@ -34,24 +34,24 @@ def test_lock_held_by_another_for_too_long_is_worth_another_attempt(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "WAIT_TIMEOUT_S", 0.2)
-    with open_store(store).lock(f"{store}/locks/one"):
-        with pytest.raises(TemporaryError, match="try again"), open_store(store).lock(f"{store}/locks/one"):
+    with hold_lock(f"{store}/locks/one"):
+        with pytest.raises(TemporaryError, match="try again"), hold_lock(f"{store}/locks/one"):
             pass
-        with open_store(store).lock(f"{store}/locks/other"):
+        with hold_lock(f"{store}/locks/other"):
             pass
 
 
 def test_lock_object_of_a_holder_that_died_is_taken_over_by_one(s3_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"{s3_store}/locks/one"
-    dead = open_store(s3_store).lock(name)
+    dead = hold_lock(name)
     dead.__enter__()
     monkeypatch.setattr(lock, "EXPIRY_S", -1.0)
-    with open_store(s3_store).lock(name):
+    with hold_lock(name):
         monkeypatch.setattr(lock, "EXPIRY_S", 60.0)
         monkeypatch.setattr(lock, "WAIT_TIMEOUT_S", 0.2)
         # The dead holder comes back to life: it must not release the new holder's lock.
         dead.__exit__(None, None, None)
-        with pytest.raises(TemporaryError, match="held by another run"), open_store(s3_store).lock(name):
+        with pytest.raises(TemporaryError, match="held by another run"), hold_lock(name):
             pass
 
 
@@ -59,8 +59,8 @@ def test_lock_file_of_a_killed_process_is_free(folder_store: str) -> None:
     name = f"{folder_store}/locks/one"
     script = f"""
 import time
-from finemill.storage.store import open_store
-with open_store({name!r}).lock({name!r}):
+from finemill.storage.store import hold_lock
+with hold_lock({name!r}):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -70,5 +70,5 @@ with open_store({name!r}).lock({name!r}):
     process.kill()
     process.wait()
     process.stdout.close()
-    with open_store(name).lock(name):
+    with hold_lock(name):
         pass

@@ -8,19 +8,27 @@ from finemill.artifacts.manifest import Manifest, Producer, Reference, new_manif
 from finemill.errors import TemporaryError, UserError
 from finemill.runtime.context import Checkpoints
 from finemill.storage.base import normalize_uri
-from finemill.storage.store import fetch_artifact, open_store, read_artifact
+from finemill.storage.store import (
+    check_writable,
+    delete_artifact,
+    fetch_artifact,
+    list_artifacts,
+    publish_artifact,
+    read_artifact,
+    read_manifest,
+    staging_folder,
+)
 
 MADE_BY = Producer(step="merge", version="0", code="c")
 
 
 def publish(uri: str, files: dict[str, str]) -> Manifest:
-    store = open_store(uri)
-    staging = store.staging_folder(uri)
+    staging = staging_folder(uri)
     for name, text in files.items():
         path = staging / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    standing = store.publish(staging, uri, new_manifest("model", staging, MADE_BY))
+    standing = publish_artifact(staging, uri, new_manifest("model", staging, MADE_BY))
     assert not staging.exists()
     return standing
 
@@ -29,13 +37,13 @@ def test_published_artifact_is_fetched_with_its_files(store: str) -> None:
     uri = f"{store}/merge/1"
     manifest = publish(uri, {"a.txt": "alpha", "sub/b.txt": "beta", "empty": ""})
     folder, found = fetch_artifact(Reference(uri, manifest.digest))
-    assert found == open_store(uri).read_manifest(uri)
+    assert found == read_manifest(uri)
     assert found.digest == manifest.digest
     assert [(folder / name).read_text() for name in ("a.txt", "sub/b.txt", "empty")] == ["alpha", "beta", ""]
 
 
 def test_prefix_without_a_manifest_does_not_exist(store: str) -> None:
-    assert open_store(store).read_manifest(f"{store}/merge/none") is None
+    assert read_manifest(f"{store}/merge/none") is None
     with pytest.raises(UserError, match="no complete artifact"):
         read_artifact(Reference(f"{store}/merge/none", "0" * 64))
 
@@ -58,11 +66,10 @@ def test_reference_with_another_digest_is_refused(store: str) -> None:
 def test_only_complete_artifacts_are_listed_and_deleted_ones_are_gone(store: str) -> None:
     publish(f"{store}/c/2", {"x": "2"})
     publish(f"{store}/c/1", {"x": "1"})
-    handle = open_store(store)
-    assert handle.list(f"{store}/c") == [f"{store}/c/1", f"{store}/c/2"]
-    handle.delete(f"{store}/c/1")
-    assert handle.list(f"{store}/c") == [f"{store}/c/2"]
-    assert handle.list(f"{store}/nothing") == []
+    assert list_artifacts(f"{store}/c") == [f"{store}/c/1", f"{store}/c/2"]
+    delete_artifact(f"{store}/c/1")
+    assert list_artifacts(f"{store}/c") == [f"{store}/c/2"]
+    assert list_artifacts(f"{store}/nothing") == []
 
 
 def test_newest_checkpoint_is_found_and_old_ones_go(store: str, tmp_path: Path) -> None:
@@ -76,7 +83,7 @@ def test_newest_checkpoint_is_found_and_old_ones_go(store: str, tmp_path: Path) 
     latest = checkpoints.latest()
     assert latest is not None
     assert (latest / "step").read_text() == "15"
-    assert len(open_store(store).list(checkpoints.uri)) == 2
+    assert len(list_artifacts(checkpoints.uri)) == 2
 
 
 def test_damaged_file_in_a_folder_is_refused(folder_store: str) -> None:
@@ -118,7 +125,7 @@ def test_two_writers_agree_on_one_artifact(store: str, monkeypatch: pytest.Monke
         writer.start()
     for writer in writers:
         writer.join()
-    standing = open_store(uri).read_manifest(uri)
+    standing = read_manifest(uri)
     assert standing is not None
     assert {result.digest for result in results} == {standing.digest}
     monkeypatch.setenv("FINEMILL_CACHE", str(tmp_path / "another-machine"))
@@ -129,26 +136,26 @@ def test_two_writers_agree_on_one_artifact(store: str, monkeypatch: pytest.Monke
 def test_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        open_store(f"{tmp_path}/file/store").check_writable()
+        check_writable(f"{tmp_path}/file/store")
 
 
 def test_unknown_scheme_and_host_are_refused() -> None:
     with pytest.raises(UserError, match="unknown scheme 'gs'"):
-        open_store("gs://bucket/x")
+        read_manifest("gs://bucket/x")
     with pytest.raises(UserError, match="three slashes"):
         normalize_uri("file://host/x")
     with pytest.raises(UserError, match="names no bucket"):
-        open_store("s3:///x").check_writable()
+        check_writable("s3:///x")
 
 
 def test_missing_bucket_wrong_host_and_no_credentials_are_told_apart(
     s3_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="NoSuchBucket"):
-        open_store("s3://finemill-none/x").check_writable()
+        check_writable("s3://finemill-none/x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(TemporaryError, match="check AWS_ENDPOINT_URL"):
-        open_store(s3_store).check_writable()
+        check_writable(s3_store)
 
 
 def test_paths_with_odd_characters_survive(tmp_path: Path) -> None:

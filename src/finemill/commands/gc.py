@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from finemill.commands.run import local_tracking_uri
 from finemill.errors import UserError
 from finemill.storage.base import normalize_uri
-from finemill.storage.store import open_store
+from finemill.storage.store import delete_artifact
 from finemill.tracking.server import TRACKING_VARIABLE
 
 _GIB = 2**30
@@ -30,7 +30,7 @@ def execute(name: str, arguments: list[str]) -> int:
         state = "" if artifact.complete else "  (unfinished)"
         print(f"{artifact.modified:%Y-%m-%d} {artifact.size_bytes / _GIB:9.3f} GiB  {artifact.uri}{state}")
         if not parsed.dry_run:
-            open_store(store).delete(artifact.uri)
+            delete_artifact(artifact.uri)
     size = sum(artifact.size_bytes for artifact in garbage) / _GIB
     print(f"{len(garbage)} artifacts, {size:.3f} GiB, {'would be' if parsed.dry_run else 'are'} deleted")
     return 0

@@ -17,7 +17,7 @@ from finemill.pipelines.graph import Pipeline
 from finemill.pipelines.local import for_this_machine, run_locally
 from finemill.pipelines.parameters import run_parameters
 from finemill.storage.base import local_path, normalize_uri
-from finemill.storage.store import open_store
+from finemill.storage.store import check_writable
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
-    open_store(store).check_writable()
+    check_writable(store)
     if base_model := getattr(config, "base_model", None):
         resolve_base_model(base_model)
     from finemill.registry.snapshot import check_registry_reads, registry_uri

@@ -9,7 +9,7 @@ from finemill.artifacts.manifest import MANIFEST_NAME, Reference
 from finemill.errors import UserError
 from finemill.runtime.catalog import STEPS
 from finemill.storage.base import StoredFile
-from finemill.storage.store import open_store
+from finemill.storage.store import list_stored_files, read_manifest
 
 # How many parts an artifact's place under the store has. Nothing else in a store is looked at.
 _DEPTHS = {**dict.fromkeys(STEPS, 2), "failures": 2, "checkpoints": 3}
@@ -47,7 +47,7 @@ def find_garbage(store_uri: str, registered: Iterable[Reference], before: dateti
 
 def _artifacts(store_uri: str) -> list[StoredArtifact]:
     groups: dict[str, list[StoredFile]] = defaultdict(list)
-    for file in open_store(store_uri).files(store_uri):
+    for file in list_stored_files(store_uri):
         parts = file.name.split("/")
         depth = _DEPTHS.get(parts[0], 0) + (_STAGING in parts[:3])
         if depth and len(parts) > depth:
@@ -68,7 +68,7 @@ def _parents(artifact: StoredArtifact) -> set[str]:
     if not artifact.complete:
         return set()
     try:
-        manifest = open_store(artifact.uri).read_manifest(artifact.uri)
+        manifest = read_manifest(artifact.uri)
     except UserError:
         return set()
     references = manifest.parents.values() if manifest else ()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from finemill.artifacts.manifest import Reference
 from finemill.errors import UserError
-from finemill.storage.store import open_store
+from finemill.storage.store import hold_lock
 from finemill.tracking.describe import without_credentials
 from finemill.tracking.server import TRACKING_VARIABLE, open_client, readable_errors, sqlite_path
 
@@ -252,5 +252,5 @@ def locked(client: "MlflowClient", model: RegisteredModel, store: str | None) ->
         lock_uri = f"{store}/locks/registered-model-{model.name}.lock"
         client.set_registered_model_tag(model.name, LOCK_TAG, lock_uri)
         lock_uri = client.get_registered_model(model.name).tags[LOCK_TAG]
-    with open_store(lock_uri).lock(lock_uri):
+    with hold_lock(lock_uri):
         yield

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Protocol
 
 from finemill.artifacts.manifest import Manifest, Producer, Reference, new_manifest
-from finemill.storage.store import fetch_artifact, open_store
+from finemill.storage.store import (
+    delete_artifact,
+    fetch_artifact,
+    list_artifacts,
+    publish_artifact,
+    read_manifest,
+    staging_folder,
+)
 
 
 class Recorder(Protocol):
@@ -40,25 +47,23 @@ class Checkpoints:
     def save(self, folder: Path, training_step: int) -> None:
         """Publish a copy of `folder`. An interruption leaves either nothing or all of it."""
         target = f"{self.uri}/{training_step:08d}"
-        store = open_store(target)
-        staging = store.staging_folder(target)
+        staging = staging_folder(target)
         shutil.copytree(folder, staging, dirs_exist_ok=True)
-        store.publish(staging, target, new_manifest("checkpoint", staging, self.producer))
+        publish_artifact(staging, target, new_manifest("checkpoint", staging, self.producer))
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint as a verified local folder, read only."""
-        uris = open_store(self.uri).list(self.uri)
+        uris = list_artifacts(self.uri)
         if not uris:
             return None
-        manifest = open_store(uris[-1]).read_manifest(uris[-1])
+        manifest = read_manifest(uris[-1])
         return fetch_artifact(Reference(uris[-1], manifest.digest))[0] if manifest else None
 
     def keep_only(self, count: int) -> None:
         """Delete all but the newest `count` checkpoints."""
-        store = open_store(self.uri)
-        uris = store.list(self.uri)
+        uris = list_artifacts(self.uri)
         for uri in uris[: len(uris) - count]:
-            store.delete(uri)
+            delete_artifact(uri)
 
 
 @dataclass(frozen=True)

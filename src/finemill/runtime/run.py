@@ -24,7 +24,14 @@ from finemill.runtime.code_version import producer
 from finemill.runtime.context import Checkpoints, Recorder, StepContext, Unheard
 from finemill.runtime.processes import num_idle_gpus, run_in_processes, step_arguments
 from finemill.storage.base import normalize_uri
-from finemill.storage.store import fetch_artifact, open_store, read_artifact
+from finemill.storage.store import (
+    check_writable,
+    fetch_artifact,
+    publish_artifact,
+    read_artifact,
+    read_manifest,
+    staging_folder,
+)
 from finemill.tracking.progress import Progress
 from finemill.tracking.step import step_run
 
@@ -138,13 +145,13 @@ def _resolve(step: Step, store: str, inputs: Mapping[str, str], config: Mapping[
 
 def _find(call: _Call) -> StepResult | None:
     """The output that stands in the store already."""
-    standing = open_store(call.uri).read_manifest(call.uri)
+    standing = read_manifest(call.uri)
     return StepResult(Reference(call.uri, standing.digest), standing, reused=True) if standing else None
 
 
 def _make_recorded(call: _Call, run_id: str | None, progress: Progress) -> StepResult:
     """Make the output in the store, with an MLflow run of its own."""
-    open_store(call.store).check_writable()
+    check_writable(call.store)
     with step_run(
         call.step.name,
         config=call.config,
@@ -175,9 +182,8 @@ def _run_in_processes(call: _Call, run_id: str | None, count: int) -> StepResult
 
 def _make(call: _Call, context: StepContext) -> Manifest:
     """Call the step's function in a staging folder and publish that; whatever goes wrong, nothing stays behind."""
-    store = open_store(call.uri)
     folders = _local_folders(call)
-    staging = store.staging_folder(call.uri)
+    staging = staging_folder(call.uri)
     started = time.monotonic()
     try:
         metrics = call.step.function(**folders, output_dir=staging, config=call.config, context=context)
@@ -190,7 +196,7 @@ def _make(call: _Call, context: StepContext) -> Manifest:
             metrics=finite_metrics(metrics),
             seconds=time.monotonic() - started,
         )
-        return store.publish(staging, call.uri, manifest)
+        return publish_artifact(staging, call.uri, manifest)
     except OSError as error:
         raise StepError(f"{call.step.name}: {error.strerror or error} ({error.filename or staging})") from error
     finally:

@@ -11,7 +11,7 @@ from finemill.errors import StepError, kind_of
 from finemill.runtime.catalog import get_step
 from finemill.runtime.code_version import producer
 from finemill.storage.base import normalize_uri
-from finemill.storage.store import fetch_artifact, open_store
+from finemill.storage.store import delete_artifact, fetch_artifact, publish_artifact, read_manifest, staging_folder
 
 _ERROR_FILE = "error.json"
 
@@ -34,23 +34,22 @@ class TerminalFailure:
     def note(self, error: StepError) -> None:
         """Leave the note. A store that cannot be written is no reason to hide the failure itself."""
         try:
-            store = open_store(self.uri)
-            staging = store.staging_folder(self.uri)
+            staging = staging_folder(self.uri)
             (staging / _ERROR_FILE).write_text(json.dumps({"line": str(error), "exit_code": error.exit_code}))
-            store.publish(staging, self.uri, new_manifest("failure", staging, producer(get_step(self.step))))
+            publish_artifact(staging, self.uri, new_manifest("failure", staging, producer(get_step(self.step))))
         except (StepError, OSError):
             return
 
     def forget(self) -> None:
         """Remove the note of an earlier round of attempts: a person has asked for the run to be tried again."""
         try:
-            open_store(self.uri).delete(self.uri)
+            delete_artifact(self.uri)
         except (StepError, OSError):
             return
 
     def raise_if_noted(self) -> None:
         """Raises: StepError: an attempt before this one failed in a way that would repeat itself; of the same kind."""
-        manifest = open_store(self.uri).read_manifest(self.uri)
+        manifest = read_manifest(self.uri)
         if manifest is not None:
             folder, _ = fetch_artifact(Reference(self.uri, manifest.digest))
             noted = json.loads((folder / _ERROR_FILE).read_text())

@@ -1,13 +1,10 @@
-"""What every kind of store can do, and how the addresses of folders are spelled."""
+"""A file in a store, and how the addresses of folders are spelled."""
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from finemill.artifacts.manifest import Manifest
 from finemill.errors import UserError
 
 
@@ -18,40 +15,6 @@ class StoredFile:
     name: str
     size: int
     modified: datetime
-
-
-class Store(Protocol):
-    """Artifacts by URI prefix. A prefix without a manifest does not exist for readers."""
-
-    def check_writable(self) -> None:
-        """Write and delete a probe. Raises: UserError: the place cannot be written."""
-
-    def staging_folder(self, uri: str) -> Path:
-        """A new empty local folder in which the artifact for `uri` is prepared."""
-
-    def read_manifest(self, uri: str) -> Manifest | None:
-        """The manifest under `uri`, None if there is none."""
-
-    def publish(self, folder: Path, uri: str, manifest: Manifest) -> Manifest:
-        """Put a staging folder under `uri`, manifest last; `folder` is gone afterwards.
-
-        Returns: the manifest that stands: another one's if somebody else published under `uri` first.
-        """
-
-    def fetch(self, uri: str, manifest: Manifest) -> Path:
-        """A local folder with the artifact's files, each verified against the manifest. Read only."""
-
-    def list(self, uri: str) -> "list[str]":
-        """The prefixes of complete artifacts directly under `uri`, sorted."""
-
-    def files(self, uri: str) -> tuple[StoredFile, ...]:
-        """Every file under `uri`, of complete artifacts or not."""
-
-    def delete(self, uri: str) -> None:
-        """Remove an artifact, its manifest first."""
-
-    def lock(self, uri: str) -> AbstractContextManager[None]:
-        """Hold the lock named `uri` while the block runs; for seconds, see `lock.py`."""
 
 
 def normalize_uri(uri: str) -> str:

@@ -15,78 +15,81 @@ from finemill.storage.lock import folder_lock
 _STAGING = ".staging"
 
 
-class FolderStore:
-    """A `file://` store. Readers use the folder in place, after verifying it."""
+def check_writable(uri: str) -> None:
+    """Create the folder and a probe file in it. Raises: UserError: that fails."""
+    root = local_path(normalize_uri(uri))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"store {root.as_uri()} cannot be written ({error.strerror}): change its rights or choose another"
+        ) from None
 
-    def __init__(self, uri: str) -> None:
-        self.root = local_path(normalize_uri(uri))
 
-    def check_writable(self) -> None:
-        """Create the folder and a probe file in it. Raises: UserError: that fails."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.root):
-                pass
-        except OSError as error:
-            raise UserError(
-                f"store {self.root.as_uri()} cannot be written ({error.strerror}): change its rights or choose another"
-            ) from None
+def staging_folder(uri: str) -> Path:
+    """A new folder on the same file system as `uri`, so that a rename publishes it."""
+    parent = local_path(uri).parent / _STAGING
+    parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f"{local_path(uri).name}-", dir=parent))
 
-    def staging_folder(self, uri: str) -> Path:
-        """A new folder on the same file system as `uri`, so that a rename publishes it."""
-        parent = local_path(uri).parent / _STAGING
-        parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f"{local_path(uri).name}-", dir=parent))
 
-    def read_manifest(self, uri: str) -> Manifest | None:
-        """The manifest under `uri`, None if there is none."""
-        try:
-            data = (local_path(uri) / MANIFEST_NAME).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return Manifest.from_bytes(data, uri)
+def read_manifest(uri: str) -> Manifest | None:
+    """The manifest under `uri`, None if there is none."""
+    try:
+        data = (local_path(uri) / MANIFEST_NAME).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return Manifest.from_bytes(data, uri)
 
-    def publish(self, folder: Path, uri: str, manifest: Manifest) -> Manifest:
-        """Write the manifest, flush everything to disk, rename the folder to its place."""
-        target = local_path(uri)
-        (folder / MANIFEST_NAME).write_bytes(manifest.to_bytes())
-        for path in folder.rglob("*"):
-            _flush(path)
-        folder.chmod(0o755)
-        try:
-            folder.rename(target)
-        except OSError:
-            standing = self.read_manifest(uri)
-            if standing is None:
-                raise
-            shutil.rmtree(folder)
-            return standing
-        _flush(target.parent)
-        return manifest
 
-    def fetch(self, uri: str, manifest: Manifest) -> Path:
-        """The folder itself, verified."""
-        verify_folder(local_path(uri), manifest, uri)
-        return local_path(uri)
+def publish(folder: Path, uri: str, manifest: Manifest) -> Manifest:
+    """Write the manifest, flush everything to disk, rename the folder to its place."""
+    target = local_path(uri)
+    (folder / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    for path in folder.rglob("*"):
+        _flush(path)
+    folder.chmod(0o755)
+    try:
+        folder.rename(target)
+    except OSError:
+        standing = read_manifest(uri)
+        if standing is None:
+            raise
+        shutil.rmtree(folder)
+        return standing
+    _flush(target.parent)
+    return manifest
 
-    def list(self, uri: str) -> list[str]:
-        """The prefixes of complete artifacts directly under `uri`, sorted."""
-        return sorted(path.parent.as_uri() for path in local_path(uri).glob(f"*/{MANIFEST_NAME}"))
 
-    def files(self, uri: str) -> tuple[StoredFile, ...]:
-        """Every file under `uri`."""
-        root = local_path(uri)
-        paths = [path for path in root.rglob("*") if path.is_file()]
-        return tuple(_stored_file(path, path.relative_to(root).as_posix()) for path in paths)
+def fetch(uri: str, manifest: Manifest) -> Path:
+    """The folder itself, verified."""
+    verify_folder(local_path(uri), manifest, uri)
+    return local_path(uri)
 
-    def delete(self, uri: str) -> None:
-        """Remove an artifact, its manifest first."""
-        (local_path(uri) / MANIFEST_NAME).unlink(missing_ok=True)
-        shutil.rmtree(local_path(uri), ignore_errors=True)
 
-    def lock(self, uri: str) -> AbstractContextManager[None]:
-        """A lock file of that name."""
-        return folder_lock(local_path(uri))
+def list_artifacts(uri: str) -> list[str]:
+    """The prefixes of complete artifacts directly under `uri`, sorted."""
+    return sorted(path.parent.as_uri() for path in local_path(uri).glob(f"*/{MANIFEST_NAME}"))
+
+
+def list_files(uri: str) -> tuple[StoredFile, ...]:
+    """Every file under `uri`."""
+    root = local_path(uri)
+    paths = [path for path in root.rglob("*") if path.is_file()]
+    return tuple(_stored_file(path, path.relative_to(root).as_posix()) for path in paths)
+
+
+def delete(uri: str) -> None:
+    """Remove an artifact, its manifest first."""
+    (local_path(uri) / MANIFEST_NAME).unlink(missing_ok=True)
+    shutil.rmtree(local_path(uri), ignore_errors=True)
+
+
+def lock(uri: str) -> AbstractContextManager[None]:
+    """A lock file of that name."""
+    return folder_lock(local_path(uri))
 
 
 def _stored_file(path: Path, name: str) -> StoredFile:

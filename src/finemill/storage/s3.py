@@ -6,7 +6,7 @@ Endpoint, region and credentials come from the AWS variables and files that boto
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -40,128 +40,142 @@ _USER_ERRORS = {
 }
 
 
-class S3Store:
-    """An `s3://bucket/prefix` store."""
+def s3_client() -> Any:
+    """The boto3 client of the endpoint that the environment names; made by one thread, it serves many."""
+    return _client(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self.client = _client(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
 
-    def check_writable(self) -> None:
-        """Put and delete a probe object. Raises: UserError: that is refused."""
-        bucket, key = _split(f"{self.uri.rstrip('/')}/.probe-{os.getpid()}")
-        with readable_errors(self.uri, "cannot be written"):
-            self.client.put_object(Bucket=bucket, Key=key, Body=b"")
-            self.client.delete_object(Bucket=bucket, Key=key)
+def check_writable(uri: str) -> None:
+    """Put and delete a probe object. Raises: UserError: that is refused."""
+    bucket, key = _split(f"{uri.rstrip('/')}/.probe-{os.getpid()}")
+    client = s3_client()
+    with readable_errors(uri, "cannot be written"):
+        client.put_object(Bucket=bucket, Key=key, Body=b"")
+        client.delete_object(Bucket=bucket, Key=key)
 
-    def staging_folder(self, uri: str) -> Path:
-        """A new folder on the cache's file system, so that a published artifact can be kept there by a rename."""
-        return Path(tempfile.mkdtemp(prefix=f"{uri.rsplit('/', 1)[-1]}-", dir=staging_root()))
 
-    def read_manifest(self, uri: str) -> Manifest | None:
-        """The manifest under `uri`, None if there is none."""
-        bucket, key = _split(f"{uri}/{MANIFEST_NAME}")
-        with readable_errors(uri, "cannot be read"):
-            try:
-                data = self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
-            except self.client.exceptions.NoSuchKey:
-                return None
-        return Manifest.from_bytes(data, uri)
+def staging_folder(uri: str) -> Path:
+    """A new folder on the cache's file system, so that a published artifact can be kept there by a rename."""
+    return Path(tempfile.mkdtemp(prefix=f"{uri.rsplit('/', 1)[-1]}-", dir=staging_root()))
 
-    def publish(self, folder: Path, uri: str, manifest: Manifest) -> Manifest:
-        """Upload the files in parallel, then put the manifest unless one is there; keep the folder in the cache."""
-        manifest = manifest.model_copy(update={"folder": manifest.digest[:12]})
-        files_uri = manifest.files_uri(uri)
-        with readable_errors(uri, "cannot be written"):
-            _in_parallel(lambda item: self._upload(folder / item[0], f"{files_uri}/{item[0]}"), manifest.files.items())
-            standing = self._put_manifest(uri, manifest)
-        if standing.digest != manifest.digest:
-            shutil.rmtree(folder)
-            return standing
-        with cached_folder(manifest.digest) as (target, complete):
-            if complete:
-                shutil.rmtree(folder)
-            else:
-                shutil.rmtree(target, ignore_errors=True)
-                folder.rename(target)
+
+def read_manifest(uri: str) -> Manifest | None:
+    """The manifest under `uri`, None if there is none."""
+    bucket, key = _split(f"{uri}/{MANIFEST_NAME}")
+    client = s3_client()
+    with readable_errors(uri, "cannot be read"):
+        try:
+            data = client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        except client.exceptions.NoSuchKey:
+            return None
+    return Manifest.from_bytes(data, uri)
+
+
+def publish(folder: Path, uri: str, manifest: Manifest) -> Manifest:
+    """Upload the files in parallel, then put the manifest unless one is there; keep the folder in the cache."""
+    manifest = manifest.model_copy(update={"folder": manifest.digest[:12]})
+    files_uri = manifest.files_uri(uri)
+    client = s3_client()
+    with readable_errors(uri, "cannot be written"):
+        _in_parallel(lambda name: _upload(client, folder / name, f"{files_uri}/{name}"), manifest.files)
+        standing = _put_manifest(client, uri, manifest)
+    if standing.digest != manifest.digest:
+        shutil.rmtree(folder)
         return standing
+    with cached_folder(manifest.digest) as (target, complete):
+        if complete:
+            shutil.rmtree(folder)
+        else:
+            shutil.rmtree(target, ignore_errors=True)
+            folder.rename(target)
+    return standing
 
-    def fetch(self, uri: str, manifest: Manifest) -> Path:
-        """The artifact in the local cache, downloaded unless it is there already."""
-        with cached_folder(manifest.digest) as (target, complete), readable_errors(uri, "cannot be read"):
-            if not (complete and _has_all_files(target, manifest)):
-                target.mkdir(parents=True, exist_ok=True)
-                for name, entry in manifest.files.items():
-                    self._download(f"{manifest.files_uri(uri)}/{name}", target / name, entry)
-        return target
 
-    def list(self, uri: str) -> list[str]:
-        """The prefixes of complete artifacts directly under `uri`, sorted."""
-        manifest = f"/{MANIFEST_NAME}"
-        names = [file.name.removesuffix(manifest) for file in self.files(uri) if file.name.endswith(manifest)]
-        return sorted(f"{uri}/{name}" for name in names if "/" not in name)
+def fetch(uri: str, manifest: Manifest) -> Path:
+    """The artifact in the local cache, downloaded unless it is there already."""
+    client = s3_client()
+    with cached_folder(manifest.digest) as (target, complete), readable_errors(uri, "cannot be read"):
+        if not (complete and _has_all_files(target, manifest)):
+            target.mkdir(parents=True, exist_ok=True)
+            for name, entry in manifest.files.items():
+                _download(client, f"{manifest.files_uri(uri)}/{name}", target / name, entry)
+    return target
 
-    def files(self, uri: str) -> tuple[StoredFile, ...]:
-        """Every object under `uri`."""
-        bucket, prefix = _split(f"{uri}/")
-        with readable_errors(uri, "cannot be listed"):
-            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-            return tuple(
-                StoredFile(item["Key"].removeprefix(prefix), item["Size"], item["LastModified"])
-                for page in pages
-                for item in page.get("Contents", [])
-            )
 
-    def delete(self, uri: str) -> None:
-        """Remove an artifact, its manifest first."""
-        bucket, prefix = _split(f"{uri}/")
-        with readable_errors(uri, "cannot be deleted"):
-            self.client.delete_object(Bucket=bucket, Key=prefix + MANIFEST_NAME)
-            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-                for item in page.get("Contents", []):
-                    self.client.delete_object(Bucket=bucket, Key=item["Key"])
+def list_artifacts(uri: str) -> list[str]:
+    """The prefixes of complete artifacts directly under `uri`, sorted."""
+    manifest = f"/{MANIFEST_NAME}"
+    names = [file.name.removesuffix(manifest) for file in list_files(uri) if file.name.endswith(manifest)]
+    return sorted(f"{uri}/{name}" for name in names if "/" not in name)
 
-    @contextmanager
-    def lock(self, uri: str) -> Iterator[None]:
-        """A lock object of that name."""
-        with readable_errors(uri, "cannot be locked"), object_lock(self.client, *_split(uri)):
-            yield
 
-    def _upload(self, path: Path, uri: str) -> None:
-        bucket, key = _split(uri)
-        config = TransferConfig(
-            multipart_chunksize=PART_BYTES, multipart_threshold=PART_BYTES, max_concurrency=MAX_CONCURRENCY
+def list_files(uri: str) -> tuple[StoredFile, ...]:
+    """Every object under `uri`."""
+    bucket, prefix = _split(f"{uri}/")
+    with readable_errors(uri, "cannot be listed"):
+        pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return tuple(
+            StoredFile(item["Key"].removeprefix(prefix), item["Size"], item["LastModified"])
+            for page in pages
+            for item in page.get("Contents", [])
         )
-        try:
-            self.client.upload_file(str(path), bucket, key, Config=config)
-        except S3UploadFailedError as error:
-            # boto3 wraps what the server said into an exception that is no ClientError.
-            raise error.__context__ or error from None
 
-    def _put_manifest(self, uri: str, manifest: Manifest) -> Manifest:
-        bucket, key = _split(f"{uri}/{MANIFEST_NAME}")
-        try:
-            self.client.put_object(Bucket=bucket, Key=key, Body=manifest.to_bytes(), IfNoneMatch="*")
-        except ClientError as error:
-            if _code(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
-                raise
-            return self.read_manifest(uri) or manifest
-        return manifest
 
-    def _download(self, uri: str, path: Path, entry: FileEntry) -> None:
-        bucket, key = _split(uri)
+def delete(uri: str) -> None:
+    """Remove an artifact, its manifest first."""
+    bucket, prefix = _split(f"{uri}/")
+    client = s3_client()
+    with readable_errors(uri, "cannot be deleted"):
+        client.delete_object(Bucket=bucket, Key=prefix + MANIFEST_NAME)
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for item in page.get("Contents", []):
+                client.delete_object(Bucket=bucket, Key=item["Key"])
 
-        def read_range(start: int, end: int) -> bytes:
-            body = self.client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")["Body"]
-            data: bytes = body.read()
-            return data
 
-        try:
-            download_file(read_range, path, entry, uri, part_bytes=PART_BYTES, max_concurrency=MAX_CONCURRENCY)
-        except self.client.exceptions.NoSuchKey:
-            raise UserError(
-                f"damaged artifact: {uri} is missing; delete the artifact and run the step that writes it again"
-            ) from None
+@contextmanager
+def lock(uri: str) -> Iterator[None]:
+    """A lock object of that name."""
+    with readable_errors(uri, "cannot be locked"), object_lock(s3_client(), *_split(uri)):
+        yield
+
+
+def _upload(client: Any, path: Path, uri: str) -> None:
+    bucket, key = _split(uri)
+    config = TransferConfig(
+        multipart_chunksize=PART_BYTES, multipart_threshold=PART_BYTES, max_concurrency=MAX_CONCURRENCY
+    )
+    try:
+        client.upload_file(str(path), bucket, key, Config=config)
+    except S3UploadFailedError as error:
+        # boto3 wraps what the server said into an exception that is no ClientError.
+        raise error.__context__ or error from None
+
+
+def _put_manifest(client: Any, uri: str, manifest: Manifest) -> Manifest:
+    bucket, key = _split(f"{uri}/{MANIFEST_NAME}")
+    try:
+        client.put_object(Bucket=bucket, Key=key, Body=manifest.to_bytes(), IfNoneMatch="*")
+    except ClientError as error:
+        if _code(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
+            raise
+        return read_manifest(uri) or manifest
+    return manifest
+
+
+def _download(client: Any, uri: str, path: Path, entry: FileEntry) -> None:
+    bucket, key = _split(uri)
+
+    def read_range(start: int, end: int) -> bytes:
+        body = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")["Body"]
+        data: bytes = body.read()
+        return data
+
+    try:
+        download_file(read_range, path, entry, uri, part_bytes=PART_BYTES, max_concurrency=MAX_CONCURRENCY)
+    except client.exceptions.NoSuchKey:
+        raise UserError(
+            f"damaged artifact: {uri} is missing; delete the artifact and run the step that writes it again"
+        ) from None
 
 
 @cache
@@ -192,9 +206,9 @@ def _has_all_files(folder: Path, manifest: Manifest) -> bool:
     )
 
 
-def _in_parallel(work: Callable[[Any], None], items: Any) -> None:
+def _in_parallel(work: Callable[[str], None], names: Iterable[str]) -> None:
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for _ in pool.map(work, items):
+        for _ in pool.map(work, names):
             pass
 
 

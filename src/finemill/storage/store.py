@@ -1,37 +1,58 @@
-"""Where artifacts live: a folder (`file://`) or an S3 bucket (`s3://`), behind the same few operations."""
+"""Where artifacts lie: in a folder (`file://`, or a plain path) or an S3 bucket (`s3://`), by URI.
 
+A URI without a manifest does not exist for readers.
+"""
+
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from finemill.artifacts.manifest import Manifest, Reference
 from finemill.errors import UserError
-from finemill.storage.base import Store
+from finemill.storage.base import StoredFile
 
 
-def open_store(uri: str) -> Store:
-    """The store that holds `uri` (`file:///folder`, a plain path, or `s3://bucket/prefix`)."""
-    scheme = urlsplit(uri).scheme
-    if scheme == "s3":
-        from finemill.storage.s3 import S3Store
+class _Backend(Protocol):
+    """What the module of a kind of store offers, as the functions below describe it."""
 
-        return S3Store(uri)
-    if scheme in ("", "file"):
-        from finemill.storage.folder import FolderStore
+    def check_writable(self, uri: str) -> None: ...
+    def staging_folder(self, uri: str) -> Path: ...
+    def read_manifest(self, uri: str) -> Manifest | None: ...
+    def publish(self, folder: Path, uri: str, manifest: Manifest) -> Manifest: ...
+    def fetch(self, uri: str, manifest: Manifest) -> Path: ...
+    def list_artifacts(self, uri: str) -> list[str]: ...
+    def list_files(self, uri: str) -> tuple[StoredFile, ...]: ...
+    def delete(self, uri: str) -> None: ...
+    def lock(self, uri: str) -> AbstractContextManager[None]: ...
 
-        return FolderStore(uri)
-    raise UserError(f"store '{uri}': unknown scheme '{scheme}'; allowed are file:///folder and s3://bucket/prefix")
+
+def check_writable(uri: str) -> None:
+    """Write and delete a probe. Raises: UserError: nothing can be written there."""
+    _backend(uri).check_writable(uri)
 
 
-def fetch_artifact(reference: Reference) -> tuple[Path, Manifest]:
-    """Follow a reference to a verified local folder. Raises: UserError: nothing is there, or something else is."""
-    store = open_store(reference.uri)
-    manifest = read_artifact(reference)
-    return store.fetch(reference.uri, manifest), manifest
+def staging_folder(uri: str) -> Path:
+    """A new empty local folder in which the artifact for `uri` is prepared."""
+    return _backend(uri).staging_folder(uri)
+
+
+def publish_artifact(folder: Path, uri: str, manifest: Manifest) -> Manifest:
+    """Put a staging folder under `uri`, manifest last; `folder` is gone afterwards.
+
+    Returns: the manifest that stands: another one's if somebody else published under `uri` first.
+    """
+    return _backend(uri).publish(folder, uri, manifest)
+
+
+def read_manifest(uri: str) -> Manifest | None:
+    """The manifest under `uri`, None if there is none."""
+    return _backend(uri).read_manifest(uri)
 
 
 def read_artifact(reference: Reference) -> Manifest:
     """The manifest a reference points to. Raises: UserError: nothing is there, or something else is."""
-    manifest = open_store(reference.uri).read_manifest(reference.uri)
+    manifest = read_manifest(reference.uri)
     if manifest is None:
         raise UserError(f"no complete artifact at {reference.uri}: run its step, or correct the reference")
     if manifest.digest != reference.digest:
@@ -40,3 +61,45 @@ def read_artifact(reference: Reference) -> Manifest:
             "it was written anew; use the reference its step printed last"
         )
     return manifest
+
+
+def fetch_artifact(reference: Reference) -> tuple[Path, Manifest]:
+    """Follow a reference to a local folder, read only, each file verified against the manifest.
+
+    Raises: UserError: nothing is there, or something else is.
+    """
+    manifest = read_artifact(reference)
+    return _backend(reference.uri).fetch(reference.uri, manifest), manifest
+
+
+def list_artifacts(uri: str) -> list[str]:
+    """The URIs of complete artifacts directly under `uri`, sorted."""
+    return _backend(uri).list_artifacts(uri)
+
+
+def list_stored_files(uri: str) -> tuple[StoredFile, ...]:
+    """Every file under `uri`, of complete artifacts or not."""
+    return _backend(uri).list_files(uri)
+
+
+def delete_artifact(uri: str) -> None:
+    """Remove an artifact, its manifest first."""
+    _backend(uri).delete(uri)
+
+
+def hold_lock(uri: str) -> AbstractContextManager[None]:
+    """Hold the lock named `uri` while the block runs; for seconds, see `lock.py`."""
+    return _backend(uri).lock(uri)
+
+
+def _backend(uri: str) -> _Backend:
+    scheme = urlsplit(uri).scheme
+    if scheme == "s3":
+        from finemill.storage import s3
+
+        return s3
+    if scheme in ("", "file"):
+        from finemill.storage import folder
+
+        return folder
+    raise UserError(f"store '{uri}': unknown scheme '{scheme}'; allowed are file:///folder and s3://bucket/prefix")

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from finemill.artifacts.manifest import Producer, Reference, new_manifest
-from finemill.storage.store import fetch_artifact, open_store
+from finemill.storage.store import delete_artifact, fetch_artifact, publish_artifact, read_manifest, staging_folder
 from finemill.tracking.describe import RUN_ID_TAG, StepDescription, without_credentials
 from finemill.tracking.record import PARENT_TAG, StepRecord
 from finemill.tracking.server import find_experiment
@@ -75,12 +75,12 @@ def _find_or_create(
         client.update_run(standing, status="RUNNING")
         return standing
     if standing is not None:
-        open_store(record_uri).delete(record_uri)
+        delete_artifact(record_uri)
     tags = {RUN_ID_TAG: str(step.run_id)}
     created = client.create_run(experiment, run_name=str(step.run_id), tags=tags).info.run_id
-    folder = open_store(record_uri).staging_folder(record_uri)
+    folder = staging_folder(record_uri)
     (folder / _RUN_ID_FILE).write_text(created)
-    open_store(record_uri).publish(folder, record_uri, new_manifest("run", folder, made_by))
+    publish_artifact(folder, record_uri, new_manifest("run", folder, made_by))
     winner = _published(record_uri) or created
     if winner != created:
         client.delete_run(created)
@@ -88,7 +88,7 @@ def _find_or_create(
 
 
 def _published(uri: str) -> str | None:
-    manifest = open_store(uri).read_manifest(uri)
+    manifest = read_manifest(uri)
     if manifest is None:
         return None
     return (fetch_artifact(Reference(uri, manifest.digest))[0] / _RUN_ID_FILE).read_text()

@@ -9,7 +9,7 @@ from finemill.registry.snapshot import DIGEST_TAG
 from finemill.runtime.catalog import STEPS
 from finemill.runtime.code_version import producer
 from finemill.runtime.run import StepResult, run_step
-from finemill.storage.store import fetch_artifact, open_store
+from finemill.storage.store import fetch_artifact, publish_artifact, staging_folder
 
 CONFIG = {"registered_model_name": "tuned"}
 
@@ -30,9 +30,9 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def dataset(store: str, text: str) -> Reference:
     """A dataset as far as the comparison looks at it: its digest."""
     uri = f"{store}/chat-format/{text}"
-    folder = open_store(uri).staging_folder(uri)
+    folder = staging_folder(uri)
     (folder / "train.parquet").write_text(text)
-    manifest = open_store(uri).publish(folder, uri, new_manifest("dataset", folder, producer(STEPS["chat-format"])))
+    manifest = publish_artifact(folder, uri, new_manifest("dataset", folder, producer(STEPS["chat-format"])))
     return Reference(uri, manifest.digest)
 
 

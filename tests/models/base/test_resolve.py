@@ -7,7 +7,7 @@ import pytest
 from finemill.artifacts.manifest import Producer, Reference, new_manifest, sha256_file
 from finemill.errors import UserError
 from finemill.models.base.resolve import BUILTIN_MODELS, resolve_base_model
-from finemill.storage.store import open_store
+from finemill.storage.store import publish_artifact, staging_folder
 
 BUILTIN = "builtin:tiny-qwen3"
 
@@ -72,10 +72,9 @@ def test_large_files_of_the_hub_cache_are_not_read_again(tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", ["model", "adapter"])
 def test_only_an_artifact_of_kind_model_is_a_base(kind: str, folder_store: str) -> None:
     uri = f"{folder_store}/merge/0"
-    store = open_store(uri)
-    staging = store.staging_folder(uri)
+    staging = staging_folder(uri)
     shutil.copytree(BUILTIN_MODELS[BUILTIN], staging, dirs_exist_ok=True)
-    manifest = store.publish(staging, uri, new_manifest(kind, staging, Producer(step="s", version="0", code="c")))
+    manifest = publish_artifact(staging, uri, new_manifest(kind, staging, Producer(step="s", version="0", code="c")))
     reference = str(Reference(uri, manifest.digest))
     if kind == "model":
         assert resolve_base_model(reference).id == reference
