@@ -17,7 +17,7 @@ down_proj is never recomputed: nothing in the backward reads its output. All lev
 values, so they give bitwise equal gradients. The adapters' skinny products x A^T (R columns) are always kept.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -80,11 +80,6 @@ class Saved:
         }
         wanted = (name for step, group in names.items() if step <= level for name in group)
         return [name for name in wanted if getattr(self, name) is not None]
-
-    def nbytes(self) -> int:
-        """Bytes kept."""
-        values = [getattr(self, field.name) for field in fields(self)]
-        return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 @dataclass

@@ -5,12 +5,12 @@ With g the gradient, t the step, c = min(1, max_norm / (||g|| + 1e-6)):
     m = beta1 m + (1 - beta1) c g                v = beta2 v + (1 - beta2) (c g)^2
     p = (1 - lr weight_decay) p - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 
-Shapes: p, g, m, v (n,), p and its math fp32, g any float dtype; an optional copy of p in the compute dtype (n,) is
-written in the same pass. m and v are fp32, or 8 bits in blocks of 256 with one fp32 absmax each, on bitsandbytes'
-dynamic map (signed for m, unsigned for v): value = map[code] * absmax. The map's levels are 0, 1 and, in decade i < 7,
-10^(i-6) (0.1 + 0.9 (k + 1/2) / levels_i), so the nearest code is computed, not searched. One difference: a positive v
-never rounds to 0, which would divide m by eps alone. t, lr and ||g|| are read on the device: a CUDA graph replays the
-launch with new values. The norm is a two-stage sum over fixed ranges, so it repeats bit for bit.
+Shapes: p, g, m, v (n,), p and its math fp32, g any float dtype. m and v are fp32, or 8 bits in blocks of 256 with one
+fp32 absmax each, on bitsandbytes' dynamic map (signed for m, unsigned for v): value = map[code] * absmax. The map's
+levels are 0, 1 and, in decade i < 7, 10^(i-6) (0.1 + 0.9 (k + 1/2) / levels_i), so the nearest code is computed, not
+searched. One difference: a positive v never rounds to 0, which would divide m by eps alone. t, lr and ||g|| are read on
+the device: a CUDA graph replays the launch with new values. The norm is a two-stage sum over fixed ranges, so it
+repeats bit for bit.
 
 Source: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2; Dettmers et al., 8-bit Optimizers (arXiv 2110.02861).
 """
@@ -151,7 +151,6 @@ def _nearest_code(scaled, SIGNED: tl.constexpr):
 def _adamw_kernel(
     param_ptr,
     grad_ptr,
-    shadow_ptr,
     exp_avg_ptr,
     exp_avg_sq_ptr,
     exp_avg_absmax_ptr,
@@ -173,7 +172,6 @@ def _adamw_kernel(
     weight_decay,
     EIGHT_BITS: tl.constexpr,
     CLIP: tl.constexpr,
-    SHADOW: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -200,8 +198,6 @@ def _adamw_kernel(
     update = exp_avg / (tl.sqrt(exp_avg_sq) / tl.sqrt(correction2) + eps)
     param = (1.0 - lr * weight_decay) * param - lr / correction1 * update
     tl.store(param_ptr + element, param, mask=mask)
-    if SHADOW:
-        tl.store(shadow_ptr + element, param.to(shadow_ptr.dtype.element_ty), mask=mask)
 
     if EIGHT_BITS:
         absmax, absmax_sq = tl.max(tl.abs(exp_avg), axis=1), tl.max(exp_avg_sq, axis=1)
@@ -278,7 +274,6 @@ def adamw_step(
     weight_decay: float = 0.0,
     grad_norm: Tensor | None = None,
     max_norm: float | None = None,
-    shadow: Tensor | None = None,
 ) -> None:
     """Update a flat parameter vector in place.
 
@@ -293,15 +288,12 @@ def adamw_step(
         weight_decay: decoupled, times lr.
         grad_norm: one fp32 element, the gradient's norm; with `max_norm` the gradient is clipped to it.
         max_norm: largest norm; None leaves the gradient alone.
-        shadow: (n,) copy of param in the compute dtype, written.
     Raises: ValueError: shapes or dtypes do not fit, or only one of grad_norm and max_norm is given.
     """
     n = param.numel()
     check_rows("param", param, (n,), torch.float32)
     check_rows("grad", grad, (n,))
     check_rows("state.exp_avg", state.exp_avg, (n,))
-    if shadow is not None:
-        check_rows("shadow", shadow, (n,))
     if (grad_norm is None) != (max_norm is None):
         raise ValueError("clipping needs both grad_norm and max_norm")
     for name, scalar in (("step", step), ("lr", lr)):
@@ -311,12 +303,11 @@ def adamw_step(
         clip = 1.0
         if grad_norm is not None and max_norm is not None:
             clip = min(1.0, max_norm / (grad_norm.item() + 1e-6))
-        _plain_step(param, grad, state, int(step.item()), lr.item(), betas, eps, weight_decay, clip, shadow)
+        _plain_step(param, grad, state, int(step.item()), lr.item(), betas, eps, weight_decay, clip)
         return
     _adamw_kernel[(triton.cdiv(n, BLOCKS_PER_PROGRAM * QUANTIZATION_BLOCK),)](
         param,
         grad,
-        shadow,
         state.exp_avg,
         state.exp_avg_sq,
         state.exp_avg_absmax,
@@ -338,7 +329,6 @@ def adamw_step(
         weight_decay,
         EIGHT_BITS=state.exp_avg_absmax is not None,
         CLIP=grad_norm is not None,
-        SHADOW=shadow is not None,
         BLOCKS=BLOCKS_PER_PROGRAM,
         BLOCK=QUANTIZATION_BLOCK,
         num_warps=4,
@@ -356,7 +346,6 @@ def _plain_step(
     eps: float,
     weight_decay: float,
     clip: float,
-    shadow: Tensor | None,
 ) -> None:
     moments = [(state.exp_avg, state.exp_avg_absmax, state.signed_map)]
     moments += [(state.exp_avg_sq, state.exp_avg_sq_absmax, state.unsigned_map)]
@@ -375,5 +364,3 @@ def _plain_step(
             codes, new_absmax = quantize_reference(new, levels)
             moment.copy_(codes)
             absmax.copy_(new_absmax)
-    if shadow is not None:
-        shadow.copy_(param)

@@ -81,11 +81,6 @@ class NF4Tensor:
             nested_blocksize=256 if nested is None else int(nested.blocksize),
         )
 
-    def tensors(self) -> list[Tensor]:
-        """The tensors that hold this weight: what to move, pin or count."""
-        held = (self.packed, self.absmax, self.codebook, self.nested_code, self.nested_absmax, self.offset)
-        return [tensor for tensor in held if tensor is not None]
-
 
 def dequantize_nf4_reference(weight: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Decode in plain PyTorch. Returns: (N, K) of `dtype` (the weight's own by default), bit-equal to bitsandbytes."""
