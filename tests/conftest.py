@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from finemill.artifacts.dataset import IGNORE_INDEX, DatasetRow, dataset_writer
 from finemill.artifacts.manifest import Producer, Reference, new_manifest
+from finemill.artifacts.splits import Split
 from finemill.storage.store import publish_artifact, staging_folder
 
 if TYPE_CHECKING:
@@ -114,7 +116,8 @@ def tiny_dataset_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFact
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     rng = Random(1)
     folder = tmp_path_factory.mktemp("dataset")
-    for split, count in {"train": 4, "test": 8}.items():
+    counts: dict[Split, int] = {"train": 4, "test": 8}
+    for split, count in counts.items():
         rows = []
         for index in range(count):
             problem = reasoning_problem(rng).row()
@@ -125,20 +128,24 @@ def tiny_dataset_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFact
             rejected = "Day the is nice a.<|im_end|>" if chat else None
             rejected_ids = tokenizer(rejected)["input_ids"] if rejected else []
             rows.append(
-                {
-                    "id": f"{split}-{index}",
-                    "source": "example:chat" if chat else "example:reasoning",
-                    "input_ids": prompt_ids + completion_ids,
-                    "labels": [-100] * len(prompt_ids) + completion_ids,
-                    "prompt": user,
-                    "completion": completion,
-                    "answer": None if chat else problem["expected_answer"],
-                    "rejected": rejected,
-                    "rejected_input_ids": prompt_ids + rejected_ids if rejected else None,
-                    "rejected_labels": [-100] * len(prompt_ids) + rejected_ids if rejected else None,
-                }
+                DatasetRow(
+                    id=f"{split}-{index}",
+                    source="example:chat" if chat else "example:reasoning",
+                    messages=json.dumps([{"role": "user", "content": problem["problem"]}]),
+                    tools=None,
+                    chat_template_kwargs="{}",
+                    input_ids=prompt_ids + completion_ids,
+                    labels=[IGNORE_INDEX] * len(prompt_ids) + completion_ids,
+                    prompt=user,
+                    completion=completion,
+                    answer=None if chat else problem["expected_answer"],
+                    rejected=rejected,
+                    rejected_input_ids=prompt_ids + rejected_ids if rejected else None,
+                    rejected_labels=[IGNORE_INDEX] * len(prompt_ids) + rejected_ids if rejected else None,
+                )
             )
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+        with dataset_writer(folder, split) as writer:
+            writer.write(rows)
     return folder
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finemill.artifacts.dataset import IGNORE_INDEX, DatasetRow
+from finemill.artifacts.rows import PreparedRow
 from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.chat_format.mask import (
-    IGNORE_INDEX,
     Rendered,
     Turn,
     label_tokens,
@@ -41,7 +42,7 @@ class Draft:
     conversation with a worse last answer.
     """
 
-    record: Mapping[str, Any]
+    record: PreparedRow
     conversation: Conversation
     messages: list[Message]
     kwargs: dict[str, Any]
@@ -97,12 +98,32 @@ class Example:
         return int((self.labels != IGNORE_INDEX).sum())
 
     @property
+    def row(self) -> DatasetRow:
+        """What is stored of it."""
+        draft, worse = self.draft, self.rejected
+        return DatasetRow(
+            id=draft.record.id,
+            source=draft.record.source,
+            messages=_json(draft.messages),
+            tools=_json(draft.conversation.tools) if draft.conversation.tools else None,
+            chat_template_kwargs=_json(draft.kwargs),
+            input_ids=self.input_ids,
+            labels=self.labels.tolist(),
+            prompt=draft.prompt,
+            completion=draft.completion,
+            rejected=draft.rejected.answer if draft.rejected else None,
+            rejected_input_ids=worse.input_ids if worse else None,
+            rejected_labels=worse.labels.tolist() if worse else None,
+            answer=draft.conversation.answer,
+        )
+
+    @property
     def chat_line(self) -> str:
         """The conversation as a line of JSON; "" for a document, or a part of a conversation."""
         if self.draft.unrolled or not self.messages:
             return ""
         tools = {"tools": self.draft.conversation.tools} if self.draft.conversation.tools else {}
-        return json.dumps({"messages": self.messages, **tools}, ensure_ascii=False) + "\n"
+        return _json({"messages": self.messages, **tools}) + "\n"
 
 
 class Formatter:
@@ -113,12 +134,12 @@ class Formatter:
         self._template = template
         self._config = config
 
-    def drafts(self, record: Mapping[str, Any], row: Mapping[str, Any], *, unroll: bool) -> list[Draft]:
+    def drafts(self, record: PreparedRow, row: Mapping[str, Any], *, unroll: bool) -> list[Draft]:
         """Convert and render a row: its whole conversation, with `unroll` also those that end with a rewritten turn.
 
         Raises: DroppedRowError: it cannot be used.
         """
-        conversation = to_conversation(row, record["shape"])
+        conversation = to_conversation(row, record.shape)
         if conversation.text is not None:
             return [self._draft_text(record, conversation, conversation.text)]
         messages = self._template.prepare(self._with_system(self._thinking(conversation.messages)))
@@ -132,10 +153,10 @@ class Formatter:
             part = messages[: end + 1]
             rendered = self._render(part, conversation)
             draft = self._draft_chat(record, replace(conversation, answer=None), part, rendered, rendered.turns[-1:])
-            drafts.append(replace(draft, record={**record, "id": f"{record['id']}-{end}"}, unrolled=True))
+            drafts.append(replace(draft, record=replace(record, id=f"{record.id}-{end}"), unrolled=True))
         return drafts
 
-    def _draft_text(self, record: Mapping[str, Any], conversation: Conversation, text: str) -> Draft:
+    def _draft_text(self, record: PreparedRow, conversation: Conversation, text: str) -> Draft:
         """A document for continued pre-training: everything is learned, the end-of-text token too."""
         check_characters(text)
         end = self.tokenizer.eos_token
@@ -167,7 +188,7 @@ class Formatter:
 
     def _draft_chat(
         self,
-        record: Mapping[str, Any],
+        record: PreparedRow,
         conversation: Conversation,
         messages: list[Message],
         rendered: Rendered,
@@ -255,3 +276,7 @@ def _spans(rendered: Rendered, learned: Sequence[Turn]) -> list[tuple[int, int]]
 def _last_answer(rendered: Rendered) -> str:
     turn = rendered.turns[-1]
     return rendered.text[turn.start : turn.end].replace(BROKEN, "")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finemill.artifacts.dataset import IGNORE_INDEX
 from finemill.components.chat_format.messages import DroppedRowError, Message
 from finemill.components.chat_format.template import BROKEN, MARK_CLOSE, MARK_OPEN, ChatTemplate
 
-IGNORE_INDEX = -100
 _MARK = re.compile(f"{MARK_OPEN}(\\w+){MARK_CLOSE}")
 
 

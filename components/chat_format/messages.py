@@ -11,16 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from finemill.rows.answers import final_answer
-from finemill.rows.shapes import Row, as_turns, completion, conversation, turn_role
+from finemill.rows.shapes import ROLES, Row, as_turns, completion, conversation, turn_role
 
 Message = dict[str, Any]
 
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function", "function_response", "ipython"), "tool"),
-}
 _THINKING = re.compile(r"\s*(?:<think>)?(?P<reasoning>.*?)</think>(?P<content>.*)", re.DOTALL)
 
 
@@ -43,7 +37,7 @@ class Conversation:
 
 
 def to_conversation(row: Row, shape: str) -> Conversation:
-    """Convert a row of `shape` (a name in `row_shapes.SHAPES`) and check it.
+    """Convert a row of `shape` (a name in `rows.shapes.SHAPES`) and check it.
 
     Raises: DroppedRowError: empty turns, roles out of order, a thinking block that does not end, no answer.
     """

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from finemill.artifacts.splits import Split
 from finemill.components.chat_format.example import Example
 from finemill.components.chat_format.template import ChatTemplate
 from finemill.components.chat_format.tokenize import ChatTokenizer
@@ -61,7 +62,7 @@ class SplitCounts:
 
 
 def write_report(
-    path: Path, counts: Mapping[str, SplitCounts], tokenizer: ChatTokenizer, template: ChatTemplate
+    path: Path, counts: Mapping[Split, SplitCounts], tokenizer: ChatTokenizer, template: ChatTemplate
 ) -> dict[str, float]:
     """Write dataset.json; return the metrics."""
     end_tokens = sum((count.end_tokens for count in counts.values()), start=Counter[str]())

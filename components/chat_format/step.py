@@ -3,12 +3,11 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
-
+from finemill.artifacts.dataset import dataset_writer
+from finemill.artifacts.rows import PreparedRow, iterate_rows
+from finemill.artifacts.splits import SPLITS
 from finemill.components.chat_format.config import ChatFormatConfig
-from finemill.components.chat_format.dataset import DatasetWriter
 from finemill.components.chat_format.example import Draft, Example, Formatter
 from finemill.components.chat_format.messages import DroppedRowError
 from finemill.components.chat_format.report import SplitCounts, write_report
@@ -17,7 +16,6 @@ from finemill.components.chat_format.tokenize import load_tokenizer
 from finemill.errors import UserError
 from finemill.runtime.context import StepContext
 
-SPLITS = ("train", "validation", "test")
 _BATCH_ROWS = 1000
 
 
@@ -26,8 +24,8 @@ def run(
 ) -> Mapping[str, float]:
     """Turn rows into messages, render and tokenize them, and label what the assistant says.
 
-    Writes train.parquet, validation.parquet and test.parquet (`dataset.SCHEMA`), chat_template.jinja, chat.jsonl (the
-    training conversations) and dataset.json.
+    Writes a file of `DatasetRow`s per split, chat_template.jinja, chat.jsonl (the training conversations) and
+    dataset.json.
     Raises: UserError: a base without tokenizer or template, or no training row is left.
     """
     tokenizer = load_tokenizer(base_model)
@@ -36,10 +34,10 @@ def run(
     counts = {split: SplitCounts() for split in SPLITS}
     with (output_dir / "chat.jsonl").open("w", encoding="utf-8") as chat:
         for split in SPLITS:
-            with DatasetWriter(output_dir / f"{split}.parquet") as writer:
-                for batch in _read_batches(rows / f"{split}.parquet"):
+            with dataset_writer(output_dir, split) as writer:
+                for batch in iterate_rows(rows, split, batch_rows=_BATCH_ROWS):
                     examples = list(_format_batch(formatter, batch, counts[split], unroll=split == "train"))
-                    writer.write(examples)
+                    writer.write([example.row for example in examples])
                     if split == "train":
                         chat.writelines(example.chat_line for example in examples)
                     context.recorder.log_progress(f"{split}: {counts[split].read} rows")
@@ -50,21 +48,15 @@ def run(
     return write_report(output_dir / "dataset.json", counts, tokenizer, template)
 
 
-def _read_batches(path: Path) -> Iterator[list[dict[str, Any]]]:
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-            yield batch.to_pylist()
-
-
 def _format_batch(
-    formatter: Formatter, batch: list[dict[str, Any]], counts: SplitCounts, *, unroll: bool
+    formatter: Formatter, batch: list[PreparedRow], counts: SplitCounts, *, unroll: bool
 ) -> Iterator[Example]:
     """Render row by row, tokenize all at once: the tokenizer works in parallel."""
     drafts: list[Draft] = []
     for record in batch:
         counts.read += 1
         try:
-            row_drafts = formatter.drafts(record, json.loads(record["row"]), unroll=unroll)
+            row_drafts = formatter.drafts(record, json.loads(record.row), unroll=unroll)
         except DroppedRowError as reason:
             counts.dropped[str(reason)] += 1
         else:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finemill.artifacts.splits import Split
 from finemill.components.data_prep.clean import Record, SourceCounts
 from finemill.components.data_prep.config import DataPrepConfig
 
 Counts = dict[str, dict[str, Any]]
 
 
-def split_counts(mixed: Mapping[str, Sequence[Record]], config: DataPrepConfig) -> Counts:
+def split_counts(mixed: Mapping[Split, Sequence[Record]], config: DataPrepConfig) -> Counts:
     """Per split: rows, characters, and both per source with the share of what the mix goes by."""
     return {split: _count(records, config) for split, records in mixed.items()}
 

@@ -2,10 +2,10 @@
 
 import hashlib
 
-SPLITS = ("train", "validation", "test")
+from finemill.artifacts.splits import Split
 
 
-def assign_split(prompt_key: bytes, *, test_size: float, validation_size: float, seed: int) -> str:
+def assign_split(prompt_key: bytes, *, test_size: float, validation_size: float, seed: int) -> Split:
     """The split of every row with this prompt.
 
     A hash of the prompt is a number in [0, 1): below `test_size` is test, the next `validation_size` is validation, the

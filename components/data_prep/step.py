@@ -5,20 +5,18 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from finemill.artifacts.rows import PreparedRow, rows_writer
+from finemill.artifacts.splits import SPLITS, Split
 from finemill.components.data_prep.clean import Record, SourceCounts, Spool, clean_rows
 from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.data_prep.dedup import Deduplicator
 from finemill.components.data_prep.load import load_source
 from finemill.components.data_prep.mix import mix_sources
 from finemill.components.data_prep.report import split_counts, write_report
-from finemill.components.data_prep.split import SPLITS, assign_split, order_key
+from finemill.components.data_prep.split import assign_split, order_key
 from finemill.errors import UserError
 from finemill.runtime.context import StepContext
 
-_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "source", "shape", "row")])
 _WRITE_ROWS = 10_000
 _PROGRESS_ROWS = 50_000
 
@@ -26,7 +24,7 @@ _PROGRESS_ROWS = 50_000
 def run(*, output_dir: Path, config: DataPrepConfig, context: StepContext) -> Mapping[str, float]:
     """Read, clean, deduplicate, split and mix the sources' rows.
 
-    Writes train.parquet, validation.parquet and test.parquet (id, source, shape, row), data.json and report.md.
+    Writes a file of `PreparedRow`s per split, data.json and report.md.
     Memory holds less than 1 kB a row; the rows themselves wait in a temporary file.
     Raises: UserError: a source that cannot be read, rows of no known shape, or a split without rows.
     """
@@ -36,16 +34,16 @@ def run(*, output_dir: Path, config: DataPrepConfig, context: StepContext) -> Ma
         mixed = {split: _mix(splits[split], config, split) for split in SPLITS}
         _check_splits(mixed, config, counts)
         for split, records in mixed.items():
-            _write_rows(output_dir / f"{split}.parquet", records, config, spool)
+            _write_rows(output_dir, split, records, config, spool)
     return write_report(output_dir, config, counts, split_counts(mixed, config), context.state)
 
 
 def _read_splits(
     config: DataPrepConfig, spool: Spool, counts: list[SourceCounts], context: StepContext
-) -> dict[str, dict[int, list[Record]]]:
+) -> dict[Split, dict[int, list[Record]]]:
     """The usable rows of each split and source, in the order in which a mix prefers them."""
     dedup = Deduplicator(config)
-    splits: dict[str, dict[int, list[Record]]] = {split: defaultdict(list) for split in SPLITS}
+    splits: dict[Split, dict[int, list[Record]]] = {split: defaultdict(list) for split in SPLITS}
     sizes = {"test_size": config.test_size, "validation_size": config.validation_size}
     for number, source in enumerate(config.sources):
         with closing(load_source(source, config.seed)) as rows:
@@ -66,7 +64,7 @@ def _read_splits(
     return splits
 
 
-def _mix(groups: dict[int, list[Record]], config: DataPrepConfig, split: str) -> list[Record]:
+def _mix(groups: dict[int, list[Record]], config: DataPrepConfig, split: Split) -> list[Record]:
     """The split's rows in a random order that is always the same; a repeated row comes again after all others."""
     rounds: dict[str, int] = defaultdict(int)
     keyed = []
@@ -78,14 +76,14 @@ def _mix(groups: dict[int, list[Record]], config: DataPrepConfig, split: str) ->
     return [record for _, record in keyed]
 
 
-def _check_splits(mixed: dict[str, list[Record]], config: DataPrepConfig, counts: list[SourceCounts]) -> None:
+def _check_splits(mixed: dict[Split, list[Record]], config: DataPrepConfig, counts: list[SourceCounts]) -> None:
     """Raises: UserError: a split that was asked for is empty."""
     num_rows = sum(len(records) for records in mixed.values())
     if not num_rows:
         reasons = sum((count.dropped for count in counts), start=type(counts[0].dropped)())
         listed = ", ".join(f"{reason} {number}" for reason, number in sorted(reasons.items()))
         raise UserError(f"no row is left of {sum(count.read for count in counts)} read (left out: {listed})")
-    sizes = {"train": 1.0, "validation": config.validation_size, "test": config.test_size}
+    sizes: dict[Split, float] = {"train": 1.0, "validation": config.validation_size, "test": config.test_size}
     for split, size in sizes.items():
         if size and not mixed[split]:
             advice = "lower test_size and validation_size" if split == "train" else f"raise {split}_size or set it to 0"
@@ -94,14 +92,17 @@ def _check_splits(mixed: dict[str, list[Record]], config: DataPrepConfig, counts
     assert held_out.isdisjoint(record.prompt_key for record in mixed["train"]), "a held-out prompt is in train"
 
 
-def _write_rows(path: Path, records: list[Record], config: DataPrepConfig, spool: Spool) -> None:
-    with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
+def _write_rows(folder: Path, split: Split, records: list[Record], config: DataPrepConfig, spool: Spool) -> None:
+    with rows_writer(folder, split) as writer:
         for start in range(0, len(records), _WRITE_ROWS):
-            batch = records[start : start + _WRITE_ROWS]
-            columns = [
-                [record.row_id for record in batch],
-                [config.sources[record.source].uri for record in batch],
-                [record.shape for record in batch],
-                [spool.read(record.offset) for record in batch],
-            ]
-            writer.write_table(pa.table([pa.array(column, pa.string()) for column in columns], schema=_SCHEMA))
+            writer.write(
+                [
+                    PreparedRow(
+                        id=record.row_id,
+                        source=config.sources[record.source].uri,
+                        shape=record.shape,
+                        row=spool.read(record.offset),
+                    )
+                    for record in records[start : start + _WRITE_ROWS]
+                ]
+            )

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from finemill.artifacts.dataset import HeldOutRow, prompt_ids, read_rows, spread
+from finemill.artifacts.dataset import HeldOutRow, prompt_ids, read_held_out, spread
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.loss import assistant_losses
 from finemill.components.eval.metrics import summarize
@@ -29,7 +29,7 @@ def run(
     """
     from transformers import AutoTokenizer
 
-    rows = read_rows(dataset, config.split)
+    rows = read_held_out(dataset, config.split)
     rows = spread(rows, config.max_rows or len(rows))
     context.recorder.log_progress(f"loading the model for {len(rows)} rows")
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finemill.artifacts.dataset import read_rows, spread
+from finemill.artifacts.dataset import read_held_out, spread
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.gguf_quantize.convert import Array, SourceModel
 from finemill.components.gguf_quantize.cores import available_cores
@@ -81,13 +81,13 @@ def _imatrix(
     if not config.imatrix:
         return None
     context.recorder.log_progress(f"importance of input channels on {config.imatrix_rows} training rows")
-    return channel_weights(merged, source, spread(read_rows(dataset, "train"), config.imatrix_rows))
+    return channel_weights(merged, source, spread(read_held_out(dataset, "train"), config.imatrix_rows))
 
 
 def _reference(
     merged: Any, tokenizer: Any, model: Path, dataset: Path, config: GGUFQuantizeConfig, context: StepContext
 ) -> Reference:
-    rows = read_rows(dataset, "test")
+    rows = read_held_out(dataset, "test")
     with_answer = [row for row in rows if row.answer is not None]
     answer_rows = spread(with_answer or rows, config.verify_rows)
     return make_reference(

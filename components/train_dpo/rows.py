@@ -5,20 +5,18 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from datasets import Dataset
 
-from finemill.artifacts.dataset import IGNORE_INDEX
+from finemill.artifacts.dataset import IGNORE_INDEX, LabelledRow, read_preferences
+from finemill.artifacts.splits import Split
 from finemill.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = ("input_ids", "labels", "rejected_input_ids", "rejected_labels")
 Pair = dict[str, list[int]]
 
 
-def load_pairs(dataset: Path, split: str, max_length: int) -> Dataset:
+def load_pairs(dataset: Path, split: Split, max_length: int) -> Dataset:
     """`prompt_ids`, `chosen_ids` and `rejected_ids` of the rows of a split that have a rejected answer.
 
     Each conversation is cut to `max_length` tokens; pairs that lose one of the answers are dropped. All counts are
@@ -26,19 +24,15 @@ def load_pairs(dataset: Path, split: str, max_length: int) -> Dataset:
 
     Raises: UserError: the file is missing, or no row has a rejected answer, or none within `max_length`.
     """
-    path = dataset / f"{split}.parquet"
-    if not path.is_file():
-        raise UserError(f"{path.name} not found in the dataset: chat-format writes it; give the reference it printed")
-    table = pq.read_table(path, columns=list(_COLUMNS))
-    preferences = table.filter(pc.is_valid(table["rejected_input_ids"])).to_pylist()
+    preferences, num_rows = read_preferences(dataset, split)
     if not preferences:
         raise UserError(
-            f"{path.name}: none of its {table.num_rows} rows has a rejected answer, which train-dpo learns from: give "
+            f"{split}: none of its {num_rows} rows has a rejected answer, which train-dpo learns from: give "
             "data-prep rows with prompt, chosen and rejected, or train with train-qlora"
         )
-    if len(preferences) < table.num_rows:
-        logger.warning("%s: %d rows without a rejected answer left out", split, table.num_rows - len(preferences))
-    pairs = [split_pair(*(row[column] for column in _COLUMNS)) for row in preferences]
+    if len(preferences) < num_rows:
+        logger.warning("%s: %d rows without a rejected answer left out", split, num_rows - len(preferences))
+    pairs = [split_pair(chosen, rejected) for chosen, rejected in preferences]
     cut = [cut_pair(pair, max_length) for pair in pairs]
     kept = [pair for pair in cut if pair["chosen_ids"] and pair["rejected_ids"]]
     if cut != pairs:
@@ -47,25 +41,23 @@ def load_pairs(dataset: Path, split: str, max_length: int) -> Dataset:
     if len(kept) < len(pairs):
         logger.warning("%s: %d pairs without one of the answers dropped", split, len(pairs) - len(kept))
     if not kept:
-        raise UserError(f"{path.name}: none of its {len(pairs)} pairs has both answers within max_length {max_length}")
+        raise UserError(f"{split}: none of its {len(pairs)} pairs has both answers within max_length {max_length}")
     return Dataset.from_list(kept)
 
 
-def split_pair(
-    input_ids: list[int], labels: list[int], rejected_input_ids: list[int], rejected_labels: list[int]
-) -> Pair:
+def split_pair(chosen: LabelledRow, rejected: LabelledRow) -> Pair:
     """The two conversations as one prompt and two answers, which end where the labels do.
 
     The prompts are the same text. Where a tokenizer joins its end with the begin of an answer, the answers begin with
     the first token that differs, as in TRL.
     """
-    chosen, rejected = _answer_range(labels), _answer_range(rejected_labels)
-    prompts = zip(input_ids[: chosen.start], rejected_input_ids[: rejected.start], strict=False)
+    better, worse = _answer_range(chosen.labels), _answer_range(rejected.labels)
+    prompts = zip(chosen.input_ids[: better.start], rejected.input_ids[: worse.start], strict=False)
     prompt_ids = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], prompts)]
     return {
         "prompt_ids": prompt_ids,
-        "chosen_ids": input_ids[len(prompt_ids) : chosen.stop],
-        "rejected_ids": rejected_input_ids[len(prompt_ids) : rejected.stop],
+        "chosen_ids": chosen.input_ids[len(prompt_ids) : better.stop],
+        "rejected_ids": rejected.input_ids[len(prompt_ids) : worse.stop],
     }
 
 

@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from finemill.kernels.ops.launch import check_rows, use_kernel
+from finemill.kernels.ops.packing import IGNORE_INDEX
 
 # T tokens, V vocabulary
 
-IGNORE_INDEX = -100
 BLOCK = 8192
 """Columns per sweep step of 16 warps: 16 elements a thread, two 16-byte loads in flight."""
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -1,59 +1,125 @@
-"""Rows of a `dataset` artifact as the steps that measure models read them."""
+"""The artifact `dataset`: conversations as text, token ids and labels, a Parquet file per split.
 
-from dataclasses import dataclass, fields, replace
+Each class of rows adds columns to the one above it, so that a step reads what it needs and no more: training the
+tokens, a preference training both answers' tokens, what measures models the texts too.
+"""
+
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from finemill.artifacts.splits import Split, split_path
+from finemill.artifacts.tables import RowWriter, read_columns, read_rows
 from finemill.errors import UserError
 
 IGNORE_INDEX = -100
 """The label of a token that no loss is taken on."""
+_WRITER = "chat-format"
 
 
-@dataclass(frozen=True)
-class HeldOutRow:
-    """One conversation.
+@dataclass(frozen=True, kw_only=True)
+class LabelledRow:
+    """Token ids of a whole conversation, and its labels, both of length T.
 
-    `prompt` is the rendered text up to and with the generation prompt of the last assistant turn, `completion` that
-    turn as the model should write it, `answer` its final answer if it has one. `input_ids` and `labels` cover the whole
-    conversation; a label is `IGNORE_INDEX` outside the assistant's turns. Of a preference `rejected` is a worse last
-    turn, and `rejected_input_ids` and `rejected_labels` are the conversation with it.
+    A label is the token's id in the assistant's turns and `IGNORE_INDEX` elsewhere.
     """
 
-    id: str
-    source: str
     input_ids: list[int]
     labels: list[int]
-    prompt: str
-    completion: str
-    answer: str | None
-    rejected: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceRow(LabelledRow):
+    """The same with a worse last turn; None where a row has none."""
+
     rejected_input_ids: list[int] | None = None
     rejected_labels: list[int] | None = None
 
     @property
+    def rejected_row(self) -> LabelledRow | None:
+        """The conversation with the worse turn."""
+        if self.rejected_input_ids is None or self.rejected_labels is None:
+            return None
+        return LabelledRow(input_ids=self.rejected_input_ids, labels=self.rejected_labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutRow(PreferenceRow):
+    """A conversation with what a measurement needs of it.
+
+    `prompt` is the rendered text up to and with the generation prompt of the last assistant turn, `completion` that
+    turn as the model should write it, `rejected` the worse turn, `answer` the final answer; None where a row has none.
+    """
+
+    id: str
+    source: str
+    prompt: str
+    completion: str
+    answer: str | None = None
+    rejected: str | None = None
+
+    @property
     def with_rejected(self) -> "HeldOutRow | None":
         """The same conversation as if the worse answer were the right one; None for a row without one."""
-        if self.rejected is None or self.rejected_input_ids is None or self.rejected_labels is None:
+        worse = self.rejected_row
+        if self.rejected is None or worse is None:
             return None
-        return replace(self, completion=self.rejected, input_ids=self.rejected_input_ids, labels=self.rejected_labels)
+        return replace(self, completion=self.rejected, input_ids=worse.input_ids, labels=worse.labels)
 
 
-def read_rows(dataset: Path, split: str, limit: int | None = None) -> list[HeldOutRow]:
+@dataclass(frozen=True, kw_only=True)
+class DatasetRow(HeldOutRow):
+    """All that chat-format writes of a conversation.
+
+    `messages`, `tools` (None for none) and `chat_template_kwargs` are JSON text, so that rows of every shape fit one
+    schema.
+    """
+
+    messages: str
+    tools: str | None
+    chat_template_kwargs: str
+
+
+def dataset_writer(folder: Path, split: Split) -> RowWriter[DatasetRow]:
+    """A writer of the rows of one split."""
+    return RowWriter(split_path(folder, split), DatasetRow)
+
+
+def read_held_out(dataset: Path, split: Split, limit: int | None = None) -> list[HeldOutRow]:
     """The first `limit` rows of a split, in the file's order, which chat-format fixed.
 
     Raises: UserError: the split is missing or holds no rows.
     """
-    import pyarrow.parquet as pq
-
-    path = dataset / f"{split}.parquet"
-    if not path.is_file():
-        raise UserError(f"{path} not found: chat-format writes it; pass the dataset it printed")
-    table = pq.read_table(path, columns=[field.name for field in fields(HeldOutRow)])
-    records: list[dict[str, Any]] = table.slice(0, limit).to_pylist()
-    if not records:
+    path = split_path(dataset, split)
+    rows = read_rows(path, HeldOutRow, _WRITER, limit=limit)
+    if not rows:
         raise UserError(f"{path} holds no rows: raise the share of the {split} split in data-prep")
-    return [HeldOutRow(**record) for record in records]
+    return rows
+
+
+@dataclass(frozen=True)
+class LabelledColumns:
+    """`LabelledRow` by column, as Arrow holds it: rows by the million without a Python object for each."""
+
+    input_ids: pa.ChunkedArray
+    labels: pa.ChunkedArray
+
+
+def read_labelled(dataset: Path, split: Split) -> LabelledColumns:
+    """Token ids and labels of a split. Raises: UserError: the split is missing."""
+    return LabelledColumns(*read_columns(split_path(dataset, split), LabelledRow, _WRITER).columns)
+
+
+def read_preferences(dataset: Path, split: Split) -> tuple[list[tuple[LabelledRow, LabelledRow]], int]:
+    """The split's conversations that have a worse last turn, each with it, and how many rows there are in all.
+
+    Raises: UserError: the split is missing.
+    """
+    table = read_columns(split_path(dataset, split), PreferenceRow, _WRITER)
+    rows = (PreferenceRow(**record) for record in table.drop_null().to_pylist())
+    return [(row, worse) for row in rows if (worse := row.rejected_row)], table.num_rows
 
 
 def spread(rows: list[HeldOutRow], count: int) -> list[HeldOutRow]:

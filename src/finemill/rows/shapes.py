@@ -7,8 +7,13 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-USER_ROLES = ("user", "human")
-ASSISTANT_ROLES = ("assistant", "gpt", "function_call", "model", "bot", "chatgpt")
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "function_response", "ipython"), "tool"),
+}
+"""The role, as transformers' templates take it, of every name that data sets give a speaker."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,18 @@ def is_turn_list(value: object) -> bool:
     )
 
 
+def _says(turn: Row, role: str) -> bool:
+    """Whether `role` is the speaker's, whatever the data set calls it."""
+    return ROLES.get(turn_role(turn)) == role
+
+
 def _has_texts(row: Row, *columns: str) -> bool:
     return all(isinstance(row.get(column), str) for column in columns)
 
 
 def _conversation_texts(turns: list[Row]) -> tuple[str, str]:
-    spoken = [turn for turn in turns if turn_role(turn) not in ("system", "developer")]
-    last = max((i for i, turn in enumerate(spoken) if turn_role(turn) in ASSISTANT_ROLES), default=len(spoken))
+    spoken = [turn for turn in turns if not _says(turn, "system")]
+    last = max((i for i, turn in enumerate(spoken) if _says(turn, "assistant")), default=len(spoken))
     return "\n".join(map(turn_text, spoken[:last])), "\n".join(map(turn_text, spoken[last : last + 1]))
 
 
@@ -107,8 +117,8 @@ def _preference_texts(row: Row) -> tuple[str, str]:
     chosen = as_turns(row["chosen"])
     prompt = row.get("prompt") or conversation(row) or (chosen[:-1] if isinstance(chosen, list) else "")
     asked = prompt if isinstance(prompt, str) else _conversation_texts(list(prompt))[0]
-    if not isinstance(prompt, str) and turn_role(prompt[-1]) in ASSISTANT_ROLES:
-        asked = "\n".join(turn_text(turn) for turn in prompt if turn_role(turn) not in ("system", "developer"))
+    if not isinstance(prompt, str) and _says(prompt[-1], "assistant"):
+        asked = "\n".join(turn_text(turn) for turn in prompt if not _says(turn, "system"))
     return asked, chosen if isinstance(chosen, str) else turn_text(chosen[-1])
 
 

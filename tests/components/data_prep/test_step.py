@@ -6,13 +6,13 @@ from random import Random
 import pyarrow.parquet as pq
 import pytest
 
+from finemill.artifacts.splits import SPLITS
 from finemill.components.data_prep.clean import normalize_text
 from finemill.errors import UserError
 from finemill.rows.shapes import prompt_and_answer
 from finemill.runtime.run import StepResult, run_step
 from finemill.storage.store import fetch_artifact
 
-SPLITS = ("train", "validation", "test")
 Row = dict[str, object]
 
 

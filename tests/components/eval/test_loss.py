@@ -29,7 +29,7 @@ class FixedLogits:
 
 
 def held_out(input_ids: list[int], labels: list[int]) -> HeldOutRow:
-    return HeldOutRow("r", "s", input_ids, labels, "", "", None)
+    return HeldOutRow(id="r", source="s", input_ids=input_ids, labels=labels, prompt="", completion="")
 
 
 def test_loss_is_over_labelled_tokens_only() -> None:

@@ -20,7 +20,10 @@ STOPS = ["<|im_end|>"]
 
 
 def row(answer: str | None = "7", completion: str = "<think>\n3 + 4\n</think>\n\n\\boxed{7}<|im_end|>") -> HeldOutRow:
-    return HeldOutRow("r1", "math", [1, 2, 3], [-100, 2, 3], "What is 3 + 4?", completion, answer)
+    return HeldOutRow(
+        id="r1", source="math", input_ids=[1, 2, 3], labels=[-100, 2, 3], prompt="What is 3 + 4?",
+        completion=completion, answer=answer,
+    )  # fmt: skip
 
 
 def scored(text: str, row: HeldOutRow, *, finished: bool = True, loss: tuple[float, int] = (3.0, 2)) -> Sample:

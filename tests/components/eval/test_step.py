@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from finemill.artifacts.dataset import read_rows
+from finemill.artifacts.dataset import dataset_writer, read_held_out
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.step import run as evaluate
 from finemill.errors import UserError
@@ -52,7 +52,7 @@ def test_samples_hold_every_row_for_both_models(
     evaluated: tuple[Path, Mapping[str, float]], tiny_dataset_dir: Path
 ) -> None:
     samples = pq.read_table(evaluated[0] / "samples.parquet").to_pylist()
-    ids = [row.id for row in read_rows(tiny_dataset_dir, "test")]
+    ids = [row.id for row in read_held_out(tiny_dataset_dir, "test")]
     assert [sample["id"] for sample in samples] == ids * 2
     assert [sample["model"] for sample in samples] == ["base"] * 8 + ["tuned"] * 8
     assert [sample["exact_match"] is None for sample in samples[:8]] == [False, False, False, True] * 2
@@ -62,7 +62,7 @@ def test_base_is_the_base_and_tuned_is_base_with_adapter(
     evaluated: tuple[Path, Mapping[str, float]], tiny_model_dir: Path, tiny_adapter_dir: Path, tiny_dataset_dir: Path
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    rows = read_rows(tiny_dataset_dir, "test")
+    rows = read_held_out(tiny_dataset_dir, "test")
     assert evaluated[1]["eval/base/loss"] == pytest.approx(plain_loss(base, rows), rel=1e-5)
     assert evaluated[1]["eval/tuned/loss"] == pytest.approx(
         plain_loss(load_adapter(base, tiny_adapter_dir), rows), rel=1e-5
@@ -75,7 +75,7 @@ def test_a_model_prefers_the_answer_that_is_likelier_per_token(
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     samples = {row["id"]: row for row in pq.read_table(evaluated[0] / "samples.parquet").to_pylist()[:8]}
-    for row in read_rows(tiny_dataset_dir, "test"):
+    for row in read_held_out(tiny_dataset_dir, "test"):
         worse = row.with_rejected
         expected = plain_loss(base, [row]) < plain_loss(base, [worse]) if worse else None
         assert samples[row.id]["prefers_chosen"] == expected
@@ -99,7 +99,7 @@ def test_answers_do_not_depend_on_the_batch_they_are_in(tiny_model_dir: Path, ti
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
-    prompts = [tokenizer(row.prompt)["input_ids"] for row in read_rows(tiny_dataset_dir, "test")]
+    prompts = [tokenizer(row.prompt)["input_ids"] for row in read_held_out(tiny_dataset_dir, "test")]
     prompts[0] = prompts[0][-5:]
     stops = stop_token_ids(tokenizer, tiny_model_dir)
     together, alone = (
@@ -111,10 +111,10 @@ def test_answers_do_not_depend_on_the_batch_they_are_in(tiny_model_dir: Path, ti
 
 
 def test_an_empty_split_is_refused(
-    tiny_model_dir: Path, tiny_adapter_dir: Path, tiny_dataset_dir: Path, tmp_path: Path, step_context: StepContext
+    tiny_model_dir: Path, tiny_adapter_dir: Path, tmp_path: Path, step_context: StepContext
 ) -> None:
-    empty = pq.read_table(tiny_dataset_dir / "test.parquet").slice(0, 0)
-    pq.write_table(empty, tmp_path / "test.parquet")
+    with dataset_writer(tmp_path, "test"):
+        pass
     with pytest.raises(UserError, match="holds no rows"):
         evaluate(
             dataset=tmp_path,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from finemill.artifacts.dataset import HeldOutRow, read_rows, spread
+from finemill.artifacts.dataset import HeldOutRow, read_held_out, spread
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.gguf_quantize.convert import SourceModel
 from finemill.components.gguf_quantize.imatrix import channel_weights
@@ -138,7 +138,7 @@ def test_a_tokenizer_that_differs_is_caught(tiny_model_dir: Path, llama_dir: Pat
 
 
 def test_channel_weights_are_the_mean_square_of_each_input(tiny_model_dir: Path, tiny_dataset_dir: Path) -> None:
-    rows = read_rows(tiny_dataset_dir, "train")[:2]
+    rows = read_held_out(tiny_dataset_dir, "train")[:2]
     model = load_causal_lm(tiny_model_dir, dtype=torch.float32)
     inputs: list[torch.Tensor] = []
     handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
@@ -159,7 +159,7 @@ def test_divergence_over_all_tokens_and_with_a_rest() -> None:
 
 
 def test_exact_match_counts_rows_with_a_known_answer(tiny_dataset_dir: Path) -> None:
-    rows = read_rows(tiny_dataset_dir, "test")
+    rows = read_held_out(tiny_dataset_dir, "test")
     answers = [Answer(f"It is \\boxed{{{row.answer}}}", 3, finished=True) for row in rows]
     assert exact_match(rows, answers) == 1.0
     assert exact_match(rows, [Answer("no idea", 2, finished=True)] * len(rows)) == 0.0
@@ -184,7 +184,7 @@ def test_the_modelfile_has_turns_stops_and_sampling(tiny_model_dir: Path) -> Non
 
 def test_a_failed_measurement_leaves_no_hook_on_the_model(tiny_model_dir: Path) -> None:
     model = load_causal_lm(tiny_model_dir)
-    row = HeldOutRow("a", "s", input_ids=[10**6], labels=[0], prompt="", completion="", answer=None)
+    row = HeldOutRow(id="a", source="s", input_ids=[10**6], labels=[0], prompt="", completion="")
     with pytest.raises(IndexError):
         channel_weights(model, SourceModel(tiny_model_dir), [row])
     assert not any(module._forward_pre_hooks for module in model.modules())

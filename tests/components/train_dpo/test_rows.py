@@ -1,28 +1,26 @@
 import logging
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
+from finemill.artifacts.dataset import LabelledRow, PreferenceRow, read_held_out
+from finemill.artifacts.splits import split_path
+from finemill.artifacts.tables import write_rows
 from finemill.components.train_dpo.rows import load_pairs, split_pair
 from finemill.errors import UserError
 
-SCHEMA = pa.schema(
-    [(name, pa.list_(pa.int32())) for name in ("input_ids", "labels", "rejected_input_ids", "rejected_labels")]
+PAIR = PreferenceRow(
+    input_ids=[1, 2, 3, 4, 9],
+    labels=[-100, -100, 3, 4, -100],
+    rejected_input_ids=[1, 2, 7, 9],
+    rejected_labels=[-100, -100, 7, -100],
 )
-PAIR = {
-    "input_ids": [1, 2, 3, 4, 9],
-    "labels": [-100, -100, 3, 4, -100],
-    "rejected_input_ids": [1, 2, 7, 9],
-    "rejected_labels": [-100, -100, 7, -100],
-}
-PLAIN = {"input_ids": [1, 2], "labels": [-100, 2], "rejected_input_ids": None, "rejected_labels": None}
+PLAIN = PreferenceRow(input_ids=[1, 2], labels=[-100, 2])
 
 
-def write_split(folder: Path, *rows: dict[str, list[int] | None]) -> Path:
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), folder / "train.parquet")
+def write_split(folder: Path, *rows: PreferenceRow) -> Path:
+    write_rows(split_path(folder, "train"), PreferenceRow, rows)
     return folder
 
 
@@ -32,13 +30,18 @@ def test_a_pair_is_the_prompt_and_both_answers_without_what_the_template_writes_
 
 
 def test_answers_begin_where_tokens_differ_if_one_is_joined_with_the_prompt() -> None:
-    pair = split_pair([1, 2, 3], [-100, -100, 3], [1, 5, 6], [-100, -100, 6])
+    chosen = LabelledRow(input_ids=[1, 2, 3], labels=[-100, -100, 3])
+    pair = split_pair(chosen, LabelledRow(input_ids=[1, 5, 6], labels=[-100, -100, 6]))
     assert pair == {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [5, 6]}
 
 
 def test_what_is_left_out_or_cut_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    long = {**PAIR, "input_ids": [1, 5, 6, 7], "labels": [-100, -100, -100, 7]}
-    long |= {"rejected_input_ids": [1, 5, 6, 8], "rejected_labels": [-100, -100, -100, 8]}
+    long = PreferenceRow(
+        input_ids=[1, 5, 6, 7],
+        labels=[-100, -100, -100, 7],
+        rejected_input_ids=[1, 5, 6, 8],
+        rejected_labels=[-100, -100, -100, 8],
+    )
     with caplog.at_level(logging.WARNING):
         pairs = load_pairs(write_split(tmp_path, PAIR, PLAIN, long), "train", max_length=3)
     assert list(pairs) == [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [7]}]
@@ -55,7 +58,7 @@ def test_what_is_left_out_or_cut_is_counted(tmp_path: Path, caplog: pytest.LogCa
     ],
 )
 def test_without_pairs_the_error_says_what_to_do(
-    row: dict[str, list[int] | None], max_length: int, message: str, tmp_path: Path
+    row: PreferenceRow, max_length: int, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message) as error:
         load_pairs(write_split(tmp_path, row), "train", max_length)
@@ -65,12 +68,12 @@ def test_without_pairs_the_error_says_what_to_do(
 def test_tokens_are_those_of_the_tokenizer_s_own_template(preferences: Path, tiny_model_dir: Path) -> None:
     """What transformers gives for prompt and completion: nothing added before, between or after."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    rows = pq.read_table(preferences / "train.parquet").to_pylist()
+    rows = read_held_out(preferences, "train")
     pairs = list(load_pairs(preferences, "train", max_length=512))
     assert len(pairs) == len(rows) > 20
     for row, pair in zip(rows, pairs, strict=True):
-        for answer, ids in (("completion", pair["chosen_ids"]), ("rejected", pair["rejected_ids"])):
-            text = row["prompt"] + row[answer]
+        for answer, ids in ((row.completion, pair["chosen_ids"]), (row.rejected or "", pair["rejected_ids"])):
+            text = row.prompt + answer
             assert pair["prompt_ids"] + ids == tokenizer(text, add_special_tokens=False)["input_ids"]
             assert ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
-        assert tokenizer.decode(pair["prompt_ids"]) == row["prompt"]
+        assert tokenizer.decode(pair["prompt_ids"]) == row.prompt

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
+from finemill.artifacts.dataset import IGNORE_INDEX, LabelledRow
 from finemill.artifacts.manifest import Producer
+from finemill.artifacts.splits import Split, split_path
+from finemill.artifacts.tables import write_rows
 from finemill.models.base.resolve import BUILTIN_MODELS
 from finemill.rows.examples.reasoning import reasoning_problem
 from finemill.runtime.context import Checkpoints, StepContext
@@ -38,21 +39,23 @@ def base_model() -> Path:
 
 @pytest.fixture(scope="session")
 def dataset(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The layout that chat-format writes, as far as training reads it."""
+    """The columns of a dataset that training reads."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     folder = tmp_path_factory.mktemp("dataset")
     rng = Random(0)
-    for split, count in {"train": 24, "validation": 4}.items():
+    counts: dict[Split, int] = {"train": 24, "validation": 4}
+    for split, count in counts.items():
         rows = []
         for row in (reasoning_problem(rng).row() for _ in range(count)):
             user = {"role": "user", "content": row["problem"]}
             assistant = {"role": "assistant", "content": row["generated_solution"]}
             prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True)["input_ids"]
             input_ids = tokenizer.apply_chat_template([user, assistant])["input_ids"]
-            rows.append({"input_ids": input_ids, "labels": [-100] * len(prompt) + input_ids[len(prompt) :]})
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+            labels = [IGNORE_INDEX] * len(prompt) + input_ids[len(prompt) :]
+            rows.append(LabelledRow(input_ids=input_ids, labels=labels))
+        write_rows(split_path(folder, split), LabelledRow, rows)
     return folder
 
 

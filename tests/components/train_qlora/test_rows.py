@@ -1,16 +1,17 @@
 import logging
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
+from finemill.artifacts.dataset import LabelledRow
+from finemill.artifacts.splits import split_path
+from finemill.artifacts.tables import write_rows
 from finemill.components.train_qlora.rows import load_rows
 from finemill.errors import UserError
 
 
-def write_split(folder: Path, rows: list[dict[str, list[int]]]) -> Path:
-    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+def write_split(folder: Path, *rows: LabelledRow) -> Path:
+    write_rows(split_path(folder, "train"), LabelledRow, rows)
     return folder
 
 
@@ -19,11 +20,9 @@ def test_long_rows_are_cut_and_rows_without_label_dropped_and_both_counted(
 ) -> None:
     folder = write_split(
         tmp_path,
-        [
-            {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4]},
-            {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]},
-            {"input_ids": [9], "labels": [9]},
-        ],
+        LabelledRow(input_ids=[1, 2, 3, 4], labels=[-100, 2, 3, 4]),
+        LabelledRow(input_ids=[5, 6, 7, 8], labels=[-100, -100, -100, 8]),
+        LabelledRow(input_ids=[9], labels=[9]),
     )
     with caplog.at_level(logging.WARNING):
         rows = load_rows(folder, "train", max_length=3)
@@ -34,7 +33,7 @@ def test_long_rows_are_cut_and_rows_without_label_dropped_and_both_counted(
 
 
 def test_a_split_without_any_label_is_refused(tmp_path: Path) -> None:
-    folder = write_split(tmp_path, [{"input_ids": [1, 2], "labels": [-100, -100]}])
+    folder = write_split(tmp_path, LabelledRow(input_ids=[1, 2], labels=[-100, -100]))
     with pytest.raises(UserError, match="none of its 1 rows has a label"):
         load_rows(folder, "train", max_length=8)
 

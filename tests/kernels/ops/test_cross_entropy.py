@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from finemill.kernels.ops.cross_entropy import (
-    IGNORE_INDEX,
     cross_entropy_backward_reference,
     cross_entropy_inplace,
     cross_entropy_reference,
 )
+from finemill.kernels.ops.packing import IGNORE_INDEX
 
 SHAPES = [(3, 1), (6, 123), (1, 4096), (5, 8200)]
 

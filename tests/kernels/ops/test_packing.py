@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from finemill.artifacts import dataset
 from finemill.kernels.ops.packing import (
     IGNORE_INDEX,
     length_classes,
@@ -20,6 +21,10 @@ def sequence(length: int, first: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     labels = ids.clone()
     labels[: length // 2] = IGNORE_INDEX
     return ids, labels
+
+
+def test_what_is_not_learned_has_the_label_that_the_dataset_gives_it():
+    assert IGNORE_INDEX == dataset.IGNORE_INDEX
 
 
 def test_labels_shift_to_the_token_that_predicts_them():

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
+from finemill.artifacts.dataset import IGNORE_INDEX
 from finemill.models.base.pretrain import (
-    IGNORE_INDEX,
     Recipe,
     labels_of,
     make_tokenizer,

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from finemill.artifacts.dataset import IGNORE_INDEX
 from finemill.models.base.corpus import document
 from finemill.models.base.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
 
 CHAT_TEMPLATE = Path(__file__).parent / "tiny_qwen3" / "chat_template.jinja"
-IGNORE_INDEX = -100
 _ROWS_PER_SHARD = 8192
 _TOKENIZER_DOCUMENTS = 40_000
 

@@ -1,0 +1,100 @@
+"""Parquet files whose columns are the fields of a frozen dataclass: a column's name and type are written once, there.
+
+A reader takes the class that has the columns it needs, so that only those are read.
+"""
+
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, get_args, get_type_hints
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finemill.errors import UserError
+
+RowT = TypeVar("RowT")
+
+_TYPES: dict[Any, pa.DataType] = {
+    str: pa.string(),
+    bool: pa.bool_(),
+    int: pa.int64(),
+    float: pa.float64(),
+    list[int]: pa.list_(pa.int32()),
+}
+
+
+def schema_of(row_type: type) -> pa.Schema:
+    """A column per field of the dataclass `row_type`, in the order of its fields; token ids are int32."""
+    hints = get_type_hints(row_type)
+    return pa.schema([(field.name, _TYPES[_without_none(hints[field.name])]) for field in fields(row_type)])
+
+
+def _without_none(hint: Any) -> Any:
+    return get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+
+
+class RowWriter(Generic[RowT]):
+    """One Parquet file of rows of one class; a context manager."""
+
+    def __init__(self, path: Path, row_type: type[RowT]) -> None:
+        self._schema = schema_of(row_type)
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+
+    def write(self, rows: Sequence[RowT]) -> None:
+        """Append rows as one row group."""
+        if rows:
+            columns = [pa.array([getattr(row, f.name) for row in rows], f.type) for f in self._schema]
+            self._writer.write_table(pa.table(columns, schema=self._schema))
+
+
+def write_rows(path: Path, row_type: type[RowT], rows: Sequence[RowT]) -> None:
+    """Write a file in one piece."""
+    with RowWriter(path, row_type) as writer:
+        writer.write(rows)
+
+
+def iterate_batches(path: Path, row_type: type[RowT], writer: str, *, batch_rows: int) -> Iterator[list[RowT]]:
+    """The rows of a file in order, `batch_rows` at a time.
+
+    Args:
+        writer: the step that writes such a file, for the message.
+    Raises: UserError: there is no such file, or it lacks a column.
+    """
+    names = _checked_columns(path, row_type, writer)
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=batch_rows, columns=names):
+            yield [row_type(**record) for record in batch.to_pylist()]
+
+
+def read_rows(path: Path, row_type: type[RowT], writer: str, *, limit: int | None = None) -> list[RowT]:
+    """The first `limit` rows of a file, all by default. Raises: UserError: as `iterate_batches`."""
+    return [row_type(**record) for record in read_columns(path, row_type, writer).slice(0, limit).to_pylist()]
+
+
+def read_columns(path: Path, row_type: type, writer: str) -> pa.Table:
+    """The columns of `row_type` in the order of its fields. Raises: UserError: as `iterate_batches`."""
+    names = _checked_columns(path, row_type, writer)
+    return pq.read_table(path, columns=names).select(names)
+
+
+def _checked_columns(path: Path, row_type: type, writer: str) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"{path} not found: {writer} writes it; pass the reference it printed")
+    names = [field.name for field in fields(row_type)]
+    missing = [name for name in names if name not in pq.read_schema(path).names]
+    if missing:
+        raise UserError(
+            f"{path} has no column {', '.join(missing)}: another version of finemill wrote it; run {writer} again"
+        )
+    return names
