@@ -13,7 +13,8 @@ from finemill.components.eval.loss import assistant_losses
 from finemill.components.eval.metrics import summarize
 from finemill.components.eval.report import write_reports
 from finemill.components.eval.sample import Sample, score_answer
-from finemill.models.causal_lm import load_adapter, load_causal_lm, suitable_threads
+from finemill.models.adapter import load_adapter
+from finemill.models.causal_lm import load_causal_lm, suitable_threads
 from finemill.models.generation import Sampling, generate_answers, stop_token_ids
 from finemill.runtime.context import StepContext
 

@@ -12,7 +12,8 @@ import torch
 from finemill.components.merge.config import MergeConfig
 from finemill.components.merge.parity import check_chat_template, compare_logits, logits_of, probe_prompts
 from finemill.errors import StepError, UserError
-from finemill.models.causal_lm import load_adapter, load_causal_lm
+from finemill.models.adapter import load_adapter
+from finemill.models.causal_lm import load_causal_lm
 from finemill.models.generation import stop_token_ids
 from finemill.runtime.context import StepContext
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from finemill.errors import UserError
-
 SMALL_MODEL = 50_000_000
 """Parameters below which several threads cost more than they bring."""
 
@@ -28,24 +26,6 @@ def load_causal_lm(folder: Path, *, device: torch.device | None = None, dtype: t
     with no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     return model.to(device).eval()
-
-
-def load_adapter(base: Any, adapter: Path) -> Any:
-    """`base` with the LoRA adapter in the folder `adapter`, as one PEFT model in evaluation mode.
-
-    Raises: UserError: the adapter is missing, or has other shapes than the base.
-    """
-    from peft import PeftModel
-
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(
-            f"adapter_config.json not found in {adapter}: pass the adapter that train-qlora or train-dpo printed"
-        )
-    try:
-        return PeftModel.from_pretrained(base, adapter).eval()
-    except (RuntimeError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"the adapter in {adapter} does not fit the base model: {line:.300}") from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from finemill.artifacts.dataset import dataset_writer, read_held_out
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.step import run as evaluate
 from finemill.errors import UserError
-from finemill.models.causal_lm import load_adapter
+from finemill.models.adapter import load_adapter
 from finemill.runtime.context import StepContext
 
 CONFIG = EvalConfig(max_new_tokens=24)

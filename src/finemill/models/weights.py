@@ -1,0 +1,72 @@
+"""What lies in a folder of safetensors files, by their headers alone: no value is read."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from finemill.errors import UserError
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a safetensors file: `dtype` as the format spells it (`BF16`), `shape` rows first."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model folder, in the order of the files.
+
+    Raises: UserError: no weights, a damaged file, or a file or tensor that the folder's index names and that is not
+    there.
+    """
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise UserError(f"no safetensors file in {folder}: pass a folder written by save_pretrained")
+    weight_map = _weight_map(folder / INDEX_NAME)
+    missing = sorted(set(weight_map.values()) - {path.name for path in paths})
+    if missing:
+        raise UserError(
+            f"{missing[0]} is missing in {folder} ({len(missing)} of {len(set(weight_map.values()))} files that "
+            f"{INDEX_NAME} names): download or copy the model again"
+        )
+    # Some repositories hold the weights twice, as one file and as shards: the index says which of them count.
+    used = set(weight_map.values()) or {path.name for path in paths}
+    found = {name: tensor for path in paths if path.name in used for name, tensor in read_header(path).items()}
+    absent = sorted(set(weight_map) - set(found))
+    if absent:
+        raise UserError(
+            f"tensor {absent[0]} is not in {folder / weight_map[absent[0]]}, where {INDEX_NAME} places it "
+            f"({len(absent)} of {len(weight_map)} are missing): download or copy the model again"
+        )
+    return found
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file. Raises: UserError: the file is cut short or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 safe_open is no mapping
+            return {
+                name: StoredTensor(path, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
+            }
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): download or copy it again") from None
+
+
+def _weight_map(path: Path) -> Mapping[str, str]:
+    """Tensor -> file name, of an index; empty where there is none. Raises: UserError: it is no such map."""
+    if not path.is_file():
+        return {}
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is no index of safetensors files: download or copy the model again") from None
