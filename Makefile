@@ -14,7 +14,7 @@ BUILD_FLAGS ?=
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/finemill/__init__.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-cluster images check format lint types golden chart lock clean
+.PHONY: help install run test test-cluster images check format lint types components golden chart lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -52,6 +52,9 @@ lint: $(STAMP)  ## lint
 
 types: $(STAMP)  ## check the types, strictly
 	@$(BIN)/mypy
+
+components: $(STAMP)  ## write the steps' KFP components anew from the catalogue and their metadata
+	@$(BIN)/python -m finemill.runtime.kfp_component
 
 golden: $(STAMP)  ## write the compiled pipelines anew that tests compare with; read the difference
 	@for name in finetune align retrain export; do for engine in kfp argo; do \

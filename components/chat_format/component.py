@@ -1,4 +1,4 @@
-"""The KFP component `chat-format`."""
+"""The KFP component `chat-format`; `make components` writes it from the catalogue and metadata.yaml."""
 
 from kfp import dsl
 
@@ -20,9 +20,11 @@ def chat_format(
 
     Args:
         store: folder or s3://bucket/prefix that gets the output.
-        rows: reference of the prepared rows.
-        base_model: the base model, hf://org/name@revision.
-        dataset: gets the reference of the tokenized dataset, <uri>@sha256:<digest>.
+        rows: reference of the output of data-prep.
+        base_model: the model whose tokenizer and chat template are used: hf://org/name@revision, or the reference of a
+            merged model.
+        dataset: gets the reference, <uri>@sha256:<digest>, of train.parquet, validation.parquet and test.parquet with
+            input_ids and labels, chat.jsonl, dataset.json.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
         config: fields as in `finemill schema chat-format`; the rest keep their defaults.

@@ -1,4 +1,4 @@
-"""The KFP component `data-prep`."""
+"""The KFP component `data-prep`; `make components` writes it from the catalogue and metadata.yaml."""
 
 from kfp import dsl
 
@@ -18,7 +18,8 @@ def data_prep(
 
     Args:
         store: folder or s3://bucket/prefix that gets the output.
-        rows: gets the reference of the prepared rows, <uri>@sha256:<digest>.
+        rows: gets the reference, <uri>@sha256:<digest>, of train.parquet, validation.parquet and test.parquet (id,
+            source, shape, row), data.json, report.md.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
         config: fields as in `finemill schema data-prep`; the rest keep their defaults.

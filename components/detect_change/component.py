@@ -1,4 +1,4 @@
-"""The KFP component `detect-change`."""
+"""The KFP component `detect-change`; `make components` writes it from the catalogue and metadata.yaml."""
 
 from kfp import dsl
 
@@ -19,11 +19,12 @@ def detect_change(
 
     Args:
         store: folder or s3://bucket/prefix that gets the output.
-        dataset: reference of the tokenized dataset.
-        change: gets the reference of the comparison, <uri>@sha256:<digest>.
+        dataset: reference of the output of chat-format.
+        change: gets the reference, <uri>@sha256:<digest>, of change.json with the digests of this dataset and of the
+            newest registered version's.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
-        config: fields as in `finemill schema register`: which registered model to compare with.
+        config: fields as in `finemill schema detect-change`; the rest keep their defaults.
         run_id: groups the steps of one pipeline run in MLflow.
     Returns: whether there is something new to train on.
     """

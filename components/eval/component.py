@@ -1,4 +1,4 @@
-"""The KFP component `eval`."""
+"""The KFP component `eval`; `make components` writes it from the catalogue and metadata.yaml."""
 
 from kfp import dsl
 
@@ -23,10 +23,10 @@ def eval(
 
     Args:
         store: folder or s3://bucket/prefix that gets the output.
-        dataset: reference of the tokenized dataset.
-        base_model: the base model, hf://org/name@revision.
-        adapter: reference of the LoRA adapter.
-        evaluation: gets the reference of the evaluation, <uri>@sha256:<digest>.
+        dataset: reference of the output of chat-format, whose test split is scored.
+        base_model: the model that was tuned: hf://org/name@revision, or the reference of a merged model.
+        adapter: reference of the output of train-qlora or train-dpo.
+        evaluation: gets the reference, <uri>@sha256:<digest>, of metrics.json, samples.parquet, report.html, report.md.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
         report: gets the page with both models' answers side by side.

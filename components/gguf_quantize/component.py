@@ -1,4 +1,4 @@
-"""The KFP component `gguf-quantize`."""
+"""The KFP component `gguf-quantize`; `make components` writes it from the catalogue and metadata.yaml."""
 
 from kfp import dsl
 
@@ -20,9 +20,10 @@ def gguf_quantize(
 
     Args:
         store: folder or s3://bucket/prefix that gets the output.
-        model: reference of the merged model.
-        dataset: reference of the tokenized dataset.
-        gguf: gets the reference of the GGUF files, <uri>@sha256:<digest>.
+        model: reference of the output of merge.
+        dataset: reference of the output of chat-format: held-out rows to compare on.
+        gguf: gets the reference, <uri>@sha256:<digest>, of <name>-F16.gguf, <name>-Q8_0.gguf, <name>-Q4_K_M.gguf,
+            Modelfile, gguf.json.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
         config: fields as in `finemill schema gguf-quantize`; the rest keep their defaults.

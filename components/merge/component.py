@@ -1,4 +1,4 @@
-"""The KFP component `merge`."""
+"""The KFP component `merge`; `make components` writes it from the catalogue and metadata.yaml."""
 
 from kfp import dsl
 
@@ -20,9 +20,11 @@ def merge(
 
     Args:
         store: folder or s3://bucket/prefix that gets the output.
-        base_model: the base model, hf://org/name@revision.
-        adapter: reference of the LoRA adapter.
-        model: gets the reference of the merged model, <uri>@sha256:<digest>.
+        base_model: the unquantized model that the adapter was trained on: hf://org/name@revision, or the reference of a
+            merged model.
+        adapter: reference of the output of train-qlora or train-dpo.
+        model: gets the reference, <uri>@sha256:<digest>, of a Hugging Face folder with 16-bit safetensors, tokenizer
+            and chat template; merge.json.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
         config: fields as in `finemill schema merge`; the rest keep their defaults.

@@ -1,6 +1,4 @@
-"""The KFP component `preflight`."""
-
-# ruff: noqa: RUF013, A002 (kfp reads neither `dict | None` nor `Optional`; the arguments are named after the sections)
+"""The KFP component `preflight`; `make components` writes it from the catalogue and metadata.yaml."""
 
 from kfp import dsl
 
@@ -26,23 +24,24 @@ def preflight(
     config: dict = {},
     run_id: str = "",
 ):
-    """Check store, credentials, tracking server, base model, configuration and GPU memory before anything is spent.
+    """Check configuration, store, tracking server, base model and GPU memory before anything is spent.
 
     Args:
-        store: folder or s3://bucket/prefix that gets every artifact of the run.
-        plan: gets the reference of the plan: the base model's exact revision, resolved configuration, estimates.
+        store: folder or s3://bucket/prefix that gets the output.
+        plan: gets the reference, <uri>@sha256:<digest>, of plan.json with the base model's exact revision, every step's
+            resolved configuration, and estimates.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
-        base_model: the base model, hf://org/name@revision.
-        data_prep: configuration of that step, checked; like the eight that follow.
-        chat_format: see data_prep.
-        train_qlora: see data_prep; its memory is estimated.
-        train_dpo: see data_prep; its memory is estimated.
-        eval: see data_prep.
-        merge: see data_prep.
-        gguf_quantize: see data_prep.
-        register: see data_prep; the tracking server is asked.
-        promote: see data_prep; the tracking server is asked.
+        base_model: the run's base model, checked: hf://org/name@revision, or the reference of a merged model.
+        data_prep: fields as in `finemill schema data-prep`, checked.
+        chat_format: fields as in `finemill schema chat-format`, checked.
+        train_qlora: fields as in `finemill schema train-qlora`, checked.
+        train_dpo: fields as in `finemill schema train-dpo`, checked.
+        eval: fields as in `finemill schema eval`, checked.
+        merge: fields as in `finemill schema merge`, checked.
+        gguf_quantize: fields as in `finemill schema gguf-quantize`, checked.
+        register: fields as in `finemill schema register`, checked.
+        promote: fields as in `finemill schema promote`, checked.
         config: fields as in `finemill schema preflight`; the rest keep their defaults.
         run_id: groups the steps of one pipeline run in MLflow.
     """

@@ -1,4 +1,4 @@
-"""The KFP component `promote`."""
+"""The KFP component `promote`; `make components` writes it from the catalogue and metadata.yaml."""
 
 from kfp import dsl
 
@@ -20,9 +20,10 @@ def promote(
 
     Args:
         store: folder or s3://bucket/prefix that gets the output.
-        version: reference of the registered version.
-        evaluation: reference of the evaluation.
-        decision: gets the reference of the decision, <uri>@sha256:<digest>.
+        version: reference of the output of register.
+        evaluation: reference of the output of eval that the version was registered with.
+        decision: gets the reference, <uri>@sha256:<digest>, of decision.json and decision.md with every gate, its
+            numbers, and whether the version is champion now.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
         config: fields as in `finemill schema promote`; the rest keep their defaults.

@@ -1,4 +1,4 @@
-"""The KFP component `register`."""
+"""The KFP component `register`; `make components` writes it from the catalogue and metadata.yaml."""
 
 from kfp import dsl
 
@@ -22,11 +22,12 @@ def register(
 
     Args:
         store: folder or s3://bucket/prefix that gets the output.
-        adapter: reference of the LoRA adapter.
-        model: reference of the merged model.
-        gguf: reference of the GGUF files.
-        evaluation: reference of the evaluation.
-        version: gets the reference of the registered version, <uri>@sha256:<digest>.
+        adapter: reference of the output of train-qlora or train-dpo.
+        model: reference of the output of merge.
+        gguf: reference of the output of gguf-quantize.
+        evaluation: reference of the output of eval.
+        version: gets the reference, <uri>@sha256:<digest>, of version.json with the registered model's name, the
+            version, its source and the references of its artifacts.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
         config: fields as in `finemill schema register`; the rest keep their defaults.

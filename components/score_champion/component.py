@@ -1,4 +1,4 @@
-"""The KFP component `score-champion`."""
+"""The KFP component `score-champion`; `make components` writes it from the catalogue and metadata.yaml."""
 
 from kfp import dsl
 
@@ -15,15 +15,16 @@ def score_champion(
     config: dict = {},
     run_id: str = "",
 ):
-    """Score the champion on the rows that a new version was scored on, unless it was before.
+    """Score the champion on the rows that the new version was scored on, unless it was before.
 
     Args:
         store: folder or s3://bucket/prefix that gets the output.
-        evaluation: reference of the new version's evaluation.
-        champion: gets the reference of what was found or made, <uri>@sha256:<digest>.
+        evaluation: reference of the output of eval for the new version.
+        champion: gets the reference, <uri>@sha256:<digest>, of champion.json with the champion's number and the
+            reference of its evaluation on the same rows.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
-        config: fields as in `finemill schema register`: which registered model's champion.
+        config: fields as in `finemill schema score-champion`; the rest keep their defaults.
         run_id: groups the steps of one pipeline run in MLflow.
     """
     from finemill.runtime.kfp_task import run_kfp_task

@@ -1,4 +1,4 @@
-"""The KFP component `train-qlora`."""
+"""The KFP component `train-qlora`; `make components` writes it from the catalogue and metadata.yaml."""
 
 from kfp import dsl
 
@@ -20,9 +20,11 @@ def train_qlora(
 
     Args:
         store: folder or s3://bucket/prefix that gets the output.
-        dataset: reference of the tokenized dataset.
-        base_model: the base model, hf://org/name@revision.
-        adapter: gets the reference of the LoRA adapter, <uri>@sha256:<digest>.
+        dataset: reference of the output of chat-format, made with the same base model.
+        base_model: the model that gets adapters; quantized to 4 bits while it is loaded: hf://org/name@revision, or the
+            reference of a merged model.
+        adapter: gets the reference, <uri>@sha256:<digest>, of PEFT's adapter_config.json and adapter_model.safetensors,
+            tokenizer, chat template, training.json.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
         config: fields as in `finemill schema train-qlora`; the rest keep their defaults.

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from finemill import __version__
-from finemill.runtime.catalog import STEPS
+from finemill.artifacts.ports import BASE_MODEL
+from finemill.runtime.catalog import SECTIONS, STEPS
 
 COMPONENTS = Path(__file__).parents[2] / "components"
 KEYS = {
@@ -67,7 +68,7 @@ def test_metadata_matches_the_table_of_steps(name: str) -> None:
     found, step = metadata(name), STEPS[name]
     assert (found["name"], found["image"]) == (step.name, step.image)
     assert [item["name"] for item in found["inputs"]] == list(step.inputs)
-    assert [item["name"] for item in found["outputs"]] == [step.output]
+    assert [item["name"] for item in found["outputs"]] == list(step.outputs)
     assert all(item["description"] for item in found["inputs"] + found["outputs"])
     assert set(found["resources"]["requests"]) >= {"cpu", "memory"}
 
@@ -75,11 +76,10 @@ def test_metadata_matches_the_table_of_steps(name: str) -> None:
 @every_step
 def test_the_component_s_signature_matches_the_table_of_steps(name: str) -> None:
     step, spec = STEPS[name], component(name).component_spec
-    extra = {item.config_section for item in STEPS.values()} | {"base_model"} if name == "preflight" else set()
-    assert set(spec.inputs) <= set(step.inputs) | PLUMBING | extra
-    assert set(step.inputs) | PLUMBING <= set(spec.inputs)
+    extra = {*SECTIONS, BASE_MODEL} if step.checks_sections else set()
+    assert set(spec.inputs) == {*step.inputs, *PLUMBING, *extra}
     verdict = {"Output"} if step.verdict else set()
-    assert {step.output, "manifest", "metrics"} | verdict <= set(spec.outputs)
+    assert {step.output, *step.shown, "manifest", "metrics"} | verdict == set(spec.outputs)
     required = {key for key, value in spec.inputs.items() if not value.optional}
     assert required == set(step.inputs) | {"store"}
     assert all(spec.inputs[key].description for key in spec.inputs)

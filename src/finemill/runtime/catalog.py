@@ -6,6 +6,7 @@ pipeline renderers and the component wrappers agree without importing what a ste
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finemill.artifacts.ports import BASE_MODEL
@@ -35,12 +36,21 @@ class Step(NamedTuple):
     """`<module>:<function>` in the folder: light to import, because a step whose output is there runs nothing else."""
     verdict: str | None = None
     """Name of a yes or no besides the output; its value is the metric `<module name>/<verdict>`, 1 or 0."""
+    shown: Mapping[str, str] = MappingProxyType({})
+    """Small files of the output that KFP's page shows, HTML or Markdown, by the name of the component's port."""
     section: str | None = None
     """The section of a pipeline's configuration that this step reads, where it shares another step's."""
     multi_process: bool = False
     """Whether several processes can compute it together, one a GPU; of another step only the main process computes."""
     fetches_inputs: bool = True
     """Whether the function gets the inputs' folders: one that only refers to models should not fetch them."""
+    checks_sections: bool = False
+    """Whether its configuration gets a pipeline's base model and the other steps' sections, to check them."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Every output port: the artifact, what is shown of it, the verdict."""
+        return (self.output, *self.shown, *([self.verdict] if self.verdict else []))
 
     @property
     def config_section(self) -> str:
@@ -87,6 +97,7 @@ _ALL = (
         config_name="PreflightConfig",
         image="cpu",
         state_name="step:check_time",
+        checks_sections=True,
     ),
     Step(
         "data-prep",
@@ -142,6 +153,7 @@ _ALL = (
         output="evaluation",
         config_name="EvalConfig",
         image="train",
+        shown={"report": "report.html", "summary": "report.md"},
     ),
     Step(
         "merge",
@@ -193,6 +205,10 @@ _ALL = (
 )
 
 STEPS: Mapping[str, Step] = {step.name: step for step in _ALL}
+SECTIONS: Mapping[str, Step] = {
+    step.module_name: step for step in _ALL if step.section is None and not step.checks_sections
+}
+"""Sections of a pipeline's configuration, each with the step that it is named after."""
 
 
 def get_step(name: str) -> Step:
