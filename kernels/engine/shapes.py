@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from finemill.kernels.engine.slots import choose_slots
-from finemill.kernels.ops.packing import IGNORE_INDEX, LENGTH_STEP, Classes, PackedBatch, Sequences
+from finemill.kernels.ops.packing import IGNORE_INDEX, LENGTH_STEP, Classes, LengthClass, PackedBatch, Sequences
 
 
 class Shape(NamedTuple):
@@ -67,7 +67,7 @@ class Shapes:
     def restore(self, state: list[Any]) -> None:
         """Go on from what `state` returned."""
         self._known = {
-            (tokens, labels): [tuple((first, end, bound) for first, end, bound in slots) for slots in known]
+            (tokens, labels): [tuple(LengthClass(*slot) for slot in slots) for slots in known]
             for (tokens, labels), known in state
         }
 
@@ -103,6 +103,6 @@ def pad_batch(batch: PackedBatch, buckets: Buckets) -> PackedBatch:
 
 def _fill_slots(sequences: Sequences, slots: Classes) -> Sequences:
     """Append empty sequences until every slot has one."""
-    missing = slots[-1][1] - sequences.count
+    missing = slots[-1].end - sequences.count
     cu_seqlens = torch.cat([sequences.cu_seqlens, sequences.cu_seqlens[-1:].expand(missing)])
-    return Sequences(cu_seqlens, slots[0][2], None, slots)
+    return Sequences(cu_seqlens, slots[0].bound, None, slots)

@@ -9,7 +9,7 @@ keeps the gradient of the scores (sequences x length^2) small.
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from finemill.kernels.ops.packing import Classes, length_classes, round_count
+from finemill.kernels.ops.packing import Classes, LengthClass, length_classes, round_count
 
 SLACK = 3
 """A batch may run in slots with up to this many times its scores; one that would waste more is worth its own graph.
@@ -19,7 +19,8 @@ Kernels skip most of what is empty: with half as many graphs as at 2, attention 
 
 
 def choose_slots(lengths: Sequence[int], known: Sequence[Classes]) -> Classes:
-    """Choose slots for a batch: the tightest known ones that take it, else new ones that take what known ones do.
+    """Choose slots for a batch: the tightest known ones that take it; else new ones that take it and all that one of the
+    known ones takes; else its own.
 
     Args:
         lengths: tokens of each sequence, longest first.
@@ -34,26 +35,26 @@ def choose_slots(lengths: Sequence[int], known: Sequence[Classes]) -> Classes:
 
 def takes(slots: Classes, lengths: Sequence[int]) -> bool:
     """Whether every sequence fits into the slot in its place."""
-    return len(lengths) <= slots[-1][1] and all(
-        max(lengths[first:end], default=0) <= bound for first, end, bound in slots
+    return len(lengths) <= slots[-1].end and all(
+        max(lengths[slot.first : slot.end], default=0) <= slot.bound for slot in slots
     )
 
 
 def scores(slots: Classes) -> int:
     """Elements of a query head's scores, empty slots included."""
-    return sum((end - first) * bound**2 for first, end, bound in slots)
+    return sum(slot.count * slot.bound**2 for slot in slots)
 
 
 def round_counts(classes: Classes) -> Classes:
     """Raise the number of slots of each class to one that attention has kernels for."""
-    rounded: list[tuple[int, int, int]] = []
-    for first, end, bound in classes:
-        begin = rounded[-1][1] if rounded else 0
-        rounded.append((begin, begin + round_count(end - first), bound))
+    rounded: list[LengthClass] = []
+    for run in classes:
+        first = rounded[-1].end if rounded else 0
+        rounded.append(LengthClass(first, first + round_count(run.count), run.bound))
     return tuple(rounded)
 
 
 def _union(left: Classes, right: Classes) -> Classes:
     """The tightest slots that take what either does."""
-    bounds = [[bound for first, end, bound in slots for _ in range(first, end)] for slots in (left, right)]
+    bounds = [[slot.bound for slot in slots for _ in range(slot.count)] for slots in (left, right)]
     return round_counts(length_classes([*map(max, zip_longest(*bounds, fillvalue=0))]))

@@ -3,12 +3,24 @@
 A micro-batch of B rows and the gradient-accumulation micro-batches around it are one bag of sequences. The gradient of
 a sum of token losses does not depend on how the bag is cut, so rows are packed into as few token-budget batches as
 memory allows; attention sees the sequence boundaries, RoPE the positions inside each sequence, the loss head the
-labelled tokens only.
+labelled tokens only. The words, here and in engine/slots.py, engine/shapes.py and attention.py:
+
+    row        one line of a trainer's batch (B, S): a sequence, or several that were packed, with or without padding
+    sequence   tokens that attend to each other
+    batch      sequences one after another, T tokens: one forward and backward
+    uniform    of a batch: all B sequences have S tokens
+    class      a run of neighbouring sequences of about one length; a batch that is not uniform is cut into classes
+    part       the sequences of one class, or all of a uniform batch: what one call of attention takes
+    padded     with empty sequences appended, up to a number that kernels were compiled for
+    slots      classes with more and longer places than one batch needs, so that later batches fit as well
+    bucket     the step that numbers of tokens and of labelled rows are rounded up to
+    shape      what a CUDA graph is captured for: tokens, labelled rows, and uniform or slots
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +32,21 @@ SHORTEST_CLASS = 256
 LENGTH_STEP = 128
 """Bounds on the length of sequences are multiples of this, so that few kernels are compiled."""
 
-Classes = tuple[tuple[int, int, int], ...]
-"""(first, end, bound) of runs of sequences of at most `bound` tokens."""
+
+class LengthClass(NamedTuple):
+    """Sequences `first` to `end` - 1 of a batch, of at most `bound` tokens each."""
+
+    first: int
+    end: int
+    bound: int
+
+    @property
+    def count(self) -> int:
+        """Number of sequences."""
+        return self.end - self.first
+
+
+Classes = tuple[LengthClass, ...]
 
 
 @dataclass
@@ -55,7 +80,7 @@ class Sequences:
         """One object for each class, of absolute boundaries; this one alone without classes."""
         if self._parts is None:
             runs = self.classes
-            self._parts = [Sequences(self.cu_seqlens[first : end + 1], bound) for first, end, bound in runs] or [self]
+            self._parts = [Sequences(self.cu_seqlens[run.first : run.end + 1], run.bound) for run in runs] or [self]
         return self._parts
 
     def bare(self) -> "Sequences":
@@ -146,7 +171,7 @@ def length_classes(lengths: Sequence[int]) -> Classes:
     starts = [index for index, power in enumerate(powers) if index == 0 or power != powers[index - 1]]
     steps = [max(LENGTH_STEP, powers[first] // 4) for first in starts]
     bounds = [-(-max(1, longest[first]) // step) * step for first, step in zip(starts, steps, strict=True)]
-    return tuple(zip(starts, [*starts[1:], len(lengths)], bounds, strict=True)) if lengths else ()
+    return tuple(map(LengthClass, starts, [*starts[1:], len(lengths)], bounds)) if lengths else ()
 
 
 def round_count(count: int) -> int:

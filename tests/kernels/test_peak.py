@@ -26,7 +26,7 @@ from finemill.kernels.ops.adamw import AdamWState
 from finemill.kernels.ops.attention import key_heads_at_once, workspace_bytes
 from finemill.kernels.ops.attention_fa4 import LONG, suits
 from finemill.kernels.ops.nf4 import NF4Tensor
-from finemill.kernels.ops.packing import PackedBatch, Sequences
+from finemill.kernels.ops.packing import LengthClass, PackedBatch, Sequences
 from finemill.kernels.planning.estimate import workload
 from finemill.kernels.planning.planner import peak_bytes, plan_step, workload_under
 from finemill.kernels.planning.workload import CUBLAS_WORKSPACE, PADDED_ROWS, block_bytes
@@ -97,7 +97,7 @@ class Arena:
 
 def attention_forward(q, k, v, sequences, scale, out):
     count, length = sequences.uniform
-    count = sequences.classes[0][1] if sequences.classes else count
+    count = sequences.classes[0].end if sequences.classes else count
     return out, (torch.empty((count, q.shape[1], length, 1), dtype=torch.float32, device=META),)
 
 
@@ -178,7 +178,7 @@ def simulated_peak(work, plan: Plan) -> int:
         uniform = (tokens // work.row, work.row)
         ids = torch.empty((3, tokens), dtype=torch.int64, device=META)
         # As many rows of scores as a ragged batch may be padded to.
-        padded = ((0, PADDED_ROWS * uniform[0], work.row),) if work.ragged else ()
+        padded = (LengthClass(0, PADDED_ROWS * uniform[0], work.row),) if work.ragged else ()
         sequences = Sequences(torch.empty(uniform[0] + 1, dtype=torch.int32, device=META), work.row, uniform, padded)
         rows = torch.empty(tokens * 7 // 8 - 1, dtype=torch.int64, device=META) if work.ragged else None
         engine.loss_and_grad(PackedBatch(*ids, sequences, rows), 1.0)
