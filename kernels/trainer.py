@@ -6,8 +6,8 @@ What differs from the stock trainer, and why (performance measured in results.md
   memory allows: same gradient, fewer and fuller launches. Batches stay on the CPU until then.
 - A step runs outside autograd, as CUDA graphs where that pays, and reads nothing back: loss, entropy,
   accuracy and gradient norm are summed on the device and fetched when the trainer logs.
-- Several processes, one a GPU, sum the flat gradient once a step, weighted by their labels: the loss is a mean over all
-  labels.
+- Several processes, one per GPU, sum the flat gradient once per step, weighted by their labels: the loss is a mean over
+  all labels.
 - An AdamW, whatever precision `optim` names, is FlatAdamW: fp32 moments, or 8-bit ones where memory is short. Any other
   optimizer, or the caller's own, steps as it would, on gradients that are views of the flat one.
 
@@ -39,13 +39,13 @@ logger = logging.getLogger(__name__)
 
 _COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"}
 _COLUMNS |= {"max_length_k", "seq_idx", "seq_lengths"}
-"""What a batch may hold: rows, and their boundaries once more."""
+"""Columns that a batch may hold: rows, and their boundaries once more."""
 BUCKETS_PER_BATCH = 8
 """Token and label counts of graphs are rounded up to this share of the token budget."""
 SAMPLED_ROWS = 1000
-"""Rows of the data that are looked at for how long sequences are."""
+"""Rows of the data whose lengths are looked at before planning."""
 EAGER_BUCKET = 128
-"""What they are rounded up to without graphs, for the tiles of matrix products."""
+"""Token and label counts are rounded up to this without graphs, for the tiles of matrix products."""
 
 
 class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
@@ -72,7 +72,7 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """Batches of an optimizer step that has not begun yet."""
         self._sums: Tensor | None = None
         self._labels = 0
-        """Of the step at hand, in this process."""
+        """Labelled tokens of the step at hand, in this process."""
         self._counts = torch.zeros(2)
         """Labels and tokens of the step, on the device."""
         self._parameters: int | None = None
@@ -279,5 +279,5 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             use_graphs = False  # it reads the boundaries on the host, which no graph can hold
         work = workload_of(engine, tokens=rows * longest, row=longest, typical=self._typical_length())
         plan, patience = plan_graphed_step(work, budget, card, rates=rates, use_graphs=use_graphs)
-        logger.info("plan: %s tokens a micro-batch, %.2f GiB", plan.micro_batch, plan.peak / 2**30)
+        logger.info("plan: %s tokens per micro-batch, %.2f GiB", plan.micro_batch, plan.peak / 2**30)
         return plan, patience

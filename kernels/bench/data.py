@@ -238,7 +238,7 @@ def _in_turn(files: list[Path]) -> list[Any]:
 
 
 def real_rows(files: list[Path], num_rows: int, vocabulary: int, max_length: int, seed: int = 99) -> list[list[int]]:
-    """Return random token ids with the lengths of real chat rows (3.8 characters a token), the files in turn."""
+    """Return random token ids with the lengths of real chat rows (3.8 characters per token), the files in turn."""
 
     def characters(node: Any) -> int:
         if isinstance(node, str):

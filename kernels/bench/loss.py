@@ -72,7 +72,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--rows", type=files, required=True, help="chat files (.parquet, .json, .jsonl), comma separated"
     )
     parser.add_argument("--num-rows", type=int, default=10_000)
-    parser.add_argument("--seq", type=int, default=1024, help="tokens a row is cut to")
+    parser.add_argument("--seq", type=int, default=1024, help="tokens that rows are cut to")
     parser.add_argument("--bs", type=int, default=8, help="rows per micro-batch")
     parser.add_argument("--accum", type=int, default=1, help="micro-batches per optimizer step")
     parser.add_argument("--packing", action="store_true")

@@ -224,7 +224,7 @@ def _grad_norm(n: int) -> Case:
 
 
 def _projection(tokens: int, rows: tuple[int, ...], width: int, rank: int) -> Iterator[Case]:
-    """Of a group of linear layers: adapters into the extended weight, gradient of the B's, and what reads dy."""
+    """Yield cases of a group of linear layers: adapters into the extended weight, the B's gradient, what reads dy."""
     out, ranks = sum(rows), len(rows) * rank
 
     def group(device: torch.device, dtype: torch.dtype) -> Projection:

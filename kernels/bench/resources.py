@@ -36,7 +36,7 @@ MMA_CAPABILITY = 80
 MMA_OPS = ("lora", "lora-b", "swiglu-lora")
 
 Usage = dict[str, dict[str, list[int]]]
-"""case / kernel -> capability -> [registers a thread, bytes of shared memory, bytes of stack]."""
+"""case / kernel -> capability -> [registers per thread, bytes of shared memory, bytes of stack]."""
 
 
 class CompileOnlyDriver:
@@ -82,7 +82,7 @@ def compiled_kernels(case: Case, capability: int) -> dict[str, Any]:
 
 
 def usage_of(kernel: Any) -> list[int]:
-    """Return [registers a thread, bytes of shared memory, bytes of stack and local memory] of a compiled kernel."""
+    """Return [registers per thread, bytes of shared memory, bytes of stack and local memory] of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()

@@ -96,7 +96,7 @@ class DecoderLayer:
     gate_up: Projection
     down: Projection
     workspace: int | None = field(default=None, init=False)
-    """Of attention's backward, bytes."""
+    """Bytes that attention's backward may take; None for its default."""
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:

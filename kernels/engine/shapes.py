@@ -46,7 +46,7 @@ class Shapes:
 
     buckets: Buckets = field(default_factory=Buckets)
     _known: dict[tuple[int, int], list[Classes]] = field(default_factory=dict)
-    """By tokens and labels, in the order in which they came: the choice among them repeats from run to run."""
+    """Slots by tokens and labels, in the order in which they came: the choice among them repeats from run to run."""
 
     def prepare(self, batch: PackedBatch) -> PackedBatch:
         """Give a batch, on the CPU, a known shape or a new one."""

@@ -19,8 +19,8 @@ Kernels skip most of what is empty: with half as many graphs as at 2, attention 
 
 
 def choose_slots(lengths: Sequence[int], known: Sequence[Classes]) -> Classes:
-    """Choose slots for a batch: the tightest known ones that take it; else new ones that take it and all that one of the
-    known ones takes; else its own.
+    """Choose slots for a batch: the tightest known ones that take it; else the tightest new ones that also take what
+    some known ones do; else its own.
 
     Args:
         lengths: tokens of each sequence, longest first.
@@ -42,7 +42,7 @@ def takes(slots: Classes, lengths: Sequence[int]) -> bool:
 
 def scores(slots: Classes) -> int:
     """Elements of a query head's scores, empty slots included."""
-    return sum(slot.count * slot.bound**2 for slot in slots)
+    return sum(slot.size * slot.bound**2 for slot in slots)
 
 
 def round_counts(classes: Classes) -> Classes:
@@ -50,11 +50,11 @@ def round_counts(classes: Classes) -> Classes:
     rounded: list[LengthClass] = []
     for run in classes:
         first = rounded[-1].end if rounded else 0
-        rounded.append(LengthClass(first, first + round_count(run.count), run.bound))
+        rounded.append(LengthClass(first, first + round_count(run.size), run.bound))
     return tuple(rounded)
 
 
 def _union(left: Classes, right: Classes) -> Classes:
     """The tightest slots that take what either does."""
-    bounds = [[slot.bound for slot in slots for _ in range(slot.count)] for slots in (left, right)]
+    bounds = [[slot.bound for slot in slots for _ in range(slot.size)] for slots in (left, right)]
     return round_counts(length_classes([*map(max, zip_longest(*bounds, fillvalue=0))]))

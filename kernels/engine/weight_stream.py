@@ -2,7 +2,7 @@
 
 Every layer's codes and scales lie in one pinned block of equal layout. Two device slots alternate: while a layer
 computes from one, the next layer's block is copied into the other. A micro-batch reads the base twice (forward, then
-backward with its recompute), so the copies hide behind the computation from about 2,000 tokens a micro-batch on a
+backward with its recompute), so the copies hide behind the computation from about 2,000 tokens per micro-batch on a
 Hopper card (95 MiB a layer of Qwen3-8B at 46 to 54 GB/s). Decoded values are the same bits as from resident weights.
 """
 

@@ -82,7 +82,7 @@ def backward(
 
 
 def workspace_bytes(tokens: int, q_width: int, kv_width: int) -> int:
-    """Of the backward: fp32 sums of dq, dk and dv."""
+    """Memory that the backward takes: fp32 sums of dq, dk and dv."""
     return 4 * tokens * (q_width + 2 * kv_width)
 
 

@@ -25,7 +25,7 @@ from finemill.kernels.ops.packing import IGNORE_INDEX
 # T tokens, V vocabulary
 
 BLOCK = 8192
-"""Columns per sweep step of 16 warps: 16 elements a thread, two 16-byte loads in flight."""
+"""Columns per sweep step of 16 warps: 16 elements per thread, two 16-byte loads in flight."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 

@@ -407,7 +407,7 @@ def _splits(programs: int, most: int, device: torch.device) -> int:
 
 
 def _column_block(block_r: int) -> int:
-    """Columns per program: as many as keep the fp32 accumulator at 64 registers a thread or below."""
+    """Columns per program: as many as keep the fp32 accumulator at 64 registers per thread or below."""
     return max(32, min(256, 8192 // block_r))
 
 

@@ -39,9 +39,9 @@ BLOCK_N = 128
 STAGES = 4
 WARPS = 4
 PROGRAMS = 2
-"""On a multiprocessor at once."""
+"""Programs per multiprocessor at once."""
 MAX_RANK = 32
-"""More sums take more registers than a thread has."""
+"""Largest rank: more sums take more registers than a thread has."""
 
 
 def lora_backward_b_reference(

@@ -41,7 +41,7 @@ class LengthClass(NamedTuple):
     bound: int
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Number of sequences."""
         return self.end - self.first
 

@@ -29,7 +29,7 @@ from finemill.kernels.ops.launch import check_rows, use_kernel
 # T tokens, N query heads, K key and value heads, D head width
 
 TILE = 2048
-"""Elements of each half-head vector per program of 4 warps: 16 a thread, two 16-byte accesses."""
+"""Elements of each half-head vector per program of 4 warps: 16 per thread, two 16-byte accesses."""
 MAX_HEADS_PER_TILE = 8
 
 

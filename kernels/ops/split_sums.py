@@ -62,7 +62,7 @@ class Split(NamedTuple):
 
 
 def split_evenly(tokens: int, block: int, width: int, columns: int, programs: int) -> Split:
-    """Divide (T, width) so that the programs that run at once, of `block` tokens a step, end together.
+    """Divide (T, width) so that the programs that run at once, of `block` tokens per step, end together.
 
     A program takes a step and a half more to begin and end, and a sum is split into 32 at most: partial sums are
     traffic.

@@ -49,10 +49,10 @@ class Launch(NamedTuple):
 
 
 LAUNCHES = {16: Launch(32, 64, 4, 3, 8)}
-"""By rank, rounded up, as measured (results.md). Other ranks run apart: their sums take registers and traffic.
+"""Launches by rank, rounded up, as measured. Other ranks run apart: their sums take registers and traffic.
 Tokens are split for `programs` on each multiprocessor at most: one more would be a wave of its own."""
 MIN_CHUNK = 256
-"""Tokens of a program, at least: its sums over them are 12 r I bytes that are written and read again."""
+"""Least tokens per program: its sums over them are 12 r I bytes that are written and read again."""
 _COMPILED = tl.constexpr(not INTERPRETED)
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]

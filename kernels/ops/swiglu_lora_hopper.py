@@ -30,7 +30,7 @@ BLOCK_I = 128
 STAGES = 3
 WARPS = 8
 TILES = {16: 2, 32: 1}
-"""By rank, rounded up: tiles of columns of a program. More sums do not fit into registers."""
+"""Tiles of columns per program, by rank, rounded up. More sums do not fit into registers."""
 
 
 @gluon.jit

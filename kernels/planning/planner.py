@@ -24,12 +24,14 @@ MARGIN = 0.985
 PARKED_SHARES = (0.5, 0.75, 1.0)
 """Shares of the layers whose tensors may be parked."""
 IN_FLIGHT = (1, 2)
-"""Parked layers that may still be on their way out. With two, a copy longer than a layer's forward may be followed by a
-shorter one, for the memory of one more."""
+"""Numbers of parked layers that may be on their way to the host at once. Two take the memory of one layer more; then a
+copy may last longer than a layer's forward if the next one is shorter."""
 LAUNCH_SECONDS = 5e-3
-"""A layer's forward or backward is up to 100 launches, 2 ms on a slow host (17 to 20 us each; results.md)."""
+"""Seconds of a layer's forward or backward below which its launches may take longer: up to 100, 17 to 20 us each on a
+slow host, and a margin."""
 PATIENCE = 8
-"""Steps that launches do not bind gain 1 % as a graph, whose capture takes half a step: for frequent shapes."""
+"""Passes of a shape before it is captured where launches do not bind: a graph gains 1 %, its capture takes half a
+step."""
 Parking = tuple[HostLevels, int]
 """Parked level per layer, layers in flight."""
 

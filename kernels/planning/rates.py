@@ -11,16 +11,16 @@ from finemill.kernels.engine.plan import Level
 from finemill.kernels.planning.workload import Workload
 
 DIAGONAL, DIAGONAL_BACKWARD = 256, 500
-"""Keys a query that attention computes in vain, in the tiles on the diagonal of the scores, or costs as much as."""
+"""Overhead of the tiles on the diagonal of the scores, expressed as extra keys per query."""
 FA4_DIAGONAL, FA4_DIAGONAL_BACKWARD = 1070, 1520
-"""The same of FlashAttention-4."""
+"""Overhead of FlashAttention-4's tiles on the diagonal, likewise."""
 SPLIT_SECONDS = 2e-6
-"""What each group of heads but one costs attention's backward, times the root of the length: the card runs empty. A
-quarter of the backward at most."""
+"""Seconds that attention's backward loses per further group of heads, times the root of the length, because the card
+runs empty between groups; a quarter of the backward at most."""
 FORWARD_KERNELS, BACKWARD_KERNELS = 20, 30
-"""Of a layer."""
+"""Kernels per layer and pass."""
 KERNEL_SECONDS = 4.5e-6
-"""What a kernel costs beside its bytes and operations: start, tail, and too few programs to fill the card."""
+"""Seconds per kernel beside its bytes and operations: start, tail, and too few programs to fill the card."""
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,16 @@ from finemill.kernels.engine.projection import PAD
 from finemill.kernels.ops import attention, attention_fa4, lora_b, swiglu_lora
 
 CUBLAS_WORKSPACE = 64 << 20
-"""What torch allocates for cuBLAS on Hopper: 32 MiB each for eager work and for captured graphs."""
+"""Bytes that torch allocates for cuBLAS on Hopper: 32 MiB each for eager work and for captured graphs."""
 SMALL_TENSORS = 8 << 20
-"""Code tables, rotary tables, the batch and its sums, scalars."""
+"""Bytes of code tables, rotary tables, the batch and its sums, scalars."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Per weight: code, double-quantized scale, nested scale."""
+"""Bytes per weight: code, double-quantized scale, nested scale."""
 PADDED_ROWS = 8
-"""Rows of scores a token that the attention of a ragged batch is padded to; sequences of under 16 tokens pass it."""
+"""Rows of scores per token: what attention keeps of a ragged batch at most, padding included (more where sequences are
+shorter than 16 tokens)."""
 OPTIMIZER_BYTES = (8.0, 2.0 + 8 / 256)
-"""Both moments of an adapter element in fp32, and in 8 bits with an fp32 scale per 256."""
+"""Bytes per adapter element of both moments: in fp32, and in 8 bits with an fp32 scale per 256."""
 
 
 def block_bytes(size: int) -> int:
@@ -103,7 +104,7 @@ class Workload:
 
     @property
     def nf4_bytes(self) -> int:
-        """Of a layer's seven quantized matrices."""
+        """Device memory of a layer's seven quantized matrices."""
         s = self.shape
         kv = s.num_kv_heads * s.head_dim
         outputs = (s.q_width, kv, kv, s.q_width, s.intermediate, s.intermediate, s.intermediate)
@@ -117,7 +118,7 @@ class Workload:
 
     @property
     def extended_bytes(self) -> int:
-        """Of a layer's four extended 16-bit weights."""
+        """Device memory of a layer's four extended 16-bit weights."""
         s = self.shape
         outputs = (s.qkv_width, s.hidden, 2 * s.intermediate, s.hidden)
         inputs = (s.hidden, s.q_width, s.hidden, s.intermediate)
@@ -125,7 +126,7 @@ class Workload:
 
     @property
     def adapter_elements(self) -> int:
-        """Of all LoRA matrices."""
+        """Elements of all LoRA matrices."""
         s = self.shape
         outputs = s.qkv_width + s.hidden + 2 * s.intermediate + s.hidden
         inputs = 3 * s.hidden + s.q_width + 2 * s.hidden + s.intermediate
@@ -173,7 +174,7 @@ class Workload:
         return _parkable(self.widths)
 
     def attention_workspace(self, tokens: int) -> int:
-        """Of the deterministic backward: FlashAttention-4's, and cuDNN's for the heads done at once."""
+        """Memory that the deterministic backward takes: FlashAttention-4's, and cuDNN's for the heads done at once."""
         s = self.shape
         long = attention_fa4.workspace_bytes(tokens, s.q_width, s.num_kv_heads * s.head_dim) if self.fa4 else 0
         if self.fa4 and not self.ragged:
