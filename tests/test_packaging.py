@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from finemill.runtime.catalog import STEPS
+from finemill.runtime.code_version import code_digest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -35,6 +38,12 @@ def test_wheel_has_one_top_level_name_and_every_file(wheel: Path) -> None:
         if name not in links and (ROOT / name).exists()
     }
     assert expected - names == set()
+
+
+def test_wheel_finds_the_outputs_that_the_checkout_made(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    for step in STEPS.values():
+        assert code_digest(step, tmp_path / "finemill") == code_digest(step), step.name
 
 
 def test_constraints_pin_one_version_each_and_name_no_index() -> None:

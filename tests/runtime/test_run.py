@@ -55,7 +55,7 @@ def test_changed_code_gives_another_output(
     folder_store: str, config: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run_step("data-prep", store=folder_store, inputs={}, config=config)
-    monkeypatch.setattr("finemill.runtime.code_version.source_digest", lambda module_name: "another")
+    monkeypatch.setattr("finemill.runtime.code_version.code_digest", lambda step: "another")
     second = run_step("data-prep", store=folder_store, inputs={}, config=config)
     assert not second.reused
     assert second.reference.uri != first.reference.uri

@@ -3,15 +3,17 @@
 The digest covers the function's closure over `finemill`: every module that its files import, at the top or inside a
 function, read from their syntax and never executed; the data files beside those modules (page templates, style sheets,
 chat templates); and the versions of the libraries they compute with. So a mended kernel or report makes a new output,
-and a comment in a module that the step never imports makes none.
+and a comment in a module that the step never imports makes none. Nor does a release of finemill by itself: its version
+is a name for the code, which the digest covers.
 """
 
 import ast
 import hashlib
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,16 +22,27 @@ import finemill
 from finemill.artifacts.manifest import Producer
 from finemill.runtime.catalog import Step
 
-_ROOT = Path(finemill.__file__).parent
-_APART = ("finemill.runtime", "finemill.storage", "finemill.tracking")
-"""What finds, moves and records artifacts, and decides nothing about their contents."""
-_DATA_SUFFIXES = (".css", ".html", ".jinja", ".js", ".json", ".txt")
+_PACKAGE = Path(finemill.__file__).parent
+_APART = (
+    "finemill.artifacts.manifest",
+    "finemill.artifacts.ports",
+    "finemill.config",
+    "finemill.errors",
+    "finemill.runtime",
+    "finemill.storage",
+    "finemill.tracking",
+)
+"""What checks, finds, moves and records, and decides nothing about an artifact's contents."""
 _LIBRARIES_APART = frozenset({"boto3", "botocore", "filelock", "huggingface_hub", "mlflow", "pydantic"})
-"""Libraries that fetch, check and record: the output is the same whatever their version."""
+"""Libraries of the same kind: the output is the same whatever their version."""
 _BROUGHT_ALONG = {"transformers": ("tokenizers",), "trl": ("accelerate",)}
 """Libraries that compute behind those that are imported."""
 _DISTRIBUTIONS = {"cudnn": "nvidia-cudnn-frontend", "flash_attn": "flash-attn-4", "yaml": "PyYAML"}
-"""Where the distribution is not called as its module."""
+"""Distributions that are not called as their module."""
+_DATA_SUFFIXES = frozenset({".css", ".html", ".jinja", ".js", ".json", ".txt", ".yaml"})
+_DESCRIPTION = "metadata.yaml"
+"""Name of the file that describes a step to people."""
+_IMPORT_BY_NAME = re.compile(rb'\bimport_module\("([\w.]+)"\)')
 
 
 def producer(step: Step) -> Producer:
@@ -37,93 +50,114 @@ def producer(step: Step) -> Producer:
     return Producer(
         step=step.name,
         version=finemill.__version__,
-        code=source_digest(step.module_name),
+        code=code_digest(step),
         git_sha=os.environ.get("FINEMILL_GIT_SHA") or _checkout_sha(),
         image=os.environ.get("FINEMILL_IMAGE") or None,
     )
 
 
-@cache
-def source_digest(module_name: str) -> str:
-    """The digest of the code behind the step in the folder `module_name` (16 hex digits)."""
-    files, libraries = closure(f"finemill.components.{module_name}.step", f"finemill.components.{module_name}.config")
+def code_digest(step: Step, package: Path = _PACKAGE) -> str:
+    """The digest of the code behind `step` in the copy of finemill that lies in `package` (16 hex digits)."""
+    folder = f"finemill.components.{step.module_name}"
+    state = [step.state_name.partition(":")[0]] if step.state_name else []
+    files, libraries = closure((f"{folder}.{module}" for module in ("config", "step", *state)), package)
     total = hashlib.sha256()
-    for path in files:
-        total.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    for name, found in libraries.items():
-        total.update(f"{name}=={found}\n".encode())
+    for name, content in sorted(files.items()):
+        total.update(f"{name} {len(content)}\n".encode() + content)
+    for library in sorted(libraries):
+        total.update(f"{library}=={_version(library)}\n".encode())
     return total.hexdigest()[:16]
 
 
-def closure(*modules: str) -> tuple[list[Path], dict[str, str]]:
+def closure(modules: Iterable[str], package: Path = _PACKAGE) -> tuple[dict[str, bytes], set[str]]:
     """What `modules` import, directly or through others.
 
-    Returns: the files of `finemill`, modules and their data, sorted; the versions of the libraries that compute.
+    Returns: the files of `finemill`, modules and their data, by path below `package`; the distributions of the
+    libraries that compute.
     """
-    sources: set[Path] = set()
-    libraries: set[str] = set()
-    waiting = list(modules)
+    files: dict[str, bytes] = {}
+    seen: set[str] = set()
+    imported: set[str] = set()
+    waiting = set(modules)
     while waiting:
-        name = waiting.pop()
-        path = _source(name)
-        if path is not None and path not in sources:
-            sources.add(path)
-            imported = list(_imports(path))
-            waiting += [other for other in imported if _counts(other)]
-            libraries.update(other.partition(".")[0] for other in imported)
-    folders = {path.parent for path in sources}
-    data = {path for folder in folders for path in _data_files(folder)}
-    return sorted(sources | data), dict(sorted(_versions(libraries)))
+        module = waiting.pop()
+        seen.add(module)
+        path = _source(module, package)
+        if path is not None:
+            files[path.relative_to(package).as_posix()] = content = path.read_bytes()
+            names = _imports(content)
+            imported |= names
+            waiting |= {inside for name in names for inside in _modules_of(name)} - seen
+    folders = {(package / name).parent for name in files}
+    files |= {
+        path.relative_to(package).as_posix(): path.read_bytes() for folder in folders for path in _data_files(folder)
+    }
+    return files, _libraries(imported)
 
 
-def _counts(module: str) -> bool:
-    return module.startswith("finemill.") and not any(
-        module == name or module.startswith(f"{name}.") for name in _APART
-    )
+def _modules_of(name: str) -> Iterator[str]:
+    """The modules of `finemill` that an import of `name` executes and that count: itself and the packages around it.
+
+    The outermost package holds nothing but the version.
+    """
+    parts = name.split(".")
+    if parts[0] == "finemill":
+        for length in range(2, len(parts) + 1):
+            module = ".".join(parts[:length])
+            if module in _APART:
+                return
+            yield module
 
 
-def _source(module: str) -> Path | None:
-    """The file of a module of `finemill`; None for a name inside a module."""
-    place = _ROOT.joinpath(*module.split(".")[1:])
+def _source(module: str, package: Path) -> Path | None:
+    """The file of a module of `finemill`; None for a folder without one, and for a name inside a module."""
+    place = package.joinpath(*module.split(".")[1:])
     return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
 
 @cache
-def _imports(path: Path) -> tuple[str, ...]:
-    """Full names of all that a file imports, but for what only a type checker sees."""
-    names: list[str] = []
-    waiting: list[ast.AST] = [ast.parse(path.read_bytes())]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            waiting += node.orelse
-            continue
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        waiting += ast.iter_child_nodes(node)
-    return tuple(names)
+def _imports(source: bytes) -> frozenset[str]:
+    """Full names of all that a module imports, but for what only a type checker sees."""
+    names = {name.decode() for name in _IMPORT_BY_NAME.findall(source)}
+    for statement in _statements(ast.parse(source).body):
+        if isinstance(statement, ast.Import):
+            names |= {alias.name for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom) and statement.module:
+            names |= {statement.module, *(f"{statement.module}.{alias.name}" for alias in statement.names)}
+    return frozenset(names)
+
+
+def _statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """Every statement in `body`, however deep; expressions hold no imports."""
+    for node in body:
+        yield node
+        only_types = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for field in ("body", "handlers", "cases", "orelse", "finalbody"):
+            if not (only_types and field == "body"):
+                yield from _statements(getattr(node, field, ()))
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
     """Data beside a module, also in folders of data; a base model is an input with a digest of its own."""
     for path in folder.iterdir():
         if path.is_dir():
-            if not (path / "__init__.py").is_file() and not any(path.glob("*.safetensors")):
+            if not any(path.rglob("*.py")) and not any(path.glob("*.safetensors")):
                 yield from _data_files(path)
-        elif path.suffix in _DATA_SUFFIXES:
+        elif path.suffix in _DATA_SUFFIXES and path.name != _DESCRIPTION:
             yield path
 
 
-def _versions(modules: set[str]) -> Iterator[tuple[str, str]]:
-    for module in modules - _LIBRARIES_APART - sys.stdlib_module_names - {"finemill"}:
-        for name in (module, *_BROUGHT_ALONG.get(module, ())):
-            distribution = _DISTRIBUTIONS.get(name, name)
-            try:
-                yield distribution, version(distribution)
-            except PackageNotFoundError:
-                yield distribution, "absent"
+def _libraries(imported: Iterable[str]) -> set[str]:
+    modules = {name.partition(".")[0] for name in imported} - {"finemill"}
+    modules |= {name for module in modules for name in _BROUGHT_ALONG.get(module, ())}
+    return {_DISTRIBUTIONS.get(name, name) for name in modules - _LIBRARIES_APART - sys.stdlib_module_names}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "absent"
 
 
 @cache
