@@ -14,7 +14,7 @@ LAYERS = (
     ("errors",),
     ("config", "kernels.ops"),
     ("artifacts", "rows", "kernels.engine"),
-    ("storage", "kernels.planning"),
+    ("storage", "metrics", "kernels.planning"),
     ("tracking", "models", "kernels"),
     ("runtime", "kernels.bench"),
     ("registry", "training"),

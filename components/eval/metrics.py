@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from finemill.components.eval.sample import Sample
 
-MEANS = ("exact_match", "rouge1", "rouge2", "rougeL", "prefers_chosen", "format_ok", "think_closed", "finished")
-_RATES = ("exact_match", "prefers_chosen", "format_ok", "think_closed", "finished")
+_RATES = ("exact_match", "cut_off", "prefers_chosen", "format_ok", "think_closed", "finished")
+MEANS = (*_RATES, "rouge1", "rouge2", "rougeL")
 # Rates other than the field's own word carry it in their name.
 _NAMES = {
+    "cut_off": "cut_off_rate",
     "prefers_chosen": "preference_accuracy",
     "format_ok": "format_ok_rate",
     "think_closed": "think_closed_rate",

@@ -33,6 +33,7 @@ class Measure:
 
 MEASURES = (
     Measure("exact_match", "Exact match", "final answer equals the expected one", as_percent=True),
+    Measure("cut_off_rate", "Cut off", "no answer before the longest length", as_percent=True, lower_is_better=True),
     Measure("rougeL", "ROUGE-L", "overlap with the reference, where there is no single right answer", as_percent=True),
     Measure(
         "preference_accuracy", "Preference accuracy", "chosen answer likelier than the rejected one", as_percent=True

@@ -6,10 +6,9 @@ from functools import cache
 from typing import Any
 
 from finemill.artifacts.dataset import HeldOutRow
+from finemill.metrics.maths import Outcome, judge
 from finemill.models.generation import Answer
-from finemill.rows.answers import final_answer, normalize_answer
-
-_OPEN, _CLOSE = "<think>", "</think>"
+from finemill.rows.answers import THINK_CLOSE, THINK_OPEN, inside_thinking, with_opening
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,13 @@ class Sample:
     """A worse answer than the reference, of rows that have one."""
     prefers_chosen: bool | None = None
     """Whether the reference is likelier than the worse answer, per token."""
+    outcome: Outcome | None = None
+    """Of rows with a known answer: `right`, `wrong`, or `cut_off` where the answer was cut before it gave one."""
+
+    @property
+    def cut_off(self) -> bool | None:
+        """Whether the answer was cut before it gave one; None for rows without a known answer."""
+        return None if self.outcome is None else self.outcome == "cut_off"
 
 
 def score_answer(
@@ -66,9 +72,9 @@ def score_answer(
         rejected_loss: as `loss`, with the row's worse answer; None if it has none.
     """
     reference = _without_stop(row.completion, stops)
-    known = row.answer is not None
-    said = final_answer(answer.text) if known else None
-    rouge = {} if known else rouge_scores(_after_thinking(reference), _after_thinking(answer.text))
+    text, right_text = (with_opening(row.prompt, said) for said in (answer.text, reference))
+    verdict = judge(row.answer, text, finished=answer.finished) if row.answer is not None else None
+    rouge = {} if verdict else rouge_scores(_after_thinking(right_text), _after_thinking(text))
     return Sample(
         id=row.id,
         source=row.source,
@@ -77,8 +83,8 @@ def score_answer(
         completion=answer.text,
         reference=reference,
         answer=row.answer,
-        final_answer=said,
-        exact_match=said == normalize_answer(row.answer) if row.answer is not None else None,
+        final_answer=verdict.final_answer if verdict else None,
+        exact_match=verdict.outcome == "right" if verdict else None,
         rouge1=rouge.get("rouge1"),
         rouge2=rouge.get("rouge2"),
         rougeL=rouge.get("rougeL"),
@@ -86,10 +92,11 @@ def score_answer(
         num_tokens=loss[1],
         num_generated_tokens=answer.num_tokens,
         finished=answer.finished,
-        format_ok=answer.finished and _well_formed(answer.text, thinks=_OPEN in reference),
-        think_closed=answer.text.count(_OPEN) <= answer.text.count(_CLOSE) if _OPEN in answer.text else None,
+        format_ok=answer.finished and _well_formed(text, thinks=THINK_OPEN in right_text),
+        think_closed=text.count(THINK_OPEN) <= text.count(THINK_CLOSE) if THINK_OPEN in text else None,
         rejected=_without_stop(row.rejected, stops) if row.rejected is not None else None,
         prefers_chosen=_mean(loss) < _mean(rejected_loss) if rejected_loss is not None else None,
+        outcome=verdict.outcome if verdict else None,
     )
 
 
@@ -100,13 +107,13 @@ def _mean(loss: tuple[float, int]) -> float:
 
 def _well_formed(text: str, *, thinks: bool) -> bool:
     blocks = int(thinks)
-    if (text.count(_OPEN), text.count(_CLOSE)) != (blocks, blocks):
+    if (text.count(THINK_OPEN), text.count(THINK_CLOSE)) != (blocks, blocks):
         return False
-    return bool(_after_thinking(text)) and text.find(_OPEN) <= text.find(_CLOSE)
+    return bool(_after_thinking(text)) and text.find(THINK_OPEN) <= text.find(THINK_CLOSE)
 
 
 def _after_thinking(text: str) -> str:
-    return text.rpartition(_CLOSE)[2].strip()
+    return "" if inside_thinking(text) else text.rpartition(THINK_CLOSE)[2].strip()
 
 
 def _without_stop(text: str, stops: Sequence[str]) -> str:

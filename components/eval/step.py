@@ -91,6 +91,7 @@ def write_samples(samples: Sequence[Sample], path: Path) -> None:
         "rejected": pa.string(),
         "answer": pa.string(),
         "final_answer": pa.string(),
+        "outcome": pa.string(),
     }
     optional |= dict.fromkeys(("rouge1", "rouge2", "rougeL", "loss"), pa.float64())
     table = pa.Table.from_pylist([asdict(sample) for sample in samples])

@@ -13,8 +13,9 @@ import torch
 from finemill.artifacts.dataset import IGNORE_INDEX, HeldOutRow, prompt_ids
 from finemill.components.gguf_quantize.llama_cpp import LlamaServer
 from finemill.errors import StepError
+from finemill.metrics.maths import judge
 from finemill.models.generation import Answer, generate_answers
-from finemill.rows.answers import final_answer, normalize_answer
+from finemill.rows.answers import final_answer, with_opening
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,10 @@ def compare(
         on_progress=on_progress,
     )
     if answers:
-        same = [_said(mine) == _said(theirs) for mine, theirs in zip(answers, reference.answers, strict=True)]
+        same = [
+            _said(row, mine) == _said(row, theirs)
+            for row, mine, theirs in zip(reference.rows, answers, reference.answers, strict=True)
+        ]
         metrics["same_answer_rate"] = sum(same) / len(same)
     score = exact_match(reference.rows, answers)
     if score is not None:
@@ -127,16 +131,16 @@ def compare(
 def exact_match(rows: Sequence[HeldOutRow], answers: Sequence[Answer]) -> float | None:
     """Share of the rows with a known answer whose final answer is that; None if no row has one."""
     right = [
-        final_answer(answer.text) == normalize_answer(row.answer)
+        judge(row.answer, answer.text, prompt=row.prompt, finished=answer.finished).outcome == "right"
         for row, answer in zip(rows, answers, strict=True)
         if row.answer is not None
     ]
     return sum(right) / len(right) if right else None
 
 
-def _said(answer: Answer) -> str:
+def _said(row: HeldOutRow, answer: Answer) -> str:
     """What counts as the same answer: the final answer, or the whole text where there is none."""
-    return final_answer(answer.text) or answer.text.strip()
+    return final_answer(with_opening(row.prompt, answer.text)) or answer.text.strip()
 
 
 def check_tokenization(server: LlamaServer, tokenizer: Any, texts: Sequence[str]) -> float:

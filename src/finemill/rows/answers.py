@@ -1,49 +1,125 @@
-"""The final answer of a worked solution, for exact-match scoring."""
+r"""The final answer of a worked solution, as its writer put it.
+
+Looked for after the thinking block. An explicit answer counts first: the last `\boxed{...}`, a last `#### 72`, what
+directly follows "the answer is". Otherwise it is the last thing with a number in it, taken whole: of 3/4 the fraction,
+of "2 or 3" both, of "x - 2" the expression. A model is not called wrong for leaving out a box, nor right for a piece
+of what it said.
+"""
 
 import re
+from dataclasses import dataclass
 
-_MARKED = re.compile(r"(?:####|[Tt]he (?:final )?answer is:?)\s*(.+)")
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+from finemill.rows.characters import plain_characters
+from finemill.rows.formulas import Span, boxed, formulas, strip_delimiters, tidy
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+_HEADING = re.compile(r"^[ \t]*####[ \t]*(?P<rest>\S.*?)[ \t]*$", re.MULTILINE)
+_MARK = re.compile(
+    r"""(?ix)
+    \b(?: answer | (?:correct|right)\s+(?:option|choice) )\b (?: [\s*_]* (?: (?:is|are|was)\b | [:=] ) | [ *_:]*\n )
+    | (?: 答案 | 答え | 解答 ) [\s*_]* (?: 是 | 为 | 為 | は | : )
+    """
+)
+_LETTER = re.compile(
+    r"(?:\\(?:text|mathrm|textbf|mathbf)\{)?\(?(?P<letter>[A-J])\)?\}?(?:\*\*)?(?=$|[.,;:)\]\n]|\s*(?:because|since|as)\b)"
+)
+_NEGATED = re.compile(r"(?i)(?:\b(?:not|never|neither|nor|no longer)|n['\u2019]t)(?:\s+(?:be|equal(?:\s+to)?))?\s*\W*$")
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$|\*)|\n")
+_MOST_WORDS = 3
+"""Words of an answer that is neither number nor formula; a longer text is a sentence about something."""
+
+
+@dataclass(frozen=True)
+class FinalAnswer:
+    """What a text gives as its answer."""
+
+    text: str
+    """As written, without the box or the mark around it."""
+    boxed: bool = False
+    """Whether a closed box holds it: it is complete even where the text was cut after it."""
 
 
 def final_answer(text: str) -> str | None:
-    r"""The answer that `text` ends with, normalized, or None where there is none.
+    r"""The answer that `text` ends with, tidied, or None where there is none: `\boxed{\$1{,}000}` as 1000."""
+    found = find_answer(text)
+    return tidy(found.text) if found else None
 
-    Looked for after the thinking block, in this order: the last `\boxed{...}`; what follows the last `####` or
-    "the answer is"; the last number. The last rule is deliberately kind: a model is not called wrong for leaving out a
-    box. An unfinished thinking block holds no answer.
-    """
-    if "<think>" in text and "</think>" not in text:
+
+def find_answer(text: str) -> FinalAnswer | None:
+    """The answer that `text` ends with; None where there is none, or where the text ends inside the thinking block."""
+    if inside_thinking(text):
         return None
-    text = text.rpartition("</think>")[2]
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        return normalize_answer(boxed)
-    marked = _MARKED.findall(text)
-    numbers = _NUMBER.findall(marked[-1] if marked else text)
-    if numbers:
-        return normalize_answer(numbers[0] if marked else numbers[-1])
-    return normalize_answer(marked[-1]) if marked else None
-
-
-def normalize_answer(answer: str) -> str:
-    """One spelling for equal answers: no outer spaces, dollar signs or full stop, `1,000` as 1000, `7.0` as 7."""
-    answer = answer.strip().strip("$").rstrip(".").strip()
-    if _NUMBER.fullmatch(answer):
-        answer = answer.replace(",", "").removeprefix("+")
-        if "." in answer:
-            answer = answer.rstrip("0").rstrip(".")
-    return answer
-
-
-def _last_boxed(text: str) -> str | None:
-    r"""Content of the last complete `\boxed{...}`, nested braces included."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    text = text.rpartition(THINK_CLOSE)[2]
+    box = boxed(text)
+    if box is not None:
+        return FinalAnswer(box, boxed=True) if box.strip() else None
+    if _unclosed_box(text):
         return None
-    depth = 0
-    for position in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start + len("\\boxed{") : position]
-    return None
+    text = plain_characters(text)
+    return _marked(text) or _last_formula(text) or _short(text)
+
+
+def inside_thinking(text: str) -> bool:
+    """Whether `text` ends inside a thinking block."""
+    return text.rfind(THINK_OPEN) > text.rfind(THINK_CLOSE)
+
+
+def with_opening(prompt: str, answer: str) -> str:
+    """`answer` with the mark that opens its thinking, which some templates put at the end of the prompt."""
+    opened = prompt.rstrip().endswith(THINK_OPEN) and not answer.lstrip().startswith(THINK_OPEN)
+    return f"{THINK_OPEN}\n{answer}" if opened else answer
+
+
+def _unclosed_box(text: str) -> bool:
+    return "\\boxed{" in text or "\\fbox{" in text
+
+
+def _marked(text: str) -> FinalAnswer | None:
+    """The last explicit answer: what directly follows a mark, or a heading of GSM8K's form."""
+    found: list[tuple[int, str]] = []
+    headings = list(_HEADING.finditer(text))
+    for heading in headings:
+        last = not text[heading.end() :].strip()
+        content = strip_delimiters(heading["rest"])
+        span = _formula_at_start(content)
+        whole = span is not None and not content[span.end :].strip(" .*")
+        if whole or (last and not _MARK.search(content)):
+            found.append((heading.start(), content if not span or whole else content[span.start :].rstrip(" .*")))
+    for mark in _MARK.finditer(text):
+        said = _after_mark(text[mark.end() :])
+        if said:
+            found.append((mark.start(), said))
+    return FinalAnswer(max(found)[1]) if found else None
+
+
+def _after_mark(rest: str) -> str | None:
+    """The answer that `rest` begins with, None if it begins with a sentence."""
+    rest = rest.lstrip(" *_:\"'")
+    letter = _LETTER.match(rest)
+    if letter:
+        return letter["letter"]
+    span = _formula_at_start(rest)
+    if span:
+        return rest[span.start : span.end]
+    end = _SENTENCE_END.search(rest)
+    words = rest[: end.start() if end else None].strip(" *_\"'.`")
+    return words if words and len(words.split()) <= _MOST_WORDS and not any(c.isdigit() for c in words) else None
+
+
+def _formula_at_start(text: str) -> Span | None:
+    first = next(iter(formulas(text)), None)
+    return first if first and not text[: first.start].strip(" *_(\"'") else None
+
+
+def _last_formula(text: str) -> FinalAnswer | None:
+    found = list(formulas(text))
+    if not found or _NEGATED.search(text[: found[-1].start]):
+        return None
+    return FinalAnswer(text[found[-1].start : found[-1].end])
+
+
+def _short(text: str) -> FinalAnswer | None:
+    """A text that is nothing but an answer: `Paris.`, `(B)`."""
+    words = text.strip().strip("*_\"'.` ")
+    return FinalAnswer(words) if words and len(words.split()) <= _MOST_WORDS else None

@@ -1,0 +1,254 @@
+r"""Numbers with units, exact: `1{,}000`, `2 3/4`, `\frac{1}{2}`, `50\\%`, `3 \times 10^8 m`, `18 dollars`."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from finemill.rows.characters import plain_characters
+from finemill.rows.formulas import MAGNITUDES, UNITS, strip_delimiters, tidy
+
+PERCENT = "%"
+
+_ALIASES = {
+    "$": "dollar",
+    "usd": "dollar",
+    "\u20ac": "euro",
+    "eur": "euro",
+    "\u00a3": "pound sterling",
+    "\u00a5": "yen",
+    "percent": PERCENT,
+    "percentage": PERCENT,
+    "deg": "degree",
+    "m": "meter",
+    "metre": "meter",
+    "cm": "centimeter",
+    "centimetre": "centimeter",
+    "mm": "millimeter",
+    "millimetre": "millimeter",
+    "km": "kilometer",
+    "kilometre": "kilometer",
+    "in": "inch",
+    "inches": "inch",
+    "ft": "foot",
+    "feet": "foot",
+    "yd": "yard",
+    "mi": "mile",
+    "g": "gram",
+    "kg": "kilogram",
+    "mg": "milligram",
+    "lb": "pound",
+    "lbs": "pound",
+    "oz": "ounce",
+    "l": "liter",
+    "litre": "liter",
+    "ml": "milliliter",
+    "s": "second",
+    "sec": "second",
+    "secs": "second",
+    "min": "minute",
+    "mins": "minute",
+    "h": "hour",
+    "hr": "hour",
+    "hrs": "hour",
+    "mph": "mile per hour",
+    "kph": "kilometer per hour",
+    "sq": "square",
+}
+# Words after a number that make it another number, or no number at all.
+_NO_UNIT = frozenset(
+    """and or to not than less minus plus times over divided by half halves quarter quarters third thirds fourth fourths
+    fifth fifths sixth tenth tenths zero one two three four five six seven eight nine ten eleven twelve twenty thirty
+    forty fifty sixty seventy eighty ninety negative positive pi sqrt sin cos tan log ln exp mod if when where
+    undefined infinity infinite""".split()
+)
+_MOST_UNIT_WORDS = 6
+_LARGEST_EXPONENT = 400
+_LONGEST = 200
+
+_WRAPPED = re.compile(
+    r"(?P<number>.*?[\d}])\s*(?:\\[,;: ]|~)*\s*\\(?:text|mathrm|textrm|textbf|mbox|operatorname)"
+    r"\{(?P<unit>[^{}]*[A-Za-z][^{}]*)\}(?P<power>\^\{?[23]\}?)?\s*\.?"
+)
+_CURRENCY = re.compile("(?P<sign>[-+]?)\\s*(?:\\\\?(?P<dollar>\\$)|(?P<other>[\u20ac\u00a3\u00a5]))\\s*")
+_NUMERIC = re.compile(r"(?:\\(?:frac|times|cdot|div)(?![A-Za-z])|[-+*/^().{}\d\s]|(?<=[\d)}])\s*x\s*(?=\d))+")
+_SCIENTIFIC = re.compile(r"(?P<mantissa>[-+]?(?:\d+\.?\d*|\.\d+))[eE](?P<exponent>[-+]?\d+)")
+_GROUPED = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?: \d{3})+(?![\d/]| ?\d)")
+_TOKEN = re.compile(r"\s*(?:(?P<number>\d+\.?\d*|\.\d+)|(?P<sign>[-+*/^()]))")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """An exact number and its unit, "" where none is given."""
+
+    value: Fraction
+    unit: str = ""
+    certain: bool = True
+    """Whether the unit is one for sure: the m of 5m may as well be a variable."""
+
+
+def read_quantity(answer: str) -> Quantity | None:
+    """The number that `answer` is, None if it is anything else: a list, a range, a formula, a sentence."""
+    raw = strip_delimiters(plain_characters(answer))
+    if len(raw) > _LONGEST:
+        return None
+    wrapped = _WRAPPED.fullmatch(raw)
+    if wrapped:
+        value = _value(tidy(wrapped["number"]))
+        return _with_unit(value, wrapped["unit"] + (wrapped["power"] or ""), wrapped=True)
+    currency = _CURRENCY.match(raw)
+    if currency:
+        found = read_quantity(currency["sign"] + raw[currency.end() :])
+        unit = _unit_name("$" if currency["dollar"] else currency["other"])
+        return Quantity(found.value, found.unit or unit) if found and found.unit in ("", unit) else None
+    plain = tidy(raw)
+    scientific = _SCIENTIFIC.match(plain)
+    if scientific:
+        exponent = int(scientific["exponent"])
+        value = _power(Fraction(10), exponent)
+        scaled = Fraction(scientific["mantissa"]) * value if value is not None else None
+        return _with_unit(scaled, plain[scientific.end() :], wrapped=False)
+    numeric = _NUMERIC.match(plain)
+    if not numeric:
+        return None
+    end = len(numeric[0].rstrip())
+    return _with_unit(_value(plain[:end]), plain[end:], wrapped=False)
+
+
+def same_quantity(gold: Quantity, said: Quantity) -> bool:
+    """Whether two quantities are one: equal numbers, and no unit against another unit.
+
+    A unit that only one side names is the one that the question asks for. 50 % is 0.5, and the 50 of a question for a
+    percentage; of 1 % and less only the first, since 1 may be all of something.
+    """
+    if gold.unit and said.unit:
+        return gold.unit == said.unit and gold.value == said.value
+    if PERCENT in (gold.unit, said.unit):
+        percent, other = (gold, said) if gold.unit == PERCENT else (said, gold)
+        return other.value == percent.value / 100 or (other.value == percent.value and abs(percent.value) > 1)
+    return gold.value == said.value and gold.certain and said.certain
+
+
+def _with_unit(value: Fraction | None, text: str, *, wrapped: bool) -> Quantity | None:
+    """`value` in the unit that `text` names; None where `text` is no unit."""
+    if value is None:
+        return None
+    apart = text.startswith(" ")
+    text = text.strip().strip(".").strip()
+    if not text:
+        return Quantity(value)
+    if re.match(r"\^?\s*\{?\s*\\circ", text):
+        scale = re.sub(r"[\^{}\s]|\\circ", "", text)
+        return Quantity(value, f"degree {scale.lower()}".strip()) if scale in ("", "C", "F") else None
+    if text == PERCENT:
+        return Quantity(value, PERCENT)
+    if not re.fullmatch(r"[A-Za-z][A-Za-z\s.,/'-]*(?:\^\{?[23]\}?)?", text):
+        return None
+    words = re.sub(r"\^\{?([23])\}?", r" ^\1", text.replace("/", " per ").replace(".", "").replace(",", " ")).split()
+    while words and words[0].lower().rstrip("s") in MAGNITUDES:
+        value *= MAGNITUDES[words.pop(0).lower().rstrip("s")]
+    lowered = [word.lower() for word in words]
+    if len(words) > _MOST_UNIT_WORDS or set(lowered) & _NO_UNIT or lowered[:1] in (["squared"], ["cubed"], ["per"]):
+        return None
+    short = [word for word in lowered if len(word) <= 3 and word not in UNITS and not word.startswith("^")]
+    if lowered and not wrapped and len(lowered[0]) <= 3 and lowered[0] in short:
+        return None
+    certain = wrapped or apart or not lowered or len(lowered[0]) > 1
+    return Quantity(value, _unit_name(" ".join(lowered)), certain)
+
+
+def _unit_name(text: str) -> str:
+    words = []
+    for word in text.split():
+        single = word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
+        words += _ALIASES.get(word, _ALIASES.get(single, single)).split()
+    name = " ".join(words)
+    name = re.sub(r"^(square|cubic) (\w+)", lambda m: f"{m[2]} ^{2 if m[1] == 'square' else 3}", name)
+    return re.sub(r" (squared|cubed)$", lambda m: f" ^{2 if m[1] == 'squared' else 3}", name)
+
+
+def _value(text: str) -> Fraction | None:
+    """The value of a sum, product, fraction or mixed number."""
+    text = _GROUPED.sub(lambda match: match[0].replace(" ", ""), text.strip())
+    for _ in range(8):
+        spelled = re.sub(
+            r"(?P<whole>\d*)\s*\\frac\s*(?:\{(?P<a>[^{}]*)\}|(?P<c>\d))\s*(?:\{(?P<b>[^{}]*)\}|(?P<d>\d))",
+            _spell_fraction,
+            text,
+        )
+        if spelled == text:
+            break
+        text = spelled
+    text = re.sub(r"(?<![\d./^])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d./^])", r"(\1+\2/\3)", text)
+    text = re.sub(r"\\(?:times|cdot)\s*|\s+x\s+|(?<=\d)x(?=\d)", "*", text).replace("\\div", "/")
+    text = text.replace("{", "(").replace("}", ")")
+    tokens = _tokens(text)
+    if not tokens:
+        return None
+    try:
+        value, end = _sum(tokens, 0)
+    except (ArithmeticError, IndexError, ValueError):
+        return None
+    return value if end == len(tokens) else None
+
+
+def _spell_fraction(match: re.Match[str]) -> str:
+    above, below = match["a"] or match["c"] or "", match["b"] or match["d"] or ""
+    whole = match["whole"]
+    return f"({whole}+({above})/({below}))" if whole else f"(({above})/({below}))"
+
+
+def _tokens(text: str) -> list[str] | None:
+    tokens, position = [], 0
+    text = text.strip()
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if not match:
+            return None
+        tokens.append(match["number"] or match["sign"])
+        position = match.end()
+    return tokens
+
+
+def _sum(tokens: list[str], at: int) -> tuple[Fraction, int]:
+    value, at = _product(tokens, at)
+    while at < len(tokens) and tokens[at] in "+-":
+        other, end = _product(tokens, at + 1)
+        value, at = (value + other, end) if tokens[at] == "+" else (value - other, end)
+    return value, at
+
+
+def _product(tokens: list[str], at: int) -> tuple[Fraction, int]:
+    if tokens[at] in ("+", "-"):
+        value, end = _product(tokens, at + 1)
+        return (-value if tokens[at] == "-" else value), end
+    value, at = _factor(tokens, at)
+    while at < len(tokens) and tokens[at] in "*/":
+        sign = tokens[at + 1] == "-"
+        other, end = _factor(tokens, at + 1 + sign)
+        other = -other if sign else other
+        value, at = (value * other, end) if tokens[at] == "*" else (value / other, end)
+    return value, at
+
+
+def _factor(tokens: list[str], at: int) -> tuple[Fraction, int]:
+    if tokens[at] == "(":
+        value, at = _sum(tokens, at + 1)
+        if tokens[at] != ")":
+            raise ValueError("unbalanced")
+        at += 1
+    else:
+        value, at = Fraction(tokens[at]), at + 1
+    if at < len(tokens) and tokens[at] == "^":
+        sign = tokens[at + 1] == "-"
+        exponent, at = _factor(tokens, at + 1 + sign)
+        power = _power(value, -int(exponent) if sign else int(exponent)) if exponent.denominator == 1 else None
+        if power is None:
+            raise ValueError("no exact power")
+        value = power
+    return value, at
+
+
+def _power(base: Fraction, exponent: int) -> Fraction | None:
+    if abs(exponent) > _LARGEST_EXPONENT or max(abs(base.numerator), base.denominator).bit_length() > 512:
+        return None
+    return base**exponent

@@ -1,0 +1,308 @@
+"""Numbers and formulas in running text, plain or LaTeX: where each begins and ends, and one spelling for it."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from finemill.rows.characters import plain_characters
+
+UNITS = frozenset(
+    """percent percentage degree degrees dollar dollars cent cents euro euros pound pounds yuan yen rupee rupees usd eur
+    cm mm m km dm um nm inch inches in ft feet foot yd yard yards mile miles mi g kg mg gram grams kilogram kilograms
+    lb lbs oz ounce ounces ton tons l ml liter liters litre litres gallon gallons cup cups s ms sec secs second seconds
+    min mins minute minutes h hr hrs hour hours day days week weeks month months year years mph kph hz khz mhz ghz
+    kb mb gb tb n j kj w kw v a k mol pa kpa meter meters metre metres kilometer kilometers kilometre kilometres
+    centimeter centimeters centimetre centimetres millimeter millimeters square cubic squared cubed per""".split()
+)
+"""Words that a number's meaning depends on; a letter alone is one only where it cannot be a variable."""
+MAGNITUDES = {
+    "dozen": 12,
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+
+_GROUPS = (
+    r"\d{1,3}(?:,\d{3})+(?![\d,]*\d)",
+    r"\d{1,3}(?:(?:\{,\}|,?\\!)\d{3})+(?!\d)",
+    r"[1-9]\d{0,2}(?:[ ]\d{3})+(?![ ,.]?\d)",
+)
+_NUMBER = rf"(?:{'|'.join(_GROUPS)}|\d+)(?:\.\d+)?|(?<![\d.])\.\d+"
+_EXPONENT = r"(?:[eE][-+]?\d+(?![A-Za-z]))?"
+_RELATIONS = r"le|leq|ge|geq|lt|gt|ne|neq|approx|in|to|cup|cap|setminus|equiv"
+_OPERATORS = r"times|cdot|div|pm|mp|ast|land|lor"
+_TOKEN = re.compile(
+    rf"""(?x)
+    (?P<delimiter> \\[()\[\],;:!\ ] | \\(?:left|right|q?quad|displaystyle|[bB]igg?|limits)(?![A-Za-z]) | \$ | ~ )
+    | (?P<bracket> \\[{{}}|] | [()\[\]{{}}|] | \\(?:lbrace|rbrace|langle|rangle|lvert|rvert)(?![A-Za-z]) )
+    | (?P<operator> [-+*/^=<>_,;&!'] | :(?=\d) | \\(?:{_OPERATORS}|{_RELATIONS})(?![A-Za-z]) )
+    | (?P<number> (?:{_NUMBER}){_EXPONENT} (?:\s?\\?%)? )
+    | (?P<command> \\[A-Za-z]+ | \\% )
+    | (?P<join> (?<![A-Za-z])(?:and|or)(?![A-Za-z]) )
+    | (?P<word> [^\W\d_]+ )
+    """
+)
+_BETWEEN_NUMBERS = re.compile(r"\s*(?:[A-Za-z]+\s+){0,2}[A-Za-z]+\s*[-+*/=]\s*[$\\(.]?\d")
+_AND_A_HALF = re.compile(r"\s+and\s+(?:a|one)\s+(?:half|third|quarter)\b")
+_TAIL = re.compile(r"\s+(?:a\.?m\.?|p\.?m\.?)(?![a-z])", re.IGNORECASE)
+_TEXT_COMMANDS = r"text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|bm|boldsymbol"
+_WITHOUT_VALUE = frozenset("text textbf textit textrm mathrm mathbf mbox operatorname begin end hspace quad".split())
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters `start` to `end` of a text."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Token:
+    kind: str
+    start: int
+    end: int
+    text: str
+
+
+def boxed(text: str) -> str | None:
+    r"""Content of the last `\boxed{...}`, nested braces included; None where there is none or it was cut off.
+
+    Boxes that nothing but a comma or "and" parts are one answer: `\boxed{1} and \boxed{2}` holds `1, 2`.
+    """
+    found: list[tuple[int, int, str]] = []
+    for match in re.finditer(r"\\(?:boxed|fbox)\s*(?P<group>\{)?", text):
+        if match["group"]:
+            end = _group_end(text, match.end() - 1)
+            if end is None:
+                return None
+            found.append((match.start(), end, text[match.end() : end - 1]))
+        elif plain := re.compile(r"[^\s{}$\\]+").match(text, match.end()):
+            found.append((match.start(), plain.end(), plain[0].rstrip(".")))
+    outer = [box for box in found if not any(start < box[0] and box[1] < end for start, end, _ in found)]
+    joined: list[str] = []
+    follows = len(text)
+    for start, end, content in reversed(outer):
+        if joined and not re.fullmatch(r"[\s$.]*(?:,|and|or|,\s*and|,\s*or)[\s$]*", text[end:follows]):
+            break
+        joined.insert(0, _inner_box(content))
+        follows = start
+    return ", ".join(joined) if joined else None
+
+
+def _inner_box(content: str) -> str:
+    inner = boxed(content) if "\\boxed" in content else None
+    return content if inner is None else inner
+
+
+def _group_end(text: str, start: int) -> int | None:
+    """The position after the group whose opening brace is at `start`."""
+    depth = 0
+    for position in range(start, len(text)):
+        if text[position] in "{}" and text[position - 1 : position] != "\\":
+            depth += 1 if text[position] == "{" else -1
+            if depth == 0:
+                return position + 1
+    return None
+
+
+def strip_delimiters(text: str) -> str:
+    r"""`text` without emphasis and without the `$...$`, `\(...\)`, `\[...\]` around all of it."""
+    text = text.strip()
+    while True:
+        for left, right in (("**", "**"), ("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
+            inner = text[len(left) : -len(right)]
+            if len(text) > len(left + right) and text.startswith(left) and text.endswith(right) and right not in inner:
+                text = inner.strip()
+                break
+        else:
+            return text
+
+
+def formulas(text: str) -> Iterator[Span]:
+    """Every number or formula of `text` in order, each as long as it can be; of an equation the last side."""
+    text = re.sub(r"\$\$(.*?)\$\$", lambda match: f"\\[{match[1]}\\]", text, flags=re.DOTALL)
+    run: list[_Token] = []
+    for token in _tokens(text):
+        if run and not _continues(text, run, token):
+            yield from _finished(text, run)
+            run = []
+        if run or token.kind not in ("word", "join"):
+            run.append(token)
+    yield from _finished(text, run)
+
+
+def _tokens(text: str) -> Iterator[_Token]:
+    position = 0
+    while match := _TOKEN.search(text, position):
+        kind, end = str(match.lastgroup), match.end()
+        if kind == "command":
+            end = _arguments_end(text, end)
+        elif kind == "operator" and match[0] in "^_" and text[end : end + 1] == "{":
+            end = _group_end(text, end) or end
+        elif kind == "word":
+            kind = _word_kind(text, match)
+        yield _Token(kind, match.start(), end, text[match.start() : end])
+        position = end
+
+
+def _word_kind(text: str, match: re.Match[str]) -> str:
+    """`letter` of a variable, `unit`, or `word`."""
+    word, before = match[0], text[match.start() - 1 : match.start()]
+    if not word.isascii():
+        return "word"
+    if before.isdigit():
+        if word.lower() in UNITS and len(word) > 1:
+            return "unit"
+        return "letter" if len(word) <= 2 and word.lower() not in ("st", "nd", "rd", "th") else "tail"
+    if len(word) == 1:
+        return "letter"
+    return "unit" if word.lower() in UNITS or word.lower() in MAGNITUDES else "word"
+
+
+def _arguments_end(text: str, end: int) -> int:
+    r"""After the arguments of a LaTeX command: braces, `\sqrt[3]`, the two digits of `\frac12`."""
+    name = re.search(r"\\([A-Za-z]*)$", text[:end])
+    if name and name[1] in ("frac", "dfrac", "tfrac", "cfrac"):
+        short = re.compile(r"\s*(?:\d(?=[\d{\s])|(?=\{))").match(text, end)
+        for _ in range(2 if short else 0):
+            match = re.compile(r"\s*(\d|\{)").match(text, end)
+            if match:
+                end = (_group_end(text, match.end() - 1) or match.end()) if match[1] == "{" else match.end()
+        return end
+    option = re.compile(r"\[[^\]]*\]").match(text, end)
+    end = option.end() if option and name and name[1] == "sqrt" else end
+    while text[end : end + 1] == "{":
+        close = _group_end(text, end)
+        if close is None:
+            break
+        end = close
+    return end
+
+
+def _continues(text: str, run: Sequence[_Token], token: _Token) -> bool:
+    last = run[-1]
+    gap = text[last.end : token.start]
+    if gap.strip() or ("\n" in gap and last.text != "\\[" and token.text != "\\]"):
+        return False
+    if token.kind == "word":
+        return last.kind in ("number", "unit", "word") and bool(_BETWEEN_NUMBERS.match(text, last.end))
+    if token.kind == "unit":
+        return last.kind in ("number", "unit", "letter", "command") or last.text == "/"
+    if token.kind == "join":
+        following = re.compile(r"\s*\$?[-+]?(?:[\d.(\[]|\\[a-z({]|[A-Za-z]\s*=)").match(text, token.end)
+        return bool(following) and last.kind not in ("operator", "join", "word")
+    if token.kind == "letter":
+        return _is_variable(text, last, token, gap)
+    if last.kind == "letter" and token.kind == "number":
+        return not gap
+    if last.kind == "word":
+        return token.kind == "operator"
+    if token.kind == "number" and last.kind == "number":
+        # A mixed number, 2 3/4; two numbers in a row otherwise are not one thing.
+        return bool(re.match(r"\d+\s*/\s*\d+", text[token.start :]))
+    return not (token.kind == "operator" and token.text in ("!", "'") and gap)
+
+
+def _is_variable(text: str, last: _Token, token: _Token, gap: str) -> bool:
+    """Whether a single letter belongs to the formula before it rather than to a sentence."""
+    if not gap:
+        return last.kind in ("number", "command", "operator", "bracket", "letter", "delimiter", "tail")
+    after = text[token.end :].lstrip()[:1]
+    if last.kind in ("operator", "bracket", "delimiter") and last.text != ",":
+        return not after.isalpha()
+    return last.kind == "command" or after in ("=", "<", ">", "+", "*", "/", "^", ")")
+
+
+def _finished(text: str, run: list[_Token]) -> Iterator[Span]:
+    run = _last_side(_trimmed(text, run))
+    run = _trimmed(text, run)
+    if not any(_has_value(token) for token in run):
+        return
+    start, end = run[0].start, run[-1].end
+    for tail in (_AND_A_HALF, _TAIL):
+        extra = tail.match(text, end)
+        end = extra.end() if extra else end
+    yield Span(start, end)
+
+
+def _has_value(token: _Token) -> bool:
+    if token.kind == "command":
+        return token.text[1:].partition("{")[0] not in _WITHOUT_VALUE and token.text != "\\%"
+    return token.kind in ("number", "tail")
+
+
+def _trimmed(text: str, run: Sequence[_Token]) -> list[_Token]:
+    """Without what a formula neither begins nor ends with: glue, punctuation, brackets of the sentence around it."""
+    kept = list(run)
+    while kept and _is_loose_start(text, kept):
+        kept.pop(0)
+    while kept and _is_loose_end(kept):
+        kept.pop()
+    return kept
+
+
+def _is_loose_start(text: str, run: Sequence[_Token]) -> bool:
+    first = run[0]
+    if first.kind == "operator":
+        before = text[first.start - 1 : first.start]
+        sign = first.text in ("-", "+", "\\pm") and len(run) > 1 and first.end == run[1].start
+        return not sign or before.isalnum()
+    if first.kind == "bracket":
+        return _is_opening(first) and not _closes(run)
+    return first.kind in ("delimiter", "join", "word", "unit")
+
+
+def _is_loose_end(run: Sequence[_Token]) -> bool:
+    last = run[-1]
+    if last.kind == "bracket":
+        return _is_opening(last) or sum(map(_is_opening, run)) < sum(t.kind == "bracket" for t in run) / 2
+    if last.kind == "operator":
+        return last.text[0] not in "^_" or len(last.text) == 1
+    return last.kind in ("delimiter", "join", "word")
+
+
+def _is_opening(token: _Token) -> bool:
+    return token.kind == "bracket" and token.text in ("(", "[", "{", "\\{", "\\lbrace", "\\langle", "\\lvert")
+
+
+def _closes(run: Sequence[_Token]) -> bool:
+    brackets = [token for token in run if token.kind == "bracket"]
+    return sum(map(_is_opening, brackets)) * 2 <= len(brackets)
+
+
+def _last_side(run: Sequence[_Token]) -> list[_Token]:
+    """What follows the last equals sign, unless the run is a list of equations."""
+    depth, cuts, separators = 0, [], []
+    for index, token in enumerate(run):
+        if token.kind == "bracket":
+            depth += 1 if _is_opening(token) else -1
+        elif depth == 0 and token.text in ("=", "\\approx"):
+            cuts.append(index)
+        elif depth == 0 and (token.kind == "join" or token.text in (",", ";")):
+            separators.append(index)
+    if not cuts or any(cuts[0] < separator < cuts[-1] for separator in separators):
+        return list(run)
+    return list(run[cuts[-1] + 1 :])
+
+
+def tidy(answer: str) -> str:
+    """One spelling for an answer, LaTeX or not: no delimiters, dollar signs, thousands separators or full stop."""
+    answer = strip_delimiters(plain_characters(answer))
+    answer = re.sub(r"\\(?:left|right|displaystyle|big|Big|bigg|Bigg)(?![A-Za-z])|\\!", "", answer)
+    answer = re.sub(r"\\(?:q?quad)(?![A-Za-z])|(?<!\\)\\[,;: ]|~", " ", answer)
+    answer = re.sub(r"\\([dtc])frac(?![A-Za-z])", r"\\frac", answer)
+    answer = re.sub(rf"\\(?:{_TEXT_COMMANDS})\s*\{{([^{{}}]*)\}}", r" \1 ", answer)
+    answer = re.sub(r"\\[$]|[$]", "", answer.replace("{,}", ",")).replace("\\%", "%").replace("**", "")
+    answer = re.sub(r"\s+", " ", answer).strip()
+    answer = re.sub(r"(?<=[^.])\.$", "", answer).strip()
+    answer = re.sub(r"(?<![\d,.])(\d{1,3}(?:,\d{3})+)(?![\d,]*\d)", lambda match: match[1].replace(",", ""), answer)
+    if re.fullmatch(r"[-+]?\d*\.?\d+", answer):
+        answer = answer.removeprefix("+")
+        sign, digits = ("-", answer[1:]) if answer.startswith("-") else ("", answer)
+        whole, _, decimals = digits.partition(".")
+        decimals = decimals.rstrip("0")
+        answer = f"{sign}{whole.lstrip('0') or '0'}{'.' if decimals else ''}{decimals}"
+    return answer
