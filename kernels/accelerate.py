@@ -21,6 +21,7 @@ from finemill.kernels.engine.plan import LayerShape, Plan
 from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.packing import length_classes, pack_rows, splittable
 from finemill.kernels.planning.workload import Workload
+from finemill.kernels.streamed import attach_stream, detach_stream, weight_stream_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,17 +90,24 @@ def leave_unchanged(model: nn.Module, reason: str) -> Acceleration:
 def _forward(causal: Any, *args: Any, **kwargs: Any) -> Any:
     """The accelerated model's forward: a training loss comes from the engine, everything else from the model's own."""
     trains = causal.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
+    # PeftModelForCausalLM names every argument it knows, most of them None.
+    given = {name: value for name, value in kwargs.items() if value is not None}
     if (
         not trains
         or args
-        or not _COVERED.issuperset(kwargs)
+        or not _COVERED.issuperset(given)
         or not _as_built(causal)
-        or not _is_covered(causal, **kwargs)
+        or not _is_covered(causal, **given)
     ):
+        if weight_stream_of(causal) is not None and causal.training and torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                "the base waits in host memory, where only the engine trains it: give labels, plain or packed rows and "
+                "nothing else, or load the base on the device"
+            )
         original = causal._finemill_original
         return type(causal).forward(causal, *args, **kwargs) if original is None else original(*args, **kwargs)
     with torch.autocast(causal._finemill_engine.device.type, enabled=False):
-        return _training_loss(causal._finemill_engine, **kwargs)
+        return _training_loss(causal._finemill_engine, **given)
 
 
 def _as_built(causal: Any) -> bool:
@@ -132,10 +140,13 @@ def _is_covered(
 
 
 def adopt_plan(model: nn.Module, plan: Plan) -> None:
-    """Change how an accelerated model spends memory, its embedding's place included."""
+    """Change how an accelerated model spends memory, its embedding's and its NF4 weights' place included."""
     causal = _causal_model(model)
     engine: FastModel = causal._finemill_engine
     engine.apply_plan(plan)
+    if engine.weight_stream is not None and weight_stream_of(causal) is None:
+        layers = [[w for group in layer.projections for w in group.weights] for layer in engine.layers]
+        attach_stream(causal, engine.weight_stream, layers)  # type: ignore[arg-type]
     embedding = causal.model.embed_tokens
     on_host = embedding.weight.device != engine.device
     if plan.embedding_on_host == on_host or engine.head.data_ptr() == engine.embedding.data_ptr():
@@ -188,6 +199,7 @@ def restore_model(model: nn.Module) -> None:
     if original is not None:
         causal.forward = original
     engine.adapters.restore()
+    detach_stream(causal)
     for layer in causal.model.layers:
         for linear in _linears(layer).values():
             weight = _base(linear).weight
@@ -239,6 +251,7 @@ def _build(model: nn.Module) -> FastModel:
         )
     except ValueError as error:
         raise UnsupportedModelError(str(error)) from error
+    engine.weight_stream = weight_stream_of(causal)
     for layer, part in zip(decoder.layers, parts, strict=True):
         for name, linear in _linears(layer).items():
             weight = part.weights[name]

@@ -8,6 +8,8 @@ What differs from the stock trainer, and why (performance measured in results.md
   accuracy and gradient norm are summed on the device and fetched when the trainer logs.
 - Several processes, one per GPU, sum the flat gradient once per step, weighted by their labels: the loss is a mean over
   all labels.
+- Evaluation takes its loss from the engine, too: no logits of whole batches, and nothing beyond the plan's memory.
+- A step that runs out of memory is begun again with half the micro-batch: the same sequences, the same gradient.
 - An AdamW, whatever precision `optim` names, is FlatAdamW: fp32 moments, or 8-bit ones where memory is short. Any other
   optimizer, or the caller's own, steps as it would, on gradients that are views of the flat one.
 
@@ -17,6 +19,7 @@ and `trainer.acceleration.reason` says why.
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from finemill.kernels.engine.optimizer import FlatAdamW
 from finemill.kernels.engine.plan import Plan
 from finemill.kernels.engine.shapes import Buckets, Shapes
 from finemill.kernels.ops.packing import IGNORE_INDEX, PackedBatch, pack_budget, send, split_rows
-from finemill.kernels.planning.planner import plan_graphed_step
+from finemill.kernels.planning.planner import MARGIN, plan_graphed_step, plan_step
 from finemill.kernels.planning.rates import rates_of
 
 logger = logging.getLogger(__name__)
@@ -68,8 +71,10 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         )
         self._shapes: Shapes | None = None
         self._runner: GraphRunner | None = None
+        self._sequences: list[tuple[Tensor, Tensor]] = []
+        """Token ids and labels of the optimizer step at hand, on the CPU."""
         self._prepared: list[PackedBatch] | None = None
-        """Batches of an optimizer step that has not begun yet."""
+        """The same as batches, until the step begins."""
         self._sums: Tensor | None = None
         self._labels = 0
         """Labelled tokens of the step at hand, in this process."""
@@ -78,16 +83,9 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         self._parameters: int | None = None
         if self.acceleration.engine is None:
             return
-        self._plan, patience = self._make_plan(memory_gb, use_graphs)
-        adopt_plan(self.model, self._plan)
-        engine = self.acceleration.engine
-        if patience is not None:
-            self._runner = GraphRunner(engine, patience)
-        if (micro_batch := self._plan.micro_batch) is not None:
-            step = EAGER_BUCKET if self._runner is None else max(256, micro_batch // BUCKETS_PER_BATCH)
-            self._shapes = Shapes(Buckets(step, step, micro_batch))
+        self._adopt(*self._make_plan(memory_gb, use_graphs))
         if self.args.world_size > 1:
-            torch.distributed.broadcast(engine.adapters.master, src=0)
+            torch.distributed.broadcast(self._engine.adapters.master, src=0)
         # The model is where it belongs (an embedding in host memory would come back to the device), and
         # DistributedDataParallel would wait for gradients that no hook sees.
         prepare = self.accelerator.prepare_model
@@ -158,16 +156,10 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         if self.fast:
             if unknown := {name for batch in samples for name in batch} - _COLUMNS:
                 raise ValueError(f"batches hold {', '.join(sorted(unknown))}: train with SFTTrainer")
-            sequences = [
-                pair
-                for batch in samples
-                for pair in split_rows(
-                    batch["input_ids"], batch["labels"], batch.get("attention_mask"), batch.get("position_ids")
-                )
-            ]
-            tokens = sum(ids.numel() for ids, _ in sequences)
-            self._prepared = [self._send(batch) for batch in pack_budget(sequences, self._plan.micro_batch or tokens)]
-            self._labels = sum(int((labels[1:] != IGNORE_INDEX).sum()) for _, labels in sequences)
+            self._sequences = [pair for batch in samples for pair in _sequences(batch)]
+            self._prepared = self._pack(self._sequences)
+            tokens = sum(ids.numel() for ids, _ in self._sequences)
+            self._labels = _count_labels(self._sequences)
             self._counts = send(torch.tensor([self._labels, tokens]), self._engine.device)
         return samples, num_items
 
@@ -187,15 +179,15 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             model.train()
         if self._flat_optimizer is None:
             engine.adapters.attach_grads()
-        scale = 1.0 / max(1, self._labels)
         total = torch.zeros(5, dtype=torch.float64, device=engine.device)
-        for index, batch in enumerate(batches):
-            if engine.dropout_seed is not None:
-                # Of the step, not a count of batches run: a resumed training draws the masks it would have drawn.
-                stream = index * self.args.world_size + self.args.process_index
-                engine.dropout_seed.fill_((self.args.seed << 40) + (self.state.global_step << 16) + stream)
-            result = (self._runner or engine).loss_and_grad(batch, scale)
-            total[:3] += torch.stack((result.loss, result.entropy, result.correct))
+        while True:
+            try:
+                total[:3] = self._run_batches(batches)
+                break
+            except torch.OutOfMemoryError:
+                del batches
+            # Outside the handler: the exception's traceback holds the tensors of the pass that failed.
+            batches = self._halve()
         total[3:] = self._counts
         if self.args.world_size > 1:
             engine.adapters.grad.mul_(self._labels)
@@ -204,6 +196,63 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             engine.adapters.grad.div_(total[3].clamp(min=1))
         self._sums = total if self._sums is None else self._sums + total
         return (total[0] / total[3].clamp(min=1)).float()
+
+    def _run_batches(self, batches: list[PackedBatch]) -> Tensor:
+        """Add the gradient of a step's batches. Returns: their summed loss, entropy and correct predictions."""
+        engine, scale = self._engine, 1.0 / max(1, self._labels)
+        total = torch.zeros(3, dtype=torch.float64, device=engine.device)
+        for index, batch in enumerate(batches):
+            if engine.dropout_seed is not None:
+                # Of the step, not a count of batches run: a resumed training draws the masks it would have drawn.
+                stream = index * self.args.world_size + self.args.process_index
+                engine.dropout_seed.fill_((self.args.seed << 40) + (self.state.global_step << 16) + stream)
+            result = (self._runner or engine).loss_and_grad(batch, scale)
+            total += torch.stack((result.loss, result.entropy, result.correct))
+        return total
+
+    def _halve(self) -> list[PackedBatch]:
+        """Plan for micro-batches of half the tokens. Returns: the step's sequences in such batches, to begin again.
+
+        Raises: OutOfMemoryError: a micro-batch is one row already.
+        """
+        engine, before = self._engine, self._plan
+        tokens = before.micro_batch or sum(ids.numel() for ids, _ in self._sequences)
+        if before.micro_batch is None or tokens // 2 < self._longest:
+            raise torch.OutOfMemoryError(
+                f"out of memory with micro-batches of {tokens} tokens, and a row may have {self._longest}: lower "
+                "max_length, or free memory on the card"
+            )
+        self._runner = self._shapes = None
+        engine.abandon()
+        engine.adapters.grad.zero_()
+        budget = before.peak
+        if engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+            budget = min(budget, _free_bytes(engine.device))
+        work = replace(self._workload, tokens=max(self._longest, tokens // 2))
+        plan = plan_step(work, int(budget / MARGIN), allow_stream=True, streamed=self._streamed)
+        self._adopt(plan, None)
+        logger.warning("out of memory: micro-batches of %d tokens instead of %d from here on", work.tokens, tokens)
+        return self._pack(self._sequences)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Take a batch's mean loss from the engine where nothing but the loss is asked for."""
+        if not self.fast or not prediction_loss_only or not _COLUMNS.issuperset(inputs) or "labels" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        engine = self._engine
+        sequences = _sequences(inputs)
+        count = max(1, _count_labels(sequences))
+        total = torch.zeros(3, dtype=torch.float64, device=engine.device)
+        with torch.no_grad():
+            for batch in self._pack(sequences):
+                result, _ = engine.forward(batch, 1.0 / count, train=False)
+                total += torch.stack((result.loss, result.entropy, result.correct))
+        loss, entropy, correct = (total / count).tolist()
+        self._metrics["eval"]["entropy"].append(entropy)
+        self._metrics["eval"]["mean_token_accuracy"].append(correct)
+        return torch.tensor(loss, device=engine.device), None, None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Estimate a micro-batch's operations as SFTTrainer does, without counting the parameters each time."""
@@ -239,8 +288,12 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """Each process has its own: it sees other batches."""
         return Path(checkpoint) / f"finemill_slots_{self.args.process_index}.json"
 
-    def _send(self, batch: PackedBatch) -> PackedBatch:
-        return (batch if self._shapes is None else self._shapes.prepare(batch)).to(self._engine.device)
+    def _pack(self, sequences: list[tuple[Tensor, Tensor]]) -> list[PackedBatch]:
+        """Batches of at most the plan's tokens, on their way to the device."""
+        budget = self._plan.micro_batch or sum(ids.numel() for ids, _ in sequences)
+        batches = pack_budget(sequences, budget)
+        shapes, device = self._shapes, self._engine.device
+        return [(batch if shapes is None else shapes.prepare(batch)).to(device) for batch in batches]
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """FlatAdamW clips inside its step; its norm is reported."""
@@ -264,20 +317,51 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         lengths = [length for row in rows for length in row] if column == "seq_lengths" else list(map(len, rows))
         return int(sum(length**2 for length in lengths) // max(1, sum(lengths)))
 
+    def _adopt(self, plan: Plan, patience: int | None) -> None:
+        """Take on a plan; `patience` as `_make_plan` returns it."""
+        self._plan = plan
+        adopt_plan(self.model, plan)
+        self._runner = None if patience is None else GraphRunner(self._engine, patience)
+        if (micro_batch := plan.micro_batch) is not None:
+            step = EAGER_BUCKET if self._runner is None else max(256, micro_batch // BUCKETS_PER_BATCH)
+            self._shapes = Shapes(Buckets(step, step, micro_batch))
+
+    @property
+    def _streamed(self) -> bool:
+        """Whether the NF4 weights wait in host memory already."""
+        return self._engine.weight_stream is not None
+
     def _make_plan(self, memory_gb: float | None, use_graphs: bool | None) -> tuple[Plan, int | None]:
         """Return the plan, and how often a shape of micro-batches runs before it is captured, None without graphs."""
         engine, args = self._engine, self.args
-        longest = args.max_length or 2048
+        longest = self._longest = args.max_length or 2048
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        work = self._workload = workload_of(engine, tokens=rows * longest, row=longest, typical=self._typical_length())
         if engine.device.type != "cuda":
             return Plan.everything(len(engine.layers)), None
-        free, _ = torch.cuda.mem_get_info(engine.device)
-        card = int((free + torch.cuda.memory_allocated(engine.device)) * 0.95)
+        card = _free_bytes(engine.device)
         budget = card if memory_gb is None else int(memory_gb * 2**30)
         rates = rates_of(torch.cuda.get_device_name(engine.device))
         if engine.attention_backend(longest) == "plain":
             use_graphs = False  # it reads the boundaries on the host, which no graph can hold
-        work = workload_of(engine, tokens=rows * longest, row=longest, typical=self._typical_length())
-        plan, patience = plan_graphed_step(work, budget, card, rates=rates, use_graphs=use_graphs)
+        plan, patience = plan_graphed_step(
+            work, budget, card, rates=rates, use_graphs=use_graphs, allow_stream=True, streamed=self._streamed
+        )
         logger.info("plan: %s tokens per micro-batch, %.2f GiB", plan.micro_batch, plan.peak / 2**30)
         return plan, patience
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What this process may allocate on the card; a twentieth is left for fragments and other processes."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int((free + torch.cuda.memory_allocated(device)) * 0.95)
+
+
+def _sequences(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Token ids and labels of every sequence in a batch of the trainer's."""
+    return split_rows(batch["input_ids"], batch["labels"], batch.get("attention_mask"), batch.get("position_ids"))
+
+
+def _count_labels(sequences: list[tuple[Tensor, Tensor]]) -> int:
+    """Tokens that a loss is taken on: a sequence's first has nothing before it."""
+    return sum(int((labels[1:] != IGNORE_INDEX).sum()) for _, labels in sequences)

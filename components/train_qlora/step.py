@@ -1,10 +1,11 @@
 """Train LoRA adapters on the 4-bit base with TRL and PEFT."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from finemill.components.train_qlora.config import TrainQLoRAConfig
@@ -12,7 +13,7 @@ from finemill.components.train_qlora.rows import load_rows
 from finemill.errors import UserError
 from finemill.runtime.context import StepContext
 from finemill.training.adapter import keep_adapters_in_float32, lora_config
-from finemill.training.quantized_base import load_base
+from finemill.training.quantized_base import compute_dtype, load_base
 from finemill.training.trainer import choose_device, run_training, shared_arguments
 
 
@@ -43,13 +44,15 @@ def build_trainer(
     device: torch.device,
 ) -> SFTTrainer:
     """TRL's trainer on rows that are tokenized and labelled already."""
-    trainer = _trainer_class(config, device)(
-        model=load_base(base_model, config, device),
+    trainer_class = _trainer_class(config, device)
+    trainer = trainer_class(
+        model=_load_base(base_model, config, device),
         args=_arguments(config, scratch, device),
         train_dataset=load_rows(dataset, "train", config.max_length),
         eval_dataset=load_rows(dataset, "validation", config.max_length) if config.eval_steps else None,
         processing_class=tokenizer,
         peft_config=lora_config(config),
+        **({} if trainer_class is SFTTrainer else {"memory_gb": config.memory_gb}),
     )
     acceleration = getattr(trainer, "acceleration", None)
     if acceleration is None or not acceleration.active:
@@ -67,6 +70,26 @@ def _trainer_class(config: TrainQLoRAConfig, device: torch.device) -> Any:
     from finemill.kernels.trainer import FastSFTTrainer
 
     return FastSFTTrainer
+
+
+def _load_base(base_model: Path, config: TrainQLoRAConfig, device: torch.device) -> PreTrainedModel:
+    """Load the base on the device, or with its layers in host memory where the memory would not hold them."""
+    kernels = config.kernels != "off" and device.type == "cuda"
+    if not (kernels and config.load_in_4bit and config.bnb_4bit_quant_type == "nf4"):
+        return load_base(base_model, config, device)
+    from finemill.kernels.accelerate import FAMILIES
+    from finemill.kernels.planning.workload import workload_of_config
+    from finemill.kernels.streamed import load_streamed
+
+    model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    limit = torch.cuda.mem_get_info(device)[0] if config.memory_gb is None else config.memory_gb * 2**30
+    if model.get("model_type") in FAMILIES:
+        row = config.max_length
+        work = workload_of_config(model, rank=config.lora_r, quantized=True, tokens=row, row=row)
+        if work.loading_bytes() > limit:
+            dtype, double_quant = compute_dtype(config, device), config.bnb_4bit_use_double_quant
+            return load_streamed(base_model, device=device, dtype=dtype, double_quant=double_quant)
+    return load_base(base_model, config, device)
 
 
 def _arguments(config: TrainQLoRAConfig, scratch: Path, device: torch.device) -> SFTConfig:

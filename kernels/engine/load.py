@@ -12,7 +12,7 @@ import json
 import math
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from finemill.kernels.engine.adapters import LoraPair
 from finemill.kernels.engine.host_memory import pin
-from finemill.kernels.engine.model import GROUPS, FastModel, LayerParts, assemble_model
+from finemill.kernels.engine.model import LINEARS, FastModel, LayerParts, assemble_model
 from finemill.kernels.engine.plan import LayerShape
 from finemill.kernels.ops.nf4 import NF4Tensor
 
@@ -30,7 +30,6 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 READERS = 6
 IN_FLIGHT = 12
 """Tensors read ahead; with 8B's widest matrices about 1.2 GB of pinned memory."""
-LINEARS = tuple(name for group in GROUPS for name in group)
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def load_model(
         config["rms_norm_eps"],
     )
     found: dict[str, NF4Tensor | Tensor] = {}
-    for name, tensor in _stream_tensors(path, device):
+    for name, tensor in stream_tensors(path, device):
         linear = quantize and name.endswith("_proj.weight")
         if linear:
             found[name] = quantize_nf4(tensor.to(dtype))
@@ -192,11 +191,19 @@ def _entries(path: Path) -> dict[str, _Entry]:
     return found
 
 
-def _stream_tensors(path: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor on the device), read by threads a few tensors ahead."""
+def stream_tensors(
+    path: Path, device: torch.device, *, order: Callable[[str], Any] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor on the device) of a checkpoint, read by threads a few tensors ahead.
+
+    Args:
+        path: folder with safetensors files.
+        device: where the tensors go.
+        order: key by which names are sorted; the order of the files by default. Threads may change it a little.
+    """
     entries = _entries(path)
     wanted: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    for name in [*entries, *([None] * READERS)]:
+    for name in [*(entries if order is None else sorted(entries, key=order)), *([None] * READERS)]:
         wanted.put(name)
     ready: queue.Queue[tuple[str, Tensor] | BaseException] = queue.Queue(IN_FLIGHT)
     cuda = device.type == "cuda"

@@ -28,6 +28,7 @@ from finemill.kernels.ops.packing import PackedBatch
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """The seven linear layers by the input they share, under transformers' names."""
+LINEARS = tuple(name for group in GROUPS for name in group)
 
 
 @dataclass
@@ -73,6 +74,7 @@ class FastModel:
         adapters: flat LoRA tensors.
         plan: what to keep, where; see planner.py.
         arena: host memory for what the plan parks; made when it is needed.
+        weight_stream: brings NF4 weights from host memory; None while they are on the device.
     """
 
     layers: list[DecoderLayer]
@@ -85,9 +87,9 @@ class FastModel:
     plan: Plan
     dropout_seed: Tensor | None = None
     arena: HostArena | None = None
+    weight_stream: WeightStream | None = None
     _tables: tuple[Tensor, Tensor] | None = None
     _scratch: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    _stream: WeightStream | None = None
 
     @property
     def device(self) -> torch.device:
@@ -117,19 +119,19 @@ class FastModel:
                     group.drop_cache()
         if plan.cached_layers == len(self.layers):
             self._scratch.clear()
-        if plan.stream_weights and self._stream is None:
-            self._stream_weights()
+        if plan.stream_weights and self.weight_stream is None:
+            self.stream_weights()
         self.arena = begin_arena(plan, self.device, self.arena)
 
-    def _stream_weights(self) -> None:
-        """Move the NF4 weights to host memory, for good; needs a model that nothing else holds the weights of."""
+    def stream_weights(self) -> None:
+        """Move the NF4 weights to host memory; their memory on the device is free when nothing else holds it."""
         weights = [[w for group in layer.projections for w in group.weights] for layer in self.layers]
         quantized = [[w for w in layer if isinstance(w, NF4Tensor)] for layer in weights]
         if quantized != weights:
             raise ValueError("only NF4 weights are streamed: this base is not quantized")
-        self._stream = WeightStream(quantized, self.device)
+        self.weight_stream = WeightStream(quantized[0], len(self.layers), self.device)
         for index, layer in enumerate(self.layers):
-            views = iter(self._stream.views(index, quantized[index]))
+            views = iter(self.weight_stream.put(index, quantized[index]))
             for group in layer.projections:
                 group.weights = [next(views) for _ in group.weights]
 
@@ -157,8 +159,8 @@ class FastModel:
         parked: list[dict[str, Any]] = []
         if train and any(level is not None for level in self.plan.host_levels):
             self._arena_for(batch).reset()
-        if self._stream is not None:
-            self._stream.begin()
+        if self.weight_stream is not None:
+            self.weight_stream.begin()
         for index, layer in enumerate(self.layers):
             self._fetch_weights(index, index + 1)
             for group in layer.projections:  # here and not all at first: the device would wait for the launches
@@ -217,6 +219,11 @@ class FastModel:
         self.backward(state)
         return result
 
+    def abandon(self) -> None:
+        """Release what a pass that failed half-way left in flight."""
+        if self.arena is not None:
+            self.arena.drain()
+
     def rehearse_attention(self, batch: PackedBatch, scale: Tensor | float) -> None:
         """Have attention's kernels and plans ready for a batch: run both passes on one layer of each kind alone.
 
@@ -224,7 +231,7 @@ class FastModel:
             batch: on this device.
             scale: factor of the gradient, zero to leave it as it is.
         """
-        if self._stream is not None:
+        if self.weight_stream is not None:
             self.loss_and_grad(batch, scale)
             return
         self._rope(batch)
@@ -238,9 +245,9 @@ class FastModel:
 
     def _fetch_weights(self, now: int, then: int) -> None:
         """Have one layer's streamed weights on the device, and the next one's on their way."""
-        if self._stream is not None:
-            self._stream.wait(now)
-            self._stream.prefetch(then)
+        if self.weight_stream is not None:
+            self.weight_stream.wait(now)
+            self.weight_stream.prefetch(then)
 
     def _rope(self, batch: PackedBatch) -> Rope:
         needed = batch.sequences.max_length

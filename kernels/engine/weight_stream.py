@@ -20,41 +20,45 @@ class WeightStream:
     """Host blocks and device slots of a model's layers.
 
     Args:
-        layers: the NF4 weights of each layer, in one order and of the same shapes in all layers.
-        device: where they are needed.
+        like: the NF4 weights of one layer; those of all others have the same shapes in the same order.
+        num_layers: how many there will be.
+        device: where they are needed. On a CPU a copy is done when it is asked for.
     """
 
-    def __init__(self, layers: Sequence[Sequence[NF4Tensor]], device: torch.device) -> None:
+    def __init__(self, like: Sequence[NF4Tensor], num_layers: int, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ranges: list[list[tuple[int, int]]] = []
         size = 0
-        for weight in layers[0]:
+        for weight in like:
             ranges = []
             for tensor in _streamed(weight):
                 ranges.append((size, size + tensor.nbytes))
                 size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
             self._ranges.append(ranges)
-        self._blocks = [pinned_bytes(size) for _ in layers]
-        for block, weights in zip(self._blocks, layers, strict=True):
-            for weight, ranges in zip(weights, self._ranges, strict=True):
-                for tensor, (begin, end) in zip(_streamed(weight), ranges, strict=True):
-                    block[begin:end].view(tensor.dtype).copy_(tensor.reshape(-1))
+        self._size = size
+        self._blocks: list[Tensor | None] = [None] * num_layers
         self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self._ready: list[torch.cuda.Event | None] = [None, None]
         self._holds: list[int | None] = [None, None]
 
-    def views(self, layer: int, weights: Sequence[NF4Tensor]) -> list[NF4Tensor]:
-        """Return a layer's weights as views of the slot it will visit."""
-        slot = self._slots[layer % 2]
-        found = []
+    def put(self, layer: int, weights: Sequence[NF4Tensor]) -> list[NF4Tensor]:
+        """Copy a layer's weights to the host. Returns: the same weights as views of the slot they will visit."""
+        block = pinned_bytes(self._size)
         for weight, ranges in zip(weights, self._ranges, strict=True):
-            packed, absmax, *nested = (
-                slot[begin:end].view(tensor.dtype)
-                for tensor, (begin, end) in zip(_streamed(weight), ranges, strict=True)
-            )
-            found.append(replace(weight, packed=packed, absmax=absmax, nested_absmax=nested[0] if nested else None))
-        return found
+            for tensor, (begin, end) in zip(_streamed(weight), ranges, strict=True):
+                block[begin:end].view(tensor.dtype).copy_(tensor.reshape(-1))
+        self._blocks[layer] = block
+        return self._views(self._slots[layer % 2], weights)
+
+    def take(self, layer: int, weights: Sequence[NF4Tensor]) -> list[NF4Tensor]:
+        """Return a layer's weights as tensors of their own on the device, from what `put` returned."""
+        block = self._block(layer).to(self.device)
+        return [
+            replace(weight, packed=weight.packed.clone(), absmax=weight.absmax.clone(), nested_absmax=nested)
+            for weight in self._views(block, weights)
+            for nested in [None if weight.nested_absmax is None else weight.nested_absmax.clone()]
+        ]
 
     def begin(self) -> None:
         """Forget what the slots hold: a captured graph must copy everything it uses itself."""
@@ -64,19 +68,38 @@ class WeightStream:
         """Start copying a layer into its slot, after everything enqueued so far (the slot's last readers)."""
         if not 0 <= layer < len(self._blocks) or self._holds[layer % 2] == layer:
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            self._slots[layer % 2].copy_(self._blocks[layer], non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self._stream)
-        self._ready[layer % 2], self._holds[layer % 2] = event, layer
+        slot, block = self._slots[layer % 2], self._block(layer)
+        if self._stream is None:
+            slot.copy_(block)
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                slot.copy_(block, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record(self._stream)
+            self._ready[layer % 2] = event
+        self._holds[layer % 2] = layer
 
     def wait(self, layer: int) -> None:
         """Let the device wait for a layer's copy."""
         self.prefetch(layer)
-        event = self._ready[layer % 2]
-        assert event is not None
-        torch.cuda.current_stream(self.device).wait_event(event)
+        if (event := self._ready[layer % 2]) is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    def _block(self, layer: int) -> Tensor:
+        block = self._blocks[layer]
+        assert block is not None
+        return block
+
+    def _views(self, memory: Tensor, weights: Sequence[NF4Tensor]) -> list[NF4Tensor]:
+        found = []
+        for weight, ranges in zip(weights, self._ranges, strict=True):
+            packed, absmax, *nested = (
+                memory[begin:end].view(tensor.dtype)
+                for tensor, (begin, end) in zip(_streamed(weight), ranges, strict=True)
+            )
+            found.append(replace(weight, packed=packed, absmax=absmax, nested_absmax=nested[0] if nested else None))
+        return found
 
 
 def _streamed(weight: NF4Tensor) -> list[Tensor]:

@@ -10,12 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finemill.kernels.engine.plan import LayerShape, Plan
-from finemill.kernels.ops import attention_fa4
+from finemill.kernels.engine.plan import Plan
 from finemill.kernels.planning.model_shapes import SHAPES
 from finemill.kernels.planning.planner import plan_step, workload_under
 from finemill.kernels.planning.rates import RATES
-from finemill.kernels.planning.workload import Workload
+from finemill.kernels.planning.workload import Workload, workload_of_config
 
 DEFAULT_MEMORY_GB = 80.0
 
@@ -63,28 +62,8 @@ def workload(model: str, *, rank: int, quantized: bool, rows: int, row: int) -> 
         row: tokens per row.
     Raises: EstimateError: neither a known name nor such a folder, or a configuration without the usual fields.
     """
-    config = _config(model)
     try:
-        heads = config["num_attention_heads"]
-        shape = LayerShape(
-            hidden=config["hidden_size"],
-            intermediate=config["intermediate_size"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads", heads),
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            eps=config["rms_norm_eps"],
-        )
-        return Workload(
-            shape=shape,
-            num_layers=config["num_hidden_layers"],
-            vocabulary=config["vocab_size"],
-            tied=config.get("tie_word_embeddings", False),
-            rank=rank,
-            quantized=quantized,
-            tokens=rows * row,
-            row=row,
-            fa4=attention_fa4.suits(row, shape.head_dim),
-        )
+        return workload_of_config(_config(model), rank=rank, quantized=quantized, tokens=rows * row, row=row)
     except KeyError as error:
         raise EstimateError(
             f"config.json of {model} has no {error}: estimates cover Llama, Mistral and Qwen decoders"

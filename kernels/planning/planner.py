@@ -122,6 +122,7 @@ def plan_step(
     rates: Rates | None = None,
     allow_host: bool = True,
     allow_stream: bool = False,
+    streamed: bool = False,
 ) -> Plan:
     """Choose micro-batch size, levels, host share and kept weights for one optimizer step.
 
@@ -130,17 +131,19 @@ def plan_step(
         budget: bytes of device memory the step may allocate at its peak.
         rates: of the device.
         allow_host: whether activations may be parked in host memory.
-        allow_stream: whether the NF4 weights may be, too (the loader must own them: load.py).
+        allow_stream: whether the NF4 weights may wait there, too.
+        streamed: whether they do already.
     Returns: the plan with the least predicted time.
     Raises: ValueError: not even the leanest plan fits; the message gives its size.
     """
     rates, budget = rates or Rates(), int(budget * MARGIN)
+    streams = (True,) if streamed else (False, True) if allow_stream and work.quantized else (False,)
     rows = max(1, work.tokens // work.row)
 
     def candidates(heads: Sequence[int], micro_batches: Sequence[int]) -> list[Plan]:
         return [
             candidate
-            for variant in _variants(work, heads, allow_host=allow_host, allow_stream=allow_stream)
+            for variant in _variants(work, heads, streams, allow_host=allow_host)
             for tokens in micro_batches
             for candidate in _candidates(variant, budget, rates, tokens, allow_host=allow_host)
         ]
@@ -164,7 +167,14 @@ def plan_step(
 
 
 def plan_graphed_step(
-    work: Workload, budget: int, card: int, *, rates: Rates | None = None, use_graphs: bool | None = None
+    work: Workload,
+    budget: int,
+    card: int,
+    *,
+    rates: Rates | None = None,
+    use_graphs: bool | None = None,
+    allow_stream: bool = False,
+    streamed: bool = False,
 ) -> tuple[Plan, int | None]:
     """Choose a plan for batches of many shapes, and whether they run as CUDA graphs.
 
@@ -176,10 +186,12 @@ def plan_graphed_step(
         card: bytes the whole process may take on the card.
         rates: of the device.
         use_graphs: None where launches would dominate at once, and elsewhere for shapes that come often.
+        allow_stream: whether the NF4 weights may wait in host memory.
+        streamed: whether they do already.
     Returns: the plan, and how often a shape runs before it is captured; None without graphs.
     Raises: ValueError: no plan fits, as `plan_step`.
     """
-    plan = plan_step(work, budget, rates=rates)
+    plan = plan_step(work, budget, rates=rates, allow_stream=allow_stream, streamed=streamed)
     if use_graphs is False:
         return plan, None
     patience = 0 if use_graphs or launch_bound(plan, work) else PATIENCE
@@ -188,19 +200,20 @@ def plan_graphed_step(
         if patience:
             return plan, None
         try:
-            plan = plan_step(work, min(budget, (resting + card) // 2), rates=rates)
+            plan = plan_step(
+                work, min(budget, (resting + card) // 2), rates=rates, allow_stream=allow_stream, streamed=streamed
+            )
         except ValueError:
             return plan, None
     return plan, patience
 
 
-def _variants(work: Workload, heads: Sequence[int], *, allow_host: bool, allow_stream: bool) -> list[Workload]:
+def _variants(work: Workload, heads: Sequence[int], streams: Sequence[bool], *, allow_host: bool) -> list[Workload]:
     """The workload with fp32 or 8-bit moments, embedding and base on the device or the host, so many key heads at once.
 
     Simplest first.
     """
     places = (False, True) if allow_host and not work.tied else (False,)
-    streams = (False, True) if allow_stream and work.quantized else (False,)
     return [
         replace(work, optimizer_bytes=size, embedding_on_host=place, stream_weights=stream, key_heads=number)
         for stream in streams

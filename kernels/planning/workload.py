@@ -3,8 +3,10 @@
 All sizes are bytes, as `torch.cuda.max_memory_allocated` counts them; names of tensors are decoder_layer.py's.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from finemill.kernels.engine.plan import LayerShape, Level
 from finemill.kernels.engine.projection import PAD
@@ -143,6 +145,13 @@ class Workload:
         adapters = int(self.adapter_elements * (8 + self.optimizer_bytes))
         return tables + base + norms + adapters + CUBLAS_WORKSPACE + SMALL_TENSORS
 
+    def loading_bytes(self) -> int:
+        """What loading the whole base onto the device takes: all of it, and a matrix on its way from 16 bits to NF4."""
+        s = self.shape
+        tables = 2 * self.vocabulary * s.hidden * (1 if self.tied else 2)
+        base = self.num_layers * (self.nf4_bytes if self.quantized else 2 * self.layer_weights)
+        return tables + base + 4 * s.hidden * s.intermediate
+
     @property
     def widths(self) -> dict[str, int]:
         """Bytes per token of what a layer computes, under the names of decoder_layer.py."""
@@ -190,6 +199,43 @@ class Workload:
         # Two inputs and a gradient of 7/8 of the rows, at most, in place of one normed tensor of all.
         gathered = 5 * t["x"] // 2 if self.ragged else 0
         return 2 * t["x"] + gathered + 16 * tokens + max(t["grad"], block_bytes(2 * chunk * self.vocabulary))
+
+
+def workload_of_config(
+    config: Mapping[str, Any], *, rank: int, quantized: bool, tokens: int, row: int, ragged: bool = False
+) -> Workload:
+    """Describe a model and a step to the planner, from a Hugging Face configuration.
+
+    Args:
+        config: config.json of a decoder of the Llama family.
+        rank: LoRA rank of all seven linear layers.
+        quantized: NF4 base.
+        tokens: per optimizer step.
+        row: tokens per row.
+        ragged: as in `Workload`.
+    Raises: KeyError: the configuration lacks a field.
+    """
+    heads = config["num_attention_heads"]
+    shape = LayerShape(
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads", heads),
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        eps=config["rms_norm_eps"],
+    )
+    return Workload(
+        shape=shape,
+        num_layers=config["num_hidden_layers"],
+        vocabulary=config["vocab_size"],
+        tied=config.get("tie_word_embeddings", False),
+        rank=rank,
+        quantized=quantized,
+        tokens=tokens,
+        row=row,
+        ragged=ragged,
+        fa4=attention_fa4.suits(row, shape.head_dim),
+    )
 
 
 @lru_cache

@@ -1,5 +1,9 @@
 """FastSFTTrainer logs what SFTTrainer logs, step by step, on packed, padded and accumulated batches."""
 
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,7 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from trl import SFTConfig, SFTTrainer
 
 from finemill.kernels.accelerate import restore_model
+from finemill.kernels.engine.loss_head import HeadResult
+from finemill.kernels.engine.model import FastModel
 from finemill.kernels.engine.shapes import Buckets, Shapes
+from finemill.kernels.ops.packing import PackedBatch
 from finemill.kernels.trainer import FastSFTTrainer
 
 pytestmark = [
@@ -219,6 +226,50 @@ def test_a_resumed_training_is_the_uninterrupted_one(lora, tmp_path):
     expected = adapters(whole)
     for name, value in adapters(resumed).items():
         assert torch.equal(value, expected[name]), name
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, passes: set[int]) -> None:
+    """Run out of memory in the passes of these numbers, after the gradient has changed."""
+    count = itertools.count()
+    run = FastModel.loss_and_grad
+
+    def short_of_memory(self: FastModel, batch: PackedBatch, scale: torch.Tensor | float) -> HeadResult:
+        result = run(self, batch, scale)
+        if next(count) in passes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    monkeypatch.setattr(FastModel, "loss_and_grad", short_of_memory)
+
+
+def with_micro_batches(trainer: FastSFTTrainer, tokens: int) -> FastSFTTrainer:
+    trainer._adopt(replace(trainer._plan, micro_batch=tokens, peak=1 << 40), None)
+    return trainer
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"per_device_train_batch_size": 8, "max_steps": 3}
+    calm = with_micro_batches(make_trainer(FastSFTTrainer, tmp_path, **settings), 256)
+    calm.train()
+    # In the second step's only pass, then in a pass behind the first one.
+    fail_at(monkeypatch, {1, 4})
+    pressed = with_micro_batches(make_trainer(FastSFTTrainer, tmp_path, **settings), 256)
+    pressed.train()
+    assert pressed._plan.micro_batch == 64
+    assert [record.getMessage() for record in caplog.records if "out of memory" in record.getMessage()] == [
+        "out of memory: micro-batches of 128 tokens instead of 256 from here on",
+        "out of memory: micro-batches of 64 tokens instead of 128 from here on",
+    ]
+    torch.testing.assert_close(history(pressed), history(calm), rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_that_does_not_fit_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at(monkeypatch, set(range(9)))
+    trainer = with_micro_batches(make_trainer(FastSFTTrainer, tmp_path), 64)
+    with pytest.raises(torch.OutOfMemoryError, match="micro-batches of 32 tokens, and a row may have 32"):
+        trainer.train()
 
 
 def test_dropout_follows_the_seed(tmp_path):

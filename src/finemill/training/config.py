@@ -10,7 +10,7 @@ from finemill.config import StepConfig
 class LoRATrainingConfig(StepConfig):
     """LoRA adapters on a 4-bit base: what is adapted, how it is quantized, and the training schedule."""
 
-    not_in_key: ClassVar[frozenset[str]] = frozenset({"resume", "save_steps", "save_total_limit"})
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"memory_gb", "resume", "save_steps", "save_total_limit"})
 
     sequences_per_row: ClassVar[int] = 1
     """Sequences that one row of a batch is."""
@@ -41,6 +41,10 @@ class LoRATrainingConfig(StepConfig):
 
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Dtype of the matrix products; auto is bfloat16 on GPUs that have it, float16 on older ones, float32 on a CPU."""
+
+    memory_gb: float | None = Field(default=None, gt=0)
+    """GiB of GPU memory that training may allocate; all that is free by default. On finemill's kernels it decides what
+    is recomputed, what waits in host memory, and how large micro-batches are: speed, never the global batch."""
 
     num_train_epochs: float = Field(default=1.0, gt=0)
     """Passes over the training rows."""

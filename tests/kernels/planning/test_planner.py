@@ -238,3 +238,18 @@ def test_small_steps_are_bound_by_launches_and_large_ones_are_not():
     small, large = step("qwen3-0.6b", row=256), step()
     assert launch_bound(plan_step(small, 20 * GIB), small)
     assert not launch_bound(plan_step(large, 135 * GIB), large)
+
+
+def test_weights_that_wait_in_host_memory_stay_there() -> None:
+    assert plan_step(step(), 80 * GIB, streamed=True).stream_weights
+    plan, _ = plan_graphed_step(step(), 80 * GIB, 90 * GIB, streamed=True)
+    assert plan.stream_weights
+    assert plan.cached_layers == 0
+
+
+def test_loading_takes_the_base_and_a_matrix_on_its_way() -> None:
+    work = step("qwen3-8b")
+    tables = 2 * 2 * work.vocabulary * work.shape.hidden
+    assert work.loading_bytes() - tables == pytest.approx(work.num_layers * work.nf4_bytes, rel=0.06)
+    assert work.loading_bytes() < replace(work, quantized=False).loading_bytes()
+    assert work.loading_bytes() - replace(work, tied=True).loading_bytes() == tables // 2

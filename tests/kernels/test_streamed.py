@@ -1,0 +1,144 @@
+"""A base whose NF4 weights wait in host memory computes what one on the device does, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
+
+from finemill.kernels.accelerate import UnsupportedModelError, accelerate_model, restore_model
+from finemill.kernels.streamed import load_streamed, quantized_linears, weight_stream_of
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five layers: an odd number, so that both slots are the last one's in turn."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=96,
+        tie_word_embeddings=True,
+    )
+    folder = tmp_path_factory.mktemp("checkpoint")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 96, (3, 17), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def resident(path: Path, *, double_quant: bool = True) -> Any:
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, device_map={"": DEVICE}, quantization_config=quantization
+    )
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False
+    return model.eval()
+
+
+def streamed(path: Path, **settings: Any) -> Any:
+    model = load_streamed(path, device=DEVICE, dtype=torch.float32, **settings)
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def adapted(model: Any) -> Any:
+    torch.manual_seed(2)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.train()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_own_forward_and_generation_are_those_of_a_resident_base(
+    checkpoint: Path, batch: dict[str, torch.Tensor], double_quant: bool
+) -> None:
+    ours = streamed(checkpoint, double_quant=double_quant)
+    theirs = resident(checkpoint, double_quant=double_quant)
+    assert weight_stream_of(ours) is not None
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(ours(**batch).logits, theirs(**batch).logits)
+        prompt = batch["input_ids"][:1]
+        settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        assert torch.equal(ours.generate(prompt, **settings), theirs.generate(prompt, **settings))
+
+
+def test_gradients_are_those_of_a_resident_base(checkpoint: Path, batch: dict[str, torch.Tensor]) -> None:
+    losses, grads = [], []
+    for base in (streamed(checkpoint), resident(checkpoint)):
+        model = adapted(base)
+        assert accelerate_model(model).active
+        loss, grad = gradients(model, batch)
+        losses.append(loss)
+        grads.append(grad)
+    assert torch.equal(*losses)
+    assert all(map(torch.equal, *grads))
+
+
+def test_two_layers_are_on_the_device(checkpoint: Path) -> None:
+    layers = [quantized_linears(layer) for layer in streamed(checkpoint).model.layers]
+    places = {linear.weight.data_ptr() for layer in layers for linear in layer}
+    assert len(places) == 2 * len(layers[0])
+
+
+def test_restoring_brings_the_weights_back(checkpoint: Path, batch: dict[str, torch.Tensor]) -> None:
+    model = adapted(streamed(checkpoint))
+    accelerate_model(model)
+    restore_model(model)
+    assert weight_stream_of(model.get_base_model()) is None
+    loss, grad = gradients(model, batch)
+    expected_loss, expected = gradients(adapted(resident(checkpoint)), batch)
+    assert torch.equal(loss, expected_loss)
+    assert all(map(torch.equal, grad, expected))
+
+
+def test_a_forward_that_only_the_model_itself_could_train_is_refused(
+    checkpoint: Path, batch: dict[str, torch.Tensor]
+) -> None:
+    model = adapted(streamed(checkpoint))
+    accelerate_model(model)
+    model.train()
+    with pytest.raises(UnsupportedModelError, match="waits in host memory"):
+        model(**batch, output_hidden_states=True)
+
+
+def test_a_checkpoint_without_a_tensor_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks \d+ tensors, model\.layers\.3\.mlp"):
+        streamed(tmp_path)
