@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from finemill.artifacts.dataset import IGNORE_INDEX, DatasetRow
 from finemill.artifacts.rows import PreparedRow
 from finemill.components.chat_format.config import ChatFormatConfig
+from finemill.components.chat_format.document import document_text, is_rendered_chat
 from finemill.components.chat_format.mask import (
     Rendered,
     Turn,
@@ -19,10 +20,11 @@ from finemill.components.chat_format.mask import (
     render_turns,
     without_broken,
 )
-from finemill.components.chat_format.messages import Conversation, DroppedRowError, Message, to_conversation
+from finemill.components.chat_format.messages import Conversation, Message, to_conversation
 from finemill.components.chat_format.template import BROKEN, ChatTemplate
 from finemill.components.chat_format.tokenize import ChatTokenizer, Tokens, check_characters
-from finemill.errors import UserError
+from finemill.rows.reasons import DroppedRowError
+from finemill.rows.thinking import thinking_of, with_thinking, without_thinking
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,15 @@ class Draft:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Token ids and labels of a conversation, both of length T; `truncated` if it was cut at the longest length."""
+    """Token ids and labels of a conversation, both of length T.
+
+    `ends` says of each learned span whether its last character's token is learned; `truncated`, whether the
+    conversation was cut at the longest length.
+    """
 
     input_ids: list[int]
     labels: NDArray[np.int32]
+    ends: list[bool]
     truncated: bool
 
 
@@ -81,6 +88,12 @@ class Example:
     def labels(self) -> NDArray[np.int32]:
         """Labels, shape (T,)."""
         return self.chosen.labels
+
+    @property
+    def end_tokens(self) -> list[str | None]:
+        """The end-of-turn token of each learned turn, None where none is learned."""
+        turns = zip(self.draft.turns, self.chosen.ends, strict=True) if self.draft.turns else ()
+        return [turn.end_token if learned else None for turn, learned in turns]
 
     @property
     def truncated(self) -> bool:
@@ -130,6 +143,7 @@ class Formatter:
     """What all rows share: tokenizer, template, configuration."""
 
     def __init__(self, tokenizer: ChatTokenizer, template: ChatTemplate, config: ChatFormatConfig) -> None:
+        tokenizer.add_roles(template.plain_chat)
         self.tokenizer = tokenizer
         self._template = template
         self._config = config
@@ -144,6 +158,8 @@ class Formatter:
             return [self._draft_text(record, conversation, conversation.text)]
         messages = self._template.prepare(self._with_system(self._thinking(conversation.messages)))
         check_characters(json.dumps([messages, conversation.tools], ensure_ascii=False))
+        if any(message["role"] != "assistant" and is_rendered_chat(message["content"]) for message in messages):
+            raise DroppedRowError("rendered_chat")
         if conversation.tools and not self._template.takes_tools:
             raise DroppedRowError("template_without_tools")
         rendered = self._render(messages, conversation)
@@ -158,11 +174,8 @@ class Formatter:
 
     def _draft_text(self, record: PreparedRow, conversation: Conversation, text: str) -> Draft:
         """A document for continued pre-training: everything is learned, the end-of-text token too."""
-        check_characters(text)
-        end = self.tokenizer.eos_token
-        if end is None:
-            raise UserError("the base model's tokenizer_config.json names no eos_token, which must end every text row")
-        text = self.tokenizer.break_control_tokens(text) + end
+        parsed = self._config.rendered_text == "tokens"
+        text = document_text(text, self.tokenizer, read_control_tokens=parsed)
         plain = text.replace(BROKEN, "")
         return Draft(record, conversation, [], {}, text, "", plain, None, [(0, len(plain))], ())
 
@@ -179,10 +192,12 @@ class Formatter:
             return in_place, []
         for turn in rendered.turns[:-1]:
             alone = self._render(messages[: turn.message + 1], conversation)
-            same = rendered.text.startswith(alone.text[: alone.turns[-1].end])
-            if turn.complete and (same or self._config.rewritten_turns == "in_place"):
+            last = alone.turns[-1]
+            if last.complete and rendered.text.startswith(alone.text[: last.end]):
+                in_place.append(last)
+            elif turn.complete and self._config.rewritten_turns == "in_place":
                 in_place.append(turn)
-            elif alone.turns[-1].complete and self._config.rewritten_turns == "unroll":
+            elif last.complete and self._config.rewritten_turns == "unroll":
                 rewritten.append(turn.message)
         return sorted(in_place, key=lambda turn: turn.start), rewritten
 
@@ -224,9 +239,11 @@ class Formatter:
         return Rejected(rendered.text, _last_answer(rendered), _spans(rendered, rendered.turns[-1:]))
 
     def _thinking(self, messages: list[Message]) -> list[Message]:
-        if self._config.enable_thinking is not False:
-            return messages
-        return [{key: value for key, value in m.items() if key != "reasoning_content"} for m in messages]
+        if self._config.enable_thinking is False:
+            return [without_thinking(message) for message in messages]
+        if self._config.enable_thinking is True and self._template.opens_thinking:
+            return [with_thinking(message) for message in messages]
+        return messages
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         if self._config.system_prompt is None or messages[0]["role"] == "system":
@@ -240,9 +257,9 @@ class Formatter:
         thinking = self._config.enable_thinking
         if thinking == "mixed":
             last_question = max(number for number, message in enumerate(messages) if message["role"] == "user")
-            field = self._template.reasoning_field or "reasoning_content"
-            thinking = any(message.get(field) for message in messages[last_question:])
-            thinking |= bool(conversation.rejected and conversation.rejected.get("reasoning_content"))
+            answers = [m for m in messages[last_question:] if m["role"] == "assistant"]
+            thinking = any(map(self._template.thinking_of, answers))
+            thinking |= bool(conversation.rejected and thinking_of(conversation.rejected))
         return {"enable_thinking": thinking, **self._config.chat_template_kwargs}
 
     def finish(self, draft: Draft, tokens: Tokens | None, rejected_tokens: Tokens | None) -> Example:
@@ -265,7 +282,9 @@ class Formatter:
             input_ids, labels = input_ids[:limit], labels[:limit]
         if (labels == IGNORE_INDEX).all():
             raise DroppedRowError("too_long" if truncated else "template_removes_thinking")
-        return Labelled(input_ids, labels, truncated)
+        last_tokens = np.searchsorted(tokens.offsets[:, 0], [end for _, end in spans]) - 1
+        ends = [bool(last < len(labels) and labels[last] != IGNORE_INDEX) for last in last_tokens]
+        return Labelled(input_ids, labels, ends, truncated)
 
 
 def _spans(rendered: Rendered, learned: Sequence[Turn]) -> list[tuple[int, int]]:

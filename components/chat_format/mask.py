@@ -3,16 +3,21 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finemill.artifacts.dataset import IGNORE_INDEX
-from finemill.components.chat_format.messages import DroppedRowError, Message
+from finemill.components.chat_format.messages import Message
 from finemill.components.chat_format.template import BROKEN, MARK_CLOSE, MARK_OPEN, ChatTemplate
+from finemill.rows.reasons import DroppedRowError
+from finemill.rows.thinking import split_thinking
 
 _MARK = re.compile(f"{MARK_OPEN}(\\w+){MARK_CLOSE}")
+_OPENS_THINKING = re.compile(r"<think>\s*\Z")
+_EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,10 @@ def render_turns(
 ) -> Rendered:
     """Render a conversation that ends with an assistant turn, and find what the model must produce.
 
-    A turn begins where the generation prompt ends, or where a `{% generation %}` block begins if that is later, and
-    ends with its last control token: line breaks after that belong to the template.
+    The last turn always follows the prompt that the model gets: where the template writes the conversation before it
+    otherwise once it is answered, the text is that prompt and the turn. A turn begins where the generation prompt ends,
+    or where a `{% generation %}` block begins if that is later, and ends with its last control token: line breaks after
+    that belong to the template.
 
     Args:
         template: the chat template.
@@ -55,18 +62,52 @@ def render_turns(
         control: matches the tokenizer's control tokens.
     Raises: DroppedRowError: the template refuses the conversation, or does not show a turn as it is.
     """
-    text = template.render(messages, tools, kwargs)
-    prompt = template.render(messages[:-1], tools, kwargs, prompt=True)
-    unmarked, chunks = _find_chunks(template.render_marked(messages, tools, kwargs))
-    if unmarked != text:
+    text, chunks = _find_chunks(template.render_marked(messages, tools, kwargs))
+    if text != template.render(messages, tools, kwargs):
         raise DroppedRowError("template_cannot_be_marked")
     numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if any(number not in chunks for number in numbers):
         raise DroppedRowError("template_without_loop_over_messages")
+    prompt = template.render(messages[:-1], tools, kwargs, prompt=True)
     last = chunks[numbers[-1]]
-    header = prompt[last.start :] if prompt.startswith(text[: last.start]) else ""
+    if text.startswith(prompt):
+        header = prompt[last.start :]
+    else:
+        header = _generation_prompt(template, messages, tools, kwargs, prompt)
+        answer = _after_prompt(text[last.start : last.end], header, messages[-1], template, control)
+        unmarked, chunks = _find_chunks(template.render_marked(messages[:-1], tools, kwargs, prompt=True))
+        if unmarked != prompt:
+            raise DroppedRowError("template_cannot_be_marked")
+        text = prompt + answer
+        chunks[numbers[-1]] = _Chunk(len(prompt) - len(header), len(text))
     turns = [_find_turn(text, chunks[number], header, number, messages[number], control) for number in numbers]
     return Rendered(text, prompt, [_mark_complete(turn, text, messages, template) for turn in turns])
+
+
+def _generation_prompt(
+    template: ChatTemplate, messages: list[Message], tools: Any, kwargs: Mapping[str, Any], prompt: str
+) -> str:
+    """What `add_generation_prompt` puts after the conversation."""
+    without = template.render(messages[:-1], tools, kwargs)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, without, strict=False)))
+    return prompt[shared:]
+
+
+def _after_prompt(written: str, header: str, message: Message, template: ChatTemplate, control: re.Pattern[str]) -> str:
+    """What the template wrote for the last message, as the model must produce it after the generation prompt.
+
+    Raises: DroppedRowError: the generation prompt is not what stands before the answer.
+    """
+    shared = _shared_header(written, header, control)
+    missing, answer = header[shared:], written[shared:]
+    if _OPENS_THINKING.search(missing):
+        reasoning = template.thinking_of(message)
+        if reasoning is None:
+            raise DroppedRowError("prompt_opens_thinking")
+        return f"{reasoning}\n</think>\n\n{answer.lstrip()}"
+    if missing and not _EMPTY_THINKING.fullmatch(missing):
+        raise DroppedRowError("template_changes_prompt")
+    return answer
 
 
 @dataclass(frozen=True)
@@ -101,11 +142,10 @@ def _find_chunks(marked: str) -> tuple[str, dict[int, _Chunk]]:
 def _find_turn(text: str, chunk: _Chunk, header: str, number: int, message: Message, control: re.Pattern[str]) -> Turn:
     header_end = chunk.start + _shared_header(text[chunk.start : chunk.end], header, control)
     start = max(header_end, chunk.block_start)
-    _check_shown(text[chunk.start : chunk.end], message)
+    content = _shown_content(text[chunk.start : chunk.end], message)
     if message.get("tool_calls"):
         said = max((match.start() for match in control.finditer(text, start, chunk.end)), default=start)
     else:
-        content = message["content"].strip()
         said = text.rindex(content, chunk.start, chunk.end) + len(content)
     # Adjoining control tokens all end the turn; one that stands on a line of its own closes the whole conversation.
     closing = re.compile(rf"\s*((?:{control.pattern})+)").match(text, said, chunk.end)
@@ -125,19 +165,24 @@ def _shared_header(written: str, header: str, control: re.Pattern[str]) -> int:
 
 
 def _mark_complete(turn: Turn, text: str, messages: list[Message], template: ChatTemplate) -> Turn:
-    reasoning = messages[turn.message].get(template.reasoning_field or "", "").strip()
-    return replace(turn, complete=reasoning in text[turn.start : turn.end])
+    reasoning = template.thinking_of(messages[turn.message]) or ""
+    return replace(turn, complete=reasoning.strip() in text[turn.start : turn.end])
 
 
-def _check_shown(written: str, message: Message) -> None:
-    """Raises: DroppedRowError: the template leaves out or changes what the assistant says."""
-    content = message["content"].strip()
-    if content not in written:
-        thought = content.startswith("<think>") and content.partition("</think>")[2].strip() in written
-        raise DroppedRowError("template_removes_thinking" if thought else "template_changes_answer")
+def _shown_content(written: str, message: Message) -> str:
+    """What the assistant says as the template writes it, with its thinking block if that is in the content and shown.
+
+    Raises: DroppedRowError: the template leaves out or changes what the assistant says.
+    """
     for call in message.get("tool_calls", ()):
-        if call["function"]["name"] not in written:
+        if any(name not in written for name in (call["function"]["name"], *call["function"]["arguments"])):
             raise DroppedRowError("template_without_tool_calls")
+    content: str = message["content"].strip()
+    if content not in written:
+        content = split_thinking(message["content"])[1].strip()
+    if content not in written:
+        raise DroppedRowError("template_changes_answer")
+    return content
 
 
 def label_tokens(
@@ -145,15 +190,20 @@ def label_tokens(
 ) -> NDArray[np.int32]:
     """Labels that train on the spans only.
 
+    One rule at the edges: a token is learned if it holds a character of a span. So is the token that joins the end of
+    the prompt with the first letters of the answer, and an end-of-turn token that takes in the line break after it.
+    A token without characters is learned if it stands within a span or at its start.
+
     Args:
         input_ids: token ids, length T.
         offsets: characters [start, end) of each token, shape (T, 2).
         spans: half-open character ranges, in order.
-    Returns: labels, shape (T,), int32: the id of every token that lies within a span, `IGNORE_INDEX` elsewhere.
+    Returns: labels, shape (T,), int32: the ids of the tokens of the spans, `IGNORE_INDEX` elsewhere.
     """
+    starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
     inside = np.zeros(len(offsets), dtype=bool)
     for start, end in spans:
-        inside |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
+        inside |= (starts < end) & (ends > start)
     return np.where(inside, np.asarray(input_ids, dtype=np.int32), IGNORE_INDEX).astype(np.int32)
 
 

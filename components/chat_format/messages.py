@@ -5,21 +5,16 @@ An assistant message may have `reasoning_content` (its thinking block) and `tool
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from finemill.rows.answers import final_answer
+from finemill.rows.reasons import DroppedRowError
 from finemill.rows.shapes import ROLES, Row, as_turns, completion, conversation, turn_role
+from finemill.rows.thinking import split_thinking
 
 Message = dict[str, Any]
-
-_THINKING = re.compile(r"\s*(?:<think>)?(?P<reasoning>.*?)</think>(?P<content>.*)", re.DOTALL)
-
-
-class DroppedRowError(Exception):
-    """A row that cannot be used; the message is the reason that is counted."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,8 @@ def check_messages(messages: list[Message]) -> None:
         role = message["role"]
         if role not in expected:
             raise DroppedRowError("tool_without_call" if role == "tool" else "role_order")
-        has_content = bool(message["content"].strip()) or bool(message.get("tool_calls"))
+        said = split_thinking(message["content"])[1] if role == "assistant" else message["content"]
+        has_content = bool(said.strip()) or bool(message.get("tool_calls"))
         if role in ("user", "assistant") and not has_content:
             raise DroppedRowError("empty_turn")
         if role == "system":
@@ -71,32 +67,14 @@ def check_messages(messages: list[Message]) -> None:
         raise DroppedRowError("no_final_answer")
 
 
-def split_thinking(text: str) -> tuple[str | None, str]:
-    """The thinking block at the start of `text`, None if there is none, and the rest, both without outer white space.
-
-    A block without `<think>` counts too: some models' prompts end with that token.
-    Raises: DroppedRowError: a block that does not end.
-    """
-    match = _THINKING.fullmatch(text)
-    if match:
-        return match["reasoning"].strip(), match["content"].strip()
-    if text.lstrip().startswith("<think>"):
-        raise DroppedRowError("unclosed_thinking")
-    return None, text.strip()
-
-
 def user(text: str) -> Message:
     """A user message."""
     return {"role": "user", "content": text}
 
 
 def assistant(text: str) -> Message:
-    """An assistant message, its thinking block split off."""
-    reasoning, content = split_thinking(text)
-    message: Message = {"role": "assistant", "content": content}
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    return message
+    """An assistant message; a thinking block stays in its content."""
+    return {"role": "assistant", "content": text}
 
 
 def _from_messages(row: Row) -> Conversation:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from finemill.artifacts.splits import Split
 from finemill.components.chat_format.example import Example
 from finemill.components.chat_format.template import ChatTemplate
 from finemill.components.chat_format.tokenize import ChatTokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,10 +42,8 @@ class SplitCounts:
         self.truncated += example.truncated
         self.unrolled += example.draft.unrolled
         self.thinking += bool(example.draft.kwargs.get("enable_thinking"))
-        for turn in example.draft.turns:
-            self.turns_without_end += turn.end_token is None
-            if turn.end_token is not None:
-                self.end_tokens[turn.end_token] += 1
+        self.turns_without_end += example.end_tokens.count(None)
+        self.end_tokens.update(token for token in example.end_tokens if token is not None)
 
     def summary(self) -> dict[str, Any]:
         """The counts for dataset.json."""
@@ -59,6 +60,18 @@ class SplitCounts:
             "examples_unrolled": self.unrolled,
             "turns_without_end_token": self.turns_without_end,
         }
+
+
+def warn_of_missing_ends(train: SplitCounts) -> None:
+    """Log how many learned turns of the training rows end without a control token."""
+    turns = train.end_tokens.total() + train.turns_without_end
+    if train.turns_without_end > train.truncated:
+        logger.warning(
+            "train: %d of %d learned turns end without a control token, so the model may not learn to stop; set "
+            "chat_template_path to a template that writes one after each answer",
+            train.turns_without_end,
+            turns,
+        )
 
 
 def write_report(

@@ -9,11 +9,11 @@ from finemill.artifacts.rows import PreparedRow, iterate_rows
 from finemill.artifacts.splits import SPLITS
 from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.chat_format.example import Draft, Example, Formatter
-from finemill.components.chat_format.messages import DroppedRowError
-from finemill.components.chat_format.report import SplitCounts, write_report
+from finemill.components.chat_format.report import SplitCounts, warn_of_missing_ends, write_report
 from finemill.components.chat_format.template import load_template
 from finemill.components.chat_format.tokenize import load_tokenizer
 from finemill.errors import UserError
+from finemill.rows.reasons import DroppedRowError
 from finemill.runtime.context import StepContext
 
 _BATCH_ROWS = 1000
@@ -44,6 +44,7 @@ def run(
     if not counts["train"].examples:
         reasons = ", ".join(f"{reason} {number}" for reason, number in counts["train"].dropped.most_common(4))
         raise UserError(f"no training row is left of {counts['train'].read} (left out: {reasons or 'none'})")
+    warn_of_missing_ends(counts["train"])
     (output_dir / "chat_template.jinja").write_text(template.source, encoding="utf-8")
     return write_report(output_dir / "dataset.json", counts, tokenizer, template)
 

@@ -21,8 +21,10 @@ from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from finemill.components.chat_format.messages import DroppedRowError, Message
+from finemill.components.chat_format.messages import Message
 from finemill.errors import UserError
+from finemill.rows.reasons import DroppedRowError
+from finemill.rows.thinking import split_thinking
 
 # Unicode noncharacters: never part of text that is interchanged, so they can stand for marks.
 MARK_OPEN, MARK_CLOSE, BROKEN = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -82,17 +84,45 @@ class ChatTemplate:
         """Whether the template tells the model which tools there are."""
         return re.search(r"\btools\b", self.source) is not None
 
+    @cached_property
+    def plain_chat(self) -> str:
+        """A question, its answer and a generation prompt, one letter each: what the template itself writes."""
+        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        try:
+            return self.render(messages, None, {}) + self.render(messages[:1], None, {}, prompt=True)
+        except DroppedRowError:
+            return ""
+
+    @cached_property
+    def opens_thinking(self) -> bool:
+        """Whether the generation prompt ends with `<think>`, as DeepSeek R1's does."""
+        return self.plain_chat.rstrip().endswith("<think>")
+
     def prepare(self, messages: Iterable[Message]) -> list[Message]:
         """Messages with their thinking blocks where the template looks for them."""
         return [self._prepare(message) for message in messages]
 
     def _prepare(self, message: Message) -> Message:
-        if "reasoning_content" not in message or self.reasoning_field == "reasoning_content":
+        if message["role"] != "assistant":
             return message
         rest = {key: value for key, value in message.items() if key != "reasoning_content"}
-        if self.reasoning_field:
-            return {**rest, self.reasoning_field: message["reasoning_content"]}
-        return {**rest, "content": f"<think>\n{message['reasoning_content']}\n</think>\n\n{message['content']}"}
+        reasoning, content = message.get("reasoning_content"), message["content"]
+        if self.reasoning_field is None:
+            block = "" if reasoning is None else f"<think>\n{reasoning}\n</think>\n\n"
+            return {**rest, "content": f"{block}{content}"}
+        if reasoning is None:
+            reasoning, content = split_thinking(content)
+        if reasoning is None and "</think>" in content:
+            # Without the field such templates take what stands before a mentioned `</think>` for thinking.
+            reasoning = ""
+        return {**rest, "content": content, **({} if reasoning is None else {self.reasoning_field: reasoning})}
+
+    def thinking_of(self, message: Message) -> str | None:
+        """The thinking block of a prepared assistant message, None if it has none."""
+        if self.reasoning_field is None:
+            return split_thinking(message["content"])[0]
+        reasoning: str | None = message.get(self.reasoning_field)
+        return reasoning
 
     def render(self, messages: list[Message], tools: Any, kwargs: Mapping[str, Any], *, prompt: bool = False) -> str:
         """The conversation's text, with `prompt` up to where the next assistant turn begins.
@@ -101,14 +131,16 @@ class ChatTemplate:
         """
         return self._render(self._plain, messages, tools, kwargs, prompt)
 
-    def render_marked(self, messages: list[Message], tools: Any, kwargs: Mapping[str, Any]) -> str:
+    def render_marked(
+        self, messages: list[Message], tools: Any, kwargs: Mapping[str, Any], *, prompt: bool = False
+    ) -> str:
         """The same with `MARK_OPEN <index> MARK_CLOSE` before each message and marks around generation blocks."""
         index = {id(message): number for number, message in enumerate(messages)}
 
         def mark(item: object) -> str:
             return f"{MARK_OPEN}{index[id(item)]}{MARK_CLOSE}" if id(item) in index else ""
 
-        return self._render(self._marked, messages, tools, {**kwargs, _MARK_FUNCTION: mark}, False)
+        return self._render(self._marked, messages, tools, {**kwargs, _MARK_FUNCTION: mark}, prompt)
 
     def _render(
         self, template: jinja2.Template, messages: list[Message], tools: Any, kwargs: Mapping[str, Any], prompt: bool

@@ -2,8 +2,10 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from finemill.artifacts.manifest import sha256_file
-from finemill.components.chat_format.messages import DroppedRowError
 from finemill.components.chat_format.template import BROKEN, NONCHARACTERS
 from finemill.errors import UserError
+from finemill.rows.reasons import DroppedRowError
 
 _NEVER = re.compile(r"(?!)")
 
@@ -37,13 +39,30 @@ class ChatTokenizer:
         self.named_tokens = named_tokens
         self.digest = digest
         added = backend.get_added_tokens_decoder().values()
-        control = sorted((token.content for token in added if token.special), key=lambda text: (-len(text), text))
-        self.control = re.compile("|".join(map(re.escape, control))) if control else _NEVER
+        self._added = {token.content for token in added}
+        self._special = {token.content for token in added if token.special}
+        self.control = _any_of(self._special)
 
     @property
     def eos_token(self) -> str | None:
         """The token that ends a document, None if the tokenizer names none."""
         return self.named_tokens.get("eos_token")
+
+    @cached_property
+    def document_start(self) -> str:
+        """The tokens with which the tokenizer begins every text, as text: BOS, or nothing."""
+        encoding = self._backend.encode("a")
+        special = list(takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True)))
+        names = self._backend.get_added_tokens_decoder()
+        return "".join(names[token].content for token, _ in special)
+
+    def add_roles(self, chat: str) -> None:
+        """Count the added tokens in `chat`, which a template wrote, as control tokens though they are not special.
+
+        So it is with DeepSeek's role tokens. Marks of thinking blocks stay as they are: models write them.
+        """
+        roles = (token for token in self._added if token in chat and "think" not in token)
+        self.control = _any_of({*self._special, *roles})
 
     def break_control_tokens(self, value: Any) -> Any:
         """A copy of messages or tools in which no text holds a control token: `BROKEN` stands in it."""
@@ -62,6 +81,11 @@ class ChatTokenizer:
         """
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [_tokens(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(tokens, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else _NEVER
 
 
 def _tokens(encoding: Encoding, text: str) -> Tokens | None:
@@ -92,7 +116,9 @@ def load_tokenizer(base_dir: Path) -> ChatTokenizer:
             "the base model has no tokenizer.json: load it with transformers.AutoTokenizer and save it again, "
             "which writes that file"
         )
-    return ChatTokenizer(Tokenizer.from_file(str(path)), _named_tokens(base_dir), sha256_file(path))
+    # Trimmed offsets leave tokens of white space without characters, and so without labels; ids are the same.
+    source = re.sub(r'("trim_offsets"\s*:\s*)true', r"\1false", path.read_text(encoding="utf-8"))
+    return ChatTokenizer(Tokenizer.from_str(source), _named_tokens(base_dir), sha256_file(path))
 
 
 def _named_tokens(base_dir: Path) -> dict[str, str]:

@@ -131,24 +131,81 @@ def test_a_template_without_message_loop_is_refused(conversations: Conversations
     ("source", "reason"),
     [
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "template_changes_answer"),
-        ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}", "template_removes_thinking"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "template_without_tool_calls"),
     ],
 )
 def test_a_template_that_does_not_show_the_answer_is_refused(
     conversations: Conversations, source: str, reason: str
 ) -> None:
-    shown = {"template_changes_answer": "single", "template_removes_thinking": "thinking"}.get(reason, "tools")
+    shown = {"template_changes_answer": "single"}.get(reason, "tools")
     with pytest.raises(DroppedRowError, match=reason):
         render(ChatTemplate(source, {}, "test"), *conversations[shown], {})
+
+
+def test_a_turn_is_incomplete_where_the_template_cuts_the_thinking_out_of_its_content(
+    conversations: Conversations,
+) -> None:
+    template = ChatTemplate("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}", {}, "test")
+    rendered, turns = render(template, *conversations["thinking"], {})
+    assert (turns, rendered.turns[-1].complete) == (["\n\nFour."], False)
+
+
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}<|assistant|>"
+    "{{ m.content.split('</think>')[-1] }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+
+
+def test_thinking_follows_a_prompt_that_opens_it_though_the_template_cuts_it_out(conversations: Conversations) -> None:
+    rendered, turns = render(ChatTemplate(R1, {}, "test"), *conversations["thinking"], {})
+    assert rendered.text == "<|user|>2+2?<|assistant|><think>\n2 + 2 = 4\n</think>\n\nFour.<|end|>"
+    assert turns == ["2 + 2 = 4\n</think>\n\nFour.<|end|>"]
+    assert rendered.turns[-1].complete
+    rendered, turns = render(ChatTemplate(R1, {}, "test"), *conversations["thinking history"], {})
+    assert turns == ["\n\nA1.<|end|>", "hm, b\n</think>\n\nB1.<|end|>"]
+    assert [turn.complete for turn in rendered.turns] == [False, True]
+
+
+def test_an_answer_without_thinking_does_not_follow_a_prompt_that_opens_it(conversations: Conversations) -> None:
+    with pytest.raises(DroppedRowError, match=r"^prompt_opens_thinking$"):
+        render(ChatTemplate(R1, {}, "test"), *conversations["single"], {})
+
+
+def test_an_answer_that_follows_another_prompt_than_generation_gives_is_refused(conversations: Conversations) -> None:
+    source = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    source += "{% if add_generation_prompt %}<|assistant|>Sure: {% endif %}"
+    with pytest.raises(DroppedRowError, match=r"^template_changes_prompt$"):
+        render(ChatTemplate(source, {}, "test"), *conversations["single"], {})
+
+
+def test_the_last_answer_follows_the_prompt_where_answered_questions_are_written_otherwise(
+    conversations: Conversations,
+) -> None:
+    """As Mistral's template, which puts the system prompt into the last message if that is the user's."""
+    source = (
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}"
+        "{% for m in messages %}{% if m.role == 'user' %}<|user|>{% if loop.last and system %}{{ system }} {% endif %}"
+        "{{ m.content }}<|/user|>{% elif m.role == 'assistant' %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    )
+    rendered, turns = render(ChatTemplate(source, {}, "test"), *conversations["history"], {})
+    assert rendered.text == "<|user|>a?<|/user|>A1.<|end|><|user|>Be nice. b?<|/user|>B1.<|end|>"
+    assert turns == ["A1.<|end|>", "B1.<|end|>"]
+    assert rendered.text.startswith(rendered.prompt)
 
 
 def test_labels_are_the_ids_inside_the_spans_and_ignored_elsewhere() -> None:
     ids = [5, 6, 7, 8, 9]
     offsets = np.array([[0, 2], [2, 3], [3, 6], [6, 6], [6, 8]])
     assert label_tokens(ids, offsets, [(2, 6)]).tolist() == [-100, 6, 7, -100, -100]
-    assert label_tokens(ids, offsets, [(0, 2), (4, 8)]).tolist() == [5, -100, -100, -100, 9]
     assert label_tokens(ids, offsets, []).tolist() == [-100] * 5
+
+
+def test_a_token_across_the_edge_of_a_span_is_learned_and_so_is_an_empty_one_inside() -> None:
+    ids = [5, 6, 7, 8, 9]
+    offsets = np.array([[0, 2], [2, 3], [3, 6], [6, 6], [6, 8]])
+    assert label_tokens(ids, offsets, [(1, 2), (4, 7)]).tolist() == [5, -100, 7, 8, 9]
+    assert label_tokens(ids, offsets, [(6, 8)]).tolist() == [-100, -100, -100, 8, 9]
 
 
 def test_positions_move_when_break_marks_are_taken_out() -> None:

@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from finemill.components.chat_format.messages import DroppedRowError, split_thinking, to_conversation
+from finemill.components.chat_format.messages import to_conversation
+from finemill.rows.reasons import DroppedRowError
 from finemill.rows.shapes import detect_shape
 
 TOOL = {"name": "get_rate", "description": "Exchange rate", "parameters": {"type": "object", "properties": {}}}
@@ -32,7 +33,7 @@ def pair(question: str, answer: str) -> list[dict[str, str]]:
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "2+2?"}]}, pair("", "4")[1]]},
         sharegpt(("human", "2+2?"), ("gpt", "4")),
         {"instruction": "2+2?", "input": "", "output": "4"},
-        {"prompt": "2+2?", "completion": " 4\n"},
+        {"prompt": "2+2?", "completion": "4"},
         {"prompt": "2+2?", "response": "4"},
         {"question": "2+2?", "answer": "4"},
         {"problem": "2+2?", "generated_solution": "4", "expected_answer": "4"},
@@ -55,25 +56,12 @@ def test_alpaca_input_follows_the_instruction() -> None:
     assert messages_of(row) == [{"role": "system", "content": "Be brief."}, *pair("Translate.\n\nHund", "dog")]
 
 
-def test_a_thinking_block_becomes_reasoning_content() -> None:
-    row = {"problem": "2+2?", "generated_solution": "<think>\n2+2 = 4\n</think>\n\nIt is 4.", "expected_answer": "4"}
+def test_texts_stay_as_they_are() -> None:
+    solution = "<think>\n2+2 = 4\n</think>\n\n  It is 4.\n"
+    row = {"problem": "2+2?", "generated_solution": solution, "expected_answer": "4"}
     conversation = to_conversation(row, "reasoning")
-    assert conversation.messages[1] == {"role": "assistant", "content": "It is 4.", "reasoning_content": "2+2 = 4"}
+    assert conversation.messages[1] == {"role": "assistant", "content": solution}
     assert conversation.answer == "4"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("<think>a\nb</think>c", ("a\nb", "c")),
-        ("a\n</think>\n\nc ", ("a", "c")),
-        ("<think>\n\n</think>\n\nc", ("", "c")),
-        ("c", (None, "c")),
-        ("I <think> so", (None, "I <think> so")),
-    ],
-)
-def test_thinking_is_split_from_the_answer(text: str, expected: tuple[str | None, str]) -> None:
-    assert split_thinking(text) == expected
 
 
 def test_gsm8k_answers_end_with_the_final_answer() -> None:

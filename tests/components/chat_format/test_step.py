@@ -168,6 +168,13 @@ def test_turns_that_stay_as_they_are_are_learned_in_one_example(tmp_path: Path) 
     assert summary(result)["examples_unrolled"] == 0
 
 
+def test_turns_without_an_end_token_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    template = tmp_path / "endless.jinja"
+    template.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
+    format_rows(tmp_path, [{"prompt": "2+2?", "completion": "4"}], chat_template_path=str(template))
+    assert "1 of 1 learned turns end without a control token" in caplog.text
+
+
 def test_only_the_last_turn_is_learned_if_asked(tmp_path: Path) -> None:
     _, (row,) = format_rows(tmp_path, [CHAT], assistant_turns="last")
     assert learned(row) == "See you.<|im_end|>"

@@ -1,0 +1,46 @@
+"""Rows that are texts: learned whole, between the tokens with which the tokenizer begins and ends a document."""
+
+import re
+
+from finemill.components.chat_format.tokenize import ChatTokenizer, check_characters
+from finemill.errors import UserError
+from finemill.rows.reasons import DroppedRowError
+
+# How the chat templates of the usual families begin a text and a turn.
+_BEGIN = (
+    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|startoftext\|>|\[gMASK\]<sop>"
+    r"|<\uff5cbegin\u2581of\u2581sentence\uff5c>)?\s*"
+)
+_ROLE = (
+    r"(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|turn>|\[INST\]|<\|(?:system|user|assistant)\|>"
+    r"|<\|start\|>(?:system|developer|user|assistant)|<\uff5c(?:User|Assistant)\uff5c>)"
+)
+_RENDERED_CHAT = re.compile(f"{_BEGIN}{_ROLE}|.*?{_ROLE}.*?{_ROLE}", re.DOTALL)
+
+
+def is_rendered_chat(text: str) -> bool:
+    """Whether a chat template wrote `text`: a role's marker begins it, or there are several."""
+    return _RENDERED_CHAT.match(text) is not None
+
+
+def document_text(text: str, tokenizer: ChatTokenizer, *, read_control_tokens: bool) -> str:
+    """A document as it is encoded; control tokens in it are broken up, but for its own first and last.
+
+    Args:
+        text: the row's text.
+        tokenizer: the base model's.
+        read_control_tokens: whether a rendered chat's control tokens are control tokens; else it is refused.
+    Raises: DroppedRowError: a rendered chat, or characters that stand for marks. UserError: there is no end-of-text
+        token.
+    """
+    check_characters(text)
+    first, last = tokenizer.document_start, tokenizer.eos_token
+    if last is None:
+        raise UserError("the base model's tokenizer_config.json names no eos_token, which must end every text row")
+    text = text.removeprefix(first)
+    rendered = is_rendered_chat(text)
+    if rendered and not read_control_tokens:
+        raise DroppedRowError("rendered_chat")
+    if rendered:
+        return first + text + ("" if text.rstrip().endswith(last) else last)
+    return f"{first}{tokenizer.break_control_tokens(text.removesuffix(last))}{last}"

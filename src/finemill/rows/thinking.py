@@ -1,0 +1,51 @@
+"""The thinking block of an assistant's turn: in a field of its own, or written at the start of the content."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from finemill.rows.reasons import DroppedRowError
+
+_BLOCK = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>(?P<content>.*)", re.DOTALL)
+# Without `<think>`, which some models' prompts end with, only a line of its own can be told from a mention.
+_CLOSED = re.compile(r"(?P<reasoning>(?:(?!</?think>).)*)\n[ \t]*</think>[ \t]*\r?\n(?P<content>.*)", re.DOTALL)
+
+
+def split_thinking(text: str) -> tuple[str | None, str]:
+    """The thinking block at the start of `text`, None if there is none, and the rest.
+
+    Line breaks around both are left out, as templates that split the block off do; without a block the rest is `text`
+    itself. A block that only closes counts if `</think>` stands alone on a line and nowhere else.
+    Raises: DroppedRowError: a block that does not end, or a second one after it.
+    """
+    if "think>" not in text:
+        return None, text
+    match = _BLOCK.match(text)
+    if match is None:
+        if text.lstrip().startswith("<think>"):
+            raise DroppedRowError("unclosed_thinking")
+        match = _CLOSED.match(text)
+        if match is None or "</think>" in match["content"]:
+            return None, text
+    if match["content"].lstrip().startswith("<think>"):
+        raise DroppedRowError("two_thinking_blocks")
+    return match["reasoning"].strip("\r\n"), match["content"].lstrip("\r\n")
+
+
+def thinking_of(message: Mapping[str, Any]) -> str:
+    """What an assistant message thinks before it speaks, "" for nothing."""
+    return message.get("reasoning_content") or split_thinking(message["content"])[0] or ""
+
+
+def without_thinking(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message without its thinking block; any other than an assistant's as it is."""
+    if message["role"] != "assistant":
+        return dict(message)
+    kept = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return {**kept, "content": split_thinking(message["content"])[1]}
+
+
+def with_thinking(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with a thinking block, an empty one if it has none; any other than an assistant's as it is."""
+    thinks = message.get("reasoning_content") is not None or split_thinking(message["content"])[0] is not None
+    return dict(message) if message["role"] != "assistant" or thinks else {**message, "reasoning_content": ""}

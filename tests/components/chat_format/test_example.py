@@ -1,0 +1,211 @@
+"""Whole rows under tokenizers and templates that show one thing each: what is learned, read back token by token."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from finemill.artifacts.dataset import IGNORE_INDEX
+from finemill.artifacts.rows import PreparedRow
+from finemill.components.chat_format.config import ChatFormatConfig
+from finemill.components.chat_format.example import Example, Formatter
+from finemill.components.chat_format.template import ChatTemplate
+from finemill.components.chat_format.tokenize import load_tokenizer
+from finemill.rows.reasons import DroppedRowError
+from finemill.rows.shapes import detect_shape
+
+Row = dict[str, Any]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+
+
+def byte_tokenizer(*tokens: AddedToken | str, trim_offsets: bool = False) -> Tokenizer:
+    """A token for each byte, in the way of GPT-2's, and `tokens`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(t, special=True) if isinstance(t, str) else t for t in tokens or CONTROL])
+    return tokenizer
+
+
+def word_tokenizer(*words: str) -> Tokenizer:
+    """A token for each of `words`, spaces in them as in SentencePiece, and for each of their letters."""
+    spaced = [word.replace(" ", "\u2581") for word in words]
+    merges = [(word[:end], word[end]) for word in spaced for end in range(1, len(word))]
+    names = sorted({letter for word in spaced for letter in word} | {"<unk>", "\u2581"})
+    vocabulary = {name: number for number, name in enumerate(dict.fromkeys([*names, *map("".join, merges)]))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(dict.fromkeys(merges)), unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse()])
+    return tokenizer
+
+
+class Base:
+    """A base model's folder with a tokenizer and a chat template of the test's own."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, template: str = CHATML, eos_token: str = "<|im_end|>"):
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
+        self._folder, self._tokenizer, self._template = folder, tokenizer, template
+
+    def examples(self, row: Row, **config: Any) -> list[Example]:
+        """The training examples that chat-format makes of a row."""
+        chat = load_tokenizer(self._folder)
+        formatter = Formatter(chat, ChatTemplate(self._template, chat.named_tokens, "test"), ChatFormatConfig(**config))
+        record = PreparedRow(id="0", source="test", shape=detect_shape(row) or "", row="")
+        drafts = formatter.drafts(record, row, unroll=True)
+        tokens = chat.encode([draft.text for draft in drafts])
+        return [formatter.finish(draft, draft_tokens, None) for draft, draft_tokens in zip(drafts, tokens, strict=True)]
+
+    def learned(self, row: Row, **config: Any) -> list[str]:
+        """The learned runs of all examples as text."""
+        return [run for example in self.examples(row, **config) for run in self.runs(example)]
+
+    def runs(self, example: Example) -> list[str]:
+        runs: list[list[int]] = [[]]
+        for label in example.labels.tolist():
+            if label != IGNORE_INDEX:
+                runs[-1].append(label)
+            elif runs[-1]:
+                runs.append([])
+        return [self._tokenizer.decode(run, skip_special_tokens=False) for run in runs if run]
+
+    def text(self, example: Example) -> str:
+        text: str = self._tokenizer.decode(example.input_ids, skip_special_tokens=False)
+        return text
+
+
+def pair(question: str, answer: str) -> Row:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def test_an_end_token_that_takes_in_the_line_break_after_it_is_learned(tmp_path: Path) -> None:
+    """As Phi-3's, which are stripped to their right."""
+    tokens = [AddedToken(text, special=True, rstrip=True) for text in CONTROL]
+    base = Base(tmp_path, byte_tokenizer(*tokens))
+    (example,) = base.examples(pair("Name a river.", "The Elbe."))
+    assert base.runs(example) == ["The Elbe.<|im_end|>"]
+    assert example.end_tokens == ["<|im_end|>"]
+
+
+def test_white_space_is_learned_where_the_tokenizer_trims_its_offsets(tmp_path: Path) -> None:
+    """As GPT-NeoX's."""
+    code = "def f(x):\n    if x:\n        return 1, 2\n    return 3"
+    base = Base(tmp_path, byte_tokenizer(trim_offsets=True))
+    assert base.learned(pair("Write f.", code)) == [f"{code}<|im_end|>"]
+
+
+def test_the_first_word_is_learned_where_its_token_begins_in_the_prompt(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }} {% else %}A: {{ m.content }}</s>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+    )
+    tokenizer = word_tokenizer("Q:", " A:", " The", " Elbe.", " Name", " it.")
+    tokenizer.add_special_tokens(["</s>"])
+    base = Base(tmp_path, tokenizer, template, "</s>")
+    assert base.learned(pair("Name it.", "The Elbe.")) == [" The Elbe.</s>"]
+
+
+def test_an_end_marker_of_plain_text_is_learned_to_its_last_piece(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %} END{% endif %}"
+        "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    base = Base(tmp_path, word_tokenizer("user: a", "assistant:", " b", " END\n", "\n"), template)
+    (example,) = base.examples(pair("a", "b"))
+    assert base.runs(example) == [" b END\n"]
+    assert example.end_tokens == [None]
+
+
+def test_an_answer_is_learned_letter_by_letter(tmp_path: Path) -> None:
+    for number, answer in enumerate(
+        ("    return x", "a\n", "\tb", "They end with </think> and go on.", "A <think> is a tag")
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        base = Base(folder, byte_tokenizer())
+        (example,) = base.examples(pair("Go on.", answer))
+        assert base.runs(example) == [f"{answer}<|im_end|>"]
+        assert base.text(example) == f"<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+
+
+DEEPSEEK = (
+    "{% for m in messages %}{% if m.role == 'user' %}<\uff5cUser\uff5c>{{ m.content }}{% else %}<\uff5cAssistant\uff5c>"
+    "{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<\uff5cAssistant\uff5c><think>\n{% endif %}"
+)
+ROLES = [
+    AddedToken(text, special=False) for text in ("<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<think>", "</think>")
+]
+
+
+@pytest.fixture
+def deepseek(tmp_path: Path) -> Base:
+    """Role tokens that are not special, and a prompt that opens a thinking block."""
+    return Base(tmp_path, byte_tokenizer(*CONTROL, *ROLES), DEEPSEEK)
+
+
+def test_thinking_is_learned_after_a_prompt_that_opens_it(deepseek: Base) -> None:
+    assert deepseek.learned(pair("2+2?", "<think>\n2 and 2\n</think>\n\n4")) == ["2 and 2\n</think>\n\n4<|im_end|>"]
+
+
+def test_an_answer_without_thinking_gets_an_empty_block_there_only_if_asked(deepseek: Base) -> None:
+    with pytest.raises(DroppedRowError, match=r"^prompt_opens_thinking$"):
+        deepseek.learned(pair("Say hi.", "Hi!"))
+    assert deepseek.learned(pair("Say hi.", "Hi!"), enable_thinking=True) == ["\n</think>\n\nHi!<|im_end|>"]
+
+
+def test_role_tokens_that_are_not_special_are_text_where_a_user_types_them(deepseek: Base) -> None:
+    typed = "Say <\uff5cAssistant\uff5c> twice."
+    (example,) = deepseek.examples(pair(typed, "<think>\nhm\n</think>\n\nNo <\uff5cUser\uff5c>."))
+    assert deepseek.runs(example) == ["hm\n</think>\n\nNo <\uff5cUser\uff5c>.<|im_end|>"]
+    roles = [byte_tokenizer(*CONTROL, *ROLES).token_to_id(token.content) for token in ROLES[:2]]
+    assert [example.input_ids.count(role) for role in roles] == [1, 1]
+
+
+def test_a_rendered_chat_is_refused_or_learned_with_its_control_tokens(tmp_path: Path) -> None:
+    base = Base(tmp_path, byte_tokenizer())
+    text = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\nHi!<|im_end|>\n"
+    with pytest.raises(DroppedRowError, match=r"^rendered_chat$"):
+        base.examples({"text": text})
+    (example,) = base.examples({"text": text}, rendered_text="tokens")
+    assert base.learned({"text": text}, rendered_text="tokens") == [text]
+    assert example.input_ids.count(byte_tokenizer().token_to_id("<|im_start|>")) == 2
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "[INST] Say hi. [/INST] Hi!"},
+        {"text": "<s><|start_header_id|>user<|end_header_id|>\n\nSay hi."},
+        {"text": "Chats:\n<start_of_turn>user\nSay hi.<end_of_turn>\n<start_of_turn>model\nHi!"},
+        {"prompt": "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n", "completion": "Hi!<|im_end|>"},
+    ],
+)
+def test_chats_rendered_for_any_family_are_refused(tmp_path: Path, row: Row) -> None:
+    with pytest.raises(DroppedRowError, match=r"^rendered_chat$"):
+        Base(tmp_path, byte_tokenizer()).examples(row)
+
+
+def test_a_document_begins_and_ends_as_the_tokenizer_has_it_and_only_once(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer("<bos>", "<|im_end|>")
+    bos = ("<bos>", tokenizer.token_to_id("<bos>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[bos])
+    base = Base(tmp_path, tokenizer)
+    for text in ("The Elbe is a river.", "<bos>The Elbe is a river.<|im_end|>"):
+        (example,) = base.examples({"text": text})
+        assert example.input_ids == tokenizer.encode("The Elbe is a river.<|im_end|>").ids
+        assert example.labels.tolist() == example.input_ids
+
+
+def test_an_end_token_that_is_cut_off_is_not_counted(tmp_path: Path) -> None:
+    base = Base(tmp_path, byte_tokenizer())
+    (example,) = base.examples(pair("Count.", "1 2 3 " * 40), max_length=60, truncation="truncate")
+    assert example.end_tokens == [None]

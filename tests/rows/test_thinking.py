@@ -1,0 +1,41 @@
+import pytest
+
+from finemill.rows.reasons import DroppedRowError
+from finemill.rows.thinking import split_thinking, with_thinking, without_thinking
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>a\nb</think>c", ("a\nb", "c")),
+        ("<think>\na\n</think>\n\n    return x\n", ("a", "    return x\n")),
+        ("a\n</think>\n\nc ", ("a", "c ")),
+        ("<think>\n\n</think>\n\nc", ("", "c")),
+        (" c\n", (None, " c\n")),
+        ("I <think> so", (None, "I <think> so")),
+        ("A block ends with </think> and so on.", (None, "A block ends with </think> and so on.")),
+        ("Open it:\n<think>\nand close it:\n</think>\n", (None, "Open it:\n<think>\nand close it:\n</think>\n")),
+        ("One\n</think>\nand two\n</think>\n", (None, "One\n</think>\nand two\n</think>\n")),
+    ],
+)
+def test_thinking_is_split_from_the_answer_and_a_mention_is_not(text: str, expected: tuple[str | None, str]) -> None:
+    assert split_thinking(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("<think>hm", "unclosed_thinking"), ("<think>a</think>\n<think>b</think>c", "two_thinking_blocks")],
+)
+def test_a_block_that_does_not_end_or_is_doubled_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(DroppedRowError, match=f"^{reason}$"):
+        split_thinking(text)
+
+
+def test_thinking_is_taken_out_or_put_in_of_assistants_only() -> None:
+    user = {"role": "user", "content": "<think>a</think>b"}
+    assert without_thinking(user) == with_thinking(user) == user
+    spoken = {"role": "assistant", "content": "b"}
+    for thinking in ({"role": "assistant", "content": "<think>a</think>b"}, {**spoken, "reasoning_content": "a"}):
+        assert without_thinking(thinking) == spoken
+        assert with_thinking(thinking) == thinking
+    assert with_thinking(spoken) == {**spoken, "reasoning_content": ""}
