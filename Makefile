@@ -53,8 +53,9 @@ lint: $(STAMP)  ## lint
 types: $(STAMP)  ## check the types, strictly
 	@$(BIN)/mypy
 
-components: $(STAMP)  ## write the steps' KFP components anew from the catalogue and their metadata
+components: $(STAMP)  ## write KFP components and pipelines' configurations anew from the catalogue and the graphs
 	@$(BIN)/python -m finemill.runtime.kfp_component
+	@$(BIN)/python -m finemill.pipelines.config_source
 
 golden: $(STAMP)  ## write the compiled pipelines anew that tests compare with; read the difference
 	@for name in finetune align retrain export; do for engine in kfp argo; do \

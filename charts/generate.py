@@ -11,7 +11,7 @@ import yaml
 from finemill.config import parse_config
 from finemill.pipelines.catalog import PIPELINES
 from finemill.pipelines.cluster import ClusterConfig
-from finemill.pipelines.config import with_optional_fields
+from finemill.pipelines.parameters import with_optional_fields
 from finemill.pipelines.render_argo import build_argo_template
 
 CHART = Path(__file__).parent / "finemill"

@@ -1,6 +1,7 @@
 """The container template of one step for Argo: its command line, environment, retries, resources and rights."""
 
 import json
+from collections.abc import Iterable
 
 from hera.workflows import Container, RetryStrategy
 from hera.workflows import Parameter as ArgoParameter
@@ -23,7 +24,7 @@ from hera.workflows.models import (
 )
 
 from finemill.pipelines.cluster import CACHE_PATH, CACHE_VARIABLES, SHARED_MEMORY_PATH, THREADS_VARIABLE, ClusterConfig
-from finemill.pipelines.graph import GPUS, Task
+from finemill.pipelines.graph import GPUS, Parameter, Task
 
 # 75: preempted, or a service out of reach. 143: ended by SIGTERM before the step could answer. 137: killed, by a node
 # that goes down or for its memory; the second would only happen again. -1: evicted, or a node that was lost.
@@ -36,7 +37,7 @@ OUTPUT_FILE = "/tmp/finemill-output/reference"
 VERDICT_FILE = "/tmp/finemill-output/verdict"
 
 
-def build_container(task: Task, cluster: ClusterConfig) -> Container:
+def build_container(task: Task, checks: Iterable[Parameter], cluster: ClusterConfig) -> Container:
     """A container template named after the task, with an input parameter per port and one output parameter."""
     outputs = [ArgoParameter(name=task.step.output, value_from=ValueFrom(path=OUTPUT_FILE))]
     if task.step.verdict:
@@ -49,7 +50,7 @@ def build_container(task: Task, cluster: ClusterConfig) -> Container:
         image=cluster.image(task.step.image),
         image_pull_policy=cluster.image_pull_policy,
         command=["finemill", task.name],
-        args=_arguments(task),
+        args=_arguments(task, checks),
         env=[
             *(EnvVar(name=name, value=value) for name, value in CACHE_VARIABLES.items()),
             # Libraries count the node's cores, not the container's: too many threads only get in each other's way.
@@ -97,10 +98,10 @@ def _labels(task: Task, cluster: ClusterConfig) -> dict[str, str]:
     }
 
 
-def _arguments(task: Task) -> list[str]:
+def _arguments(task: Task, checks: Iterable[Parameter]) -> list[str]:
     inputs = [f"--{port.replace('_', '-')}={{{{inputs.parameters.{port}}}}}" for port in task.inputs]
     configs = [f"{{{{workflow.parameters.{task.config.name}}}}}"]
-    for item in task.checks:
+    for item in checks:
         value = f"{{{{workflow.parameters.{item.name}}}}}"
         configs.append(
             f'{{"steps": {{"{item.name}": {value}}}}}' if item.is_mapping else f'{{"{item.name}": "{value}"}}'

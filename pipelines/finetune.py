@@ -1,13 +1,12 @@
 """Raw rows to a promoted model: the whole line."""
 
-from finemill.pipelines.config import FinetuneConfig
-from finemill.pipelines.graph import LARGE, ONE_GPU, Parameter, Pipeline, step_config, task
+from finemill.pipelines.graph import LARGE, ONE_GPU, Parameter, Pipeline, task
 
-SECTIONS = ("data_prep", "chat_format", "train_qlora", "eval", "merge", "gguf_quantize", "register", "promote")
+base_model = Parameter(
+    "base_model", "The model to tune: hf://org/name@revision, a folder, or builtin:tiny-qwen3.", "builtin:tiny-qwen3"
+)
 
-base_model = Parameter("base_model", "The model to tune, hf://org/name@revision.", "builtin:tiny-qwen3")
-
-plan = task("preflight", checks=(base_model, *map(step_config, SECTIONS)), retries=1)
+plan = task("preflight", retries=1)
 rows = task("data-prep", after=(plan,))
 dataset = task("chat-format", rows=rows, base_model=base_model)
 adapter = task("train-qlora", dataset=dataset, base_model=base_model, resources=ONE_GPU)
@@ -22,5 +21,5 @@ FINETUNE = Pipeline(
     "finetune",
     "Raw rows and a base model in; adapter, merged model, GGUF files, report and a promoted version out.",
     (plan, rows, dataset, adapter, evaluation, model, gguf, version, champion, decision),
-    FinetuneConfig,
+    "FinetuneConfig",
 )

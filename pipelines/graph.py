@@ -1,9 +1,11 @@
 """A pipeline as data: tasks, what flows between them, and what each needs. Rendered for KFP and for Argo."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
+from finemill.artifacts.ports import BASE_MODEL
 from finemill.config import StepConfig
 from finemill.runtime.catalog import STEPS, Step
 
@@ -51,7 +53,7 @@ class Task:
     retries: int
     after: tuple["Task", ...] = ()
     when: "Task | None" = None
-    checks: tuple[Parameter, ...] = ()
+    section_class: type[StepConfig] | None = None
 
     @property
     def name(self) -> str:
@@ -62,6 +64,11 @@ class Task:
     def config(self) -> Parameter:
         """The parameter that carries the step's configuration."""
         return step_config(self.step.config_section)
+
+    @property
+    def section(self) -> type[StepConfig]:
+        """The class of its section in the run's configuration."""
+        return self.section_class or self.step.section_class
 
     @property
     def upstream(self) -> list["Task"]:
@@ -83,7 +90,7 @@ def task(
     retries: int = 2,
     after: tuple[Task, ...] = (),
     when: Task | None = None,
-    checks: tuple[Parameter, ...] = (),
+    section_class: type[StepConfig] | None = None,
     **inputs: Task | Parameter,
 ) -> Task:
     """Call a step on other tasks' outputs.
@@ -94,7 +101,7 @@ def task(
         retries: further attempts after a lost node or exit code 75.
         after: tasks that must succeed first, besides those whose outputs it reads.
         when: a task with a verdict; without a yes this one is skipped.
-        checks: parameters besides its own that go into its configuration: a mapping as an entry of `steps`.
+        section_class: of its section in the run's configuration, where the pipeline asks for more than the step.
         inputs: a task or parameter per input of the step.
     Raises: ValueError: an input is missing, unknown, or comes from a task with another kind of output.
     """
@@ -106,28 +113,48 @@ def task(
             raise ValueError(f"{step_name} wants {port}, {source.name} writes {source.step.output}")
     if when is not None and when.step.verdict is None:
         raise ValueError(f"{step_name} waits for a verdict of {when.name}, which gives none")
-    return Task(step, inputs, resources, retries, after, when, checks)
+    return Task(step, inputs, resources, retries, after, when, section_class)
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Tasks in an order in which they can run, and the model of the whole run's configuration."""
+    """Tasks in an order in which they can run."""
 
     name: str
     description: str
     tasks: tuple[Task, ...]
-    config: type[StepConfig] = field(repr=False)
+    config_name: str
+    """The class in `pipelines/config.py`, which `make components` writes; pipelines of the same sections share one."""
+
+    @property
+    def config(self) -> type[StepConfig]:
+        """The model of the whole run's configuration."""
+        loaded: type[StepConfig] = getattr(import_module("finemill.pipelines.config"), self.config_name)
+        return loaded
+
+    @property
+    def values(self) -> list[Parameter]:
+        """The parameters that tasks read as they are, each once, in order of use."""
+        sources = [source for item in self.tasks for source in item.inputs.values() if isinstance(source, Parameter)]
+        return list({source.name: source for source in sources}.values())
+
+    @property
+    def sections(self) -> dict[str, Task]:
+        """The sections of the configuration, each with the first task that reads it."""
+        found: dict[str, Task] = {}
+        for item in self.tasks:
+            found.setdefault(item.config.name, item)
+        return found
 
     @property
     def parameters(self) -> list[Parameter]:
         """The store, the tasks' own inputs, and one configuration per section; each once, in order of use."""
-        found = {STORE.name: STORE}
-        for item in self.tasks:
-            for source in (*item.inputs.values(), *(value for value in item.checks if not value.is_mapping)):
-                if isinstance(source, Parameter):
-                    found[source.name] = source
-        if any(item.resources.gpu for item in self.tasks):
-            found[GPUS.name] = GPUS
-        for item in self.tasks:
-            found[item.config.name] = item.config
-        return list(found.values())
+        gpus = [GPUS] if any(item.resources.gpu for item in self.tasks) else []
+        return [STORE, *self.values, *gpus, *(item.config for item in self.sections.values())]
+
+    def checks(self, task: Task) -> list[Parameter]:
+        """What goes into a task's configuration besides its own section: the base model, and each other section."""
+        if not task.step.checks_sections:
+            return []
+        base_model = [item for item in self.values if item.name == BASE_MODEL]
+        return [*base_model, *(item.config for item in self.sections.values() if item != task)]

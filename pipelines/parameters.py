@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import Field, create_model
+
 from finemill.config import StepConfig
 from finemill.errors import UserError
 
@@ -29,3 +31,13 @@ def _refuse_nulls(value: Any, path: str) -> None:
     if isinstance(value, list):
         for entry in value:
             _refuse_nulls(entry, path)
+
+
+def with_optional_fields(model: type[StepConfig]) -> type[StepConfig]:
+    """The same configuration with nothing required: for a pipeline whose runs bring what is missing."""
+    optional: dict[str, Any] = {
+        name: (field.annotation | None, Field(default=None, description=field.description))
+        for name, field in model.model_fields.items()
+        if field.is_required() and field.annotation is not None
+    }
+    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, **optional)

@@ -60,7 +60,7 @@ def build_argo_template(pipeline: Pipeline, defaults: Mapping[str, Any], cluster
         # Pods of failed steps stay as long as the workflow does: they hold the log that tells why.
         pod_gc=PodGC(strategy="OnPodSuccess", delete_delay_duration="10m"),
     ) as template:
-        containers = {task.name: build_container(task, cluster) for task in pipeline.tasks}
+        containers = {task.name: build_container(task, pipeline.checks(task), cluster) for task in pipeline.tasks}
         with DAG(name=pipeline.name):
             for task in pipeline.tasks:
                 _add_task(task, containers[task.name])

@@ -62,7 +62,7 @@ def build_kfp_pipeline(pipeline: Pipeline, defaults: Mapping[str, Any], cluster:
             group = list(tasks)
             with _condition(group[0].when, calls):
                 for task in group:
-                    calls[task.name] = _call(task, arguments, calls)
+                    calls[task.name] = _call(task, pipeline.checks(task), arguments, calls)
                     _set_execution(calls[task.name], task, arguments, cluster)
 
     signature = inspect.Signature([_signature_entry(item, defaults) for item in pipeline.parameters])
@@ -89,7 +89,7 @@ def _condition(gate: Task | None, calls: Mapping[str, Any]) -> Any:
     return dsl.If(calls[gate.name].outputs["Output"] == True, name=f"if-{gate.step.verdict}")  # noqa: E712
 
 
-def _call(task: Task, arguments: Mapping[str, Any], calls: Mapping[str, Any]) -> Any:
+def _call(task: Task, checks: Iterable[Parameter], arguments: Mapping[str, Any], calls: Mapping[str, Any]) -> Any:
     component = getattr(import_module(f"finemill.components.{task.step.module_name}.component"), task.step.module_name)
     inputs = {
         port: calls[source.name].outputs[port] if isinstance(source, Task) else arguments[source.name]
@@ -100,7 +100,7 @@ def _call(task: Task, arguments: Mapping[str, Any], calls: Mapping[str, Any]) ->
         config=arguments[task.config.name],
         run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         **inputs,
-        **{item.name: arguments[item.name] for item in task.checks},
+        **{item.name: arguments[item.name] for item in checks},
     )
     data_sources = {source.name for source in task.inputs.values() if isinstance(source, Task)}
     call.after(*(calls[item.name] for item in task.upstream if item.name not in data_sources and item != task.when))

@@ -1,6 +1,5 @@
 """The whole line on a schedule: ends as unchanged when the data is that of the newest registered version."""
 
-from finemill.pipelines.config import FinetuneConfig
 from finemill.pipelines.finetune import base_model, dataset, plan, rows
 from finemill.pipelines.graph import LARGE, ONE_GPU, Pipeline, task
 
@@ -17,5 +16,5 @@ RETRAIN = Pipeline(
     "retrain",
     "Ends as unchanged unless there is new data; otherwise trains, evaluates, exports, and promotes what is better.",
     (plan, rows, dataset, change, adapter, evaluation, model, gguf, version, champion, decision),
-    FinetuneConfig,
+    "FinetuneConfig",
 )

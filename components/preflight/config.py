@@ -9,7 +9,7 @@ from finemill.config import StepConfig
 
 
 class PreflightSettings(StepConfig):
-    """What the checks compare with."""
+    """What a run in a cluster is checked against before it takes a GPU."""
 
     gpu_memory_gib: float | None = Field(default=None, gt=0)
     """Memory of the GPU that training will get, GiB; `null` reports the estimate and compares it with nothing."""

@@ -5,8 +5,8 @@ from finemill.commands.pipeline_argument import default_config_file
 from finemill.config import parse_config
 from finemill.errors import UserError
 from finemill.pipelines.align import ALIGN
-from finemill.pipelines.config import AlignConfig, with_optional_fields
-from finemill.pipelines.parameters import run_parameters
+from finemill.pipelines.config import AlignConfig
+from finemill.pipelines.parameters import run_parameters, with_optional_fields
 
 ROWS = {"sources": [{"uri": "rows.jsonl"}]}
 

@@ -7,9 +7,8 @@ from typing import Any
 from finemill.commands.config_flags import add_config_flags, read_config
 from finemill.commands.pipeline_argument import choose_pipeline, default_config_file
 from finemill.errors import UserError
-from finemill.pipelines.config import with_optional_fields
 from finemill.pipelines.graph import Pipeline
-from finemill.pipelines.parameters import run_parameters
+from finemill.pipelines.parameters import run_parameters, with_optional_fields
 from finemill.runtime.images import IMAGES
 
 

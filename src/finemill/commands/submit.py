@@ -9,8 +9,8 @@ from finemill.commands.config_flags import add_config_flags, read_config
 from finemill.commands.pipeline_argument import choose_pipeline, default_config_file
 from finemill.commands.run_status import Engine
 from finemill.errors import UserError
-from finemill.pipelines.config import with_optional_fields
 from finemill.pipelines.graph import Pipeline
+from finemill.pipelines.parameters import with_optional_fields
 
 
 def execute(name: str, arguments: list[str]) -> int:

@@ -40,6 +40,8 @@ class Step(NamedTuple):
     """Small files of the output that KFP's page shows, HTML or Markdown, by the name of the component's port."""
     section: str | None = None
     """The section of a pipeline's configuration that this step reads, where it shares another step's."""
+    section_class_name: str | None = None
+    """The class in the folder's `config.py` of what that section holds, where it is not the whole configuration."""
     multi_process: bool = False
     """Whether several processes can compute it together, one a GPU; of another step only the main process computes."""
     fetches_inputs: bool = True
@@ -73,6 +75,12 @@ class Step(NamedTuple):
         return loaded
 
     @property
+    def section_class(self) -> "type[StepConfig]":
+        """The class of its section in a pipeline's configuration."""
+        loaded: type[StepConfig] = self._load(f"config:{self.section_class_name or self.config_name}")
+        return loaded
+
+    @property
     def function(self) -> Callable[..., Mapping[str, float]]:
         """The function that does the work; imports what it computes with."""
         loaded: Callable[..., Mapping[str, float]] = self._load("step:run")
@@ -97,6 +105,7 @@ _ALL = (
         config_name="PreflightConfig",
         image="cpu",
         state_name="step:check_time",
+        section_class_name="PreflightSettings",
         checks_sections=True,
     ),
     Step(
