@@ -7,14 +7,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from finemill.artifacts.dataset import IGNORE_INDEX, DatasetRow, dataset_writer
+from finemill.artifacts.evaluation import ModelName, Sample, write_metrics, write_samples
+from finemill.artifacts.files import REPORT_TEXT
 from finemill.artifacts.manifest import Producer, Reference, new_manifest
 from finemill.artifacts.splits import Split
 from finemill.storage.store import publish_artifact, staging_folder
@@ -202,25 +202,27 @@ Publish = Callable[..., str]
 
 @pytest.fixture
 def publish(folder_store: str) -> Publish:
-    """Publish files as an artifact: `publish(kind, files, parents, config, metrics)`; in `folder_store` by default."""
+    """Publish an artifact: `publish(kind, files, parents, config, metrics)`; in `folder_store` by default.
+
+    `write` puts further files into its folder.
+    """
 
     number = itertools.count()
 
     def publish(
         kind: str,
-        files: Mapping[str, str | bytes | pa.Table],
+        files: Mapping[str, str | bytes],
         parents: Mapping[str, str] | None = None,
         config: Mapping[str, object] | None = None,
         metrics: Mapping[str, float] | None = None,
         store: str = folder_store,
+        write: Callable[[Path], None] = lambda folder: None,
     ) -> str:
         uri = f"{store}/{kind}/{next(number):04d}"
         staging = staging_folder(uri)
         for name, content in files.items():
-            if isinstance(content, pa.Table):
-                pq.write_table(content, staging / name)
-            else:
-                (staging / name).write_bytes(content.encode() if isinstance(content, str) else content)
+            (staging / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        write(staging)
         made_by = Producer(step=kind, version="0.1.0", code="0" * 16, git_sha="c0ffee")
         manifest = new_manifest(kind, staging, made_by, parents=parents, config=config, metrics=metrics)
         return str(Reference(uri, publish_artifact(staging, uri, manifest).digest))
@@ -250,47 +252,56 @@ def trained(publish: Publish, folder_store: str) -> Callable[..., dict[str, str]
         adapter = put("adapter", {"adapter_config.json": name}, {"base_model": "builtin:tiny-qwen3", "dataset": data})
         model = put("model", {"config.json": name}, {"base_model": "builtin:tiny-qwen3", "adapter": adapter})
         gguf = put("gguf", {"gguf.json": name}, {"model": model, "dataset": data})
-        samples = pa.Table.from_pylist(
-            [*_rows("base", rows, right=10, loss=2.0), *_rows("tuned", rows, right=right, loss=loss)]
-        )
+        base, tuned = _samples("base", rows, right=10, loss=2.0), _samples("tuned", rows, right=right, loss=loss)
         metrics = {
             "eval/base/exact_match": 10 / rows,
             "eval/tuned/exact_match": right / rows,
-            "eval/base/loss": _mean_loss(samples, "base"),
-            "eval/tuned/loss": _mean_loss(samples, "tuned"),
+            "eval/base/loss": _mean_loss(base),
+            "eval/tuned/loss": _mean_loss(tuned),
             "eval/base/perplexity": 7.4,
             "eval/tuned/perplexity": 1.6,
         }
+
+        def write(folder: Path) -> None:
+            write_samples(folder, [*base, *tuned])
+            write_metrics(folder, metrics)
+
         evaluation = put(
             "evaluation",
-            {"samples.parquet": samples, "metrics.json": json.dumps(metrics), "report.md": f"# {name}"},
+            {REPORT_TEXT: f"# {name}"},
             {"dataset": data, "base_model": "builtin:tiny-qwen3", "adapter": adapter},
             config={"seed": 0},
             metrics=metrics,
+            write=write,
         )
         return {"adapter": adapter, "model": model, "gguf": gguf, "evaluation": evaluation}
 
     return trained
 
 
-def _rows(model: str, count: int, *, right: int, loss: float) -> list[dict[str, Any]]:
+def _samples(model: ModelName, count: int, *, right: int, loss: float) -> list[Sample]:
     random = np.random.default_rng(7)
     hardness, tokens = random.uniform(0.5, 1.5, count), random.integers(5, 50, count)
     own = np.random.default_rng(right).normal(0, 0.02, count)
     return [
-        {
-            "id": f"{index:016x}",
-            "model": model,
-            "prompt": f"What is {index}?",
-            "completion": "",
-            "exact_match": 1.0 if index < right else 0.0,
-            "loss": float(loss * hardness[index] + own[index]),
-            "num_tokens": int(tokens[index]),
-        }
+        Sample(
+            id=f"{index:016x}",
+            source="test",
+            model=model,
+            prompt=f"What is {index}?",
+            completion="",
+            reference="",
+            exact_match=index < right,
+            loss=float(loss * hardness[index] + own[index]),
+            num_tokens=int(tokens[index]),
+            num_generated_tokens=1,
+            finished=True,
+            format_ok=True,
+        )
         for index in range(count)
     ]
 
 
-def _mean_loss(samples: pa.Table, model: str) -> float:
-    rows = [row for row in samples.to_pylist() if row["model"] == model]
-    return float(np.average([row["loss"] for row in rows], weights=[row["num_tokens"] for row in rows]))
+def _mean_loss(samples: list[Sample]) -> float:
+    losses = [sample.loss or 0.0 for sample in samples]
+    return float(np.average(losses, weights=[sample.num_tokens for sample in samples]))

@@ -1,9 +1,9 @@
 """The training curve as an inline SVG: no script, no font, no request."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from finemill.artifacts.adapter import TrainingRecord
 
 WIDTH, HEIGHT = 720, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 14, 34
@@ -43,12 +43,9 @@ class Chart:
     bottom: int = HEIGHT - _BOTTOM
 
 
-def training_chart(log_history: Sequence[dict[str, Any]]) -> Chart | None:
+def training_chart(training: TrainingRecord) -> Chart | None:
     """Training and validation loss by step, or None where fewer than two training losses were logged."""
-    series = {
-        name: [(float(entry["step"]), float(entry[key])) for entry in log_history if _is_number(entry.get(key))]
-        for name, key in (("training loss", "loss"), ("validation loss", "eval_loss"))
-    }
+    series = {"training loss": training.training_losses, "validation loss": training.validation_losses}
     if len(series["training loss"]) < 2:
         return None
     xs = [x for points in series.values() for x, _ in points]
@@ -88,7 +85,3 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= span * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from finemill.components.eval.sample import Sample
+from finemill.artifacts.evaluation import Sample
 
 _RATES = ("exact_match", "cut_off", "prefers_chosen", "format_ok", "think_closed", "finished")
 MEANS = (*_RATES, "rouge1", "rouge2", "rougeL")

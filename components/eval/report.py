@@ -1,6 +1,5 @@
 """report.html, one page that needs nothing else, and report.md, the same scores in a few lines."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +8,12 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from finemill.artifacts.adapter import TrainingRecord, read_training
+from finemill.artifacts.evaluation import Sample
+from finemill.artifacts.files import REPORT_PAGE, REPORT_TEXT
 from finemill.components.eval.chart import training_chart
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.metrics import metric_part, sources
-from finemill.components.eval.sample import Sample
 from finemill.runtime.context import StepContext
 
 _MINUS = "\N{MINUS SIGN}"
@@ -75,24 +76,22 @@ def write_reports(
     context: StepContext,
 ) -> None:
     """Write report.html and report.md."""
-    training_file = adapter / "training.json"
-    training = json.loads(training_file.read_text(encoding="utf-8")) if training_file.is_file() else {}
-    history = training.get("log_history", [])
+    training = read_training(adapter)
     shown = list(zip(base, tuned, strict=True))[: config.report_rows]
     page = _template().render(
         title=_title(context),
         metrics=metrics,
         rows=headline_rows(metrics),
         by_source=[(source, headline_rows(metrics, f"{metric_part(source)}/")) for source in sources(base)],
-        chart=training_chart(history),
+        chart=training_chart(training) if training else None,
         samples=[_shown_sample(one, other) for one, other in shown],
         num_rows=len(base),
         sources=sources(base),
         facts=facts(training, config, context),
         number=_number,
     )
-    (output_dir / "report.html").write_text(page, encoding="utf-8")
-    (output_dir / "report.md").write_text(_markdown(metrics, context), encoding="utf-8")
+    (output_dir / REPORT_PAGE).write_text(page, encoding="utf-8")
+    (output_dir / REPORT_TEXT).write_text(_markdown(metrics, context), encoding="utf-8")
 
 
 def headline_rows(metrics: Mapping[str, float], source: str = "") -> list[TableRow]:
@@ -201,12 +200,9 @@ def segments(text: str) -> list[tuple[str, str]]:
     return [(kind, piece) for kind, piece in pieces if piece]
 
 
-def facts(training: Mapping[str, Any], config: EvalConfig, context: StepContext) -> list[tuple[str, str]]:
+def facts(training: TrainingRecord | None, config: EvalConfig, context: StepContext) -> list[tuple[str, str]]:
     """What the scores depend on, by name."""
     references = context.references
-    history = training.get("log_history", [])
-    steps = max((int(entry["step"]) for entry in history if "step" in entry), default=0)
-    losses = [entry["loss"] for entry in history if "loss" in entry]
     manifests = context.manifests
     decoding = f"temperature {config.temperature:g}, seed {config.seed}" if config.temperature else "greedy"
     found = [
@@ -215,13 +211,18 @@ def facts(training: Mapping[str, Any], config: EvalConfig, context: StepContext)
         ("Adapter", _digest(references.get("adapter", ""))),
         ("Split", config.split + (f", at most {config.max_rows} rows" if config.max_rows else "")),
         ("Decoding", f"{decoding}, at most {config.max_new_tokens} tokens"),
-        ("Training", f"{steps} steps, loss {losses[0]:.3g} to {losses[-1]:.3g}" if losses else ""),
+        ("Training", _training(training) if training else ""),
     ]
     adapter_config = manifests["adapter"].config if "adapter" in manifests else {}
     found += [
         (key, str(adapter_config[key])) for key in ("lora_r", "lora_alpha", "learning_rate") if key in adapter_config
     ]
     return [(name, value) for name, value in found if value]
+
+
+def _training(training: TrainingRecord) -> str:
+    losses = [loss for _, loss in training.training_losses]
+    return f"{training.num_steps} steps, loss {losses[0]:.3g} to {losses[-1]:.3g}" if losses else ""
 
 
 def _digest(reference: str) -> str:

@@ -1,63 +1,19 @@
 """One model's answer to one held-out row, scored."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from finemill.artifacts.dataset import HeldOutRow
-from finemill.metrics.maths import Outcome, judge
+from finemill.artifacts.evaluation import ModelName, Sample
+from finemill.metrics.maths import judge
 from finemill.models.generation import Answer
 from finemill.rows.answers import THINK_CLOSE, THINK_OPEN, inside_thinking, with_opening
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A row of samples.parquet. None where a score does not apply: exact match without a known answer, and so on."""
-
-    id: str
-    source: str
-    model: str
-    prompt: str
-    completion: str
-    reference: str
-    answer: str | None
-    """The right final answer."""
-    final_answer: str | None
-    """The completion's final answer; looked for only where there is a right one."""
-    exact_match: bool | None
-    rouge1: float | None
-    """F1 of common words, without case; rouge2 of common word pairs, rougeL of the longest common subsequence. On rows
-    without a known answer: where the text itself is what was asked for."""
-    rouge2: float | None
-    rougeL: float | None  # noqa: N815 the metric's name
-    loss: float | None
-    """Mean negative log-likelihood of the reference's assistant tokens, nats."""
-    num_tokens: int
-    """Assistant tokens that `loss` is over."""
-    num_generated_tokens: int
-    finished: bool
-    """The model ended its turn by itself."""
-    format_ok: bool
-    """Finished, thinking where and only where the reference thinks, every thinking block closed, and text after it."""
-    think_closed: bool | None
-    """Whether the thinking block that the completion opens is closed; None if it opens none."""
-    rejected: str | None = None
-    """A worse answer than the reference, of rows that have one."""
-    prefers_chosen: bool | None = None
-    """Whether the reference is likelier than the worse answer, per token."""
-    outcome: Outcome | None = None
-    """Of rows with a known answer: `right`, `wrong`, or `cut_off` where the answer was cut before it gave one."""
-
-    @property
-    def cut_off(self) -> bool | None:
-        """Whether the answer was cut before it gave one; None for rows without a known answer."""
-        return None if self.outcome is None else self.outcome == "cut_off"
-
-
 def score_answer(
     row: HeldOutRow,
-    model: str,
+    model: ModelName,
     answer: Answer,
     loss: tuple[float, int],
     stops: Sequence[str],

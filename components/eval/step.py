@@ -1,18 +1,18 @@
 """The step eval: base and tuned model answer the same held-out rows."""
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from finemill.artifacts.adapter import has_tokenizer
 from finemill.artifacts.dataset import HeldOutRow, prompt_ids, read_held_out, spread
+from finemill.artifacts.evaluation import ModelName, Sample, write_metrics, write_samples
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.loss import assistant_losses
 from finemill.components.eval.metrics import summarize
 from finemill.components.eval.report import write_reports
-from finemill.components.eval.sample import Sample, score_answer
+from finemill.components.eval.sample import score_answer
 from finemill.models.adapter import load_adapter
 from finemill.models.causal_lm import load_causal_lm, suitable_threads
 from finemill.models.generation import Sampling, generate_answers, stop_token_ids
@@ -33,18 +33,19 @@ def run(
     rows = read_held_out(dataset, config.split)
     rows = spread(rows, config.max_rows or len(rows))
     context.recorder.log_progress(f"loading the model for {len(rows)} rows")
-    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else base_model, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        adapter if has_tokenizer(adapter) else base_model, trust_remote_code=False
+    )
     tuned = load_adapter(load_causal_lm(base_model), adapter)
     stops = stop_token_ids(tokenizer, base_model)
-    samples: dict[str, list[Sample]] = {}
-    switches: dict[str, AbstractContextManager[Any]] = {"base": tuned.disable_adapter(), "tuned": nullcontext()}
+    samples: dict[ModelName, list[Sample]] = {}
+    switches: dict[ModelName, AbstractContextManager[Any]] = {"base": tuned.disable_adapter(), "tuned": nullcontext()}
     for name, switch in switches.items():
         with switch, suitable_threads(tuned):
             samples[name] = score_rows(tuned, tokenizer, rows, name, stops, config, context)
     metrics = summarize(samples["base"], samples["tuned"])
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    write_samples([*samples["base"], *samples["tuned"]], output_dir / "samples.parquet")
+    write_metrics(output_dir, metrics)
+    write_samples(output_dir, [*samples["base"], *samples["tuned"]])
     write_reports(output_dir, samples["base"], samples["tuned"], metrics, adapter, config, context)
     return metrics
 
@@ -53,7 +54,7 @@ def score_rows(
     model: Any,
     tokenizer: Any,
     rows: Sequence[HeldOutRow],
-    name: str,
+    name: ModelName,
     stops: Sequence[int],
     config: EvalConfig,
     context: StepContext,
@@ -77,24 +78,3 @@ def score_rows(
         score_answer(row, name, answer, loss, stop_texts, rejected_losses.get(index))
         for index, (row, answer, loss) in enumerate(zip(rows, answers, losses, strict=True))
     ]
-
-
-def write_samples(samples: Sequence[Sample], path: Path) -> None:
-    """One Parquet row per held-out row and model."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    optional = {
-        "exact_match": pa.bool_(),
-        "think_closed": pa.bool_(),
-        "prefers_chosen": pa.bool_(),
-        "rejected": pa.string(),
-        "answer": pa.string(),
-        "final_answer": pa.string(),
-        "outcome": pa.string(),
-    }
-    optional |= dict.fromkeys(("rouge1", "rouge2", "rougeL", "loss"), pa.float64())
-    table = pa.Table.from_pylist([asdict(sample) for sample in samples])
-    # A column without a single value has no type of its own.
-    schema = pa.schema([field.with_type(optional.get(field.name, field.type)) for field in table.schema])
-    pq.write_table(table.cast(schema), path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from finemill.artifacts.adapter import has_tokenizer
 from finemill.errors import StepError
 
 # Plain text, arithmetic, code, other scripts: together they pass through every layer with varied activations.
@@ -65,7 +66,7 @@ def check_chat_template(adapter: Path, merged: Path) -> None:
     """Raises: StepError: the merged folder renders a chat otherwise than the adapter's tokenizer."""
     from transformers import AutoTokenizer
 
-    if not (adapter / "tokenizer_config.json").is_file():
+    if not has_tokenizer(adapter):
         return
     before, after = (AutoTokenizer.from_pretrained(folder, trust_remote_code=False) for folder in (adapter, merged))
     if probe_prompts(before) != probe_prompts(after) or before.chat_template != after.chat_template:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from finemill.artifacts.adapter import has_tokenizer
 from finemill.components.merge.config import MergeConfig
 from finemill.components.merge.parity import check_chat_template, compare_logits, logits_of, probe_prompts
 from finemill.errors import StepError, UserError
@@ -107,7 +108,7 @@ def separate_embeddings(tuned: Any) -> None:
 
 def copy_tokenizer(adapter: Path, base_model: Path, output_dir: Path) -> None:
     """Copy the adapter's tokenizer and chat template; the base's where the adapter has none."""
-    source = adapter if (adapter / "tokenizer_config.json").is_file() else base_model
+    source = adapter if has_tokenizer(adapter) else base_model
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():

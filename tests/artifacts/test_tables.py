@@ -1,5 +1,6 @@
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,9 +20,10 @@ class Long(Short):
     score: float | None = None
     count: int = 0
     right: bool | None = None
+    word: Literal["a", "b"] | None = None
 
 
-ROWS = [Long(ids=[1, 2], name="a", score=0.5, count=3, right=True), Long(ids=[], name="é")]
+ROWS = [Long(ids=[1, 2], name="a", score=0.5, count=3, right=True, word="b"), Long(ids=[], name="é")]
 
 
 def test_rows_survive_the_file(tmp_path: Path) -> None:
@@ -34,7 +36,14 @@ def test_a_file_without_rows_has_its_columns_and_types(tmp_path: Path) -> None:
     with RowWriter(tmp_path / "a.parquet", Long) as writer:
         writer.write([])
     assert pq.read_schema(tmp_path / "a.parquet") == schema_of(Long)
-    assert [str(kind) for kind in schema_of(Long).types] == ["list<item: int32>", "string", "double", "int64", "bool"]
+    assert [str(kind) for kind in schema_of(Long).types] == [
+        "list<item: int32>",
+        "string",
+        "double",
+        "int64",
+        "bool",
+        "string",
+    ]
     assert read_rows(tmp_path / "a.parquet", Long, "merge") == []
 
 
@@ -54,5 +63,7 @@ def test_what_is_missing_is_said_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.parquet not found: merge writes it; pass the reference it printed"):
         read_rows(tmp_path / "a.parquet", Short, "merge")
     write_rows(tmp_path / "a.parquet", Short, [])
-    with pytest.raises(UserError, match=r"no column name, score, count, right: another version .* run merge again"):
+    with pytest.raises(
+        UserError, match=r"no column name, score, count, right, word: another version .* run merge again"
+    ):
         read_rows(tmp_path / "a.parquet", Long, "merge")

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from finemill.metrics.maths import Outcome, equal_answers, judge
+from finemill.artifacts.evaluation import Outcome
+from finemill.metrics.maths import equal_answers, judge
 
 RIGHT: dict[str, Sequence[str]] = {
     "1/2": ("0.5", r"\frac{1}{2}", r"\frac12", r"\dfrac{2}{4}", "50%", ".5", "\N{VULGAR FRACTION ONE HALF}"),

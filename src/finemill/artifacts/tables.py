@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,7 +33,10 @@ def schema_of(row_type: type) -> pa.Schema:
 
 
 def _without_none(hint: Any) -> Any:
-    return get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+    """The type of a column's values, which may all be missing; one of a few words is text."""
+    if get_origin(hint) in (types.UnionType, Union):
+        hint = get_args(hint)[0]
+    return str if get_origin(hint) is Literal else hint
 
 
 class RowWriter(Generic[RowT]):

@@ -7,8 +7,8 @@ letters of choices, times and words by their spelling; all other formulas by Mat
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from finemill.artifacts.evaluation import Outcome
 from finemill.metrics.quantities import read_quantity, same_quantity
 from finemill.metrics.symbolic import proven_equal
 from finemill.rows.answers import find_answer, with_opening
@@ -26,9 +26,6 @@ _THOUSANDS = re.compile(r"[-+]?\s*\\?\$?\s*\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,]*
 _OPEN, _CLOSE = "([{", ")]}"
 _LONGEST = 1000
 """Characters of an answer; a longer one is a text, equal where it is spelled alike."""
-
-
-Outcome = Literal["right", "wrong", "cut_off"]
 
 
 @dataclass(frozen=True)

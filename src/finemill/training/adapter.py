@@ -1,11 +1,11 @@
 """The adapters on the base, and the files they are saved in."""
 
-import json
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from finemill.artifacts.adapter import TrainingRecord, write_training
 from finemill.models.base.resolve import resolve_base_model
 from finemill.training.config import LoRATrainingConfig
 
@@ -44,5 +44,5 @@ def save_adapter(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output_di
     # PEFT's model card is an empty template with this machine's path to the base in it.
     (output_dir / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(output_dir)
-    history = {"max_steps": trainer.state.max_steps, "log_history": trainer.state.log_history}
-    (output_dir / "training.json").write_text(json.dumps(history, indent=2) + "\n", encoding="utf-8")
+    state = trainer.state
+    write_training(output_dir, TrainingRecord(max_steps=state.max_steps, log_history=tuple(state.log_history)))

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from finemill.artifacts.dataset import HeldOutRow
+from finemill.artifacts.evaluation import ModelName, Sample
 from finemill.components.eval.metrics import (
     metric_part,
     paired_rate_error,
@@ -13,7 +14,7 @@ from finemill.components.eval.metrics import (
     summarize,
     weighted_mean,
 )
-from finemill.components.eval.sample import Sample, rouge_scores, score_answer
+from finemill.components.eval.sample import rouge_scores, score_answer
 from finemill.models.generation import Answer
 
 STOPS = ["<|im_end|>"]
@@ -30,10 +31,13 @@ def scored(text: str, row: HeldOutRow, *, finished: bool = True, loss: tuple[flo
     return score_answer(row, "tuned", Answer(text, 9, finished), loss, STOPS)
 
 
-def sample(model: str, right: bool | None, *, loss: float = 1.0, num_tokens: int = 1, source: str = "math") -> Sample:
+def sample(
+    model: ModelName, right: bool | None, *, loss: float = 1.0, num_tokens: int = 1, source: str = "math"
+) -> Sample:
     return Sample(
-        "r", source, model, "", "", "", None, None, right, None, None, None, loss, num_tokens, 4, True, True, None
-    )
+        id="r", source=source, model=model, prompt="", completion="", reference="", exact_match=right, loss=loss,
+        num_tokens=num_tokens, num_generated_tokens=4, finished=True, format_ok=True,
+    )  # fmt: skip
 
 
 def test_an_answer_is_right_when_its_final_value_equals_the_expected_one() -> None:

@@ -1,6 +1,5 @@
 """The page needs nothing but itself, and shows what a model wrote as text."""
 
-import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -8,29 +7,34 @@ from pathlib import Path
 
 import pytest
 
+from finemill.artifacts.adapter import TrainingRecord, write_training
+from finemill.artifacts.evaluation import ModelName, Sample
 from finemill.components.eval.chart import nice_ticks, training_chart
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.metrics import summarize
 from finemill.components.eval.report import segments, write_reports
-from finemill.components.eval.sample import Sample
 from finemill.runtime.context import StepContext
 
 HOSTILE = '<script>alert("x")</script><img src=https://example.org/x onerror=alert(1)>" data-x="'
 
 
-def make_sample(model: str, right: bool, text: str = HOSTILE) -> Sample:
+def make_sample(model: ModelName, right: bool, text: str = HOSTILE) -> Sample:
     return Sample(
-        HOSTILE, f"src{HOSTILE}", model, HOSTILE, text, HOSTILE, "7", text, right, None, None, None, 1.0, 3, 5, True,
-        True, None,
+        id=HOSTILE, source=f"src{HOSTILE}", model=model, prompt=HOSTILE, completion=text, reference=HOSTILE, answer="7",
+        final_answer=text, exact_match=right, loss=1.0, num_tokens=3, num_generated_tokens=5, finished=True,
+        format_ok=True,
     )  # fmt: skip
+
+
+def history(*entries: dict[str, float]) -> TrainingRecord:
+    return TrainingRecord(max_steps=5, log_history=entries)
 
 
 @pytest.fixture
 def page(tmp_path: Path, step_context: StepContext) -> str:
     base = [make_sample("base", right) for right in (False, False, True)]
     tuned = [make_sample("tuned", right) for right in (True, False, True)]
-    history = {"log_history": [{"step": step, "loss": 3 / step} for step in range(1, 6)]}
-    (tmp_path / "training.json").write_text(json.dumps(history))
+    write_training(tmp_path, history(*({"step": step, "loss": 3 / step} for step in range(1, 6))))
     references = {**step_context.references, "base_model": f"hf://org/{HOSTILE}"}
     write_reports(
         tmp_path,
@@ -108,8 +112,8 @@ def test_turns_thinking_and_other_marks_are_told_apart() -> None:
 
 
 def test_the_chart_needs_two_finite_losses() -> None:
-    assert training_chart([{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}]) is None
-    chart = training_chart([{"step": 1, "loss": 2.0}, {"step": 4, "loss": 1.0}, {"step": 4, "eval_loss": 1.5}])
+    assert training_chart(history({"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")})) is None
+    chart = training_chart(history({"step": 1, "loss": 2.0}, {"step": 4, "loss": 1.0}, {"step": 4, "eval_loss": 1.5}))
     assert chart is not None
     assert [(curve.name, curve.last_value) for curve in chart.curves] == [
         ("training loss", 1.0),

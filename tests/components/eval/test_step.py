@@ -1,14 +1,13 @@
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from finemill.artifacts.dataset import dataset_writer, read_held_out
+from finemill.artifacts.evaluation import read_metrics, read_samples
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.step import run as evaluate
 from finemill.errors import UserError
@@ -40,7 +39,7 @@ def evaluated(
 
 def test_metrics_are_flat_finite_and_written(evaluated: tuple[Path, Mapping[str, float]]) -> None:
     folder, metrics = evaluated
-    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert read_metrics(folder) == metrics
     assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["eval/rows"] == 8
     assert {"eval/base/preference_accuracy_stderr", "eval/delta/preference_accuracy"} <= metrics.keys()
@@ -51,11 +50,11 @@ def test_metrics_are_flat_finite_and_written(evaluated: tuple[Path, Mapping[str,
 def test_samples_hold_every_row_for_both_models(
     evaluated: tuple[Path, Mapping[str, float]], tiny_dataset_dir: Path
 ) -> None:
-    samples = pq.read_table(evaluated[0] / "samples.parquet").to_pylist()
+    samples = read_samples(evaluated[0])
     ids = [row.id for row in read_held_out(tiny_dataset_dir, "test")]
-    assert [sample["id"] for sample in samples] == ids * 2
-    assert [sample["model"] for sample in samples] == ["base"] * 8 + ["tuned"] * 8
-    assert [sample["exact_match"] is None for sample in samples[:8]] == [False, False, False, True] * 2
+    assert [sample.id for sample in samples] == ids * 2
+    assert [sample.model for sample in samples] == ["base"] * 8 + ["tuned"] * 8
+    assert [sample.exact_match is None for sample in samples[:8]] == [False, False, False, True] * 2
 
 
 def test_base_is_the_base_and_tuned_is_base_with_adapter(
@@ -74,12 +73,12 @@ def test_a_model_prefers_the_answer_that_is_likelier_per_token(
     evaluated: tuple[Path, Mapping[str, float]], tiny_model_dir: Path, tiny_dataset_dir: Path
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    samples = {row["id"]: row for row in pq.read_table(evaluated[0] / "samples.parquet").to_pylist()[:8]}
+    samples = {sample.id: sample for sample in read_samples(evaluated[0])[:8]}
     for row in read_held_out(tiny_dataset_dir, "test"):
         worse = row.with_rejected
         expected = plain_loss(base, [row]) < plain_loss(base, [worse]) if worse else None
-        assert samples[row.id]["prefers_chosen"] == expected
-    assert [row["rejected"] for row in samples.values() if row["rejected"]] == ["Day the is nice a."] * 2
+        assert samples[row.id].prefers_chosen == expected
+    assert [sample.rejected for sample in samples.values() if sample.rejected] == ["Day the is nice a."] * 2
     assert "Day the is nice a." in (evaluated[0] / "report.html").read_text()
     assert "| Preference accuracy |" in (evaluated[0] / "report.md").read_text()
 

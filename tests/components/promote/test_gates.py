@@ -1,12 +1,12 @@
-import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
+from finemill.artifacts.evaluation import ModelName, Sample, write_metrics, write_samples
 from finemill.components.promote.bootstrap import lower_bound
 from finemill.components.promote.config import PromoteConfig
 from finemill.components.promote.gates import check_gates
@@ -15,19 +15,23 @@ from finemill.config import parse_config
 from finemill.errors import UserError
 
 
-def scores(folder: Path, rows: list[dict[str, Any]], metrics: dict[str, float] | None = None) -> Scores:
+def scores(folder: Path, samples: list[Sample], metrics: dict[str, float] | None = None) -> Scores:
     folder.mkdir()
-    pq.write_table(pa.Table.from_pylist(rows), folder / "samples.parquet")
-    (folder / "metrics.json").write_text(json.dumps(metrics or {}))
+    write_samples(folder, samples)
+    write_metrics(folder, metrics or {})
     return Scores(folder)
 
 
-def rows(model: str, values: list[float | None], tokens: list[int] | None = None) -> list[dict[str, Any]]:
+def sample(model: ModelName, index: int, loss: float | None, num_tokens: int = 1) -> Sample:
+    return Sample(
+        id=str(index), source="math", model=model, prompt="", completion="", reference="", loss=loss,
+        num_tokens=num_tokens, num_generated_tokens=1, finished=True, format_ok=True,
+    )  # fmt: skip
+
+
+def rows(model: ModelName, values: Sequence[float | None], tokens: list[int] | None = None) -> list[Sample]:
     tokens = tokens or [1] * len(values)
-    return [
-        {"id": str(index), "model": model, "loss": value, "num_tokens": count}
-        for index, (value, count) in enumerate(zip(values, tokens, strict=True))
-    ]
+    return [sample(model, index, *scored) for index, scored in enumerate(zip(values, tokens, strict=True))]
 
 
 def only(gate: dict[str, Any], **config: Any) -> PromoteConfig:
@@ -115,9 +119,10 @@ def test_gate_that_says_too_little_or_too_much_is_refused(gate: dict[str, Any], 
 
 
 def test_preference_accuracy_is_compared_row_by_row(tmp_path: Path) -> None:
+    shares: dict[ModelName, int] = {"base": 12, "tuned": 20}
     samples = [
-        {"id": str(index), "model": model, "loss": 1.0, "num_tokens": 1, "prefers_chosen": right}
-        for model, share in (("base", 12), ("tuned", 20))
+        replace(sample(model, index, 1.0), prefers_chosen=right)
+        for model, share in shares.items()
         for index, right in enumerate([True] * share + [False] * (20 - share))
     ]
     metrics = {"eval/base/preference_accuracy": 0.6, "eval/tuned/preference_accuracy": 1.0}

@@ -96,7 +96,10 @@ def test_strict_turns_a_no_into_a_failure_that_publishes_nothing(folder_store: s
 
 def test_missing_metric_is_named_with_those_there_are(folder_store: str, registered: Line) -> None:
     gates = [{"metric": "bleu", "direction": "higher", "min_delta": 0}]
-    with pytest.raises(UserError, match="no metric 'bleu' in the evaluation; it has exact_match, loss, perplexity"):
+    with pytest.raises(
+        UserError,
+        match="no metric 'bleu' in the evaluation; it has exact_match, finished, format_ok, loss, perplexity:",
+    ):
         promote(folder_store, registered("one"), gates=gates)
 
 

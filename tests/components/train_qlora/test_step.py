@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from finemill.artifacts.adapter import read_training
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.step import run as train_qlora
 from finemill.errors import TemporaryError, UserError
@@ -81,8 +82,10 @@ def test_records_the_loss_curve_and_returns_finite_metrics(uninterrupted, make_c
     assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(context.recorder.points[0][1])
     assert metrics["train/num_steps"] == 6
     assert all(math.isfinite(value) for value in metrics.values())
-    history = json.loads((folder / "training.json").read_text())["log_history"]
-    assert metrics["train/loss"] == [entry["loss"] for entry in history if "loss" in entry][-1]
+    training = read_training(folder)
+    assert training is not None
+    assert (training.max_steps, training.num_steps) == (6, 6)
+    assert training.training_losses[-1] == (6, metrics["train/loss"])
 
 
 def test_sigterm_saves_a_checkpoint_and_resuming_equals_an_uninterrupted_run(

@@ -1,0 +1,47 @@
+"""JSON files as frozen records: a key is a field's name, and is written once, there."""
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from finemill.config import describe_validation_error
+from finemill.errors import UserError
+
+
+class Record(BaseModel):
+    """What a step tells the steps after it; keys that a reader does not know are no error."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+def write_record(path: Path, record: Record) -> None:
+    """JSON text, UTF-8, keys in the order of the fields."""
+    write_json(path, record.model_dump(mode="json"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """JSON text, UTF-8, indented."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_record(path: Path, record_type: type[RecordT], writer: str) -> RecordT:
+    """Parse a file.
+
+    Args:
+        writer: the step that writes such a file, for the message.
+    Raises: UserError: there is no such file, or it is not such a record.
+    """
+    try:
+        return record_type.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} not found: {writer} writes it; pass the reference it printed") from None
+    except ValidationError as error:
+        raise UserError(
+            f"{path} is not what this version of {writer} writes ({describe_validation_error(error, record_type)}): "
+            f"run {writer} again"
+        ) from None
