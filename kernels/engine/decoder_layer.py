@@ -55,8 +55,8 @@ class Saved:
     x: Tensor
     xa_qkv: Tensor
     xa_o: Tensor
-    xa_gate_up: Tensor
-    xa_down: Tensor
+    xa_gate_up: Tensor = field(init=False)
+    xa_down: Tensor = field(init=False)
     qkv: Tensor | None = None
     attended: Tensor | None = None
     attention_state: tuple[Tensor, ...] = ()
@@ -128,46 +128,34 @@ class DecoderLayer:
         attended, state = self._attend(q, k, qkv, sequences)
         attention_out = torch.empty_like(total)
         self.o.forward(attended, attention_out, self.o.extended_weight())
-        xa_qkv, xa_o = (self.qkv.xa(normed_in), self.o.xa(attended)) if level is not None else (None, None)
-        keep_all, keep_attention = level == Level.ALL, level is not None and level >= Level.ATTENTION
-        saved_in = (normed_in, rstd_in, q, k, rstd_qk) if keep_all else (None,) * 5
-        saved_attention = (qkv, attended, state) if keep_attention else (None, None, ())
-        del normed_in, qkv, q, k, rstd_qk, attended, state
+        saved = None
+        if level is not None:
+            saved = Saved(level, total, self.qkv.xa(normed_in), self.o.xa(attended))
+            if level >= Level.ATTENTION:
+                saved.qkv, saved.attended, saved.attention_state = qkv, attended, state
+            if level >= Level.ALL:
+                saved.normed_in, saved.rstd_in, saved.q, saved.k, saved.rstd_qk = normed_in, rstd_in, q, k, rstd_qk
+        del normed_in, qkv, q, k, rstd_qk, attended, state  # the MLP takes the memory of what is not saved
 
         normed_mid = self.gate_up.extended_input(tokens)
         mid, rstd_mid = self._norm(total, attention_out, self.post_norm, normed_mid, sum_out=attention_out)
         gate_up = self._project_gate_up(normed_mid, None)
-        xa_gate_up = self.gate_up.xa(normed_mid) if level is not None else None
-        saved_mid = (normed_mid, rstd_mid) if keep_all else (None, None)
+        if saved is not None:
+            saved.xa_gate_up = self.gate_up.xa(normed_mid)
+            if saved.level >= Level.ATTENTION:
+                saved.mid = mid
+            if saved.level >= Level.GATE_UP:
+                saved.gate_up = gate_up
+            if saved.level >= Level.ALL:
+                saved.normed_mid, saved.rstd_mid = normed_mid, rstd_mid
         del normed_mid
         hidden = self.down.extended_input(tokens)
         swiglu_forward(gate_up[:, : self.gate_up.out_features], hidden[:, : self.down.in_features])
-        kept_gate_up = gate_up if level is not None and level >= Level.GATE_UP else None
         del gate_up
         output = torch.empty_like(total)
         self.down.forward(hidden, output, self.down.extended_weight())
-        if level is None or xa_qkv is None or xa_o is None or xa_gate_up is None:
-            return mid, output, None
-        saved = Saved(
-            level=level,
-            x=total,
-            xa_qkv=xa_qkv,
-            xa_o=xa_o,
-            xa_gate_up=xa_gate_up,
-            xa_down=self.down.xa(hidden),
-            qkv=saved_attention[0],
-            attended=saved_attention[1],
-            attention_state=saved_attention[2],
-            mid=mid if keep_attention else None,
-            gate_up=kept_gate_up,
-            normed_in=saved_in[0],
-            rstd_in=saved_in[1],
-            q=saved_in[2],
-            k=saved_in[3],
-            rstd_qk=saved_in[4],
-            normed_mid=saved_mid[0],
-            rstd_mid=saved_mid[1],
-        )
+        if saved is not None:
+            saved.xa_down = self.down.xa(hidden)
         return mid, output, saved
 
     def backward(
