@@ -8,36 +8,28 @@ Shapes: q and out (T, N, D), k and v (T, K, D), query head a reads key head a //
 can be the first columns of a wider matrix and v a slice of qkv. Saved: q, k, v, out and the log-sum-exp. Every backend
 is run in its deterministic mode: training repeats bit for bit.
 
-cuDNN's backward is 1.7 to 2.4 times as fast as FlashAttention-2's on a Hopper card (results.md), and its frontend takes
-ragged sequences, free strides and a deterministic flag, which `scaled_dot_product_attention` does not offer. Plans are
-built once per shape (about 0.1 s) and cached. Long sequences run on FlashAttention-4 (attention_fa4.py).
+The fastest implementation depends on the card and on the length: cuDNN (attention_cudnn.py), FlashAttention-4 for long
+sequences (attention_fa4.py), else torch's FlashAttention-2. The sequences of each length class run on their own.
 
-Source: Dao, FlashAttention-2 (arXiv 2307.08691); cuDNN frontend documentation, operations/Attention.
+Source: Dao, FlashAttention-2 (arXiv 2307.08691).
 """
 
 import contextlib
-import functools
-import importlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finemill.kernels.ops import attention_fa4
-from finemill.kernels.ops.launch import HOPPER, capability
-from finemill.kernels.ops.packing import LENGTH_STEP, Sequences, round_count
+from finemill.kernels.ops import attention_cudnn, attention_fa4
+from finemill.kernels.ops.launch import capability
+from finemill.kernels.ops.packing import Sequences
 
 # T tokens, N query heads, K key and value heads, D head width, n sequences
 
-WORKSPACE_PER_ELEMENT = 24
-"""Bytes per element of q that cuDNN's backward may take where no plan says otherwise."""
 BACKENDS = ("fa4", "cudnn", "flash", "plain")
-TOTAL_STEP = 1024
-"""Token counts of ragged batches are rounded up to this in plans, which take an upper bound."""
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
@@ -117,13 +109,11 @@ def attention_backward(
         saved: what the forward left.
         sequences: see q.
         scale: see q.
-        workspace: bytes that cuDNN may take; heads, then sequences are done in groups to stay below, one at least.
-            WORKSPACE_PER_ELEMENT decides by default.
+        workspace: bytes that cuDNN may take, see attention_cudnn.backward; its default if None.
     Returns: dq (T, N, D), dk and dv (T, K, D), contiguous.
     """
     match backend(q, sequences):
         case "fa4" | "cudnn":
-            workspace = WORKSPACE_PER_ELEMENT * q.numel() if workspace is None else workspace
             grads = _like(q), _like(k), _like(v)
             for part, state in zip(sequences.parts(), saved, strict=True):
                 _part_backward(dout, q, k, v, out, state, part, scale, workspace, grads)
@@ -167,8 +157,8 @@ def _usable(name: str, device: torch.device, head_dim: int, length: int) -> bool
     match name:
         case "fa4":
             return head_dim in attention_fa4.HEAD_DIMS and attention_fa4.available(device)
-        case "cudnn":  # it differentiates heads of up to 128, and has no plan for sequences of one token
-            return length > 1 and head_dim <= 128 and _cudnn_module(device) is not None
+        case "cudnn":
+            return attention_cudnn.takes(length, head_dim) and attention_cudnn.available(device)
     return True
 
 
@@ -215,171 +205,11 @@ def _flash_backward(
     return dq, dk, dv
 
 
-@functools.cache
-def _cudnn_module(device: torch.device) -> Any:
-    """Return cuDNN's frontend module, or None where it is missing, too old, or not faster (before Hopper)."""
-    if capability(device) < HOPPER:
-        return None
-    try:
-        module = importlib.import_module("cudnn")
-        return module if module.backend_version() >= 91100 else None
-    except (ImportError, OSError, RuntimeError):
-        return None
-
-
-@functools.cache
-def _cudnn_handle(device: torch.device) -> Any:
-    return _cudnn_module(device).create_handle()
-
-
-@dataclass(frozen=True)
-class _PlanKey:
-    """Everything a compiled attention plan depends on.
-
-    Token pitches are in elements: q, k, v, out, and in a backward dout, dq, dk, dv. `stats_heads` counts the heads of
-    the whole log-sum-exp tensor, `total` bounds T of a ragged batch.
-    """
-
-    backward: bool
-    count: int
-    length: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    pitches: tuple[int, ...]
-    stats_heads: int
-    scale: float
-    total: int | None
-    device: torch.device
-
-
-@functools.cache  # without a bound: captured graphs hold a plan's kernels
-def _cudnn_plan(key: _PlanKey) -> tuple[Any, dict[str, Any], int]:
-    """Build a forward or backward plan. Returns: graph, its tensors by name, workspace bytes."""
-    cudnn = _cudnn_module(key.device)
-    io = cudnn.data_type.BFLOAT16 if key.dtype == torch.bfloat16 else cudnn.data_type.HALF
-    fp32, int32 = cudnn.data_type.FLOAT, cudnn.data_type.INT32
-    graph = cudnn.pygraph(
-        io_data_type=io, intermediate_data_type=fp32, compute_data_type=fp32, handle=_cudnn_handle(key.device)
-    )
-    tensors: dict[str, Any] = {}
-
-    def geometry(heads: int, pitch: int) -> tuple[list[int], list[int]]:
-        stride = [key.length * pitch, key.head_dim, pitch, 1]
-        return [key.count, heads, key.length, key.head_dim], stride
-
-    def integers(name: str, size: int) -> Any:
-        tensors[name] = graph.tensor(name=name, dim=[size, 1, 1, 1], stride=[1, 1, 1, 1], data_type=int32)
-        return tensors[name]
-
-    def offsets(pitch: int) -> Any:
-        name = f"offset{pitch}"
-        return tensors[name] if name in tensors else integers(name, key.count + 1)
-
-    def ragged(tensor: Any, pitch: int) -> Any:
-        if key.total is not None:
-            tensor.set_ragged_offset(offsets(pitch))
-        return tensor
-
-    def matrix(name: str, heads: int, pitch: int) -> Any:
-        dim, stride = geometry(heads, pitch)
-        tensors[name] = ragged(graph.tensor(name=name, dim=dim, stride=stride, data_type=io), pitch)
-        return tensors[name]
-
-    def result(name: str, tensor: Any, heads: int, pitch: int) -> None:
-        dim, stride = geometry(heads, pitch)
-        tensor.set_output(True).set_dim(dim).set_stride(stride).set_data_type(io)
-        tensors[name] = ragged(tensor, pitch)
-
-    heads, kv_heads, pitches = key.heads, key.kv_heads, key.pitches
-    options: dict[str, Any] = {
-        "attn_scale": key.scale,
-        "diagonal_alignment": cudnn.diagonal_alignment.TOP_LEFT,
-        "diagonal_band_right_bound": 0,
-    }
-    q, k, v = matrix("q", heads, pitches[0]), matrix("k", kv_heads, pitches[1]), matrix("v", kv_heads, pitches[2])
-    stats_dim = [key.count, heads, key.length, 1]
-    stats_stride = [key.stats_heads * key.length, key.length, 1, 1]
-    if key.total is not None:
-        lengths = integers("lengths", key.count)
-        options |= {"use_padding_mask": True, "seq_len_q": lengths, "seq_len_kv": lengths}
-    if not key.backward:
-        out, stats = graph.sdpa(q=q, k=k, v=v, generate_stats=True, **options)
-        result("out", out, heads, pitches[3])
-        stats.set_output(True).set_dim(stats_dim).set_stride(stats_stride).set_data_type(fp32)
-        tensors["stats"] = stats
-    else:
-        tensors["stats"] = graph.tensor(name="stats", dim=stats_dim, stride=stats_stride, data_type=fp32)
-        if key.total is not None:
-            options |= {"max_total_seq_len_q": key.total, "max_total_seq_len_kv": key.total}
-        grads = graph.sdpa_backward(
-            q=q,
-            k=k,
-            v=v,
-            o=matrix("out", heads, pitches[3]),
-            dO=matrix("dout", heads, pitches[4]),
-            stats=tensors["stats"],
-            use_deterministic_algorithm=True,
-            **options,
-        )
-        counts = (heads, kv_heads, kv_heads)
-        for name, tensor, count, pitch in zip(("dq", "dk", "dv"), grads, counts, pitches[5:], strict=True):
-            result(name, tensor, count, pitch)
-    graph.validate()
-    graph.build_operation_graph()
-    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-    graph.check_support()
-    graph.build_plans()
-    return graph, tensors, graph.get_workspace_size()
-
-
-def _cudnn_run(key: _PlanKey, sequences: Sequences, buffers: dict[str, Tensor]) -> None:
-    graph, tensors, workspace_bytes = _cudnn_plan(key)
-    if key.total is not None:
-        padded = _pad_count(sequences, key.count)
-        buffers["lengths"] = padded.lengths()
-        for name in tensors:
-            if name.startswith("offset"):
-                buffers[name] = padded.offsets(int(name.removeprefix("offset")))
-    cudnn, handle = _cudnn_module(key.device), _cudnn_handle(key.device)
-    cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(key.device).cuda_stream)
-    workspace = torch.empty(max(1, workspace_bytes), dtype=torch.uint8, device=key.device)
-    graph.execute({tensors[name]: buffer for name, buffer in buffers.items()}, workspace, handle=handle)
-
-
-def _plan_key(tensors: dict[str, Tensor], stats: Tensor | None, sequences: Sequences, scale: float) -> _PlanKey:
-    q, k = tensors["q"], tensors["k"]
-    if sequences.uniform is not None:
-        (count, length), total = sequences.uniform, None
-    else:
-        count, length = _padded_shape(sequences)
-        total = -(-q.shape[0] // TOTAL_STEP) * TOTAL_STEP
-    return _PlanKey(
-        backward="dout" in tensors,
-        count=count,
-        length=length,
-        heads=q.shape[1],
-        kv_heads=k.shape[1],
-        head_dim=q.shape[2],
-        dtype=q.dtype,
-        pitches=tuple(tensor.stride(0) for tensor in tensors.values()),
-        stats_heads=q.shape[1] if stats is None else stats.stride(0) // length,
-        scale=scale,
-        total=total,
-        device=q.device,
-    )
-
-
 def _part_forward(q: Tensor, k: Tensor, v: Tensor, part: Sequences, scale: float, out: Tensor) -> Tensor:
     """Write `out` for sequences of one class. Returns: their log-sum-exp."""
     if backend(q, part) == "fa4":
         return attention_fa4.forward(q, k, v, part, scale, out)
-    tensors = {"q": q, "k": k, "v": v, "out": out}
-    key = _plan_key(tensors, None, part, scale)
-    stats = torch.empty((key.count, key.heads, key.length, 1), dtype=torch.float32, device=q.device)
-    _cudnn_run(key, part, tensors | {"stats": stats})
-    return stats
+    return attention_cudnn.forward(q, k, v, part, scale, out)
 
 
 def _part_backward(
@@ -391,84 +221,14 @@ def _part_backward(
     stats: Tensor,
     part: Sequences,
     scale: float,
-    workspace: int,
+    workspace: int | None,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Write the gradients for sequences of one class."""
     if backend(q, part) == "fa4":
         attention_fa4.backward(dout, q, k, v, out, stats, part, scale, grads)
         return
-    dq, dk, dv = grads
-    kv_heads, ragged = k.shape[1], part.uniform is None
-    group = q.shape[1] // kv_heads
-    count, length = stats.shape[0], stats.shape[2]
-    step = key_heads_at_once(workspace, count * length**2, q.shape, kv_heads, ragged=ragged)
-    if ragged and count > 1 and not step:
-        padded = _pad_count(part, count)
-        for first, end in ((0, count // 2), (count // 2, count)):
-            half = Sequences(padded.cu_seqlens[first : end + 1], part.max_length)
-            _part_backward(dout, q, k, v, out, stats[first:end], half, scale, workspace, grads)
-        return
-    step = max(1, step)
-    for first in range(0, kv_heads, step):
-        keys, queries = slice(first, first + step), slice(first * group, (first + step) * group)
-        tensors = {
-            "q": q[:, queries],
-            "k": k[:, keys],
-            "v": v[:, keys],
-            "out": out[:, queries],
-            "dout": dout[:, queries],
-        }
-        tensors |= {"dq": dq[:, queries], "dk": dk[:, keys], "dv": dv[:, keys]}
-        rows = stats[:, queries]
-        _cudnn_run(_plan_key(tensors, rows, part, scale), part, tensors | {"stats": rows})
-
-
-def key_heads_at_once(workspace: int, scores: int, shape: Sequence[int], kv_heads: int, *, ragged: bool) -> int:
-    """How many key heads, with their query heads, cuDNN's backward takes in one call: a divisor of all, 0 if none fits.
-
-    Args:
-        workspace: bytes this may take.
-        scores: of a query head: sequences x length^2.
-        shape: of q, (T, N, D).
-        kv_heads: key and value heads.
-        ragged: whether the sequences differ in length.
-    """
-    group = shape[1] // kv_heads
-    fitting = (n for n in divisors(kv_heads) if workspace_bytes(n * group, scores, shape, ragged=ragged) <= workspace)
-    return max(fitting, default=0)
-
-
-def workspace_bytes(heads: int, scores: int, shape: Sequence[int], *, ragged: bool) -> int:
-    """What cuDNN's deterministic backward takes for so many query heads at once; other arguments as above.
-
-    It keeps the gradient of the scores in 16 bits and dq in fp32; of ragged sequences dq of all heads, and dk and dv of
-    every query head.
-    """
-    tokens, all_heads, head_dim = shape
-    sums = 8 * tokens * all_heads * head_dim if ragged else 4 * tokens * heads * head_dim
-    return 2 * scores * heads + sums
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, smallest first."""
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _padded_shape(sequences: Sequences) -> tuple[int, int]:
-    """Number and length of the sequences that a ragged plan is built for."""
-    return round_count(sequences.count), -(-sequences.max_length // LENGTH_STEP) * LENGTH_STEP
-
-
-def _pad_count(sequences: Sequences, count: int) -> Sequences:
-    """Append empty sequences up to `count`."""
-    missing = count - sequences.count
-    if not missing:
-        return sequences
-    if sequences.padded is None or sequences.padded.count != count:
-        cu_seqlens = torch.cat([sequences.cu_seqlens, sequences.cu_seqlens[-1:].expand(missing)])
-        sequences.padded = Sequences(cu_seqlens, sequences.max_length)
-    return sequences.padded
+    attention_cudnn.backward(dout, q, k, v, out, stats, part, scale, workspace, grads)
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from finemill.kernels.engine.plan import LayerShape, Level
 from finemill.kernels.engine.projection import PAD
-from finemill.kernels.ops import attention, attention_fa4, lora_b, swiglu_lora
+from finemill.kernels.ops import attention_cudnn, attention_fa4, lora_b, swiglu_lora
 
 CUBLAS_WORKSPACE = 64 << 20
 """Bytes that torch allocates for cuBLAS on Hopper: 32 MiB each for eager work and for captured graphs."""
@@ -191,7 +191,7 @@ class Workload:
         heads = (self.key_heads or s.num_kv_heads) * s.num_heads // s.num_kv_heads
         row = min(self.row, attention_fa4.LONG) if self.fa4 else self.row
         shape = (tokens, s.num_heads, s.head_dim)
-        return max(long, attention.workspace_bytes(heads, tokens * row, shape, ragged=self.ragged))
+        return max(long, attention_cudnn.workspace_bytes(heads, tokens * row, shape, ragged=self.ragged))
 
     def head_bytes(self, tokens: int, chunk: int) -> int:
         """Peak of the loss head, its first input apart."""

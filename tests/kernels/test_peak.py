@@ -23,7 +23,7 @@ from finemill.kernels.engine.decoder_layer import Rope
 from finemill.kernels.engine.plan import Level, Plan
 from finemill.kernels.ops import lora_b, swiglu_lora
 from finemill.kernels.ops.adamw import AdamWState
-from finemill.kernels.ops.attention import key_heads_at_once, workspace_bytes
+from finemill.kernels.ops.attention_cudnn import key_heads_at_once, workspace_bytes
 from finemill.kernels.ops.attention_fa4 import LONG, suits
 from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.packing import LengthClass, PackedBatch, Sequences

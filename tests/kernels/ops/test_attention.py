@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from finemill.kernels.ops import attention, attention_fa4
+from finemill.kernels.ops import attention, attention_cudnn, attention_fa4
 from finemill.kernels.ops.attention import attention_backward, attention_forward, fitting_backend
 from finemill.kernels.ops.packing import Sequences, length_classes
 
@@ -69,7 +69,7 @@ def hopper(monkeypatch):
     installed = {"fa4": True, "cudnn": True}
     monkeypatch.delenv("FINEMILL_ATTENTION", raising=False)
     monkeypatch.setattr(attention, "capability", lambda device: (9, 0))
-    monkeypatch.setattr(attention, "_cudnn_module", lambda device: object() if installed["cudnn"] else None)
+    monkeypatch.setattr(attention_cudnn, "available", lambda device: installed["cudnn"])
     monkeypatch.setattr(attention_fa4, "available", lambda device: installed["fa4"])
     return installed
 
@@ -100,37 +100,6 @@ def test_an_implementation_can_be_asked_for(hopper, monkeypatch):
     monkeypatch.setenv("FINEMILL_ATTENTION", "triton")
     with pytest.raises(ValueError, match="FINEMILL_ATTENTION is 'triton': allowed are fa4, cudnn, flash, plain"):
         chosen(100)
-
-
-ONE_HEAD = 2 * 128**2
-SUMS = 8 * 300 * 4 * 8  # dq in fp32, dk and dv of each query head
-
-
-@pytest.mark.parametrize(
-    ("workspace", "calls"),
-    [
-        (SUMS + 3 * 4 * ONE_HEAD, [(0, 4, 3)]),
-        (SUMS + 3 * 2 * ONE_HEAD, [(0, 2, 3), (2, 2, 3)]),
-        (SUMS + 2 * 2 * ONE_HEAD, [(0, 4, 1), (0, 2, 2), (2, 2, 2)]),
-        (1, [(0, 2, 1), (2, 2, 1)] * 3),
-    ],
-)
-def test_cudnn_takes_fewer_heads_then_fewer_sequences_where_its_workspace_is_short(workspace, calls, monkeypatch):
-    ran, starts = [], []
-
-    def run(key, part, buffers):
-        ran.append((int(buffers["q"][0, 0, 0]), key.heads, part.count))
-        starts.append(int(part.cu_seqlens[0]))
-        assert buffers["stats"].shape[:2] == (part.count, key.heads)
-
-    monkeypatch.setattr(attention, "backend", lambda q, sequences: "cudnn")
-    monkeypatch.setattr(attention, "_cudnn_run", run)
-    sequences = Sequences(torch.tensor([0, 100, 200, 300]), 128, None, ((0, 3, 128),))
-    q, kv = torch.arange(4.0)[None, :, None].repeat(300, 1, 8), torch.zeros(300, 2, 8)
-    attention_backward(q, q, kv, kv, q, (torch.zeros(3, 4, 128, 1),), sequences, 1.0, workspace)
-    assert ran == calls
-    assert starts == sorted(starts)
-    assert starts[0] == 0
 
 
 @pytest.mark.gpu
