@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finemill.kernels.engine.adapters import GroupAdapter
+from finemill.kernels.ops.division import PAD
 from finemill.kernels.ops.launch import use_kernel
 from finemill.kernels.ops.lora import LoRADropout, lora_backward_a, lora_backward_x, lora_project
 from finemill.kernels.ops.lora_b import has_kernel, lora_backward_b
@@ -35,8 +36,6 @@ from finemill.kernels.ops.nf4 import NF4Tensor, dequantize_nf4
 
 # T tokens, K input width, N output width of all members, R rank of all members, P spare columns
 
-PAD = 64
-"""Spare columns are a multiple of this: measured best of 16, 32, 64 and 128 on Hopper (results.md)."""
 BLOCK = 1024
 
 

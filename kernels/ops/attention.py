@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from finemill.kernels.ops import attention_cudnn, attention_fa4
+from finemill.kernels.ops.division import FA4_HEAD_DIMS, fa4_suits
 from finemill.kernels.ops.launch import capability
 from finemill.kernels.ops.packing import Sequences
 
@@ -145,7 +146,7 @@ def fitting_backend(device: torch.device, dtype: torch.dtype, head_dim: int, len
     wanted = asked or "cudnn"
     if not _usable(wanted, device, head_dim, length):
         wanted = "flash"
-    elif not asked and attention_fa4.suits(length, head_dim) and attention_fa4.available(device):
+    elif not asked and fa4_suits(length, head_dim) and attention_fa4.available(device):
         wanted = "fa4"  # shorter sequences of the same batch run on cuDNN
     # FlashAttention-2 begins with Ampere and takes heads of 256, but 192 where shared memory is small (sm_86, 89, 120).
     card = capability(device)
@@ -156,7 +157,7 @@ def fitting_backend(device: torch.device, dtype: torch.dtype, head_dim: int, len
 def _usable(name: str, device: torch.device, head_dim: int, length: int) -> bool:
     match name:
         case "fa4":
-            return head_dim in attention_fa4.HEAD_DIMS and attention_fa4.available(device)
+            return head_dim in FA4_HEAD_DIMS and attention_fa4.available(device)
         case "cudnn":
             return attention_cudnn.takes(length, head_dim) and attention_cudnn.available(device)
     return True

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finemill.kernels.ops.division import cudnn_bytes, divisors
 from finemill.kernels.ops.launch import HOPPER, capability
 from finemill.kernels.ops.packing import LENGTH_STEP, Sequences, round_count
 
@@ -133,24 +134,8 @@ def key_heads_at_once(workspace: int, scores: int, shape: Sequence[int], kv_head
         ragged: whether the sequences differ in length.
     """
     group = shape[1] // kv_heads
-    fitting = (n for n in divisors(kv_heads) if workspace_bytes(n * group, scores, shape, ragged=ragged) <= workspace)
+    fitting = (n for n in divisors(kv_heads) if cudnn_bytes(n * group, scores, shape, ragged=ragged) <= workspace)
     return max(fitting, default=0)
-
-
-def workspace_bytes(heads: int, scores: int, shape: Sequence[int], *, ragged: bool) -> int:
-    """What the deterministic backward takes for so many query heads at once; other arguments as above.
-
-    It keeps the gradient of the scores in 16 bits and dq in fp32; of ragged sequences dq of all heads, and dk and dv of
-    every query head.
-    """
-    tokens, all_heads, head_dim = shape
-    sums = 8 * tokens * all_heads * head_dim if ragged else 4 * tokens * heads * head_dim
-    return 2 * scores * heads + sums
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, smallest first."""
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 @dataclass(frozen=True)

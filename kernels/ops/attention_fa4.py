@@ -1,9 +1,9 @@
 """FlashAttention-4 for long sequences: 1.25 times as fast as cuDNN at 16384 tokens, in memory linear in the length.
 
 Its deterministic backward lets the blocks of keys add to dq in a fixed order, where cuDNN's keeps the gradient of all
-scores. At `LONG` tokens both take as long, and a step with this one draws less power (results.md). The kernels are
-written in CuTe's Python, whose import takes seconds, and compiled when a machine first uses them, in about ten; torch
-calls the same two functions (torch.nn.attention's FA4).
+scores. At `FA4_LENGTH` tokens both take as long, and a step with this one draws less power (results.md). The kernels
+are written in CuTe's Python, whose import takes seconds, and compiled when a machine first uses them, in about ten;
+torch calls the same two functions (torch.nn.attention's FA4).
 
 Source: Dao et al., flash-attn-4 (BSD 3-Clause), flash_attn/cute/interface.py.
 """
@@ -22,15 +22,6 @@ from torch import Tensor
 
 from finemill.kernels.ops.launch import HOPPER, capability
 from finemill.kernels.ops.packing import Sequences
-
-LONG = 2048
-"""Bound on the length, in tokens, from which FlashAttention-4 is used."""
-HEAD_DIMS = (64, 96, 128)
-
-
-def suits(length: int, head_dim: int) -> bool:
-    """Whether FlashAttention-4 is the fastest for sequences of up to so many tokens, and has such heads."""
-    return length >= LONG and head_dim in HEAD_DIMS
 
 
 @functools.cache
@@ -79,11 +70,6 @@ def backward(
     dq, dk, dv = (_rows(grad, sequences) for grad in grads)
     options = {"softmax_scale": scale, "causal": True} | _boundaries(sequences)
     _module()._flash_attn_bwd(*tensors, lse, deterministic=True, dq=dq, dk=dk, dv=dv, **options)
-
-
-def workspace_bytes(tokens: int, q_width: int, kv_width: int) -> int:
-    """Memory that the backward takes: fp32 sums of dq, dk and dv."""
-    return 4 * tokens * (q_width + 2 * kv_width)
 
 
 def _rows(tensor: Tensor, sequences: Sequences) -> Tensor:

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from finemill.kernels.ops.division import rank_block
 from finemill.kernels.ops.launch import capability, check_gradient, check_rows, num_sms, use_kernel
 from finemill.kernels.ops.split_sums import empty_partial, sum_splits
 
@@ -415,8 +416,3 @@ def _rank_of(ranks: int, groups: int) -> int:
     if ranks % groups or not 1 <= ranks // groups <= MAX_RANK:
         raise ValueError(f"{ranks} rows in {groups} groups: the rank must be equal in all, 1 to {MAX_RANK}")
     return ranks // groups
-
-
-def rank_block(rank: int) -> int:
-    """Columns of a tile that holds `rank`: what a matrix product takes."""
-    return max(16, int(triton.next_power_of_2(rank)))

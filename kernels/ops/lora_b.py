@@ -27,21 +27,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from finemill.kernels.ops.division import LORA_B_COLUMNS, LORA_B_TOKENS, lora_b_fits, lora_b_split, rank_block
 from finemill.kernels.ops.launch import check_gradient, check_rows, is_hopper, num_sms
-from finemill.kernels.ops.lora import rank_block
-from finemill.kernels.ops.split_sums import Split, empty_partial, split_evenly, sum_splits
+from finemill.kernels.ops.split_sums import empty_partial, sum_splits
 from finemill.kernels.ops.tma import can_address, copy_rows, descriptor, load_tile, new_barriers
 
 # T tokens, N outputs of all groups, G groups, r rank of one adapter
 
-BLOCK_T = 64
-BLOCK_N = 128
 STAGES = 4
 WARPS = 4
-PROGRAMS = 2
-"""Programs per multiprocessor at once."""
-MAX_RANK = 32
-"""Largest rank: more sums take more registers than a thread has."""
 
 
 def lora_backward_b_reference(
@@ -166,7 +160,7 @@ def _lora_backward_b_kernel(
 
 def has_kernel(dy: Tensor, xa: Tensor, groups: list[tuple[int, int]], rank: int) -> bool:
     """Whether `lora_backward_b` runs for these tensors: a Hopper card, groups of whole tiles, rows TMA can address."""
-    return _fits(groups, rank) and can_address(dy) and can_address(xa) and is_hopper(dy)
+    return lora_b_fits(groups, rank) and can_address(dy) and can_address(xa) and is_hopper(dy)
 
 
 def lora_backward_b(
@@ -189,14 +183,14 @@ def lora_backward_b(
     check_rows("b", b, (width, len(groups) * rank), dy.dtype)
     check_rows("dya", dya, (tokens, len(groups) * rank), dy.dtype)
     check_gradient("grad_b", grad_b, (width, rank))
-    work = _split(tokens, groups, num_sms(dy.device))
+    work = lora_b_split(tokens, groups, num_sms(dy.device))
     blocks = triton.cdiv(width, work.columns)
     dya_partial = empty_partial(blocks * tokens * rank, dy.device)
     grad_partial = empty_partial(work.chunks * rank * width, dy.device)
     starts = [begin for begin, _ in groups[1:]] + [width] * (3 - len(groups))
     _lora_backward_b_kernel[(blocks, work.chunks)](
-        descriptor(dy, BLOCK_T, BLOCK_N),
-        descriptor(xa, BLOCK_T, rank_block(rank)),
+        descriptor(dy, LORA_B_TOKENS, LORA_B_COLUMNS),
+        descriptor(xa, LORA_B_TOKENS, rank_block(rank)),
         b,
         dya_partial,
         grad_partial,
@@ -207,7 +201,7 @@ def lora_backward_b(
         *starts,
         RANK=rank,
         BLOCK_R=rank_block(rank),
-        TILES=work.columns // BLOCK_N,
+        TILES=work.columns // LORA_B_COLUMNS,
         STAGES=STAGES,
         num_warps=WARPS,
         enable_fp_fusion=True,
@@ -227,21 +221,3 @@ def lora_backward_b(
         first_block, first_group = first_block + count * of_each, first_group + count
     strides = (0, rank * width, width)
     sum_splits(grad_partial, grad_b, 1, work.chunks, (rank, width), scaling, (0, 1, rank), strides, accumulate=True)
-
-
-def partial_bytes(tokens: int, groups: list[tuple[int, int]], rank: int, sms: int = 132) -> int:
-    """Memory of the partial sums, on a Hopper card of so many multiprocessors; 0 where cuBLAS multiplies."""
-    if not _fits(groups, rank):
-        return 0
-    width, work = groups[-1][1], _split(tokens, groups, sms)
-    return int(4 * rank * (triton.cdiv(width, work.columns) * tokens + work.chunks * width))
-
-
-def _fits(groups: list[tuple[int, int]], rank: int) -> bool:
-    return rank <= MAX_RANK and rank % 8 == 0 and all(begin % BLOCK_N == 0 for begin, _ in groups)
-
-
-def _split(tokens: int, groups: list[tuple[int, int]], sms: int) -> Split:
-    """Two tiles of columns a program, or one: all of one group, and none without any."""
-    tiles = 1 if any(edge % (2 * BLOCK_N) for group in groups for edge in group) else 2
-    return split_evenly(tokens, BLOCK_T, groups[-1][1], tiles * BLOCK_N, PROGRAMS * sms)

@@ -6,8 +6,6 @@ A kernel that splits a sum writes one partial sum per split; this second launch 
 additions depends on the number of splits alone.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -51,29 +49,6 @@ def _sum_splits_kernel(
     if ACCUMULATE:
         result += tl.load(target, mask=mask, other=0.0).to(tl.float32)
     tl.store(target, result.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-class Split(NamedTuple):
-    """How the work is divided: columns of a program, chunks of tokens, tokens of a chunk."""
-
-    columns: int
-    chunks: int
-    tokens: int
-
-
-def split_evenly(tokens: int, block: int, width: int, columns: int, programs: int) -> Split:
-    """Divide (T, width) so that the programs that run at once, of `block` tokens per step, end together.
-
-    A program takes a step and a half more to begin and end, and a sum is split into 32 at most: partial sums are
-    traffic.
-    """
-    steps, blocks = triton.cdiv(tokens, block), triton.cdiv(width, columns)
-
-    def duration(chunks: int) -> float:
-        return float(triton.cdiv(blocks * chunks, programs) * (triton.cdiv(steps, chunks) + 1.5))
-
-    chunk = block * triton.cdiv(steps, min(range(1, min(steps, 32) + 1), key=duration))
-    return Split(columns, triton.cdiv(tokens, chunk), chunk)
 
 
 def empty_partial(size: int, device: torch.device) -> Tensor:

@@ -21,38 +21,28 @@ Source: Shazeer (arXiv 2002.05202) for SwiGLU, Hu et al. (arXiv 2106.09685) for 
 projection.py.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from finemill.kernels.ops import swiglu_lora_hopper
+from finemill.kernels.ops.division import (
+    SWIGLU_LORA_LAUNCHES,
+    rank_block,
+    swiglu_lora_hopper_fits,
+    swiglu_lora_hopper_split,
+    swiglu_lora_split,
+)
 from finemill.kernels.ops.launch import INTERPRETED, check_gradient, check_rows, is_hopper, num_sms
-from finemill.kernels.ops.lora import rank_block, use_mma_kernel
-from finemill.kernels.ops.split_sums import Split, empty_partial, sum_splits
+from finemill.kernels.ops.lora import use_mma_kernel
+from finemill.kernels.ops.split_sums import empty_partial, sum_splits
 from finemill.kernels.ops.swiglu import swiglu_backward_reference, swiglu_reference
 from finemill.kernels.ops.tma import can_address
 
 # T tokens, I feed-forward width, r rank of one adapter
 
 
-class Launch(NamedTuple):
-    """What a program owns (columns) and reads at a time (tokens), its warps, the tiles in flight, programs per SM."""
-
-    tokens: int
-    columns: int
-    warps: int
-    stages: int
-    programs: int
-
-
-LAUNCHES = {16: Launch(32, 64, 4, 3, 8)}
-"""Launches by rank, rounded up, as measured. Other ranks run apart: their sums take registers and traffic.
-Tokens are split for `programs` on each multiprocessor at most: one more would be a wave of its own."""
-MIN_CHUNK = 256
-"""Least tokens per program: its sums over them are 12 r I bytes that are written and read again."""
 _COMPILED = tl.constexpr(not INTERPRETED)
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -171,11 +161,11 @@ def runs_fused(gate_up: Tensor, rank: int) -> bool:
 
 def _runs_anywhere(gate_up: Tensor, rank: int) -> bool:
     has_kernel = gate_up.element_size() == 2 or INTERPRETED
-    return rank_block(rank) in LAUNCHES and has_kernel and use_mma_kernel(gate_up)
+    return rank_block(rank) in SWIGLU_LORA_LAUNCHES and has_kernel and use_mma_kernel(gate_up)
 
 
 def _runs_on_hopper(gate_up: Tensor, rank: int, *others: Tensor) -> bool:
-    fits = swiglu_lora_hopper.takes(gate_up.shape[1] // 2, rank, rank_block(rank))
+    fits = swiglu_lora_hopper_fits(gate_up.shape[1] // 2, rank)
     return fits and all(map(can_address, (gate_up, *others))) and is_hopper(gate_up)
 
 
@@ -221,7 +211,7 @@ def swiglu_lora_backward(
         grad_b.add_(more_b, alpha=scaling)
         grad_a.add_(more_a)
         return
-    split = swiglu_lora_hopper.split if on_hopper else _split
+    split = swiglu_lora_hopper_split if on_hopper else swiglu_lora_split
     work = split(tokens, width, rank_block(rank), num_sms(dh.device))
     blocks, splits = triton.cdiv(width, work.columns), work.chunks
     dya_partial, dya_stride, dya_block_stride = _dya_partial(dh, rank, work.columns)
@@ -230,7 +220,7 @@ def swiglu_lora_backward(
         tensors = (dh, gate_up, xa, b, dya_down, dya_partial, grad_partial)
         swiglu_lora_hopper.launch(*tensors, (dya_stride, dya_block_stride), work, rank_block(rank))
     else:
-        launch = LAUNCHES[rank_block(rank)]
+        launch = SWIGLU_LORA_LAUNCHES[rank_block(rank)]
         _swiglu_lora_backward_kernel[(blocks, splits)](
             dh,
             gate_up,
@@ -264,24 +254,6 @@ def swiglu_lora_backward(
     strides = (size, 3 * size, width)
     sum_splits(grad_partial, grad_b, 2, splits, shape, scaling, (size, 1, rank), strides, accumulate=True)
     sum_splits(grad_partial[2 * size :], grad_a, 1, splits, shape, 1.0, (0, width, 1), strides, accumulate=True)
-
-
-def partial_bytes(tokens: int, width: int, rank: int, sms: int = 132) -> int:
-    """Memory of the partial sums of dB and dA, on a card of so many multiprocessors: what either kernel takes."""
-    block, chunks = rank_block(rank), 0
-    if swiglu_lora_hopper.takes(width, rank, block):
-        chunks = swiglu_lora_hopper.split(tokens, width, block, sms).chunks
-    if block in LAUNCHES:
-        chunks = max(chunks, _split(tokens, width, block, sms).chunks)
-    return 12 * rank * width * chunks
-
-
-def _split(tokens: int, width: int, rank_block: int, sms: int) -> Split:
-    launch = LAUNCHES[rank_block]
-    steps = triton.cdiv(tokens, launch.tokens)
-    most = max(1, launch.programs * sms // triton.cdiv(width, launch.columns))
-    per_chunk = max(MIN_CHUNK // launch.tokens, triton.cdiv(steps, most))
-    return Split(launch.columns, triton.cdiv(steps, per_chunk), per_chunk * launch.tokens)
 
 
 def _dya_partial(dh: Tensor, rank: int, columns: int) -> tuple[Tensor, int, int]:

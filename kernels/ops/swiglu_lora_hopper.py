@@ -20,17 +20,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from finemill.kernels.ops.split_sums import Split, split_evenly
+from finemill.kernels.ops.division import (
+    SWIGLU_LORA_HOPPER_COLUMNS,
+    SWIGLU_LORA_HOPPER_TILES,
+    SWIGLU_LORA_HOPPER_TOKENS,
+    Split,
+)
 from finemill.kernels.ops.tma import copy_rows, descriptor, load_tile, new_barriers, store_tile
 
 # T tokens, I feed-forward width, r rank of one adapter
 
-BLOCK_T = 64
-BLOCK_I = 128
 STAGES = 3
 WARPS = 8
-TILES = {16: 2, 32: 1}
-"""Tiles of columns per program, by rank, rounded up. More sums do not fit into registers."""
 
 
 @gluon.jit
@@ -187,16 +188,6 @@ def _swiglu_lora_backward_hopper_kernel(
         gl.store(grad_ptrs + 2 * size, grads_a[part], mask=grad_mask)
 
 
-def takes(width: int, rank: int, rank_block: int) -> bool:
-    """Whether matrices of this width and rank have their kernel: whole tiles, rows that TMA can address."""
-    return rank_block in TILES and width % (BLOCK_I * TILES[rank_block]) == 0 and rank % 4 == 0
-
-
-def split(tokens: int, width: int, rank_block: int, sms: int) -> Split:
-    """Divide the work among multiprocessors that hold one program each."""
-    return split_evenly(tokens, BLOCK_T, width, BLOCK_I * TILES[rank_block], sms)
-
-
 def launch(
     dh: Tensor,
     gate_up: Tensor,
@@ -212,8 +203,11 @@ def launch(
     """Launch the kernel; tensors as in `swiglu_lora_backward`, dya_strides from token to token and block to block."""
     tokens, width = dh.shape
     _swiglu_lora_backward_hopper_kernel[(triton.cdiv(width, work.columns), work.chunks)](
-        *(descriptor(matrix, BLOCK_T, BLOCK_I) for matrix in (gate_up[:, :width], gate_up[:, width:], dh)),
-        *(descriptor(matrix, BLOCK_T, rank_block) for matrix in (xa, dya_down)),
+        *(
+            descriptor(matrix, SWIGLU_LORA_HOPPER_TOKENS, SWIGLU_LORA_HOPPER_COLUMNS)
+            for matrix in (gate_up[:, :width], gate_up[:, width:], dh)
+        ),
+        *(descriptor(matrix, SWIGLU_LORA_HOPPER_TOKENS, rank_block) for matrix in (xa, dya_down)),
         b,
         dya_partial,
         grad_partial,
@@ -224,7 +218,7 @@ def launch(
         work.tokens,
         RANK=dya_down.shape[1],
         BLOCK_R=rank_block,
-        TILES=TILES[rank_block],
+        TILES=SWIGLU_LORA_HOPPER_TILES[rank_block],
         STAGES=STAGES,
         num_warps=WARPS,
         enable_fp_fusion=True,

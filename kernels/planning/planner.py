@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import product
 
 from finemill.kernels.engine.plan import HostLevels, Level, Plan
-from finemill.kernels.ops.attention_cudnn import divisors
+from finemill.kernels.ops.division import divisors
 from finemill.kernels.planning.rates import Rates, layer_seconds
 from finemill.kernels.planning.workload import NF4_BYTES, OPTIMIZER_BYTES, LayerBytes, Workload, layer_bytes
 

@@ -9,8 +9,15 @@ from functools import lru_cache
 from typing import Any
 
 from finemill.kernels.engine.plan import LayerShape, Level
-from finemill.kernels.engine.projection import PAD
-from finemill.kernels.ops import attention_cudnn, attention_fa4, lora_b, swiglu_lora
+from finemill.kernels.ops.division import (
+    FA4_LENGTH,
+    PAD,
+    cudnn_bytes,
+    fa4_bytes,
+    fa4_suits,
+    lora_b_bytes,
+    swiglu_lora_bytes,
+)
 
 CUBLAS_WORKSPACE = 64 << 20
 """Bytes that torch allocates for cuBLAS on Hopper: 32 MiB each for eager work and for captured graphs."""
@@ -185,13 +192,13 @@ class Workload:
     def attention_workspace(self, tokens: int) -> int:
         """Memory that the deterministic backward takes: FlashAttention-4's, and cuDNN's for the heads done at once."""
         s = self.shape
-        long = attention_fa4.workspace_bytes(tokens, s.q_width, s.num_kv_heads * s.head_dim) if self.fa4 else 0
+        long = fa4_bytes(tokens, s.q_width, s.num_kv_heads * s.head_dim) if self.fa4 else 0
         if self.fa4 and not self.ragged:
             return long
         heads = (self.key_heads or s.num_kv_heads) * s.num_heads // s.num_kv_heads
-        row = min(self.row, attention_fa4.LONG) if self.fa4 else self.row
+        row = min(self.row, FA4_LENGTH) if self.fa4 else self.row
         shape = (tokens, s.num_heads, s.head_dim)
-        return max(long, attention_cudnn.workspace_bytes(heads, tokens * row, shape, ragged=self.ragged))
+        return max(long, cudnn_bytes(heads, tokens * row, shape, ragged=self.ragged))
 
     def head_bytes(self, tokens: int, chunk: int) -> int:
         """Peak of the loss head, its first input apart."""
@@ -234,7 +241,7 @@ def workload_of_config(
         tokens=tokens,
         row=row,
         ragged=ragged,
-        fa4=attention_fa4.suits(row, shape.head_dim),
+        fa4=fa4_suits(row, shape.head_dim),
     )
 
 
@@ -287,8 +294,8 @@ def _backward_bytes(work: Workload, t: dict[str, int], tokens: int) -> dict[Leve
     width = work.shape.intermediate
     products = max(
         4 * work.rank * max(4 * width, 3 * work.shape.qkv_width),
-        swiglu_lora.partial_bytes(tokens, width, work.rank),
-        lora_b.partial_bytes(tokens, [(0, work.shape.hidden)], work.rank),
+        swiglu_lora_bytes(tokens, width, work.rank),
+        lora_b_bytes(tokens, [(0, work.shape.hidden)], work.rank),
     )
     rotated = t["q"] + t["kv"] + t["rstd_qk"]
     saved = t["grad"] + t["x"] + t["xa"] + t["qkv"] + t["attended"] + t["state"]

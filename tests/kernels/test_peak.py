@@ -23,8 +23,8 @@ from finemill.kernels.engine.decoder_layer import Rope
 from finemill.kernels.engine.plan import Level, Plan
 from finemill.kernels.ops import lora_b, swiglu_lora
 from finemill.kernels.ops.adamw import AdamWState
-from finemill.kernels.ops.attention_cudnn import key_heads_at_once, workspace_bytes
-from finemill.kernels.ops.attention_fa4 import LONG, suits
+from finemill.kernels.ops.attention_cudnn import key_heads_at_once
+from finemill.kernels.ops.division import FA4_LENGTH, cudnn_bytes, fa4_suits
 from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.packing import LengthClass, PackedBatch, Sequences
 from finemill.kernels.planning.estimate import workload
@@ -103,7 +103,7 @@ def attention_forward(q, k, v, sequences, scale, out):
 
 def attention_backward(dout, q, k, v, out, saved, sequences, scale, workspace):
     grads = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=META) for tensor in (q, k, v))
-    if suits(sequences.max_length, q.shape[2]):
+    if fa4_suits(sequences.max_length, q.shape[2]):
         torch.empty(4 * (q.numel() + k.numel() + v.numel()), dtype=torch.uint8, device=META)
         return grads
     (count, length), heads, kv_heads = sequences.uniform, q.shape[1], k.shape[1]
@@ -111,7 +111,7 @@ def attention_backward(dout, q, k, v, out, saved, sequences, scale, workspace):
     step = kv_heads
     if workspace is not None:
         step = max(1, key_heads_at_once(workspace, scores, q.shape, kv_heads, ragged=ragged))
-    taken = workspace_bytes(step * heads // kv_heads, scores, q.shape, ragged=ragged)
+    taken = cudnn_bytes(step * heads // kv_heads, scores, q.shape, ragged=ragged)
     torch.empty(taken, dtype=torch.uint8, device=META)
     return grads
 
@@ -191,8 +191,8 @@ def test_attention_of_long_rows_takes_scores_for_the_shorter_ones_beside_them_al
     sums = 4 * 16384 * (4096 + 2 * 1024)
     assert work.attention_workspace(16384) == sums
     ragged = replace(work, ragged=True)
-    assert ragged.attention_workspace(16384) == 2 * 16384 * LONG * 32 + 8 * 16384 * 4096
-    assert replace(ragged, key_heads=1).attention_workspace(16384) == 2 * 16384 * LONG * 4 + 8 * 16384 * 4096
+    assert ragged.attention_workspace(16384) == 2 * 16384 * FA4_LENGTH * 32 + 8 * 16384 * 4096
+    assert replace(ragged, key_heads=1).attention_workspace(16384) == 2 * 16384 * FA4_LENGTH * 4 + 8 * 16384 * 4096
     assert replace(work, fa4=False, key_heads=1).attention_workspace(16384) == 2 * 16384**2 * 4 + 4 * 16384 * 512
 
 

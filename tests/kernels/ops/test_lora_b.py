@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from finemill.kernels.ops import lora_b
-from finemill.kernels.ops.lora_b import has_kernel, lora_backward_b, lora_backward_b_reference, partial_bytes
+from finemill.kernels.ops.division import lora_b_bytes
+from finemill.kernels.ops.lora_b import has_kernel, lora_backward_b, lora_backward_b_reference
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
@@ -88,10 +89,10 @@ def test_runs_repeat_bit_for_bit_and_the_gradient_is_added(pitched):
 def test_what_has_no_kernel_says_so():
     dy, xa = torch.zeros(4, 512, dtype=torch.bfloat16), torch.zeros(4, 16, dtype=torch.bfloat16)
     assert not has_kernel(dy, xa, [(0, 512)], 16)  # on the CPU
-    assert partial_bytes(4096, [(0, 512)], 16) > 0
-    assert partial_bytes(4096, [(0, 512)], 20) == 0  # rows of xa that TMA cannot address
-    assert partial_bytes(4096, [(0, 512)], 64) == 0  # more sums than registers
-    assert partial_bytes(4096, [(0, 96), (96, 512)], 16) == 0  # a tile with columns of two groups
+    assert lora_b_bytes(4096, [(0, 512)], 16) > 0
+    assert lora_b_bytes(4096, [(0, 512)], 20) == 0  # rows of xa that TMA cannot address
+    assert lora_b_bytes(4096, [(0, 512)], 64) == 0  # more sums than registers
+    assert lora_b_bytes(4096, [(0, 96), (96, 512)], 16) == 0  # a tile with columns of two groups
 
 
 @hopper
