@@ -27,5 +27,4 @@ ALIGN = Pipeline(
     "align",
     "Preferences and a base model in; adapter, merged model, GGUF files, report and a promoted version out.",
     (plan, rows, dataset, adapter, evaluation, model, gguf, version, champion, decision),
-    "AlignConfig",
 )

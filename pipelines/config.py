@@ -85,6 +85,40 @@ class AlignConfig(StepConfig):
     """The gates between a new version and the champion: on `preference_accuracy`, as in `configs/align.yaml`."""
 
 
+class RetrainConfig(StepConfig):
+    """Ends as unchanged unless there is new data; otherwise trains, evaluates, exports, and promotes what is better."""
+
+    base_model: str = "builtin:tiny-qwen3"
+    """The model to tune: hf://org/name@revision, a folder, or builtin:tiny-qwen3."""
+
+    preflight: PreflightSettings = Field(default_factory=PreflightSettings)
+    """What a run in a cluster is checked against before it takes a GPU."""
+
+    data_prep: DataPrepConfig
+    """Which rows to read, how to clean, mix and split them."""
+
+    chat_format: ChatFormatConfig = Field(default_factory=ChatFormatConfig)
+    """How rows become token ids and labels."""
+
+    register_: RegisterConfig = Field(default_factory=RegisterConfig, alias="register")
+    """Under which name, and with what besides its digests, a version is registered."""
+
+    train_qlora: TrainQLoRAConfig = Field(default_factory=TrainQLoRAConfig)
+    """LoRA adapters on a 4-bit base: what is adapted, how it is quantized, and the training schedule."""
+
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    """Which held-out rows are scored, and how the answers are generated."""
+
+    merge: MergeConfig = Field(default_factory=MergeConfig)
+    """How the adapter is added to the base, and how closely the result must agree with base and adapter."""
+
+    gguf_quantize: GGUFQuantizeConfig = Field(default_factory=GGUFQuantizeConfig)
+    """Which files to write, and how closely each is compared with the merged model."""
+
+    promote: PromoteConfig = Field(default_factory=PromoteConfig)
+    """The gates between a new version and the champion."""
+
+
 class ExportConfig(StepConfig):
     """Merge an adapter into its base, write and check GGUF files, and register the result."""
 

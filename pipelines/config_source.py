@@ -40,17 +40,14 @@ class {{ name }}(StepConfig):
 
 
 def config_source(pipelines: Iterable[Pipeline]) -> str:
-    """The text of `config.py`, formatted; pipelines that share a class must read the same."""
+    """The text of `config.py`, formatted."""
     classes: dict[str, tuple[str, list[tuple[str, str]]]] = {}
     imported = {StepConfig}
     for pipeline in pipelines:
-        fields = [_value(item) for item in pipeline.values]
-        for section, task in pipeline.sections.items():
-            fields.append(_section(section, task.section))
-            imported.add(task.section)
-        _, shared = classes.setdefault(pipeline.config_name, (pipeline.description, fields))
-        if sorted(shared) != sorted(fields):
-            raise ValueError(f"pipeline {pipeline.name} reads other sections than {pipeline.config_name}")
+        sections = {name: task.section for name, task in pipeline.sections.items()}
+        imported |= set(sections.values())
+        fields = [_value(item) for item in pipeline.values] + [_section(*item) for item in sections.items()]
+        classes[pipeline.config_name] = (pipeline.description, fields)
     imports = sorted(f"from {item.__module__} import {item.__name__}" for item in imported)
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
     return environment.from_string(_TEMPLATE).render(imports=imports, classes=classes)

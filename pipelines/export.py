@@ -16,5 +16,4 @@ EXPORT = Pipeline(
     "export",
     "Merge an adapter into its base, write and check GGUF files, and register the result.",
     (plan, model, gguf, version),
-    "ExportConfig",
 )

@@ -21,5 +21,4 @@ FINETUNE = Pipeline(
     "finetune",
     "Raw rows and a base model in; adapter, merged model, GGUF files, report and a promoted version out.",
     (plan, rows, dataset, adapter, evaluation, model, gguf, version, champion, decision),
-    "FinetuneConfig",
 )

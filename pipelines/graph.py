@@ -123,8 +123,11 @@ class Pipeline:
     name: str
     description: str
     tasks: tuple[Task, ...]
-    config_name: str
-    """The class in `pipelines/config.py`, which `make components` writes; pipelines of the same sections share one."""
+
+    @property
+    def config_name(self) -> str:
+        """The class in `pipelines/config.py`, which `make components` writes."""
+        return "".join(word.capitalize() for word in self.name.split("-")) + "Config"
 
     @property
     def config(self) -> type[StepConfig]:

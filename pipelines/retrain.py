@@ -16,5 +16,4 @@ RETRAIN = Pipeline(
     "retrain",
     "Ends as unchanged unless there is new data; otherwise trains, evaluates, exports, and promotes what is better.",
     (plan, rows, dataset, change, adapter, evaluation, model, gguf, version, champion, decision),
-    "FinetuneConfig",
 )

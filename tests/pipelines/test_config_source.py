@@ -28,12 +28,6 @@ def test_a_task_more_is_a_section_more() -> None:
     }
 
 
-def test_pipelines_of_other_sections_cannot_share_a_class() -> None:
-    longer = replace(EXPORT, name="export-again", tasks=(*EXPORT.tasks, task("data-prep")))
-    with pytest.raises(ValueError, match="pipeline export-again reads other sections than ExportConfig"):
-        config_source([EXPORT, longer])
-
-
 @pytest.mark.parametrize("name", list(PIPELINES))
 def test_preflight_checks_the_base_model_and_every_other_section(name: str) -> None:
     pipeline = PIPELINES[name]
