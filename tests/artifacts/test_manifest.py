@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from finemill.artifacts.manifest import (
     Manifest,
     Producer,
     Reference,
+    check_names,
     digest_files,
     list_files,
     new_manifest,
@@ -50,9 +52,73 @@ def test_manifest_survives_its_own_bytes(tmp_path: Path) -> None:
 
 def test_edited_manifest_is_refused(tmp_path: Path) -> None:
     manifest = new_manifest("model", write_folder(tmp_path / "1"), MADE_BY)
-    edited = manifest.to_bytes().replace(b'"size": 5', b'"size": 6')
+    data = manifest.to_bytes().replace(b'"size": 5', b'"size": 6')
     with pytest.raises(UserError, match="do not add up to its digest"):
-        Manifest.from_bytes(edited, "here")
+        Manifest.from_bytes(data, "here")
+
+
+def edited(manifest: Manifest, **changes: object) -> bytes:
+    return json.dumps({**json.loads(manifest.to_bytes()), **changes}).encode()
+
+
+def test_an_artifact_of_another_layout_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    manifest = new_manifest("model", write_folder(tmp_path / "1"), MADE_BY)
+    with pytest.raises(UserError, match="here is an artifact of layout 2, and this version of finemill reads layout 1"):
+        Manifest.from_bytes(edited(manifest, layout=2, files=[], weights="another form"), "here")
+    for damaged in (b"", b"[]", b'{"layout": 1}', b'{"layout": {}}', b"[" * 100_000):
+        with pytest.raises(UserError, match=r"damaged artifact: here/manifest\.json is not a manifest;"):
+            Manifest.from_bytes(damaged, "here")
+
+
+UNSAFE_NAMES = (
+    "", "/etc/passwd", "../x", "a/../../x", "a/..", "a/./b", ".", "./a", "a//b", "a/", "a\\b", "..\\x", "C:/x", "c:x",
+    "a/D:/x", "a\nb", "a\0b", "a" * 256, "ä" * 128,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSAFE_NAMES)
+def test_names_that_leave_the_folder_are_refused_when_read(tmp_path: Path, name: str) -> None:
+    manifest = new_manifest("model", write_folder(tmp_path / "1"), MADE_BY)
+    files = {name: manifest.files["a.txt"]}
+    entries = {name: {"size": 5, "sha256": manifest.files["a.txt"].sha256}}
+    with pytest.raises(UserError, match=r"unsafe artifact: here/manifest\.json names ") as error:
+        Manifest.from_bytes(edited(manifest, files=entries, digest=digest_files(files)), "here")
+    assert "\n" not in str(error.value)
+    if name:
+        with pytest.raises(UserError, match="unsafe artifact"):
+            Manifest.from_bytes(edited(manifest, folder=name), "here")
+
+
+def test_a_name_is_a_file_or_a_folder_not_both() -> None:
+    with pytest.raises(UserError, match="names 'a/b'"):
+        check_names(["a/b", "a/b/c"], "here")
+
+
+def test_every_other_name_is_taken(tmp_path: Path) -> None:
+    check_names(
+        ["a", "a.b/c", ".hidden", "..a/b..", "sub dir/ü.txt", "xy:z", "model-00001-of-00002.safetensors"], "here"
+    )
+
+
+def test_a_file_with_an_unsafe_name_is_not_published(tmp_path: Path) -> None:
+    write_folder(tmp_path / "1")
+    (tmp_path / "1" / "a\\b").write_text("")
+    with pytest.raises(UserError, match="unsafe artifact"):
+        new_manifest("model", tmp_path / "1", MADE_BY)
+
+
+@pytest.mark.parametrize("linked", ["a.txt", "sub"])
+def test_a_link_that_leaves_the_folder_is_not_followed(tmp_path: Path, linked: str) -> None:
+    folder = write_folder(tmp_path / "1")
+    manifest = new_manifest("model", folder, MADE_BY)
+    (folder / linked).rename(tmp_path / "elsewhere")
+    (folder / linked).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=rf"unsafe artifact: here/{linked}.* is reached by a link that leads out"):
+        verify_folder(folder, manifest, "here")
+    (folder / linked).unlink()
+    (tmp_path / "elsewhere").rename(folder / "inside")
+    (folder / linked).symlink_to("inside")
+    verify_folder(folder, manifest, "here")
 
 
 @pytest.mark.parametrize(

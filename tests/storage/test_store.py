@@ -1,10 +1,19 @@
+import hashlib
 import threading
 from pathlib import Path
 
 import boto3
 import pytest
 
-from finemill.artifacts.manifest import Manifest, Producer, Reference, new_manifest
+from finemill.artifacts.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    Producer,
+    Reference,
+    digest_files,
+    new_manifest,
+)
 from finemill.errors import TemporaryError, UserError
 from finemill.runtime.context import Checkpoints
 from finemill.storage.base import normalize_uri
@@ -84,6 +93,54 @@ def test_newest_checkpoint_is_found_and_old_ones_go(store: str, tmp_path: Path) 
     assert latest is not None
     assert (latest / "step").read_text() == "15"
     assert len(list_artifacts(checkpoints.uri)) == 2
+
+
+def write_object(uri: str, data: bytes) -> None:
+    """Write as somebody does who has the store's rights and none of our code."""
+    if uri.startswith("s3://"):
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=data)
+    else:
+        path = Path(uri.removeprefix("file://"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def forge(uri: str, name: str, text: bytes = b"echo pwned") -> Manifest:
+    """Put a manifest under `uri` that names a file elsewhere, with its right digest, and the file's bytes."""
+    files = {name: FileEntry(size=len(text), sha256=hashlib.sha256(text).hexdigest())}
+    manifest = Manifest(
+        kind="checkpoint", digest=digest_files(files), folder="x", files=files, producer=MADE_BY, parents={},
+        config={}, metrics={}, seconds=0, created="",
+    )  # fmt: skip
+    write_object(f"{uri}/{MANIFEST_NAME}", manifest.to_bytes())
+    write_object(f"{manifest.files_uri(uri)}/{name}", text)
+    return manifest
+
+
+@pytest.mark.parametrize("name", ["../../../../pwned.sh", "a/../../pwned.sh", "/tmp/finemill-pwned.sh"])
+def test_nobody_writes_outside_of_an_artifact_s_folder(store: str, name: str, tmp_path: Path) -> None:
+    forged = forge(f"{store}/merge/1", name)
+    with pytest.raises(UserError, match="unsafe artifact"):
+        fetch_artifact(Reference(f"{store}/merge/1", forged.digest))
+    checkpoints = Checkpoints(f"{store}/checkpoints/train-qlora-k", MADE_BY)
+    forge(f"{checkpoints.uri}/00000001", name)
+    with pytest.raises(UserError, match="unsafe artifact"):
+        checkpoints.latest()
+
+
+def test_a_link_in_the_cache_is_not_written_through(
+    s3_store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    manifest = publish(f"{s3_store}/merge/1", {"sub/a.txt": "alpha"})
+    monkeypatch.setenv("FINEMILL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "elsewhere").mkdir()
+    entry = tmp_path / "cache" / "artifacts" / manifest.digest / "files"
+    entry.mkdir(parents=True)
+    (entry / "sub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is reached by a link that leads out"):
+        fetch_artifact(Reference(f"{s3_store}/merge/1", manifest.digest))
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_damaged_file_in_a_folder_is_refused(folder_store: str) -> None:

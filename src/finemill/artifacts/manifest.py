@@ -6,10 +6,11 @@ the bytes that were written.
 """
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +20,10 @@ from finemill.errors import UserError
 MANIFEST_NAME = "manifest.json"
 LAYOUT_VERSION = 1
 _DIGEST_MARK = "@sha256:"
+# What no part of a file's name may hold: a drive in front, a backslash, control characters, halves of characters.
+_FORBIDDEN = re.compile(r"^[A-Za-z]:|[\\\x00-\x1f\x7f\ud800-\udfff]")
+_MAX_PART_BYTES = 255
+"""Bytes of the longest name that file systems take."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,10 @@ class Reference:
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Layout(BaseModel):
+    layout: int
 
 
 class FileEntry(_Record):
@@ -90,20 +99,59 @@ class Manifest(_Record):
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Manifest":
-        """Parse and check a manifest. Raises: UserError: not a manifest of this layout, or its digest is wrong."""
+        """Parse and check a manifest.
+
+        Raises: UserError: not a manifest, one of another layout, one whose digest is wrong, or one that names places
+            outside of its folder.
+        """
+        _check_layout(data, where)
         try:
             manifest = cls.model_validate_json(data)
         except ValueError:
             raise UserError(
-                f"damaged artifact: {where}/{MANIFEST_NAME} is not a manifest of layout {LAYOUT_VERSION}; "
+                f"damaged artifact: {where}/{MANIFEST_NAME} is not a manifest; "
                 "delete the folder and run the step that writes it again"
             ) from None
+        check_names([*manifest.files, *filter(None, [manifest.folder])], where)
         if manifest.digest != digest_files(manifest.files):
             raise UserError(
                 f"damaged artifact: {where}/{MANIFEST_NAME} lists files that do not add up to its digest; "
                 "delete the folder and run the step that writes it again"
             )
         return manifest
+
+
+def _check_layout(data: bytes, where: str) -> None:
+    """Raises: UserError: the manifest says that it has another layout than the one that is read here."""
+    try:
+        layout = _Layout.model_validate_json(data).layout
+    except ValueError:
+        return  # no manifest at all, which is found out next
+    if layout != LAYOUT_VERSION:
+        raise UserError(
+            f"{where} is an artifact of layout {layout}, and this version of finemill reads layout {LAYOUT_VERSION}: "
+            "run the step that writes it again, or use the version of finemill that wrote it"
+        )
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Names of files stay inside their folder, on every system, and a name is a file or a folder, not both.
+
+    Raises: UserError: a name is absolute, or has an empty part, `.`, `..`, a backslash, a drive or a control character.
+    """
+    names = list(names)
+    folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
+    for name in names:
+        if name in folders or not all(map(_is_plain, name.split("/"))):
+            raise UserError(
+                f"unsafe artifact: {where}/{MANIFEST_NAME} names {name!r:.100}: names are relative, with forward "
+                "slashes and without '..'; no step writes others, so find out who did and use another artifact"
+            )
+
+
+def _is_plain(part: str) -> bool:
+    """Whether a part of a name is one of a file or a folder on every system."""
+    return part not in ("", ".", "..") and not _FORBIDDEN.search(part) and len(part.encode()) <= _MAX_PART_BYTES
 
 
 def new_manifest(
@@ -118,6 +166,7 @@ def new_manifest(
 ) -> Manifest:
     """Describe a finished staging folder."""
     files = list_files(folder)
+    check_names(files, str(folder))
     return Manifest(
         kind=kind,
         digest=digest_files(files),
@@ -153,9 +202,21 @@ def digest_files(files: Mapping[str, FileEntry]) -> str:
 
 
 def verify_folder(folder: Path, manifest: Manifest, where: str) -> None:
-    """Compare every file with the manifest. Raises: UserError: a file is missing, cut or changed."""
+    """Compare every file with the manifest. Raises: UserError: a file is missing, cut, changed or lies elsewhere."""
+    check_links(folder, manifest, where)
     for name, entry in manifest.files.items():
         verify_file(folder / name, entry, f"{where}/{name}")
+
+
+def check_links(folder: Path, manifest: Manifest, where: str) -> None:
+    """Raises: UserError: on the way to a file lies a link that leads out of the folder."""
+    root = folder.resolve()
+    for name in manifest.files:
+        if not (folder / name).resolve().is_relative_to(root):
+            raise UserError(
+                f"unsafe artifact: {where}/{name} is reached by a link that leads out of the artifact's folder; put "
+                "the file itself there, or run the step that writes it again"
+            )
 
 
 def verify_file(path: Path, entry: FileEntry, where: str) -> None:

@@ -20,7 +20,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
-from finemill.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest
+from finemill.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, check_links
 from finemill.errors import TemporaryError, UserError
 from finemill.storage.base import StoredFile
 from finemill.storage.cache import cached_folder, staging_root
@@ -95,6 +95,7 @@ def fetch(uri: str, manifest: Manifest) -> Path:
     """The artifact in the local cache, downloaded unless it is there already."""
     client = s3_client()
     with cached_folder(manifest.digest) as (target, complete), readable_errors(uri, "cannot be read"):
+        check_links(target, manifest, uri)
         if not (complete and _has_all_files(target, manifest)):
             target.mkdir(parents=True, exist_ok=True)
             for name, entry in manifest.files.items():
