@@ -2,7 +2,9 @@
 
 # B batch, T tokens
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import torch
 # Rows that one forward pass of a GPU answers at once; a CPU gains nothing past a few dozen.
 _BATCH_SIZE = {"cuda": 64, "cpu": 64}
 
-# What ends a turn in the chat templates of the day, besides the token that the tokenizer calls its last.
-_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")
+# An answer that no template writes by itself.
+_PROBE = "the-probed-answer"
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,37 @@ class Answer:
 
 
 def stop_token_ids(tokenizer: Any, folder: Path) -> list[int]:
-    """Ids that end an answer: the tokenizer's, those of `folder`'s generation config, the usual end-of-turn tokens."""
+    """Ids that end an answer.
+
+    The tokenizer's last token, the one that its chat template writes after an answer, those of `folder`'s generation
+    config, and padding, which no answer holds.
+    """
     from transformers import GenerationConfig
 
-    found = [tokenizer.eos_token_id]
+    found = [tokenizer.eos_token_id, _end_of_turn(tokenizer)]
     if (folder / "generation_config.json").is_file():
         eos = GenerationConfig.from_pretrained(folder).eos_token_id
         found += eos if isinstance(eos, list) else [eos]
-    found += [tokenizer.convert_tokens_to_ids(text) for text in _END_OF_TURN if text in tokenizer.get_added_vocab()]
+    if tokenizer.pad_token_id != tokenizer.unk_token_id:
+        found.append(tokenizer.pad_token_id)
     return list(dict.fromkeys(token_id for token_id in found if token_id is not None))
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The token that the chat template writes after an answer; None if it writes none, or there is no template."""
+    from jinja2 import TemplateError
+
+    added = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items()}
+    if not tokenizer.chat_template or not added:
+        return None
+    messages = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": _PROBE}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    tokens = "|".join(re.escape(content) for content in sorted(added, key=len, reverse=True))
+    end = re.compile(rf"\s*({tokens})").match(text.rpartition(_PROBE)[2])
+    return added[end[1]] if end else None
 
 
 def generate_answers(
@@ -95,7 +119,7 @@ def _generate_batch(
 ) -> torch.Tensor:
     from transformers import GenerationConfig
 
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_token_ids[0]
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stop_token_ids), 0)
     width = max(len(prompt) for prompt in prompts)
     input_ids_BT = torch.full((len(prompts), width), pad_id, device=model.device)
     attention_mask_BT = torch.zeros_like(input_ids_BT)
@@ -108,13 +132,35 @@ def _generate_batch(
         else {"do_sample": False}
     )
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=list(stop_token_ids), pad_token_id=pad_id, use_cache=True, **drawn
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_token_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+        **drawn,
     )
     torch.manual_seed(sampling.seed + start)
-    output_BT: torch.Tensor = model.generate(
-        input_ids=input_ids_BT, attention_mask=attention_mask_BT, generation_config=config
-    )
+    with _without_own_generation_config(model):
+        output_BT: torch.Tensor = model.generate(
+            input_ids=input_ids_BT, attention_mask=attention_mask_BT, generation_config=config
+        )
     return output_BT[:, width:]
+
+
+@contextmanager
+def _without_own_generation_config(model: Any) -> Iterator[None]:
+    """Set the model's own generation config aside: transformers takes from it whatever a call leaves open.
+
+    A repetition penalty there would change greedy answers.
+    """
+    from transformers import GenerationConfig
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 def _read_answer(tokenizer: Any, new_ids: Sequence[int], stop_token_ids: Sequence[int]) -> Answer:
