@@ -91,7 +91,7 @@ def run_locally(
             )
         try:
             for event in _follow(events, child):
-                if event["event"] != "progress" or event["step"] not in run.events:
+                if event["event"] not in ("progress", "warning") or event["step"] not in run.events:
                     run.events[event["step"]] = event
                 on_event(event)
         finally:

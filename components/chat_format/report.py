@@ -18,6 +18,8 @@ from finemill.components.chat_format.tokenize import ChatTokenizer
 
 logger = logging.getLogger(__name__)
 
+_SHOWN_REASONS = 4
+
 
 @dataclass
 class SplitCounts:
@@ -72,6 +74,23 @@ def warn_of_missing_ends(train: SplitCounts) -> None:
             train.turns_without_end,
             turns,
         )
+
+
+def list_reasons(dropped: Counter[str]) -> str:
+    """The commonest reasons with their counts; the rest in one number."""
+    shown = dropped.most_common(_SHOWN_REASONS)
+    others = dropped.total() - sum(number for _, number in shown)
+    return ", ".join(f"{reason} {number}" for reason, number in [*shown, ("others", others)] if number)
+
+
+def warn_of_losses(counts: Mapping[Split, SplitCounts]) -> None:
+    """Log for each split what was left out or cut."""
+    for split, count in counts.items():
+        if count.dropped:
+            reasons = list_reasons(count.dropped)
+            logger.warning("%s: %d left out of %d rows (%s)", split, count.dropped.total(), count.read, reasons)
+        if count.truncated:
+            logger.warning("%s: %d of %d examples cut to max_length", split, count.truncated, count.examples)
 
 
 def write_report(

@@ -9,7 +9,13 @@ from finemill.artifacts.rows import PreparedRow, iterate_rows
 from finemill.artifacts.splits import SPLITS
 from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.chat_format.example import Draft, Example, Formatter
-from finemill.components.chat_format.report import SplitCounts, warn_of_missing_ends, write_report
+from finemill.components.chat_format.report import (
+    SplitCounts,
+    list_reasons,
+    warn_of_losses,
+    warn_of_missing_ends,
+    write_report,
+)
 from finemill.components.chat_format.template import load_template
 from finemill.components.chat_format.tokenize import load_tokenizer
 from finemill.errors import UserError
@@ -42,8 +48,9 @@ def run(
                         chat.writelines(example.chat_line for example in examples)
                     context.recorder.log_progress(f"{split}: {counts[split].read} rows")
     if not counts["train"].examples:
-        reasons = ", ".join(f"{reason} {number}" for reason, number in counts["train"].dropped.most_common(4))
+        reasons = list_reasons(counts["train"].dropped)
         raise UserError(f"no training row is left of {counts['train'].read} (left out: {reasons or 'none'})")
+    warn_of_losses(counts)
     warn_of_missing_ends(counts["train"])
     (output_dir / "chat_template.jinja").write_text(template.source, encoding="utf-8")
     return write_report(output_dir / "dataset.json", counts, tokenizer, template)

@@ -1,5 +1,6 @@
 """The step `data-prep`: raw rows in, one Parquet file per split out."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import closing
@@ -17,6 +18,8 @@ from finemill.components.data_prep.split import assign_split, order_key
 from finemill.errors import UserError
 from finemill.runtime.context import StepContext
 
+logger = logging.getLogger(__name__)
+
 _WRITE_ROWS = 10_000
 _PROGRESS_ROWS = 50_000
 
@@ -33,6 +36,7 @@ def run(*, output_dir: Path, config: DataPrepConfig, context: StepContext) -> Ma
         splits = _read_splits(config, spool, counts, context)
         mixed = {split: _mix(splits[split], config, split) for split in SPLITS}
         _check_splits(mixed, config, counts)
+        _warn_of_losses(config, counts)
         for split, records in mixed.items():
             _write_rows(output_dir, split, records, config, spool)
     return write_report(output_dir, config, counts, split_counts(mixed, config), context.state)
@@ -90,6 +94,14 @@ def _check_splits(mixed: dict[Split, list[Record]], config: DataPrepConfig, coun
             raise UserError(f"the {split} split got none of {num_rows} rows; add rows, or {advice}")
     held_out = {record.prompt_key for split in ("validation", "test") for record in mixed[split]}
     assert held_out.isdisjoint(record.prompt_key for record in mixed["train"]), "a held-out prompt is in train"
+
+
+def _warn_of_losses(config: DataPrepConfig, counts: list[SourceCounts]) -> None:
+    for source, count in zip(config.sources, counts, strict=True):
+        if count.dropped:
+            reasons = ", ".join(f"{reason} {number}" for reason, number in count.dropped.most_common())
+            total = count.dropped.total()
+            logger.warning("%s: %d of %d rows left out (%s)", source.uri, total, count.read, reasons)
 
 
 def _write_rows(folder: Path, split: Split, records: list[Record], config: DataPrepConfig, spool: Spool) -> None:

@@ -50,6 +50,12 @@ def test_manifest_survives_its_own_bytes(tmp_path: Path) -> None:
     assert Manifest.from_bytes(manifest.to_bytes(), "here") == manifest
 
 
+def test_manifest_from_before_warnings_is_read(tmp_path: Path) -> None:
+    manifest = new_manifest("model", write_folder(tmp_path / "1"), MADE_BY)
+    older = {name: value for name, value in json.loads(manifest.to_bytes()).items() if name != "warnings"}
+    assert Manifest.from_bytes(json.dumps(older).encode(), "here").warnings == []
+
+
 def test_edited_manifest_is_refused(tmp_path: Path) -> None:
     manifest = new_manifest("model", write_folder(tmp_path / "1"), MADE_BY)
     data = manifest.to_bytes().replace(b'"size": 5', b'"size": 6')

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -130,3 +131,40 @@ def test_kill_9_leaves_nothing_published_and_the_next_call_succeeds(
     result = run_step("data-prep", store=folder_store, inputs={}, config=config)
     assert not result.reused
     assert local_path(result.reference.uri).stat().st_mtime >= started - 1
+
+
+def warn_and_prepare(*, output_dir: Path, **_: object) -> Mapping[str, float]:
+    logging.getLogger("finemill.kernels.accelerate").warning("model runs unchanged: %s", "no GPU")
+    logging.getLogger("finemill.kernels.accelerate").warning("model runs unchanged: %s", "no GPU")
+    (output_dir / "rows").write_text("rows")
+    return {}
+
+
+def test_warnings_are_said_once_kept_in_the_manifest_and_said_again_of_a_reused_output(
+    folder_store: str,
+    config: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FINEMILL_EVENTS", str(tmp_path / "events.jsonl"))
+    monkeypatch.setattr("finemill.components.data_prep.step.run", warn_and_prepare)
+    for end in ("done", "reused"):
+        result = run_step("data-prep", store=folder_store, inputs={}, config=config)
+        said = capsys.readouterr().err.splitlines()
+        assert said == [
+            "data-prep: started",
+            "data-prep: warning: model runs unchanged: no GPU",
+            f"data-prep: {end}: {result.reference}",
+        ]
+    assert fetch_artifact(result.reference)[1].warnings == ["model runs unchanged: no GPU"]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["started", "warning", "done", "started", "warning", "reused"]
+
+
+def test_a_failed_step_leaves_its_line_to_the_caller(
+    folder_store: str, config: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError):
+        run_step("data-prep", store=folder_store, inputs={}, config={**config, "sead": 1})
+    assert capsys.readouterr().err == "data-prep: started\n"

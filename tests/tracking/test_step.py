@@ -1,4 +1,5 @@
 import json
+import logging
 import sqlite3
 import subprocess
 import sys
@@ -250,6 +251,29 @@ def test_pipeline_run_records_what_the_steps_say(
     assert {step.data.tags.get("finemill.output") for step in steps} == {str(reference), None}
     history = MlflowClient(tracking_uri).get_metric_history(steps[0].info.run_id, "train/loss")
     assert [point.step for point in history] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("recorder", ["", "events"])
+def test_the_warnings_of_a_step_are_a_tag_of_its_run(
+    recorder: str, tracking_uri: str, tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(**arguments: Any) -> Mapping[str, float]:
+        for split in ("train", "test"):
+            logging.getLogger("finemill.components.data_prep.step").warning("%s: 3 rows left out", split)
+        return training(**arguments)
+
+    monkeypatch.setenv("FINEMILL_EVENTS", str(tmp_path / "events.jsonl"))
+    monkeypatch.setenv(RECORDER_VARIABLE, recorder)
+    monkeypatch.setattr(_DATA_PREP, warn)
+    prepare()
+    if recorder:
+        prepare()
+        with parent_run("finetune", StepConfig(), tracking_uri) as run:
+            for line in (tmp_path / "events.jsonl").read_text().splitlines():
+                run.record(json.loads(line))
+    tags = [run.data.tags for run in runs(tracking_uri) if "finemill.step" in run.data.tags]
+    expected = ["train: 3 rows left out\ntest: 3 rows left out"] * (2 if recorder else 1)
+    assert [tag["finemill.warnings"] for tag in tags] == expected
 
 
 def test_parameters_are_flat_and_hold_no_credentials() -> None:

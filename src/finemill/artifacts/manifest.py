@@ -7,7 +7,7 @@ the bytes that were written.
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -86,6 +86,8 @@ class Manifest(_Record):
     parents: dict[str, str]
     config: dict[str, Any]
     metrics: dict[str, float]
+    warnings: list[str] = []
+    """What a person should know of how it was made, a line each: rows left out, fallbacks, points lost."""
     seconds: float
     created: str
 
@@ -162,6 +164,7 @@ def new_manifest(
     parents: Mapping[str, str] | None = None,
     config: Mapping[str, object] | None = None,
     metrics: Mapping[str, float] | None = None,
+    warnings: Sequence[str] = (),
     seconds: float = 0.0,
 ) -> Manifest:
     """Describe a finished staging folder."""
@@ -175,6 +178,7 @@ def new_manifest(
         parents=dict(parents or {}),
         config=dict(config or {}),
         metrics=dict(metrics or {}),
+        warnings=list(warnings),
         seconds=round(seconds, 3),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -12,7 +12,7 @@ _MARKS = {"done": "done", "reused": "reused", "failed": "FAILED"}
 
 
 class RunDisplay:
-    """One line per finished step; on a terminal the last line follows the running one."""
+    """One line per finished step, its warnings above it; on a terminal the last line follows the running one."""
 
     def __init__(self, steps: Sequence[str], stream: TextIO) -> None:
         self._steps = list(steps)
@@ -28,7 +28,9 @@ class RunDisplay:
         position = self._steps.index(event["step"]) + 1
         head = f"[{position}/{len(self._steps)}] {event['step']:<{self._width}}"
         if event["event"] in _MARKS:
-            self._finish(f"{head}  {_MARKS[event['event']]:<6} {event['seconds']:6.1f} s  {_short(event['text'])}")
+            self._print(f"{head}  {_MARKS[event['event']]:<6} {event['seconds']:6.1f} s  {_short(event['text'])}")
+        elif event["event"] == "warning":
+            self._print(f"{head}  warning: {event['text']}")
         elif self._live:
             self._stream.write(f"\r\033[2K{head}  {event['text'] or '...'}"[:200])
             self._stream.flush()
@@ -36,7 +38,7 @@ class RunDisplay:
             self._last_plain_line = time.monotonic()
             print(f"{head}  {event['text']}", file=self._stream, flush=True)
 
-    def _finish(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         self._last_plain_line = time.monotonic()
         print(f"\r\033[2K{line}" if self._live else line, file=self._stream, flush=True)
 
@@ -69,6 +71,11 @@ def print_results(references: Mapping[str, str], tracking_uri: str, stream: Text
             write(f"{'GGUF':<14}{_place(parsed['gguf-quantize'], manifests['gguf-quantize'], name)}\n")
     if "promote" in manifests:
         write(f"{'registry':<14}{_registry_line(parsed['promote'])}\n")
+    warned = [(step, line) for step, manifest in manifests.items() for line in manifest.warnings]
+    if warned:
+        write("\nwarnings\n")
+    for step, line in warned:
+        write(f"{step:<14}{line}\n")
     write(f"\nLook at the run:  mlflow ui --backend-store-uri '{tracking_uri}'\n")
 
 

@@ -1,4 +1,6 @@
-"""Follow a run to its end: a live table on a terminal, a line per change elsewhere, and the steps' logs between."""
+"""Follow a run to its end: a live table on a terminal, a line per change elsewhere, and between them the
+steps' warnings or whole logs.
+"""
 
 import sys
 import time
@@ -82,7 +84,7 @@ def _follow(engine: Engine, run: str, table: RunTable, logs: bool, last_words: d
             status = engine.status(run)
             lines = engine.new_log_lines(run)
             last_words.update(_error_lines(lines))
-            table.show(status, lines if logs else [])
+            table.show(status, lines if logs else _warning_lines(lines))
             reached = time.monotonic()
         except TemporaryError:
             if time.monotonic() - reached > OUT_OF_REACH_S:
@@ -105,6 +107,12 @@ def _error_lines(lines: list[str]) -> dict[str, str]:
         if text.startswith(f"finemill {step}: "):
             found[step] = text.removeprefix(f"finemill {step}: ")
     return found
+
+
+def _warning_lines(lines: list[str]) -> list[str]:
+    """The log lines in which a step warns of something."""
+    split = ((line, *line.partition("  ")) for line in lines)
+    return [line for line, step, _, text in split if text.startswith(f"{step}: warning: ")]
 
 
 def summary(status: RunStatus, last_words: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ What register, promote, rollback and detect-change decide, they decide on this s
 here, and nowhere else.
 """
 
+import logging
 import os
 import re
 import sqlite3
@@ -22,6 +23,8 @@ from finemill.tracking.server import TRACKING_VARIABLE, open_client, readable_er
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+
+logger = logging.getLogger(__name__)
 
 CHALLENGER = "challenger"
 CHAMPION = "champion"
@@ -121,15 +124,15 @@ def read_registered_model(name: str) -> RegisteredModel | None:
     """The registered model `name`, None if there is none.
 
     An SQLite registry is read directly: importing MLflow takes seconds, and a step that is only to find out that
-    nothing has changed should take none. If MLflow has changed its tables, it is asked itself.
+    nothing has changed should take none. If MLflow has changed its tables, it is asked itself, with a warning.
     """
     uri = registry_uri()
     path = sqlite_path(uri)
     if path is not None and not os.environ.get("MLFLOW_WORKSPACE"):
         try:
             return _read_sqlite(path, name)
-        except sqlite3.Error:
-            pass
+        except sqlite3.Error as error:
+            logger.warning("the registry in %s cannot be read directly (%s): MLflow is asked, in seconds", path, error)
     client = open_client(uri)
     with readable_errors(uri):
         return _read_client(client, name)
@@ -143,6 +146,8 @@ def _read_sqlite(path: Path, name: str) -> RegisteredModel | None:
         def rows(columns: str, table: str) -> list[Any]:
             return database.execute(f"SELECT {columns} FROM {table} WHERE name = ?", (name,)).fetchall()
 
+        if not database.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall():
+            return None
         models = rows("creation_time", "registered_models")
         if not models:
             return None

@@ -54,6 +54,8 @@ def run_kfp_task(
     _write(Path(reference_path), str(result.reference))
     _write(Path(manifest.path), result.manifest.to_bytes().decode())
     manifest.metadata.update(uri=result.reference.uri, digest=result.reference.digest, kind=result.manifest.kind)
+    if result.manifest.warnings:
+        manifest.metadata["warnings"] = "\n".join(result.manifest.warnings)
     for key, value in result.manifest.metrics.items():
         metrics.log_metric(key, value)
     # KFP shows what was logged; its local cache takes an output without a file for a miss.

@@ -34,6 +34,7 @@ from finemill.storage.store import (
 )
 from finemill.tracking.progress import Progress
 from finemill.tracking.step import step_run
+from finemill.tracking.warning_lines import WarningLines, heard_warnings
 
 
 @dataclass(frozen=True)
@@ -67,19 +68,23 @@ def run_step(
     progress = Progress(step.name)
     started = time.monotonic()
     progress.emit("started")
-    try:
-        call = _resolve(step, store, inputs, config)
-        found = _find(call)
-        num_gpus = num_idle_gpus() if step.multi_process and found is None else 0
-        result = found or (None if num_gpus else _make_recorded(call, run_id, progress))
-    except Exception as error:
-        exit_code = error.exit_code if isinstance(error, StepError) else 1
-        line = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
-        progress.emit("failed", line, seconds=time.monotonic() - started, exit_code=exit_code)
-        raise
-    if result is None:
-        # The main one of the processes says how it went.
-        return _run_in_processes(call, run_id, num_gpus)
+    with heard_warnings(progress) as warnings:
+        try:
+            call = _resolve(step, store, inputs, config)
+            found = _find(call)
+            num_gpus = num_idle_gpus() if step.multi_process and found is None else 0
+            result = found or (None if num_gpus else _make_recorded(call, run_id, progress, warnings))
+        except Exception as error:
+            exit_code = error.exit_code if isinstance(error, StepError) else 1
+            line = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
+            # Whoever called prints the line.
+            progress.record("failed", text=line, seconds=time.monotonic() - started, exit_code=exit_code)
+            raise
+        if result is None:
+            # The main one of the processes says how it went.
+            return _run_in_processes(call, run_id, num_gpus)
+        for line in result.manifest.warnings:
+            warnings.say(line)
     progress.emit(
         "reused" if result.reused else "done",
         str(result.reference),
@@ -96,7 +101,7 @@ def assist_step(name: str, *, store: str, inputs: Mapping[str, str], config: Map
         return
     call = _resolve(step, store, inputs, config)
     if _find(call) is None:
-        with TemporaryDirectory(prefix="finemill-assist-") as folder:
+        with TemporaryDirectory(prefix="finemill-assist-") as folder, heard_warnings(None):
             context = call.context(Unheard())
             step.function(**_local_folders(call), output_dir=Path(folder), config=call.config, context=context)
 
@@ -149,7 +154,7 @@ def _find(call: _Call) -> StepResult | None:
     return StepResult(Reference(call.uri, standing.digest), standing, reused=True) if standing else None
 
 
-def _make_recorded(call: _Call, run_id: str | None, progress: Progress) -> StepResult:
+def _make_recorded(call: _Call, run_id: str | None, progress: Progress, warnings: WarningLines) -> StepResult:
     """Make the output in the store, with an MLflow run of its own."""
     check_writable(call.store)
     with step_run(
@@ -161,7 +166,7 @@ def _make_recorded(call: _Call, run_id: str | None, progress: Progress) -> StepR
         run_id=run_id,
         progress=progress,
     ) as run:
-        manifest = _make(call, call.context(run, run_id))
+        manifest = _make(call, call.context(run, run_id), warnings)
         reference = Reference(call.uri, manifest.digest)
         run.finish(reference, manifest)
     return StepResult(reference, manifest, reused=False)
@@ -180,7 +185,7 @@ def _run_in_processes(call: _Call, run_id: str | None, count: int) -> StepResult
     return StepResult(reference, read_artifact(reference), reused=False)
 
 
-def _make(call: _Call, context: StepContext) -> Manifest:
+def _make(call: _Call, context: StepContext, warnings: WarningLines) -> Manifest:
     """Call the step's function in a staging folder and publish that; whatever goes wrong, nothing stays behind."""
     folders = _local_folders(call)
     staging = staging_folder(call.uri)
@@ -194,6 +199,7 @@ def _make(call: _Call, context: StepContext) -> Manifest:
             parents=call.inputs,
             config=call.config.model_dump(mode="json"),
             metrics=finite_metrics(metrics),
+            warnings=warnings.lines,
             seconds=time.monotonic() - started,
         )
         return publish_artifact(staging, call.uri, manifest)

@@ -14,6 +14,7 @@ RUN_ID_TAG = "finemill.run_id"
 STEP_TAG = "finemill.step"
 OUTPUT_TAG = "finemill.output"
 REUSED_TAG = "finemill.reused"
+WARNINGS_TAG = "finemill.warnings"
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 

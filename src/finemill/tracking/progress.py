@@ -10,7 +10,7 @@ from typing import Literal
 EVENTS_VARIABLE = "FINEMILL_EVENTS"
 """A file to which every step of a local pipeline run appends its events, one JSON object a line."""
 
-Event = Literal["started", "progress", "done", "reused", "failed"]
+Event = Literal["started", "progress", "warning", "done", "reused", "failed"]
 """What a person is told."""
 RecordedEvent = Literal["computing", "metrics"]
 """What only a recorder of the run needs: a step began to compute (not: found its output), values of a training step."""
@@ -25,7 +25,8 @@ class Progress:
 
     def emit(self, event: Event, text: str = "", **details: object) -> None:
         """Say `text`; `details` go into the event only."""
-        print(f"{self.step}: {text or event}", file=sys.stderr, flush=True)
+        line = text if event == "progress" else ": ".join(part for part in (event, text) if part)
+        print(f"{self.step}: {line}", file=sys.stderr, flush=True)
         self.record(event, text=text, **details)
 
     def record(self, event: Event | RecordedEvent, **details: object) -> None:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from finemill.artifacts.manifest import Manifest, Reference
 from finemill.storage.store import fetch_artifact
-from finemill.tracking.describe import OUTPUT_TAG, StepDescription, is_total, without_credentials
+from finemill.tracking.describe import OUTPUT_TAG, WARNINGS_TAG, StepDescription, is_total, without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -20,6 +20,7 @@ ARTIFACT_NAMES = ("report.html", "report.md", "metrics.json", "decision.md", "de
 MAX_ARTIFACT_BYTES = 8 * 2**20
 _MAX_PARAMS_PER_BATCH = 100
 _MAX_METRICS_PER_BATCH = 1000
+_MAX_TAG_LENGTH = 5000
 _DATASET_DIGEST_LENGTH = 36
 FLUSH_INTERVAL_S = 2.0
 
@@ -82,6 +83,9 @@ class StepRecord:
         place = without_credentials(str(reference))
         self.client.set_tag(self.run_id, OUTPUT_TAG, place)
         self.client.set_tag(self.run_id, "mlflow.note.content", f"Output: `{place}`")
+        if manifest.warnings:
+            warnings = without_credentials("\n".join(manifest.warnings))
+            self.client.set_tag(self.run_id, WARNINGS_TAG, warnings[:_MAX_TAG_LENGTH])
         # A final value under a curve's name would be a point of the curve.
         self.log_points(points({name: x for name, x in manifest.metrics.items() if name not in self._live}, 0))
         if self.parent_id and self._owned:

@@ -4,6 +4,7 @@ Under `finemill run` the step only says what happens, in the events that the dis
 that started the run records it (`pipeline.py`): importing MLflow once a run instead of once a step saves half a minute.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from finemill.errors import StepError
 from finemill.tracking.describe import StepDescription
 from finemill.tracking.progress import Progress
 from finemill.tracking.server import open_client, readable_errors, tracking_uri
+
+logger = logging.getLogger(__name__)
 
 RECORDER_VARIABLE = "FINEMILL_RECORDER"
 """`events`: another process reads the events and records them."""
@@ -85,7 +88,7 @@ class MlflowRun(StepRun):
         try:
             yield
         except Exception as error:
-            self.log_progress(f"warning: not everything is recorded in MLflow ({' '.join(str(error).split())[:200]})")
+            logger.warning("not everything is recorded in MLflow (%s)", " ".join(str(error).split())[:200])
 
 
 @contextmanager

@@ -168,11 +168,11 @@ def test_turns_that_stay_as_they_are_are_learned_in_one_example(tmp_path: Path) 
     assert summary(result)["examples_unrolled"] == 0
 
 
-def test_turns_without_an_end_token_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_turns_without_an_end_token_are_warned_of(tmp_path: Path) -> None:
     template = tmp_path / "endless.jinja"
     template.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
-    format_rows(tmp_path, [{"prompt": "2+2?", "completion": "4"}], chat_template_path=str(template))
-    assert "1 of 1 learned turns end without a control token" in caplog.text
+    result, _ = format_rows(tmp_path, [{"prompt": "2+2?", "completion": "4"}], chat_template_path=str(template))
+    assert "1 of 1 learned turns end without a control token" in result.manifest.warnings[0]
 
 
 def test_only_the_last_turn_is_learned_if_asked(tmp_path: Path) -> None:
@@ -263,10 +263,12 @@ def test_long_rows_are_left_out_or_cut(tmp_path: Path) -> None:
     result, formatted = format_rows(tmp_path, rows, max_length=60)
     assert len(formatted) == 1
     assert summary(result)["rows_dropped"] == {"too_long": 1}
+    assert result.manifest.warnings == ["train: 1 left out of 2 rows (too_long 1)"]
     result, formatted = format_rows(tmp_path, rows, max_length=60, truncation="truncate")
     assert [len(row["input_ids"]) <= 60 for row in formatted] == [True, True]
     assert formatted[1]["labels"][-1] == formatted[1]["input_ids"][-1]
     assert summary(result)["examples_truncated"] == 1
+    assert result.manifest.warnings == ["train: 1 of 2 examples cut to max_length"]
 
 
 def test_a_row_cut_before_its_answer_is_left_out(tmp_path: Path) -> None:

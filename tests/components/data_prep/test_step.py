@@ -144,6 +144,8 @@ def test_unusable_rows_are_counted_by_reason(folder_store: str, tmp_path: Path) 
     counts = json.loads((folder_of(result) / "data.json").read_text())["sources"][0]
     reasons = {"empty": 1, "no_answer": 1, "too_short": 1, "too_long": 1, "not_unicode": 1, "duplicate": 1}
     assert counts["dropped"] == reasons
+    (warning,) = result.manifest.warnings
+    assert all(f"{reason} 1" in warning for reason in reasons)
     assert counts["read"] == 66
 
 
