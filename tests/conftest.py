@@ -81,6 +81,25 @@ def tiny_model_dir() -> Path:
     return BUILTIN_MODELS["builtin:tiny-qwen3"]
 
 
+@pytest.fixture
+def add_to_hub(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Fill a hub cache of the test's own: `add_to_hub(commit, branch)` puts that commit at the head of the branch.
+
+    The model is `finemill/tiny`, a copy of the one that ships with the project. Returns: its folder, to be changed.
+    """
+    cache = tmp_path / "hub"
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def add(commit: str, branch: str = "main") -> Path:
+        repository = cache / "models--finemill--tiny"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+        return Path(shutil.copytree(tiny_model_dir, repository / "snapshots" / commit))
+
+    return add
+
+
 @pytest.fixture(scope="session")
 def tiny_adapter_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter on all linear layers of that model, its weights drawn so that it changes answers."""

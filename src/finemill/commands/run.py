@@ -47,8 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
     check_writable(store)
-    if base_model := getattr(config, "base_model", None):
-        resolve_base_model(base_model)
+    config = with_pinned_base(config)
     from finemill.registry.snapshot import check_registry_reads, registry_uri
     from finemill.tracking.pipeline import parent_run
 
@@ -70,6 +69,15 @@ def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
         finished = run_locally(pipeline, _parameters(pipeline, config, store), log_file, on_event, run.environment)
     print_results(finished.references, tracking_uri, sys.stdout)
     return 0
+
+
+def with_pinned_base(config: StepConfig) -> StepConfig:
+    """The configuration with the commit that the name of a hub's model stands for now: every step gets the same.
+
+    Raises: as `resolve_base_model`: the model is fetched here, before anything is computed.
+    """
+    base_model: str | None = getattr(config, "base_model", None)
+    return config.model_copy(update={"base_model": resolve_base_model(base_model).id}) if base_model else config
 
 
 def _parameters(pipeline: Pipeline, config: StepConfig, store: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def execute(name: str, arguments: list[str]) -> int:
 
     inputs = {port: getattr(parsed, port) for port in step.inputs}
     if not is_main_process():
-        assist_step(name, store=parsed.store, inputs=inputs, config=config)
+        assist_step(name, store=parsed.store, inputs=inputs, config=config, run_id=parsed.run_id)
         return 0
     # Libraries print what they like; standard output is for the reference alone.
     with redirect_stdout(sys.stderr):

@@ -14,6 +14,7 @@ from finemill.errors import UserError
 
 if TYPE_CHECKING:
     from finemill.config import StepConfig
+    from finemill.models.base.resolve import Part
 
 
 class Step(NamedTuple):
@@ -42,6 +43,8 @@ class Step(NamedTuple):
     """The section of a pipeline's configuration that this step reads, where it shares another step's."""
     section_class_name: str | None = None
     """The class in the folder's `config.py` of what that section holds, where it is not the whole configuration."""
+    base_part: "Part" = "model"
+    """The part of the base model that it reads: no other is fetched, nor changes its output."""
     multi_process: bool = False
     """Whether several processes can compute it together, one a GPU; of another step only the main process computes."""
     fetches_inputs: bool = True
@@ -125,6 +128,7 @@ _ALL = (
         config_name="ChatFormatConfig",
         image="cpu",
         state_name="template:template_state",
+        base_part="tokenizer",
     ),
     Step(
         "detect-change",

@@ -19,6 +19,8 @@ from finemill.artifacts.manifest import Manifest, Producer, Reference, new_manif
 from finemill.artifacts.ports import BASE_MODEL
 from finemill.config import StepConfig, parse_config
 from finemill.errors import StepError, UserError
+from finemill.models.base.pin import pin_base_model
+from finemill.models.base.resolve import base_digest, resolve_base_model
 from finemill.runtime.catalog import Step, get_step
 from finemill.runtime.code_version import producer
 from finemill.runtime.context import Checkpoints, Recorder, StepContext, Unheard
@@ -61,7 +63,7 @@ def run_step(
         store: URI of the folder or bucket prefix that gets the output.
         inputs: an artifact reference per input of the step; a model reference for `base_model`.
         config: the step's configuration, or its values.
-        run_id: groups the steps of one pipeline run in MLflow.
+        run_id: groups the steps of one pipeline run: in MLflow, and about the commit that a hub's branch stands for.
     Raises: StepError: one line for people, with the exit code.
     """
     step = get_step(name)
@@ -70,7 +72,7 @@ def run_step(
     progress.emit("started")
     with heard_warnings(progress) as warnings:
         try:
-            call = _resolve(step, store, inputs, config)
+            call = _resolve(step, store, inputs, config, run_id)
             found = _find(call)
             num_gpus = num_idle_gpus() if step.multi_process and found is None else 0
             result = found or (None if num_gpus else _make_recorded(call, run_id, progress, warnings))
@@ -94,12 +96,19 @@ def run_step(
     return result
 
 
-def assist_step(name: str, *, store: str, inputs: Mapping[str, str], config: Mapping[str, Any] | StepConfig) -> None:
+def assist_step(
+    name: str,
+    *,
+    store: str,
+    inputs: Mapping[str, str],
+    config: Mapping[str, Any] | StepConfig,
+    run_id: str | None = None,
+) -> None:
     """Compute beside the main process of a step that several processes share: what it writes is nobody's."""
     step = get_step(name)
     if not step.multi_process:
         return
-    call = _resolve(step, store, inputs, config)
+    call = _resolve(step, store, inputs, config, run_id)
     if _find(call) is None:
         with TemporaryDirectory(prefix="finemill-assist-") as folder, heard_warnings(None):
             context = call.context(Unheard())
@@ -138,14 +147,22 @@ class _Call:
         )
 
 
-def _resolve(step: Step, store: str, inputs: Mapping[str, str], config: Mapping[str, Any] | StepConfig) -> _Call:
+def _resolve(
+    step: Step,
+    store: str,
+    inputs: Mapping[str, str],
+    config: Mapping[str, Any] | StepConfig,
+    run_id: str | None,
+) -> _Call:
     parsed = config if isinstance(config, StepConfig) else parse_config(step.config, config, step.name)
     _check_input_names(step, inputs)
+    store, made_by = normalize_uri(store), producer(step)
+    if BASE_MODEL in inputs:
+        inputs = {**inputs, BASE_MODEL: pin_base_model(inputs[BASE_MODEL], store, run_id, made_by)}
     manifests = {port: read_artifact(Reference.parse(value)) for port, value in inputs.items() if port != BASE_MODEL}
     state = dict(step.state(inputs, parsed)) if step.state else {}
-    made_by = producer(step)
-    key = _output_key(made_by, parsed, _input_digests(inputs, manifests), state)
-    return _Call(step, normalize_uri(store), dict(inputs), parsed, manifests, state, made_by, key)
+    key = _output_key(made_by, parsed, _input_digests(step, inputs, manifests), state)
+    return _Call(step, store, dict(inputs), parsed, manifests, state, made_by, key)
 
 
 def _find(call: _Call) -> StepResult | None:
@@ -222,23 +239,19 @@ def finite_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _local_folders(call: _Call) -> dict[str, Path]:
     inputs = call.inputs.items() if call.step.fetches_inputs else ()
-    return {port: _local_folder(port, value) for port, value in inputs}
+    return {port: _local_folder(call.step, port, value) for port, value in inputs}
 
 
-def _local_folder(port: str, value: str) -> Path:
+def _local_folder(step: Step, port: str, value: str) -> Path:
     if port != BASE_MODEL:
         return fetch_artifact(Reference.parse(value))[0]
-    from finemill.models.base.resolve import resolve_base_model
-
-    return resolve_base_model(value).path
+    return resolve_base_model(value, step.base_part).path
 
 
-def _input_digests(inputs: Mapping[str, str], manifests: Mapping[str, Manifest]) -> dict[str, str]:
+def _input_digests(step: Step, inputs: Mapping[str, str], manifests: Mapping[str, Manifest]) -> dict[str, str]:
     digests = {port: manifest.digest for port, manifest in manifests.items()}
     if BASE_MODEL in inputs:
-        from finemill.models.base.resolve import resolve_base_model
-
-        digests[BASE_MODEL] = resolve_base_model(inputs[BASE_MODEL]).digest
+        digests[BASE_MODEL] = base_digest(inputs[BASE_MODEL], step.base_part)
     return digests
 
 

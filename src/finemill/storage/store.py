@@ -3,12 +3,13 @@
 A URI without a manifest does not exist for readers.
 """
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from finemill.artifacts.manifest import Manifest, Reference
+from finemill.artifacts.manifest import Manifest, Reference, digest_files
 from finemill.errors import UserError
 from finemill.storage.base import StoredFile
 
@@ -70,6 +71,14 @@ def fetch_artifact(reference: Reference) -> tuple[Path, Manifest]:
     """
     manifest = read_artifact(reference)
     return _backend(reference.uri).fetch(reference.uri, manifest), manifest
+
+
+def fetch_files(reference: Reference, names: Collection[str]) -> Path:
+    """The same for some of its files: a model's tokenizer without its weights. Returns: a folder that holds them."""
+    manifest = read_artifact(reference)
+    wanted = {name: entry for name, entry in manifest.files.items() if name in names}
+    part = manifest.model_copy(update={"files": wanted, "digest": digest_files(wanted)})
+    return _backend(reference.uri).fetch(reference.uri, part)
 
 
 def list_artifacts(uri: str) -> list[str]:

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from finemill.artifacts.adapter import TrainingRecord, write_training
-from finemill.models.base.resolve import resolve_base_model
+from finemill.models.base.resolve import ResolvedBase
 from finemill.training.config import LoRATrainingConfig
 
 
@@ -30,12 +30,11 @@ def keep_adapters_in_float32(model: PeftModel) -> None:
             parameter.data = parameter.data.float()
 
 
-def save_adapter(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path, reference: str) -> None:
+def save_adapter(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path, base: ResolvedBase) -> None:
     """Write adapter, tokenizer with its chat template, and the training's log history.
 
     The adapter names its base as PEFT expects: the hub's name and commit where there is one, else the reference.
     """
-    base = resolve_base_model(reference)
     adapter = trainer.model.peft_config["default"]
     adapter.base_model_name_or_path = base.id.removeprefix("hf://").partition("@")[0] if base.revision else base.id
     adapter.revision = base.revision

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finemill.artifacts.ports import BASE_MODEL
 from finemill.errors import UserError
+from finemill.models.base.resolve import resolve_base_model
 from finemill.runtime.context import StepContext
 from finemill.runtime.processes import num_processes
 from finemill.training.config import LoRATrainingConfig
@@ -28,7 +30,7 @@ def training_identity(config: LoRATrainingConfig, context: StepContext) -> dict[
     return {
         "config": config.model_dump(mode="json", exclude=set(config.not_in_key)),
         "inputs": {port: manifest.digest for port, manifest in context.manifests.items()},
-        "base_model": context.references["base_model"],
+        "base_model": resolve_base_model(context.references[BASE_MODEL]).digest,
         "world_size": num_processes(),
     }
 

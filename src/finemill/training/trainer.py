@@ -6,7 +6,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
+from finemill.artifacts.ports import BASE_MODEL
 from finemill.errors import TemporaryError, UserError
+from finemill.models.base.resolve import read_again, resolve_base_model
 from finemill.runtime.context import StepContext
-from finemill.runtime.processes import num_processes
+from finemill.runtime.processes import is_main_process, num_processes
 from finemill.training.adapter import save_adapter
 from finemill.training.checkpoint import CheckpointCallback, find_checkpoint
 from finemill.training.config import LoRATrainingConfig
@@ -125,11 +127,14 @@ def run_training(
         build_trainer: makes the trainer, given the folder that its own checkpoints go to.
     Returns: the last logged loss (and rewards), tokens and steps, seconds, tokens per second, peak memory in bytes.
     Raises: UserError: a loss that is not finite, a checkpoint of another training.
-        TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
+        TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it. Or the
+            base model is not what was remembered of it, and the same call takes it as it is.
     """
     checkpoint = find_checkpoint(config, context)
+    base = resolve_base_model(context.references[BASE_MODEL])
     with _scratch_folder() as scratch, _without_renaming_warnings():
-        trainer = build_trainer(scratch)
+        with read_again(base) if is_main_process() else nullcontext():
+            trainer = build_trainer(scratch)
         checkpoints = CheckpointCallback(config, context)
         # It prints every log entry as a dictionary; RecordCallback says the same in a line.
         trainer.remove_callback(PrinterCallback)
@@ -139,7 +144,7 @@ def run_training(
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoints.stop_requested and trainer.state.global_step < trainer.state.max_steps:
         raise TemporaryError(f"stopped at step {trainer.state.global_step}; run again to continue from there")
-    save_adapter(trainer, tokenizer, output_dir, context.references["base_model"])
+    save_adapter(trainer, tokenizer, output_dir, base)
     return _metrics(trainer, result.metrics["train_runtime"])
 
 

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from finemill.errors import UserError
-from finemill.models.base.resolve import BUILTIN_MODELS
+from finemill.models.base.resolve import BUILTIN_MODELS, resolve_base_model
 from finemill.runtime.run import StepResult, run_step
 from finemill.storage.store import fetch_artifact
 
@@ -334,3 +335,41 @@ print(run_step("chat-format", store=store, inputs=inputs, config={}).manifest.me
     )
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) > 50
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(BASE, tmp_path / "base"))
+
+
+def key_of(folder: Path, base_model: Path | str) -> str:
+    """The output's place for one row, as a process of its own finds it."""
+    resolve_base_model.cache_clear()
+    result, _ = format_rows(folder, [THINKING], str(base_model))
+    return result.reference.uri
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_dataset_is_found_again_when_the_base_has_other_weights(name: str, base_folder: Path, tmp_path: Path) -> None:
+    before = key_of(tmp_path, base_folder)
+    with (base_folder / name).open("ab") as file:
+        file.write(b"\n")
+    assert key_of(tmp_path, base_folder) == before == key_of(tmp_path, "builtin:tiny-qwen3")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "tokenizer_config.json"])
+def test_dataset_is_another_with_another_tokenizer_or_template(name: str, base_folder: Path, tmp_path: Path) -> None:
+    before = key_of(tmp_path, base_folder)
+    with (base_folder / name).open("ab") as file:
+        file.write(b"\n")
+    assert key_of(tmp_path, base_folder) != before
+
+
+def test_hub_s_tokenizer_is_enough_and_the_manifest_names_its_commit(
+    add_to_hub: Callable[..., Path], tmp_path: Path
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (add_to_hub(commit) / "model.safetensors").unlink()
+    resolve_base_model.cache_clear()
+    result, _ = format_rows(tmp_path, [THINKING], "hf://finemill/tiny")
+    assert result.manifest.parents["base_model"] == f"hf://finemill/tiny@{commit}"

@@ -1,0 +1,46 @@
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finemill.artifacts.manifest import Producer
+from finemill.errors import TemporaryError
+from finemill.models.base.resolve import resolve_base_model
+from finemill.runtime.context import Checkpoints, StepContext, Unheard
+from finemill.training.config import LoRATrainingConfig
+from finemill.training.trainer import run_training
+
+LONG_AGO = 1_700_000_000
+
+
+def test_training_ends_before_its_first_step_on_a_base_that_is_not_what_was_remembered(
+    tiny_model_dir: Path, folder_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    weights = base / "model.safetensors"
+    monkeypatch.setattr("finemill.storage.file_digests.REMEMBERED_BYTES", weights.stat().st_size)
+    os.utime(weights, (LONG_AGO, LONG_AGO))
+    resolve_base_model(str(base))
+    with weights.open("r+b") as file:
+        file.write(bytes(8))
+    os.utime(weights, (LONG_AGO, LONG_AGO))
+    resolve_base_model.cache_clear()
+    context = StepContext(
+        store=folder_store,
+        key="key",
+        references={"base_model": str(base)},
+        manifests={},
+        checkpoints=Checkpoints(f"{folder_store}/checkpoints/x", Producer(step="x", version="0", code="c")),
+        recorder=Unheard(),
+    )
+    loaded: list[Path] = []
+
+    def build(scratch: Path) -> Any:
+        loaded.append(base)
+        return object()
+
+    with pytest.raises(TemporaryError, match=r"model\.safetensors has changed without another size or time"):
+        run_training(build, None, tmp_path / "output", LoRATrainingConfig(), context)
+    assert loaded
