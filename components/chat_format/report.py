@@ -1,7 +1,6 @@
 """What chat-format did: dataset.json and the step's metrics."""
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from finemill.artifacts.files import DATASET_FILE
+from finemill.artifacts.records import write_json
 from finemill.artifacts.splits import Split
 from finemill.components.chat_format.example import Example
 from finemill.components.chat_format.template import ChatTemplate
@@ -94,7 +95,7 @@ def warn_of_losses(counts: Mapping[Split, SplitCounts]) -> None:
 
 
 def write_report(
-    path: Path, counts: Mapping[Split, SplitCounts], tokenizer: ChatTokenizer, template: ChatTemplate
+    folder: Path, counts: Mapping[Split, SplitCounts], tokenizer: ChatTokenizer, template: ChatTemplate
 ) -> dict[str, float]:
     """Write dataset.json; return the metrics."""
     end_tokens = sum((count.end_tokens for count in counts.values()), start=Counter[str]())
@@ -105,7 +106,7 @@ def write_report(
         "end_of_turn_tokens": dict(sorted(end_tokens.items())),
         "splits": {split: count.summary() for split, count in counts.items()},
     }
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / DATASET_FILE, data)
     train = counts["train"]
     return {
         **{f"dataset/{split}_examples": count.examples for split, count in counts.items()},

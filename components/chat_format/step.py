@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from finemill.artifacts.dataset import dataset_writer
+from finemill.artifacts.files import CHAT_FILE
 from finemill.artifacts.rows import PreparedRow, iterate_rows
 from finemill.artifacts.splits import SPLITS
 from finemill.components.chat_format.config import ChatFormatConfig
@@ -38,7 +39,7 @@ def run(
     template = load_template(base_model, config.chat_template_path, tokenizer.named_tokens)
     formatter = Formatter(tokenizer, template, config)
     counts = {split: SplitCounts() for split in SPLITS}
-    with (output_dir / "chat.jsonl").open("w", encoding="utf-8") as chat:
+    with (output_dir / CHAT_FILE).open("w", encoding="utf-8") as chat:
         for split in SPLITS:
             with dataset_writer(output_dir, split) as writer:
                 for batch in iterate_rows(rows, split, batch_rows=_BATCH_ROWS):
@@ -53,7 +54,7 @@ def run(
     warn_of_losses(counts)
     warn_of_missing_ends(counts["train"])
     (output_dir / "chat_template.jinja").write_text(template.source, encoding="utf-8")
-    return write_report(output_dir / "dataset.json", counts, tokenizer, template)
+    return write_report(output_dir, counts, tokenizer, template)
 
 
 def _format_batch(

@@ -1,11 +1,12 @@
 """What data-prep did, for programs (data.json) and for people (report.md)."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finemill.artifacts.files import DATA_FILE, REPORT_TEXT
+from finemill.artifacts.records import write_json
 from finemill.artifacts.splits import Split
 from finemill.components.data_prep.clean import Record, SourceCounts
 from finemill.components.data_prep.config import DataPrepConfig
@@ -62,8 +63,8 @@ def write_report(
         for number, (source, count) in enumerate(zip(config.sources, counts, strict=True))
     ]
     data = {"sources": sources, "mix_by": config.mix_by, "mix_policy": config.mix_policy, "splits": splits}
-    (folder / "data.json").write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(_markdown(data), encoding="utf-8")
+    write_json(folder / DATA_FILE, data)
+    (folder / REPORT_TEXT).write_text(_markdown(data), encoding="utf-8")
     read = sum(count.read for count in counts)
     dropped = sum((count.dropped for count in counts), start=Counter[str]())
     return {

@@ -1,9 +1,10 @@
 """Is there anything new to train on? The registry knows what the newest version was trained on."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from finemill.artifacts.files import CHANGE_FILE
+from finemill.artifacts.records import write_json
 from finemill.registry.config import RegisterConfig
 from finemill.registry.snapshot import Version, read_registered_model
 from finemill.runtime.context import StepContext
@@ -33,7 +34,7 @@ def run(*, dataset: Path, output_dir: Path, config: RegisterConfig, context: Ste
         "dataset": digest,
         "changed": changed,
     }
-    (output_dir / "change.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(output_dir / CHANGE_FILE, record)
     against = f"version {newest.number}" if newest else "no version"
     context.recorder.log_progress(f"{'new data' if changed else 'unchanged'} against {against}")
     return {"detect_change/changed": float(changed)}

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from finemill.artifacts.dataset import read_held_out, spread
+from finemill.artifacts.files import GGUF_FILE
+from finemill.artifacts.records import write_json
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.gguf_quantize.convert import Array, SourceModel
 from finemill.components.gguf_quantize.cores import available_cores
@@ -194,7 +196,7 @@ def _write_record(
         },
         "warnings": warnings,
     }
-    (output_dir / "gguf.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(output_dir / GGUF_FILE, record)
 
 
 def _metrics(

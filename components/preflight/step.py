@@ -1,6 +1,5 @@
 """The checks that run before anything is spent: seconds on a CPU instead of a GPU that finds out after an hour."""
 
-import json
 import os
 import urllib.error
 import urllib.request
@@ -8,6 +7,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+from finemill.artifacts.files import PLAN_FILE
+from finemill.artifacts.records import write_json
 from finemill.components.preflight.base_model import BaseFacts, inspect_base_model
 from finemill.components.preflight.config import PreflightConfig
 from finemill.components.preflight.memory import estimate_memory
@@ -47,7 +48,7 @@ def run(*, output_dir: Path, config: PreflightConfig, context: StepContext) -> d
         "steps": {section: item.model_dump(mode="json") for section, item in parsed.items()},
         **metrics,
     }
-    (output_dir / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
+    write_json(output_dir / PLAN_FILE, plan)
     return metrics
 
 

@@ -1,54 +1,32 @@
-"""What was decided and why: decision.json for programs, decision.md for people."""
+"""What was decided and why, for people; `decision.json` has it for programs."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from finemill.components.promote.gates import GateResult
+from finemill.artifacts.decision import Decision, GateResult
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Whether a version becomes champion, and every check that says so."""
-
-    registered_model_name: str
-    version: int
-    champion_before: int | None
-    promoted: bool
-    summary: str
-    confidence: float
-    gates: Sequence[GateResult]
-    evaluation: str
-    champion_evaluation: str | None
-
-    def write(self, folder: Path) -> None:
-        """Write decision.json and decision.md."""
-        (folder / "decision.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
-        (folder / "decision.md").write_text(self.markdown())
-
-    def markdown(self) -> str:
-        """A heading, one sentence, and a table of the checks."""
-        rows = [
-            f"| {'yes' if gate.passed else '**no**'} | {gate.metric} | {gate.rule} | {gate.value:.4g} "
-            f"| {_cell(gate.other)} | {_cell(gate.difference)} | {_cell(gate.lower_bound)} | {gate.num_rows or ''} |"
-            for gate in self.gates
+def markdown(decision: Decision) -> str:
+    """A heading, one sentence, and a table of the checks."""
+    rows = [
+        f"| {'yes' if gate.passed else '**no**'} | {gate.metric} | {gate.rule} | {gate.value:.4g} "
+        f"| {_cell(gate.other)} | {_cell(gate.difference)} | {_cell(gate.lower_bound)} | {gate.num_rows or ''} |"
+        for gate in decision.gates
+    ]
+    return "\n".join(
+        [
+            f"# {decision.registered_model_name} version {decision.version}: {decision.summary}",
+            "",
+            (
+                f"Positive differences are better. The bound is what the difference exceeds at "
+                f"{decision.confidence:.0%} confidence (paired bootstrap over the held-out rows)."
+            ),
+            "",
+            "| passed | metric | rule | new | other | difference | bound | rows |",
+            "|---|---|---|---:|---:|---:|---:|---:|",
+            *rows,
+            "",
         ]
-        return "\n".join(
-            [
-                f"# {self.registered_model_name} version {self.version}: {self.summary}",
-                "",
-                (
-                    f"Positive differences are better. The bound is what the difference exceeds at "
-                    f"{self.confidence:.0%} confidence (paired bootstrap over the held-out rows)."
-                ),
-                "",
-                "| passed | metric | rule | new | other | difference | bound | rows |",
-                "|---|---|---|---:|---:|---:|---:|---:|",
-                *rows,
-                "",
-            ]
-        )
+    )
 
 
 def _cell(value: float | None) -> str:

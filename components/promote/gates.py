@@ -1,26 +1,12 @@
 """Gates: each comparison and bound with its numbers, and whether it passed."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
+from finemill.artifacts.decision import GateResult
 from finemill.components.promote.bootstrap import lower_bound
 from finemill.components.promote.config import Gate, PromoteConfig
 from finemill.components.promote.scores import Scores
 from finemill.errors import UserError
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """One check. `difference` and `lower_bound` are positive where the new version is better; None where unused."""
-
-    metric: str
-    rule: str
-    passed: bool
-    value: float
-    other: float | None = None
-    difference: float | None = None
-    lower_bound: float | None = None
-    num_rows: int | None = None
 
 
 def check_gates(challenger: Scores, champion: Scores | None, config: PromoteConfig) -> list[GateResult]:
@@ -52,9 +38,11 @@ def _value(scores: Scores, metric: str, model: str) -> float | None:
 
 def _bounds(gate: Gate, value: float) -> Iterator[GateResult]:
     if gate.min_value is not None:
-        yield GateResult(gate.metric, f"at least {gate.min_value:g}", value >= gate.min_value, value)
+        passed, rule = value >= gate.min_value, f"at least {gate.min_value:g}"
+        yield GateResult(metric=gate.metric, rule=rule, passed=passed, value=value)
     if gate.max_value is not None:
-        yield GateResult(gate.metric, f"at most {gate.max_value:g}", value <= gate.max_value, value)
+        passed, rule = value <= gate.max_value, f"at most {gate.max_value:g}"
+        yield GateResult(metric=gate.metric, rule=rule, passed=passed, value=value)
 
 
 def _comparisons(
@@ -102,4 +90,13 @@ def _compare(
         )
     else:
         passed, rule = sure >= -(gate.max_regression or 0), f"at most {gate.max_regression:g} worse than {name}"
-    return GateResult(gate.metric, rule, passed, value, other_value, difference, bound, num_rows)
+    return GateResult(
+        metric=gate.metric,
+        rule=rule,
+        passed=passed,
+        value=value,
+        other=other_value,
+        difference=difference,
+        lower_bound=bound,
+        num_rows=num_rows,
+    )

@@ -1,13 +1,15 @@
 """Compare a registered version with the champion, and make it champion if every gate passes."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from finemill.artifacts.decision import Decision, write_decision
+from finemill.artifacts.files import DECISION_TEXT
 from finemill.artifacts.manifest import Reference
+from finemill.artifacts.version import VersionRecord, read_version
 from finemill.components.promote.config import PromoteConfig
-from finemill.components.promote.decision import Decision, summarize
+from finemill.components.promote.decision import markdown, summarize
 from finemill.components.promote.gates import check_gates
 from finemill.components.promote.scores import Scores
 from finemill.errors import GateFailedError, TemporaryError, UserError
@@ -41,7 +43,7 @@ def champion_state(inputs: Mapping[str, str], config: PromoteConfig) -> dict[str
 
     The same before and after the version has become champion itself, and another one when the champion has changed.
     """
-    record = _read_record(fetch_artifact(Reference.parse(inputs["version"]))[0])
+    record = read_version(fetch_artifact(Reference.parse(inputs["version"]))[0])
     model, version = _find(record)
     return {
         "registered_model": registry_state_of(model),
@@ -58,7 +60,7 @@ def run(
     Raises: UserError: the version is not in the registry, or the champion cannot be scored. TemporaryError: the
         champion changed meanwhile. GateFailedError: not promoted, and `strict` is set.
     """
-    model, challenger = _find(_read_record(version))
+    model, challenger = _find(read_version(version))
     registered = challenger.artifact("evaluation")
     if registered is None or registered.digest != Reference.parse(context.references["evaluation"]).digest:
         raise UserError(
@@ -74,7 +76,8 @@ def run(
     context.recorder.log_progress(f"{model.name} version {challenger.number}: {decision.summary}")
     if config.strict and not decision.promoted:
         raise GateFailedError(f"{model.name} version {challenger.number} {decision.summary}")
-    decision.write(output_dir)
+    write_decision(output_dir, decision)
+    (output_dir / DECISION_TEXT).write_text(markdown(decision), encoding="utf-8")
     return {"promote/promotion_passed": float(decision.promoted), "promote/version": float(challenger.number)}
 
 
@@ -106,7 +109,7 @@ def _decide(
         promoted=promoted,
         summary=summary,
         confidence=config.confidence,
-        gates=gates,
+        gates=tuple(gates),
         evaluation=context.references["evaluation"],
         champion_evaluation=str(champion_evaluation) if champion_evaluation else None,
     )
@@ -153,8 +156,8 @@ def _compared_with(model: RegisteredModel, version: Version) -> str:
     return _NONE if number is None else str(number)
 
 
-def _find(record: Mapping[str, Any]) -> tuple[RegisteredModel, Version]:
-    name, number = record["registered_model_name"], record["version"]
+def _find(record: VersionRecord) -> tuple[RegisteredModel, Version]:
+    name, number = record.registered_model_name, record.version
     model = read_registered_model(name)
     if model is None or number not in model.versions:
         raise UserError(
@@ -162,8 +165,3 @@ def _find(record: Mapping[str, Any]) -> tuple[RegisteredModel, Version]:
             "MLFLOW_TRACKING_URI"
         )
     return model, model.versions[number]
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((folder / "version.json").read_text())
-    return record

@@ -1,13 +1,13 @@
 """Register the results as a version of a model, by reference: MLflow records where they are, and gets no copy."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finemill.artifacts.manifest import Manifest, Reference
+from finemill.artifacts.version import VersionRecord, write_version
 from finemill.components.register.config import RegisterConfig
 from finemill.components.register.describe import describe_version, score_tags
 from finemill.errors import UserError
@@ -60,11 +60,11 @@ def run(*, output_dir: Path, config: RegisterConfig, context: StepContext) -> di
     client = open_client(uri)
     with readable_errors(uri):
         record = _register(client, uri, config, context)
-    (output_dir / "version.json").write_text(json.dumps(record, indent=2) + "\n")
-    return {"register/version": float(record["version"])}
+    write_version(output_dir, record)
+    return {"register/version": float(record.version)}
 
 
-def _register(client: "MlflowClient", uri: str, config: RegisterConfig, context: StepContext) -> dict[str, Any]:
+def _register(client: "MlflowClient", uri: str, config: RegisterConfig, context: StepContext) -> VersionRecord:
     name = config.registered_model_name
     tags = version_tags(config, context)
     with locked(client, ensure_registered_model(name), context.store):
@@ -75,16 +75,16 @@ def _register(client: "MlflowClient", uri: str, config: RegisterConfig, context:
             context.recorder.log_progress(f"version {number} of {name} gets the alias {CHALLENGER}")
             client.set_registered_model_alias(name, CHALLENGER, str(number))
     created = client.get_model_version(name, str(number))
-    return {
-        "registered_model_name": name,
-        "version": number,
-        "alias": CHALLENGER,
-        "registry": without_credentials(uri),
-        "run_id": created.run_id or None,
-        "source": created.source,
-        "digest": tags[DIGEST_TAG],
-        "artifacts": dict(context.references),
-    }
+    return VersionRecord(
+        registered_model_name=name,
+        version=number,
+        alias=CHALLENGER,
+        registry=without_credentials(uri),
+        run_id=created.run_id or None,
+        source=created.source,
+        digest=tags[DIGEST_TAG],
+        artifacts=dict(context.references),
+    )
 
 
 def _create(

@@ -1,9 +1,10 @@
 """Score the champion where a new version was scored, before the two are compared."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from finemill.artifacts.files import CHAMPION_FILE
+from finemill.artifacts.records import write_json
 from finemill.registry.champion import comparable_evaluation
 from finemill.registry.config import RegisterConfig
 from finemill.registry.snapshot import CHAMPION, RegisteredModel, Version, read_registered_model, registry_state_of
@@ -28,7 +29,7 @@ def run(*, output_dir: Path, config: RegisterConfig, context: StepContext) -> di
     if model and champion:
         found = comparable_evaluation(model, champion, context.manifests["evaluation"], context)
         record |= {"champion": champion.number, "evaluation": str(found)}
-    (output_dir / "champion.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(output_dir / CHAMPION_FILE, record)
     return {"score_champion/champion": float(champion.number if champion else 0)}
 
 

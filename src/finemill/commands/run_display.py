@@ -4,6 +4,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+from finemill.artifacts.decision import read_decision
+from finemill.artifacts.files import REPORT_PAGE
 from finemill.artifacts.manifest import Manifest, Reference
 from finemill.storage.base import local_path
 from finemill.storage.store import fetch_artifact, read_artifact
@@ -62,7 +64,7 @@ def print_results(references: Mapping[str, str], tracking_uri: str, stream: Text
         ("adapter", "train-qlora", ""),
         ("adapter", "train-dpo", ""),
         ("merged model", "merge", ""),
-        ("report", "eval", "report.html"),
+        ("report", "eval", REPORT_PAGE),
     ):
         if step in parsed:
             write(f"{label:<14}{_place(parsed[step], manifests[step], name)}\n")
@@ -110,7 +112,5 @@ def _names(manifest: Manifest, suffix: str) -> list[str]:
 
 
 def _registry_line(reference: Reference) -> str:
-    import json
-
-    decision = json.loads((fetch_artifact(reference)[0] / "decision.json").read_text())
-    return f"{decision['registered_model_name']} version {decision['version']}: {decision['summary']}"
+    decision = read_decision(fetch_artifact(reference)[0])
+    return f"{decision.registered_model_name} version {decision.version}: {decision.summary}"

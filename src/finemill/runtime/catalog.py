@@ -9,6 +9,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from finemill.artifacts.files import REPORT_PAGE, REPORT_TEXT
 from finemill.artifacts.ports import BASE_MODEL
 from finemill.errors import UserError
 
@@ -166,7 +167,7 @@ _ALL = (
         output="evaluation",
         config_name="EvalConfig",
         image="train",
-        shown={"report": "report.html", "summary": "report.md"},
+        shown={"report": REPORT_PAGE, "summary": REPORT_TEXT},
     ),
     Step(
         "merge",

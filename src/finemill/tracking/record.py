@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from finemill.artifacts.files import DECISION_FILE, DECISION_TEXT, METRICS_FILE, REPORT_PAGE, REPORT_TEXT
 from finemill.artifacts.manifest import Manifest, Reference
 from finemill.storage.store import fetch_artifact
 from finemill.tracking.describe import OUTPUT_TAG, WARNINGS_TAG, StepDescription, is_total, without_credentials
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 PARENT_TAG = "mlflow.parentRunId"
 # What people look at in MLflow's page of a run. Models never go through MLflow.
-ARTIFACT_NAMES = ("report.html", "report.md", "metrics.json", "decision.md", "decision.json")
+ARTIFACT_NAMES = (REPORT_PAGE, REPORT_TEXT, METRICS_FILE, DECISION_TEXT, DECISION_FILE)
 MAX_ARTIFACT_BYTES = 8 * 2**20
 _MAX_PARAMS_PER_BATCH = 100
 _MAX_METRICS_PER_BATCH = 1000

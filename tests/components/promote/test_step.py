@@ -1,4 +1,3 @@
-import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +6,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from finemill.artifacts.decision import Decision, read_decision
 from finemill.components.promote.config import RollbackConfig
 from finemill.components.promote.rollback import rollback
 from finemill.errors import GateFailedError, StepError, TemporaryError, UserError
@@ -34,9 +34,8 @@ def promote(store: str, inputs: dict[str, str], **config: object) -> StepResult:
     return run_step("promote", store=store, inputs=inputs, config=config)
 
 
-def decision(result: StepResult) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((fetch_artifact(result.reference)[0] / "decision.json").read_text())
-    return loaded
+def decision(result: StepResult) -> Decision:
+    return read_decision(fetch_artifact(result.reference)[0])
 
 
 def aliases() -> dict[str, int]:
@@ -48,8 +47,8 @@ def aliases() -> dict[str, int]:
 def test_first_version_that_beats_its_base_becomes_champion(folder_store: str, registered: Line) -> None:
     result = promote(folder_store, registered("one"))
     found = decision(result)
-    assert (found["promoted"], found["summary"], found["champion_before"]) == (True, "@champion, the first", None)
-    assert [gate["rule"] for gate in found["gates"]] == ["better than base", "at most 0.02 worse than base"]
+    assert (found.promoted, found.summary, found.champion_before) == (True, "@champion, the first", None)
+    assert [gate.rule for gate in found.gates] == ["better than base", "at most 0.02 worse than base"]
     assert result.manifest.metrics == {"promote/promotion_passed": 1.0, "promote/version": 1.0}
     assert aliases() == {"champion": 1}
     assert "| yes | loss | better than base |" in (fetch_artifact(result.reference)[0] / "decision.md").read_text()
@@ -57,7 +56,7 @@ def test_first_version_that_beats_its_base_becomes_champion(folder_store: str, r
 
 def test_version_that_does_not_beat_its_base_stays_challenger(folder_store: str, registered: Line) -> None:
     result = promote(folder_store, registered("one", loss=2.0))
-    assert decision(result)["summary"].startswith("not promoted: loss ")
+    assert decision(result).summary.startswith("not promoted: loss ")
     assert result.manifest.metrics["promote/promotion_passed"] == 0
     assert aliases() == {"challenger": 1}
 
@@ -68,14 +67,14 @@ def test_better_version_takes_over_and_worse_does_not(folder_store: str, registe
     assert aliases() == {"champion": 1, "challenger": 2}
     better = promote(folder_store, registered("three", loss=0.4))
     assert aliases() == {"champion": 3, "previous_champion": 1}
-    assert (decision(worse)["champion_before"], decision(better)["champion_before"]) == (1, 1)
-    assert decision(better)["summary"] == "@champion in place of version 1"
+    assert (decision(worse).champion_before, decision(better).champion_before) == (1, 1)
+    assert decision(better).summary == "@champion in place of version 1"
 
 
 def test_guarded_metric_must_not_regress(folder_store: str, registered: Line) -> None:
     promote(folder_store, registered("one", right=90, loss=0.5))
     result = promote(folder_store, registered("two", right=70, loss=0.3))
-    assert "exact_match 0.7 is not at most 0.02 worse than champion (0.9; -0.2, bound" in decision(result)["summary"]
+    assert "exact_match 0.7 is not at most 0.02 worse than champion (0.9; -0.2, bound" in decision(result).summary
 
 
 def test_bounds_hold_whatever_the_champion(folder_store: str, registered: Line) -> None:
@@ -84,7 +83,7 @@ def test_bounds_hold_whatever_the_champion(folder_store: str, registered: Line) 
         {"metric": "perplexity", "direction": "lower", "max_value": 1.5, "compare_with": []},
     ]
     result = promote(folder_store, registered("one"), gates=gates)
-    assert decision(result)["summary"] == "not promoted: perplexity 1.6 is not at most 1.5"
+    assert decision(result).summary == "not promoted: perplexity 1.6 is not at most 1.5"
 
 
 def test_strict_turns_a_no_into_a_failure_that_publishes_nothing(folder_store: str, registered: Line) -> None:
@@ -115,7 +114,7 @@ def test_new_champion_means_a_new_decision(folder_store: str, registered: Line) 
     promote(folder_store, second)
     promote(folder_store, registered("three", loss=0.4))
     again = promote(folder_store, second)
-    assert (again.reused, decision(again)["champion_before"]) == (False, 3)
+    assert (again.reused, decision(again).champion_before) == (False, 3)
 
 
 @pytest.mark.parametrize("crash_after", range(6))
@@ -143,7 +142,7 @@ def test_interrupted_promotion_is_finished_by_the_next_attempt(
             with pytest.raises(KeyboardInterrupt):
                 promote(folder_store, inputs)
     result = promote(folder_store, inputs)
-    assert decision(result)["promoted"]
+    assert decision(result).promoted
     assert aliases() == {"champion": 2, "previous_champion": 1}
 
 
@@ -204,7 +203,7 @@ def test_version_that_was_rolled_back_is_not_promoted_again(folder_store: str, r
     rollback(RollbackConfig())
     again = promote(folder_store, second)
     assert not again.reused
-    assert decision(again)["summary"].startswith("not promoted: it was champion and was rolled back on ")
+    assert decision(again).summary.startswith("not promoted: it was champion and was rolled back on ")
     assert aliases() == {"champion": 1}
     assert promote(folder_store, first).reused
 

@@ -1,4 +1,3 @@
-import json
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +6,7 @@ import pytest
 from mlflow import MlflowClient
 
 from finemill.artifacts.manifest import Reference
+from finemill.artifacts.version import read_version
 from finemill.components.register.config import RegisterConfig
 from finemill.config import parse_config
 from finemill.errors import UserError
@@ -26,10 +26,10 @@ def test_version_points_to_the_merged_model_and_tells_what_it_is(
 ) -> None:
     line = trained("one")
     result = register(folder_store, line, registered_model_name="math", tags={"ticket": "ML-7"})
-    record = json.loads((fetch_artifact(result.reference)[0] / "version.json").read_text())
+    record = read_version(fetch_artifact(result.reference)[0])
     client = MlflowClient(tracking_uri)
     version = client.get_model_version_by_alias("math", "challenger")
-    assert (record["version"], int(version.version)) == (1, 1)
+    assert (record.version, int(version.version)) == (1, 1)
     assert f"{version.source}@" in line["model"].replace("@sha256", "@")
     assert version.tags["base_model.id"] == "builtin:tiny-qwen3"
     assert version.tags["dataset.digest"] == b"first".hex().ljust(64, "0")
