@@ -12,6 +12,7 @@ import torch
 
 from finemill.artifacts.dataset import read_held_out, spread
 from finemill.artifacts.files import GGUF_FILE
+from finemill.artifacts.model import read_merge
 from finemill.artifacts.records import write_json
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.gguf_quantize.convert import Array, SourceModel
@@ -71,9 +72,8 @@ def run(
 
 def default_name(model: Path) -> str:
     """The base model's own name with `-tuned`; the base as merge recorded it."""
-    record = model / "merge.json"
-    base = json.loads(record.read_text(encoding="utf-8"))["base_model"] if record.is_file() else "model"
-    last = str(base).split("@")[0].rstrip("/").split("/")[-1].removeprefix("builtin:")
+    record = read_merge(model)
+    last = (record.base_model if record else "model").split("@")[0].rstrip("/").split("/")[-1].removeprefix("builtin:")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last) + "-tuned"
 
 

@@ -10,19 +10,22 @@ from finemill.config import StepConfig
 class MergeConfig(StepConfig):
     """How the adapter is added to the base, and how closely the result must agree with base and adapter."""
 
-    dtype: Literal["bfloat16", "float16"] | None = None
-    """Type of the written weights. Default: the base model's own, bfloat16 if that has more than 16 bits."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Type of the written weights. Default: the base model's own, bfloat16 if that has more than 16 bits. The sum is
+    computed in float32 whatever the type, and rounded once."""
 
-    compute_dtype: Literal["float32", "dtype"] = "float32"
-    """Type in which base and adapter are added: `float32` rounds once, at the end, and takes 4 bytes of memory per
-    parameter; `dtype` (that of the result) takes half and rounds twice."""
+    scale: float = Field(default=1.0, gt=0)
+    """Factor on the adapter's part, beside its own lora_alpha: 0.5 is the average of base and tuned model."""
 
     max_shard_size: str = Field(default="4GB", pattern=r"^\d+(KB|MB|GB)$")
     """Largest safetensors file; a larger model becomes several, with an index."""
 
     max_kl: float = Field(default=0.001, gt=0)
     """Largest mean KL divergence, in nats per token, of the written model from base and adapter. Rounding to 16 bits
-    costs about 0.00001; computing in 16 bits (`compute_dtype`) about a hundred times that."""
+    costs about 0.00001."""
 
     min_top1_agreement: float = Field(default=0.95, gt=0, le=1)
     """Smallest share of tokens at which both find the same next token likeliest."""
+
+    force: bool = False
+    """Merge although nothing shows that the base is the one the adapter was trained on. The result says so."""

@@ -2,29 +2,30 @@
 
 import json
 import logging
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finemill.artifacts.adapter import has_tokenizer
+from finemill.artifacts.model import LandedTensor, MergeRecord, write_merge
 from finemill.components.merge.config import MergeConfig
-from finemill.components.merge.parity import check_chat_template, compare_logits, logits_of, probe_prompts
+from finemill.components.merge.files import copy_tokenizer, write_config, write_generation_config
+from finemill.components.merge.merged import MergedModel
+from finemill.components.merge.parity import compare_logits, logits_of, probe_prompts
+from finemill.components.merge.write import total_bytes, write_model
 from finemill.errors import StepError, UserError
-from finemill.models.adapter import load_adapter
-from finemill.models.causal_lm import load_causal_lm
+from finemill.models.adapter import check_base, load_adapter
+from finemill.models.base.resolve import resolve_base_model
 from finemill.models.generation import stop_token_ids
+from finemill.models.stored_model import StoredModel
 from finemill.runtime.context import StepContext
+from finemill.storage.space import require_space
 
 logger = logging.getLogger(__name__)
 
-# Whatever of these the adapter's folder has is the tuned model's tokenizer; copied, so that not a byte changes.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
+# Share of the adapter's whole change below which rounding is worth a word.
+_MIN_SHARE = 0.9
 
 
 def run(
@@ -32,42 +33,61 @@ def run(
 ) -> Mapping[str, float]:
     """Write the merged model with tokenizer, chat template, generation config and merge.json; return the metrics.
 
-    Works on the CPU: the sums are small, and a model that fits no GPU can be merged.
+    One layer is in memory at a time, so that a model of any size merges on any machine.
 
-    Raises: UserError: a quantized base, or an adapter that does not fit it. StepError: the written model is not base
-    plus adapter within the tolerances.
+    Raises: UserError: a quantized or another base, an adapter that does not fit it, no room on the disk. StepError: the
+    written model is not base plus adapter within the tolerances.
     """
-    from transformers import AutoTokenizer
-
     refuse_quantized(base_model)
-    dtype = output_dtype(base_model, config)
-    compute_dtype = torch.float32 if config.compute_dtype == "float32" else dtype
-    context.recorder.log_progress("loading base and adapter")
-    tuned = load_adapter(load_causal_lm(base_model, device=torch.device("cpu"), dtype=compute_dtype), adapter)
-    copy_tokenizer(adapter, base_model, output_dir)
-    tokenizer = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=False)
+    known_by = base_known_by(adapter, config, context)
+    stored = StoredModel(base_model)
+    dtype = output_dtype(stored, config)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    require_space(output_dir, stored.num_elements * dtype.itemsize, "the merged model")
+    tokenizer = copy_tokenizer(adapter, base_model, output_dir)
     prompts = probe_prompts(tokenizer)
-    expected = logits_of(tuned, prompts)
-    context.recorder.log_progress(f"merging, and writing {str(dtype).removeprefix('torch.')}")
-    separate_embeddings(tuned)
-    merged = tuned.merge_and_unload(safe_merge=True)
-    # A base that never chatted knows no end of turn: without it the merged model would go on after its answer.
-    merged.generation_config.eos_token_id = stop_token_ids(tokenizer, base_model)
-    merged.to(dtype).save_pretrained(output_dir, max_shard_size=config.max_shard_size)
-    del tuned, merged
+    tuned = load_adapter(stored.model, adapter, assign=True)
+    scale_adapter(tuned, config.scale)
+    # A 16-bit base may keep a few tensors in 32 bits on purpose.
+    merged = MergedModel(stored, tuned, dtype if config.dtype or dtype != stored.dtype else None)
+    context.recorder.log_progress("what base and adapter say to the probes")
+    expected = logits_of(tuned, stored, prompts)
+    write_config(
+        base_model,
+        output_dir,
+        dtype,
+        unties_embeddings=merged.unties_embeddings,
+        vocab_size=merged.vocab_size,
+    )
+    write_generation_config(base_model, output_dir, stop_token_ids(tokenizer, base_model))
+    shapes = merged.shapes()
+    context.recorder.log_progress(f"merging, and writing {total_bytes(shapes) / 1e9:.2f} GB")
+    write_model(output_dir, shapes, merged, config.max_shard_size)
     context.recorder.log_progress("comparing the written model with base and adapter")
-    written = load_causal_lm(output_dir, device=torch.device("cpu"), dtype=compute_dtype)
-    parity = compare_logits(expected, logits_of(written, prompts))
-    check_chat_template(adapter, output_dir)
-    _write_record(output_dir, base_model, adapter, dtype, compute_dtype, parity, config, context)
+    written = StoredModel(output_dir)
+    parity = compare_logits(expected, logits_of(written.model, written, prompts))
+    landed = summarize(merged.landed)
+    record = MergeRecord(
+        base_model=context.references["base_model"],
+        base_known_by=known_by,
+        adapter=context.references["adapter"],
+        scale=config.scale,
+        dtype=str(dtype).removeprefix("torch."),
+        **parity,
+        max_kl=config.max_kl,
+        min_top1_agreement=config.min_top1_agreement,
+        **landed,
+        tensors=tuple(merged.landed),
+    )
+    write_merge(output_dir, record)
     if parity["kl"] > config.max_kl or parity["top1_agreement"] < config.min_top1_agreement:
         raise StepError(
             f"merge: the written model differs from base and adapter: KL {parity['kl']:.3g} nats per token (allowed "
             f"{config.max_kl:g}), same likeliest token at {parity['top1_agreement']:.1%} (required "
-            f"{config.min_top1_agreement:.1%}); was the adapter trained on another base?"
+            f"{config.min_top1_agreement:.1%})"
         )
     return {
-        **{f"merge/{name}": value for name, value in parity.items()},
+        **{f"merge/{name}": value for name, value in {**parity, **landed}.items()},
         "merge/size_bytes": sum(path.stat().st_size for path in output_dir.glob("*.safetensors")),
     }
 
@@ -83,55 +103,57 @@ def refuse_quantized(base_model: Path) -> None:
         )
 
 
-def output_dtype(base_model: Path, config: MergeConfig) -> torch.dtype:
-    """The configured type, or the base's own if that has 16 bits."""
-    base = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
-    name = config.dtype or base.get("dtype") or base.get("torch_dtype")
-    return torch.float16 if name == "float16" else torch.bfloat16
+def base_known_by(adapter: Path, config: MergeConfig, context: StepContext) -> str:
+    """How the base is known to be the adapter's own. Raises: UserError: it is not, and `force` is off."""
+    manifest = context.manifests.get("adapter")
+    given = resolve_base_model(context.references["base_model"])
+    try:
+        return check_base(adapter, manifest.parents if manifest else {}, given)
+    except UserError as error:
+        if not config.force:
+            raise UserError(f"merge: {error}; --force true merges them all the same, and says so") from None
+        logger.warning("forced: %s", error)
+        return f"forced: {error}"
 
 
-def separate_embeddings(tuned: Any) -> None:
-    """Give the output matrix its own weights if it is tied to the embedding and the adapter changes one of the two.
+def scale_adapter(tuned: Any, scale: float) -> None:
+    """Multiply the adapter's part by `scale`. Raises: UserError: the adapter is more than a sum with a factor."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    Merged into a shared matrix, a change of one would show in the other as well.
-    """
-    model = tuned.get_base_model()
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    adapted = [hasattr(module, "base_layer") or hasattr(module, "modules_to_save") for module in (embedding, output)]
-    if not model.config.tie_word_embeddings or not any(adapted):
+    if scale == 1.0:
         return
-    holder = getattr(output, "base_layer", None) or getattr(output, "original_module", output)
-    holder.weight = torch.nn.Parameter(holder.weight.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False
-    logger.warning("the adapter changes a tied embedding: the merged model gets an output matrix of its own")
+    for name, module in tuned.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) or getattr(module, "lora_variant", None):
+            raise UserError(
+                f"merge: scale {scale:g} needs plain LoRA; {name.removeprefix('base_model.model.')} is trained as a "
+                "whole, or with DoRA: merge with scale 1"
+            )
+        if isinstance(module, LoraLayer):
+            module.scale_layer(scale)
 
 
-def copy_tokenizer(adapter: Path, base_model: Path, output_dir: Path) -> None:
-    """Copy the adapter's tokenizer and chat template; the base's where the adapter has none."""
-    source = adapter if has_tokenizer(adapter) else base_model
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output_dir / name)
+def output_dtype(stored: StoredModel, config: MergeConfig) -> torch.dtype:
+    """The configured type, or the base's own if that has 16 bits."""
+    if config.dtype:
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[config.dtype]
+    if stored.dtype.itemsize == 2:
+        return stored.dtype
+    return torch.float16 if stored.model.config.dtype == torch.float16 else torch.bfloat16
 
 
-def _write_record(
-    output_dir: Path,
-    base_model: Path,
-    adapter: Path,
-    dtype: torch.dtype,
-    compute_dtype: torch.dtype,
-    parity: Mapping[str, float],
-    config: MergeConfig,
-    context: StepContext,
-) -> None:
-    record = {
-        "base_model": context.references.get("base_model", str(base_model)),
-        "adapter": context.references.get("adapter", str(adapter)),
-        "dtype": str(dtype).removeprefix("torch."),
-        "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        **parity,
-        "max_kl": config.max_kl,
-        "min_top1_agreement": config.min_top1_agreement,
-    }
-    (output_dir / "merge.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+def summarize(landed: Sequence[LandedTensor]) -> dict[str, float]:
+    """How much of the adapter's change is in the written tensors: of all of them, and of the one that lost most."""
+    if not landed:
+        logger.warning("the adapter changes nothing: every one of its products is zero")
+        return {"share_landed": 1.0, "min_share_landed": 1.0}
+    total = sum(tensor.meant**2 for tensor in landed)
+    share = sum(tensor.share * tensor.meant**2 for tensor in landed) / total
+    worst = min(landed, key=lambda tensor: tensor.share)
+    if share < _MIN_SHARE:
+        logger.warning(
+            "rounding keeps %.0f %% of the adapter's change (%.0f %% of %s): it is smaller than the steps between the "
+            "written numbers; dtype float32 keeps all of it",
+            100 * share, 100 * worst.share, worst.name,
+        )  # fmt: skip
+    return {"share_landed": share, "min_share_landed": worst.share}

@@ -1,5 +1,6 @@
 """Adapters that must not pass for something else: every tensor has a place, and no file runs code."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,8 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from finemill.artifacts.adapter import TrainingRecord, write_training
 from finemill.errors import UserError
-from finemill.models.adapter import load_adapter
+from finemill.models.adapter import check_base, load_adapter
+from finemill.models.base.resolve import ResolvedBase, resolve_base_model
 from finemill.models.causal_lm import load_causal_lm
 
 
@@ -123,3 +126,53 @@ def test_kinds_of_lora_that_fit_are_loaded(tiny_model_dir: Path, tmp_path: Path)
         get_peft_model(model, config).save_pretrained(tmp_path / name, save_embedding_layers=False)
         base = load_causal_lm(tiny_model_dir, device=torch.device("cpu"))
         assert load_adapter(base, tmp_path / name).active_adapters == ["default"]
+
+
+def given(base: Path, reference: str = "/models/given", revision: str | None = None) -> ResolvedBase:
+    return dataclasses.replace(resolve_base_model(str(base)), id=reference, revision=revision)
+
+
+def test_the_base_is_known_by_digest_wherever_it_lies(tiny_model_dir: Path, adapter: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(tiny_model_dir, tmp_path / "moved"))
+    configure(adapter, base_model_name_or_path=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"names .*gone, which is not found here"):
+        check_base(adapter, {}, given(moved))
+    digest = resolve_base_model(str(tiny_model_dir)).digest
+    write_training(adapter, TrainingRecord(max_steps=1, log_history=(), base_digest=digest))
+    assert check_base(adapter, {}, given(moved)) == "same digest"
+
+
+def test_another_base_is_refused(tiny_model_dir: Path, adapter: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(tiny_model_dir, tmp_path / "other"))
+    (other / "generation_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"trained on builtin:tiny-qwen3, .* given is .* \(another digest\)"):
+        check_base(adapter, {"base_model": "builtin:tiny-qwen3"}, given(other))
+    # The adapter's own configuration names the built-in model's folder.
+    with pytest.raises(UserError, match="another digest"):
+        check_base(adapter, {}, given(other))
+    # The folder has the same name and another content than when the adapter was trained.
+    write_training(adapter, TrainingRecord(max_steps=1, log_history=(), base_digest="0" * 64))
+    with pytest.raises(UserError, match="another digest"):
+        check_base(adapter, {"base_model": str(other)}, given(other, str(other)))
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "reference", "known_by"),
+    [
+        ("org/model", "a" * 40, f"hf://org/model@{'a' * 40}", "same commit"),
+        ("org/model", None, f"hf://org/model@{'a' * 40}", "same repository; the adapter names no commit"),
+        ("org/model", "b" * 40, f"hf://org/model@{'a' * 40}", None),
+        ("org/other", "a" * 40, f"hf://org/model@{'a' * 40}", None),
+        (None, None, "/models/given", None),
+    ],
+)
+def test_models_of_the_hub_are_told_apart_by_name_and_commit(
+    tiny_model_dir: Path, adapter: Path, name: str | None, revision: str | None, reference: str, known_by: str | None
+) -> None:
+    configure(adapter, base_model_name_or_path=name, revision=revision)
+    base = given(tiny_model_dir, reference)
+    if known_by:
+        assert check_base(adapter, {}, base) == known_by
+    else:
+        with pytest.raises(UserError, match="was trained on"):
+            check_base(adapter, {}, base)

@@ -15,6 +15,8 @@ class TrainingRecord(Record):
 
     max_steps: int
     log_history: tuple[dict[str, Any], ...]
+    base_digest: str | None = None
+    """Digest of the base model, as `models/base/resolve.py` computes it."""
 
     @property
     def num_steps(self) -> int:

@@ -2,15 +2,18 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from finemill.artifacts.adapter import read_training
+from finemill.artifacts.ports import BASE_MODEL
 from finemill.config import parse_config
-from finemill.errors import UserError
+from finemill.errors import StepError, UserError
+from finemill.models.base.resolve import ResolvedBase, base_digest, hub_name, is_commit
 from finemill.models.weights import read_header
 
 CONFIG_NAME = "adapter_config.json"
@@ -82,9 +85,12 @@ def check_adapter_weights(folder: Path) -> None:
                 raise UserError(f"{path}: tensor {name} holds NaN or infinity: the training that wrote it diverged")
 
 
-def load_adapter(base: Any, folder: Path) -> Any:
+def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
     """`base` with the LoRA adapter in `folder`, as one PEFT model in evaluation mode.
 
+    Args:
+        assign: put the adapter's tensors in the place of parameters instead of copying them there, as a base whose
+            parameters have no memory of their own needs it (`StoredModel`).
     Raises: UserError: the adapter is missing, damaged or a pickle, or one of its tensors has no place in the base.
     """
     from peft import PeftConfig, PeftModelForCausalLM
@@ -93,17 +99,53 @@ def load_adapter(base: Any, folder: Path) -> Any:
     check_adapter_weights(folder)
     try:
         with warnings.catch_warnings():
-            # PEFT warns of what is refused below.
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            # PEFT warns of what is refused below, and of what cannot be merged in place, as nobody does.
+            for message in ("Found missing adapter keys", "Model has `tie_word_embeddings", "`lora_bias=True`"):
+                warnings.filterwarnings("ignore", message=message)
             config = PeftConfig.from_pretrained(folder)
             config.inference_mode = True
-            tuned = PeftModelForCausalLM(base, config)
-            result = tuned.load_adapter(folder, "default")
+            _resize_embeddings(base, folder)
+            tuned = PeftModelForCausalLM(base, config, low_cpu_mem_usage=assign)
+            result = tuned.load_adapter(folder, "default", low_cpu_mem_usage=assign, torch_device="cpu")
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         line = " ".join(str(error).split())
         raise UserError(f"the adapter in {folder} does not fit the base model: {line:.300}") from error
     _check_keys(folder, tuned, result.missing_keys, result.unexpected_keys)
+    if assign and base.config.get_text_config().tie_word_embeddings:
+        _tie_again(base)
     return tuned.eval()
+
+
+def _resize_embeddings(base: Any, folder: Path) -> None:
+    """Give the base as many tokens as the adapter's embedding has, where it was saved with one of its own.
+
+    Raises: UserError: the adapter brings new tokens without an output matrix for them.
+    """
+    shapes = {
+        name.removeprefix("base_model.model."): tensor.shape
+        for name, tensor in read_header(folder / WEIGHTS_NAME).items()
+    }
+    embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
+    names = {id(parameter): name for name, parameter in base.named_parameters()}
+    embedding_name, output_name = names[id(embedding.weight)], names[id(output.weight)]
+    num_tokens = len(embedding.weight)
+    new_num_tokens = shapes.get(embedding_name, (num_tokens,))[0]
+    if new_num_tokens == num_tokens:
+        return
+    if output_name != embedding_name and shapes.get(output_name, (num_tokens,))[0] != new_num_tokens:
+        raise UserError(
+            f"the adapter in {folder} brings {new_num_tokens} embeddings for the base's {num_tokens}, and no output "
+            f"matrix for them: save {output_name} with the adapter"
+        )
+    base.resize_token_embeddings(new_num_tokens, mean_resizing=False)
+
+
+def _tie_again(base: Any) -> None:
+    """Let the output matrix follow an embedding that the adapter brought as a whole, and itself did not replace."""
+    embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
+    is_hollow = type(output) is torch.nn.Linear and not any(output.weight.stride())
+    if is_hollow and type(embedding) is torch.nn.Embedding:
+        output.weight = embedding.weight
 
 
 def _check_keys(folder: Path, tuned: Any, missing: Sequence[str], unexpected: Sequence[str]) -> None:
@@ -120,3 +162,58 @@ def _check_keys(folder: Path, tuned: Any, missing: Sequence[str], unexpected: Se
         f"{total - len(unexpected)} of {total} tensors of the adapter in {folder} fit the base model "
         f"({type(tuned.get_base_model()).__name__}): {'; '.join(examples)}; was it trained on another architecture?"
     )
+
+
+def check_base(folder: Path, parents: Mapping[str, str], given: ResolvedBase) -> str:
+    """How `given` is known to be the base that the adapter in `folder` was trained on.
+
+    Args:
+        parents: of the adapter's manifest; empty where it has none.
+    Raises: UserError: it is another base, or there is no telling.
+    """
+    config = read_adapter_config(folder)
+    training = read_training(folder)
+    if training and training.base_digest == given.digest:
+        return "same digest"
+    named = [name for name in (parents.get(BASE_MODEL), _spelled(config)) if name]
+    for name in named:
+        same, how = _is_same(name, given)
+        # What a folder held when the adapter was trained is known better than what lies there today.
+        if training and training.base_digest and how in ("same reference", "same digest"):
+            same, how = False, "another digest"
+        if same:
+            return how
+        if same is False:
+            raise UserError(
+                f"the adapter was trained on {name}, the base model given is {given.id} ({how}): pass the one it was "
+                "trained on"
+            )
+    raise UserError(
+        f"the adapter names {named[0] if named else 'no base model'}, which is not found here: nothing shows that it "
+        f"was trained on {given.id}; pass the base model by the name that the adapter has"
+    )
+
+
+def _spelled(config: AdapterConfig) -> str | None:
+    name, revision = config.base_model_name_or_path, config.revision
+    return f"{name}@{revision}" if name and revision else name
+
+
+def _is_same(name: str, given: ResolvedBase) -> tuple[bool | None, str]:
+    """Whether `name` means the base `given`, and how that is known; None if it cannot be known on this machine."""
+    if name == given.id:
+        return True, "same reference"
+    named, own = hub_name(name), hub_name(given.id)
+    if named and own and not Path(name).is_dir():
+        if named[0] != own[0]:
+            return False, "another repository"
+        if is_commit(named[1]) and is_commit(own[1]):
+            return named[1] == own[1], "same commit" if named[1] == own[1] else "another commit"
+        return True, "same repository; the adapter names no commit"
+    try:
+        digest = base_digest(name) if not named or Path(name).is_dir() else None
+    except StepError:
+        digest = None
+    if digest is None:
+        return None, "not found"
+    return digest == given.digest, "same digest" if digest == given.digest else "another digest"

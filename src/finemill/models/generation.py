@@ -2,6 +2,8 @@
 
 # B batch, T tokens
 
+import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 # Rows that one forward pass of a GPU answers at once; a CPU gains nothing past a few dozen.
 _BATCH_SIZE = {"cuda": 64, "cpu": 64}
@@ -39,18 +43,29 @@ class Answer:
     """Whether the model ended its turn, rather than being cut at the limit."""
 
 
+def read_generation_defaults(folder: Path) -> dict[str, Any]:
+    """The values of a model's `generation_config.json`; none where there is no such file.
+
+    Models work without it, so that a damaged one is a warning.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        logger.warning("%s is not read: %s", path, error)
+        return {}
+
+
 def stop_token_ids(tokenizer: Any, folder: Path) -> list[int]:
     """Ids that end an answer.
 
     The tokenizer's last token, the one that its chat template writes after an answer, those of `folder`'s generation
     config, and padding, which no answer holds.
     """
-    from transformers import GenerationConfig
-
-    found = [tokenizer.eos_token_id, _end_of_turn(tokenizer)]
-    if (folder / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(folder).eos_token_id
-        found += eos if isinstance(eos, list) else [eos]
+    eos = read_generation_defaults(folder).get("eos_token_id")
+    found = [tokenizer.eos_token_id, _end_of_turn(tokenizer), *(eos if isinstance(eos, list) else [eos])]
     if tokenizer.pad_token_id != tokenizer.unk_token_id:
         found.append(tokenizer.pad_token_id)
     return list(dict.fromkeys(token_id for token_id in found if token_id is not None))

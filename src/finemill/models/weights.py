@@ -1,15 +1,23 @@
 """What lies in a folder of safetensors files, by their headers alone: no value is read."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from finemill.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Dtypes by the names that the safetensors format gives them."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,16 @@ class StoredTensor:
     path: Path
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the values are floating-point numbers of 16 bits or more."""
+        return self.dtype in _FLOATS
+
+    @property
+    def num_elements(self) -> int:
+        """Values in the tensor."""
+        return math.prod(self.shape)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -44,4 +44,5 @@ def save_adapter(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output_di
     (output_dir / "README.md").unlink(missing_ok=True)
     tokenizer.save_pretrained(output_dir)
     state = trainer.state
-    write_training(output_dir, TrainingRecord(max_steps=state.max_steps, log_history=tuple(state.log_history)))
+    record = TrainingRecord(max_steps=state.max_steps, log_history=tuple(state.log_history), base_digest=base.digest)
+    write_training(output_dir, record)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from finemill.artifacts.dataset import HeldOutRow, read_held_out, spread
+from finemill.artifacts.model import MergeRecord, write_merge
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.gguf_quantize.convert import SourceModel
 from finemill.components.gguf_quantize.imatrix import channel_weights
@@ -24,6 +25,13 @@ from finemill.models.generation import Answer
 from finemill.runtime.context import StepContext
 
 SMALL: dict[str, Any] = {"verify_rows": 4, "kl_rows": 3, "kl_positions": 3, "max_new_tokens": 24, "num_threads": 1}
+
+
+MERGED = MergeRecord(
+    base_model="builtin:tiny-qwen3", base_known_by="same digest", adapter="", scale=1.0, dtype="bfloat16", kl=0.0,
+    max_abs_diff=0.0, top1_agreement=1.0, max_kl=0.001, min_top1_agreement=0.95, share_landed=1.0, min_share_landed=1.0,
+    tensors=(),
+)  # fmt: skip
 
 
 def run(model: Path, dataset: Path, output: Path, context: StepContext, **config: Any) -> Mapping[str, float]:
@@ -170,7 +178,7 @@ def test_exact_match_counts_rows_with_a_known_answer(tiny_dataset_dir: Path) -> 
 def test_files_are_named_after_the_base(tmp_path: Path) -> None:
     names = {"builtin:tiny-qwen3": "tiny-qwen3", "hf://Qwen/Qwen3-8B@abc": "Qwen3-8B", "file:///models/mine/": "mine"}
     for reference, name in names.items():
-        (tmp_path / "merge.json").write_text(json.dumps({"base_model": reference}))
+        write_merge(tmp_path, MERGED.model_copy(update={"base_model": reference}))
         assert default_name(tmp_path) == f"{name}-tuned"
 
 

@@ -1,17 +1,19 @@
+import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from finemill.artifacts.model import read_merge
 from finemill.components.merge.config import MergeConfig
+from finemill.components.merge.merged import MergedModel
 from finemill.components.merge.parity import compare_logits
 from finemill.components.merge.step import run as merge_adapter
 from finemill.errors import StepError, UserError
@@ -92,40 +94,15 @@ def test_a_wrong_merge_is_caught(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from peft import LoraModel
+    correct = MergedModel._value
 
-    correct = LoraModel.merge_and_unload
+    def drop_one_matrix(model: MergedModel, name: str) -> torch.Tensor:
+        lost = name == "model.layers.0.mlp.down_proj.weight"
+        return model._stored.read(name) if lost else correct(model, name)
 
-    def drop_one_matrix(model: Any, **options: Any) -> Any:
-        result = correct(model, **options)
-        base = load_file(tiny_model_dir / "model.safetensors")
-        result.model.layers[0].mlp.down_proj.weight.data.copy_(base["model.layers.0.mlp.down_proj.weight"])
-        return result
-
-    monkeypatch.setattr(LoraModel, "merge_and_unload", drop_one_matrix)
+    monkeypatch.setattr(MergedModel, "_value", drop_one_matrix)
     with pytest.raises(StepError, match="differs from base and adapter"):
         merge(tiny_model_dir, tiny_adapter_dir, tmp_path, step_context)
-
-
-def test_an_adapted_output_matrix_is_separated_from_the_embedding(
-    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
-) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    with pytest.warns(UserWarning, match="tie_word_embeddings"):
-        tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"]))
-    for name, parameter in tuned.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
-    adapter, output = tmp_path / "adapter", tmp_path / "merged"
-    tuned.save_pretrained(adapter, save_embedding_layers=False)
-    with pytest.warns(UserWarning, match="tie_word_embeddings"):
-        metrics = merge(tiny_model_dir, adapter, output, step_context)
-    weights = load_file(output / "model.safetensors")
-    base = load_file(tiny_model_dir / "model.safetensors")["model.embed_tokens.weight"]
-    assert torch.equal(weights["model.embed_tokens.weight"], base)
-    assert not torch.equal(weights["lm_head.weight"], base)
-    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is False
-    assert metrics["merge/top1_agreement"] > 0.95
 
 
 def test_a_quantized_base_is_refused(
@@ -162,3 +139,115 @@ def test_logits_are_compared_by_difference_divergence_and_likeliest_token() -> N
     assert parity["kl"] == pytest.approx((0.25 * -0.6931471805599453 + 0.75 * 0.4054651081081644) / 2)
     assert parity["max_abs_diff"] == pytest.approx(1.0986122886681098)
     assert parity["top1_agreement"] == 0.5
+
+
+def test_the_merged_model_is_no_base_for_its_own_adapter(
+    merged: tuple[Path, Mapping[str, float]],
+    tiny_adapter_dir: Path,
+    step_context: StepContext,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    references = {**step_context.references, "base_model": str(merged[0])}
+    context = dataclasses.replace(step_context, references=references)
+    with pytest.raises(UserError, match=r"another digest.*--force true merges them all the same"):
+        merge(merged[0], tiny_adapter_dir, tmp_path / "twice", context)
+    config = MergeConfig(force=True)
+    merge_adapter(base_model=merged[0], adapter=tiny_adapter_dir, output_dir=tmp_path, config=config, context=context)
+    record = read_merge(tmp_path)
+    assert record
+    assert record.base_known_by.startswith("forced: the adapter was trained on")
+    assert "forced" in caplog.text
+
+
+def test_named_templates_are_the_adapters_too(
+    tiny_model_dir: Path, tiny_adapter_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(tiny_adapter_dir, tmp_path / "adapter"))
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(adapter)
+    merge(tiny_model_dir, adapter, tmp_path / "merged", step_context)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
+
+
+def test_a_template_that_wants_another_chat_is_no_reason_to_stop(
+    tiny_model_dir: Path, tiny_adapter_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(tiny_adapter_dir, tmp_path / "adapter"))
+    (adapter / "chat_template.jinja").write_text("{{ raise_exception('a system message comes first') }}")
+    metrics = merge(tiny_model_dir, adapter, tmp_path / "merged", step_context)
+    assert 0 < metrics["merge/kl"] < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6, "pad_token_id": 0}, {"temperature": 0.9, "do_sample": True}),
+        ({"do_sample": False, "temperature": 0.9, "max_length": 99}, {"do_sample": False, "max_length": 99}),
+        ({"early_stopping": "maybe", "pad_token_id": 7}, {"pad_token_id": 7}),
+        ("{", {}),
+        ([], {}),
+    ],
+)
+def test_loose_generation_defaults_are_mended(
+    found: object,
+    expected: dict[str, object],
+    tiny_model_dir: Path,
+    tiny_adapter_dir: Path,
+    step_context: StepContext,
+    tmp_path: Path,
+) -> None:
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    text = found if isinstance(found, str) else json.dumps(found)
+    (base / "generation_config.json").write_text(text)
+    merge_adapter(
+        base_model=base,
+        adapter=tiny_adapter_dir,
+        output_dir=tmp_path / "merged",
+        config=MergeConfig(force=True),
+        context=step_context,
+    )
+    written = json.loads((tmp_path / "merged/generation_config.json").read_text())
+    assert written.items() >= expected.items()
+    assert ("temperature" in written) == ("temperature" in expected)
+    assert "early_stopping" not in written
+    # transformers takes it, and writes it again.
+    GenerationConfig.from_pretrained(tmp_path / "merged").save_pretrained(tmp_path / "again")
+
+
+def test_what_does_not_fit_on_the_disk_is_said_before_anything_is_written(
+    tiny_model_dir: Path,
+    tiny_adapter_dir: Path,
+    step_context: StepContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"the merged model takes 0\.\d\d GB, and .* has 0\.00 GB left"):
+        merge(tiny_model_dir, tiny_adapter_dir, tmp_path / "out", step_context)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_files_can_be_read_by_whom_the_umask_allows(merged: tuple[Path, Mapping[str, float]]) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in merged[0].iterdir()} == {0o666 & ~mask}
+
+
+@pytest.mark.parametrize("missing", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
+def test_a_missing_shard_of_the_base_is_named(
+    missing: str, tiny_model_dir: Path, tiny_adapter_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="6MB")
+    assert len(list(base.glob("*.safetensors"))) == 2
+    (base / missing).unlink()
+    config = MergeConfig(force=True)
+    with pytest.raises(UserError, match=f"{missing} is missing"):
+        merge_adapter(
+            base_model=base, adapter=tiny_adapter_dir, output_dir=tmp_path, config=config, context=step_context
+        )

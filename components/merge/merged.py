@@ -1,0 +1,207 @@
+"""The merged model's tensors, one after the other: base plus adapter in float32, rounded once."""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from finemill.artifacts.model import LandedTensor
+from finemill.errors import StepError, UserError
+from finemill.models.stored_model import Group, StoredModel
+from finemill.models.weights import DTYPES
+
+
+class MergedModel:
+    """What is written for `stored` with the adapter of `tuned`, a PEFT model on `stored.model`.
+
+    Iterating merges the adapter's modules one by one, in place: once, and last of all that is done with `tuned`.
+
+    Args:
+        dtype: of every tensor; None: each keeps the type it has in the base.
+    """
+
+    def __init__(self, stored: StoredModel, tuned: Any, dtype: torch.dtype | None) -> None:
+        self._stored = stored
+        self._dtype = dtype
+        self._model = tuned.get_base_model()
+        self._modules = _adapted_modules(self._model)
+        self._path_of = {
+            f"{path}.{name}": path for path, module in self._modules.items() for name in _original_names(module)
+        }
+        # Whole tensors that the adapter brings, such as an embedding with new tokens.
+        self._replaced = {
+            name: parameter
+            for name, parameter in self._model.named_parameters()
+            if stored.name_of(parameter) is None and not name.startswith(tuple(f"{path}." for path in self._modules))
+        }
+        self._last: tuple[str, Mapping[str, torch.Tensor]] = ("", {})
+        self.landed: list[LandedTensor] = []
+        _check_biases(self._modules)
+
+    @property
+    def changed(self) -> set[str]:
+        """Names of the parameters that the adapter changes."""
+        return self._path_of.keys() | self._replaced.keys()
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding, where the adapter brings another number of them than the base has."""
+        replaced = self._replaced.get(self._stored.embedding_name)
+        if replaced is None or replaced.shape == self._stored.shape_of(self._stored.embedding_name):
+            return None
+        return len(replaced)
+
+    @cached_property
+    def unties_embeddings(self) -> bool:
+        """Whether the output matrix becomes one of its own: the base ties it to the embedding, and the adapter changes
+        one without the other.
+        """
+        ends = {self._stored.embedding_name, self._stored.output_name}
+        if not self._stored.is_tied or self.changed.isdisjoint(ends):
+            return False
+        embedding, output = self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        shared = {id(part) for part in embedding.parameters()} & {id(part) for part in output.parameters()}
+        if ends & self._path_of.keys():
+            # The base's own matrix is in both; the adapter's parameters are where PEFT ties them.
+            return all(self._stored.name_of(part) for part in embedding.parameters() if id(part) in shared)
+        return not shared
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of every tensor, by its stored name, in the order in which they come."""
+        shapes = {}
+        for group in self._groups():
+            replaced = self._replaced.get(group.names[0]) if group.names else None
+            for key in group.keys:
+                shape = tuple(replaced.shape) if replaced is not None else self._stored.tensors[key].shape
+                shapes[key] = (shape, self._type_of(group, key))
+        if self.unties_embeddings:
+            embedding = shapes[next(iter(self._stored.group_of[self._stored.embedding_name].keys))]
+            shapes[self._stored.output_name] = embedding
+        return shapes
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(stored name, values) in the order of `shapes`. Raises: StepError: a part of the adapter has no place."""
+        written: set[str] = set()
+        for group in self._groups():
+            yield from self._tensors(group)
+            written |= set(group.names)
+        if self.unties_embeddings:
+            output = self._stored.output_name
+            embedding = self._stored.group_of[self._stored.embedding_name]
+            yield output, self._rounded(output, self._type_of(embedding, next(iter(embedding.keys))))
+        if self._stored.is_tied:
+            written.add(self._stored.output_name)
+        if left := self.changed - written:
+            raise StepError(f"merge: {len(left)} tensors that the adapter changes have no place, {min(left)} for one")
+
+    def _groups(self) -> Iterator[Group]:
+        """All but a stored copy of the output matrix that is written anew."""
+        for group in self._stored.groups:
+            if not (self.unties_embeddings and self._stored.output_name in group.names):
+                yield group
+
+    def _type_of(self, group: Group, key: str) -> torch.dtype:
+        """What the model has no use for, and what is no floating-point number, stays as it is."""
+        own = DTYPES[self._stored.tensors[key].dtype]
+        return (self._dtype or own) if group.names and own.is_floating_point else own
+
+    def _tensors(self, group: Group) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.changed.isdisjoint(group.names):
+            for key in group.keys:
+                yield key, _round(key, self._stored.read_stored(key), self._type_of(group, key))
+            return
+        dtype = self._type_of(group, next(iter(group.keys)))
+        values = {name: self._rounded(name, dtype) for name in group.names}
+        yield from self._stored.restore(group, values).items()
+
+    def _rounded(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One parameter as it is written."""
+        base = self._stored.read(name if name in self._stored.group_of else self._stored.embedding_name)
+        if name not in self.changed:
+            return _round(name, base, dtype)
+        value = self._value(name)
+        rounded = _round(name, value, dtype)
+        if value.shape == base.shape and not torch.equal(value, base):
+            self.landed.append(_compare(name, value - base, rounded.float() - base))
+        return rounded
+
+    def _value(self, name: str) -> torch.Tensor:
+        """A changed parameter in float32."""
+        if name in self._replaced:
+            whole: torch.Tensor = self._replaced[name].detach()
+            return whole.float()
+        path = self._path_of[name]
+        # A module's bias and weight lie beside each other.
+        if self._last[0] != path:
+            self._last = path, _merge_module(self._modules[path], self._stored)
+        return self._last[1][name.removeprefix(f"{path}.")]
+
+
+def _adapted_modules(model: torch.nn.Module) -> dict[str, Any]:
+    """The modules that PEFT put an adapter or a trained copy around, by the name of what they replace."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not path.startswith(
+            tuple(f"{outer}." for outer in found)
+        ):
+            found[path] = module
+    return found
+
+
+def _original_module(module: Any) -> torch.nn.Module:
+    original: torch.nn.Module = module.get_base_layer() if hasattr(module, "get_base_layer") else module.original_module
+    return original
+
+
+def _original_names(module: Any) -> list[str]:
+    return [name for name, _ in _original_module(module).named_parameters()]
+
+
+@torch.inference_mode()
+def _merge_module(module: Any, stored: StoredModel) -> dict[str, torch.Tensor]:
+    """The parameters of one adapted module, merged in float32 by PEFT."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            stored_name = stored.name_of(parameter) if parameter is not None else None
+            if stored_name:
+                part._parameters[name] = torch.nn.Parameter(stored.read(stored_name), requires_grad=False)
+    if hasattr(module, "unload_and_optionally_merge_module"):
+        merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+    else:
+        module.merge(safe_merge=True)
+        merged = module.get_base_layer()
+    values = {name: parameter.detach().float() for name, parameter in merged.named_parameters()}
+    for part in module.modules():
+        part._parameters = dict.fromkeys(part._parameters)
+    return values
+
+
+def _check_biases(modules: Mapping[str, Any]) -> None:
+    """Raises: UserError: the adapter has biases for a layer without one."""
+    for path, module in modules.items():
+        if any(getattr(module, "lora_bias", {}).values()) and getattr(module.get_base_layer(), "bias", None) is None:
+            raise UserError(
+                f"merge: the adapter was trained with lora_bias, and {path} has no bias in the base, nor a place for "
+                "one in its architecture: train without lora_bias, or serve base and adapter unmerged"
+            )
+
+
+def _round(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Raises: UserError: a value that `dtype` cannot hold."""
+    rounded = values.to(dtype)
+    if dtype == torch.float16 and not torch.isfinite(rounded).all():
+        raise UserError(
+            f"merge: {name} has values up to {values.abs().max():.3g}, and float16 ends at 65504: write "
+            "bfloat16 (dtype)"
+        )
+    return rounded
+
+
+def _compare(name: str, meant: torch.Tensor, found: torch.Tensor) -> LandedTensor:
+    meant, found = meant.flatten(), found.flatten()
+    size = float(meant.norm())
+    return LandedTensor(name=name, meant=size, lost=float((found - meant).norm()), share=float(meant @ found) / size**2)

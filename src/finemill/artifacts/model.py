@@ -1,0 +1,49 @@
+"""The artifact `model`: a Hugging Face folder with weights of its own, and how it was merged."""
+
+from pathlib import Path
+
+from finemill.artifacts.files import MERGE_FILE
+from finemill.artifacts.records import Record, read_record, write_record
+
+
+class LandedTensor(Record):
+    """What came of the adapter's change to one parameter."""
+
+    name: str
+    meant: float
+    """Norm of the change in float32."""
+    lost: float
+    """Norm of what rounding took from it or added to it."""
+    share: float
+    """How much of the change is in the written tensor, along its own direction: 1 is all of it. Changes smaller than a
+    rounding step vanish."""
+
+
+class MergeRecord(Record):
+    """From what a model was merged, and how closely it agrees with that."""
+
+    base_model: str
+    base_known_by: str
+    """How the base is known to be the one the adapter was trained on; `forced: ...` if it is not."""
+    adapter: str
+    scale: float
+    dtype: str
+    kl: float
+    max_abs_diff: float
+    top1_agreement: float
+    max_kl: float
+    min_top1_agreement: float
+    share_landed: float
+    min_share_landed: float
+    tensors: tuple[LandedTensor, ...]
+
+
+def write_merge(folder: Path, record: MergeRecord) -> None:
+    """Put the record beside the merged weights."""
+    write_record(folder / MERGE_FILE, record)
+
+
+def read_merge(folder: Path) -> MergeRecord | None:
+    """How a model was merged; None for one that was not. Raises: UserError: the record is damaged."""
+    path = folder / MERGE_FILE
+    return read_record(path, MergeRecord, "merge") if path.is_file() else None

@@ -1,0 +1,235 @@
+"""Every kind of LoRA, merged one module at a time, against PEFT's own merge of the whole model."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from finemill.components.merge.config import MergeConfig
+from finemill.components.merge.step import run
+from finemill.errors import UserError
+from finemill.runtime.context import StepContext
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 1536, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+
+
+def base_dir(family: str, tiny_model_dir: Path, folder: Path, *, tied: bool = True) -> Path:
+    """A random model with the tiny model's tokenizer, bfloat16."""
+    torch.manual_seed(0)
+    shape = {**SMALL, "tie_word_embeddings": tied, "initializer_range": 0.1}
+    model = (
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **MOE))
+        if family == "qwen3_moe"
+        else Qwen2ForCausalLM(Qwen2Config(**shape))
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_model_dir / name, folder / name)
+    return folder
+
+
+def draw(tuned: Any) -> None:
+    """Weights as if trained: everything that PEFT would train is moved."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def adapter_dir(base: Path, folder: Path, config: LoraConfig, num_tokens: int | None = None) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if num_tokens:
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = get_peft_model(model, config)
+        draw(tuned)
+        tuned.save_pretrained(folder, save_embedding_layers=bool(num_tokens))
+    return folder
+
+
+def merge(base: Path, adapter: Path, output: Path, context: StepContext, **config: Any) -> Path:
+    run(base_model=base, adapter=adapter, output_dir=output, config=MergeConfig(force=True, **config), context=context)
+    return output
+
+
+def peft_merge(base: Path, adapter: Path, num_tokens: int | None = None) -> dict[str, torch.Tensor]:
+    """The state of PEFT's merged model in float32, whole in memory."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if num_tokens:
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    embedding = model.get_input_embeddings()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = PeftModel.from_pretrained(model, adapter)
+        # Merged into a shared matrix, a change of one end would show in the other.
+        ends = (tuned.get_base_model().get_input_embeddings(), tuned.get_base_model().get_output_embeddings())
+        if any(type(end) not in (torch.nn.Embedding, torch.nn.Linear) for end in ends):
+            linear = (module for module in tuned.modules() if isinstance(module, torch.nn.Linear))
+            holder = next((module for module in linear if module.weight is embedding.weight), torch.nn.Linear(1, 1))
+            holder.weight = torch.nn.Parameter(holder.weight.detach().clone())
+        merged: torch.nn.Module = tuned.merge_and_unload(safe_merge=True)
+    return merged.state_dict()
+
+
+KINDS = {
+    "rank-stabilized": ("qwen2", LoraConfig(r=4, target_modules="all-linear", use_rslora=True)),
+    "DoRA": ("qwen2", LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True)),
+    "ranks and alphas": (
+        "qwen2",
+        LoraConfig(
+            r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2},
+            alpha_pattern={"layers.1.mlp.down_proj": 32},
+        ),
+    ),
+    "trained biases": ("qwen2", LoraConfig(r=4, target_modules=["q_proj", "up_proj"], bias="all")),
+    "adapters' biases": ("qwen2", LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True)),
+    "whole modules": ("qwen2", LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm", "v_proj"])),
+    "embedding": ("qwen2", LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])),
+    "embedding, DoRA": ("qwen2", LoraConfig(r=4, target_modules=["embed_tokens"], use_dora=True)),
+    "output matrix": ("qwen2", LoraConfig(r=4, target_modules=["q_proj", "lm_head"])),
+    "whole output matrix": ("qwen2", LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    "experts": (
+        "qwen3_moe",
+        LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_what_peft_merges(
+    kind: str, tied: bool, tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    family, config = KINDS[kind]
+    base = base_dir(family, tiny_model_dir, tmp_path / "base", tied=tied)
+    adapter = adapter_dir(base, tmp_path / "adapter", config)
+    merged = merge(base, adapter, tmp_path / "merged", step_context)
+    found = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16).state_dict()
+    expected = peft_merge(base, adapter)
+    before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor.bfloat16()), name
+    assert any(not torch.equal(found[name], before[name]) for name in found)
+
+
+def test_tokens_trained_in_a_tied_embedding_keep_it_tied(
+    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 700]})
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base")
+    adapter = adapter_dir(base, tmp_path / "adapter", config)
+    merged = merge(base, adapter, tmp_path / "merged", step_context)
+    assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file(merged / "model.safetensors")
+    found, expected = load_file(merged / "model.safetensors"), peft_merge(base, adapter)
+    assert torch.equal(found["model.embed_tokens.weight"], expected["model.embed_tokens.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_make_the_merged_model_larger(
+    tied: bool, tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"])
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base", tied=tied)
+    adapter = adapter_dir(base, tmp_path / "adapter", config, num_tokens=1600)
+    merged = merge(base, adapter, tmp_path / "merged", step_context)
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16)
+    expected = peft_merge(base, adapter, num_tokens=1600)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name].bfloat16()), name
+    assert len(model.get_output_embeddings().weight) == 1600
+
+
+def test_new_tokens_without_an_output_matrix_are_refused(
+    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base", tied=False)
+    adapter = adapter_dir(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"]), num_tokens=1600)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "lm_head" not in name}
+    save_file(kept, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"brings 1600 embeddings for the base's 1536, and no output matrix"):
+        merge(base, adapter, tmp_path / "merged", step_context)
+
+
+def test_biases_for_layers_without_one_are_refused(
+    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base")
+    adapter = adapter_dir(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["up_proj"], lora_bias=True))
+    with pytest.raises(UserError, match=r"lora_bias, and model\.layers\.0\.mlp\.up_proj has no bias"):
+        merge(base, adapter, tmp_path / "merged", step_context)
+
+
+def test_half_the_scale_is_the_average_of_base_and_tuned(
+    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base")
+    adapter = adapter_dir(base, tmp_path / "adapter", LoraConfig(r=4, target_modules="all-linear"))
+    half = merge(base, adapter, tmp_path / "half", step_context, scale=0.5, dtype="float32")
+    before, tuned, found = (
+        load_file(base / "model.safetensors"),
+        peft_merge(base, adapter),
+        load_file(half / "model.safetensors"),
+    )
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, (before[name].float() + tuned[name]) / 2)
+    dora = adapter_dir(base, tmp_path / "dora", LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(UserError, match=r"scale 0\.5 needs plain LoRA; model\.layers\.0\.self_attn\.q_proj"):
+        merge(base, dora, tmp_path / "other", step_context, scale=0.5)
+
+
+def test_float16_that_overflows_is_refused(tiny_model_dir: Path, step_context: StepContext, tmp_path: Path) -> None:
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = 1e5
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = adapter_dir(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match=r"down_proj\.weight has values up to 9.98e\+04, and float16 ends at 65504"):
+        merge(base, adapter, tmp_path / "merged", step_context, dtype="float16")
+
+
+def test_a_tensor_that_the_base_keeps_in_32_bits_stays_so(
+    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float() + 1e-6
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = adapter_dir(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"]))
+    merged = load_file(merge(base, adapter, tmp_path / "merged", step_context) / "model.safetensors")
+    assert torch.equal(merged["model.norm.weight"], tensors["model.norm.weight"])
+    assert merged["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+def test_a_change_smaller_than_the_rounding_step_is_said(
+    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base")
+    adapter = adapter_dir(base, tmp_path / "adapter", LoraConfig(r=4, target_modules="all-linear"))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            tensor *= 1e-3
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    merged = merge(base, adapter, tmp_path / "merged", step_context)
+    assert "of the adapter's change" in caplog.text
+    record = json.loads((merged / "merge.json").read_text())
+    assert 0 < record["share_landed"] < 0.9
+    assert len(record["tensors"]) == 14
