@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def run_locally(
         environment: variables for the steps besides this process's own.
     Raises: StepFailedError: with the failed step's line and exit code. KeyboardInterrupt: after the steps were told.
     """
+    version("kfp")  # without it the child would fail where only its log tells
     run = LocalRun(log_file)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="finemill-run-") as scratch:
@@ -140,6 +142,6 @@ def _signal_group(group: int, number: int) -> bool:
 def _raise_if_failed(run: LocalRun, returncode: int) -> None:
     for event in run.events.values():
         if event["event"] == "failed":
-            raise StepFailedError(f"{event['text']} (log: {run.log_file})", event.get("exit_code", 1))
+            raise StepFailedError(f"{event['step']}: {event['text']} (log: {run.log_file})", event.get("exit_code", 1))
     if returncode:
         raise StepError(f"the local run ended with exit code {returncode}; its log is {run.log_file}")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from finemill.runtime.catalog import STEPS
+from finemill.tracking.progress import silence_progress_bars
 
 # Per group: name -> (one line of help, module under finemill.commands with `execute`).
 _GROUPS = {
@@ -30,21 +31,17 @@ _MODULES = {name: module for commands in _GROUPS.values() for name, (_, module) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns: its exit code: 0 done, 2 bad input, 3 gate failed, 75 try again."""
+    """Run one command. Returns: its exit code: 0 done, 2 bad input, 3 gate failed, 75 try again; 1 a fault of ours."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in _MODULES:
         _parse_top_level(arguments)
     # Batches of varying length leave gaps in segments of fixed size, and a full GPU takes seconds to give them back.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    from finemill.errors import StepError
-
+    silence_progress_bars()
     name, rest = arguments[0], arguments[1:]
     try:
         exit_code = _command(name)(name, rest)
         sys.stdout.flush()
-    except StepError as error:
-        print(f"finemill {name}: {error}", file=sys.stderr)
-        return error.exit_code
     except BrokenPipeError:
         # Whoever read our output has seen enough. Python would complain again when it flushes at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         resumes = "; the same command goes on from the last finished step" if name == "run" else ""
         print(f"finemill {name}: interrupted{resumes}", file=sys.stderr)
         return 130
+    except Exception as error:
+        from finemill.runtime.failure import report
+
+        return report(name, error)
     return exit_code
 
 

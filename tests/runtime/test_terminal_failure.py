@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from finemill.errors import TemporaryError, UserError
+from finemill.errors import TemporaryError
 from finemill.runtime.kfp_task import ATTEMPT_VARIABLE, run_kfp_task
 from finemill.runtime.terminal_failure import TerminalFailure
 
@@ -84,4 +84,4 @@ def test_a_failure_that_may_pass_leaves_no_note(folder_store: str, tmp_path: Pat
 
 
 def test_a_store_that_refuses_the_note_does_not_hide_the_failure(tmp_path: Path) -> None:
-    TerminalFailure("preflight", "s3:///no-bucket/failures/x").note(UserError("line"))
+    TerminalFailure("preflight", "s3:///no-bucket/failures/x").note("line", 2)

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finemill.errors import StepError, TemporaryError
+from finemill.errors import TemporaryError
 from finemill.runtime.catalog import get_step
+from finemill.runtime.failure import describe, report
 from finemill.runtime.run import StepResult, run_step
 from finemill.runtime.terminal_failure import TerminalFailure
 from finemill.storage.store import fetch_artifact
+from finemill.tracking.progress import silence_progress_bars
 from finemill.tracking.server import tracking_uri
 
 # KFP sets it when a retry policy is set; the attempts of a run that a person has retried count from 0 again.
@@ -46,11 +48,17 @@ def run_kfp_task(
     Returns: the step's verdict; without one whether there is an output, which is true.
     """
     _adopt_tracking_settings()
+    silence_progress_bars()
     try:
         result = _run_unless_failed(name, store=store, inputs=inputs, config=config, run_id=run_id)
-    except StepError as error:
-        print(f"finemill {name}: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return _write_outputs(name, result, reference_path, manifest, metrics, shown or {})
+    except Exception as error:
+        sys.exit(report(name, error))
+
+
+def _write_outputs(
+    name: str, result: StepResult, reference_path: str, manifest: Any, metrics: Any, shown: Mapping[str, Any]
+) -> bool:
     _write(Path(reference_path), str(result.reference))
     _write(Path(manifest.path), result.manifest.to_bytes().decode())
     manifest.metadata.update(uri=result.reference.uri, digest=result.reference.digest, kind=result.manifest.kind)
@@ -84,9 +92,9 @@ def _run_unless_failed(
         failure.raise_if_noted()
     try:
         return run_step(name, store=store, inputs=inputs, config=config, run_id=run_id or None)
-    except StepError as error:
+    except Exception as error:
         if attempt is not None and not isinstance(error, TemporaryError):
-            failure.note(error)
+            failure.note(*describe(name, error))
         raise
 
 

@@ -18,12 +18,13 @@ from typing import Any
 from finemill.artifacts.manifest import Manifest, Producer, Reference, new_manifest
 from finemill.artifacts.ports import BASE_MODEL
 from finemill.config import StepConfig, parse_config
-from finemill.errors import StepError, UserError
+from finemill.errors import UserError
 from finemill.models.base.pin import pin_base_model
 from finemill.models.base.resolve import base_digest, resolve_base_model
 from finemill.runtime.catalog import Step, get_step
 from finemill.runtime.code_version import producer
 from finemill.runtime.context import Checkpoints, Recorder, StepContext, Unheard
+from finemill.runtime.failure import describe, explained
 from finemill.runtime.processes import num_idle_gpus, run_in_processes, step_arguments
 from finemill.storage.base import normalize_uri
 from finemill.storage.store import (
@@ -72,14 +73,14 @@ def run_step(
     progress.emit("started")
     with heard_warnings(progress) as warnings:
         try:
-            call = _resolve(step, store, inputs, config, run_id)
-            found = _find(call)
-            num_gpus = num_idle_gpus() if step.multi_process and found is None else 0
-            result = found or (None if num_gpus else _make_recorded(call, run_id, progress, warnings))
+            with explained():
+                call = _resolve(step, store, inputs, config, run_id)
+                found = _find(call)
+                num_gpus = num_idle_gpus() if step.multi_process and found is None else 0
+                result = found or (None if num_gpus else _make_recorded(call, run_id, progress, warnings))
         except Exception as error:
-            exit_code = error.exit_code if isinstance(error, StepError) else 1
-            line = str(error) if isinstance(error, StepError) else f"{type(error).__name__}: {error}"
             # Whoever called prints the line.
+            line, exit_code = describe(step.name, error)
             progress.record("failed", text=line, seconds=time.monotonic() - started, exit_code=exit_code)
             raise
         if result is None:
@@ -208,20 +209,19 @@ def _make(call: _Call, context: StepContext, warnings: WarningLines) -> Manifest
     staging = staging_folder(call.uri)
     started = time.monotonic()
     try:
-        metrics = call.step.function(**folders, output_dir=staging, config=call.config, context=context)
-        manifest = new_manifest(
-            call.step.output,
-            staging,
-            call.made_by,
-            parents=call.inputs,
-            config=call.config.model_dump(mode="json"),
-            metrics=finite_metrics(metrics),
-            warnings=warnings.lines,
-            seconds=time.monotonic() - started,
-        )
-        return publish_artifact(staging, call.uri, manifest)
-    except OSError as error:
-        raise StepError(f"{call.step.name}: {error.strerror or error} ({error.filename or staging})") from error
+        with explained(staging):
+            metrics = call.step.function(**folders, output_dir=staging, config=call.config, context=context)
+            manifest = new_manifest(
+                call.step.output,
+                staging,
+                call.made_by,
+                parents=call.inputs,
+                config=call.config.model_dump(mode="json"),
+                metrics=finite_metrics(metrics),
+                warnings=warnings.lines,
+                seconds=time.monotonic() - started,
+            )
+            return publish_artifact(staging, call.uri, manifest)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -229,11 +229,11 @@ def _make(call: _Call, context: StepContext, warnings: WarningLines) -> Manifest
 def finite_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Plain floats. One NaN would crash KFP, so a metric that is not finite is an error where it arises.
 
-    Raises: ValueError: names the metric.
+    Raises: UserError: names the metric.
     """
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise ValueError(f"metric '{name}' is {value}: a step reports finite numbers only")
+            raise UserError(f"metric '{name}' is {value}: look for values that are no numbers in the model's weights")
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,14 +32,12 @@ class TerminalFailure:
         call = json.dumps([step, run_id, dict(inputs), dict(config)], sort_keys=True, default=str)
         return cls(step, f"{normalize_uri(store)}/failures/{step}-{hashlib.sha256(call.encode()).hexdigest()[:20]}")
 
-    def note(self, error: StepError) -> None:
+    def note(self, line: str, exit_code: int) -> None:
         """Leave the note. A store that cannot be written is no reason to hide the failure itself."""
-        try:
+        with suppress(Exception):
             staging = staging_folder(self.uri)
-            (staging / _ERROR_FILE).write_text(json.dumps({"line": str(error), "exit_code": error.exit_code}))
+            (staging / _ERROR_FILE).write_text(json.dumps({"line": line, "exit_code": exit_code}))
             publish_artifact(staging, self.uri, new_manifest("failure", staging, producer(get_step(self.step))))
-        except (StepError, OSError):
-            return
 
     def forget(self) -> None:
         """Remove the note of an earlier round of attempts: a person has asked for the run to be tried again."""

@@ -16,6 +16,15 @@ RecordedEvent = Literal["computing", "metrics"]
 """What only a recorder of the run needs: a step began to compute (not: found its output), values of a training step."""
 
 
+def silence_progress_bars() -> None:
+    """Keep other libraries' bars out of the lines of steps; to be called before they are imported.
+
+    A download from a model hub, which may take long, still shows itself on a terminal.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
 class Progress:
     """Lines `<step>: <text>` on stderr, and events in `$FINEMILL_EVENTS` if that is set."""
 

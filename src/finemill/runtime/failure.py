@@ -1,0 +1,127 @@
+"""What a failure is to people: one line and an exit code, whoever raised it."""
+
+import errno
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+from finemill.errors import StepError, TemporaryError, UserError
+from finemill.tracking.describe import without_credentials
+from finemill.tracking.progress import EVENTS_VARIABLE
+
+_TEMPORARY = {errno.EAGAIN, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ESTALE}
+_PLACES = "--store, FINEMILL_CACHE and TMPDIR name the folders that are written to"
+# Modules that come with another package than the one they are named after.
+_BROUGHT_BY = {"kubernetes": "kfp", "kfp_server_api": "kfp", "huggingface_hub": "transformers"}
+_EXTRA = re.compile(r"""^([\w.-]+).*extra == ["']([\w-]+)["']""")
+
+
+def explain(error: Exception, place: Path | None = None) -> StepError | None:
+    """What a foreign exception means to the user; None for what nobody but this project can mend.
+
+    Args:
+        place: what an error without a file name is about.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, StepError):
+        return error
+    if isinstance(error, ImportError):
+        return _explain_import(error)
+    if isinstance(error, OSError):
+        return _explain_os(error, place)
+    if "out of memory" in text and (type(error).__name__ == "OutOfMemoryError" or "CUDA" in text):
+        return UserError(
+            f"the GPU's memory is not enough ({'. '.join(text.split('. ')[:3])}): lower the batch size, max_length or "
+            "memory_gb, or end what else uses the GPU"
+        )
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return UserError(f"this machine's memory is not enough ({text or 'MemoryError'}): use a larger one")
+    if text.startswith("Could not determine home directory"):
+        return UserError("there is no home folder: set HOME, or FINEMILL_CACHE if only the cache needs one")
+    if type(error).__name__ == "SafetensorError":
+        return UserError(f"a safetensors file cannot be read ({text}): fetch or write the model again")
+    return None
+
+
+def _explain_os(error: OSError, place: Path | None) -> StepError | None:
+    if isinstance(error, ConnectionError | TimeoutError) or error.errno in _TEMPORARY:
+        return TemporaryError(f"{error}: try again")
+    if error.errno is None:
+        # transformers says so what a model's folder lacks; subclasses belong to libraries that speak to servers.
+        return UserError(" ".join(str(error).split())) if type(error) is OSError else None
+    what = f"{error.strerror} ({error.filename or place})" if error.filename or place else str(error.strerror)
+    return UserError(f"{what}: {_PLACES}" if error.errno != errno.ENOENT else what)
+
+
+def _explain_import(error: ImportError) -> StepError | None:
+    module = (error.name or "").partition(".")[0]
+    if module == "finemill":
+        return None
+    extra = _extra_with(module) if module else "[all]"
+    return UserError(f"{' '.join(str(error).split())}: install it with pip install 'finemill{extra}'")
+
+
+def _extra_with(module: str) -> str:
+    """The first extra that brings `module`, in brackets; nothing if the package itself requires it."""
+    try:
+        required = [_EXTRA.match(line) for line in requires("finemill") or []]
+    except PackageNotFoundError:
+        return "[all]"
+    package = _BROUGHT_BY.get(module, module).replace("_", "-").lower()
+    return next((f"[{found[2]}]" for found in required if found and found[1].lower() == package), "")
+
+
+@contextmanager
+def explained(place: Path | None = None) -> Iterator[None]:
+    """Raise what `explain` makes of an exception in the block, the others as they are."""
+    try:
+        yield
+    except Exception as error:
+        known = explain(error, place)
+        if known is None or known is error:
+            raise
+        raise known from error
+
+
+def describe(command: str, error: Exception) -> tuple[str, int]:
+    """One line for people, without the command's own name before it, and the exit code."""
+    known = explain(error)
+    text = str(known) if known else f"{type(error).__name__}: {error}"
+    line = without_credentials(" ".join(text.split()))
+    line = line.removeprefix(f"finemill {command}: ").removeprefix(f"{command}: ")
+    return (line, known.exit_code) if known else (f"a fault in finemill itself, {line}", 1)
+
+
+def report(command: str, error: Exception) -> int:
+    """Print one line for a failed command; of a fault of our own with the file that has the traceback.
+
+    Where standard error is kept in a log, in a pod and under `finemill run`, the traceback is there, too.
+    Returns: the exit code.
+    """
+    line, exit_code = describe(command, error)
+    if explain(error) is None:
+        text = "".join(traceback.format_exception(error))
+        log = _write_log(command, text)
+        if log is None or EVENTS_VARIABLE in os.environ or "KUBERNETES_SERVICE_HOST" in os.environ:
+            print(text, file=sys.stderr)
+        line += f"; the traceback is in {log or 'the lines above'}: please report it"
+    print(f"finemill {command}: {line}", file=sys.stderr)
+    return exit_code
+
+
+def _write_log(command: str, text: str) -> str | None:
+    """The file that holds `text`; None where none can be written."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="replace", prefix=f"finemill-{command}-", suffix=".log", delete=False
+        ) as file:
+            file.write(text)
+    except OSError:
+        return None
+    return file.name
