@@ -20,14 +20,10 @@ from finemill.kernels.engine.model import FastModel, LayerParts, ModelLoss, asse
 from finemill.kernels.engine.plan import LayerShape, Plan
 from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.packing import length_classes, pack_rows, splittable
-from finemill.kernels.planning.workload import Workload
+from finemill.kernels.planning.workload import FAMILIES, Workload
 from finemill.kernels.streamed import attach_stream, detach_stream, weight_stream_of
 
 logger = logging.getLogger(__name__)
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""`model_type`s of transformers configurations that run on the fast path."""
-
 
 _COVERED = {"input_ids", "labels", "attention_mask", "position_ids", "num_items_in_batch", "use_cache", "return_dict"}
 """Arguments of a forward that the fast path understands; with any other the model's own forward runs."""

@@ -11,12 +11,12 @@ from finemill.artifacts.files import PLAN_FILE
 from finemill.artifacts.records import write_json
 from finemill.components.preflight.base_model import BaseFacts, inspect_base_model
 from finemill.components.preflight.config import PreflightConfig
-from finemill.components.preflight.memory import estimate_memory
 from finemill.config import StepConfig, parse_config
 from finemill.errors import TemporaryError, UserError
 from finemill.runtime.catalog import STEPS
 from finemill.runtime.context import StepContext
 from finemill.training.config import LoRATrainingConfig
+from finemill.training.memory import needed_gib
 
 TIMEOUT_S = 10.0
 _TRACKED_SECTIONS = ("register", "promote")
@@ -81,13 +81,14 @@ def check_tracking_server(uri: str | None) -> None:
 
 
 def check_memory(base: BaseFacts, training: LoRATrainingConfig, gpu_memory_gib: float | None) -> float:
-    """The estimated peak of a training step, GiB. Raises: UserError: the GPU asked for has less."""
-    estimate = estimate_memory(base.config, training)
-    if gpu_memory_gib is not None and estimate.total > gpu_memory_gib:
-        raise UserError(
-            f"training {base.id} needs about {estimate.total:.1f} GiB (weights {estimate.weights:.1f}, adapters "
-            f"{estimate.adapters:.1f}, activations {estimate.activations:.1f}, logits {estimate.logits:.1f}), the GPU "
-            f"has {gpu_memory_gib:g}: lower per_device_train_batch_size ({training.per_device_train_batch_size}) or "
-            f"max_length ({training.max_length}), or ask for a larger GPU"
-        )
-    return estimate.total
+    """GiB of GPU memory that training needs at least. Raises: UserError: the GPU or `memory_gb` is smaller."""
+    needed = needed_gib(base.config, training)
+    limits = {f"memory_gb is {training.memory_gb}": training.memory_gb, f"the GPU has {gpu_memory_gib}": gpu_memory_gib}
+    for found, limit in limits.items():
+        if limit is not None and needed > limit:
+            raise UserError(
+                f"training {base.id} needs {needed:.1f} GiB of GPU memory at least, {found}: lower max_length "
+                f"({training.max_length}), per_device_train_batch_size ({training.per_device_train_batch_size}) or "
+                f"lora_r ({training.lora_r}), or ask for a larger GPU"
+            )
+    return needed

@@ -12,7 +12,7 @@ from finemill.components.train_dpo.rows import load_pairs
 from finemill.runtime.context import StepContext
 from finemill.training.adapter import keep_adapters_in_float32, lora_config
 from finemill.training.quantized_base import load_base
-from finemill.training.trainer import choose_device, run_training, shared_arguments
+from finemill.training.trainer import cap_memory, choose_device, run_training, shared_arguments
 
 
 def run(
@@ -28,7 +28,9 @@ def run(
     device = choose_device()
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
 
-    def build(scratch: Path) -> DPOTrainer:
+    cap_memory(config, device)
+
+    def build(scratch: Path, config: TrainDPOConfig) -> DPOTrainer:
         return build_trainer(base_model, dataset, tokenizer, scratch, config, device)
 
     return run_training(build, tokenizer, output_dir, config, context)

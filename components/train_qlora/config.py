@@ -20,6 +20,11 @@ class TrainQLoRAConfig(LoRATrainingConfig):
     """Run steps on finemill's own kernels: on a GPU wherever they cover the model, or fail where they do not, or never.
     They plan recomputation by themselves, so gradient_checkpointing does not apply to them."""
 
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether the step asks for finemill's kernels."""
+        return self.kernels != "off"
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if self.packing and self.train_sampling_strategy == "group_by_length":

@@ -1,6 +1,7 @@
 """Train LoRA adapters on the 4-bit base with TRL and PEFT."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from finemill.components.train_qlora.rows import load_rows
 from finemill.errors import UserError
 from finemill.runtime.context import StepContext
 from finemill.training.adapter import keep_adapters_in_float32, lora_config
+from finemill.training.memory import must_stream
 from finemill.training.quantized_base import compute_dtype, load_base
-from finemill.training.trainer import choose_device, run_training, shared_arguments
+from finemill.training.trainer import cap_memory, choose_device, memory_limit, run_training, shared_arguments
 
 
 def run(
@@ -29,7 +31,7 @@ def run(
     device = choose_device()
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
 
-    def build(scratch: Path) -> SFTTrainer:
+    def build(scratch: Path, config: TrainQLoRAConfig) -> SFTTrainer:
         return build_trainer(base_model, dataset, tokenizer, scratch, config, device)
 
     return run_training(build, tokenizer, output_dir, config, context)
@@ -44,15 +46,14 @@ def build_trainer(
     device: torch.device,
 ) -> SFTTrainer:
     """TRL's trainer on rows that are tokenized and labelled already."""
-    trainer_class = _trainer_class(config, device)
+    trainer_class, model = _load(base_model, config, device)
     trainer = trainer_class(
-        model=_load_base(base_model, config, device),
+        model=model,
         args=_arguments(config, scratch, device),
         train_dataset=load_rows(dataset, "train", config.max_length),
         eval_dataset=load_rows(dataset, "validation", config.max_length) if config.eval_steps else None,
         processing_class=tokenizer,
         peft_config=lora_config(config),
-        **({} if trainer_class is SFTTrainer else {"memory_gb": config.memory_gb}),
     )
     acceleration = getattr(trainer, "acceleration", None)
     if acceleration is None or not acceleration.active:
@@ -63,33 +64,22 @@ def build_trainer(
     return trainer
 
 
-def _trainer_class(config: TrainQLoRAConfig, device: torch.device) -> Any:
-    """TRL's trainer, or the one of the same interface that runs its steps on finemill's kernels."""
-    if config.kernels == "off" or device.type != "cuda":
-        return SFTTrainer
+def _load(base_model: Path, config: TrainQLoRAConfig, device: torch.device) -> tuple[Any, PreTrainedModel]:
+    """TRL's trainer, or the one that runs its steps on finemill's kernels, and the base for it."""
+    if not config.uses_kernels or device.type != "cuda":
+        cap_memory(config, device)
+        return SFTTrainer, load_base(base_model, config, device)
+    model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    streamed = must_stream(model, config, memory_limit(config, device))
     from finemill.kernels.trainer import FastSFTTrainer
 
-    return FastSFTTrainer
+    trainer_class = partial(FastSFTTrainer, memory_gb=config.memory_gb)
+    if streamed:
+        from finemill.kernels.streamed import load_streamed
 
-
-def _load_base(base_model: Path, config: TrainQLoRAConfig, device: torch.device) -> PreTrainedModel:
-    """Load the base on the device, or with its layers in host memory where the memory would not hold them."""
-    kernels = config.kernels != "off" and device.type == "cuda"
-    if not (kernels and config.load_in_4bit and config.bnb_4bit_quant_type == "nf4"):
-        return load_base(base_model, config, device)
-    from finemill.kernels.accelerate import FAMILIES
-    from finemill.kernels.planning.workload import workload_of_config
-    from finemill.kernels.streamed import load_streamed
-
-    model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
-    limit = torch.cuda.mem_get_info(device)[0] if config.memory_gb is None else config.memory_gb * 2**30
-    if model.get("model_type") in FAMILIES:
-        row = config.max_length
-        work = workload_of_config(model, rank=config.lora_r, quantized=True, tokens=row, row=row)
-        if work.loading_bytes() > limit:
-            dtype, double_quant = compute_dtype(config, device), config.bnb_4bit_use_double_quant
-            return load_streamed(base_model, device=device, dtype=dtype, double_quant=double_quant)
-    return load_base(base_model, config, device)
+        dtype, double_quant = compute_dtype(config, device), config.bnb_4bit_use_double_quant
+        return trainer_class, load_streamed(base_model, device=device, dtype=dtype, double_quant=double_quant)
+    return trainer_class, load_base(base_model, config, device)
 
 
 def _arguments(config: TrainQLoRAConfig, scratch: Path, device: torch.device) -> SFTConfig:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finemill.errors import UserError
 from finemill.kernels.engine.plan import Plan
 from finemill.kernels.planning.model_shapes import SHAPES
 from finemill.kernels.planning.planner import plan_step, workload_under
@@ -19,7 +20,7 @@ from finemill.kernels.planning.workload import Workload, workload_of_config
 DEFAULT_MEMORY_GB = 80.0
 
 
-class EstimateError(ValueError):
+class EstimateError(UserError):
     """No estimate for this model or memory; the message says why."""
 
 
@@ -27,11 +28,8 @@ def main(argv: list[str]) -> int:
     """Print the estimate. Returns: exit code."""
     args = _parse(argv)
     work = workload(args.model, rank=args.rank, quantized=args.quant == "nf4", rows=args.bs * args.accum, row=args.seq)
-    try:
-        budget = int(args.memory_gb * 2**30)
-        plan = plan_step(work, budget, rates=RATES[args.gpu], allow_stream=args.quant == "nf4")
-    except ValueError as error:
-        raise EstimateError(str(error)) from error
+    budget = int(args.memory_gb * 2**30)
+    plan = plan_step(work, budget, rates=RATES[args.gpu], allow_stream=args.quant == "nf4")
     result = summarize(work, plan)
     print(json.dumps(result) if args.json else "\n".join(f"{name:<22} {value}" for name, value in result.items()))
     return 0

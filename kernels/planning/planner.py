@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
+from finemill.errors import UserError
 from finemill.kernels.engine.plan import HostLevels, Level, Plan
 from finemill.kernels.ops.division import divisors
 from finemill.kernels.planning.rates import Rates, layer_seconds
@@ -34,6 +35,17 @@ PATIENCE = 8
 step."""
 Parking = tuple[HostLevels, int]
 """Parked level per layer, layers in flight."""
+
+
+class NoPlanError(UserError):
+    """Not even the leanest plan fits; `budget` and what it needs, `least`, are bytes."""
+
+    def __init__(self, budget: int, least: int) -> None:
+        self.budget, self.least = budget, least
+        super().__init__(
+            f"no plan fits {budget / 2**30:.2f} GiB: the leanest needs {least / 2**30:.2f} GiB; "
+            "allow more memory, shorter rows or a smaller rank"
+        )
 
 
 def workload_under(work: Workload, plan: Plan) -> Workload:
@@ -134,7 +146,7 @@ def plan_step(
         allow_stream: whether the NF4 weights may wait there, too.
         streamed: whether they do already.
     Returns: the plan with the least predicted time.
-    Raises: ValueError: not even the leanest plan fits; the message gives its size.
+    Raises: NoPlanError: not even the leanest plan fits.
     """
     rates, budget = rates or Rates(), int(budget * MARGIN)
     streams = (True,) if streamed else (False, True) if allow_stream and work.quantized else (False,)
@@ -156,14 +168,20 @@ def plan_step(
     fitting = [candidate for candidate in leanest_and_fastest if candidate.peak <= budget]
     if not fitting:
         least = min(candidate.peak for candidate in leanest_and_fastest)
-        raise ValueError(
-            f"no plan fits {budget / 2**30:.2f} GiB: the leanest needs {least / 2**30:.2f} GiB; "
-            "allow more memory, shorter rows or a smaller rank"
-        )
+        raise NoPlanError(budget, least)
     best = min(fitting, key=lambda candidate: candidate.seconds)
     assert best.micro_batch is not None
     fitting = [candidate for candidate in candidates(heads[1:-1], [best.micro_batch]) if candidate.peak <= budget]
     return min([best, *fitting], key=lambda candidate: candidate.seconds)
+
+
+def least_bytes(work: Workload, *, allow_stream: bool) -> int:
+    """Peak of the leanest plan: what a card must have."""
+    try:
+        plan_step(work, 0, allow_stream=allow_stream)
+    except NoPlanError as error:
+        return error.least
+    raise AssertionError("a plan of no memory")
 
 
 def plan_graphed_step(
@@ -189,7 +207,7 @@ def plan_graphed_step(
         allow_stream: whether the NF4 weights may wait in host memory.
         streamed: whether they do already.
     Returns: the plan, and how often a shape runs before it is captured; None without graphs.
-    Raises: ValueError: no plan fits, as `plan_step`.
+    Raises: NoPlanError: as `plan_step`.
     """
     plan = plan_step(work, budget, rates=rates, allow_stream=allow_stream, streamed=streamed)
     if use_graphs is False:
@@ -203,7 +221,7 @@ def plan_graphed_step(
             plan = plan_step(
                 work, min(budget, (resting + card) // 2), rates=rates, allow_stream=allow_stream, streamed=streamed
             )
-        except ValueError:
+        except NoPlanError:
             return plan, None
     return plan, patience
 

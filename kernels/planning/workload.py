@@ -19,6 +19,8 @@ from finemill.kernels.ops.division import (
     swiglu_lora_bytes,
 )
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of `model_type` in configurations of transformers that the engine trains."""
 CUBLAS_WORKSPACE = 64 << 20
 """Bytes that torch allocates for cuBLAS on Hopper: 32 MiB each for eager work and for captured graphs."""
 SMALL_TENSORS = 8 << 20

@@ -37,7 +37,7 @@ def test_training_ends_before_its_first_step_on_a_base_that_is_not_what_was_reme
     )
     loaded: list[Path] = []
 
-    def build(scratch: Path) -> Any:
+    def build(scratch: Path, config: LoRATrainingConfig) -> Any:
         loaded.append(base)
         return object()
 

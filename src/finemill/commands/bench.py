@@ -12,13 +12,9 @@ _PROGRAMS = {
 def execute(name: str, arguments: list[str]) -> int:
     """Hand the arguments to the measuring program. Returns: its exit code."""
     if name == "estimate":
-        from finemill.errors import UserError
-        from finemill.kernels.planning.estimate import EstimateError, main
+        from finemill.kernels.planning.estimate import main
 
-        try:
-            return main(arguments)
-        except EstimateError as error:
-            raise UserError(str(error)) from error
+        return main(arguments)
     parser = argparse.ArgumentParser(
         prog="finemill bench", description="\n".join(f"{key}: {text}" for key, text in _PROGRAMS.items())
     )

@@ -1,6 +1,6 @@
 """The configuration that steps which train LoRA adapters share, in the words of transformers, PEFT, bitsandbytes."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,11 @@ class LoRATrainingConfig(StepConfig):
 
     sequences_per_row: ClassVar[int] = 1
     """Sequences that one row of a batch is."""
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether the step asks for finemill's kernels."""
+        return False
 
     lora_r: int = Field(default=16, gt=0)
     """Rank of the adapters: more capacity, more memory."""
@@ -106,3 +111,6 @@ class LoRATrainingConfig(StepConfig):
         if self.target_modules == ():
             raise ValueError("target_modules is empty: name at least one linear layer or use 'all-linear'")
         return self
+
+
+ConfigT = TypeVar("ConfigT", bound=LoRATrainingConfig)

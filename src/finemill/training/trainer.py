@@ -1,5 +1,6 @@
 """What the trainers of all steps share: the device, the arguments, the run from checkpoint to saved adapter."""
 
+import logging
 import os
 import resource
 import shutil
@@ -21,9 +22,11 @@ from finemill.runtime.context import StepContext
 from finemill.runtime.processes import is_main_process, num_processes
 from finemill.training.adapter import save_adapter
 from finemill.training.checkpoint import CheckpointCallback, find_checkpoint
-from finemill.training.config import LoRATrainingConfig
+from finemill.training.config import ConfigT, LoRATrainingConfig
 from finemill.training.quantized_base import compute_dtype
 from finemill.training.record import METRIC_NAMES, RecordCallback
+
+logger = logging.getLogger(__name__)
 
 # transformers 5.18 renamed the argument and warns about the old name.
 _CHECKPOINTING_FIELD = next(
@@ -48,6 +51,19 @@ def choose_device() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def memory_limit(config: LoRATrainingConfig, device: torch.device) -> float:
+    """Bytes of the card that training may allocate: `memory_gb`, or what is free."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free if config.memory_gb is None else config.memory_gb * 2**30
+
+
+def cap_memory(config: LoRATrainingConfig, device: torch.device) -> None:
+    """Let PyTorch refuse what would pass `memory_gb`, on a path that no planner fits into it."""
+    if config.memory_gb is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gb * 2**30 / total), device)
 
 
 def shared_arguments(config: LoRATrainingConfig, scratch: Path, device: torch.device) -> dict[str, Any]:
@@ -115,27 +131,76 @@ def _without_renaming_warnings() -> Iterator[None]:
 
 
 def run_training(
-    build_trainer: Callable[[Path], Trainer],
+    build_trainer: Callable[[Path, ConfigT], Trainer],
     tokenizer: PreTrainedTokenizerBase,
     output_dir: Path,
-    config: LoRATrainingConfig,
+    config: ConfigT,
     context: StepContext,
 ) -> dict[str, float]:
     """Train from the newest checkpoint to the end, and write the adapter to `output_dir`.
 
+    Where the plain path runs out of GPU memory, it begins again from there with half the sequences per forward pass and
+    the same global batch.
+
     Args:
-        build_trainer: makes the trainer, given the folder that its own checkpoints go to.
+        build_trainer: makes the trainer, given the folder that its own checkpoints go to, and the configuration.
     Returns: the last logged loss (and rewards), tokens and steps, seconds, tokens per second, peak memory in bytes.
     Raises: UserError: a loss that is not finite, a checkpoint of another training.
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it. Or the
             base model is not what was remembered of it, and the same call takes it as it is.
     """
-    checkpoint = find_checkpoint(config, context)
+    smaller: ConfigT | None = config
+    while smaller is not None:
+        try:
+            return _train(build_trainer, tokenizer, output_dir, smaller, config, context)
+        except torch.OutOfMemoryError as error:
+            line = " ".join(str(error).split())
+            smaller = _with_smaller_batches(smaller) if num_processes() == 1 and not _is_ours(error) else None
+        if smaller is not None:
+            torch.cuda.empty_cache()
+            logger.warning(
+                "out of GPU memory: %d sequences per forward pass from here on, and %d passes per step",
+                smaller.per_device_train_batch_size,
+                smaller.gradient_accumulation_steps,
+            )
+    raise UserError(
+        f"out of GPU memory ({line:.160}): lower max_length ({config.max_length}) or lora_r ({config.lora_r}), free "
+        "memory on the card, or take a larger one"
+    )
+
+
+def _is_ours(error: torch.OutOfMemoryError) -> bool:
+    """Whether the kernels' trainer raised it, which has halved its micro-batches as far as they go."""
+    return str(error).startswith("out of memory with micro-batches")
+
+
+def _with_smaller_batches(config: ConfigT) -> ConfigT | None:
+    """The configuration with at most half the sequences per forward pass and the same global batch."""
+    size = config.per_device_train_batch_size
+    total = size * config.gradient_accumulation_steps
+    fewer = next((count for count in range(size // 2, 0, -1) if total % count == 0), None)
+    if fewer is None:
+        return None
+    return config.model_copy(
+        update={"per_device_train_batch_size": fewer, "gradient_accumulation_steps": total // fewer}
+    )
+
+
+def _train(
+    build_trainer: Callable[[Path, ConfigT], Trainer],
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path,
+    config: ConfigT,
+    asked: ConfigT,
+    context: StepContext,
+) -> dict[str, float]:
+    """Train once; checkpoints are those of what was asked, whatever the size of a forward pass."""
+    checkpoint = find_checkpoint(asked, context)
     base = resolve_base_model(context.references[BASE_MODEL])
     with _scratch_folder() as scratch, _without_renaming_warnings():
         with read_again(base) if is_main_process() else nullcontext():
-            trainer = build_trainer(scratch)
-        checkpoints = CheckpointCallback(config, context)
+            trainer = build_trainer(scratch, config)
+        checkpoints = CheckpointCallback(asked, context)
         # It prints every log entry as a dictionary; RecordCallback says the same in a line.
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(RecordCallback(context.recorder, config.learning_rate))

@@ -3,6 +3,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finemill.components.train_dpo.config import TrainDPOConfig
-from finemill.components.train_dpo.step import build_trainer
+from finemill.components.train_dpo.step import TokenizedDPOTrainer, build_trainer
 from finemill.components.train_dpo.step import run as train_dpo
 from finemill.errors import TemporaryError, UserError
 from finemill.runtime.context import StepContext
@@ -125,3 +126,38 @@ def test_a_loss_that_is_no_number_stops_the_training(
             base_model=tiny_model_dir, dataset=preferences, output_dir=tmp_path, config=config, context=make_context()
         )
     assert "\n" not in str(error.value)
+
+
+def test_out_of_gpu_memory_goes_on_with_fewer_pairs_per_pass(
+    uninterrupted: Callable[[MakeContext], Trained],
+    make_context: MakeContext,
+    tiny_model_dir: Path,
+    preferences: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    expected = uninterrupted(make_context)[2]
+    step = TokenizedDPOTrainer.training_step
+
+    def short_of_memory(self: Any, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        if len(inputs["input_ids"]) > 2 * 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(TokenizedDPOTrainer, "training_step", short_of_memory)
+    metrics = train_dpo(
+        base_model=tiny_model_dir, dataset=preferences, output_dir=tmp_path, config=CONFIG, context=make_context()
+    )
+    assert "2 sequences per forward pass from here on, and 2 passes per step" in caplog.text
+    assert metrics["train/num_steps"] == CONFIG.max_steps
+    assert metrics["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-3)
+    monkeypatch.setattr(TokenizedDPOTrainer, "training_step", lambda *_: _out_of_memory())
+    with pytest.raises(UserError, match=r"out of GPU memory \(CUDA out of memory.*: lower max_length"):
+        train_dpo(
+            base_model=tiny_model_dir, dataset=preferences, output_dir=tmp_path, config=CONFIG, context=make_context()
+        )
+
+
+def _out_of_memory() -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory")

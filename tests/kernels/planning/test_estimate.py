@@ -7,6 +7,7 @@ import pytest
 from finemill.kernels.bench.data import _config
 from finemill.kernels.planning.estimate import EstimateError, main
 from finemill.kernels.planning.model_shapes import SHAPES
+from finemill.kernels.planning.planner import NoPlanError
 
 
 def estimate(capsys, *arguments: str) -> dict[str, object]:
@@ -43,5 +44,5 @@ def test_what_is_missing_is_said_in_a_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(EstimateError, match="has no 'num_attention_heads'"):
         main(["--model", str(tmp_path)])
-    with pytest.raises(EstimateError, match="the leanest needs"):
+    with pytest.raises(NoPlanError, match="the leanest needs"):
         main(["--model", "qwen3-32b", "--memory-gb", "1"])

@@ -8,6 +8,7 @@ from finemill.kernels.engine.plan import Level, Plan
 from finemill.kernels.planning.estimate import workload
 from finemill.kernels.planning.planner import (
     MARGIN,
+    NoPlanError,
     launch_bound,
     peak_bytes,
     plan_graphed_step,
@@ -225,7 +226,7 @@ def test_host_memory_is_used_only_where_it_is_allowed():
 
 
 def test_too_little_memory_says_what_the_leanest_plan_needs():
-    with pytest.raises(ValueError, match=r"no plan fits .* the leanest needs \d"):
+    with pytest.raises(NoPlanError, match=r"no plan fits .* the leanest needs \d"):
         plan_step(step(), 2 * GIB, allow_stream=True)
 
 

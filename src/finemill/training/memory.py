@@ -1,8 +1,9 @@
-"""How much GPU memory a training step of LoRA adapters takes, from the model's shapes alone.
+"""How much GPU memory a training step of LoRA adapters takes, from the model's shapes alone, without torch.
 
-The plain path is counted: layer inputs kept for recompute, one layer's activations, and whole logits, of every sequence
-of a batch: a pair of `train-dpo` is two. Measured with
-Hugging Face's trainer, Qwen3-8B at 2 x 2048 tokens takes 16.7 GB and Qwen3-0.6B 10.2 GB; this says 17.2 and 9.8.
+Where finemill's kernels run, their planner says what is needed at least, and fits a step into any limit above that. On
+the plain path layer inputs kept for recompute are counted, one layer's activations, and whole logits, of every sequence
+of a batch: a pair of `train-dpo` is two. Measured with Hugging Face's trainer, Qwen3-8B at 2 x 2048 tokens takes
+16.7 GB and Qwen3-0.6B 10.2 GB; this says 17.2 and 9.8.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finemill.errors import UserError
+from finemill.kernels.planning.planner import NoPlanError, least_bytes, plan_step
+from finemill.kernels.planning.workload import FAMILIES, Workload, workload_of_config
 from finemill.training.config import LoRATrainingConfig
 
 GIB = 2.0**30
@@ -66,3 +69,51 @@ def estimate_memory(model: Mapping[str, Any], config: LoRATrainingConfig) -> Mem
         activations=(kept + inside) / GIB,
         logits=tokens * vocabulary * LOGIT_BYTES / GIB,
     )
+
+
+def covered_workload(model: Mapping[str, Any], config: LoRATrainingConfig) -> Workload | None:
+    """The step as the kernels' planner sees it; None where they do not run.
+
+    Args:
+        model: the base's config.json.
+        config: what is trained, and how.
+    """
+    known = model.get("model_type") in FAMILIES and config.compute_dtype in ("auto", "bfloat16")
+    if not config.uses_kernels or not known or (config.load_in_4bit and config.bnb_4bit_quant_type != "nf4"):
+        return None
+    row = config.max_length
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return workload_of_config(
+        model, rank=config.lora_r, quantized=config.load_in_4bit, tokens=rows * row, row=row, ragged=True
+    )
+
+
+def needed_gib(model: Mapping[str, Any], config: LoRATrainingConfig) -> float:
+    """GiB that a card must have for this training: on the kernels their leanest plan, elsewhere the plain step."""
+    work = covered_workload(model, config)
+    plain = estimate_memory(model, config).total
+    return plain if work is None else min(plain, least_bytes(work, allow_stream=work.quantized) / GIB)
+
+
+def must_stream(model: Mapping[str, Any], config: LoRATrainingConfig, limit: float) -> bool:
+    """Decide before anything is loaded whether the base's layers have to wait in host memory.
+
+    Args:
+        model: the base's config.json.
+        config: what is trained, and how.
+        limit: bytes that training may allocate.
+    Raises: UserError: not even the kernels' leanest plan fits, and the plain path takes more.
+    """
+    work = covered_workload(model, config)
+    plain = estimate_memory(model, config).total * GIB
+    if work is None or plain < limit:
+        return False
+    try:
+        plan_step(work, int(limit), allow_stream=work.quantized)
+    except NoPlanError as error:
+        raise UserError(
+            f"training needs {error.least / GIB:.2f} GiB of GPU memory ({plain / GIB:.1f} without finemill's kernels), "
+            f"there are {limit / GIB:.2f}: lower max_length ({config.max_length}) or lora_r ({config.lora_r}), or give "
+            "more in memory_gb"
+        ) from None
+    return work.quantized and work.loading_bytes() > limit
