@@ -25,6 +25,7 @@ from hera.workflows.models import (
 
 from finemill.pipelines.cluster import CACHE_PATH, CACHE_VARIABLES, SHARED_MEMORY_PATH, THREADS_VARIABLE, ClusterConfig
 from finemill.pipelines.graph import GPUS, Parameter, Task
+from finemill.runtime.images import IMAGE_VARIABLE
 
 # 75: preempted, or a service out of reach. 143: ended by SIGTERM before the step could answer. 137: killed, by a node
 # that goes down or for its memory; the second would only happen again. -1: evicted, or a node that was lost.
@@ -52,6 +53,7 @@ def build_container(task: Task, checks: Iterable[Parameter], cluster: ClusterCon
         command=["finemill", task.name],
         args=_arguments(task, checks),
         env=[
+            EnvVar(name=IMAGE_VARIABLE, value=cluster.image(task.step.image)),
             *(EnvVar(name=name, value=value) for name, value in CACHE_VARIABLES.items()),
             # Libraries count the node's cores, not the container's: too many threads only get in each other's way.
             EnvVar(name=THREADS_VARIABLE, value_from=_CPU_LIMIT),

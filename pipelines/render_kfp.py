@@ -23,6 +23,7 @@ from finemill.pipelines.cluster import (
     ClusterConfig,
 )
 from finemill.pipelines.graph import GPUS, Parameter, Pipeline, Task
+from finemill.runtime.images import IMAGE_VARIABLE
 from finemill.runtime.kfp_task import TRACKING_PREFIX
 
 # KFP stops retrying an hour after the first attempt began unless told otherwise: longer than any training run.
@@ -109,7 +110,8 @@ def _call(task: Task, checks: Iterable[Parameter], arguments: Mapping[str, Any],
 
 def _set_execution(call: Any, task: Task, arguments: Mapping[str, Any], cluster: ClusterConfig) -> None:
     """Image, retries, resources, secrets and placement of a task's pod."""
-    call.set_container_image(cluster.image(task.step.image))
+    image = cluster.image(task.step.image)
+    call.set_container_image(image).set_env_variable(IMAGE_VARIABLE, image)
     # The steps find their own finished output, and check that it is whole; KFP's cache would not.
     call.set_caching_options(False)
     if task.retries:

@@ -23,7 +23,7 @@ from finemill.registry.snapshot import (
     registry_uri,
 )
 from finemill.runtime.context import StepContext
-from finemill.tracking.describe import RUN_ID_TAG, lineage_tags, without_credentials
+from finemill.tracking.describe import RUN_ID_TAG, lineage_tags, origin_tags, without_credentials
 from finemill.tracking.parent import ADOPT_VARIABLE
 from finemill.tracking.server import find_experiment, open_client, readable_errors
 
@@ -105,11 +105,9 @@ def _create(
 def version_tags(config: RegisterConfig, context: StepContext) -> dict[str, str]:
     """Artifacts, data set, base model, code and scores; a user's own tags first, so that they hide none of these."""
     parents = context.manifests["evaluation"].parents
-    producer = context.manifests["adapter"].producer
-    origin = {"git.sha": producer.git_sha, "image.digest": producer.image, "finemill.version": producer.version}
     return {
         **config.tags,
-        **{key: value for key, value in origin.items() if value},
+        **origin_tags(context.manifests["adapter"].producer),
         **lineage_tags(parents),
         **score_tags(context.manifests["evaluation"].metrics),
         **{f"{ARTIFACT_TAG}{port}": value for port, value in context.references.items()},

@@ -126,6 +126,8 @@ def test_images_by_digest_and_registry() -> None:
     found = steps(workflows(render(*options))["finetune"])
     assert found["train-qlora"]["container"]["image"] == f"r.example/team/finemill-train@{digest}"
     assert found["data-prep"]["container"]["image"] == "r.example/team/finemill-cpu:0.1.0"
+    for step in found.values():
+        assert by_name(step["container"]["env"])["FINEMILL_IMAGE"]["value"] == step["container"]["image"]
 
 
 @needs_helm

@@ -19,7 +19,7 @@ from finemill.errors import StepError, TemporaryError, UserError
 from finemill.runtime.context import StepContext
 from finemill.runtime.run import StepResult, run_step
 from finemill.storage.store import fetch_artifact
-from finemill.tracking.describe import StepDescription, base_model_tags, flatten
+from finemill.tracking.describe import StepDescription, base_model_tags, flatten, origin_tags
 from finemill.tracking.parent import start_step
 from finemill.tracking.pipeline import parent_run
 from finemill.tracking.step import RECORDER_VARIABLE
@@ -300,3 +300,20 @@ def test_parameters_are_flat_and_hold_no_credentials() -> None:
 )
 def test_base_model_is_named_without_the_folders_around_it(reference: str, tags: dict[str, str]) -> None:
     assert base_model_tags(reference) == tags
+
+
+DIGEST = f"sha256:{'0' * 64}"
+
+
+@pytest.mark.parametrize(
+    ("image", "tags"),
+    [
+        (None, {}),
+        ("r.example/finemill-cpu:0.1.0", {"image": "r.example/finemill-cpu:0.1.0"}),
+        (f"finemill-cpu@{DIGEST}", {"image": f"finemill-cpu@{DIGEST}", "image.digest": DIGEST}),
+        (f"r:5000/finemill-cpu:1@{DIGEST}", {"image": f"r:5000/finemill-cpu:1@{DIGEST}", "image.digest": DIGEST}),
+    ],
+)
+def test_image_has_a_digest_only_where_its_name_tells_one(image: str | None, tags: dict[str, str]) -> None:
+    made_by = Producer(step="eval", version="0.1.0", code="c", git_sha="c0ffee", image=image)
+    assert origin_tags(made_by) == {"git.sha": "c0ffee", "finemill.version": "0.1.0", **tags}

@@ -35,6 +35,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $quantities := dict "cpu" $size.cpu "memory" $size.memory -}}
 {{- $container := $step.container -}}
 {{- $_ := set $container "image" (include "finemill.image" (dict "root" .root "role" (index $labels "finemill/image"))) -}}
+{{- range $variable := $container.env -}}
+{{- if eq $variable.name "FINEMILL_IMAGE" -}}
+{{- $_ := set $variable "value" $container.image -}}
+{{- end -}}
+{{- end -}}
 {{- $_ := set $container "imagePullPolicy" $values.images.pullPolicy -}}
 {{- $_ := set $container "resources" (dict "requests" $quantities "limits" $quantities) -}}
 {{- $sources := list (dict "configMapRef" (dict "name" (include "finemill.fullname" .root))) -}}

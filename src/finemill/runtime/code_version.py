@@ -21,6 +21,7 @@ from pathlib import Path
 import finemill
 from finemill.artifacts.manifest import Producer
 from finemill.runtime.catalog import Step
+from finemill.runtime.images import IMAGE_VARIABLE
 
 _PACKAGE = Path(finemill.__file__).parent
 _APART = (
@@ -46,13 +47,13 @@ _IMPORT_BY_NAME = re.compile(rb'\bimport_module\("([\w.]+)"\)')
 
 
 def producer(step: Step) -> Producer:
-    """The step's producer record; `$FINEMILL_IMAGE` and `$FINEMILL_GIT_SHA` are set in the images."""
+    """The step's producer record; `$FINEMILL_IMAGE` and `$FINEMILL_GIT_SHA` are set in images and pods."""
     return Producer(
         step=step.name,
         version=finemill.__version__,
         code=code_digest(step),
         git_sha=os.environ.get("FINEMILL_GIT_SHA") or _checkout_sha(),
-        image=os.environ.get("FINEMILL_IMAGE") or None,
+        image=os.environ.get(IMAGE_VARIABLE) or None,
     )
 
 

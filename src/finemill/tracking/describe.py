@@ -36,7 +36,8 @@ class StepDescription:
         tags = {
             STEP_TAG: name,
             "mlflow.source.name": f"finemill {name}",
-            **_origin_tags(made_by),
+            **origin_tags(made_by),
+            **({"mlflow.source.git.commit": made_by.git_sha} if made_by.git_sha else {}),
             **lineage_tags(inputs),
         }
         tags |= {f"finemill.input.{port}": without_credentials(value) for port, value in inputs.items()}
@@ -74,11 +75,16 @@ def base_model_tags(reference: str) -> dict[str, str]:
     return {"base_model.id": name} | ({"base_model.revision": revision} if revision else {})
 
 
-def _origin_tags(made_by: Producer) -> dict[str, str]:
+def origin_tags(made_by: Producer) -> dict[str, str]:
+    """`git.sha`, `image`, `image.digest` and `finemill.version` of the code, as far as they are known.
+
+    An image is named as its pod or its build names it, often by a tag, which may be another image tomorrow; the digest
+    is told where that name has one.
+    """
     found = {
         "git.sha": made_by.git_sha,
-        "mlflow.source.git.commit": made_by.git_sha,
-        "image.digest": made_by.image,
+        "image": made_by.image,
+        "image.digest": (made_by.image or "").partition("@")[2],
         "finemill.version": made_by.version,
     }
     return {key: value for key, value in found.items() if value}

@@ -23,6 +23,16 @@ _MAX_PARAMS_PER_BATCH = 100
 _MAX_METRICS_PER_BATCH = 1000
 _MAX_TAG_LENGTH = 5000
 _DATASET_DIGEST_LENGTH = 36
+# What a parent run takes over of its steps' tags.
+_LINEAGE = (
+    "dataset.digest",
+    "base_model.id",
+    "base_model.revision",
+    "image",
+    "image.digest",
+    "git.sha",
+    "finemill.version",
+)
 FLUSH_INTERVAL_S = 2.0
 
 Point = tuple[str, float, int, int]
@@ -140,8 +150,7 @@ def set_lineage(client: "MlflowClient", run_id: str, step: StepDescription) -> N
     from mlflow.entities import RunTag
 
     log_dataset(client, run_id, step)
-    wanted = ("dataset.digest", "base_model.id", "base_model.revision", "image.digest", "git.sha", "finemill.version")
-    tags = [RunTag(key, step.tags[key]) for key in wanted if key in step.tags]
+    tags = [RunTag(key, step.tags[key]) for key in _LINEAGE if key in step.tags]
     client.log_batch(run_id, tags=tags, synchronous=True)
 
 
