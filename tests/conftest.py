@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from finemill.artifacts.dataset import IGNORE_INDEX, DatasetRow, dataset_writer
-from finemill.artifacts.evaluation import ModelName, Sample, write_metrics, write_samples
+from finemill.artifacts.evaluation import Sample, write_metrics, write_samples
 from finemill.artifacts.files import REPORT_TEXT
 from finemill.artifacts.manifest import Producer, Reference, new_manifest
+from finemill.artifacts.metrics import ModelName
 from finemill.artifacts.splits import Split
 from finemill.storage.store import publish_artifact, staging_folder
 

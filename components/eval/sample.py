@@ -5,7 +5,8 @@ from functools import cache
 from typing import Any
 
 from finemill.artifacts.dataset import HeldOutRow
-from finemill.artifacts.evaluation import ModelName, Sample
+from finemill.artifacts.evaluation import Sample
+from finemill.artifacts.metrics import ModelName
 from finemill.metrics.maths import judge
 from finemill.models.generation import Answer
 from finemill.rows.answers import THINK_CLOSE, THINK_OPEN, inside_thinking, with_opening

@@ -7,7 +7,8 @@ from typing import Any
 
 from finemill.artifacts.adapter import has_tokenizer
 from finemill.artifacts.dataset import HeldOutRow, prompt_ids, read_held_out, spread
-from finemill.artifacts.evaluation import ModelName, Sample, write_metrics, write_samples
+from finemill.artifacts.evaluation import Sample, write_metrics, write_samples
+from finemill.artifacts.metrics import ModelName
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.loss import assistant_losses
 from finemill.components.eval.metrics import summarize

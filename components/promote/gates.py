@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from finemill.artifacts.decision import GateResult
+from finemill.artifacts.metrics import ModelName
 from finemill.components.promote.bootstrap import lower_bound
 from finemill.components.promote.config import Gate, PromoteConfig
 from finemill.components.promote.scores import Scores
@@ -27,7 +28,7 @@ def check_gates(challenger: Scores, champion: Scores | None, config: PromoteConf
     return results
 
 
-def _value(scores: Scores, metric: str, model: str) -> float | None:
+def _value(scores: Scores, metric: str, model: ModelName) -> float | None:
     """The evaluation's own value; the mean over rows for a metric that only rows have."""
     value = scores.value(metric, model)
     if value is None:
@@ -49,7 +50,7 @@ def _comparisons(
     gate: Gate, value: float, challenger: Scores, champion: Scores | None, config: PromoteConfig
 ) -> Iterator[GateResult]:
     """Against the base as scored with the challenger, and against the champion as tuned model of its evaluation."""
-    others: Mapping[str, tuple[Scores, str] | None] = {
+    others: Mapping[str, tuple[Scores, ModelName] | None] = {
         "base": (challenger, "base"),
         "champion": (champion, "tuned") if champion else None,
     }
@@ -60,7 +61,7 @@ def _comparisons(
 
 
 def _compare(
-    gate: Gate, value: float, challenger: Scores, other: Scores, model: str, name: str, config: PromoteConfig
+    gate: Gate, value: float, challenger: Scores, other: Scores, model: ModelName, name: str, config: PromoteConfig
 ) -> GateResult:
     sign = 1.0 if gate.direction == "higher" else -1.0
     other_value = _value(other, gate.metric, model)

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from finemill.artifacts.evaluation import SCORES, read_metrics, read_sample_scores
 from finemill.artifacts.files import SAMPLES_FILE
+from finemill.artifacts.metrics import ModelName, is_stderr, metrics_of, model_metric
 from finemill.errors import UserError
 
 # A metric whose rows have a name of their own.
@@ -35,7 +36,7 @@ class Scores:
         self._samples = read_sample_scores(folder)
         self._metrics = read_metrics(folder)
 
-    def rows(self, metric: str, model: str) -> RowScores | None:
+    def rows(self, metric: str, model: ModelName) -> RowScores | None:
         """The rows of `model` (`base`, `tuned`) that have this metric; None if there are none.
 
         Raises: UserError: a row is there twice.
@@ -56,13 +57,11 @@ class Scores:
             raise UserError(f"evaluation: {SAMPLES_FILE} has a row of {model} twice; evaluate again")
         return RowScores(ids, np.array(values), np.array(weights))
 
-    def value(self, metric: str, model: str) -> float | None:
+    def value(self, metric: str, model: ModelName) -> float | None:
         """The evaluation's own value of a metric, None if it has none."""
-        return self._metrics.get(f"eval/{model}/{metric}")
+        return self._metrics.get(model_metric(model, metric))
 
     def names(self) -> list[str]:
         """Every metric that a gate can ask for, but standard errors."""
-        prefix = "eval/tuned/"
-        own = {name.removeprefix(prefix) for name in self._metrics if name.startswith(prefix)}
         scored = {name for name in SCORES if any(getattr(sample, name) is not None for sample in self._samples)}
-        return sorted(name for name in scored | own if not name.endswith("_stderr"))
+        return sorted(name for name in scored | metrics_of(self._metrics, "tuned").keys() if not is_stderr(name))

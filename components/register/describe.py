@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
+from finemill.artifacts.metrics import MODELS, is_total, metrics_of, model_metric
 from finemill.registry.snapshot import DIGEST_TAG
-from finemill.tracking.describe import is_total, without_credentials
+from finemill.tracking.describe import without_credentials
 
-_BASE, _TUNED = "eval/base/", "eval/tuned/"
 # MLflow keeps 5000 characters of a description.
 _MAX_CHARACTERS = 5000
 
@@ -13,7 +13,10 @@ _MAX_CHARACTERS = 5000
 def score_tags(metrics: Mapping[str, float]) -> dict[str, str]:
     """What base and tuned scored over all rows as tags, `eval/tuned/exact_match` = `0.95`."""
     return {
-        name: f"{value:.6g}" for name, value in metrics.items() if name.startswith((_BASE, _TUNED)) and is_total(name)
+        model_metric(model, name): f"{value:.6g}"
+        for model in MODELS
+        for name, value in metrics_of(metrics, model).items()
+        if is_total(model_metric(model, name))
     }
 
 
@@ -35,10 +38,10 @@ def describe_version(metrics: Mapping[str, float], tags: Mapping[str, str], refe
 
 def score_table(metrics: Mapping[str, float]) -> list[str]:
     """A Markdown table of every metric that base and tuned share."""
-    names = [name.removeprefix(_BASE) for name in metrics if name.startswith(_BASE) and is_total(name)]
+    base, tuned = (metrics_of(metrics, model) for model in MODELS)
     rows = [
-        f"| {name} | {metrics[_BASE + name]:.4g} | {metrics[_TUNED + name]:.4g} |"
-        for name in names
-        if _TUNED + name in metrics
+        f"| {name} | {value:.4g} | {tuned[name]:.4g} |"
+        for name, value in base.items()
+        if name in tuned and is_total(model_metric("base", name))
     ]
     return ["| metric | base | tuned |", "|---|---:|---:|", *rows]

@@ -9,11 +9,11 @@ import pyarrow as pa
 from pydantic import RootModel, ValidationError
 
 from finemill.artifacts.files import METRICS_FILE, SAMPLES_FILE
+from finemill.artifacts.metrics import ModelName
 from finemill.artifacts.records import write_json
 from finemill.artifacts.tables import read_rows, schema_of, write_rows
 from finemill.errors import UserError
 
-ModelName = Literal["base", "tuned"]
 Outcome = Literal["right", "wrong", "cut_off"]
 """Outcome of a row with a known answer: `cut_off` where the model was stopped before it gave one."""
 _WRITER = "eval"

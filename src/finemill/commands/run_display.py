@@ -7,6 +7,16 @@ from typing import Any, TextIO
 from finemill.artifacts.decision import read_decision
 from finemill.artifacts.files import REPORT_PAGE
 from finemill.artifacts.manifest import Manifest, Reference
+from finemill.artifacts.metrics import (
+    BROKEN,
+    FIXED,
+    FIXED_RATE,
+    MODELS,
+    is_total,
+    metrics_of,
+    model_metric,
+    stderr_of,
+)
 from finemill.storage.base import local_path
 from finemill.storage.store import fetch_artifact, read_artifact
 
@@ -83,20 +93,20 @@ def print_results(references: Mapping[str, str], tracking_uri: str, stream: Text
 
 def score_table(metrics: Mapping[str, float]) -> str:
     """Base against tuned over all rows, with standard errors, and the rows that tuning fixed or broke."""
-    names = [name.removeprefix("eval/base/") for name in metrics if name.startswith("eval/base/")]
-    shown = [name for name in names if "/" not in name and not name.endswith(("_stderr", "_tokens"))]
+    base, tuned = (metrics_of(metrics, model) for model in MODELS)
+    shown = [name for name in base if is_total(model_metric("base", name)) and not name.endswith("_tokens")]
     lines = [f"{'metric':<20}{'base':>9}{'tuned':>18}"]
-    lines += [f"{name:<20}{_score(metrics, 'base', name)}{_score(metrics, 'tuned', name)}".rstrip() for name in shown]
-    if "eval/fixed_rate" in metrics:
+    lines += [f"{name:<20}{_score(base, name)}{_score(tuned, name)}".rstrip() for name in shown]
+    if FIXED_RATE in metrics:
         lines.append(
-            f"tuning fixed {metrics['eval/fixed']:.0f} rows, {metrics['eval/fixed_rate']:.1%} of what the base fails, "
-            f"and broke {metrics['eval/broken']:.0f}"
+            f"tuning fixed {metrics[FIXED]:.0f} rows, {metrics[FIXED_RATE]:.1%} of what the base fails, "
+            f"and broke {metrics[BROKEN]:.0f}"
         )
     return "\n".join(lines)
 
 
-def _score(metrics: Mapping[str, float], model: str, name: str) -> str:
-    value, error = metrics.get(f"eval/{model}/{name}"), metrics.get(f"eval/{model}/{name}_stderr")
+def _score(metrics: Mapping[str, float], name: str) -> str:
+    value, error = metrics.get(name), metrics.get(stderr_of(name))
     number = "-" if value is None else f"{value:.4g}"
     return f"{number:>9} {'' if error is None else f'± {error:.2g}':<8}"
 

@@ -90,11 +90,6 @@ def origin_tags(made_by: Producer) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
-def is_total(metric: str) -> bool:
-    """Whether a metric is over all rows: not of one source, `eval/tuned/<source>/loss`, and no standard error."""
-    return metric.count("/") <= 2 and not metric.endswith("_stderr")
-
-
 def without_credentials(text: str) -> str:
     """The text with `user:password@` cut out of every URI in it."""
     return _CREDENTIALS.sub("", text)

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from finemill.artifacts.dataset import HeldOutRow
-from finemill.artifacts.evaluation import ModelName, Sample
+from finemill.artifacts.evaluation import Sample
+from finemill.artifacts.metrics import ModelName
 from finemill.components.eval.metrics import (
     metric_part,
     paired_rate_error,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from finemill.artifacts.adapter import TrainingRecord, write_training
-from finemill.artifacts.evaluation import ModelName, Sample
+from finemill.artifacts.evaluation import Sample
+from finemill.artifacts.metrics import ModelName
 from finemill.components.eval.chart import nice_ticks, training_chart
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.metrics import summarize

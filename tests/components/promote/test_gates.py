@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finemill.artifacts.evaluation import ModelName, Sample, write_metrics, write_samples
+from finemill.artifacts.evaluation import Sample, write_metrics, write_samples
+from finemill.artifacts.metrics import ModelName
 from finemill.components.promote.bootstrap import lower_bound
 from finemill.components.promote.config import PromoteConfig
 from finemill.components.promote.gates import check_gates

@@ -1,0 +1,44 @@
+"""Names of metrics as manifests, `metrics.json`, MLflow and the gates of `promote` have them.
+
+An evaluation's are `eval/<model>/<metric>` over all rows and `eval/<model>/<source>/<metric>` over those of one source,
+each with its standard error under the same name and `_stderr`.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+ModelName = Literal["base", "tuned"]
+MODELS: tuple[ModelName, ...] = get_args(ModelName)
+
+ROWS = "eval/rows"
+FIXED = "eval/fixed"
+"""Number of problems that only the tuned model answers; `eval/fixed_rate` is their share of those that base fails."""
+FIXED_RATE = "eval/fixed_rate"
+BROKEN = "eval/broken"
+"""Number of problems that only the base answers."""
+
+
+def model_metric(model: ModelName, metric: str) -> str:
+    """The name of a metric of one of the two models; `metric` may begin with a source."""
+    return f"eval/{model}/{metric}"
+
+
+def stderr_of(metric: str) -> str:
+    """The name of a metric's standard error."""
+    return f"{metric}_stderr"
+
+
+def metrics_of(metrics: Mapping[str, float], model: ModelName) -> dict[str, float]:
+    """One model's metrics of all, by what follows the model's name."""
+    prefix = model_metric(model, "")
+    return {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+
+
+def is_stderr(metric: str) -> bool:
+    """Whether this is a standard error."""
+    return metric.endswith("_stderr")
+
+
+def is_total(name: str) -> bool:
+    """Whether a metric, by its whole name, is over all rows: not of one source, and no standard error."""
+    return name.count("/") <= 2 and not is_stderr(name)
