@@ -15,6 +15,9 @@ class ChatFormatConfig(StepConfig):
     true: also rows without one learn to write an (empty) block; false: thinking blocks are removed."""
     system_prompt: str | None = None
     """Put before conversations that have no system message of their own."""
+    unsupported_system: Literal["fold", "drop", "error"] = "fold"
+    """A system message under a template that takes none (Gemma's): put before the first question, with a blank line
+    between; the row left out and counted; or the end of the run."""
     chat_template_path: str | None = None
     """A Jinja file used instead of the base model's own chat template."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)

@@ -9,7 +9,8 @@ from finemill.artifacts.files import CHAT_FILE
 from finemill.artifacts.rows import PreparedRow, iterate_rows
 from finemill.artifacts.splits import SPLITS
 from finemill.components.chat_format.config import ChatFormatConfig
-from finemill.components.chat_format.example import Draft, Example, Formatter
+from finemill.components.chat_format.example import Draft, Example
+from finemill.components.chat_format.formatter import Formatter
 from finemill.components.chat_format.report import (
     SplitCounts,
     list_reasons,
@@ -17,7 +18,7 @@ from finemill.components.chat_format.report import (
     warn_of_missing_ends,
     write_report,
 )
-from finemill.components.chat_format.template import load_template
+from finemill.components.chat_format.template import load_templates
 from finemill.components.chat_format.tokenize import load_tokenizer
 from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
@@ -36,8 +37,8 @@ def run(
     Raises: UserError: a base without tokenizer or template, or no training row is left.
     """
     tokenizer = load_tokenizer(base_model)
-    template = load_template(base_model, config.chat_template_path, tokenizer.named_tokens)
-    formatter = Formatter(tokenizer, template, config)
+    templates = load_templates(base_model, config.chat_template_path, tokenizer.named_tokens)
+    formatter = Formatter(tokenizer, templates, config)
     counts = {split: SplitCounts() for split in SPLITS}
     with (output_dir / CHAT_FILE).open("w", encoding="utf-8") as chat:
         for split in SPLITS:
@@ -53,8 +54,8 @@ def run(
         raise UserError(f"no training row is left of {counts['train'].read} (left out: {reasons or 'none'})")
     warn_of_losses(counts)
     warn_of_missing_ends(counts["train"])
-    (output_dir / "chat_template.jinja").write_text(template.source, encoding="utf-8")
-    return write_report(output_dir, counts, tokenizer, template)
+    (output_dir / "chat_template.jinja").write_text(templates.default.source, encoding="utf-8")
+    return write_report(output_dir, counts, tokenizer, templates.default)
 
 
 def _format_batch(

@@ -8,7 +8,8 @@ marks out must give the plain rendering again, which is checked for every row.
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +22,11 @@ from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from finemill.components.chat_format.messages import Message
 from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.thinking import split_thinking
+from finemill.rows.tools import split_call_text, split_response_text
+from finemill.rows.turns import Message
 
 # Unicode noncharacters: never part of text that is interchanged, so they can stand for marks.
 MARK_OPEN, MARK_CLOSE, BROKEN = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -98,9 +100,61 @@ class ChatTemplate:
         """Whether the generation prompt ends with `<think>`, as DeepSeek R1's does."""
         return self.plain_chat.rstrip().endswith("<think>")
 
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the template shows a system message to the model."""
+        system = {"role": "system", "content": "a system message"}
+        try:
+            return system["content"] in self.render([system, {"role": "user", "content": "q"}], None, {}, prompt=True)
+        except DroppedRowError:
+            # One that refuses the question alone, too, says nothing about system messages.
+            return not self.plain_chat
+
+    @cached_property
+    def takes_tool_calls(self) -> bool:
+        """Whether the template reads `tool_calls`."""
+        return "tool_calls" in self.source
+
+    @cached_property
+    def takes_text_arguments(self) -> bool:
+        """Whether the template shows the arguments of a call only if they are JSON text."""
+        arguments = {"probe": "value"}
+        shown = [self._shows_arguments(value) for value in (arguments, json.dumps(arguments))]
+        return shown == [False, True]
+
+    def _shows_arguments(self, arguments: Any) -> bool:
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages: list[Message] = [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "name": "f", "tool_call_id": "call00000", "content": "r"},
+            {"role": "assistant", "content": "a"},
+        ]
+        tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
+        try:
+            return "probe" in (text := self.render(messages, tools, {})) and repr(arguments) not in text.replace(
+                json.dumps(arguments), ""
+            )
+        except DroppedRowError:
+            return False
+
     def prepare(self, messages: Iterable[Message]) -> list[Message]:
-        """Messages with their thinking blocks where the template looks for them."""
-        return [self._prepare(message) for message in messages]
+        """Messages with thinking blocks and calls where the template looks for them."""
+        messages = [self._prepare(message) for message in messages]
+        return self._prepare_calls(messages) if self.takes_tool_calls else messages
+
+    def _prepare_calls(self, messages: list[Message]) -> list[Message]:
+        prepared: list[Message] = []
+        for message in messages:
+            if message["role"] == "assistant" and "tool_calls" not in message:
+                message = _with_read_calls(message)
+            if message["role"] == "tool":
+                prepared += [{**message, "content": text} for text in split_response_text(message["content"])]
+            elif self.takes_text_arguments and "tool_calls" in message:
+                prepared.append({**message, "tool_calls": [_with_text_arguments(c) for c in message["tool_calls"]]})
+            else:
+                prepared.append(message)
+        return prepared
 
     def _prepare(self, message: Message) -> Message:
         if message["role"] != "assistant":
@@ -160,7 +214,36 @@ class ChatTemplate:
             raise DroppedRowError(f"template fails: {str(error)[:80]}") from None
 
 
-def load_template(base_dir: Path, path: str | None, special_tokens: Mapping[str, str]) -> ChatTemplate:
+def _with_read_calls(message: Message) -> Message:
+    """Calls that stand in the content as `tool_calls`; a content that only looks like calls stays text."""
+    try:
+        content, calls = split_call_text(message["content"])
+    except DroppedRowError:
+        return message
+    return {**message, "content": content, "tool_calls": calls} if calls else message
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+@dataclass(frozen=True)
+class ChatTemplates:
+    """A base model's chat template, and the one for rows with tools if that is another."""
+
+    default: ChatTemplate
+    tool_use: ChatTemplate | None = None
+
+    def of(self, tools: Any) -> ChatTemplate:
+        """The template of a row with these tools, chosen as `apply_chat_template` does."""
+        return self.tool_use if tools and self.tool_use is not None else self.default
+
+    def __iter__(self) -> Iterator[ChatTemplate]:
+        return iter((self.default,) if self.tool_use is None else (self.default, self.tool_use))
+
+
+def load_templates(base_dir: Path, path: str | None, special_tokens: Mapping[str, str]) -> ChatTemplates:
     """The template in `path`, or the base model's own.
 
     Raises: UserError: there is none, or it is not valid.
@@ -169,20 +252,35 @@ def load_template(base_dir: Path, path: str | None, special_tokens: Mapping[str,
         file = Path(path).expanduser()
         if not file.is_file():
             raise UserError(f"chat_template_path '{path}' not found: give a Jinja file")
-        return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, path)
-    file = base_dir / "chat_template.jinja"
-    if file.is_file():
-        return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, "the base model's chat_template.jinja")
-    config_file = base_dir / "tokenizer_config.json"
-    source = json.loads(config_file.read_bytes()).get("chat_template") if config_file.is_file() else None
-    if isinstance(source, list):
-        source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
-    if not isinstance(source, str):
+        return ChatTemplates(ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, path))
+    sources, where = _base_sources(base_dir)
+    if "default" not in sources:
+        named = f"only {', '.join(sorted(sources))}" if sources else "no chat_template.jinja"
         raise UserError(
-            "the base model has no chat template (no chat_template.jinja, none in tokenizer_config.json): "
+            f"the base model has no chat template ({named}, none in tokenizer_config.json): "
             "set chat_template_path to a Jinja file, or take a base that was trained for chat"
         )
-    return ChatTemplate(source, special_tokens, "the chat template in the base model's tokenizer_config.json")
+    tool_use = sources.get("tool_use")
+    return ChatTemplates(
+        ChatTemplate(sources["default"], special_tokens, where),
+        None if tool_use is None else ChatTemplate(tool_use, special_tokens, f"{where}, tool_use"),
+    )
+
+
+def _base_sources(base_dir: Path) -> tuple[dict[str, str], str]:
+    """A base model's templates by name, and where they stand: in files of their own, or in tokenizer_config.json."""
+    more = {file.stem: file for file in sorted((base_dir / "additional_chat_templates").glob("*.jinja"))}
+    files = {"default": base_dir / "chat_template.jinja", **more}
+    if files["default"].is_file():
+        return {
+            name: file.read_text(encoding="utf-8") for name, file in files.items()
+        }, "the base model's chat_template.jinja"
+    config_file = base_dir / "tokenizer_config.json"
+    source = json.loads(config_file.read_bytes()).get("chat_template") if config_file.is_file() else None
+    where = "the chat template in the base model's tokenizer_config.json"
+    if isinstance(source, list):
+        return {entry["name"]: entry["template"] for entry in source}, where
+    return ({"default": source} if isinstance(source, str) else {}), where
 
 
 def template_state(inputs: Mapping[str, str], config: Any) -> dict[str, str]:

@@ -40,8 +40,8 @@ class ChatTokenizer:
         self.digest = digest
         added = backend.get_added_tokens_decoder().values()
         self._added = {token.content for token in added}
-        self._special = {token.content for token in added if token.special}
-        self.control = _any_of(self._special)
+        self._control = {token.content for token in added if token.special}
+        self.control = _any_of(self._control)
 
     @property
     def eos_token(self) -> str | None:
@@ -61,8 +61,8 @@ class ChatTokenizer:
 
         So it is with DeepSeek's role tokens. Marks of thinking blocks stay as they are: models write them.
         """
-        roles = (token for token in self._added if token in chat and "think" not in token)
-        self.control = _any_of({*self._special, *roles})
+        self._control |= {token for token in self._added if token in chat and "think" not in token}
+        self.control = _any_of(self._control)
 
     def break_control_tokens(self, value: Any) -> Any:
         """A copy of messages or tools in which no text holds a control token: `BROKEN` stands in it."""

@@ -2,17 +2,23 @@
 
 import hashlib
 import json
+import logging
 import re
 import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from finemill.components.data_prep.config import DataPrepConfig, Source
-from finemill.components.data_prep.read import Row
+from finemill.components.data_prep.read import Damaged, Row
 from finemill.errors import UserError
-from finemill.rows.shapes import SHAPES, detect_shape, prompt_and_answer
+from finemill.rows.conversation import Conversation, first_question, num_characters, whole_text
+from finemill.rows.reasons import DroppedRowError
+from finemill.rows.shapes import SHAPES, detect_shape, to_conversation
+
+logger = logging.getLogger(__name__)
 
 _MAX_SHOWN = 5
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -22,10 +28,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Record:
     """What is kept in memory of a row; its text lies in the spool.
 
-    `row_id` and the keys are sha256 digests: of the row, of its normalized prompt, of its normalized prompt and answer.
+    `number` counts from 1 in the source. `row_id` and the keys are sha256 digests: of the row, of its normalized first
+    question, of everything it says, normalized.
     """
 
     source: int
+    number: int
     row_id: str
     shape: str
     prompt_key: bytes
@@ -36,12 +44,22 @@ class Record:
 
 @dataclass
 class SourceCounts:
-    """What became of a source's rows."""
+    """What became of a source's rows; `rejected` holds number and reason of those left out."""
 
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
-    unknown_rows: list[int] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    rejected: list[tuple[int, str]] = field(default_factory=list)
+
+    def drop(self, number: int, reason: str) -> None:
+        """Count a row that is left out."""
+        self.dropped[reason] += 1
+        self.rejected.append((number, reason))
+
+    def first(self, reason: str) -> list[int]:
+        """Numbers of the first rows left out for a reason."""
+        return list(islice((number for number, given in self.rejected if given == reason), _MAX_SHOWN))
 
 
 class Spool:
@@ -67,7 +85,7 @@ class Spool:
 
 
 def clean_rows(
-    rows: Iterable[Row], number: int, config: DataPrepConfig, spool: Spool, counts: SourceCounts
+    rows: Iterable[Row | Damaged], number: int, config: DataPrepConfig, spool: Spool, counts: SourceCounts
 ) -> Iterator[tuple[Record, str]]:
     """Records of the rows that can be used, each with its normalized text for near-duplicate search.
 
@@ -76,29 +94,36 @@ def clean_rows(
     source, columns = config.sources[number], "none"
     for row in rows:
         counts.read += 1
-        shape = detect_shape(row)
+        if isinstance(row, Damaged):
+            _count_damaged(row, counts, config)
+            continue
+        shape = source.shape or detect_shape(row, source.columns)
         if shape is None:
             columns = ", ".join(map(str, row)) or "none"
-            _count_unknown(source, counts, columns, stop=config.unknown_rows == "error")
+            counts.drop(counts.read, "unknown_shape")
+            if config.unknown_rows == "error":
+                raise UserError(_unknown_message(source, counts, columns))
             continue
         counts.shapes[shape] += 1
-        prompt, answer = prompt_and_answer(row, shape)
-        text = json.dumps(row, ensure_ascii=False, default=str)
-        reason = _drop_reason(prompt, answer, shape, config) or (None if _is_unicode(text) else "not_unicode")
-        if reason:
-            counts.dropped[reason] += 1
+        try:
+            conversation = to_conversation(row, shape)
+            text = _row_text(row, conversation, config)
+        except DroppedRowError as reason:
+            counts.drop(counts.read, str(reason))
             continue
-        normal_prompt, normal_answer = normalize_text(prompt), normalize_text(answer)
+        counts.unread.update(conversation.unread)
+        said = normalize_text(whole_text(conversation))
         record = Record(
             source=number,
+            number=counts.read,
             row_id=_digest(json.dumps(row, ensure_ascii=False, sort_keys=True, default=str)).hex()[:16],
             shape=shape,
-            prompt_key=_digest(normal_prompt),
-            text_key=_digest(f"{normal_prompt}\0{normal_answer}\0{row.get('tools')}"),
-            num_characters=len(prompt) + len(answer),
+            prompt_key=_digest(normalize_text(first_question(conversation))),
+            text_key=_digest(said),
+            num_characters=num_characters(conversation),
             offset=spool.append(text),
         )
-        yield record, f"{normal_prompt} {normal_answer}"
+        yield record, said
     if counts.read and not counts.shapes:
         raise UserError(_unknown_message(source, counts, columns))
 
@@ -108,17 +133,27 @@ def normalize_text(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def _drop_reason(prompt: str, answer: str, shape: str, config: DataPrepConfig) -> str | None:
-    length = len(prompt) + len(answer)
-    if not prompt.strip():
-        return "empty"
-    if shape not in ("text", "turns") and not answer.strip():
-        return "no_answer"
+def _count_damaged(row: Damaged, counts: SourceCounts, config: DataPrepConfig) -> None:
+    counts.drop(counts.read, "damaged")
+    if counts.dropped["damaged"] > config.max_damaged_rows:
+        raise UserError(
+            f"{row.where}: {row.problem}; correct it, set format if the file is something else, or raise "
+            f"max_damaged_rows ({config.max_damaged_rows})"
+        )
+    logger.warning("%s: %s; the row is left out", row.where, row.problem)
+
+
+def _row_text(row: Row, conversation: Conversation, config: DataPrepConfig) -> str:
+    """The row as JSON. Raises: DroppedRowError: too short, too long, or not Unicode."""
+    length = num_characters(conversation)
     if length < config.min_characters:
-        return "too_short"
+        raise DroppedRowError("too_short")
     if config.max_characters is not None and length > config.max_characters:
-        return "too_long"
-    return None
+        raise DroppedRowError("too_long")
+    text = json.dumps(row, ensure_ascii=False, default=str)
+    if not _is_unicode(text):
+        raise DroppedRowError("not_unicode")
+    return text
 
 
 def _is_unicode(text: str) -> bool:
@@ -130,17 +165,9 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:16]
 
 
-def _count_unknown(source: Source, counts: SourceCounts, columns: str, *, stop: bool) -> None:
-    counts.dropped["unknown_shape"] += 1
-    if len(counts.unknown_rows) < _MAX_SHOWN:
-        counts.unknown_rows.append(counts.read)
-    if stop:
-        raise UserError(_unknown_message(source, counts, columns))
-
-
 def _unknown_message(source: Source, counts: SourceCounts, columns: str) -> str:
     known = "; ".join(shape.columns for shape in SHAPES.values())
-    rows = ", ".join(map(str, counts.unknown_rows))
+    rows = ", ".join(map(str, counts.first("unknown_shape")))
     number = counts.dropped["unknown_shape"]
     return (
         f"{source.uri}: {number} of {counts.read} rows have no known shape (first: row {rows}; columns {columns}); "

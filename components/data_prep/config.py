@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from finemill.config import StepConfig
+from finemill.rows.shapes import ShapeName
 
 
 class Source(StepConfig):
@@ -17,10 +18,15 @@ class Source(StepConfig):
     weight: float | None = Field(default=None, gt=0)
     """Share of this source in every split, relative to the other sources' weights (75 and 25, 3 and 1). Without
     weights every row is kept; give a weight to all sources or to none."""
-    format: Literal["auto", "json", "jsonl", "parquet", "csv", "text"] = "auto"
+    format: Literal["auto", "json", "jsonl", "parquet", "arrow", "csv", "text"] = "auto"
     """File format; `auto` goes by the file name's ending. `text`: documents separated by blank lines."""
+    shape: ShapeName | None = None
+    """The shape of all rows; without it each row's is found by its columns."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Columns to read under another name, known name first: `{prompt: input_text, completion: target}`."""
+    """Columns to read under another name, known name first: `{prompt: input_text, completion: target}`. All others keep
+    theirs; a row may lack a column that others have."""
+    remove_columns: list[str] = Field(default_factory=list)
+    """Columns to take as if they were not there: `[image]` learns the texts of rows that have pictures."""
     name: str | None = None
     """Only files in the folder of this name: a data set's configuration on the Hugging Face hub."""
     split: str | None = None
@@ -52,6 +58,9 @@ class DataPrepConfig(StepConfig):
     """Shortest row kept, prompt and answer together, in characters."""
     max_characters: int | None = Field(default=None, ge=1)
     """Longest row kept, prompt and answer together, in characters; `chat-format` limits tokens."""
+    max_damaged_rows: int = Field(default=10, ge=0)
+    """How many rows of a source may be damaged: lines that are no JSON, rows with another number of cells. They are
+    left out, counted and named; one more ends the run."""
     unknown_rows: Literal["drop", "error"] = "drop"
     """What to do with rows of no known shape when other rows of the source have one: leave them out and count them, or
     stop. A source without any known row always stops."""

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from finemill.components.data_prep.read import FORMATS
+from finemill.components.data_prep.read import COMPRESSIONS, FORMATS
 from finemill.errors import TemporaryError, UserError
 
 _HUB_URI = re.compile(r"hf://datasets/(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^/]+))?(?P<path>/.*)?")
@@ -26,7 +26,7 @@ def snapshot_dataset(uri: str, name: str | None = None, split: str | None = None
         raise UserError(f"source '{uri}' needs huggingface_hub: pip install 'finemill[data]'") from None
     path = (match["path"] or "").strip("/")
     wanted = path + (f"*{name}/" if name else "") + (f"*{split}" if split else "")
-    patterns = [f"{wanted}*{suffix}{end}" for suffix in FORMATS for end in ("", ".gz")]
+    patterns = [f"{wanted}*{suffix}{end}" for suffix in FORMATS for end in ("", *COMPRESSIONS)]
     try:
         folder = snapshot_download(
             match["repo"], repo_type="dataset", revision=match["revision"], allow_patterns=[*patterns, path or "-"]

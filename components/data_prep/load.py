@@ -12,13 +12,16 @@ from urllib.parse import urlsplit
 from finemill.artifacts.manifest import sha256_file
 from finemill.components.data_prep.config import DataPrepConfig, Source
 from finemill.components.data_prep.hub import snapshot_dataset
-from finemill.components.data_prep.read import FORMATS, Row, is_data_file, read_rows
+from finemill.components.data_prep.read import COMPRESSIONS, FORMATS, Damaged, Row, is_data_file, read_rows
 from finemill.errors import UserError
-from finemill.rows.shapes import parse_json_columns
+from finemill.rows.shapes import KNOWN_COLUMNS
 from finemill.storage.base import local_path
 
 EXAMPLE_ROWS = 2000
 """Rows of an `example:` source without `max_rows`."""
+
+# What `datasets`, the hub and LLaMA-Factory write beside the rows.
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,48 @@ def source_digests(inputs: Mapping[str, str], config: DataPrepConfig) -> dict[st
     return digests
 
 
-def load_source(source: Source, seed: int) -> Generator[Row, None, None]:
-    """The rows of a source in order, columns renamed, at most `max_rows`; close it to free its temporary folder."""
+def load_source(source: Source, seed: int) -> Generator[Row | Damaged, None, None]:
+    """The rows of a source in order, columns renamed, at most `max_rows`; close it to free its temporary folder.
+
+    Raises: UserError: at the end, a column was named that no row has.
+    """
+    named, row = set(source.columns.values()) | set(source.remove_columns), Row()
     with TemporaryDirectory(prefix="finemill-source-") as folder:
         files = locate_files(source, seed)
         rows = (row for file in files for row in read_rows(file.fetch(Path(folder)), source.format, file.name))
-        for row in islice(rows, source.max_rows):
-            yield parse_json_columns(_rename_columns(row, source))
+        for read in islice(rows, source.max_rows):
+            if isinstance(read, Damaged):
+                yield read
+            else:
+                row = read
+                named.difference_update(row)
+                yield name_columns(row, source)
+    if named and row:
+        columns = ", ".join(map(repr, sorted(named)))
+        raise UserError(f"{source.uri}: columns: no column {columns}; the rows have {', '.join(sorted(row))}")
 
 
-def _rename_columns(row: Row, source: Source) -> Row:
-    if not source.columns:
+def name_columns(row: Row, source: Source) -> Row:
+    """The row with its columns under the names that are known.
+
+    Those in `columns` first; others whose name is known but for its case, as `Instruction`; all others stay. Where a
+    renamed column takes the name of another, that one is kept as `NAME (other)`, which nothing reads.
+    """
+    given = {column: known for known, column in source.columns.items()}
+    if not given and not source.remove_columns and not any(map(_is_capital, row)):
         return row
-    missing = sorted(set(source.columns.values()) - set(row))
-    if missing:
-        raise UserError(
-            f"{source.uri}: columns: no column {', '.join(map(repr, missing))}; the rows have {', '.join(sorted(row))}"
-        )
-    return {known: row[column] for known, column in source.columns.items()}
+    named: Row = {given[column]: value for column, value in row.items() if column in given}
+    for column, value in row.items():
+        if column in given or column in source.remove_columns:
+            continue
+        lower = column.lower() if isinstance(column, str) else column
+        name = lower if lower in KNOWN_COLUMNS and lower not in row else column
+        named[f"{name} (other)" if name in named else name] = value
+    return named
+
+
+def _is_capital(column: object) -> bool:
+    return isinstance(column, str) and column not in KNOWN_COLUMNS and column.lower() in KNOWN_COLUMNS
 
 
 def locate_files(source: Source, seed: int) -> list[DataFile]:
@@ -94,7 +121,7 @@ def _select_files(files: dict[str, DataFile], source: Source) -> list[DataFile]:
     """The single file that a URI names, or of many those that can be read and that `name` and `split` ask for."""
     if set(files) == {""}:
         return list(files.values())
-    chosen = [name for name in sorted(files) if is_data_file(name)]
+    chosen = [name for name in sorted(files) if is_data_file(name) and not _is_beside_data(name)]
     if source.name is not None:
         chosen = [name for name in chosen if source.name in name.split("/")[:-1]]
     if source.split is not None:
@@ -105,9 +132,17 @@ def _select_files(files: dict[str, DataFile], source: Source) -> list[DataFile]:
         found = ", ".join(sorted(files)[:8]) or "nothing"
         raise UserError(
             f"source '{source.uri}': no data file{asked} there (found {found}); files that are read end with "
-            f"{', '.join(FORMATS)}, the text formats also with .gz"
+            f"{', '.join(FORMATS)}, the text formats also with {', '.join(COMPRESSIONS)}; names that begin with . or _ "
+            "and descriptions of data sets are passed over"
         )
     return [files[name] for name in chosen]
+
+
+def _is_beside_data(name: str) -> bool:
+    """Whether a file in a folder only describes the data, or is hidden, as Arrow's own data sets have it."""
+    *_, file = parts = name.split("/")
+    hidden = any(part.startswith((".", "_")) for part in parts)
+    return hidden or file.lower() in _DESCRIPTIONS or (file.startswith("cache-") and file.endswith(".arrow"))
 
 
 def _local_files(place: Path, uri: str) -> dict[str, DataFile]:

@@ -1,13 +1,21 @@
-"""Rows out of files: JSON, JSONL, Parquet, CSV and text, the text formats gzipped too."""
+"""Rows out of files: JSON, JSONL, Parquet, Arrow, CSV and text, the text formats also compressed."""
 
+import bz2
 import csv
 import gzip
 import json
-from collections.abc import Iterator
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
+from finemill.components.data_prep.json_values import JsonValues
+from finemill.components.data_prep.tables import read_table
 from finemill.errors import UserError
+from finemill.rows.shapes import detect_shape
 
 Row = dict[str, Any]
 
@@ -16,12 +24,35 @@ FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".csv": "csv",
     ".tsv": "csv",
     ".txt": "text",
     ".text": "text",
 }
-_PARQUET_BATCH_ROWS = 1024
+
+
+def _open_zstd(path: Path) -> Any:
+    import pyarrow as pa
+
+    return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+
+
+COMPRESSIONS: Mapping[str, Callable[[Path], Any]] = {
+    ".gz": gzip.GzipFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": _open_zstd,
+}
+"""How files that end so are opened."""
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A row that cannot be read: where it stands, and what is wrong with it."""
+
+    where: str
+    problem: str
 
 
 def is_data_file(name: str) -> bool:
@@ -29,11 +60,11 @@ def is_data_file(name: str) -> bool:
     return _ending(name) in FORMATS
 
 
-def read_rows(path: Path, file_format: str = "auto", shown_as: str | None = None) -> Iterator[Row]:
-    """The rows of one file, in order.
+def read_rows(path: Path, file_format: str = "auto", shown_as: str | None = None) -> Iterator[Row | Damaged]:
+    """The rows of one file, in order; a damaged line is one of them.
 
     A row of a text file is one document: the lines up to the next blank line, as `{"text": ...}`.
-    Raises: UserError: names the file and the line or row that cannot be read.
+    Raises: UserError: names the file and the line from which on it cannot be read.
     """
     where = shown_as or str(path)
     if file_format == "auto":
@@ -41,110 +72,133 @@ def read_rows(path: Path, file_format: str = "auto", shown_as: str | None = None
         if not file_format:
             raise UserError(
                 f"{where}: cannot tell the format from the ending '{path.suffix}'; "
-                "set format to json, jsonl, parquet, csv or text"
+                "set format to json, jsonl, parquet, arrow, csv or text"
             )
     try:
-        if file_format == "parquet":
-            yield from _read_parquet(path, where)
+        if file_format in ("parquet", "arrow"):
+            yield from read_table(path, where, file_format)
             return
-        with _open_text(path) as file:
-            yield from _TEXT_READERS[file_format](file, where)
+        # Of JSONL a line that is no UTF-8 is one damaged row.
+        errors = "surrogateescape" if file_format == "jsonl" else "strict"
+        yield from _TEXT_READERS[file_format](lambda: _open_text(path, errors), where)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text at byte {error.start}; convert the file, or correct format") from None
-    except (gzip.BadGzipFile, EOFError):
-        raise UserError(f"{where}: not a complete gzip file; fetch or compress it again") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        kind = {".gz": "gzip"}.get(path.suffix.lower(), path.suffix.lower())
+        raise UserError(f"{where}: not a complete {kind} file; fetch or compress it again") from None
 
 
 def _ending(name: str) -> str:
-    return Path(name.lower().removesuffix(".gz")).suffix
+    path = Path(name.lower())
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
-def _open_text(path: Path) -> TextIO:
+def _open_text(path: Path, errors: str) -> TextIO:
     # newline="": the csv module needs line ends as they are, the other readers strip them.
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+    opened = COMPRESSIONS.get(path.suffix.lower())
+    if opened is None:
+        return path.open(encoding="utf-8-sig", newline="", errors=errors)
+    return TextIOWrapper(opened(path), encoding="utf-8-sig", newline="", errors=errors)
 
 
-def _read_jsonl(file: TextIO, where: str) -> Iterator[Row]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            yield _as_row(_parse(line.strip(), where, number), f"{where}, line {number}")
+def _read_jsonl(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
+    with open_file() as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _parse_line(line.strip(), f"{where}, line {number}")
 
 
-def _read_json(file: TextIO, where: str) -> Iterator[Row]:
-    """A list of objects; one object a line, as many files named .json hold, is read as JSONL."""
-    first = file.read(1)
-    while first.isspace():
-        first = file.read(1)
-    if first == "[":
-        for number, value in enumerate(_parse(first + file.read(), where, 1), start=1):
-            yield _as_row(value, f"{where}, row {number}")
-        return
-    if first not in ("", "{"):
-        raise UserError(f"{where}: not JSON rows: it begins with {first!r}, where a list '[' or an object '{{' is read")
-    file.seek(0)
-    yield from _read_jsonl(file, where)
-
-
-def _parse(text: str, where: str, first_line: int) -> Any:
+def _parse_line(line: str, where: str) -> Row | Damaged:
     try:
-        return json.loads(text)
+        line.encode()
+        return _as_row(json.loads(line), where)
+    except UnicodeEncodeError:
+        return Damaged(where, "not UTF-8 text")
+    except json.JSONDecodeError as error:
+        return Damaged(where, f"not valid JSON ({error.msg} at column {error.colno})")
     except ValueError as error:
-        line = first_line + getattr(error, "lineno", 1) - 1
-        reason = getattr(error, "msg", str(error))
-        column = getattr(error, "colno", 1)
-        raise UserError(
-            f"{where}, line {line}: not valid JSON ({reason} at column {column}); "
-            "correct the line, or set format if the file is something else"
-        ) from None
+        return Damaged(where, f"not valid JSON ({error})")
+    except RecursionError:
+        return Damaged(where, "not readable JSON (nested too deeply)")
 
 
-def _as_row(value: Any, where: str) -> Row:
+def _read_json(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
+    """A list of objects, or objects one after the other; one object per line, as many files so named hold, is JSONL."""
+    with open_file() as file:
+        first = next((letter for letter in iter(lambda: file.read(1), "") if letter.strip()), "")
+    if first not in ("", "[", "{"):
+        raise UserError(f"{where}: not JSON rows: it begins with {first!r}, where a list '[' or an object '{{' is read")
+    if first == "{" and _has_object_lines(open_file, where):
+        yield from _read_jsonl(open_file, where)
+        return
+    with open_file() as file:
+        values = JsonValues(file, where)
+        found = values.items() if first == "[" else _unwrapped(values)
+        for number, value in enumerate(found, start=1):
+            yield _as_row(value, f"{where}, row {number}")
+        if values.peek():
+            raise values.error("Extra data")
+
+
+def _has_object_lines(open_file: Callable[[], TextIO], where: str) -> bool:
+    """Whether the first line is an object by itself, and another follows."""
+    with open_file() as file:
+        lines = (line.strip() for line in file if line.strip())
+        return isinstance(_parse_line(next(lines, ""), where), dict) and next(lines, None) is not None
+
+
+def _unwrapped(values: JsonValues) -> Iterator[Any]:
+    """Objects one after the other; of a single one that is no row itself, the list of rows that it holds."""
+    first = values.value()
+    lists = [v for v in first.values() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)]
+    if not values.peek() and detect_shape(first) is None and len(lists) == 1:
+        yield from lists[0]
+        return
+    yield first
+    while values.skip(",") or values.peek() == "{":
+        yield values.value()
+
+
+def _as_row(value: Any, where: str) -> Row | Damaged:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: a row is an object with columns, found {type(value).__name__}")
+        return Damaged(where, f"a row is an object with columns, found {type(value).__name__}")
     return value
 
 
-def _read_csv(file: TextIO, where: str) -> Iterator[Row]:
-    header = file.readline()
-    file.seek(0)
+def _read_csv(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(file, delimiter="\t" if header.count("\t") > header.count(",") else ",", strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{where}, line {reader.line_num}: the row has another number of cells than the header "
-                    f"({len(reader.fieldnames or ())}); quote cells that hold commas or line breaks"
-                )
-            yield dict(row)
-    except csv.Error as error:
-        raise UserError(f"{where}, line {reader.line_num}: not valid CSV ({error})") from None
+    with open_file() as file:
+        header = file.readline()
+    delimiter = "\t" if header.count("\t") > header.count(",") else ","
+    with open_file() as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    problem = (
+                        f"the row has another number of cells than the header ({len(reader.fieldnames or ())}); "
+                        "quote cells that hold commas or line breaks"
+                    )
+                    yield Damaged(f"{where}, line {reader.line_num}", problem)
+                else:
+                    yield dict(row)
+        except csv.Error as error:
+            raise UserError(f"{where}, line {reader.line_num}: not valid CSV ({error})") from None
 
 
-def _read_text(file: TextIO, where: str) -> Iterator[Row]:
+def _read_text(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
     document: list[str] = []
-    for line in file:
-        if line.strip():
-            document.append(line.rstrip("\r\n"))
-        elif document:
-            yield {"text": "\n".join(document)}
-            document = []
+    with open_file() as file:
+        for line in file:
+            if line.strip():
+                document.append(line.rstrip("\r\n"))
+            elif document:
+                yield {"text": "\n".join(document)}
+                document = []
     if document:
         yield {"text": "\n".join(document)}
-
-
-def _read_parquet(path: Path, where: str) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-                yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{where}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
 
 
 _TEXT_READERS = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "text": _read_text}

@@ -1,5 +1,6 @@
 """What data-prep did, for programs (data.json) and for people (report.md)."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from finemill.artifacts.records import write_json
 from finemill.artifacts.splits import Split
 from finemill.components.data_prep.clean import Record, SourceCounts
 from finemill.components.data_prep.config import DataPrepConfig
+
+logger = logging.getLogger(__name__)
 
 Counts = dict[str, dict[str, Any]]
 
@@ -57,7 +60,8 @@ def write_report(
             "read": count.read,
             "shapes": dict(sorted(count.shapes.items())),
             "dropped": dict(sorted(count.dropped.items())),
-            "first_unknown_rows": count.unknown_rows,
+            "first_unknown_rows": count.first("unknown_shape"),
+            "unread_columns": dict(sorted(count.unread.items())),
             "digest": digests.get(f"sources.{number} {source.uri}"),
         }
         for number, (source, count) in enumerate(zip(config.sources, counts, strict=True))
@@ -75,6 +79,14 @@ def write_report(
     }
 
 
+def warn_of_unread_columns(config: DataPrepConfig, counts: Sequence[SourceCounts]) -> None:
+    """Log for each source what its rows hold that nothing is made of."""
+    for source, count in zip(config.sources, counts, strict=True):
+        if count.unread:
+            listed = ", ".join(f"{name} ({number} rows)" for name, number in count.unread.most_common())
+            logger.warning("%s: columns that are not read: %s", source.uri, listed)
+
+
 def _markdown(data: Mapping[str, Any]) -> str:
     lines = ["# Data", "", "| source | read | shapes | left out |", "| --- | ---: | --- | --- |"]
     for source in data["sources"]:
@@ -82,6 +94,7 @@ def _markdown(data: Mapping[str, Any]) -> str:
         note = f" (no known shape: first rows {', '.join(map(str, unknown))})" if unknown else ""
         cells = source["uri"], source["read"], _listed(source["shapes"]), _listed(source["dropped"]) + note
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    lines += _unread_lines(data["sources"])
     lines += ["", f"Shares are by {data['mix_by']}, policy `{data['mix_policy']}`."]
     lines += [
         "",
@@ -99,6 +112,12 @@ def _markdown(data: Mapping[str, Any]) -> str:
         note = f" ({repeated} repeated)" if repeated else ""
         lines.append(f"| {split} | all | {counts['rows']}{note} | {counts['characters']} | | |")
     return "\n".join(lines) + "\n"
+
+
+def _unread_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    unread = [(s["uri"], name, number) for s in sources for name, number in s["unread_columns"].items()]
+    table = ["", "| source | column that is not read | rows |", "| --- | --- | ---: |"]
+    return [*table, *(f"| {uri} | {name} | {number} |" for uri, name, number in unread)] if unread else []
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -13,7 +13,7 @@ from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.data_prep.dedup import Deduplicator
 from finemill.components.data_prep.load import load_source
 from finemill.components.data_prep.mix import mix_sources
-from finemill.components.data_prep.report import split_counts, write_report
+from finemill.components.data_prep.report import split_counts, warn_of_unread_columns, write_report
 from finemill.components.data_prep.split import assign_split, order_key
 from finemill.errors import UserError
 from finemill.runtime.context import StepContext
@@ -39,6 +39,7 @@ def run(*, output_dir: Path, config: DataPrepConfig, context: StepContext) -> Ma
         _warn_of_losses(config, counts)
         for split, records in mixed.items():
             _write_rows(output_dir, split, records, config, spool)
+    warn_of_unread_columns(config, counts)
     return write_report(output_dir, config, counts, split_counts(mixed, config), context.state)
 
 
@@ -56,7 +57,7 @@ def _read_splits(
                     context.recorder.log_progress(f"{counts[number].read} rows of {source.uri}")
                 reason = dedup.reason(record, text)
                 if reason:
-                    counts[number].dropped[reason] += 1
+                    counts[number].drop(record.number, reason)
                 else:
                     splits[assign_split(record.prompt_key, seed=config.seed, **sizes)][number].append(record)
         if not counts[number].read:

@@ -1,17 +1,43 @@
 import json
+from typing import Any
 
 import pytest
 
-from finemill.rows.shapes import SHAPES, detect_shape, parse_json_columns, prompt_and_answer
+from finemill.rows.conversation import first_question, whole_text
+from finemill.rows.reasons import DroppedRowError
+from finemill.rows.shapes import SHAPES, detect_shape, to_conversation
+
+Row = dict[str, Any]
+
+
+def pair(question: str, answer: str) -> list[Row]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def sharegpt(*turns: tuple[str, str]) -> Row:
+    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+def read(row: Row) -> Any:
+    shape = detect_shape(row)
+    assert shape is not None
+    return to_conversation(row, shape)
+
+
+def messages_of(row: Row) -> list[Row]:
+    messages: list[Row] = read(row).messages
+    return messages
+
 
 ROWS = {
-    "messages": {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]},
-    "sharegpt": {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+    "messages": {"messages": pair("2+2?", "4")},
+    "sharegpt": sharegpt(("human", "2+2?"), ("gpt", "4")),
     "alpaca": {"instruction": "2+2?", "input": "", "output": "4"},
     "prompt_completion": {"prompt": "2+2?", "completion": "4"},
     "question_answer": {"question": "2+2?", "answer": "4"},
     "reasoning": {"problem": "2+2?", "generated_solution": "4", "expected_answer": "4"},
     "preference": {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
+    "multiple_choice": {"question": "2+2?", "choices": ["3", "4"], "answer": 1},
     "turns": {"question_id": 1, "turns": ["2+2?"], "reference": ["4"]},
     "text": {"text": "2+2?"},
 }
@@ -26,10 +52,37 @@ def test_each_shape_is_told_from_the_others(shape: str) -> None:
     assert detect_shape(ROWS[shape]) == shape
 
 
-@pytest.mark.parametrize("shape", ROWS)
-def test_the_same_question_has_the_same_prompt_in_every_shape(shape: str) -> None:
-    prompt, answer = prompt_and_answer(ROWS[shape], shape)
-    assert (prompt, answer) == ("2+2?", "" if shape == "text" else "4")
+@pytest.mark.parametrize(
+    "row",
+    [
+        *(row for shape, row in ROWS.items() if shape not in ("text", "multiple_choice")),
+        {"messages": json.dumps(pair("2+2?", "4"))},
+        {"messages": str(pair("2+2?", "4"))},
+        {"messages": [json.dumps(turn) for turn in pair("2+2?", "4")]},
+        {"messages": None, **sharegpt(("human", "2+2?"), ("gpt", "4"))},
+        {"dialogue": [{"from": "User", "value": "2+2?"}, {"from": "AI", "value": "4"}]},
+        {"messages": [{"role": "user", "content": None, "value": "2+2?"}, {"role": "assistant", "value": "4"}]},
+        {"messages": pair("2+2?", "4"), "conversation": "a title"},
+        {"instruction": "", "input": "2+2?", "output": "4"},
+        {"instruction": "2+2?", "response": 4},
+        {"query": "2+2?", "response": "4"},
+        {"input": "2+2?", "output": "4"},
+        {"input": pair("2+2?", "")[:1], "output": "4", "reasoning": "off"},
+        {"problem": "2+2?", "answer": 4},
+        {"prompt": pair("2+2?", "")[:1], "completion": pair("", "4")[1:]},
+        {"prompt": pair("2+2?", "")[0], "completion": pair("", "4")[1]},
+        {"prompt": "2+2?", "completion": "4", "label": True},
+        {"prompt": pair("2+2?", "")[:1], "chosen": "4", "rejected": "5"},
+        {**sharegpt(("human", "2+2?")),
+         "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"}},
+        {"chosen": pair("2+2?", "4"), "rejected": pair("2+2?", "5")},
+        {"prompt": "2+2?", "chosen": pair("2+2?", "4"), "rejected": pair("2+2?", "5")},
+        {"instruction": "2+2?", "input": "", "chosen": "4", "rejected": "5"},
+        {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"},
+    ],
+)  # fmt: skip
+def test_the_same_question_and_answer_are_read_from_every_shape(row: Row) -> None:
+    assert messages_of(row) == pair("2+2?", "4")
 
 
 @pytest.mark.parametrize(
@@ -41,41 +94,199 @@ def test_the_same_question_has_the_same_prompt_in_every_shape(shape: str) -> Non
         {"messages": [{"content": "no role"}]},
         {"conversations": "Hello"},
         {"question": "2+2?", "answer": None},
+        {"question": "2+2?", "answer": float("nan")},
         {"turns": []},
         {"text": 4},
+        {"role": "user", "content": "One message of a chat."},
         {"chosen": "4", "rejected": "5"},
     ],
 )
-def test_rows_of_no_known_shape_are_none(row: dict[str, object]) -> None:
+def test_rows_of_no_known_shape_are_none(row: Row) -> None:
     assert detect_shape(row) is None
 
 
+def test_columns_that_the_user_named_decide_between_shapes() -> None:
+    row = {"messages": pair("Hi", "Hello"), "prompt": "2+2?", "completion": "4"}
+    assert detect_shape(row) == "messages"
+    assert detect_shape(row, {"prompt", "completion"}) == "prompt_completion"
+
+
 @pytest.mark.parametrize(
-    "row",
+    ("row", "unread"),
     [
-        {"prompt": [{"role": "user", "content": "2+2?"}], "chosen": "4", "rejected": "5"},
-        {"conversations": [{"from": "human", "value": "2+2?"}],
-         "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"}},
-        {"chosen": [*ROWS["messages"]["messages"]], "rejected": [*ROWS["messages"]["messages"]]},
+        ({"prompt": "a", "completion": "b", "id": 3, "score": 0.0, "note": None, "tags": []}, ["id", "score"]),
+        ({"question": "a", "answer": "b", "response": "c", "text": "d"}, ["response", "text"]),
+        ({"messages": pair("a", "b"), "conversations": [1]}, ["conversations"]),
+        ({"messages": [{**pair("a", "")[0], "name": "Bob"}, {**pair("", "b")[1], "weight": 0.5}]},
+         ["messages[].name", "messages[].weight"]),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2}, ["margin"]),
+        ({"text": "a", "title": "b"}, ["title"]),
     ],
 )  # fmt: skip
-def test_preferences_come_with_strings_turns_or_whole_conversations(row: dict[str, object]) -> None:
-    assert detect_shape(row) == "preference"
-    assert prompt_and_answer(row, "preference") == ("2+2?", "4")
+def test_what_is_not_read_is_named(row: Row, unread: list[str]) -> None:
+    assert list(read(row).unread) == unread
 
 
-def test_system_prompts_do_not_make_another_prompt() -> None:
-    row = {"messages": [{"role": "system", "content": "Be brief."}, *ROWS["messages"]["messages"]]}
-    assert prompt_and_answer(row, "messages") == ("2+2?", "4")
+def test_the_system_message_may_have_a_column_of_its_own() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    for column in ("system", "system_prompt", "system_message"):
+        for row in ROWS.values():
+            if detect_shape(row) not in ("turns", "text", "multiple_choice"):
+                assert messages_of({**row, column: "Be brief."}) == [system, *pair("2+2?", "4")]
+    both = read({**ROWS["preference"], "system": "Be brief."})
+    assert both.rejected == [system, *pair("2+2?", "5")]
+    assert messages_of({"messages": [system, *pair("2+2?", "4")], "system": "Be brief."})[0] == system
 
 
-def test_the_prompt_of_a_conversation_is_all_before_its_last_answer() -> None:
-    turns = [("human", "Hi"), ("gpt", "Hello"), ("human", "2+2?"), ("gpt", "4")]
-    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
-    assert prompt_and_answer(row, "sharegpt") == ("Hi\nHello\n2+2?", "4")
+def test_more_context_follows_the_question() -> None:
+    row = {"instruction": "Translate.", "input": "Hund", "output": "dog"}
+    assert messages_of(row) == pair("Translate.\n\nHund", "dog")
+    assert messages_of({"question": "How many?", "context": "CREATE TABLE a", "answer": "b"})[0]["content"] == (
+        "How many?\n\nCREATE TABLE a"
+    )
+    assert messages_of({"instruction": "Double it.", "input": 21, "output": "42"})[0]["content"] == "Double it.\n\n21"
+    assert messages_of({"instruction": "Say hi.", "input": float("nan"), "output": "Hi"}) == pair("Say hi.", "Hi")
 
 
-def test_conversations_held_as_json_text_are_read() -> None:
-    row = {"conversations": json.dumps(ROWS["sharegpt"]["conversations"])}
-    assert detect_shape(parse_json_columns(row)) == "sharegpt"
-    assert parse_json_columns({"chosen": "[not JSON]"}) == {"chosen": "[not JSON]"}
+@pytest.mark.parametrize("history", [[["a?", "A."]], [pair("a?", "A.")[0], pair("a?", "A.")[1]], '[["a?", "A."]]'])
+def test_earlier_turns_beside_a_question_stand_before_it(history: object) -> None:
+    row = {"instruction": "b?", "input": "", "output": "B.", "history": history}
+    assert messages_of(row) == [*pair("a?", "A."), *pair("b?", "B.")]
+
+
+def test_thinking_may_have_a_column_of_its_own() -> None:
+    thought = {**pair("2+2?", "4")[1], "reasoning_content": "2 and 2"}
+    for column in ("reasoning", "thinking", "cot", "complex_cot", "reasoning_content"):
+        assert messages_of({**ROWS["question_answer"], column: "2 and 2"})[1] == thought
+    switched = read({**ROWS["question_answer"], "reasoning": "on"})
+    assert switched.messages == pair("2+2?", "4")
+    assert list(switched.unread) == ["reasoning"]
+
+
+def test_of_a_prompt_that_is_a_conversation_only_the_completion_is_learned() -> None:
+    row = {"prompt": [*pair("a?", "A."), *pair("b?", "")[:1]], "completion": pair("", "B.")[1:]}
+    first, answer, second, learned = messages_of(row)
+    assert [answer.get("weight"), learned.get("weight")] == [0, None]
+    assert (first["content"], second["content"]) == ("a?", "b?")
+
+
+def test_gsm8k_answers_end_with_the_final_answer() -> None:
+    row = {"question": "How many?", "answer": "16 - 3 = 13\n#### 1,013"}
+    assert read(row).answer == "1013"
+    assert read({"question": "Who?", "answer": "Louis 14"}).answer is None
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"problem": "a", "solution": r"So \boxed{7}.", "answer": 8}, "8"),
+        ({"problem": "a", "generated_solution": r"So \boxed{7}.", "expected_answer": ""}, "7"),
+        ({"problem": "a", "answer": "7"}, "7"),
+    ],
+)
+def test_the_final_answer_of_a_problem_is_stated_or_found(row: Row, answer: str) -> None:
+    assert read(row).answer == answer
+
+
+@pytest.mark.parametrize(
+    ("row", "listed", "answer"),
+    [
+        ({"choices": ["3", "4"], "answer": 1}, "A. 3\nB. 4", "B"),
+        ({"choices": ["three", "four"], "answer": "four"}, "A. three\nB. four", "B"),
+        ({"choices": {"text": ["3", "4"], "label": ["1", "2"]}, "answerKey": "2"}, "1. 3\n2. 4", "2"),
+        ({"options": {"A": "3", "B": "4"}, "answer": "B"}, "A. 3\nB. 4", "B"),
+        ({"options": ["A) 3", "B) 4"], "answer": "B"}, "A) 3\nB) 4", "B"),
+        ({"options": '["3", "4"]', "answer_idx": "1"}, "A. 3\nB. 4", "B"),
+    ],
+)
+def test_choices_are_listed_and_the_answer_is_a_letter(row: Row, listed: str, answer: str) -> None:
+    conversation = read({"question": "2+2?", **row})
+    assert conversation.messages == pair(f"2+2?\n{listed}", answer)
+    assert conversation.answer == answer
+
+
+CALL = {"type": "function", "function": {"name": "dim", "arguments": {"room": "hall"}}}
+CALLED = [{"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "ok"}]
+
+
+def test_an_answer_of_several_messages_follows_what_both_answers_share() -> None:
+    row = {
+        "prompt": pair("Dim the hall.", "")[:1],
+        "chosen": [*CALLED, *pair("", "Done.")[1:]],
+        "rejected": pair("", "I cannot.")[1:],
+    }
+    conversation = read(row)
+    assert conversation.messages == [*row["prompt"], *CALLED, *pair("", "Done.")[1:]]
+    assert conversation.rejected == [*row["prompt"], *pair("", "I cannot.")[1:]]
+
+
+def test_earlier_turns_stay_before_both_answers_of_a_preference() -> None:
+    before = pair("a?", "A.")
+    row = {"prompt": "b?", "chosen": [*before, *pair("b?", "B.")], "rejected": [*before, *pair("b?", "C.")]}
+    conversation = read(row)
+    assert [message["content"] for message in conversation.messages] == ["a?", "A.", "b?", "B."]
+    assert [message["content"] for message in conversation.rejected or ()] == ["a?", "A.", "b?", "C."]
+    assert conversation.messages[1]["weight"] == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a", "completion": "b", "label": False}, "labelled_bad"),
+        ({"messages": pair("a", "b"), "label": "false"}, "labelled_bad"),
+        ({"instruction": "a", "output": "b", "kto_tag": 0}, "labelled_bad"),
+        ({"messages": pair("a", "b"), "images": ["1.jpg"]}, "not_text"),
+        ({"question": "a", "answer": "b", "image": {"bytes": b"", "path": "1.jpg"}}, "not_text"),
+        ({"instruction": "a", "input": ["b"], "output": "c"}, "not_text"),
+        ({"instruction": "a", "input": {"b": 1}, "output": "c"}, "not_text"),
+        ({"question": "a", "answer": ["b"]}, "not_text"),
+        ({"question": "a", "answer": "b", "context": {"c": 1}}, "not_text"),
+        ({"question": "a", "answer": ""}, "no_answer"),
+        ({"question": " ", "answer": "b"}, "empty_turn"),
+        ({"turns": ["a", "b"]}, "no_answer"),
+        ({"turns": ["a"], "reference": 5}, "no_answer"),
+        ({"turns": ["a"], "reference": [5]}, "no_answer"),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "bad_history"),
+        ({"question": "a", "choices": ["b", "c"], "answer": 2}, "bad_choices"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen_is_rejected"),
+        ({"prompt": "a", "chosen": pair("b", "c"), "rejected": pair("b", "d")}, "prompt_differs"),
+        ({"chosen": [*pair("a", "b"), *pair("c", "d")], "rejected": [*pair("a", "x"), *pair("c", "e")]},
+         "histories_differ"),
+        ({"prompt": pair("a", "")[0], "completion": "b", "tools": "{"}, "bad_tools"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_learned_as_they_are_meant_have_a_reason(row: Row, reason: str) -> None:
+    with pytest.raises(DroppedRowError, match=f"^{reason}$"):
+        read(row)
+
+
+def test_a_label_that_is_no_yes_or_no_is_only_not_read() -> None:
+    conversation = read({"prompt": "a", "completion": "b", "label": "sports"})
+    assert (conversation.messages, list(conversation.unread)) == (pair("a", "b"), ["label"])
+
+
+def test_rows_too_deep_to_read_have_a_reason() -> None:
+    with pytest.raises(DroppedRowError, match=r"^too_deep$"):
+        read({"instruction": "a", "output": "b", "history": "[" * 5000 + "]" * 5000})
+
+
+def test_the_first_question_decides_whatever_follows() -> None:
+    longer = sharegpt(("system", "Be brief."), ("human", "2+2?"), ("gpt", "4"), ("human", "Sure?"), ("gpt", "Yes."))
+    assert {first_question(read(row)) for row in (ROWS["messages"], ROWS["preference"], longer)} == {"2+2?"}
+
+
+def test_rows_that_teach_the_same_have_the_same_text_and_others_do_not() -> None:
+    think = {"question": "2+2?", "answer": "<think>\n2 and 2\n</think>\n\n4"}
+    apart = {"question": "2+2?", "answer": "4", "reasoning": "2 and 2"}
+    assert whole_text(read(think)) == whole_text(read(apart))
+    different = [
+        ROWS["messages"],
+        think,
+        {**ROWS["messages"], "system": "Be brief."},
+        {**ROWS["messages"], "tools": [{"name": "f", "parameters": {}}]},
+        ROWS["preference"],
+        {**ROWS["preference"], "rejected": "6"},
+        {"instruction": "2+2?", "output": "4", "history": [["1+1?", "2"]]},
+        {"instruction": "2+2?", "output": "4", "history": [["1+1?", "two"]]},
+    ]
+    assert len({whole_text(read(row)) for row in different}) == len(different)

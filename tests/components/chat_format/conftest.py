@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finemill.components.chat_format.template import ChatTemplate, load_template
+from finemill.components.chat_format.template import ChatTemplate, load_templates
 from finemill.components.chat_format.tokenize import ChatTokenizer, load_tokenizer
 from finemill.models.base.resolve import BUILTIN_MODELS
 
@@ -66,7 +66,7 @@ def tokenizer() -> ChatTokenizer:
 @pytest.fixture(scope="session")
 def template(tokenizer: ChatTokenizer) -> ChatTemplate:
     """Qwen3's, as the built-in base model has it."""
-    return load_template(BASE, None, tokenizer.named_tokens)
+    return load_templates(BASE, None, tokenizer.named_tokens).default
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from finemill.components.chat_format.mask import IGNORE_INDEX, Rendered, label_tokens, render_turns, without_broken
-from finemill.components.chat_format.messages import DroppedRowError
 from finemill.components.chat_format.template import BROKEN, ChatTemplate
 from finemill.components.chat_format.tokenize import ChatTokenizer
+from finemill.rows.reasons import DroppedRowError
 
 Conversations = dict[str, tuple[list[dict[str, Any]], Any]]
 # Control tokens of all published templates.

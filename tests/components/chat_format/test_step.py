@@ -295,15 +295,15 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_unusable_rows_are_counted_by_reason(tmp_path: Path) -> None:
     noncharacters = {"prompt": "\ufdd0", "completion": "4"}
-    rows = [{"prompt": "2+2?", "completion": "4"}, {"turns": ["One?", "Two?"]}, {"text": "\ufdd0"}, noncharacters]
+    rows = [{"prompt": "2+2?", "completion": "4"}, {"text": "[INST] a [/INST]"}, {"text": "\ufdd0"}, noncharacters]
     result, formatted = format_rows(tmp_path, rows)
     assert len(formatted) == 1
-    assert summary(result)["rows_dropped"] == {"no_answer": 1, "unicode_noncharacters": 2}
+    assert summary(result)["rows_dropped"] == {"rendered_chat": 1, "unicode_noncharacters": 2}
 
 
 def test_no_training_row_left_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no training row is left of 2 \(left out: no_answer 2\)"):
-        format_rows(tmp_path, [{"turns": ["One?"]}, {"turns": ["Two?"]}])
+    with pytest.raises(UserError, match=r"no training row is left of 2 \(left out: unicode_noncharacters 2\)"):
+        format_rows(tmp_path, [{"text": "\ufdd0"}, {"text": "\ufdd1"}])
 
 
 @pytest.mark.parametrize(

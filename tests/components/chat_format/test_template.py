@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from finemill.components.chat_format.config import ChatFormatConfig
-from finemill.components.chat_format.messages import DroppedRowError
-from finemill.components.chat_format.template import ChatTemplate, load_template, template_state
+from finemill.components.chat_format.template import ChatTemplate, load_templates, template_state
 from finemill.errors import UserError
+from finemill.rows.reasons import DroppedRowError
 
 Conversations = dict[str, tuple[list[dict[str, Any]], Any]]
 
@@ -86,24 +86,41 @@ def base(tmp_path: Path) -> Path:
 
 def test_older_bases_keep_their_template_in_tokenizer_config(base: Path) -> None:
     (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": "old"}))
-    assert load_template(base, None, {}).source == "old"
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert load_template(base, None, {}).source == "plain"
+    assert load_templates(base, None, {}).default.source == "old"
     (base / "chat_template.jinja").write_text("new")
-    assert load_template(base, None, {}).source == "new"
+    assert load_templates(base, None, {}).default.source == "new"
+
+
+@pytest.mark.parametrize("in_files", [True, False])
+def test_rows_with_tools_have_the_template_for_them(base: Path, in_files: bool) -> None:
+    if in_files:
+        (base / "chat_template.jinja").write_text("plain")
+        (base / "additional_chat_templates").mkdir()
+        (base / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    else:
+        named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+        (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    templates = load_templates(base, None, {})
+    assert [templates.of(tools).source for tools in (None, [], [{"name": "f"}])] == ["plain", "plain", "tools"]
+    assert load_templates(base, None, {}).of([{}]).source == "tools"
+
+
+def test_a_base_with_other_templates_only_is_an_error(base: Path) -> None:
+    (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "rag", "template": "a"}]}))
+    with pytest.raises(UserError, match=r"the base model has no chat template .only rag,"):
+        load_templates(base, None, {})
 
 
 def test_a_base_without_template_is_an_error(base: Path) -> None:
     with pytest.raises(UserError, match="the base model has no chat template"):
-        load_template(base, None, {})
+        load_templates(base, None, {})
 
 
 def test_a_template_of_ones_own_replaces_the_bases_and_counts_as_input(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text("mine")
     config = ChatFormatConfig(chat_template_path=str(path))
-    assert load_template(base, str(path), {}).source == "mine"
+    assert load_templates(base, str(path), {}).default.source == "mine"
     before = template_state({}, config)
     path.write_text("mine, changed")
     assert template_state({}, config) != before
@@ -119,5 +136,5 @@ def test_a_bad_template_of_ones_own_is_named(base: Path, tmp_path: Path, text: s
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError, match=message):
-        load_template(base, str(path), {})
+        load_templates(base, str(path), {})
     shutil.rmtree(base)

@@ -6,7 +6,7 @@ import pytest
 
 from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.data_prep.hub import snapshot_dataset
-from finemill.components.data_prep.load import load_source, source_digests
+from finemill.components.data_prep.load import load_source, name_columns, source_digests
 from finemill.config import parse_config
 from finemill.errors import UserError
 
@@ -59,7 +59,58 @@ def test_max_rows_takes_the_first(folder: Path) -> None:
 def test_columns_are_read_under_known_names(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("frage,antwort,note\n1+1?,2,x\n")
     found = rows(uri=str(tmp_path / "a.csv"), columns={"question": "frage", "answer": "antwort"})
-    assert found == [{"question": "1+1?", "answer": "2"}]
+    assert found == [{"question": "1+1?", "answer": "2", "note": "x"}]
+
+
+def test_renaming_keeps_the_other_columns_and_none_is_lost() -> None:
+    source = config(uri="a", columns={"messages": "dialog", "prompt": "frage"}, remove_columns=["image"]).sources[0]
+    row = {"dialog": [1], "tools": [2], "prompt": "own", "frage": "asked", "image": "a.png", "Instruction": "b"}
+    assert name_columns(row, source) == {
+        "messages": [1],
+        "prompt": "asked",
+        "tools": [2],
+        "prompt (other)": "own",
+        "instruction": "b",
+    }
+
+
+def test_known_columns_are_known_in_any_case() -> None:
+    source = config(uri="a").sources[0]
+    assert name_columns({"Question": "a", "Complex_CoT": "b", "ID": 1}, source) == {
+        "question": "a",
+        "complex_cot": "b",
+        "ID": 1,
+    }
+    assert name_columns({"Text": "a", "text": "b"}, source) == {"Text": "a", "text": "b"}
+
+
+def test_a_row_may_lack_a_column_that_others_have(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"q": "Hi", "a": "Hello", "sys": "Be kind."}\n{"q": "Bye", "a": "See you"}\n')
+    columns = {"prompt": "q", "completion": "a", "system": "sys"}
+    assert [set(row) for row in rows(uri=str(tmp_path / "a.jsonl"), columns=columns)] == [
+        {"prompt", "completion", "system"},
+        {"prompt", "completion"},
+    ]
+
+
+def test_what_lies_beside_the_data_is_not_read(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", "a")
+    write_jsonl(tmp_path / ".ipynb_checkpoints" / "train-checkpoint.jsonl", "old")
+    for name in ("._train.jsonl", "_part.jsonl", "dataset_info.json", "dataset_infos.json", "data/state.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x00\x05\x16")
+    (tmp_path / "data" / "cache-0123.arrow").write_bytes(b"")
+    assert texts(uri=str(tmp_path)) == "a"
+    assert texts(uri=str(tmp_path / ".ipynb_checkpoints" / "train-checkpoint.jsonl")) == "old"
+
+
+def test_a_saved_data_set_is_read_split_by_split(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    splits = {split: Dataset.from_dict({"text": [split]}) for split in ("train", "test")}
+    DatasetDict(splits).save_to_disk(str(tmp_path))
+    assert texts(uri=str(tmp_path)) == "testtrain"
+    assert texts(uri=str(tmp_path), split="train") == "train"
 
 
 def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:

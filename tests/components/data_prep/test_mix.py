@@ -11,7 +11,8 @@ from finemill.errors import UserError
 
 def records(source: int, count: int, num_characters: int = 10) -> list[Record]:
     return [
-        Record(source, f"{source}-{n}", "text", f"{source}-{n}".encode(), b"", num_characters, 0) for n in range(count)
+        Record(source, n, f"{source}-{n}", "text", f"{source}-{n}".encode(), b"", num_characters, 0)
+        for n in range(count)
     ]
 
 

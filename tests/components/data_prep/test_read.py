@@ -1,20 +1,27 @@
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finemill.components.data_prep.read import is_data_file, read_rows
+from finemill.components.data_prep.read import Damaged, is_data_file, read_rows
 from finemill.errors import UserError
 
 ROWS = [{"question": f"Wie viel ist {n}+1?", "answer": f"“{n + 1}”"} for n in range(3)]
 
 
+def zstd(data: bytes) -> bytes:
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
 def written(folder: Path, name: str, text: str) -> Path:
     path = folder / name
-    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    compressed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+    path.write_bytes(compressed.get(path.suffix.lower(), bytes)(text.encode()))
     return path
 
 
@@ -35,6 +42,13 @@ CSV = "question,answer\n" + "\n".join(f'"{row["question"]}",{row["answer"]}' for
         ("a.csv", CSV),
         ("a.csv.gz", CSV),
         ("a.tsv", CSV.replace(",", "\t")),
+        ("a.JSONL.GZ", JSONL),
+        ("a.jsonl.bz2", JSONL),
+        ("a.jsonl.xz", JSONL),
+        ("a.json.zst", json.dumps(ROWS)),
+        ("a.json", "\n".join(json.dumps(row, indent=1) for row in ROWS)),
+        ("a.json", json.dumps({"version": 1, "data": ROWS}, indent=1)),
+        ("a.json", json.dumps({"version": 1, "data": ROWS})),
     ],
 )
 def test_text_formats_give_the_same_rows(tmp_path: Path, name: str, text: str) -> None:
@@ -63,15 +77,15 @@ def test_a_set_format_overrides_the_ending(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.jsonl", b'{"a": 1}\n\n{"a": ', "a.jsonl, line 3: not valid JSON"),
-        ("a.jsonl", b"[1]\n", "a.jsonl, line 1: a row is an object with columns, found list"),
         ("a.json", b'[\n{"a": 1},\n{"a" 2}\n]', "a.json, line 3: not valid JSON"),
-        ("a.json", b"[1]", "row 1: a row is an object with columns, found int"),
         ("a.json", b'"text"', "not JSON rows"),
-        ("a.csv", b"a,b\n1,2\n1,2,3\n", "a.csv, line 3: the row has another number of cells than the header"),
-        ("a.csv", b"a,b\n1\n", "a.csv, line 2: the row has another number of cells"),
         ("a.csv", b'a,b\n"1,2\n', "not valid CSV"),
-        ("a.jsonl", b"\xff\xfe", "not UTF-8 text at byte 0"),
+        ("a.json", b'[{"a": 1}] x', "a.json, line 1: not valid JSON .Extra data at column 12"),
+        ("a.json", b'[{"a": 1}', "a.json, line 1: not valid JSON"),
+        ("a.csv", b"\xff\xfe", "not UTF-8 text at byte 0"),
+        ("a.arrow", b"not really", "not a readable Arrow file"),
+        ("a.jsonl.zst", b"not zstd", "not a complete .zst file"),
+        ("a.jsonl.xz", b"not xz", "not a complete .xz file"),
         ("a.jsonl.gz", b"not gzip", "not a complete gzip file"),
         ("a.parquet", b"PAR1 not really", "not a readable Parquet file"),
         ("a.docx", b"", "cannot tell the format from the ending '.docx'"),
@@ -81,6 +95,36 @@ def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path, name: str, d
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         list(read_rows(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "where", "problem"),
+    [
+        ("a.jsonl", b'{"a": 1}\n\n{"a": \n{"a": 2}', "line 3", "not valid JSON"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n{"a": 2}', "line 2", "a row is an object with columns, found list"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n{"a": 2}', "line 2", "not UTF-8 text"),
+        ("a.jsonl", b'{"a": 1}\n' + b"[" * 5000 + b'\n{"a": 2}', "line 2", "nested too deeply"),
+        ("a.jsonl", b'{"a": 1}\n{"a": ' + b"1" * 5000 + b'}\n{"a": 2}', "line 2", "not valid JSON"),
+        ("a.json", b'[{"a": 1}, 5, {"a": 2}]', "row 2", "a row is an object with columns, found int"),
+        ("a.csv", b"a\n1\n1,2,3\n2\n", "line 3", "the row has another number of cells than the header"),
+        ("a.csv", b"a,b\n1,2\n1\n2,2\n", "line 3", "the row has another number of cells"),
+    ],
+)
+def test_a_damaged_row_is_named_and_the_others_are_read(
+    tmp_path: Path, name: str, data: bytes, where: str, problem: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    first, damaged, second = read_rows(tmp_path / name)
+    assert [str(row["a"]) for row in (first, second) if isinstance(row, dict)] == ["1", "2"]
+    assert isinstance(damaged, Damaged)
+    assert damaged.where == f"{tmp_path / name}, {where}"
+    assert problem in damaged.problem
+
+
+def test_one_object_is_one_row_even_if_it_holds_a_list(tmp_path: Path) -> None:
+    row = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    for indent in (None, 2):
+        assert list(read_rows(written(tmp_path, "a.json", json.dumps(row, indent=indent)))) == [row]
 
 
 def test_data_files_are_told_by_their_endings() -> None:

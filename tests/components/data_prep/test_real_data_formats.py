@@ -24,7 +24,7 @@ SETS: dict[str, tuple[str, dict[str, int]]] = {
     "c4_demo.jsonl": ("text", {}),
     "mt_bench_question.jsonl": ("turns", {"no_answer": 41, "empty_turn": 8}),
 }
-"""File, shape, and the rows that chat-format must leave out: MT-bench has answers to 39 of its questions."""
+"""File, shape, and the rows that must be left out: MT-bench has answers to 39 of its questions."""
 
 
 def run_line(folder: Path, uri: str, **fields: object) -> tuple[Path, Path, dict[str, Any]]:
@@ -48,7 +48,7 @@ def test_a_real_data_set_goes_through(tmp_path: Path, name: str) -> None:
     rows, dataset, counts = run_line(tmp_path, str(DATA / name), dedup="exact", test_size=0.2, validation_size=0.1)
     source = json.loads((rows / "data.json").read_text())["sources"][0]
     assert source["shapes"] == {shape: source["read"]}
-    dropped: dict[str, int] = {}
+    dropped = {reason: number for reason, number in source["dropped"].items() if reason != "duplicate"}
     for split in counts["splits"].values():
         for reason, number in split["rows_dropped"].items():
             dropped[reason] = dropped.get(reason, 0) + number

@@ -9,7 +9,8 @@ import pytest
 from finemill.artifacts.splits import SPLITS
 from finemill.components.data_prep.clean import normalize_text
 from finemill.errors import UserError
-from finemill.rows.shapes import prompt_and_answer
+from finemill.rows.conversation import first_question
+from finemill.rows.shapes import to_conversation
 from finemill.runtime.run import StepResult, run_step
 from finemill.storage.store import fetch_artifact
 
@@ -110,7 +111,10 @@ def test_nothing_held_out_is_in_train_whatever_its_shape(folder_store: str, tmp_
         ]  # fmt: skip
     splits = split_rows(prepare(folder_store, [write_rows(tmp_path / "a.jsonl", rows)], test_size=0.3))
     prompts = {
-        split: {normalize_text(prompt_and_answer(json.loads(row["row"]), row["shape"])[0]) for row in splits[split]}
+        split: {
+            normalize_text(first_question(to_conversation(json.loads(row["row"]), row["shape"])))
+            for row in splits[split]
+        }
         for split in SPLITS
     }
     assert sum(len(splits[split]) for split in SPLITS) == 480
@@ -142,7 +146,7 @@ def test_unusable_rows_are_counted_by_reason(folder_store: str, tmp_path: Path) 
     source = write_rows(tmp_path / "a.jsonl", rows)
     result = prepare(folder_store, [source], min_characters=5, max_characters=200)
     counts = json.loads((folder_of(result) / "data.json").read_text())["sources"][0]
-    reasons = {"empty": 1, "no_answer": 1, "too_short": 1, "too_long": 1, "not_unicode": 1, "duplicate": 1}
+    reasons = {"empty_turn": 1, "no_answer": 1, "too_short": 1, "too_long": 1, "not_unicode": 1, "duplicate": 1}
     assert counts["dropped"] == reasons
     (warning,) = result.manifest.warnings
     assert all(f"{reason} 1" in warning for reason in reasons)
@@ -171,7 +175,7 @@ def test_upsampled_rows_are_repeated_in_train_only(folder_store: str, tmp_path: 
         ('{"text": "a"}\n{"foo": 1}\n', {"unknown_rows": "error"}, "1 of 2 rows have no known shape .first: row 2"),
         ('{"text": "a"}\n', {"min_characters": 9}, "no row is left of 1 read .left out: too_short 1"),
         ('{"text": "a"}\n{"text": "b"}\n', {}, "the validation split got none of 2 rows; add rows, or raise"),
-        ('{"text": "a"}\n{"text"\n', {}, "a.jsonl, line 2: not valid JSON"),
+        ('{"text": "a"}\n{"text"\n', {"max_damaged_rows": 0}, "a.jsonl, line 2: not valid JSON .* raise max_dam"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line_and_leaves_nothing(

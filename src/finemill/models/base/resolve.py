@@ -35,6 +35,7 @@ _FILES: Mapping[Part, tuple[str, ...]] = {
         "added_tokens.json",
         "special_tokens_map.json",
         "chat_template*",
+        "additional_chat_templates/*.jinja",
     ),
     "config": ("config.json",),
 }

@@ -10,9 +10,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from finemill.artifacts.dataset import IGNORE_INDEX
 from finemill.artifacts.rows import PreparedRow
 from finemill.components.chat_format.config import ChatFormatConfig
-from finemill.components.chat_format.example import Example, Formatter
-from finemill.components.chat_format.template import ChatTemplate
+from finemill.components.chat_format.example import Example
+from finemill.components.chat_format.formatter import Formatter
+from finemill.components.chat_format.template import ChatTemplate, ChatTemplates
 from finemill.components.chat_format.tokenize import load_tokenizer
+from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.shapes import detect_shape
 
@@ -58,7 +60,9 @@ class Base:
     def examples(self, row: Row, **config: Any) -> list[Example]:
         """The training examples that chat-format makes of a row."""
         chat = load_tokenizer(self._folder)
-        formatter = Formatter(chat, ChatTemplate(self._template, chat.named_tokens, "test"), ChatFormatConfig(**config))
+        formatter = Formatter(
+            chat, ChatTemplates(ChatTemplate(self._template, chat.named_tokens, "test")), ChatFormatConfig(**config)
+        )
         record = PreparedRow(id="0", source="test", shape=detect_shape(row) or "", row="")
         drafts = formatter.drafts(record, row, unroll=True)
         tokens = chat.encode([draft.text for draft in drafts])
@@ -209,3 +213,81 @@ def test_an_end_token_that_is_cut_off_is_not_counted(tmp_path: Path) -> None:
     base = Base(tmp_path, byte_tokenizer())
     (example,) = base.examples(pair("Count.", "1 2 3 " * 40), max_length=60, truncation="truncate")
     assert example.end_tokens == [None]
+
+
+SYSTEM = {"messages": [{"role": "system", "content": "Be brief."}, *pair("Say hi.", "Hi!")["messages"]]}
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+FORGETS = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+
+
+@pytest.mark.parametrize("template", [REFUSES, FORGETS])
+def test_a_system_message_that_the_template_takes_not_stands_before_the_first_question(
+    tmp_path: Path, template: str
+) -> None:
+    base = Base(tmp_path, byte_tokenizer(), template)
+    (example,) = base.examples(SYSTEM)
+    assert base.text(example).startswith("<|im_start|>user\nBe brief.\n\nSay hi.<|im_end|>\n")
+    assert base.runs(example) == ["Hi!<|im_end|>"]
+    with pytest.raises(DroppedRowError, match=r"^template_without_system$"):
+        base.examples(SYSTEM, unsupported_system="drop")
+    with pytest.raises(UserError, match="row 0 of test has a system message, and the chat template takes none"):
+        base.examples(SYSTEM, unsupported_system="error")
+
+
+def test_a_question_that_the_template_changes_is_refused(tmp_path: Path) -> None:
+    template = CHATML.replace("m.content }}<", "m.content.split('|')[0] }}<")
+    with pytest.raises(DroppedRowError, match=r"^template_changes_question$"):
+        Base(tmp_path, byte_tokenizer(), template).examples(pair("a|b", "c"))
+
+
+def test_turns_that_the_data_exclude_are_context(tmp_path: Path) -> None:
+    turns = [*pair("2+2?", "5")["messages"], *pair("Sure?", "No: 4.")["messages"]]
+    turns[1]["weight"] = 0
+    base = Base(tmp_path, byte_tokenizer())
+    (example,) = base.examples({"messages": turns})
+    assert base.runs(example) == ["No: 4.<|im_end|>"]
+    assert "assistant\n5<|im_end|>" in base.text(example)
+
+
+CALL = {"type": "function", "function": {"name": "dim", "arguments": {"room": "h\u00e4ll"}}}
+TOOLS = [{"type": "function", "function": {"name": "dim", "description": "Dim a light", "parameters": {}}}]
+CALLED = [
+    {"role": "user", "content": "Dim."},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "ok"},
+    {"role": "assistant", "content": "Done."},
+]
+HERMES = [
+    {"role": "user", "content": "Dim."},
+    {"role": "assistant", "content": '<tool_call>\n{"name": "dim", "arguments": {"room": "h\u00e4ll"}}\n</tool_call>'},
+    {"role": "tool", "content": "<tool_response>\nok\n</tool_response>"},
+    {"role": "assistant", "content": "Done."},
+]
+WITH_CALLS = CHATML.replace(
+    "{{ m.content }}",
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name ~ ' ' ~ ARGUMENTS }}{% endfor %}",
+).replace("{% for m", "{% if tools %}{{ tools | tojson }}{% endif %}{% for m", 1)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["c.function.arguments | tojson", "'' + c.function.arguments", "c.function.arguments"]
+)
+def test_arguments_are_shown_as_json_whether_the_template_takes_objects_or_text(tmp_path: Path, arguments: str) -> None:
+    base = Base(tmp_path, byte_tokenizer(), WITH_CALLS.replace("ARGUMENTS", f"({arguments})"))
+    assert base.learned({"messages": CALLED, "tools": TOOLS}) == [
+        'dim {"room": "h\u00e4ll"}<|im_end|>',
+        "Done.<|im_end|>",
+    ]
+
+
+def test_calls_written_as_text_are_calls_where_the_template_takes_them(tmp_path: Path) -> None:
+    base = Base(tmp_path, byte_tokenizer(), WITH_CALLS.replace("ARGUMENTS", "(c.function.arguments | tojson)"))
+    (as_text,), (as_calls,) = (base.examples({"messages": messages}) for messages in (HERMES, CALLED))
+    assert as_text.input_ids == as_calls.input_ids
+    assert as_text.labels.tolist() == as_calls.labels.tolist()
+
+
+def test_calls_written_as_text_stay_text_where_the_template_knows_none(tmp_path: Path) -> None:
+    base = Base(tmp_path, byte_tokenizer())
+    assert base.learned({"messages": HERMES}) == [f"{HERMES[1]['content']}<|im_end|>", "Done.<|im_end|>"]
+    assert "<tool_response>\nok\n</tool_response>" in base.text(base.examples({"messages": HERMES})[0])

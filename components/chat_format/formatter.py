@@ -1,0 +1,220 @@
+"""Rows on their way to examples: read, rendered, tokenized, labelled."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from finemill.artifacts.dataset import IGNORE_INDEX
+from finemill.artifacts.rows import PreparedRow
+from finemill.components.chat_format.config import ChatFormatConfig
+from finemill.components.chat_format.document import document_text, is_rendered_chat
+from finemill.components.chat_format.example import Draft, Example, Labelled, Rejected
+from finemill.components.chat_format.mask import Rendered, Turn, label_tokens, render_turns, without_broken
+from finemill.components.chat_format.template import BROKEN, ChatTemplate, ChatTemplates
+from finemill.components.chat_format.tokenize import ChatTokenizer, Tokens, check_characters
+from finemill.errors import UserError
+from finemill.rows.conversation import Conversation
+from finemill.rows.reasons import DroppedRowError
+from finemill.rows.shapes import to_conversation
+from finemill.rows.thinking import with_thinking, without_thinking
+from finemill.rows.turns import Message
+
+
+class Formatter:
+    """What all rows share: tokenizer, templates, configuration."""
+
+    def __init__(self, tokenizer: ChatTokenizer, templates: ChatTemplates, config: ChatFormatConfig) -> None:
+        for template in templates:
+            tokenizer.add_roles(template.plain_chat)
+        self.tokenizer = tokenizer
+        self._templates = templates
+        self._config = config
+
+    def drafts(self, record: PreparedRow, row: Mapping[str, Any], *, unroll: bool) -> list[Draft]:
+        """Convert and render a row: its whole conversation, with `unroll` also those that end with a rewritten turn.
+
+        Raises: DroppedRowError: it cannot be used.
+        """
+        conversation = to_conversation(row, record.shape)
+        if conversation.text is not None:
+            return [self._draft_text(record, conversation, conversation.text)]
+        chat = _Chat(record, conversation, self._templates.of(conversation.tools), self.tokenizer, self._config)
+        return chat.drafts(unroll=unroll)
+
+    def _draft_text(self, record: PreparedRow, conversation: Conversation, text: str) -> Draft:
+        """A document for continued pre-training: everything is learned, the end-of-text token too."""
+        parsed = self._config.rendered_text == "tokens"
+        text = document_text(text, self.tokenizer, read_control_tokens=parsed)
+        plain = text.replace(BROKEN, "")
+        return Draft(record, conversation, [], {}, text, "", plain, None, [(0, len(plain))], ())
+
+    def finish(self, draft: Draft, tokens: Tokens | None, rejected_tokens: Tokens | None) -> Example:
+        """Label a row's tokens, and those with its worse answer.
+
+        Raises: DroppedRowError: too long, or nothing in it is learned.
+        """
+        rejected = self._label(rejected_tokens, draft.rejected.spans) if draft.rejected else None
+        return Example(draft, self._label(tokens, draft.spans), rejected)
+
+    def _label(self, tokens: Tokens | None, spans: Sequence[tuple[int, int]]) -> Labelled:
+        if tokens is None:
+            raise DroppedRowError("control_tokens_in_text")
+        labels = label_tokens(tokens.input_ids, tokens.offsets, spans)
+        input_ids, limit = tokens.input_ids, self._config.max_length
+        truncated = limit is not None and len(input_ids) > limit
+        if truncated:
+            if self._config.truncation == "drop":
+                raise DroppedRowError("too_long")
+            input_ids, labels = input_ids[:limit], labels[:limit]
+        if (labels == IGNORE_INDEX).all():
+            raise DroppedRowError("too_long" if truncated else "template_removes_thinking")
+        last_tokens = np.searchsorted(tokens.offsets[:, 0], [end for _, end in spans]) - 1
+        ends = [bool(last < len(labels) and labels[last] != IGNORE_INDEX) for last in last_tokens]
+        return Labelled(input_ids, labels, ends, truncated)
+
+
+class _Chat:
+    """One conversation under one template."""
+
+    def __init__(
+        self,
+        record: PreparedRow,
+        conversation: Conversation,
+        template: ChatTemplate,
+        tokenizer: ChatTokenizer,
+        config: ChatFormatConfig,
+    ) -> None:
+        self._record = record
+        self._conversation = conversation
+        self._template = template
+        self._tokenizer = tokenizer
+        self._config = config
+        self._messages = self._prepare(conversation.messages)
+        self._worse = None if conversation.rejected is None else self._prepare(conversation.rejected)
+
+    def drafts(self, *, unroll: bool) -> list[Draft]:
+        """The whole conversation, with `unroll` also those that end with a rewritten turn."""
+        if self._conversation.tools and not self._template.takes_tools:
+            raise DroppedRowError("template_without_tools")
+        rendered = self._render(self._messages)
+        in_place, rewritten = self._sort_turns(self._messages, rendered)
+        drafts = [self._draft(self._messages, rendered, in_place)]
+        for end in rewritten if unroll else ():
+            part = self._messages[: end + 1]
+            rendered = self._render(part)
+            draft = self._draft(part, rendered, rendered.turns[-1:])
+            record = replace(self._record, id=f"{self._record.id}-{end}")
+            conversation = replace(self._conversation, answer=None)
+            drafts.append(replace(draft, record=record, conversation=conversation, unrolled=True))
+        return drafts
+
+    def _prepare(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages as the template takes them. Raises: DroppedRowError: it cannot show them."""
+        prepared = self._template.prepare(self._with_system(self._thinking(messages)))
+        check_characters(json.dumps([prepared, self._conversation.tools], ensure_ascii=False))
+        if any(message["role"] != "assistant" and is_rendered_chat(message["content"]) for message in prepared):
+            raise DroppedRowError("rendered_chat")
+        return prepared
+
+    def _thinking(self, messages: Sequence[Message]) -> list[Message]:
+        if self._config.enable_thinking is False:
+            return [without_thinking(message) for message in messages]
+        if self._config.enable_thinking is True and self._template.opens_thinking:
+            return [with_thinking(message) for message in messages]
+        return list(messages)
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        if self._config.system_prompt is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._config.system_prompt}, *messages]
+        if messages[0]["role"] != "system" or self._template.takes_system:
+            return messages
+        if self._config.unsupported_system == "error":
+            raise UserError(
+                f"row {self._record.id} of {self._record.source} has a system message, and the chat template takes "
+                "none; set unsupported_system to fold or drop, or give another template"
+            )
+        if self._config.unsupported_system == "drop":
+            raise DroppedRowError("template_without_system")
+        system, first, *rest = messages
+        return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+    def _sort_turns(self, messages: list[Message], rendered: Rendered) -> tuple[list[Turn], list[int]]:
+        """The turns to learn where they stand, and the messages that need an example of their own.
+
+        A turn may be learned in place if the text up to its end is what the model gets and must produce at that point.
+        """
+        in_place = [turn for turn in rendered.turns[-1:] if turn.complete]
+        rewritten = []
+        if self._config.assistant_turns == "last":
+            return in_place, []
+        for turn in rendered.turns[:-1]:
+            if messages[turn.message].get("weight") == 0:
+                continue
+            alone = self._render(messages[: turn.message + 1])
+            last = alone.turns[-1]
+            if last.complete and rendered.text.startswith(alone.text[: last.end]):
+                in_place.append(last)
+            elif turn.complete and self._config.rewritten_turns == "in_place":
+                in_place.append(turn)
+            elif last.complete and self._config.rewritten_turns == "unroll" and self._worse is None:
+                rewritten.append(turn.message)
+        return sorted(in_place, key=lambda turn: turn.start), rewritten
+
+    def _draft(self, messages: list[Message], rendered: Rendered, learned: Sequence[Turn]) -> Draft:
+        return Draft(
+            record=self._record,
+            conversation=self._conversation,
+            messages=messages,
+            kwargs=self._kwargs(messages),
+            text=rendered.text,
+            prompt=rendered.prompt.replace(BROKEN, ""),
+            completion=_last_answer(rendered),
+            rejected=self._rejected,
+            spans=_spans(rendered, learned),
+            turns=tuple(learned),
+        )
+
+    @cached_property
+    def _rejected(self) -> Rejected | None:
+        """The conversation with the worse answer, after the same prompt, so with the same variables of the template."""
+        if self._worse is None:
+            return None
+        rendered = self._render(self._worse)
+        in_place, _ = self._sort_turns(self._worse, rendered)
+        return Rejected(rendered.text, _last_answer(rendered), _spans(rendered, in_place))
+
+    def _render(self, messages: list[Message]) -> Rendered:
+        broken, tools = self._tokenizer.break_control_tokens([messages, self._conversation.tools])
+        rendered = render_turns(self._template, broken, tools, self._kwargs(messages), self._tokenizer.control)
+        asked = (message["content"].strip() for message in broken if message["role"] in ("system", "user"))
+        if any(text not in rendered.text for text in asked):
+            raise DroppedRowError("template_changes_question")
+        return rendered
+
+    def _kwargs(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """The template's variables for this row; a row thinks if an answer to its last question does."""
+        if not self._template.takes_enable_thinking:
+            return self._config.chat_template_kwargs
+        thinking = self._config.enable_thinking
+        if thinking == "mixed":
+            both = (messages,) if self._worse is None else (self._messages, self._worse)
+            thinking = any(map(self._thinks, both))
+        return {"enable_thinking": thinking, **self._config.chat_template_kwargs}
+
+    def _thinks(self, messages: Sequence[Message]) -> bool:
+        asked = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=0)
+        return any(self._template.thinking_of(m) for m in messages[asked:] if m["role"] == "assistant")
+
+
+def _spans(rendered: Rendered, learned: Sequence[Turn]) -> list[tuple[int, int]]:
+    edges = without_broken(rendered.text, [edge for turn in learned for edge in (turn.start, turn.end)])
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _last_answer(rendered: Rendered) -> str:
+    turn = rendered.turns[-1]
+    return rendered.text[turn.start : turn.end].replace(BROKEN, "")

@@ -1,0 +1,136 @@
+"""What a row says, whatever its shape: messages in order, or a document."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from finemill.rows.reasons import DroppedRowError
+from finemill.rows.thinking import split_thinking
+from finemill.rows.tools import Tool, check_call, has_call_text
+from finemill.rows.turns import Message
+
+# A picture's place in a question, as LLaVA and others mark it: at one end; other media on a line of their own.
+_SHOWS_MEDIA = re.compile(
+    r"\s*<\|?image(?:[ _]?\d+)?\|?>|\s*<\|?(?:video|audio)\|?>[ \t]*\n|.*<\|?image(?:[ _]?\d+)?\|?>\s*\Z"
+    r"|.*\n<\|?(?:video|audio)\|?>\s*\Z",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a row says. `text` is set instead of messages for a plain document.
+
+    `answer` is the final answer for exact match. Of a preference, `messages` end with the better answer, and `rejected`
+    are as many of the same messages with the worse one after them. `unread` are the columns, and the keys of turns
+    (`messages[].name`), that hold something which is used nowhere.
+    """
+
+    messages: list[Message]
+    tools: list[Tool] | None = None
+    answer: str | None = None
+    rejected: list[Message] | None = None
+    text: str | None = None
+    unread: Sequence[str] = field(default=())
+
+
+def checked(conversation: Conversation) -> Conversation:
+    """The conversation as it is learned: arguments of calls settled, nothing after the last learned answer.
+
+    Raises: DroppedRowError: empty turns, roles out of order, a thinking block that does not end, pictures.
+    """
+    if conversation.text is not None:
+        return conversation
+    messages = _until_learned(_with_checked_calls(conversation.messages, conversation.tools))
+    check_messages(messages)
+    if conversation.rejected is None:
+        return replace(conversation, messages=messages)
+    rejected = _with_checked_calls(conversation.rejected, conversation.tools)
+    check_messages(rejected)
+    return replace(conversation, messages=messages, rejected=rejected)
+
+
+def first_question(conversation: Conversation) -> str:
+    """What decides a row's split: the first question, so that conversations that begin alike stay together."""
+    if conversation.text is not None:
+        return conversation.text
+    return str(next(message["content"] for message in conversation.messages if message["role"] == "user"))
+
+
+def num_characters(conversation: Conversation) -> int:
+    """Length of all that is said, system message aside."""
+    if conversation.text is not None:
+        return len(conversation.text)
+    spoken = [*conversation.messages, *(conversation.rejected or ())[-1:]]
+    return sum(len(m["content"]) + len(m.get("reasoning_content", "")) for m in spoken if m["role"] != "system")
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raises: DroppedRowError: not system?, (user, assistant, (tool+, assistant)*)+, or a turn without content."""
+    expected: tuple[str, ...] = ("system", "user")
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role not in expected:
+            raise DroppedRowError("tool_without_call" if role == "tool" else "role_order")
+        said = split_thinking(content)[1] if role == "assistant" else content
+        if role in ("user", "assistant") and not said.strip() and not message.get("tool_calls"):
+            raise DroppedRowError("empty_turn")
+        if role == "user" and "<" in content and _SHOWS_MEDIA.match(content):
+            raise DroppedRowError("not_text")
+        if role == "system":
+            expected = ("user",)
+        elif role == "user":
+            expected = ("assistant",)
+        elif role == "tool":
+            expected = ("tool", "assistant")
+        elif message.get("tool_calls"):
+            expected = ("tool",)
+        else:
+            expected = ("tool", "user") if has_call_text(content) else ("user",)
+    if not messages or messages[-1]["role"] != "assistant":
+        raise DroppedRowError("no_final_answer")
+
+
+def _with_checked_calls(messages: Sequence[Message], tools: list[Tool] | None) -> list[Message]:
+    return [
+        {**message, "tool_calls": [check_call(call, tools) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def _until_learned(messages: list[Message]) -> list[Message]:
+    """The messages up to the last answer that is to be learned."""
+    said = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    learned = [number for number in said if messages[number].get("weight") != 0]
+    if said and not learned:
+        raise DroppedRowError("no_learned_turn")
+    return messages[: learned[-1] + 1] if said and messages[-1]["role"] == "assistant" else messages
+
+
+def whole_text(conversation: Conversation) -> str:
+    """Everything that a conversation says, for comparing it with others: roles, texts, calls, tools, the worse answer.
+
+    Two rows that teach the same have the same text, whatever their shapes.
+    """
+    if conversation.text is not None:
+        return conversation.text
+    parts = [json.dumps(conversation.tools, default=str)]
+    for message in conversation.messages:
+        parts += _message_texts(message)
+    for message in conversation.rejected or ():
+        parts += ["rejected", *_message_texts(message)]
+    return "\0".join(parts)
+
+
+def _message_texts(message: Message) -> Iterator[str]:
+    content = message["content"]
+    if message["role"] == "assistant":
+        reasoning, content = split_thinking(content)
+        yield message.get("reasoning_content") or reasoning or ""
+        yield json.dumps([call["function"] for call in message.get("tool_calls", ())], default=str)
+        yield str(message.get("weight"))
+    yield message["role"]
+    yield content

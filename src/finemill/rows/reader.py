@@ -1,0 +1,49 @@
+"""A raw row or a turn of it as a shape reads it: which columns hold something that nobody asked for is known then."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from finemill.rows.values import as_text, is_missing
+
+
+class Reader:
+    """Values by name. Of several names for one thing the first that says something counts, and only that is read."""
+
+    def __init__(self, values: Mapping[str, Any], *, blank_counts: bool = False) -> None:
+        self._values = values
+        self._blank_counts = blank_counts
+        self._read: set[str] = set()
+        self._inside: set[str] = set()
+
+    def get(self, *names: str) -> Any:
+        """The value of the first name that says something, None if none does."""
+        for name in names:
+            value = self._values.get(name)
+            if not is_missing(value):
+                self._read.add(name)
+                return value
+        return None
+
+    def peek(self, name: str) -> Any:
+        """The value of a name; that does not count as reading."""
+        return self._values.get(name)
+
+    def has(self, *names: str) -> bool:
+        """Whether any of the names says something, or is blank with `blank_counts`; that does not count as reading."""
+        values = (self._values.get(name) for name in names)
+        return any(not is_missing(value) or (self._blank_counts and isinstance(value, str)) for value in values)
+
+    def text(self, *names: str) -> str:
+        """The same as text, "" for none. Raises: DroppedRowError: it is none."""
+        value = self.get(*names)
+        return "" if value is None else as_text(value)
+
+    def note_unread(self, names: Iterable[str]) -> None:
+        """Remember parts of a value that was read which nobody asked for."""
+        self._inside.update(names)
+
+    @property
+    def unread(self) -> list[str]:
+        """Names of what says something and was not read, in order."""
+        columns = [name for name, value in self._values.items() if name not in self._read and not is_missing(value)]
+        return [*columns, *sorted(self._inside)]

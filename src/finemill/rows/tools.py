@@ -1,0 +1,146 @@
+"""Functions that a model may call, and calls of them, in the spellings of data sets, as transformers' templates take
+them: `{"type": "function", "function": {"name": ..., "arguments": {...}}}`.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from finemill.rows.reasons import DroppedRowError
+from finemill.rows.values import is_missing, parse_json
+
+Call = dict[str, Any]
+Tool = dict[str, Any]
+
+_ARGUMENTS = ("arguments", "parameters", "input", "args", "kwargs", "params", "action_input")
+_NAMES = ("name", "function", "tool_name", "tool", "action")
+_SCHEMAS = ("parameters", "input_schema", "inputSchema")
+_CALL_TEXT = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_RESPONSE_TEXT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
+
+
+def to_calls(value: Any) -> list[Call]:
+    """One call or a list of them, as objects or JSON text; `arguments` is None where a call says nothing of them.
+
+    Raises: DroppedRowError: no name, or arguments that are no object.
+    """
+    if isinstance(value, str):
+        value = list(_values_in(value))
+    return [_call(call) for call in (value if isinstance(value, list) else [value])]
+
+
+def _values_in(text: str) -> Iterator[Any]:
+    """The calls in a text: JSON values one after the other, or within `<tool_call>` tags."""
+    for part in _CALL_TEXT.findall(text) or [text.strip()]:
+        value = parse_json(part)
+        if isinstance(value, list):
+            yield from value
+        elif isinstance(value, Mapping):
+            yield value
+        else:
+            yield from _one_by_one(part)
+
+
+def _one_by_one(text: str) -> Iterator[Any]:
+    decoder, position = json.JSONDecoder(), 0
+    while position < len(text):
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except ValueError:
+            raise DroppedRowError("bad_tool_call") from None
+        yield value
+        position += len(text[position:]) - len(text[position:].lstrip(" \t\r\n,;"))
+
+
+def _call(value: Any) -> Call:
+    call = parse_json(value)
+    if not isinstance(call, Mapping):
+        raise DroppedRowError("bad_tool_call")
+    nested = parse_json(call.get("function"))
+    function = nested if isinstance(nested, Mapping) else call
+    name = next((function[key] for key in _NAMES if isinstance(function.get(key), str)), None)
+    if not name:
+        raise DroppedRowError("bad_tool_call")
+    key = next((key for key in _ARGUMENTS if not is_missing(function.get(key))), None)
+    stated = key or next((key for key in _ARGUMENTS if key in function), None)
+    arguments = parse_json(function[key]) if key else ({} if stated else None)
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise DroppedRowError("bad_tool_call")
+    kept = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+    return {
+        **kept,
+        "type": "function",
+        "function": {"name": name, "arguments": None if arguments is None else dict(arguments)},
+    }
+
+
+def check_call(call: Call, tools: list[Tool] | None) -> Call:
+    """A call with its arguments settled by what the function declares.
+
+    Null arguments that it does not declare are left out: Arrow's tables give every call the keys of all others. A call
+    without arguments stays only if the function needs none.
+    Raises: DroppedRowError: arguments are missing.
+    """
+    function = call["function"]
+    declared = next((t["function"] for t in tools or () if t["function"].get("name") == function["name"]), None)
+    schema = declared.get("parameters") if declared else None
+    schema = schema if isinstance(schema, Mapping) else {}
+    arguments, properties = function["arguments"], schema.get("properties")
+    if not arguments and (schema.get("required") or (arguments is None and declared is None)):
+        raise DroppedRowError("bad_tool_call")
+    if isinstance(properties, Mapping):
+        arguments = {key: value for key, value in (arguments or {}).items() if value is not None or key in properties}
+    return {**call, "function": {**function, "arguments": arguments or {}}}
+
+
+def to_tools(value: Any) -> list[Tool] | None:
+    """Function descriptions, as objects or JSON text, each `{"type": "function", "function": ...}`; None for none.
+
+    Raises: DroppedRowError: no list, or a description without name.
+    """
+    if is_missing(value):
+        return None
+    tools = parse_json(value)
+    if not isinstance(tools, list):
+        raise DroppedRowError("bad_tools")
+    return [_tool(parse_json(tool)) for tool in tools] or None
+
+
+def _tool(tool: Any) -> Tool:
+    if not isinstance(tool, Mapping):
+        raise DroppedRowError("bad_tools")
+    nested = parse_json(tool.get("function"))
+    function = dict(nested if isinstance(nested, Mapping) else tool)
+    if not isinstance(function.get("name"), str):
+        raise DroppedRowError("bad_tools")
+    if not isinstance(nested, Mapping):
+        function.pop("type", None)
+        outer = {"type": "function"}
+    else:
+        outer = {"type": "function", **{key: value for key, value in tool.items() if key != "function"}}
+    schema = next((key for key in _SCHEMAS if key in function), None)
+    if schema is not None:
+        function["parameters"] = parse_json(function.pop(schema))
+    return {**outer, "function": function}
+
+
+def has_call_text(content: str) -> bool:
+    """Whether an answer holds calls as text, in the way of Hermes and Qwen."""
+    return "<tool_call>" in content and _CALL_TEXT.search(content) is not None
+
+
+def split_call_text(content: str) -> tuple[str, list[Call]]:
+    """The text before the calls in an answer, and the calls. Raises: DroppedRowError: they are no calls."""
+    first = _CALL_TEXT.search(content)
+    if first is None:
+        return content, []
+    if _CALL_TEXT.sub("", content[first.start() :]).strip():
+        raise DroppedRowError("bad_tool_call")
+    return content[: first.start()].rstrip(), [check_call(call, None) for call in to_calls(content[first.start() :])]
+
+
+def split_response_text(content: str) -> list[str]:
+    """The results in a tool's turn: what stands within `<tool_response>` tags, or the whole turn."""
+    results = _RESPONSE_TEXT.findall(content)
+    return results if results and not _RESPONSE_TEXT.sub("", content) else [content]

@@ -1,0 +1,78 @@
+import json
+from typing import Any
+
+import pytest
+
+from finemill.rows.reasons import DroppedRowError
+from finemill.rows.tools import check_call, split_call_text, split_response_text, to_calls, to_tools
+
+PARAMETERS = {"type": "object", "properties": {"to": {"type": "string"}}, "required": ["to"]}
+FUNCTION = {"name": "get_rate", "description": "Exchange rate", "parameters": PARAMETERS}
+TOOL = {"type": "function", "function": FUNCTION}
+NO_ARGUMENTS = to_tools([{"name": "get_time", "parameters": {"type": "object", "properties": {}}}])
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [TOOL],
+        [FUNCTION],
+        [{"type": "function", **FUNCTION}],
+        [{"name": "get_rate", "description": "Exchange rate", "input_schema": PARAMETERS}],
+    ],
+)
+def test_functions_are_described_in_every_spelling(tools: list[Any]) -> None:
+    assert to_tools(tools) == to_tools(json.dumps(tools)) == to_tools([json.dumps(tool) for tool in tools]) == [TOOL]
+
+
+@pytest.mark.parametrize("tools", ["{", {"name": "f"}, [5], ["f"], [{"description": "no name"}]])
+def test_what_describes_no_function_is_refused(tools: Any) -> None:
+    with pytest.raises(DroppedRowError, match=r"^bad_tools$"):
+        to_tools(tools)
+    assert to_tools("") is to_tools([]) is to_tools(None) is None
+
+
+def call(value: Any, tools: list[Any] | None = None) -> Any:
+    (read,) = to_calls(value)
+    return check_call(read, tools)["function"]["arguments"]
+
+
+def test_a_call_has_arguments_only_without_them_if_the_function_needs_none() -> None:
+    assert call({"name": "get_time", "arguments": None}) == {}
+    assert call({"name": "get_time", "arguments": "{}"}) == {}
+    assert call({"name": "get_time"}, NO_ARGUMENTS) == {}
+    for value, tools in (
+        ({"name": "f"}, None),
+        ({"name": "get_rate", "arguments": {}}, [TOOL]),
+        ({"name": "f", "to": 1}, None),
+    ):
+        with pytest.raises(DroppedRowError, match=r"^bad_tool_call$"):
+            call(value, tools)
+
+
+def test_null_arguments_that_the_function_does_not_declare_are_left_out() -> None:
+    arguments = {"to": "EUR", "room": None}
+    assert call({"name": "get_rate", "arguments": arguments}, [TOOL]) == {"to": "EUR"}
+    assert call({"name": "get_rate", "arguments": arguments}) == arguments
+
+
+def test_calls_written_as_text_are_read() -> None:
+    first, second = ('{"name": "a", "arguments": {"x": 1}}', '{"name": "b", "arguments": {}}')
+    text = f"I look.\n<tool_call>\n{first}\n</tool_call>\n<tool_call>\n{second}\n</tool_call>"
+    content, calls = split_call_text(text)
+    assert content == "I look."
+    assert [(c["function"]["name"], c["function"]["arguments"]) for c in calls] == [("a", {"x": 1}), ("b", {})]
+    assert split_call_text("No call.") == ("No call.", [])
+    with pytest.raises(DroppedRowError, match=r"^bad_tool_call$"):
+        split_call_text("<tool_call>\nnot JSON\n</tool_call>")
+    with pytest.raises(DroppedRowError, match=r"^bad_tool_call$"):
+        split_call_text('<tool_call>{"name": "a", "arguments": {}}</tool_call> and more')
+
+
+def test_results_written_as_text_are_unwrapped() -> None:
+    assert split_response_text("<tool_response>\nok\n</tool_response>") == ["ok"]
+    assert split_response_text("<tool_response>\na\n</tool_response>\n<tool_response>\nb\n</tool_response>") == [
+        "a",
+        "b",
+    ]
+    assert split_response_text("ok <tool_response>") == ["ok <tool_response>"]
