@@ -1,8 +1,5 @@
 """The checks that run before anything is spent: seconds on a CPU instead of a GPU that finds out after an hour."""
 
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,14 +9,13 @@ from finemill.artifacts.records import write_json
 from finemill.components.preflight.base_model import BaseFacts, inspect_base_model
 from finemill.components.preflight.config import PreflightConfig
 from finemill.config import StepConfig, parse_config
-from finemill.errors import TemporaryError, UserError
-from finemill.runtime.catalog import STEPS
+from finemill.errors import UserError
+from finemill.registry.config import RegisterConfig
+from finemill.registry.snapshot import read_registered_model
+from finemill.runtime.catalog import SECTIONS
 from finemill.runtime.context import StepContext
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.memory import needed_gib
-
-TIMEOUT_S = 10.0
-_TRACKED_SECTIONS = ("register", "promote")
 
 
 def check_time(inputs: Mapping[str, str], config: PreflightConfig) -> dict[str, str]:
@@ -35,8 +31,7 @@ def run(*, output_dir: Path, config: PreflightConfig, context: StepContext) -> d
         TemporaryError: a service is out of reach.
     """
     parsed = check_configs(config)
-    if any(section in config.steps for section in _TRACKED_SECTIONS):
-        check_tracking_server(os.environ.get("MLFLOW_TRACKING_URI"))
+    check_registry(parsed)
     base = inspect_base_model(config.base_model) if config.base_model else None
     metrics: dict[str, float] = {}
     training = next((item for item in parsed.values() if isinstance(item, LoRATrainingConfig)), None)
@@ -54,30 +49,23 @@ def run(*, output_dir: Path, config: PreflightConfig, context: StepContext) -> d
 
 def check_configs(config: PreflightConfig) -> dict[str, StepConfig]:
     """Parse every section. Raises: UserError: names the section and the key."""
-    models = {step.config_section: step.config for step in STEPS.values()}
-    unknown = sorted(set(config.steps) - set(models))
+    unknown = sorted(set(config.steps) - set(SECTIONS))
     if unknown:
-        raise UserError(f"preflight: no step reads the section {', '.join(unknown)}; allowed are {', '.join(models)}")
-    return {section: parse_config(models[section], values, section) for section, values in config.steps.items()}
+        raise UserError(f"preflight: no step reads the section {', '.join(unknown)}; allowed are {', '.join(SECTIONS)}")
+    return {
+        section: parse_config(SECTIONS[section].config, values, section) for section, values in config.steps.items()
+    }
 
 
-def check_tracking_server(uri: str | None) -> None:
-    """Ask an HTTP tracking server for its health and for one registered model."""
-    if not uri:
-        raise UserError("MLFLOW_TRACKING_URI is not set: register and promote need a tracking server")
-    if not uri.startswith(("http://", "https://")):
-        return
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=TIMEOUT_S):
-            pass
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            raise UserError(f"{uri} answers {error.code}: check the credentials in MLFLOW_TRACKING_USERNAME") from None
-        raise TemporaryError(f"{uri} answers {error.code} {error.reason}") from None
-    except OSError as error:
-        raise TemporaryError(
-            f"{uri} (MLFLOW_TRACKING_URI) is out of reach: {getattr(error, 'reason', error)}"
-        ) from None
+def check_registry(sections: Mapping[str, StepConfig]) -> None:
+    """Ask the model registry, as the steps will, for the model that the run is about.
+
+    Raises: UserError: it is nowhere, or refuses us. TemporaryError: it is out of reach.
+    """
+    if any(SECTIONS[section].needs_registry for section in sections):
+        config = sections.get("register")
+        named = config if isinstance(config, RegisterConfig) else RegisterConfig()
+        read_registered_model(named.registered_model_name)
 
 
 def check_memory(base: BaseFacts, training: LoRATrainingConfig, gpu_memory_gib: float | None) -> float:

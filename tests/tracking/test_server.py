@@ -1,6 +1,7 @@
-"""Tracking and registry against a real MLflow server."""
+"""Tracking and registry against a real MLflow server, and what stands in front of one."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,11 +17,12 @@ from mlflow import MlflowClient
 
 from finemill.components.promote.config import RollbackConfig
 from finemill.components.promote.rollback import rollback
-from finemill.errors import UserError
+from finemill.errors import TemporaryError, UserError
+from finemill.registry.snapshot import read_registered_model
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact
-
-pytestmark = pytest.mark.slow
+from finemill.tracking.server import check_reachable
+from tests.tracking.front import registry_front, write_certificate
 
 
 @pytest.fixture
@@ -62,6 +64,7 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
+@pytest.mark.slow
 def test_line_ends_on_a_server_and_survives_its_loss(
     server: "subprocess.Popen[bytes]",
     s3_store: str,
@@ -102,3 +105,78 @@ def test_line_ends_on_a_server_and_survives_its_loss(
     said = capsys.readouterr()
     assert "warning: not everything is recorded in MLflow" in said.err
     assert said.out == ""
+
+
+CREDENTIALS = "Basic dXNlcjpwYXNz"
+
+
+def ask(uri: str, monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """Look into the registry as a step does."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert read_registered_model("finemill") is None
+
+
+@pytest.mark.parametrize(
+    ("authorization", "variables"),
+    [
+        (None, {}),
+        (CREDENTIALS, {"MLFLOW_TRACKING_USERNAME": "user", "MLFLOW_TRACKING_PASSWORD": "pass"}),
+        ("Bearer secret", {"MLFLOW_TRACKING_TOKEN": "secret"}),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "/behind/a/path"])
+def test_a_front_is_passed_as_mlflow_s_client_does(
+    prefix: str, authorization: str | None, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with registry_front(authorization=authorization, prefix=prefix) as uri:
+        ask(uri, monkeypatch, **variables)
+
+
+def test_credentials_in_the_uri_are_used_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with registry_front(authorization=CREDENTIALS) as uri:
+        ask(uri.replace("://", "://user:pass@"), monkeypatch)
+        with pytest.raises(UserError, match="refuses the credentials") as error:
+            ask(uri.replace("://", "://user:wrong-one@"), monkeypatch)
+    assert "wrong-one" not in str(error.value)
+
+
+def test_a_certificate_of_its_own_is_trusted_where_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    certificate = write_certificate(tmp_path)
+    with registry_front(certificate=certificate) as uri:
+        with pytest.raises(UserError, match=r"no trusted connection .*CERTIFICATE_VERIFY_FAILED.*REQUESTS_CA_BUNDLE"):
+            ask(uri, monkeypatch)
+        ask(uri, monkeypatch, MLFLOW_TRACKING_SERVER_CERT_PATH=str(certificate))
+
+
+def test_a_server_without_tls_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with registry_front() as uri, pytest.raises(UserError, match=r"no trusted connection .*WRONG_VERSION_NUMBER"):
+        ask(uri.replace("http:", "https:"), monkeypatch)
+
+
+@pytest.mark.parametrize("uri", ["http://host:x", "http://[::1", "http://", "http://host:80 /x", "./mlruns", "arn:a:b"])
+def test_what_is_no_server_is_named_with_its_variable(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=f"MLFLOW_REGISTRY_URI='{re.escape(uri)}' is no tracking server: give http"):
+        ask(uri, monkeypatch)
+
+
+def test_a_scheme_that_a_plug_in_brings_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "sagemaker_mlflow-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: sagemaker-mlflow\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[mlflow.tracking_store]\narn = sagemaker_mlflow.store:Store\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    check_reachable("arn:aws:sagemaker:eu-west-1:1:mlflow-tracking-server/x")
+
+
+@pytest.mark.parametrize("uri", ["databricks", "databricks://profile", "postgresql+psycopg2://a:1,b:2/mlflow"])
+def test_hosted_servers_and_databases_are_left_to_mlflow(uri: str) -> None:
+    check_reachable(uri)
+
+
+def test_a_server_out_of_reach_may_come_back() -> None:
+    with pytest.raises(TemporaryError, match=r"127\.0\.0\.1:1 is out of reach"):
+        check_reachable("http://127.0.0.1:1")

@@ -18,7 +18,7 @@ from finemill.artifacts.manifest import Reference
 from finemill.errors import UserError
 from finemill.storage.store import hold_lock
 from finemill.tracking.describe import without_credentials
-from finemill.tracking.server import TRACKING_VARIABLE, open_client, readable_errors, sqlite_path
+from finemill.tracking.server import REGISTRY_VARIABLE, TRACKING_VARIABLE, open_client, readable_errors, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -103,7 +103,7 @@ class RegisteredModel:
 
 def registry_uri() -> str:
     """Where the registry is. Raises: UserError: nowhere."""
-    uri = os.environ.get("MLFLOW_REGISTRY_URI") or os.environ.get(TRACKING_VARIABLE)
+    uri = os.environ.get(REGISTRY_VARIABLE) or os.environ.get(TRACKING_VARIABLE)
     if not uri:
         raise UserError(
             f"{TRACKING_VARIABLE} is not set: the model registry is in MLflow; give sqlite:///folder/mlflow.db or http(s)://host"

@@ -50,6 +50,8 @@ class Step(NamedTuple):
     """Whether several processes can compute it together, one a GPU; of another step only the main process computes."""
     fetches_inputs: bool = True
     """Whether the function gets the inputs' folders: one that only refers to models should not fetch them."""
+    needs_registry: bool = False
+    """Whether it reads or writes MLflow's model registry: preflight asks for it where a pipeline has such a step."""
     checks_sections: bool = False
     """Whether its configuration gets a pipeline's base model and the other steps' sections, to check them."""
 
@@ -141,6 +143,7 @@ _ALL = (
         state_name="step:newest_version",
         verdict="changed",
         section="register",
+        needs_registry=True,
     ),
     Step(
         "train-qlora",
@@ -194,6 +197,7 @@ _ALL = (
         image="cpu",
         state_name="step:registry_state",
         fetches_inputs=False,
+        needs_registry=True,
     ),
     Step(
         "score-champion",
@@ -205,6 +209,7 @@ _ALL = (
         state_name="step:champion_state",
         section="register",
         fetches_inputs=False,
+        needs_registry=True,
     ),
     Step(
         "promote",
@@ -215,6 +220,7 @@ _ALL = (
         image="cpu",
         state_name="step:champion_state",
         verdict="promotion_passed",
+        needs_registry=True,
     ),
 )
 

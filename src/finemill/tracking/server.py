@@ -3,6 +3,7 @@
 Importing MLflow takes seconds of CPU. This module imports it in `open_client` only, after what can be checked without.
 """
 
+import http.client
 import os
 import sqlite3
 import ssl
@@ -10,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -21,10 +23,16 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
+REGISTRY_VARIABLE = "MLFLOW_REGISTRY_URI"
 DEFAULT_EXPERIMENT = "finemill"
 REACH_TIMEOUT_S = 10.0
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-_ALLOWED = "http(s)://host, sqlite:///folder/mlflow.db, or another database URI that MLflow takes"
+_HOSTED = ("databricks", "databricks-uc", "uc")
+_PLUGINS = ("mlflow.tracking_store", "mlflow.model_registry_store")
+"""Entry points by which packages bring schemes of their own, as SageMaker's and Azure's do."""
+_ALLOWED = (
+    "http(s)://host, sqlite:///folder/mlflow.db, another database URI that MLflow takes, or one of an installed plug-in"
+)
 # MLflow's pages show an experiment's runs with charts, or traces of an application, by this.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 # A server that stays away may cost a training minutes, not hours. MLflow's own defaults are 7 retries of 120 s.
@@ -48,28 +56,58 @@ def check_reachable(uri: str) -> None:
 
     Raises: UserError: no such kind of place, or a folder that cannot be written. TemporaryError: nothing answers.
     """
-    scheme = urlsplit(uri).scheme.partition("+")[0]
+    scheme = _scheme(uri)
     if scheme in ("http", "https"):
         _check_answers(uri)
     elif scheme == "sqlite":
         _check_sqlite(uri)
-    elif scheme not in _DATABASES and not scheme.startswith("databricks"):
-        raise UserError(f"{TRACKING_VARIABLE}='{without_credentials(uri)}' is no tracking server: give {_ALLOWED}")
+    elif scheme not in (*_DATABASES, *_HOSTED) and scheme not in _plugin_schemes():
+        raise _no_server(uri)
+
+
+def _scheme(uri: str) -> str:
+    try:
+        parts = urlsplit(uri)
+        # Reading the port checks it. A database's URI may hold several.
+        if parts.scheme in ("http", "https") and (parts.port == 0 or not parts.hostname):
+            raise _no_server(uri)
+    except ValueError:
+        raise _no_server(uri) from None
+    return (parts.scheme or uri).partition("+")[0]
+
+
+def _plugin_schemes() -> set[str]:
+    return {point.name for group in _PLUGINS for point in entry_points(group=group)}
+
+
+def _no_server(uri: str) -> UserError:
+    return UserError(f"{_variable_of(uri)}='{without_credentials(uri)}' is no tracking server: give {_ALLOWED}")
+
+
+def _variable_of(uri: str) -> str:
+    return REGISTRY_VARIABLE if os.environ.get(REGISTRY_VARIABLE) == uri else TRACKING_VARIABLE
 
 
 def _check_answers(uri: str) -> None:
-    """Any answer will do: whether it is MLflow's, and whether we may ask, the first request tells."""
+    """Any answer will do: whether it is MLflow's, and whether we may ask, the first request of MLflow's client tells.
+
+    So does whether certificates are trusted: the client has its own settings for that.
+    """
+    parts = urlsplit(uri)
+    place = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=f"{parts.path.rstrip('/')}/health")
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=REACH_TIMEOUT_S):
+        with urllib.request.urlopen(place.geturl(), timeout=REACH_TIMEOUT_S):
             pass
-    except urllib.error.HTTPError:
+    except (urllib.error.HTTPError, http.client.BadStatusLine):
         return
-    except (OSError, ValueError) as error:
+    except http.client.InvalidURL:
+        raise _no_server(uri) from None
+    except OSError as error:
         reason = getattr(error, "reason", error)
-        if isinstance(reason, ssl.SSLCertVerificationError):
+        if isinstance(reason, ssl.SSLError):
             return
         raise TemporaryError(
-            f"MLflow at {without_credentials(uri)} is out of reach ({reason}): correct {TRACKING_VARIABLE}, "
+            f"MLflow at {without_credentials(uri)} is out of reach ({reason}): correct {_variable_of(uri)}, "
             "start the server, or unset the variable to record nothing"
         ) from None
 
@@ -87,7 +125,7 @@ def _check_sqlite(uri: str) -> None:
     except (OSError, sqlite3.Error) as error:
         if "locked" in str(error):
             return
-        raise UserError(f"{TRACKING_VARIABLE}: {path} cannot be used as a database ({error})") from None
+        raise UserError(f"{_variable_of(uri)}: {path} cannot be used as a database ({error})") from None
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -108,7 +146,7 @@ def open_client(uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
 
     with readable_errors(uri):
-        return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+        return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get(REGISTRY_VARIABLE) or uri)
 
 
 def find_experiment(client: "MlflowClient", uri: str) -> str:
@@ -141,18 +179,27 @@ def _artifact_location(uri: str) -> str | None:
 @contextmanager
 def readable_errors(uri: str) -> Iterator[None]:
     """Turn MLflow's exceptions into one line: the caller's to mend, or worth another attempt."""
-    from mlflow.exceptions import MlflowException
+    from mlflow.exceptions import MlflowException, RestException
 
     place = f"MLflow at {without_credentials(uri)}"
     try:
         yield
     except MlflowException as error:
-        line = without_credentials(" ".join(str(error).split()))[:300]
+        # Of a request that got no answer, what is behind the exceptions of two libraries.
+        line = without_credentials(" ".join(str(error).split())).rpartition("(Caused by ")[2][:300]
         status: int = error.get_http_status_code()  # type: ignore[no-untyped-call]
-        if status in (401, 403):
+        # A proxy that says no in JSON of its own: MLflow forgets the code that came with it, and repeats what may pass.
+        not_from_mlflow = isinstance(error, RestException) and "error_code" not in error.json
+        if status in (401, 403) or not_from_mlflow:
             raise UserError(
-                f"{place} refuses the credentials ({line}): check MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+                f"{place} refuses the credentials{' or is not MLflow' if not_from_mlflow else ''} ({line}): check "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+            ) from None
+        # A connection that was cut while it was agreed on ends so, too.
+        if line.startswith("SSLError") and "EOF" not in line:
+            raise UserError(
+                f"{place}: no trusted connection ({line}): name the file of its certificate's authority in "
+                "MLFLOW_TRACKING_SERVER_CERT_PATH or REQUESTS_CA_BUNDLE; write http:// if it has none"
             ) from None
         if status in (400, 404, 409):
             raise UserError(f"{place}: {line}") from None

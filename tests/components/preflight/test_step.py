@@ -1,8 +1,5 @@
 import json
 import shutil
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +7,18 @@ import pytest
 
 from finemill.artifacts.manifest import Reference
 from finemill.components.preflight.base_model import inspect_base_model
-from finemill.components.preflight.step import check_tracking_server
+from finemill.components.preflight.config import PreflightConfig
+from finemill.components.preflight.step import check_configs, check_registry
 from finemill.errors import TemporaryError, UserError
 from finemill.models.base.resolve import BUILTIN_MODELS
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact
+from tests.tracking.front import registry_front
 
 
 def preflight(store: str, **config: Any) -> Any:
     values = {"base_model": "builtin:tiny-qwen3", **config}
     return run_step("preflight", store=store, inputs={}, config=values)
-
-
-@pytest.fixture
-def tracking_server() -> Iterator[tuple[str, list[int]]]:
-    """A server that answers with the code in the list."""
-    answer = [200]
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(answer[0])
-            self.end_headers()
-
-        def log_message(self, *arguments: Any) -> None:
-            """Nothing on stderr."""
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", answer
-    server.shutdown()
-    server.server_close()
 
 
 def test_the_plan_holds_the_resolved_configuration_and_the_estimate(store: str) -> None:
@@ -83,25 +61,36 @@ def test_what_would_fail_later_fails_now(config: dict[str, Any], message: str, f
         preflight(folder_store, **config)
 
 
-def test_a_tracking_server_that_is_well_passes(tracking_server: tuple[str, list[int]]) -> None:
-    check_tracking_server(tracking_server[0])
-    check_tracking_server("sqlite:////somewhere/mlflow.db")
-
-
-def test_a_tracking_server_that_refuses_is_the_user_s_error(tracking_server: tuple[str, list[int]]) -> None:
-    uri, answer = tracking_server
-    answer[0] = 401
-    with pytest.raises(UserError, match="answers 401: check the credentials"):
-        check_tracking_server(uri)
-
-
-def test_a_tracking_server_out_of_reach_may_come_back(tracking_server: tuple[str, list[int]]) -> None:
-    uri, answer = tracking_server
-    answer[0] = 503
-    with pytest.raises(TemporaryError, match="answers 503"):
-        check_tracking_server(uri)
+@pytest.mark.parametrize("section", ["register", "promote"])
+def test_the_registry_is_asked_with_the_credentials_that_the_steps_have(
+    section: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret")
+    sections = check_configs(PreflightConfig(steps={section: {}}))
+    with registry_front(authorization="Bearer secret", prefix="/mlflow") as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        check_registry(sections)
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "another")
+        with pytest.raises(UserError, match="refuses the credentials"):
+            check_registry(sections)
     with pytest.raises(TemporaryError, match="is out of reach"):
-        check_tracking_server("http://127.0.0.1:1")
+        check_registry(sections)
+    with registry_front(broken=True) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(TemporaryError, match="503"):
+            check_registry(sections)
+
+
+def test_a_registry_of_its_own_needs_no_tracking_server(
+    folder_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path / 'registry.db'}")
+    assert not preflight(folder_store, steps={"register": {}, "promote": {}}).reused
+
+
+def test_a_run_that_registers_nothing_asks_for_no_registry() -> None:
+    check_registry(check_configs(PreflightConfig(steps={"merge": {}, "eval": {}})))
 
 
 def test_a_base_with_pickled_weights_is_refused(tmp_path: Path) -> None:
