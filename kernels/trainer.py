@@ -1,6 +1,6 @@
 """TRL's SFTTrainer on the engine: the same data, arguments, callbacks, checkpoints and logs, another step.
 
-What differs from the stock trainer, and why (performance measured in results.md):
+What differs from the stock trainer, and why (measured in bench/results.md):
 
 - The micro-batches of one optimizer step are merged into one bag of sequences and packed into token-budget batches that
   memory allows: same gradient, fewer and fuller launches. Batches stay on the CPU until then.

@@ -26,7 +26,8 @@ from transformers import AutoTokenizer, PrinterCallback
 from trl import SFTTrainer
 
 from finemill.kernels.bench.data import chat_rows, ensure_checkpoint
-from finemill.kernels.bench.step import check_device, environment, files
+from finemill.kernels.bench.runs import LossRun, add_record_argument, environment, header, record_runs
+from finemill.kernels.bench.step import check_device, files
 from finemill.kernels.bench.trainer import load_adapted, sft_arguments
 from finemill.kernels.planning.model_shapes import SHAPES
 from finemill.kernels.trainer import FastSFTTrainer
@@ -56,7 +57,22 @@ def main(argv: list[str]) -> int:
     print(table(record))
     print("BENCH " + json.dumps({name: value for name, value in record.items() if name != "losses"}), flush=True)
     _write(args.json, record)
+    if args.record:
+        record_runs(args.record, [loss_run(args, argv, record)])
     return 0 if record["inside"] else 1
+
+
+def loss_run(args: argparse.Namespace, argv: list[str], record: dict[str, Any]) -> LossRun:
+    """Put a record into a line of results."""
+    names = ("by_seed", "step_spread", "end_spread", "inside")
+    return LossRun(
+        **header("loss", argv),
+        kind="loss",
+        shape=args.shape or args.model.name,
+        steps=args.steps,
+        rows=args.bs * args.accum,
+        **{name: record[name] for name in names},
+    )
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -91,6 +107,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--clip", type=float, default=1.0, help="gradient-norm clipping")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--json", type=Path, default=None, help="file to write the result to")
+    add_record_argument(parser)
     args = parser.parse_args(argv)
     check_device(parser, args.device)
     return args

@@ -1,6 +1,6 @@
 """Time every op at the shapes of real models, against plain PyTorch and the card's own copy bandwidth.
 
-    finemill bench kernels [OP ...] [--json FILE]
+    finemill bench kernels [OP ...] [--record FILE]
 
 One `Case` per op and shape: how many bytes it has to move, the call, and the PyTorch code (or bitsandbytes) that it
 replaces, both timed as CUDA graphs with a cold L2 cache; autograd's time includes its forward. resources.py compiles
@@ -8,17 +8,16 @@ the same cases without a GPU.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from finemill.kernels.bench.runs import OpRun, Quantiles, add_record_argument, header, record_runs
 from finemill.kernels.engine.adapters import GroupAdapter
 from finemill.kernels.engine.host_memory import gather_rows, pin
 from finemill.kernels.engine.projection import Projection
@@ -366,40 +365,47 @@ def _captured(call: Call) -> Call:
     return graph.replay
 
 
-def measure(case: Case, device: torch.device, copy: float) -> dict[str, object]:
-    """Time one case with a cold L2 cache. Returns: a row of the report; times in microseconds."""
+def measure(case: Case, device: torch.device, copy: float, head: dict[str, Any]) -> OpRun:
+    """Time one case with a cold L2 cache.
+
+    Args:
+        case: what to time.
+        device: the GPU.
+        copy: bytes per second that a copy reads and writes.
+        head: what every line of results says (`runs.header`).
+    """
     torch.manual_seed(0)
     kernel, reference = case.build(device, torch.bfloat16)
-    median, fast, slow = triton.testing.do_bench(_captured(kernel), quantiles=[0.5, 0.1, 0.9])
+    times = triton.testing.do_bench(_captured(kernel), quantiles=[0.2, 0.5, 0.8])
+    low, median, high = (round(milliseconds * 1e3, 2) for milliseconds in times)
     eager = None if reference is None else triton.testing.do_bench(_captured(reference), return_mode="median")
-    bandwidth = case.bytes / (median * 1e-3)
-    return {
-        "name": case.name,
-        "median_us": round(median * 1e3, 2),
-        "p10_us": round(fast * 1e3, 2),
-        "p90_us": round(slow * 1e3, 2),
-        "tb_per_s": round(bandwidth / 1e12, 3),
-        "share_of_copy": round(bandwidth / copy, 3),
-        "reference_us": None if eager is None else round(eager * 1e3, 2),
-    }
-
-
-def _commit() -> str:
-    answer = subprocess.run(
-        ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
+    return OpRun(
+        **head,
+        kind="op",
+        op=case.name,
+        us=Quantiles(p20=low, p50=median, p80=high),
+        bytes=case.bytes,
+        reference_us=None if eager is None else round(eager * 1e3, 2),
+        copy_tb_per_s=round(copy / 1e12, 3),
     )
-    return answer.stdout.strip() or "unknown"
+
+
+def report_line(run: OpRun) -> str:
+    """Lay one case out as a row of the report."""
+    tb_per_s = run.bytes / run.us.p50 / 1e6
+    eager, times = ("-", "") if run.reference_us is None else (run.reference_us, f"{run.reference_us / run.us.p50:.2f}")
+    spread = f"{run.us.p20}-{run.us.p80}"
+    share = tb_per_s / run.copy_tb_per_s
+    return f"{run.op:52} {run.us.p50:>10} {spread:>17} {tb_per_s:>6.3f} {share:>8.1%} {eager:>10} {times:>6}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns: 0, or 2 without a GPU."""
+    argv = sys.argv[1:] if argv is None else argv
     ops = sorted({case.op for case in CASES})
     parser = argparse.ArgumentParser(prog="finemill bench kernels", description="Time the kernels one by one.")
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(ops)}; all by default")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    add_record_argument(parser)
     arguments = parser.parse_args(argv)
     if unknown := sorted(set(arguments.ops) - set(ops)):
         parser.error(f"unknown op {', '.join(unknown)}: choose from {', '.join(ops)}")
@@ -407,33 +413,18 @@ def main(argv: list[str] | None = None) -> int:
         print("finemill bench kernels needs a CUDA device: none is visible to torch", file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    copy = copy_bandwidth(device)
-    header: dict[str, object] = {
-        "gpu": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": _commit(),
-        "copy_tb_per_s": round(copy / 1e12, 3),
-    }
-    print(", ".join(f"{key} {value}" for key, value in header.items()))
-    print(f"{'op':52} {'median us':>10} {'p10-p90':>17} {'TB/s':>6} {'of copy':>8} {'torch us':>10} {'times':>6}")
-    rows = []
+    copy, head = copy_bandwidth(device), header("kernels", argv)
+    packages = ", ".join(f"{name} {head['versions'][name]}" for name in ("torch", "triton"))
+    print(f"{head['gpu']}, {packages}, commit {head['commit']}; a copy reads and writes {copy / 1e12:.3f} TB/s")
+    print(f"{'op':52} {'median us':>10} {'p20-p80':>17} {'TB/s':>6} {'of copy':>8} {'torch us':>10} {'times':>6}")
     for case in CASES:
         if arguments.ops and case.op not in arguments.ops:
             continue
-        row = measure(case, device, copy)
-        rows.append(row)
-        spread = f"{row['p10_us']}-{row['p90_us']}"
-        eager, median = row["reference_us"], row["median_us"]
-        times = f"{eager / median:6.2f}" if isinstance(eager, float) and isinstance(median, float) else " " * 6
-        print(
-            f"{row['name']:52} {median:>10} {spread:>17} {row['tb_per_s']:>6} {row['share_of_copy']:>8.1%} "
-            f"{eager if eager is not None else '-':>10} {times}",
-            flush=True,
-        )
+        run = measure(case, device, copy, head)
+        print(report_line(run), flush=True)
+        if arguments.record:
+            record_runs(arguments.record, [run])
         torch.cuda.empty_cache()
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -8,15 +8,22 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finemill.kernels.bench.data import ensure_checkpoint, make_batches, start_adapters
+from finemill.kernels.bench.runs import (
+    PlanRecord,
+    Quantiles,
+    StepRun,
+    add_record_argument,
+    environment,
+    header,
+    record_runs,
+)
 from finemill.kernels.engine.graphs import GraphRunner
 from finemill.kernels.engine.load import LoraSettings, load_model
 from finemill.kernels.engine.model import begin_arena
@@ -46,7 +53,28 @@ def main(argv: list[str]) -> int:
     print("BENCH " + line, flush=True)
     if args.json:
         args.json.write_text(line + "\n")
+    if args.record:
+        record_runs(args.record, [step_run(args, argv, record)])
     return 0
+
+
+def step_run(args: argparse.Namespace, argv: list[str], record: dict[str, Any]) -> StepRun:
+    """Put a record into a line of results."""
+    measured = ("tokens_per_step", "tokens_per_s", "peak_bytes", "start_to_first_step_s", "losses")
+    planned = ("budget_gb", "attention", "typical_length", "predicted_step_s", "predicted_peak_bytes", "plan")
+    return StepRun(
+        **header("step", argv),
+        kind="trainer" if args.trainer else "step",
+        implementation="finemill",
+        shape=args.shape,
+        quant=args.quant,
+        rank=args.rank,
+        seq=args.seq,
+        rows=args.bs * args.accum,
+        memory_gb=args.memory_gb or None,
+        step_s=Quantiles.of(record["step_s"][args.warmup :]),
+        **{name: record.get(name) for name in (*measured, *planned)},
+    )
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -79,7 +107,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=3407)
     parser.add_argument("--eager", action="store_true", help="launch kernel by kernel instead of by CUDA graph")
     parser.add_argument("--json", type=Path, default=None, help="file to write the result to")
+    add_record_argument(parser)
     args = parser.parse_args(argv)
+    if args.record and args.layers:
+        parser.error("--record keeps what whole models did: leave --layers out")
     if args.warmup >= args.steps:
         parser.error(f"--warmup {args.warmup} must be smaller than --steps {args.steps}")
     if args.trainer and args.device == "cpu":
@@ -102,7 +133,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     made = time.time()
     path = ensure_checkpoint(args.shape, args.layers, device)
     made = time.time() - made
-    plan = make_plan(args, shape)
+    budget = budget_bytes(args)
+    plan = make_plan(args, shape, budget)
     lora = LoraSettings(args.rank, args.alpha or args.rank, args.dropout)
     loading = time.time()
     arena = begin_arena(plan, device)
@@ -147,6 +179,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         first_end = first_end or time.time()
         print(f"step {step}: {times[-1]:.4f} s, loss {losses[-1]:.5f}, grad norm {norms[-1]:.5f}", flush=True)
     median = statistics.median(times[args.warmup :])
+    peak = max(_peak(device), runner.peak_bytes if runner else 0)
     return {
         "checkpoint_gen_s": round(made, 1),
         "load_s": round(loading, 2),
@@ -160,11 +193,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "start_to_first_step_s": round(first_end - started - made, 2),
         "losses": [round(x, 5) for x in losses],
         "grad_norms": [round(x, 5) for x in norms],
-        "peak_alloc_gb": round(max(_peak(device), runner.peak_bytes if runner else 0) / 2**30, 3),
+        "peak_alloc_gb": round(peak / 2**30, 3),
+        "peak_bytes": peak,
         "peak_reserved_gb": round(_peak_reserved(device) / 2**30, 3),
         "predicted_peak_gb": round(plan.peak / 2**30, 3),
+        "predicted_peak_bytes": plan.peak,
         "predicted_step_s": round(plan.seconds, 4),
-        "plan": describe(plan),
+        "budget_gb": round(budget / 2**30, 3),
+        "attention": fitting_backend(device, torch.bfloat16, shape.head_dim, args.seq),
+        "plan": PlanRecord.of(plan).model_dump(),
     }
 
 
@@ -172,11 +209,6 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     names = ("shape", "layers", "quant", "seq", "bs", "accum", "rank", "memory_gb")
     settings = {name: getattr(args, name) for name in names}
     return {"kind": "step", "impl": "finemill"} | settings
-
-
-def environment() -> dict[str, Any]:
-    """Versions of what decides the speed, and the card."""
-    return {"versions": _versions(), "gpu": _gpu()}
 
 
 def files(text: str) -> list[Path]:
@@ -200,34 +232,18 @@ def workload(args: argparse.Namespace, shape: ModelShape) -> Workload:
     )
 
 
-def make_plan(args: argparse.Namespace, shape: ModelShape) -> Plan:
-    """Plan a step under --memory-gb, or under what the card has free."""
+def budget_bytes(args: argparse.Namespace) -> int:
+    """Memory to plan with: --memory-gb, or what the card has free."""
     if args.memory_gb:
-        budget = int(args.memory_gb * 2**30)
-    elif args.device == "cuda":
-        budget = int(torch.cuda.mem_get_info()[0] * 0.95)
-    else:
-        budget = 8 << 30
+        return int(args.memory_gb * 2**30)
+    return int(torch.cuda.mem_get_info()[0] * 0.95) if args.device == "cuda" else 8 << 30
+
+
+def make_plan(args: argparse.Namespace, shape: ModelShape, budget: int) -> Plan:
+    """Plan a step."""
     cuda = args.device == "cuda"
     rates = rates_of(torch.cuda.get_device_name() if cuda else "")
     return plan_step(workload(args, shape), budget, rates=rates, allow_host=cuda, allow_stream=cuda)
-
-
-def describe(plan: Plan) -> dict[str, Any]:
-    """Summarize a plan for the record."""
-    levels = [level.name for level in plan.levels]
-    hosts = [level.name if level is not None else "none" for level in plan.host_levels]
-    return {
-        "levels": {name: levels.count(name) for name in sorted(set(levels))},
-        "host": {name: hosts.count(name) for name in sorted(set(hosts))},
-        "cached_layers": plan.cached_layers,
-        "head_chunk": plan.head_chunk,
-        "micro_batch": plan.micro_batch,
-        "embedding_on_host": plan.embedding_on_host,
-        "eight_bit": plan.eight_bit,
-        "stream_weights": plan.stream_weights,
-        "in_flight": plan.in_flight,
-    }
 
 
 def _process_start() -> float:
@@ -257,22 +273,3 @@ def _peak(device: torch.device) -> int:
 
 def _peak_reserved(device: torch.device) -> int:
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    names = ("finemill", "torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "nvidia-cudnn-frontend")
-    for name in (*names, "flash-attn-4"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def _gpu() -> str:
-    command = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,power.draw", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "none"

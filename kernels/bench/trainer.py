@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import SFTConfig
 
 from finemill.kernels.bench.data import ensure_checkpoint, make_batches, real_rows, start_adapters
+from finemill.kernels.bench.runs import PlanRecord
 from finemill.kernels.engine.model import GROUPS
 from finemill.kernels.planning.model_shapes import SHAPES
 from finemill.kernels.trainer import FastSFTTrainer
@@ -72,11 +73,15 @@ def run_trainer(args: argparse.Namespace) -> dict[str, Any]:
         memory_gb=args.memory_gb or None,
         use_graphs=False if args.eager else None,
     )
-    if not trainer.fast:
+    engine = trainer.acceleration.engine
+    if engine is None:
         raise RuntimeError(f"the engine does not run this model: {trainer.acceleration.reason}")
+    free, _ = torch.cuda.mem_get_info()
+    card, typical = int((free + torch.cuda.memory_allocated()) * 0.95), trainer._typical_length()
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     per_step = args.bs * args.accum * sum(map(len, rows)) / len(trainer.train_dataset)
+    plan = trainer._plan
     captured = 0 if trainer._runner is None else trainer._runner.peak_bytes
     peak = max(torch.cuda.max_memory_allocated(), captured)
     median = statistics.median(timer.seconds[args.warmup :])
@@ -94,9 +99,16 @@ def run_trainer(args: argparse.Namespace) -> dict[str, Any]:
         "losses": [round(entry["loss"], 5) for entry in history],
         "grad_norms": [round(float(entry["grad_norm"]), 5) for entry in history],
         "peak_alloc_gb": round(peak / 2**30, 3),
+        "peak_bytes": peak,
         "peak_reserved_gb": round(torch.cuda.max_memory_reserved() / 2**30, 3),
-        "predicted_peak_gb": round(trainer._plan.peak / 2**30, 3),
-        "micro_batch": trainer._plan.micro_batch,
+        "predicted_peak_gb": round(plan.peak / 2**30, 3),
+        "predicted_peak_bytes": plan.peak,
+        "predicted_step_s": round(plan.seconds, 4),
+        "budget_gb": args.memory_gb or round(card / 2**30, 3),
+        "attention": engine.attention_backend(args.seq),
+        "typical_length": typical,
+        "micro_batch": plan.micro_batch,
+        "plan": PlanRecord.of(plan).model_dump(),
         "graphs": 0 if trainer._runner is None else trainer._runner.num_graphs,
     }
 

@@ -1,8 +1,8 @@
 """CUDA graphs of whole micro-batches: one launch in place of a few thousand.
 
-An eager launch costs the host 20 microseconds on the machine measured (results.md), a node of a graph 1. The forward
-and backward of a micro-batch, host copies included, are captured once per shape and replayed with new tokens in the
-same buffers; the optimizer stays outside. Shapes are rounded up so that few graphs are needed (shapes.py). A replay
+An eager launch costs the host 20 microseconds on the machine measured, a node of a graph 1 (bench/levers.md). The
+forward and backward of a micro-batch, host copies included, are captured once per shape and replayed with new tokens in
+the same buffers; the optimizer stays outside. Shapes are rounded up so that few graphs are needed (shapes.py). A replay
 runs the very kernels of the eager pass, so it gives bitwise the same gradient as an eager pass of the same batch.
 
 All graphs share one memory pool, used one at a time. `torch.cuda.max_memory_allocated` sees a graph's memory only while

@@ -1,7 +1,7 @@
 """Tensors kept in pinned host memory between uses: saved activations, NF4 weights, the embedding.
 
-Copies run on two side streams, one per direction, beside the computation (54 GB/s one way, 46 each way at once,
-without slowing GEMMs; results.md). Order between streams is by events only, and a tensor's device memory is released a
+Copies run on two side streams, one per direction, beside the computation (54 GB/s one way, 46 each way at once, without
+slowing GEMMs; bench/levers.md). Order between streams is by events only, and a tensor's device memory is released a
 known number of layers later, so that memory use repeats exactly and everything can be captured in a CUDA graph.
 """
 

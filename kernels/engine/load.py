@@ -1,6 +1,6 @@
 """Read a Hugging Face checkpoint straight into the engine: no transformers, PEFT or bitsandbytes import.
 
-Those imports take longer than reading the weights of an 8B model (3.5 to 5.5 s; results.md). Threads read the
+Those imports take longer than reading the weights of an 8B model (3.5 to 5.5 s; bench/levers.md). Threads read the
 safetensors files into pinned buffers while the device quantizes what has arrived, with bitsandbytes' own library called
 through ctypes, so that the NF4 codes are its codes.
 """

@@ -11,7 +11,7 @@ to W (N, K), the adapters' A stacked to A (R, K), B block-diagonal in Bs = scali
 
 One extended weight [[W, Bs|b], [A, 0]] of (N + P) x (K + P) serves both directions, P being R + 1 rounded up to 64 so
 that rows stay aligned: 64 extra columns cost a GEMM 2 to 6 % on an H200 (12 % at K = 1024), a separate rank-R update of
-y 6 to 35 % (results.md). Activations are therefore allocated with P spare columns. NF4 weights are decoded into a
+y 6 to 35 % (bench/levers.md). Activations are therefore allocated with P spare columns. NF4 weights are decoded into a
 scratch matrix that groups of one layout share; 16-bit weights, and NF4 ones that the plan caches, are extended once.
 
 With LoRA dropout xa is taken from the masked x, and dx needs one more pass in place of the A rows of the GEMM.

@@ -14,7 +14,7 @@ from finemill.kernels.ops.packing import Classes, LengthClass, length_classes, r
 SLACK = 3
 """A batch may run in slots with up to this many times its scores; one that would waste more is worth its own graph.
 
-Kernels skip most of what is empty: with half as many graphs as at 2, attention takes 4 to 6 % longer (results.md).
+Kernels skip most of what is empty: with half as many graphs as at 2, attention takes 4 to 6 % longer (bench/levers.md).
 """
 
 

@@ -1,9 +1,9 @@
 """FlashAttention-4 for long sequences: 1.25 times as fast as cuDNN at 16384 tokens, in memory linear in the length.
 
 Its deterministic backward lets the blocks of keys add to dq in a fixed order, where cuDNN's keeps the gradient of all
-scores. At `FA4_LENGTH` tokens both take as long, and a step with this one draws less power (results.md). The kernels
-are written in CuTe's Python, whose import takes seconds, and compiled when a machine first uses them, in about ten;
-torch calls the same two functions (torch.nn.attention's FA4).
+scores. At `FA4_LENGTH` tokens both take as long, and a step with this one draws less power (bench/levers.md). The
+kernels are written in CuTe's Python, whose import takes seconds, and compiled when a machine first uses them, in about
+ten; torch calls the same two functions (torch.nn.attention's FA4).
 
 Source: Dao et al., flash-attn-4 (BSD 3-Clause), flash_attn/cute/interface.py.
 """

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 PAD = 64
-"""Spare columns are a multiple of this: measured best of 16, 32, 64 and 128 on Hopper (bench/results.md)."""
+"""Spare columns are a multiple of this: measured best of 16, 32, 64 and 128 on Hopper (bench/levers.md)."""
 
 
 class Split(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 from finemill.kernels.bench import data as bench_data
 from finemill.kernels.bench.data import chat_rows
 from finemill.kernels.bench.loss import compare, main, table
+from finemill.kernels.bench.runs import LossRun, read_runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -24,7 +25,27 @@ def test_both_trainers_see_the_same_rows_and_agree_inside_the_seed_spread(rows, 
     monkeypatch.setattr(bench_data, "FOLDERS", (tmp_path / "models",))
     arguments = "--shape qwen3-tiny --layers 1 --quant fp32 --device cpu --bs 2 --accum 2 --steps 3 --lr 1e-2 --rank 4"
     result = tmp_path / "loss.json"
-    assert main([*arguments.split(), "--seeds", "1,2", "--rows", str(rows), "--json", str(result)]) == 0
+    assert (
+        main(
+            [
+                *arguments.split(),
+                "--seeds",
+                "1,2",
+                "--rows",
+                str(rows),
+                "--json",
+                str(result),
+                "--record",
+                str(tmp_path / "r.jsonl"),
+            ]
+        )
+        == 0
+    )
+    (run,) = read_runs(tmp_path / "r.jsonl")
+    assert isinstance(run, LossRun)
+    assert run.inside
+    assert set(run.by_seed) == {"1", "2"}
+    assert "--rows rows.jsonl" in run.command
     record = json.loads(result.read_text())
     losses = torch.tensor([[record["losses"][impl][seed] for seed in ("1", "2")] for impl in ("hf", "finemill")])
     assert losses.shape == (2, 2, 3)

@@ -10,6 +10,7 @@ from finemill.kernels.bench import data as bench_data
 from finemill.kernels.bench import loss as bench_loss
 from finemill.kernels.bench import step as bench_step
 from finemill.kernels.bench.data import ensure_checkpoint, real_rows, start_adapters
+from finemill.kernels.bench.runs import StepRun, read_runs
 from finemill.kernels.engine.load import LoraSettings, Rotary, dynamic_codebook, load_model, nf4_codebook
 from finemill.kernels.engine.plan import Plan
 from finemill.kernels.ops.packing import pack_rows
@@ -34,12 +35,34 @@ def test_the_record_holds_losses_norms_speed_and_the_plan(checkpoint, tmp_path):
     assert {"peak_alloc_gb", "first_step_s", "start_to_first_step_s", "predicted_peak_gb", "plan"} <= set(record)
 
 
+def test_a_run_is_appended_to_the_file_of_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_data, "FOLDERS", (tmp_path / "models",))
+    arguments = "--shape qwen3-tiny --seq 16 --bs 1 --accum 2 --quant bf16 --device cpu --steps 4 --warmup 1"
+    file = tmp_path / "runs.jsonl"
+    for _ in range(2):
+        assert bench_step.main([*arguments.split(), "--record", str(file)]) == 0
+    run, again = read_runs(file)
+    assert isinstance(run, StepRun)
+    assert (run.kind, run.shape, run.rows, run.quant) == ("step", "qwen3-tiny", 2, "bf16")
+    assert run.command == f"finemill bench step {arguments}"
+    assert run.tokens_per_step == 32
+    assert run.step_s is not None
+    assert run.step_s.p20 <= run.step_s.p50 <= run.step_s.p80
+    assert run.plan is not None
+    assert len(run.plan.plan({}).levels) == 2
+    assert run.versions["torch"]
+    assert again.losses == run.losses
+
+
 def test_what_cannot_run_is_said_in_a_line(checkpoint, capsys):
     with pytest.raises(NoPlanError, match=r"no plan fits 0\.00 GiB: the leanest needs "):
         bench_step.main("--shape qwen3-tiny --layers 1 --device cpu --memory-gb 0.001".split())
     with pytest.raises(SystemExit, match="2"):
         bench_step.main("--shape qwen3-tiny --layers 1 --device cpu --trainer".split())
     assert "--trainer is timed on a GPU" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit, match="2"):
+        bench_step.main("--shape qwen3-tiny --layers 1 --device cpu --record runs.jsonl".split())
+    assert "--record keeps what whole models did" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tells what happens without a GPU")

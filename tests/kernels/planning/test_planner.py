@@ -1,9 +1,13 @@
 """The planner keeps to its budget, spends more memory on less time, and predicts the peaks that were measured."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import date
 
 import pytest
 
+from finemill.kernels.bench.results import H100, H200, WITHIN, Within, setting
+from finemill.kernels.bench.runs import StepRun, read_runs
 from finemill.kernels.engine.plan import Level, Plan
 from finemill.kernels.planning.estimate import workload
 from finemill.kernels.planning.planner import (
@@ -13,7 +17,6 @@ from finemill.kernels.planning.planner import (
     peak_bytes,
     plan_graphed_step,
     plan_step,
-    spread,
     step_seconds,
     workload_under,
 )
@@ -27,125 +30,86 @@ def step(model: str = "qwen3-8b", rows: int = 8, row: int = 2048):
     return workload(model, rank=16, quantized=True, rows=rows, row=row)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A plan that ran: layers by level, level and share of the parked, decoded weights kept, peak in GiB, seconds."""
-
-    model: str
-    row: int
-    micro_batch: int
-    head_chunk: int
-    levels: list[Level]
-    host: Level | None
-    share: float
-    cached: bool
-    gib: float
-    seconds: float
-    in_flight: int = 1
-
-    def plan(self) -> tuple[Workload, Plan]:
-        work = replace(step(self.model, row=self.row), fa4=False)
-        plan = Plan(
-            levels=tuple(self.levels),
-            host_levels=tuple(self.host if parked else None for parked in spread(len(self.levels), self.share)),
-            cached_layers=len(self.levels) if self.cached else 0,
-            head_chunk=self.head_chunk,
-            bytes_per_token=work.host_bytes_per_token(),
-            micro_batch=self.micro_batch,
-            embedding_on_host=not self.cached and not work.tied,
-            eight_bit=not self.cached,
-            stream_weights=not self.cached,
-            in_flight=self.in_flight,
-            key_heads=4 if self.row == 2048 else None,
-        )
-        return workload_under(work, plan), plan
-
-
 INPUT, ATTENTION, GATE_UP, ALL = Level
-# An H100 80GB HBM3 on 2026-11-26 (results.md).
-H100 = [
-    Run("qwen3-8b", 2048, 16384, 4096, [ALL] * 36, ATTENTION, 0.75, True, 69.66, 0.951, in_flight=2),
-    Run("qwen3-8b", 256, 2048, 512, [ALL] * 36, None, 0.0, True, 27.57, 0.1151),
-    Run("qwen3-4b", 2048, 16384, 4096, [ALL] * 36, None, 0.0, True, 61.43, 0.586),
-    Run("qwen3-0.6b", 2048, 16384, 2048, [ALL] * 28, None, 0.0, True, 19.31, 0.1343),
-]
-# On 2026-11-26: limit in GiB, and peak and seconds of the plan that is chosen under it.
-CHOSEN = [
-    ("h200", "qwen3-8b", 8, 2048, 130, 82.925, 0.9117),
-    ("h200", "qwen3-8b", 8, 2048, 7.2, 6.932, 1.1104),
-    ("h200", "qwen3-8b", 1, 16384, 10.2, 9.934, 1.4657),
-    ("h200", "qwen3-4b", 8, 2048, 130, 60.883, 0.5437),
-    ("h200", "qwen3-4b", 8, 2048, 3.7, 3.536, 0.6917),
-    ("h200", "qwen3-0.6b", 8, 2048, 130, 19.022, 0.1178),
-    ("h200", "qwen3-0.6b", 8, 2048, 1.1, 1.070, 0.1569),
-    ("h100", "qwen3-8b", 8, 2048, 73.5, 69.695, 0.9372),
-    ("h100", "qwen3-8b", 8, 2048, 7.2, 6.867, 1.1389),
-    ("h100", "qwen3-8b", 8, 2048, 3.5, 3.365, 1.2557),
-    ("h100", "qwen3-8b", 8, 256, 75.2, 27.572, 0.1124),
-    ("h100", "qwen3-8b", 8, 256, 7.2, 7.045, 0.1403),
-    ("h100", "qwen3-8b", 1, 16384, 10.2, 9.934, 1.5351),
-    ("h100", "qwen3-4b", 8, 2048, 75.2, 60.883, 0.5725),
-    ("h100", "qwen3-4b", 8, 2048, 3.7, 3.536, 0.7288),
-    ("h100", "qwen3-0.6b", 8, 2048, 75.2, 19.022, 0.1307),
-    ("h100", "qwen3-0.6b", 8, 2048, 1.1, 1.070, 0.1697),
-    ("h100", "qwen3-0.6b", 8, 2048, 0.7, 0.672, 0.2110),
-]
-# An H200 or an H100 that day, before FlashAttention-4 took rows of 2048: limit and peak in GiB.
-LEAST_ON_CUDNN = [
-    ("qwen3-8b", 2048, 3.5, 3.417),
-    ("qwen3-8b", 256, 7.2, 7.045),
-    ("qwen3-0.6b", 2048, 0.7, 0.672),
-]
-# Rows of Alpaca and GSM8K through the trainer that day: limit, peak in GiB, seconds of a step.
-TRAINED = [
-    ("qwen3-8b", 75.2, 69.770, 0.9235),
-    ("qwen3-8b", 7.2, 6.867, 1.1425),
-    ("qwen3-0.6b", 75.2, 19.944, 0.1099),
-    ("qwen3-0.6b", 1.1, 1.057, 0.1722),
-]
-# An H200 on 2026-11-24 (results.md); peaks less 4 bytes an adapter element that were not freed then.
-H200 = [
-    Run("qwen3-8b", 2048, 16384, 4096, [ALL] * 36, None, 0.0, True, 83.9 - 0.16, 0.934),
-    Run("qwen3-8b", 256, 2048, 2048, [ALL] * 36, None, 0.0, True, 28.2 - 0.16, 0.1079),
-    Run("qwen3-4b", 2048, 16384, 4096, [ALL] * 36, None, 0.0, True, 62.1 - 0.12, 0.567),
-    Run("qwen3-0.6b", 2048, 16384, 1024, [ALL] * 28, None, 0.0, True, 19.8 - 0.04, 0.1229),
-    Run("qwen3-0.6b", 256, 2048, 512, [ALL] * 28, None, 0.0, True, 3.93 - 0.04, 0.0190),
-]
+FIRST = date(2026, 11, 24)
+MEASURED = [run for run in read_runs() if isinstance(run, StepRun) and run.implementation == "finemill"]
 
 
-@pytest.mark.parametrize(("run", "within"), [*((run, 0.01) for run in H100), *((run, 0.03) for run in H200)])
-def test_predicted_peaks_are_those_that_were_measured(run, within):
-    assert peak_bytes(*run.plan()) / GIB == pytest.approx(run.gib, rel=within)
+def latest(runs: Iterable[StepRun]) -> list[StepRun]:
+    """The last run of each setting and backend of attention, among those whose peak was measured."""
+    return list({(setting(run), run.attention): run for run in runs if run.peak_bytes is not None}.values())
 
 
-@pytest.mark.parametrize(
-    ("run", "gpu", "within"), [*((run, "h100", 0.06) for run in H100), *((run, "h200", 0.07) for run in H200)]
-)
-def test_predicted_times_are_those_that_were_measured(run, gpu, within):
-    work, plan = run.plan()
-    assert step_seconds(work, RATES[gpu], plan) == pytest.approx(run.seconds, rel=within)
+GIVEN = latest(run for run in MEASURED if run.plan is not None)
+CHOSEN = latest(run for run in MEASURED if run.budget_gb is not None and run.kind == "step")
+TRAINED = latest(run for run in MEASURED if run.budget_gb is not None and run.kind == "trainer")
 
 
-@pytest.mark.parametrize(("gpu", "model", "rows", "row", "limit", "gib", "seconds"), CHOSEN)
-def test_what_is_predicted_of_a_chosen_plan_is_what_was_measured(gpu, model, rows, row, limit, gib, seconds):
-    plan = plan_step(step(model, rows, row), int(limit * GIB), rates=RATES[gpu], allow_stream=True)
-    assert plan.peak / GIB == pytest.approx(gib, rel=0.01)
-    assert plan.seconds == pytest.approx(seconds, rel=0.06)
+def named(run: StepRun) -> str:
+    return f"{run.kind} {run.gpu} {run.shape} {run.rows}x{run.seq} {run.memory_gb} {run.attention}"
 
 
-@pytest.mark.parametrize(("model", "row", "limit", "gib"), LEAST_ON_CUDNN)
-def test_the_peak_of_a_chosen_plan_is_what_was_measured_without_flash_attention_4(model, row, limit, gib):
-    work = replace(step(model, row=row), fa4=False)
-    plan = plan_step(work, int(limit * GIB), rates=RATES["h200"], allow_stream=True)
-    assert plan.peak / GIB == pytest.approx(gib, rel=0.01)
+def work_of(run: StepRun) -> Workload:
+    assert run.seq is not None
+    work = replace(step(run.shape, run.rows, run.seq), fa4=run.attention == "fa4")
+    return replace(work, ragged=True, typical=run.typical_length) if run.kind == "trainer" else work
 
 
-@pytest.mark.parametrize(("model", "limit", "gib", "seconds"), TRAINED)
-def test_what_is_predicted_of_a_trainers_step_is_what_was_measured(model, limit, gib, seconds):
-    work = replace(step(model), ragged=True, typical=283)
-    plan, _ = plan_graphed_step(work, int(limit * GIB), int(75.2 * GIB), rates=RATES["h100"])
-    assert gib <= plan.peak / GIB <= 1.03 * gib
-    assert plan.seconds == pytest.approx(seconds, rel=0.1)
+def given(run: StepRun) -> tuple[Workload, Plan]:
+    """The plan that ran, and the workload under it."""
+    assert run.plan is not None
+    work = work_of(run)
+    plan = run.plan.plan(work.host_bytes_per_token())
+    return workload_under(work, plan), plan
+
+
+def measured_peak(run: StepRun) -> int:
+    """What was measured, without 4 bytes per adapter element that the first kernels did not free."""
+    assert run.peak_bytes is not None
+    return run.peak_bytes - (4 * work_of(run).adapter_elements if run.date == FIRST else 0)
+
+
+def within(run: StepRun) -> Within:
+    """Percent between prediction and measurement; more for the first kernels, which took some other ways."""
+    return Within(3, 7) if run.date == FIRST else WITHIN[run.kind]
+
+
+def assert_as_long(predicted: float, run: StepRun) -> None:
+    """Hold a predicted time to the measured one; steps of under 20 ms may be predicted a fifth too slow."""
+    if run.step_s is not None:
+        share = within(run).seconds / 100
+        slow = 0.25 if run.step_s.p50 < 0.02 else share
+        assert (1 - share) * run.step_s.p50 <= predicted <= (1 + slow) * run.step_s.p50
+
+
+@pytest.mark.parametrize("run", GIVEN, ids=named)
+def test_the_prediction_for_a_plan_is_what_was_measured(run: StepRun) -> None:
+    work, plan = given(run)
+    assert peak_bytes(work, plan) == pytest.approx(measured_peak(run), rel=within(run).peak / 100)
+    assert_as_long(step_seconds(work, rates_of(run.gpu or ""), plan), run)
+
+
+@pytest.mark.parametrize("run", CHOSEN, ids=named)
+def test_the_prediction_for_a_chosen_plan_is_what_was_measured(run: StepRun) -> None:
+    assert run.budget_gb is not None
+    plan = plan_step(work_of(run), int(run.budget_gb * GIB), rates=rates_of(run.gpu or ""), allow_stream=True)
+    assert plan.peak == pytest.approx(measured_peak(run), rel=within(run).peak / 100)
+    assert_as_long(plan.seconds, run)
+
+
+@pytest.mark.parametrize("run", TRAINED, ids=named)
+def test_the_prediction_for_a_trainers_step_is_what_was_measured(run: StepRun) -> None:
+    assert run.budget_gb is not None
+    card = max(other.budget_gb or 0 for other in TRAINED if other.gpu == run.gpu)
+    plan, _ = plan_graphed_step(work_of(run), int(run.budget_gb * GIB), int(card * GIB), rates=rates_of(run.gpu or ""))
+    assert 1 <= plan.peak / measured_peak(run) <= 1 + within(run).peak / 100
+    assert_as_long(plan.seconds, run)
+
+
+def test_predictions_are_held_to_runs_of_both_cards() -> None:
+    for runs, least in ((GIVEN, 9), (CHOSEN, 21), (TRAINED, 4)):
+        assert len(runs) >= least
+    assert {run.gpu for run in GIVEN} == {H100, H200}
 
 
 def test_a_card_is_known_by_the_name_that_cuda_gives_it():
