@@ -1,13 +1,17 @@
 """Scores of many samples: means, their standard errors, and what changed from base to tuned."""
 
+import itertools
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from finemill.artifacts.evaluation import Sample
+from finemill.metrics.statistics import mean, paired_rate_error, rate_error, standard_error, weighted_mean
 
 _RATES = ("exact_match", "cut_off", "prefers_chosen", "format_ok", "think_closed", "finished")
-MEANS = (*_RATES, "rouge1", "rouge2", "rougeL")
+MEANS = (*_RATES, "rouge1", "rouge2", "rougeL", "bleu", "chrf")
+_LONGEST_PART = 120
 # Rates other than the field's own word carry it in their name.
 _NAMES = {
     "cut_off": "cut_off_rate",
@@ -29,10 +33,9 @@ def summarize(base: Sequence[Sample], tuned: Sequence[Sample]) -> dict[str, floa
     metrics: dict[str, float] = {"eval/rows": len(base)}
     for model, samples in (("base", base), ("tuned", tuned)):
         metrics |= {f"eval/{model}/{name}": value for name, value in score(samples).items()}
-        for source in sources(samples):
+        for source, part in metric_parts(sources(samples)).items():
             of_source = [sample for sample in samples if sample.source == source]
-            prefix = f"eval/{model}/{metric_part(source)}"
-            metrics |= {f"{prefix}/{name}": value for name, value in score(of_source).items()}
+            metrics |= {f"eval/{model}/{part}/{name}": value for name, value in score(of_source).items()}
     metrics |= {f"eval/delta/{name}": value for name, value in _deltas(base, tuned).items()}
     metrics |= {f"eval/{name}": value for name, value in _changes(base, tuned).items()}
     return metrics
@@ -43,9 +46,21 @@ def sources(samples: Iterable[Sample]) -> list[str]:
     return sorted({sample.source for sample in samples})
 
 
-def metric_part(source: str) -> str:
-    """A source's name as part of a metric's: MLflow takes letters, digits, `_`, `.` and `-`."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", source)
+def metric_parts(names: Iterable[str]) -> dict[str, str]:
+    """A part of a metric's name for each source, of its own even where sources differ in signs or capitals only.
+
+    MLflow takes letters and digits of any script, `_`, `.` and `-`, and 250 characters in all; of a long name the end
+    counts. A mark that no letter carries, as some scripts write vowels, is none for it.
+    """
+    parts: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        plain = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", name)).strip(".")[-_LONGEST_PART:] or "_"
+        numbered = (f"{plain}-{number}" for number in itertools.count(2))
+        part = next(text for text in itertools.chain([plain], numbered) if text.casefold() not in taken)
+        taken.add(part.casefold())
+        parts[name] = part
+    return parts
 
 
 def score(samples: Sequence[Sample]) -> dict[str, float]:
@@ -76,56 +91,10 @@ def _loss(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """Mean per token of values per row, and its standard error with rows as clusters.
-
-    The tokens of a row are not independent of each other: the error is that of a ratio of two sums over rows, to first
-    order (Cochran, Sampling Techniques, section 2.11).
-    """
-    total = sum(weights)
-    center = sum(value * weight for value, weight in zip(values, weights, strict=True)) / total
-    spread = sum((weight * (value - center)) ** 2 for value, weight in zip(values, weights, strict=True))
-    return center, math.sqrt(spread) / total
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean."""
-    return sum(values) / len(values)
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean, from the sample's own spread; 0 for a single value."""
-    if len(values) < 2:
-        return 0.0
-    center = mean(values)
-    return math.sqrt(sum((value - center) ** 2 for value in values) / (len(values) - 1) / len(values))
-
-
-def rate_error(values: Sequence[float]) -> float:
-    """Standard error of a rate of zeros and ones, from two more of each.
-
-    The sample's own spread would be none when all are right, as if the next could not be wrong (Agresti & Coull, 1998).
-    """
-    count = len(values) + 4
-    rate = (sum(values) + 2) / count
-    return math.sqrt(rate * (1 - rate) / count)
-
-
-def paired_rate_error(differences: Sequence[float]) -> float:
-    """Standard error of a rate's change on the same rows, from one more row of either change (Bonett & Price, 2012).
-
-    Args:
-        differences: 1, 0 or -1 per row.
-    """
-    count = len(differences) + 2
-    gained, lost = ((sum(value == sign for value in differences) + 1) / count for sign in (1, -1))
-    return math.sqrt((gained + lost - (gained - lost) ** 2) / count)
-
-
 def _deltas(base: Sequence[Sample], tuned: Sequence[Sample]) -> Mapping[str, float]:
     """Tuned less base, from row-by-row differences: both share what makes a row hard, so that the error is smaller."""
     deltas: dict[str, float] = {}
-    for name in ("exact_match", "rougeL", "prefers_chosen", "format_ok", "loss"):
+    for name in (*MEANS, "loss"):
         pairs = [
             (float(after) - float(before), one.num_tokens)
             for one, other in zip(base, tuned, strict=True)

@@ -13,7 +13,7 @@ from finemill.artifacts.evaluation import Sample
 from finemill.artifacts.files import REPORT_PAGE, REPORT_TEXT
 from finemill.components.eval.chart import training_chart
 from finemill.components.eval.config import EvalConfig
-from finemill.components.eval.metrics import metric_part, sources
+from finemill.components.eval.metrics import metric_parts, sources
 from finemill.runtime.context import StepContext
 
 _MINUS = "\N{MINUS SIGN}"
@@ -36,6 +36,8 @@ MEASURES = (
     Measure("exact_match", "Exact match", "final answer equals the expected one", as_percent=True),
     Measure("cut_off_rate", "Cut off", "no answer before the longest length", as_percent=True, lower_is_better=True),
     Measure("rougeL", "ROUGE-L", "overlap with the reference, where there is no single right answer", as_percent=True),
+    Measure("bleu", "BLEU", "mean of the rows' own, on the same rows", as_percent=True),
+    Measure("chrf", "chrF", "overlap of characters, on the same rows", as_percent=True),
     Measure(
         "preference_accuracy", "Preference accuracy", "chosen answer likelier than the rejected one", as_percent=True
     ),
@@ -82,7 +84,7 @@ def write_reports(
         title=_title(context),
         metrics=metrics,
         rows=headline_rows(metrics),
-        by_source=[(source, headline_rows(metrics, f"{metric_part(source)}/")) for source in sources(base)],
+        by_source=[(name, headline_rows(metrics, f"{part}/")) for name, part in metric_parts(sources(base)).items()],
         chart=training_chart(training) if training else None,
         samples=[_shown_sample(one, other) for one, other in shown],
         num_rows=len(base),

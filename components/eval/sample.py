@@ -1,15 +1,14 @@
 """One model's answer to one held-out row, scored."""
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 from finemill.artifacts.dataset import HeldOutRow
 from finemill.artifacts.evaluation import Sample
 from finemill.artifacts.metrics import ModelName
 from finemill.metrics.maths import judge
+from finemill.metrics.text import bleu, chrf, rouge_scores
 from finemill.models.generation import Answer
-from finemill.rows.answers import THINK_CLOSE, THINK_OPEN, inside_thinking, with_opening
+from finemill.rows.answers import THINK_CLOSE, THINK_OPEN, after_thinking, with_opening
 
 
 def score_answer(
@@ -31,7 +30,8 @@ def score_answer(
     reference = _without_stop(row.completion, stops)
     text, right_text = (with_opening(row.prompt, said) for said in (answer.text, reference))
     verdict = judge(row.answer, text, finished=answer.finished) if row.answer is not None else None
-    rouge = {} if verdict else rouge_scores(_after_thinking(right_text), _after_thinking(text))
+    texts = None if verdict else (after_thinking(right_text), after_thinking(text))
+    rouge = rouge_scores(*texts) if texts else {}
     return Sample(
         id=row.id,
         source=row.source,
@@ -45,6 +45,8 @@ def score_answer(
         rouge1=rouge.get("rouge1"),
         rouge2=rouge.get("rouge2"),
         rougeL=rouge.get("rougeL"),
+        bleu=bleu(*texts) if texts else None,
+        chrf=chrf(*texts) if texts else None,
         loss=loss[0] / loss[1] if loss[1] else None,
         num_tokens=loss[1],
         num_generated_tokens=answer.num_tokens,
@@ -66,26 +68,9 @@ def _well_formed(text: str, *, thinks: bool) -> bool:
     blocks = int(thinks)
     if (text.count(THINK_OPEN), text.count(THINK_CLOSE)) != (blocks, blocks):
         return False
-    return bool(_after_thinking(text)) and text.find(THINK_OPEN) <= text.find(THINK_CLOSE)
-
-
-def _after_thinking(text: str) -> str:
-    return "" if inside_thinking(text) else text.rpartition(THINK_CLOSE)[2].strip()
+    return bool(after_thinking(text)) and text.find(THINK_OPEN) <= text.find(THINK_CLOSE)
 
 
 def _without_stop(text: str, stops: Sequence[str]) -> str:
     text = text.rstrip("\n")
     return next((text.removesuffix(stop) for stop in stops if text.endswith(stop)), text)
-
-
-def rouge_scores(reference: str, completion: str) -> dict[str, float]:
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L, without stemming (Lin, 2004)."""
-    scores = _rouge_scorer().score(reference, completion)
-    return {name: float(score.fmeasure) for name, score in scores.items()}
-
-
-@cache
-def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)

@@ -22,6 +22,7 @@ _GROUPS = {
         "gc": ("Delete artifacts that no registered version was made from.", "gc"),
     },
     "schemas and measurements": {
+        "score": ("Score predictions that exist already, without a model.", "score"),
         "schema": ("Print the JSON schema of a step's or pipeline's configuration.", "schema"),
         "estimate": ("Predict memory and speed of a training step.", "bench"),
         "bench": ("Time kernels or a whole training step on a GPU.", "bench"),

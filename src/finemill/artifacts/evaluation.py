@@ -35,6 +35,9 @@ class SampleScores:
     without a known answer: where the text itself is what was asked for."""
     rouge2: float | None = None
     rougeL: float | None = None  # noqa: N815 the metric's name
+    bleu: float | None = None
+    """Sentence BLEU, and chrF of characters, on the same rows."""
+    chrf: float | None = None
     loss: float | None = None
     """Mean negative log-likelihood of the reference's assistant tokens, nats."""
     num_tokens: int

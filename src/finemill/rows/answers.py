@@ -65,6 +65,11 @@ def inside_thinking(text: str) -> bool:
     return text.rfind(THINK_OPEN) > text.rfind(THINK_CLOSE)
 
 
+def after_thinking(text: str) -> str:
+    """What `text` says after its thinking block, without outer white space; "" where it ends inside the block."""
+    return "" if inside_thinking(text) else text.rpartition(THINK_CLOSE)[2].strip()
+
+
 def with_opening(prompt: str, answer: str) -> str:
     """`answer` with the mark that opens its thinking, which some templates put at the end of the prompt."""
     opened = prompt.rstrip().endswith(THINK_OPEN) and not answer.lstrip().startswith(THINK_OPEN)

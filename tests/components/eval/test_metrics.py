@@ -8,14 +8,10 @@ from finemill.artifacts.dataset import HeldOutRow
 from finemill.artifacts.evaluation import Sample
 from finemill.artifacts.metrics import ModelName
 from finemill.components.eval.metrics import (
-    metric_part,
-    paired_rate_error,
-    rate_error,
-    standard_error,
+    metric_parts,
     summarize,
-    weighted_mean,
 )
-from finemill.components.eval.sample import rouge_scores, score_answer
+from finemill.components.eval.sample import score_answer
 from finemill.models.generation import Answer
 
 STOPS = ["<|im_end|>"]
@@ -69,11 +65,6 @@ def test_a_preference_is_a_matter_of_likelihood_per_token() -> None:
     assert "eval/base/preference_accuracy" not in summarize([preference[2]], [preference[2]])
 
 
-def test_rouge_l_follows_the_longest_common_subsequence() -> None:
-    # Common subsequence "police the" or "the gunman", 2 of 4 words on both sides.
-    assert rouge_scores("police killed the gunman", "the gunman killed police")["rougeL"] == pytest.approx(0.5)
-
-
 def test_rouge_leaves_thinking_out() -> None:
     reference = row(None, "<think>\n\n</think>\n\ngood morning<|im_end|>")
     assert scored("<think>\nnothing of it\n</think>\n\ngood morning", reference).rougeL == 1.0
@@ -107,24 +98,6 @@ def test_loss_is_the_mean_over_tokens_and_perplexity_its_exponential() -> None:
     assert metrics["eval/delta/loss"] == 0.0
 
 
-def test_weighted_mean_with_equal_weights_has_the_usual_error() -> None:
-    center, error = weighted_mean([1.0, 2.0, 3.0], [5, 5, 5])
-    assert center == 2.0
-    assert error == pytest.approx(math.sqrt(2) / 3)
-
-
-def test_standard_error_of_a_mean() -> None:
-    assert standard_error([1, 0, 0, 1]) == pytest.approx(math.sqrt(1 / 3 / 4))
-    assert standard_error([1]) == 0.0
-
-
-def test_a_perfect_rate_is_not_certain() -> None:
-    # Ten of ten: as if 12 of 14.
-    assert rate_error([1] * 10) == pytest.approx(math.sqrt(12 / 14 * 2 / 14 / 14))
-    # All eight gained: as if nine of ten, and one lost.
-    assert paired_rate_error([1] * 8) == pytest.approx(math.sqrt((1.0 - 0.8**2) / 10))
-
-
 def test_fixed_and_broken_count_problems_of_which_one_model_is_right() -> None:
     base = [sample("base", right) for right in (False, False, False, True, None)]
     tuned = [sample("tuned", right) for right in (True, True, False, False, None)]
@@ -143,7 +116,22 @@ def test_each_source_has_metrics_of_its_own() -> None:
     assert metrics["eval/base/example_math/exact_match"] == 1.0
     assert metrics["eval/base/other_data/exact_match"] == 0.0
     assert metrics["eval/base/exact_match"] == 0.5
-    assert metric_part("hf://org/name") == "hf_org_name"
+    assert metric_parts(["hf://org/name"]) == {"hf://org/name": "hf_org_name"}
+
+
+def test_sources_stay_apart_whatever_their_script() -> None:
+    names = ["\u6570\u636e", "\u8d44\u6599", "\u0926\u093f", "a/b", "a b", "A_B", "..", "", "x" * 300]
+    parts = metric_parts(names)
+    assert len({part.casefold() for part in parts.values()}) == len(names)
+    assert parts["\u6570\u636e"] == "\u6570\u636e"
+    assert (parts["a/b"], parts["a b"], parts["A_B"]) == ("a_b", "a_b-2", "A_B-3")
+    samples = [sample("base", True, source=name) for name in names]
+    metrics = summarize(samples, samples)
+    assert sum(name.endswith("/exact_match") for name in metrics) == 2 * (len(names) + 1) + 1
+    from mlflow.utils.validation import _validate_metric_name
+
+    for name in metrics:
+        _validate_metric_name(name)
 
 
 def test_metrics_are_finite_whatever_the_model_does() -> None:

@@ -1,0 +1,81 @@
+"""Choices and labels: which of the known ones a text gives, accuracy per row, and the F1 of all rows."""
+
+import re
+from collections.abc import Sequence
+
+from finemill.rows.answers import after_thinking, find_answer
+from finemill.rows.formulas import tidy
+
+_LETTER = re.compile(r"\(?([A-Za-z])(?:\)|[.:)](?=\s|$)|$)")
+
+
+def read_label(text: str, labels: Sequence[str]) -> str | None:
+    """The one of `labels` that `text` gives as its answer, without regard to case; None if it gives none or several.
+
+    Looked for in the final answer, then at the start; otherwise it is the only label that occurs as a word.
+    """
+    by_name = {_plain(label): label for label in labels}
+    found = find_answer(text)
+    body = _plain(after_thinking(text))
+    for said in (_plain(found.text), body) if found else (body,):
+        letter = _LETTER.match(said)
+        for name in (said, letter[1] if letter else said):
+            if name in by_name:
+                return by_name[name]
+    # A letter alone is as often an article or a name as a choice.
+    words = [name for name in by_name if len(name) > 1 and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", body)]
+    longest = [name for name in words if not any(name != other and name in other for other in words)]
+    return by_name[longest[0]] if len(longest) == 1 else None
+
+
+def _plain(text: str) -> str:
+    inner = re.fullmatch(r"\(\s*(.*?)\s*\)", tidy(text), re.DOTALL)
+    return (inner[1] if inner else tidy(text)).casefold().strip(" .*_\"'`")
+
+
+def macro_f1(gold: Sequence[str], said: Sequence[str | None]) -> float:
+    """Mean over the labels in `gold` of the F1 of each: 2 hits / (times right + times said)."""
+    return sum(_f1(*counts) for counts in _counts(gold, said).values()) / len(set(gold))
+
+
+def macro_f1_rows(gold: Sequence[str], said: Sequence[str | None]) -> list[float]:
+    """A value per row whose mean estimates the macro F1 and whose spread its standard error.
+
+    F1 is no mean over rows. These are the jackknife's pseudo-values, n F1 - (n - 1) F1 without the row (Efron &
+    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11): with them it is compared like any other metric.
+    """
+    counts = _counts(gold, said)
+    total, size = macro_f1(gold, said), len(gold)
+    if size < 2:
+        return [total] * size
+    scores = {label: _f1(*count) for label, count in counts.items()}
+    values = []
+    for right, other in zip(gold, said, strict=True):
+        changed = {label for label in (right, other) if label in counts}
+        left_out = dict(scores)
+        for label in changed:
+            hits, golds, saids = counts[label]
+            hit, is_gold, is_said = right == other == label, right == label, other == label
+            left_out[label] = _f1(hits - hit, golds - is_gold, saids - is_said)
+        if counts[right][1] == 1:
+            del left_out[right]
+        without = sum(left_out.values()) / len(left_out) if left_out else total
+        values.append(size * total - (size - 1) * without)
+    return values
+
+
+def _counts(gold: Sequence[str], said: Sequence[str | None]) -> dict[str, tuple[int, int, int]]:
+    """Per label: hits, times right, times said."""
+    pairs = list(zip(gold, said, strict=True))
+    return {
+        label: (
+            sum(right == other == label for right, other in pairs),
+            sum(right == label for right, _ in pairs),
+            sum(other == label for _, other in pairs),
+        )
+        for label in sorted(set(gold))
+    }
+
+
+def _f1(hits: int, golds: int, saids: int) -> float:
+    return 2 * hits / (golds + saids) if golds + saids else 0.0

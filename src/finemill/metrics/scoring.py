@@ -1,0 +1,193 @@
+"""Predictions that exist already, scored row by row by any of the metrics, and the means of the scores."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finemill.errors import UserError
+from finemill.metrics.choices import macro_f1, macro_f1_rows, read_label
+from finemill.metrics.maths import judge
+from finemill.metrics.rules import keeps_pattern, keeps_schema, read_schema
+from finemill.metrics.statistics import mean, rate_error, standard_error
+from finemill.metrics.text import bleu, chrf, rouge_scores
+from finemill.metrics.tool_calls import read_tool_calls, score_tool_calls
+from finemill.rows.answers import after_thinking, find_answer, with_opening
+
+Value = float | bool | str | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A row to score."""
+
+    line: int
+    prediction: str
+    reference: str | None = None
+    source: str | None = None
+    prompt: str = ""
+    """The rendered prompt, for templates that open the thinking block."""
+    finished: bool = True
+    """Whether the model ended its turn; False for an answer that was cut."""
+    schema: str | None = None
+    pattern: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The prediction with its thinking block, whichever side opened it."""
+        return with_opening(self.prompt, self.prediction)
+
+    @property
+    def gold(self) -> str:
+        """Raises: UserError: there is no reference."""
+        if self.reference is None:
+            raise UserError(f"line {self.line} has no `reference`, which this metric compares with")
+        return self.reference
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of one score over `rows` rows, and its standard error."""
+
+    mean: float
+    stderr: float
+    rows: int
+
+
+def read_predictions(lines: Iterable[str], where: str) -> list[Prediction]:
+    """Parse JSON lines: `prediction`, and if given `reference`, `source`, `prompt`, `finished`, `schema`, `pattern`.
+
+    Raises: UserError: a line is no object, or a field has another type; or there is no line.
+    """
+    rows = [_read_line(line, number, where) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise UserError(f"{where} holds no rows: write a JSON object with `prediction` and `reference` per line")
+    return rows
+
+
+def _read_line(line: str, number: int, where: str) -> Prediction:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}, line {number} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}, line {number} holds a {type(record).__name__}; a JSON object per line is needed")
+    if not isinstance(record.get("prediction"), str):
+        found = f"is {json.dumps(record['prediction'])[:40]}" if "prediction" in record else "is missing"
+        raise UserError(f"{where}, line {number}: `prediction` {found}; it is the text that the model wrote")
+    finished = record.get("finished", True)
+    if not isinstance(finished, bool):
+        raise UserError(f"{where}, line {number}: `finished` is {json.dumps(finished)[:40]}; it is true or false")
+    return Prediction(
+        number,
+        record["prediction"],
+        reference=_as_text(record.get("reference")),
+        source=_as_text(record.get("source")),
+        prompt=_as_text(record.get("prompt")) or "",
+        finished=finished,
+        schema=_as_text(record.get("schema")),
+        pattern=_as_text(record.get("pattern")),
+    )
+
+
+def _as_text(value: Any) -> str | None:
+    """Text as it is, None as None, anything else, a number or a list of tool calls, as JSON."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _maths(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
+    scores: list[dict[str, Value]] = []
+    for row in rows:
+        worked = find_answer(row.gold) if "####" in row.gold or "\\boxed" in row.gold else None
+        verdict = judge(worked.text if worked else row.gold, row.text, finished=row.finished)
+        right, cut = verdict.outcome == "right", verdict.outcome == "cut_off"
+        scores.append(
+            {"exact_match": right, "cut_off": cut, "outcome": verdict.outcome, "final_answer": verdict.final_answer}
+        )
+    return scores
+
+
+def _rouge(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
+    return [dict(rouge_scores(after_thinking(row.gold), after_thinking(row.text))) for row in rows]
+
+
+def _bleu(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
+    return [{"bleu": bleu(after_thinking(row.gold), after_thinking(row.text))} for row in rows]
+
+
+def _chrf(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
+    return [{"chrf": chrf(after_thinking(row.gold), after_thinking(row.text))} for row in rows]
+
+
+def _choice(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
+    labels = sorted({row.gold for row in rows})
+    found = [read_label(row.text, labels) if row.finished else None for row in rows]
+    return [{"accuracy": label == row.gold, "label": label} for row, label in zip(rows, found, strict=True)]
+
+
+def _json(rows: Sequence[Prediction], schema: str | None) -> list[dict[str, Value]]:
+    return [{"json_ok": row.finished and keeps_schema(row.text, row.schema or schema or "{}")} for row in rows]
+
+
+def _regex(rows: Sequence[Prediction], pattern: str | None) -> list[dict[str, Value]]:
+    scores: list[dict[str, Value]] = []
+    for row in rows:
+        rule = row.pattern or pattern
+        if rule is None:
+            raise UserError(f"line {row.line} has no `pattern`: give one per line, or --pattern for all")
+        scores.append({"regex_ok": row.finished and keeps_pattern(row.text, rule)})
+    return scores
+
+
+def _tools(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
+    found = [score_tool_calls(read_tool_calls(row.gold), read_tool_calls(row.text)) for row in rows]
+    return [
+        {"tool_names": one.names, "tool_arguments": one.arguments, "tool_order": one.order, "tool_calls": one.exact}
+        for one in found
+    ]
+
+
+METRICS = ("maths", "rouge", "bleu", "chrf", "choice", "json", "regex", "tools")
+
+
+def score_predictions(
+    rows: Sequence[Prediction], metrics: Sequence[str], *, schema: str | None = None, pattern: str | None = None
+) -> list[dict[str, Value]]:
+    """The scores of each row by name: rates as true and false, shares as 0 to 1, texts beside them.
+
+    Args:
+        metrics: of `METRICS`.
+        schema: JSON schema for rows without one of their own; any JSON if there is none at all.
+        pattern: regular expression, likewise.
+    Raises: UserError: an unknown metric, a row without what a metric needs, a schema or pattern that is none.
+    """
+    functions: Mapping[str, Callable[[], list[dict[str, Value]]]] = {
+        "maths": lambda: _maths(rows),
+        "rouge": lambda: _rouge(rows),
+        "bleu": lambda: _bleu(rows),
+        "chrf": lambda: _chrf(rows),
+        "choice": lambda: _choice(rows),
+        "json": lambda: _json(rows, read_schema(schema) if schema else None),
+        "regex": lambda: _regex(rows, pattern),
+        "tools": lambda: _tools(rows),
+    }
+    unknown = [name for name in metrics if name not in functions]
+    if unknown or not metrics:
+        raise UserError(f"unknown metric '{', '.join(unknown)}'; the metrics are {', '.join(METRICS)}")
+    columns = [functions[name]() for name in dict.fromkeys(metrics)]
+    return [{name: value for part in parts for name, value in part.items()} for parts in zip(*columns, strict=True)]
+
+
+def means(rows: Sequence[Prediction], scores: Sequence[Mapping[str, Value]]) -> dict[str, Mean]:
+    """The mean of every number among the scores of some rows, and the macro F1 of the labels if there are some."""
+    found: dict[str, Mean] = {}
+    for name in scores[0] if scores else ():
+        values = [row[name] for row in scores]
+        numbers = [float(value) for value in values if isinstance(value, bool | float)]
+        if len(numbers) == len(values):
+            error = rate_error if all(isinstance(value, bool) for value in values) else standard_error
+            found[name] = Mean(mean(numbers), error(numbers), len(numbers))
+    if "accuracy" in found:
+        labels = [row.gold for row in rows], [_as_text(score["label"]) for score in scores]
+        found["macro_f1"] = Mean(macro_f1(*labels), standard_error(macro_f1_rows(*labels)), len(rows))
+    return found
