@@ -65,6 +65,8 @@ def test_a_piece_of_an_answer_is_not_the_answer(text: str, answer: str) -> None:
         ("Answer: Natalia sold 48/2 = 24 clips in May. Natalia sold 48+24 = 72", "72"),
         ("#### Step 2\nWe add.\n#### 5. Conclusion\nThe total is 42", "42"),
         ("#### Final answer\n42", "42"),
+        ("#### The total is 42", "42"),
+        ("(2 red + 2 new) / 10 balloons = 40%", "40%"),
         ("\u7b54\u6848\u662f\uff15\u4e2a", "5"),
         ("- 5 apples", "5"),
         ("The answer is B because 5 > 3", "B"),

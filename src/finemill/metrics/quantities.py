@@ -73,6 +73,8 @@ _CURRENCY = re.compile("(?P<sign>[-+]?)\\s*(?:\\\\?(?P<dollar>\\$)|(?P<other>[\u
 _NUMERIC = re.compile(r"(?:\\(?:frac|times|cdot|div)(?![A-Za-z])|[-+*/^().{}\d\s]|(?<=[\d)}])\s*x\s*(?=\d))+")
 _SCIENTIFIC = re.compile(r"(?P<mantissa>[-+]?(?:\d+\.?\d*|\.\d+))[eE](?P<exponent>[-+]?\d+)")
 _GROUPED = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?: \d{3})+(?![\d/]| ?\d)")
+# A word after a slash is a unit, a letter or two may be variables.
+_PER = re.compile(r"^\s*/\s*(?=[A-Za-z]{3})")
 _TOKEN = re.compile(r"\s*(?:(?P<number>\d+\.?\d*|\.\d+)|(?P<sign>[-+*/^()]))")
 
 
@@ -110,7 +112,7 @@ def read_quantity(answer: str) -> Quantity | None:
     numeric = _NUMERIC.match(plain)
     if not numeric:
         return None
-    end = len(numeric[0].rstrip())
+    end = len(numeric[0].rstrip().removesuffix("/"))
     return _with_unit(_value(plain[:end]), plain[end:], wrapped=False)
 
 
@@ -133,7 +135,7 @@ def _with_unit(value: Fraction | None, text: str, *, wrapped: bool) -> Quantity 
     if value is None:
         return None
     apart = text.startswith(" ")
-    text = text.strip().strip(".").strip()
+    text = _PER.sub("per ", text).strip().strip(".").strip()
     if not text:
         return Quantity(value)
     if re.match(r"\^?\s*\{?\s*\\circ", text):
@@ -144,12 +146,13 @@ def _with_unit(value: Fraction | None, text: str, *, wrapped: bool) -> Quantity 
     if not re.fullmatch(r"[A-Za-z][A-Za-z\s.,/'-]*(?:\^\{?[23]\}?)?", text):
         return None
     words = re.sub(r"\^\{?([23])\}?", r" ^\1", text.replace("/", " per ").replace(".", "").replace(",", " ")).split()
+    words = words[:-1] if words[-1:] == ["per"] else words
     while words and words[0].lower().rstrip("s") in MAGNITUDES:
         value *= MAGNITUDES[words.pop(0).lower().rstrip("s")]
     lowered = [word.lower() for word in words]
-    if len(words) > _MOST_UNIT_WORDS or set(lowered) & _NO_UNIT or lowered[:1] in (["squared"], ["cubed"], ["per"]):
+    if len(words) > _MOST_UNIT_WORDS or set(lowered) & _NO_UNIT or lowered[:1] in (["squared"], ["cubed"]):
         return None
-    short = [word for word in lowered if len(word) <= 3 and word not in UNITS and not word.startswith("^")]
+    short = [word for word in lowered if len(word) <= 3 and word not in UNITS | {"in"} and not word.startswith("^")]
     if lowered and not wrapped and len(lowered[0]) <= 3 and lowered[0] in short:
         return None
     certain = wrapped or apart or not lowered or len(lowered[0]) > 1

@@ -83,14 +83,14 @@ def _unclosed_box(text: str) -> bool:
 def _marked(text: str) -> FinalAnswer | None:
     """The last explicit answer: what directly follows a mark, or a heading of GSM8K's form."""
     found: list[tuple[int, str]] = []
-    headings = list(_HEADING.finditer(text))
-    for heading in headings:
+    for heading in _HEADING.finditer(text):
         last = not text[heading.end() :].strip()
         content = strip_delimiters(heading["rest"])
         span = _formula_at_start(content)
-        whole = span is not None and not content[span.end :].strip(" .*")
-        if whole or (last and not _MARK.search(content)):
-            found.append((heading.start(), content if not span or whole else content[span.start :].rstrip(" .*")))
+        if span and (last or not content[span.end :].strip(" .*")):
+            found.append((heading.start(), content[span.start :].rstrip(" .*")))
+        elif last and not _MARK.search(content) and len(content.split()) <= _MOST_WORDS and not list(formulas(content)):
+            found.append((heading.start(), content))
     for mark in _MARK.finditer(text):
         said = _after_mark(text[mark.end() :])
         if said:

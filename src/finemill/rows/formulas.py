@@ -8,7 +8,7 @@ from finemill.rows.characters import plain_characters
 
 UNITS = frozenset(
     """percent percentage degree degrees dollar dollars cent cents euro euros pound pounds yuan yen rupee rupees usd eur
-    cm mm m km dm um nm inch inches in ft feet foot yd yard yards mile miles mi g kg mg gram grams kilogram kilograms
+    cm mm m km dm um nm inch inches ft feet foot yd yard yards mile miles mi g kg mg gram grams kilogram kilograms
     lb lbs oz ounce ounces ton tons l ml liter liters litre litres gallon gallons cup cups s ms sec secs second seconds
     min mins minute minutes h hr hrs hour hours day days week weeks month months year years mph kph hz khz mhz ghz
     kb mb gb tb n j kj w kw v a k mol pa kpa meter meters metre metres kilometer kilometers kilometre kilometres
@@ -251,7 +251,7 @@ def _is_loose_start(text: str, run: Sequence[_Token]) -> bool:
         sign = first.text in ("-", "+", "\\pm") and len(run) > 1 and first.end == run[1].start
         return not sign or before.isalnum()
     if first.kind == "bracket":
-        return _is_opening(first) and not _closes(run)
+        return not _is_opening(first) or not _closes(run)
     return first.kind in ("delimiter", "join", "word", "unit")
 
 
