@@ -50,9 +50,4 @@ class TrainDPOConfig(LoRATrainingConfig):
             )
         if self.loss_type == "exo_pair" and not self.label_smoothing:
             raise ValueError("loss_type 'exo_pair' needs a label_smoothing above 0: its paper recommends 1e-3")
-        if "lm_head" in self.target_modules:
-            raise ValueError(
-                "target_modules has lm_head, whose adapter TRL's DPO loss would pass by: name other layers, or use "
-                "'all-linear', which leaves it out"
-            )
         return self

@@ -10,7 +10,7 @@ from trl import DPOConfig, DPOTrainer
 from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_dpo.rows import load_pairs
 from finemill.runtime.context import StepContext
-from finemill.training.adapter import keep_adapters_in_float32, lora_config
+from finemill.training.adapter import check_target_modules, keep_adapters_in_float32, lora_config
 from finemill.training.quantized_base import load_base
 from finemill.training.trainer import cap_memory, choose_device, run_training, shared_arguments
 
@@ -25,6 +25,7 @@ def run(
     Raises: UserError: no preferences, a loss that is not finite, a checkpoint of another training.
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
     """
+    check_target_modules(base_model, config)
     device = choose_device()
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
 

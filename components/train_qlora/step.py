@@ -13,7 +13,7 @@ from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.rows import load_rows
 from finemill.errors import UserError
 from finemill.runtime.context import StepContext
-from finemill.training.adapter import keep_adapters_in_float32, lora_config
+from finemill.training.adapter import check_target_modules, keep_adapters_in_float32, lora_config
 from finemill.training.memory import must_stream
 from finemill.training.quantized_base import compute_dtype, load_base
 from finemill.training.trainer import cap_memory, choose_device, memory_limit, run_training, shared_arguments
@@ -28,6 +28,7 @@ def run(
     Raises: UserError: unusable rows, a loss that is not finite, a checkpoint of another training.
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
     """
+    check_target_modules(base_model, config)
     device = choose_device()
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
 

@@ -40,6 +40,9 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
         if item["type"] == "extra_forbidden":
             allowed = ", ".join(sorted(_fields_at(model, item["loc"][:-1])))
             problems.append(f"unknown key '{key}' (allowed: {allowed})")
+        elif item["type"] == "value_error":
+            # A rule of our own: its message names fields and values.
+            problems.append((f"'{key}': " if item["loc"] else "") + str(item["ctx"]["error"]))
         else:
             found = "" if item["type"] == "missing" else f" (found {item['input']!r:.80})"
             problems.append(f"'{key}': {item['msg']}{found}")

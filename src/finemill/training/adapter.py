@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedTokenizerBase, Trainer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 
 from finemill.artifacts.adapter import TrainingRecord, write_training
+from finemill.errors import UserError
 from finemill.models.base.resolve import ResolvedBase
 from finemill.training.config import LoRATrainingConfig
 
@@ -21,6 +24,29 @@ def lora_config(config: LoRATrainingConfig) -> LoraConfig:
         use_rslora=config.use_rslora,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
+
+
+def check_target_modules(base_model: Path, config: LoRATrainingConfig) -> None:
+    """Compare the named layers with those of the model in `base_model`, without its weights.
+
+    Raises: UserError: a name that fits no layer, or one that takes no adapter. PEFT passes by a name that fits nothing
+        as long as another one fits something.
+    """
+    if config.target_modules == "all-linear":
+        return
+    description = AutoConfig.from_pretrained(base_model, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(description)
+    layers = {
+        name: isinstance(module, nn.Linear | nn.Embedding) and module is not model.get_output_embeddings()
+        for name, module in model.named_modules()
+    }
+    for target in config.target_modules:
+        fitting = [takes for name, takes in layers.items() if name == target or name.endswith(f".{target}")]
+        if not fitting or not all(fitting):
+            problem = "is no layer that takes an adapter" if fitting else "fits no layer"
+            there = dict.fromkeys(name.rpartition(".")[2] for name, takes in layers.items() if takes)
+            raise UserError(f"target_modules: '{target}' {problem} of the base model; there are {', '.join(there)}")
 
 
 def keep_adapters_in_float32(model: PeftModel) -> None:

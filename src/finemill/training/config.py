@@ -110,6 +110,12 @@ class LoRATrainingConfig(StepConfig):
     def _has_targets(self) -> Self:
         if self.target_modules == ():
             raise ValueError("target_modules is empty: name at least one linear layer or use 'all-linear'")
+        names = () if self.target_modules == "all-linear" else self.target_modules
+        if any(name.rpartition(".")[2] == "lm_head" for name in names):
+            raise ValueError(
+                "target_modules has lm_head, whose adapter TRL's losses would pass by: name other layers, or use "
+                "'all-linear', which leaves it out"
+            )
         return self
 
 

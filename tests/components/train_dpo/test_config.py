@@ -13,7 +13,7 @@ from finemill.errors import UserError
         ({"label_smoothing": 0.1}, "acts with loss_type robust or exo_pair only, not with 'sigmoid'"),
         ({"loss_type": "robust", "label_smoothing": 0.5}, "'label_smoothing': .*less than 0.5"),
         ({"loss_type": "exo_pair"}, "needs a label_smoothing above 0"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "TRL's DPO loss would pass by"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "TRL's losses would pass by"),
         ({"target_modules": []}, "target_modules is empty"),
     ],
 )

@@ -23,6 +23,7 @@ def test_how_it_is_checkpointed_does_not_change_where_output_and_checkpoints_are
         ({"lora_r": 0}, "'lora_r': .*greater than 0"),
         ({"packing": True, "train_sampling_strategy": "group_by_length"}, "use 'random' or turn packing off"),
         ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "TRL's losses would pass by"),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_line(values: dict[str, object], message: str) -> None:

@@ -1,0 +1,52 @@
+from typing import Self
+
+import pytest
+from pydantic import field_validator, model_validator
+
+from finemill.config import StepConfig, parse_config
+from finemill.errors import UserError
+
+
+class Layer(StepConfig):
+    rank: int = 1
+
+
+class Config(StepConfig):
+    low: int = 0
+    high: int = 9
+    layer: Layer = Layer()
+
+    @field_validator("low")
+    @classmethod
+    def _is_even(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError("low is odd: give an even number")
+        return value
+
+    @model_validator(mode="after")
+    def _has_order(self) -> Self:
+        if self.low > self.high:
+            raise ValueError("low is above high: lower it")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"layer": {"rang": 1}}, "c.yaml: unknown key 'layer.rang' (allowed: rank)"),
+        (
+            {"high": "x"},
+            "c.yaml: 'high': Input should be a valid integer, unable to parse string as an integer (found 'x')",
+        ),
+        ({"low": 1}, "c.yaml: 'low': low is odd: give an even number"),
+        ({"low": 12}, "c.yaml: low is above high: lower it"),
+        (
+            {"low": 1, "size": 1},
+            "c.yaml: 'low': low is odd: give an even number; unknown key 'size' (allowed: high, layer, low)",
+        ),
+    ],
+)
+def test_every_problem_is_named_with_key_value_and_way_out(values: dict[str, object], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_config(Config, values, "c.yaml")
+    assert str(error.value) == line
