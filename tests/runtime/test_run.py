@@ -43,6 +43,18 @@ def test_same_call_again_is_reused(store: str, config: dict[str, object]) -> Non
     assert manifest.config["sources"] == [{**manifest.config["sources"][0], "uri": config["sources"][0]["uri"]}]  # type: ignore[index]
 
 
+def test_an_input_of_another_kind_is_refused_before_anything_is_read(
+    folder_store: str, config: dict[str, object]
+) -> None:
+    rows = run_step("data-prep", store=folder_store, inputs={}, config=config).reference
+    base = {"base_model": "builtin:tiny-qwen3"}
+    expected = r"input dataset: .* is of the kind 'rows', not 'dataset': pass the reference that chat-format printed"
+    with pytest.raises(UserError, match=expected):
+        run_step("train-qlora", store=folder_store, inputs={**base, "dataset": str(rows)}, config={})
+    with pytest.raises(UserError, match="'adapter': pass the reference that train-qlora or train-dpo printed"):
+        run_step("merge", store=folder_store, inputs={**base, "adapter": str(rows)}, config={})
+
+
 def test_other_config_and_changed_data_give_another_output(folder_store: str, config: dict[str, object]) -> None:
     first = run_step("data-prep", store=folder_store, inputs={}, config=config)
     other = run_step("data-prep", store=folder_store, inputs={}, config={**config, "seed": 1})

@@ -21,7 +21,7 @@ from finemill.config import StepConfig, parse_config
 from finemill.errors import UserError
 from finemill.models.base.pin import pin_base_model
 from finemill.models.base.resolve import base_digest, resolve_base_model
-from finemill.runtime.catalog import Step, get_step
+from finemill.runtime.catalog import STEPS, Step, get_step
 from finemill.runtime.code_version import producer
 from finemill.runtime.context import Checkpoints, Recorder, StepContext, Unheard
 from finemill.runtime.failure import describe, explained
@@ -160,10 +160,22 @@ def _resolve(
     store, made_by = normalize_uri(store), producer(step)
     if BASE_MODEL in inputs:
         inputs = {**inputs, BASE_MODEL: pin_base_model(inputs[BASE_MODEL], store, run_id, made_by)}
-    manifests = {port: read_artifact(Reference.parse(value)) for port, value in inputs.items() if port != BASE_MODEL}
+    manifests = {port: _read_input(step, port, value) for port, value in inputs.items() if port != BASE_MODEL}
     state = dict(step.state(inputs, parsed)) if step.state else {}
     key = _output_key(made_by, parsed, _input_digests(step, inputs, manifests), state)
     return _Call(step, store, dict(inputs), parsed, manifests, state, made_by, key)
+
+
+def _read_input(step: Step, port: str, value: str) -> Manifest:
+    """The manifest of an input. Raises: UserError: none is there, or it is of another kind of artifact."""
+    manifest = read_artifact(Reference.parse(value))
+    if manifest.kind != port:
+        writers = " or ".join(other.name for other in STEPS.values() if other.output == port)
+        raise UserError(
+            f"{step.name}: input {port}: {value} is of the kind '{manifest.kind}', not '{port}': pass the reference "
+            f"that {writers} printed"
+        )
+    return manifest
 
 
 def _find(call: _Call) -> StepResult | None:
