@@ -1,16 +1,13 @@
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finemill.artifacts.manifest import Reference
-from finemill.components.preflight.base_model import inspect_base_model
 from finemill.components.preflight.config import PreflightConfig
 from finemill.components.preflight.step import check_configs, check_registry
 from finemill.errors import TemporaryError, UserError
-from finemill.models.base.resolve import BUILTIN_MODELS
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact
 from tests.tracking.front import registry_front
@@ -91,11 +88,3 @@ def test_a_registry_of_its_own_needs_no_tracking_server(
 
 def test_a_run_that_registers_nothing_asks_for_no_registry() -> None:
     check_registry(check_configs(PreflightConfig(steps={"merge": {}, "eval": {}})))
-
-
-def test_a_base_with_pickled_weights_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "base"
-    shutil.copytree(BUILTIN_MODELS["builtin:tiny-qwen3"], folder)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="needs safetensors weights"):
-        inspect_base_model(str(folder))

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,11 +169,16 @@ def check_model_folder(folder: Path, where: str, part: Part = "model") -> None:
         raise UserError(f"base model '{where}' not found: there is no such folder; give {FORMS}")
     if part != "tokenizer":
         _check_config(folder / "config.json", where)
-    if part == "model" and not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    check_model_files([path.name for path in folder.iterdir()], where, part)
+
+
+def check_model_files(names: Collection[str], where: str, part: Part = "model") -> None:
+    """Raises: UserError: the files of a model's folder lack weights or tokenizer of `part`, or weights are pickled."""
+    if part == "model" and not any(name.endswith(".safetensors") for name in names):
+        pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth")))
         found = f"only {', '.join(pickles)}, which can run code when loaded" if pickles else "none"
         raise UserError(f"base model '{where}' needs safetensors weights, found {found}: convert it to safetensors")
-    if part != "config" and not any((folder / name).is_file() for name in _ANY_TOKENIZER):
+    if part != "config" and not set(_ANY_TOKENIZER) & set(names):
         raise UserError(f"base model '{where}' has no tokenizer: expected one of {', '.join(_ANY_TOKENIZER)}")
 
 
