@@ -6,15 +6,17 @@ STAMP := $(VENV)/.installed
 # uv installs in seconds what takes pip minutes; both read the same constraints.
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
-# Where `make test-cluster` gets a cluster when KUBECONFIG names none, and how `make images` builds.
-FINEMILL_CLUSTER ?= $(wildcard ../shared/cluster/cluster)
+# The program that `make test-cluster` asks for a cluster when KUBECONFIG names none, and how `make images` builds.
+FINEMILL_CLUSTER ?=
 BASE ?= python:3.11-slim-bookworm
 REGISTRY ?= localhost
 BUILD_FLAGS ?=
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/finemill/__init__.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-cluster images check format lint types components golden chart lock clean
+HELM_VERSION := 3.19.5
+
+.PHONY: help install helm run test test-cluster images check format lint types components golden chart lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -26,6 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 install: $(STAMP)  ## install finemill and its tools into .venv
+
+helm: $(STAMP)  ## helm for the chart's tests, if there is none: built from its Go module, which takes minutes once
+	@command -v helm >/dev/null || test -x $(BIN)/helm || GOBIN=$(abspath $(BIN)) go install helm.sh/helm/v3/cmd/helm@v$(HELM_VERSION)
 
 run: $(STAMP)  ## raw rows to a promoted model, with the default config
 	@$(BIN)/finemill run finetune

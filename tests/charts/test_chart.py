@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "finemill"
-CLUSTER_BIN = Path(os.environ.get("CLUSTER_ROOT", Path.home() / ".cache" / "finemill-cluster")) / "bin" / "helm"
-HELM = shutil.which("helm") or (str(CLUSTER_BIN) if CLUSTER_BIN.exists() else None)
-needs_helm = pytest.mark.skipif(HELM is None, reason="helm is not installed")
+# `make helm` builds it beside the tests' Python. Where everything has to be tested, its absence is a failure.
+HELM = shutil.which("helm", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+needs_helm = pytest.mark.skipif(HELM is None and not os.environ.get("CI"), reason="helm is not installed: make helm")
 
 
 def helm(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""Real data sets of every shape through data-prep and chat-format; skipped where they are not beside the repository."""
+"""Real rows of every shape through data-prep and chat-format."""
 
 import json
 from pathlib import Path
@@ -13,24 +13,25 @@ from finemill.models.base.resolve import BUILTIN_MODELS
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact
 
-DATA = Path(__file__).parents[4] / "shared" / "data"
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data sets in ../shared/data")
+DATA = Path(__file__).parents[2] / "data"
 BACKEND = Tokenizer.from_file(str(BUILTIN_MODELS["builtin:tiny-qwen3"] / "tokenizer.json"))
 SETS: dict[str, tuple[str, dict[str, int]]] = {
-    "gsm8k_test.jsonl": ("question_answer", {}),
-    "alpaca_en_demo.json": ("alpaca", {}),
-    "glaive_toolcall_en_demo.json": ("sharegpt", {}),
-    "dpo_en_demo.json": ("preference", {}),
-    "c4_demo.jsonl": ("text", {}),
-    "mt_bench_question.jsonl": ("turns", {"no_answer": 41, "empty_turn": 8}),
+    "gsm8k.jsonl": ("question_answer", {}),
+    "alpaca.json": ("alpaca", {}),
+    "glaive.json": ("sharegpt", {}),
+    "dpo.json": ("preference", {}),
+    "c4.jsonl": ("text", {}),
+    "mt_bench.jsonl": ("turns", {"no_answer": 3, "empty_turn": 1}),
 }
-"""File, shape, and the rows that must be left out: MT-bench has answers to 39 of its questions."""
+"""File, shape, and the rows that must be left out: three of MT-bench's have no answer, and one has half of it."""
 
 
 def run_line(folder: Path, uri: str, **fields: object) -> tuple[Path, Path, dict[str, Any]]:
     """The folders of rows and dataset, and dataset.json."""
     store = folder.as_uri()
-    prepared = run_step("data-prep", store=store, inputs={}, config={"sources": [{"uri": uri}], **fields})
+    # Ten rows are too few for every split to get some.
+    config = {"sources": [{"uri": uri}], "test_size": 0, "validation_size": 0, **fields}
+    prepared = run_step("data-prep", store=store, inputs={}, config=config)
     inputs = {"rows": str(prepared.reference), "base_model": "builtin:tiny-qwen3"}
     result = run_step("chat-format", store=store, inputs=inputs, config={"max_length": None})
     dataset = fetch_artifact(result.reference)[0]
@@ -38,14 +39,13 @@ def run_line(folder: Path, uri: str, **fields: object) -> tuple[Path, Path, dict
 
 
 def examples(dataset: Path) -> list[dict[str, Any]]:
-    files = [dataset / f"{split}.parquet" for split in ("train", "validation", "test")]
-    return [row for file in files for row in pq.read_table(file).to_pylist()]
+    return pq.read_table(dataset / "train.parquet").to_pylist()
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_real_data_set_goes_through(tmp_path: Path, name: str) -> None:
     shape, left_out = SETS[name]
-    rows, dataset, counts = run_line(tmp_path, str(DATA / name), dedup="exact", test_size=0.2, validation_size=0.1)
+    rows, dataset, counts = run_line(tmp_path, str(DATA / name), dedup="exact")
     source = json.loads((rows / "data.json").read_text())["sources"][0]
     assert source["shapes"] == {shape: source["read"]}
     dropped = {reason: number for reason, number in source["dropped"].items() if reason != "duplicate"}
@@ -62,14 +62,14 @@ def test_a_real_data_set_goes_through(tmp_path: Path, name: str) -> None:
 
 
 def test_gsm8k_rows_have_their_final_answers(tmp_path: Path) -> None:
-    _, dataset, _ = run_line(tmp_path, str(DATA / "gsm8k_test.jsonl"))
+    _, dataset, _ = run_line(tmp_path, str(DATA / "gsm8k.jsonl"))
     answers = {row["answer"] for row in examples(dataset)}
     assert None not in answers
     assert {"18", "3", "70000"} <= answers
 
 
 def test_every_answer_and_tool_call_of_the_real_training_rows_is_learned_once(tmp_path: Path) -> None:
-    _, dataset, _ = run_line(tmp_path, str(DATA / "glaive_toolcall_en_demo.json"))
+    _, dataset, _ = run_line(tmp_path, str(DATA / "glaive.json"))
     rows = pq.read_table(dataset / "train.parquet").to_pylist()
     learned: dict[str, list[str]] = {}
     for row in rows:
@@ -86,9 +86,9 @@ def test_every_answer_and_tool_call_of_the_real_training_rows_is_learned_once(tm
             parts += [json.dumps(c["function"]["arguments"], ensure_ascii=False) for c in message.get("tool_calls", ())]
             assert any(all(part in text for part in parts) for text in learned[row["id"]])
             calls += len(parts) - 1
-    assert calls > 150
+    assert calls >= 8
 
 
 def test_real_preferences_keep_a_worse_answer(tmp_path: Path) -> None:
-    _, dataset, _ = run_line(tmp_path, str(DATA / "dpo_en_demo.json"))
+    _, dataset, _ = run_line(tmp_path, str(DATA / "dpo.json"))
     assert all(row["rejected"] and row["rejected"] != row["completion"] for row in examples(dataset))
