@@ -22,6 +22,19 @@ class EvalConfig(StepConfig):
     batch_size: int | None = Field(default=None, ge=1)
     """Rows answered at once. Default: 64; lower it if the GPU runs out of memory."""
 
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where the model runs; `auto` takes the GPU if there is one."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of weights and arithmetic; `auto` is bfloat16 on a GPU that has it, else float16, and float32 on a CPU."""
+
+    load_in_4bit: bool = False
+    """Quantize the base to NF4 as training does, so that a card that trained a model can evaluate it. The scores are
+    those of the quantized base with the adapter."""
+
+    force: bool = False
+    """Evaluate although nothing shows that the base is the one the adapter was trained on."""
+
     temperature: float = Field(default=0.0, ge=0)
     """0 takes the likeliest token each time, which repeats exactly; Qwen3 recommends 0.6 for thinking."""
 

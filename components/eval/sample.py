@@ -54,7 +54,7 @@ def score_answer(
         format_ok=answer.finished and _well_formed(text, thinks=THINK_OPEN in right_text),
         think_closed=text.count(THINK_OPEN) <= text.count(THINK_CLOSE) if THINK_OPEN in text else None,
         rejected=_without_stop(row.rejected, stops) if row.rejected is not None else None,
-        prefers_chosen=_mean(loss) < _mean(rejected_loss) if rejected_loss is not None else None,
+        prefers_chosen=_mean(loss) < _mean(rejected_loss) if rejected_loss and loss[1] and rejected_loss[1] else None,
         outcome=verdict.outcome if verdict else None,
     )
 

@@ -1,9 +1,13 @@
 """The step eval: base and tuned model answer the same held-out rows."""
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from finemill.artifacts.adapter import has_tokenizer
 from finemill.artifacts.dataset import HeldOutRow, prompt_ids, read_held_out, spread
@@ -14,10 +18,14 @@ from finemill.components.eval.loss import assistant_losses
 from finemill.components.eval.metrics import summarize
 from finemill.components.eval.report import write_reports
 from finemill.components.eval.sample import score_answer
-from finemill.models.adapter import load_adapter
+from finemill.errors import UserError
+from finemill.models.adapter import check_base, load_adapter
+from finemill.models.base.resolve import resolve_base_model
 from finemill.models.causal_lm import load_causal_lm, suitable_threads
 from finemill.models.generation import Sampling, generate_answers, stop_token_ids
 from finemill.runtime.context import StepContext
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -27,17 +35,18 @@ def run(
 
     Both models are one load: the base is the tuned model with its adapter switched off.
 
-    Raises: UserError: the split is empty, or the adapter does not fit the base.
+    Raises: UserError: the split is empty, the base is not the adapter's own, or a loss is no number.
     """
     from transformers import AutoTokenizer
 
+    _check_base(adapter, config, context)
     rows = read_held_out(dataset, config.split)
     rows = spread(rows, config.max_rows or len(rows))
     context.recorder.log_progress(f"loading the model for {len(rows)} rows")
     tokenizer = AutoTokenizer.from_pretrained(
         adapter if has_tokenizer(adapter) else base_model, trust_remote_code=False
     )
-    tuned = load_adapter(load_causal_lm(base_model), adapter)
+    tuned = load_adapter(_load_base(base_model, config), adapter)
     stops = stop_token_ids(tokenizer, base_model)
     samples: dict[ModelName, list[Sample]] = {}
     switches: dict[ModelName, AbstractContextManager[Any]] = {"base": tuned.disable_adapter(), "tuned": nullcontext()}
@@ -51,6 +60,29 @@ def run(
     return metrics
 
 
+def _check_base(adapter: Path, config: EvalConfig, context: StepContext) -> None:
+    """Raises: UserError: the base is another than the adapter was trained on, or there is no telling."""
+    manifest = context.manifests.get("adapter")
+    try:
+        check_base(adapter, manifest.parents if manifest else {}, resolve_base_model(context.references["base_model"]))
+    except UserError as error:
+        if not config.force:
+            raise UserError(f"eval: {error}; --force true scores them all the same") from None
+        logger.warning("forced: %s", error)
+
+
+def _load_base(base_model: Path, config: EvalConfig) -> Any:
+    """Raises: UserError: there is no such device."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("eval: device is cuda, and PyTorch finds no GPU here: use device auto or cpu")
+    return load_causal_lm(
+        base_model,
+        device=None if config.device == "auto" else torch.device(config.device),
+        dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
+        load_in_4bit=config.load_in_4bit,
+    )
+
+
 def score_rows(
     model: Any,
     tokenizer: Any,
@@ -62,6 +94,7 @@ def score_rows(
 ) -> list[Sample]:
     """Answer and score every row with `model`, which the samples call `name`."""
     losses = assistant_losses(model, rows)
+    _check_finite(losses, rows, name)
     worse = {index: other for index, row in enumerate(rows) if (other := row.with_rejected)}
     rejected_losses = dict(zip(worse, assistant_losses(model, list(worse.values())), strict=True))
     answers = generate_answers(
@@ -79,3 +112,13 @@ def score_rows(
         score_answer(row, name, answer, loss, stop_texts, rejected_losses.get(index))
         for index, (row, answer, loss) in enumerate(zip(rows, answers, losses, strict=True))
     ]
+
+
+def _check_finite(losses: Sequence[tuple[float, int]], rows: Sequence[HeldOutRow], name: ModelName) -> None:
+    """Raises: UserError: the model's numbers have overflowed, so that none of its scores means anything."""
+    broken = [row.id for row, (total, _) in zip(rows, losses, strict=True) if not math.isfinite(total)]
+    if broken:
+        raise UserError(
+            f"eval: the {name} model's loss is no number on {len(broken)} of {len(rows)} rows, first on {broken[0]}: "
+            "its weights or its arithmetic overflow; try dtype bfloat16 or float32, or train with a lower learning_rate"
+        )

@@ -11,21 +11,44 @@ SMALL_MODEL = 50_000_000
 """Parameters below which several threads cost more than they bring."""
 
 
-def load_causal_lm(folder: Path, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
+def load_causal_lm(
+    folder: Path,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    load_in_4bit: bool = False,
+) -> Any:
     """The model in `folder`, in evaluation mode.
 
     Args:
         device: default: the GPU if there is one.
-        dtype: of weights and arithmetic. Default: bfloat16 on a GPU; float32 on a CPU, where it is exact, nowhere
-            emulated, and for small models as fast.
+        dtype: of weights and arithmetic. Default: bfloat16 on a GPU, float16 on one that has no bfloat16; float32 on a
+            CPU, where it is exact, nowhere emulated, and for small models as fast.
+        load_in_4bit: quantize the linear layers but the output layer to NF4, as training does; arithmetic in `dtype`.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or _suitable_dtype(device)
+    quantization = {}
+    if load_in_4bit:
+        quantization["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     with no_progress_bar():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    return model.to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map={"": device}, trust_remote_code=False, **quantization
+        )
+    return model.eval()
+
+
+def _suitable_dtype(device: torch.device) -> torch.dtype:
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 @contextmanager

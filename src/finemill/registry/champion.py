@@ -20,7 +20,7 @@ from finemill.storage.store import fetch_artifact, read_artifact
 from finemill.tracking.server import open_client, readable_errors
 
 # Settings of `eval` that change its speed and its report only.
-_NOT_SCORED = ("batch_size", "report_rows")
+_NOT_SCORED = ("batch_size", "report_rows", "device", "force")
 
 
 def comparable_evaluation(
@@ -51,10 +51,11 @@ def _standing_evaluation(champion: Version, evaluation: Manifest, context: StepC
 
 
 def _test_of(evaluation: Manifest) -> str:
-    """A digest of what scores depend on besides the model: the dataset and how answers are generated."""
+    """A digest of what scores depend on besides the model: dataset, how answers are generated, code that scores."""
     dataset = Reference.parse(evaluation.parents["dataset"]).digest
     config = {key: value for key, value in evaluation.config.items() if key not in _NOT_SCORED}
-    return hashlib.sha256(json.dumps([dataset, config], sort_keys=True).encode()).hexdigest()[:20]
+    material = [dataset, config, evaluation.producer.code]
+    return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def _tag(test: str) -> str:

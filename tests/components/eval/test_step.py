@@ -1,9 +1,13 @@
 import math
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from finemill.artifacts.dataset import dataset_writer, read_held_out
@@ -137,3 +141,68 @@ def test_a_missing_adapter_is_said_in_one_line(
             config=CONFIG,
             context=step_context,
         )
+
+
+def _evaluate(
+    tiny_model_dir: Path, adapter: Path, dataset: Path, folder: Path, context: StepContext, **config: Any
+) -> Mapping[str, float]:
+    return evaluate(
+        dataset=dataset,
+        base_model=tiny_model_dir,
+        adapter=adapter,
+        output_dir=folder,
+        config=EvalConfig(max_rows=2, max_new_tokens=4, **config),
+        context=context,
+    )
+
+
+def test_a_base_in_4_bits_scores_a_little_other_than_in_16(
+    tiny_model_dir: Path,
+    tiny_adapter_dir: Path,
+    tiny_dataset_dir: Path,
+    tmp_path: Path,
+    step_context: StepContext,
+) -> None:
+    losses = [
+        _evaluate(tiny_model_dir, tiny_adapter_dir, tiny_dataset_dir, tmp_path, step_context, device="cpu", **config)[
+            "eval/tuned/loss"
+        ]
+        for config in ({"dtype": "float32"}, {"dtype": "bfloat16"}, {"load_in_4bit": True})
+    ]
+    assert 0 < abs(losses[1] - losses[0]) < 0.02 * losses[0]
+    assert 0 < abs(losses[2] - losses[0]) < 0.5 * losses[0]
+
+
+def test_another_base_than_the_adapters_own_is_refused(
+    tiny_model_dir: Path, tiny_adapter_dir: Path, tiny_dataset_dir: Path, tmp_path: Path, step_context: StepContext
+) -> None:
+    other = Path(shutil.copytree(tiny_model_dir, tmp_path / "other"))
+    (other / "generation_config.json").write_text('{"eos_token_id": 1}')
+    context = replace(step_context, references={**step_context.references, "base_model": str(other)})
+    with pytest.raises(UserError, match=r"eval: the adapter was trained on .*another digest.*--force true"):
+        _evaluate(other, tiny_adapter_dir, tiny_dataset_dir, tmp_path, context)
+    assert _evaluate(other, tiny_adapter_dir, tiny_dataset_dir, tmp_path, context, force=True)
+
+
+def test_a_missing_gpu_is_named(
+    tiny_model_dir: Path,
+    tiny_adapter_dir: Path,
+    tiny_dataset_dir: Path,
+    tmp_path: Path,
+    step_context: StepContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device is cuda, and PyTorch finds no GPU"):
+        _evaluate(tiny_model_dir, tiny_adapter_dir, tiny_dataset_dir, tmp_path, step_context, device="cuda")
+
+
+def test_a_loss_that_is_no_number_is_said_in_one_line(
+    tiny_model_dir: Path, tiny_adapter_dir: Path, tiny_dataset_dir: Path, tmp_path: Path, step_context: StepContext
+) -> None:
+    adapter = Path(shutil.copytree(tiny_adapter_dir, tmp_path / "adapter"))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    # Finite, and too large for the products of two layers.
+    save_file({name: tensor * 1e30 for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"tuned model's loss is no number on 2 of 2 rows, first on test-"):
+        _evaluate(tiny_model_dir, adapter, tiny_dataset_dir, tmp_path, step_context, device="cpu")
