@@ -1,5 +1,6 @@
 """Configuration of gguf-quantize."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -7,6 +8,9 @@ from pydantic import Field, field_validator
 from finemill.config import StepConfig
 
 Quantization = Literal["F16", "Q8_0", "Q4_K_M"]
+
+MAX_KL: Mapping[Quantization, float] = {"F16": 0.01, "Q8_0": 0.02, "Q4_K_M": 0.5}
+"""Nats per token by which a file may differ from the merged model where the configuration says nothing."""
 
 
 class GGUFQuantizeConfig(StepConfig):
@@ -25,9 +29,9 @@ class GGUFQuantizeConfig(StepConfig):
     imatrix_rows: int = Field(default=64, ge=1)
     """Training rows that the channel weights come from."""
 
-    compute_dtype: Literal["float32", "dtype"] = "float32"
-    """Type in which the merged model says what the files are compared with: `float32` is exact and takes 4 bytes of
-    memory per parameter; `dtype`, its own 16 bits, takes half and hides differences as small as those of Q8_0."""
+    context_length: int | None = Field(default=None, ge=1)
+    """Longest context, in tokens, that the files declare. Default: the model's own. A model with a sliding window is
+    the same in llama.cpp up to that window."""
 
     verify_rows: int = Field(default=64, ge=0)
     """Held-out problems that each file answers, greedily, in llama.cpp. More rows narrow the error of `exact_match`; 0
@@ -42,6 +46,10 @@ class GGUFQuantizeConfig(StepConfig):
     max_new_tokens: int = Field(default=512, ge=1)
     """Longest answer, in tokens."""
 
+    max_kl: dict[Quantization, float] = Field(default_factory=dict)
+    """Largest mean KL divergence, in nats per token, of a file from the merged model, by quantization; a file beyond
+    it ends the step. Default: F16 0.01, Q8_0 0.02, Q4_K_M 0.5, a few times what rounding costs small models."""
+
     max_points_lost: float = Field(default=5.0, ge=0, le=100)
     """Percentage points of exact match that a file may lose against the merged model before that is said in a
     warning, or with `strict` ends the step."""
@@ -52,6 +60,10 @@ class GGUFQuantizeConfig(StepConfig):
     num_threads: int | None = Field(default=None, ge=1)
     """CPU threads for quantization and llama.cpp. Default: one per core that the process may use; one for models so
     small that threads would only wait for each other."""
+
+    def allowed_kl(self, quantization: Quantization) -> float:
+        """Nats per token by which a file may differ from the merged model."""
+        return self.max_kl.get(quantization, MAX_KL[quantization])
 
     @field_validator("quantizations")
     @classmethod

@@ -4,9 +4,8 @@ The `gguf` package owns the names of keys and tensors; the mapping of values fol
 (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from finemill.errors import UserError
+from finemill.models.stored_model import read_model_config
+from finemill.models.weights import StoredTensor, stored_tensors
 
 Array = NDArray[np.float32]
 
@@ -31,18 +32,26 @@ ARCHITECTURES = {
 
 
 ROPE_FACTORS = "rope_freqs.weight"
+# What YaRN means where nothing else is said; llama.cpp computes that and nothing else.
+_YARN_DEFAULTS = {
+    "attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A model folder with safetensors weights, read one tensor at a time."""
+    """A model folder with safetensors weights, read one tensor at a time.
+
+    `context_length` is the longest context that the file declares; None: the model's own.
+    """
 
     folder: Path
+    context_length: int | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """`config.json`."""
-        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        """`config.json` with transformers' defaults."""
+        config: dict[str, Any] = read_model_config(self.folder).to_dict()
         return config
 
     @cached_property
@@ -62,6 +71,11 @@ class SourceModel:
         return int(self.config["num_hidden_layers"])
 
     @property
+    def num_tokens(self) -> int:
+        """Rows of the embedding."""
+        return self.files["model.embed_tokens.weight"].shape[0]
+
+    @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return int(self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"])
@@ -72,54 +86,56 @@ class SourceModel:
         return bool(self.config.get("tie_word_embeddings"))
 
     @cached_property
-    def files(self) -> Mapping[str, Path]:
-        """Where each tensor lies, in the order of the files."""
-        placed: dict[str, Path] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                placed.update(dict.fromkeys(file.keys(), path))
-        if not placed:
-            raise UserError(f"gguf-quantize: no safetensors file in {self.folder}: merge writes them")
-        return placed
+    def files(self) -> Mapping[str, StoredTensor]:
+        """Every stored tensor, in the order of the files."""
+        return stored_tensors(self.folder)
+
+    def check(self) -> None:
+        """Raises: UserError: the model computes something that llama.cpp has no counterpart for."""
+        problem = next(_not_in_llama_cpp(self), None)
+        if problem:
+            raise UserError(f"gguf-quantize: {self.folder / 'config.json'}: {problem}")
+        self.names()
+
+    def _tied(self) -> set[str]:
+        return {"lm_head.weight"} if self.ties_embeddings else set()
 
     def names(self) -> dict[str, str]:
         """GGUF name of every tensor that is written. Raises: UserError: a tensor that llama.cpp has no name for."""
         tensor_map = gguf.get_tensor_name_map(self.architecture, self.num_layers)
         names: dict[str, str] = {}
-        for key, path in self.files.items():
-            # A tied output matrix is the embedding; some folders hold it twice.
-            if key == "lm_head.weight" and self.ties_embeddings:
+        for key, tensor in self.files.items():
+            # A tied output matrix is the embedding; some folders hold it twice. Old ones hold the rotary frequencies.
+            if key in self._tied() or key.endswith("rotary_emb.inv_freq"):
                 continue
             name = tensor_map.get_name(key, try_suffixes=(".weight", ".bias"))
             if name is None:
-                raise UserError(f"gguf-quantize: no GGUF name for tensor {key} of {path.name}")
+                raise UserError(f"gguf-quantize: no GGUF name for tensor {key} of {tensor.path}")
+            if not tensor.is_float:
+                raise UserError(
+                    f"gguf-quantize: {tensor.path}: {key} has type {tensor.dtype}: pass the unquantized model, as "
+                    "merge writes it"
+                )
             names[key] = name
         return names
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(GGUF name, shape) of every tensor, in the order of `tensors`, without reading values."""
         for key, name in self.names().items():
-            yield name, tuple(self._file(key).get_slice(key).get_shape())
+            yield name, self.files[key].shape
         if self.rope_factors is not None:
             yield ROPE_FACTORS, self.rope_factors.shape
 
-    def tensors(self) -> Iterator[tuple[str, Array]]:
-        """(GGUF name, float32 values) of every tensor, read one at a time."""
+    def tensors(self, only: Container[str] | None = None) -> Iterator[tuple[str, Array]]:
+        """(GGUF name, float32 values) of every tensor, or of those in `only`, read one at a time."""
         for key, name in self.names().items():
-            yield name, self._reorder(key, self._file(key).get_tensor(key).to(torch.float32).numpy())
-        if self.rope_factors is not None:
+            if only is not None and name not in only:
+                continue
+            with safe_open(self.files[key].path, framework="pt") as file:
+                values = file.get_tensor(key).to(torch.float32, copy=True).numpy()
+            yield name, self._reorder(key, values)
+        if self.rope_factors is not None and (only is None or ROPE_FACTORS in only):
             yield ROPE_FACTORS, self.rope_factors
-
-    def _file(self, key: str) -> Any:
-        path = self.files[key]
-        if path not in self._open_files:
-            self._open_files[path] = safe_open(path, framework="pt")
-        return self._open_files[path]
-
-    @cached_property
-    def _open_files(self) -> dict[Path, Any]:
-        """Files mapped into memory so far."""
-        return {}
 
     def _reorder(self, key: str, values: Array) -> Array:
         """llama.cpp rotates neighbours of a head in the llama family; Hugging Face rotates its two halves."""
@@ -136,7 +152,7 @@ class SourceModel:
 
         Source: "The Llama 3 Herd of Models", section 3.4, as in transformers' `rope_type: llama3`.
         """
-        rope = rope_parameters(self.config)
+        rope = self.config["rope_parameters"]
         if rope["rope_type"] != "llama3":
             return None
         old_length = rope["original_max_position_embeddings"]
@@ -148,17 +164,37 @@ class SourceModel:
         return factors
 
 
-def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_type`, `rope_theta` and the scaling's own values, from either of transformers' two spellings."""
-    rope = {"rope_theta": config.get("rope_theta", 10_000.0)}
-    rope |= {key: value for key, value in (config.get("rope_scaling") or {}).items() if value is not None}
-    rope |= config.get("rope_parameters") or {}
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    if rope["rope_type"] not in ("default", "linear", "yarn", "llama3"):
-        raise UserError(
-            f"gguf-quantize: rope type '{rope['rope_type']}' is not supported: default, linear, yarn, llama3"
+def _not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
+    """What of the model's configuration a GGUF file could not say, or llama.cpp would not do."""
+    config, rope = model.config, model.config["rope_parameters"]
+    if config.get("quantization_config"):
+        yield "the weights are quantized: pass the unquantized model, as merge writes it"
+    if config["hidden_act"] not in ("silu", "swish"):
+        yield f"hidden_act '{config['hidden_act']}' is not supported; llama.cpp computes silu for this family"
+    if model.architecture == gguf.MODEL_ARCH.QWEN3 and config.get("attention_bias"):
+        yield "attention_bias true is not supported; llama.cpp's Qwen3 has no biases"
+    window = config.get("sliding_window")
+    # Where layers have types, those say which of them look back no further than the window.
+    slides = "sliding_attention" in (config.get("layer_types") or ["sliding_attention"])
+    length = model.context_length or config["max_position_embeddings"]
+    if window and slides and window < length:
+        yield (
+            f"sliding_window {window} is not supported: llama.cpp looks back over the whole context in this family. "
+            f"Up to {window} tokens both are the same: set context_length to {window}"
         )
-    return rope
+    if rope["rope_type"] not in ("default", "linear", "yarn", "llama3"):
+        yield f"rope type '{rope['rope_type']}' is not supported; supported are default, linear, yarn, llama3"
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1) != 1:
+        yield "partial_rotary_factor is not supported; llama.cpp rotates whole heads in this family"
+    if rope["rope_type"] == "yarn":
+        for key, default in _YARN_DEFAULTS.items():
+            if rope.get(key) not in (None, default) and rope.get(key) != _yarn_attention_factor(key, rope):
+                yield f"YaRN's {key} {rope[key]} is not supported; llama.cpp computes with its default"
+
+
+def _yarn_attention_factor(key: str, rope: Mapping[str, Any]) -> float | None:
+    """The factor by which YaRN sharpens attention, where nothing else is said."""
+    return 0.1 * math.log(rope["factor"]) + 1 if key == "attention_factor" and rope["factor"] > 1 else None
 
 
 def add_hyperparameters(writer: gguf.GGUFWriter, model: SourceModel, name: str) -> None:
@@ -167,7 +203,7 @@ def add_hyperparameters(writer: gguf.GGUFWriter, model: SourceModel, name: str) 
     heads = int(config["num_attention_heads"])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_context_length(model.context_length or config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(model.num_layers)
     writer.add_feed_forward_length(config["intermediate_size"])
@@ -177,8 +213,8 @@ def add_hyperparameters(writer: gguf.GGUFWriter, model: SourceModel, name: str) 
     writer.add_value_length(model.head_dim)
     writer.add_rope_dimension_count(model.head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    _add_rope(writer, rope_parameters(config))
+    writer.add_vocab_size(model.num_tokens)
+    _add_rope(writer, config["rope_parameters"])
 
 
 def _add_rope(writer: gguf.GGUFWriter, rope: Mapping[str, Any]) -> None:

@@ -61,7 +61,10 @@ class LlamaServer:
         # sampling, so that a bias may choose a harmless token without changing them.
         bias = [[self._plain_token_id, 1e4]]
         result = self._complete({"prompt": list(prompt), "max_tokens": 1, "logprobs": count, "logit_bias": bias})
-        entries = result["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        content = (result["choices"][0].get("logprobs") or {}).get("content")
+        if not content:
+            raise StepError(f"gguf-quantize: llama.cpp reports no probabilities after {len(prompt)} tokens")
+        entries = content[0]["top_logprobs"]
         # A probability that underflows is reported as null.
         return {entry["id"]: -math.inf if entry["logprob"] is None else entry["logprob"] for entry in entries}
 

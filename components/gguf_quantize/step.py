@@ -1,6 +1,5 @@
 """The step gguf-quantize: a merged model as GGUF files that have been run and compared."""
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -10,23 +9,25 @@ from typing import Any
 
 import torch
 
-from finemill.artifacts.dataset import read_held_out, spread
+from finemill.artifacts.dataset import prompt_ids, read_held_out, spread
 from finemill.artifacts.files import GGUF_FILE
 from finemill.artifacts.model import read_merge
 from finemill.artifacts.records import write_json
-from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
+from finemill.components.gguf_quantize.config import GGUFQuantizeConfig, Quantization
 from finemill.components.gguf_quantize.convert import Array, SourceModel
 from finemill.components.gguf_quantize.cores import available_cores
 from finemill.components.gguf_quantize.imatrix import channel_weights
 from finemill.components.gguf_quantize.llama_cpp import serve
 from finemill.components.gguf_quantize.modelfile import modelfile
-from finemill.components.gguf_quantize.verify import Reference, compare, make_reference
-from finemill.components.gguf_quantize.vocabulary import load_tokenizer
-from finemill.components.gguf_quantize.write import WrittenFile, write_gguf
-from finemill.errors import GateFailedError
+from finemill.components.gguf_quantize.verify import Reference, compare, compared_positions
+from finemill.components.gguf_quantize.vocabulary import check_vocabulary, load_tokenizer
+from finemill.components.gguf_quantize.write import WrittenFile, size_bytes, write_gguf
+from finemill.errors import GateFailedError, StepError, UserError
 from finemill.models.causal_lm import SMALL_MODEL, load_causal_lm, suitable_threads
-from finemill.models.generation import stop_token_ids
+from finemill.models.generation import Answer, generate_answers, read_generation_defaults, stop_token_ids
+from finemill.models.stored_model import StoredModel
 from finemill.runtime.context import StepContext
+from finemill.storage.space import require_space
 
 logger = logging.getLogger(__name__)
 
@@ -39,34 +40,46 @@ def run(
 ) -> Mapping[str, float]:
     """Write `<name>-<quantization>.gguf` for each quantization, a Modelfile and gguf.json; return the metrics.
 
-    Raises: UserError: a model, tokenizer or tensor that llama.cpp has no counterpart for. StepError: llama.cpp does not
-    load a file, or reads text otherwise. GateFailedError: a file lost too many points, under `strict`.
+    The merged model is read one layer at a time, but for its answers to `verify_rows` problems.
+
+    Raises: UserError: a model, tokenizer or tensor that llama.cpp has no counterpart for; no room on the disk.
+    StepError: llama.cpp does not load a file, reads text otherwise, or computes something else than the merged model.
+    GateFailedError: a file lost too many points, under `strict`.
     """
-    source = SourceModel(model)
-    source.names()  # what cannot be converted is refused before the model is loaded
+    source = SourceModel(model, config.context_length)
+    source.check()
+    stored = StoredModel(model)
+    tokenizer = load_tokenizer(model)
+    check_vocabulary(source)
     name = config.name or default_name(model)
     num_threads = config.num_threads or available_cores()
-    tokenizer = load_tokenizer(model)
-    stored = source.config.get("dtype") or "bfloat16"
-    merged = load_causal_lm(model, dtype=getattr(torch, "float32" if config.compute_dtype == "float32" else stored))
-    imatrix = _imatrix(merged, source, dataset, config, context)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    size = sum(size_bytes(source, quantization) for quantization in config.quantizations)
+    require_space(output_dir, size, "writing the GGUF files")
+    imatrix = _imatrix(stored, source, dataset, config, context)
     files: dict[str, WrittenFile] = {}
     for quantization in config.quantizations:
         context.recorder.log_progress(f"writing {quantization}")
         path = output_dir / f"{name}-{quantization}.gguf"
         files[quantization] = write_gguf(source, path, quantization, name, num_threads, imatrix)
-        _warn_of_fallbacks(quantization, files[quantization])
-    with suitable_threads(merged):
-        reference = _reference(merged, tokenizer, model, dataset, config, context)
-    del merged
-    comparisons = _compare_all(files, reference, tokenizer, model, config, context)
-    warnings = _points_lost(reference.exact_match, comparisons, config)
+    fallbacks = [
+        line for quantization in config.quantizations for line in _fallbacks(quantization, files[quantization])
+    ]
+    reference = _reference(stored, tokenizer, dataset, config, context)
+    comparisons: dict[str, dict[str, float]] = {}
+    for quantization in config.quantizations:
+        compared = _compare(files[quantization], quantization, reference, tokenizer, model, config, context)
+        _check_divergence(quantization, compared["kl"], config)
+        comparisons[quantization] = compared
+    lost = _points_lost(reference.exact_match, comparisons, config)
+    for line in lost:
+        logger.warning(line)
     default_file = files[config.quantizations[-1]].path.name
     (output_dir / "Modelfile").write_text(_modelfile(default_file, tokenizer, model), encoding="utf-8")
-    _write_record(output_dir, name, files, comparisons, reference, warnings)
+    _write_record(output_dir, name, files, comparisons, reference, [*fallbacks, *lost])
     metrics = _metrics(files, comparisons, reference)
-    if warnings and config.strict:
-        raise GateFailedError(f"gguf-quantize: {'; '.join(warnings)}")
+    if lost and config.strict:
+        raise GateFailedError(f"gguf-quantize: {'; '.join(lost)}")
     return metrics
 
 
@@ -78,62 +91,87 @@ def default_name(model: Path) -> str:
 
 
 def _imatrix(
-    merged: Any, source: SourceModel, dataset: Path, config: GGUFQuantizeConfig, context: StepContext
+    stored: StoredModel, source: SourceModel, dataset: Path, config: GGUFQuantizeConfig, context: StepContext
 ) -> dict[str, Array] | None:
     if not config.imatrix:
         return None
     context.recorder.log_progress(f"importance of input channels on {config.imatrix_rows} training rows")
-    return channel_weights(merged, source, spread(read_held_out(dataset, "train"), config.imatrix_rows))
+    rows = spread(read_held_out(dataset, "train"), config.imatrix_rows)
+    return channel_weights(stored, source, [row.input_ids for row in rows])
 
 
 def _reference(
-    merged: Any, tokenizer: Any, model: Path, dataset: Path, config: GGUFQuantizeConfig, context: StepContext
+    stored: StoredModel, tokenizer: Any, dataset: Path, config: GGUFQuantizeConfig, context: StepContext
 ) -> Reference:
     rows = read_held_out(dataset, "test")
+    context.recorder.log_progress(f"what the merged model expects on {config.kl_rows} rows")
+    length = config.context_length or stored.model.config.max_position_embeddings
+    prompts, expected = compared_positions(stored, spread(rows, config.kl_rows), config.kl_positions, length)
+    if not prompts:
+        raise UserError(f"gguf-quantize: no held-out row in {dataset} has an answer: run chat-format on other rows")
     with_answer = [row for row in rows if row.answer is not None]
     answer_rows = spread(with_answer or rows, config.verify_rows)
-    return make_reference(
-        merged,
-        tokenizer,
-        kl_rows=spread(rows, config.kl_rows),
-        kl_positions=config.kl_positions,
-        answer_rows=answer_rows,
-        stop_token_ids=stop_token_ids(tokenizer, model),
-        max_new_tokens=config.max_new_tokens,
-        on_progress=lambda done: context.recorder.log_progress(f"merged model: {done} of {len(answer_rows)} answers"),
-    )
+    answers_to = [prompt_ids(row, tokenizer) for row in answer_rows]
+    answers = _answers(stored, tokenizer, answers_to, config, context)
+    return Reference(prompts, expected, answer_rows, answers_to, answers)
 
 
-def _compare_all(
-    files: Mapping[str, WrittenFile],
+def _answers(
+    stored: StoredModel, tokenizer: Any, prompts: list[list[int]], config: GGUFQuantizeConfig, context: StepContext
+) -> list[Answer]:
+    """What the merged model answers. It is loaded as it is stored: in 16 bits, but for a small one."""
+    if not prompts:
+        return []
+    small = sum(tensor.num_elements for tensor in stored.tensors.values()) < SMALL_MODEL
+    merged = load_causal_lm(stored.folder, dtype=torch.float32 if small else stored.dtype)
+    with suitable_threads(merged):
+        return generate_answers(
+            merged,
+            tokenizer,
+            prompts,
+            stop_token_ids=stop_token_ids(tokenizer, stored.folder),
+            max_new_tokens=config.max_new_tokens,
+            on_progress=lambda done: context.recorder.log_progress(f"merged model: {done} of {len(prompts)} answers"),
+        )
+
+
+def _compare(
+    file: WrittenFile,
+    quantization: Quantization,
     reference: Reference,
     tokenizer: Any,
     model: Path,
     config: GGUFQuantizeConfig,
     context: StepContext,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, float]:
+    """What llama.cpp makes of a file, against the merged model."""
+    context.recorder.log_progress(f"{quantization} in llama.cpp: distributions")
+
+    def show(done: int) -> None:
+        if done % 16 == 0 or done == len(reference.prompts):
+            context.recorder.log_progress(f"{quantization} in llama.cpp: {done} of {len(reference.prompts)} answers")
+
     longest = max(len(prompt) for prompt in (*reference.kl_prompts, *reference.prompts))
-    comparisons = {}
-    for quantization, file in files.items():
-        context.recorder.log_progress(f"{quantization} in llama.cpp: distributions")
+    num_threads = config.num_threads or (1 if file.num_parameters < SMALL_MODEL else available_cores())
+    with serve(file.path, num_threads, longest + config.max_new_tokens) as server:
+        return compare(
+            server,
+            reference,
+            tokenizer,
+            stop_token_ids=stop_token_ids(tokenizer, model),
+            max_new_tokens=config.max_new_tokens,
+            on_progress=show,
+        )
 
-        def show(done: int, quantization: str = quantization) -> None:
-            if done % 16 == 0 or done == len(reference.prompts):
-                context.recorder.log_progress(
-                    f"{quantization} in llama.cpp: {done} of {len(reference.prompts)} answers"
-                )
 
-        num_threads = config.num_threads or (1 if file.num_parameters < SMALL_MODEL else available_cores())
-        with serve(file.path, num_threads, longest + config.max_new_tokens) as server:
-            comparisons[quantization] = compare(
-                server,
-                reference,
-                tokenizer,
-                stop_token_ids=stop_token_ids(tokenizer, model),
-                max_new_tokens=config.max_new_tokens,
-                on_progress=show,
-            )
-    return comparisons
+def _check_divergence(quantization: Quantization, kl: float, config: GGUFQuantizeConfig) -> None:
+    """Raises: StepError: the file is another model than the merged one."""
+    allowed = config.allowed_kl(quantization)
+    if not kl <= allowed:
+        raise StepError(
+            f"gguf-quantize: {quantization} in llama.cpp differs from the merged model by {kl:.3g} nats per token "
+            f"(KL; allowed {allowed:g}): choose a type with more bits, imatrix true, or a larger max_kl for it"
+        )
 
 
 def _points_lost(
@@ -149,24 +187,26 @@ def _points_lost(
                 f"{quantization} loses {lost:.1f} points of exact match against the merged model, "
                 f"more than max_points_lost ({config.max_points_lost:g})"
             )
-    for warning in warnings:
-        logger.warning(warning)
     return warnings
 
 
-def _warn_of_fallbacks(quantization: str, file: WrittenFile) -> None:
-    if file.fallbacks:
-        example, change = next(iter(file.fallbacks.items()))
-        logger.warning(
-            "%s: %d of %d tensors have rows that are no multiple of the block and fall back as in llama.cpp, "
-            "%s for one: %s; the file is larger for it",
-            quantization, len(file.fallbacks), sum(file.tensor_types.values()), example, change,
-        )  # fmt: skip
+def _fallbacks(quantization: str, file: WrittenFile) -> list[str]:
+    """A line per reason for which tensors have another type than the one asked for."""
+    halves = {name: change for name, change in file.fallbacks.items() if change == "F16 -> BF16"}
+    others = {name: change for name, change in file.fallbacks.items() if name not in halves}
+    return [
+        f"{quantization}: {len(tensors)} of {sum(file.tensor_types.values())} tensors have {reason} and fall back, "
+        f"{next(iter(tensors))} for one: {next(iter(tensors.values()))}"
+        for tensors, reason in (
+            (halves, "values too large or too small for float16"),
+            (others, "rows that are no multiple of the type's block"),
+        )
+        if tensors
+    ]
 
 
 def _modelfile(gguf_name: str, tokenizer: Any, model: Path) -> str:
-    path = model / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    generation = read_generation_defaults(model)
     sampling = {ollama: generation[name] for name, ollama in _SAMPLING.items() if generation.get(name) is not None}
     stops = tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer, model))
     return modelfile(gguf_name, tokenizer, stops, sampling)

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from finemill.artifacts.dataset import IGNORE_INDEX, HeldOutRow, prompt_ids
+from finemill.artifacts.dataset import IGNORE_INDEX, HeldOutRow
 from finemill.components.gguf_quantize.llama_cpp import LlamaServer
 from finemill.errors import StepError
 from finemill.metrics.maths import judge
-from finemill.models.generation import Answer, generate_answers
+from finemill.models.generation import Answer
+from finemill.models.stored_model import StoredModel
+from finemill.models.streaming import log_probabilities
 from finemill.rows.answers import final_answer, with_opening
 
 logger = logging.getLogger(__name__)
@@ -50,37 +52,15 @@ class Reference:
         return exact_match(self.rows, self.answers)
 
 
-def make_reference(
-    model: Any,
-    tokenizer: Any,
-    *,
-    kl_rows: Sequence[HeldOutRow],
-    kl_positions: int,
-    answer_rows: Sequence[HeldOutRow],
-    stop_token_ids: Sequence[int],
-    max_new_tokens: int,
-    on_progress: Callable[[int], None],
-) -> Reference:
-    """Run the merged model on everything that the files will be asked."""
-    kl_prompts: list[list[int]] = []
-    log_probabilities: list[torch.Tensor] = []
-    for row in kl_rows:
-        positions = _positions(row.labels, kl_positions)
-        with torch.inference_mode():
-            logits_TV = model(torch.tensor([row.input_ids], device=model.device)).logits[0]
-        for position in positions:
-            kl_prompts.append(row.input_ids[:position])
-            log_probabilities.append(logits_TV[position - 1].double().log_softmax(-1).cpu())
-    prompts = [prompt_ids(row, tokenizer) for row in answer_rows]
-    answers = generate_answers(
-        model,
-        tokenizer,
-        prompts,
-        stop_token_ids=stop_token_ids,
-        max_new_tokens=max_new_tokens,
-        on_progress=on_progress,
-    )
-    return Reference(kl_prompts, log_probabilities, list(answer_rows), prompts, answers)
+def compared_positions(
+    stored: StoredModel, rows: Sequence[HeldOutRow], count: int, context_length: int
+) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Beginnings of `rows`, at most `count` of each, and what the merged model expects after them."""
+    ids = [row.input_ids[:context_length] for row in rows]
+    lengths = [_positions(row.labels[:context_length], count) for row in rows]
+    expected = log_probabilities(stored, ids, lengths)
+    prompts = [row[:length] for row, beginnings in zip(ids, lengths, strict=True) for length in beginnings]
+    return prompts, [after_V for after_NV in expected for after_V in after_NV]
 
 
 def _positions(labels: Sequence[int], count: int) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from finemill.components.gguf_quantize.convert import SourceModel
 from finemill.errors import UserError
 from finemill.models.generation import stop_token_ids
 
@@ -21,10 +22,15 @@ PRE_TOKENIZERS = {
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The folder's tokenizer. Raises: UserError: it is not a fast tokenizer with a `tokenizer.json`."""
+    """The folder's tokenizer. Raises: UserError: it is not a fast tokenizer with a `tokenizer.json`, or damaged."""
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"gguf-quantize: {folder} has no tokenizer.json: save the model with a fast tokenizer")
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # The library's own errors are plain `Exception`s.
+    except Exception as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"gguf-quantize: the tokenizer in {folder} cannot be loaded: {line:.300}") from error
 
 
 def pre_tokenizer_name(definition: dict[str, Any]) -> str:
@@ -51,6 +57,11 @@ def pre_tokenizer_name(definition: dict[str, Any]) -> str:
     return PRE_TOKENIZERS[pattern]
 
 
+def check_vocabulary(model: SourceModel) -> None:
+    """Raises: UserError: a tokenizer that llama.cpp has no counterpart for, or of another model."""
+    add_vocabulary(gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[model.architecture]), model.folder, model.num_tokens)
+
+
 def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, num_embeddings: int) -> None:
     """Write tokens, their types, merges, special tokens and chat template.
 
@@ -67,8 +78,19 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, num_embeddings: int) -
     merges = definition["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     _add_special_tokens(writer, tokenizer, folder)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    _add_chat_templates(writer, tokenizer.chat_template)
+
+
+def _add_chat_templates(writer: gguf.GGUFWriter, template: str | dict[str, str] | None) -> None:
+    """The one called `default` goes under the plain key, others under their names, in a fixed order."""
+    named = template if isinstance(template, dict) else {"default": template} if template else {}
+    if "default" in named:
+        writer.add_chat_template(named["default"])
+    others = sorted(set(named) - {"default"})
+    if others:
+        writer.add_array(gguf.Keys.Tokenizer.CHAT_TEMPLATES, others)
+    for name in others:
+        writer.add_string(gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), named[name])
 
 
 def _tokens(definition: dict[str, Any], num_embeddings: int) -> tuple[list[str], list[int]]:

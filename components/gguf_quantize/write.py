@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -21,6 +21,10 @@ _FILE_TYPES = {
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "Q4_K_M": gguf.LlamaFileType.MOSTLY_Q4_K_M,
 }
+# Values rounded at once: a whole embedding would be in memory thrice.
+_CHUNK_VALUES = 1 << 24
+# Half of the distance between neighbours in bfloat16, relative to them.
+_BFLOAT16_STEP = 2.0**-9
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,21 @@ class WrittenFile:
     tensor_types: Mapping[str, int]
     """Number of tensors of each GGML type."""
     fallbacks: Mapping[str, str]
-    """Tensors whose row length forbade the wanted type: name -> `Q4_K -> Q5_0`."""
+    """Tensors that could not have the wanted type: name -> `Q4_K -> Q5_0`, whose rows are too short for it, or
+    `F16 -> BF16`, whose values are too large or too small for it."""
 
     @property
     def bits_per_weight(self) -> float:
         """File size per parameter, metadata included."""
         return 8 * self.size_bytes / self.num_parameters
+
+
+def size_bytes(model: SourceModel, quantization: Quantization) -> int:
+    """Bytes of all tensors in a file of `quantization`."""
+    return sum(
+        math.prod(shape[:-1]) * row_bytes(_chosen(model, name, shape, quantization).type, shape[-1])
+        for name, shape in model.shapes()
+    )
 
 
 def write_gguf(
@@ -58,16 +71,21 @@ def write_gguf(
     """
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[model.architecture])
     add_hyperparameters(writer, model, name)
-    add_vocabulary(writer, model.folder, int(model.config["vocab_size"]))
+    add_vocabulary(writer, model.folder, model.num_tokens)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(_FILE_TYPES[quantization])
     types: dict[str, TensorType] = {}
     num_parameters = 0
     for tensor_name, shape in model.shapes():
-        chosen = tensor_type(tensor_name, shape, quantization, model.num_layers, ties_embeddings=model.ties_embeddings)
+        chosen = _chosen(model, tensor_name, shape, quantization)
         types[tensor_name] = chosen
         num_parameters += math.prod(shape)
-        _declare(writer, tensor_name, shape, chosen.type)
+    halves = {tensor_name for tensor_name, chosen in types.items() if chosen.type == Type.F16}
+    for tensor_name, values in model.tensors(halves) if halves else ():
+        if not holds_in_float16(values):
+            types[tensor_name] = replace(types[tensor_name], type=Type.BF16)
+    for tensor_name, shape in model.shapes():
+        _declare(writer, tensor_name, shape, types[tensor_name].type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -86,6 +104,21 @@ def write_gguf(
             if chosen.fell_back
         },
     )
+
+
+def _chosen(model: SourceModel, name: str, shape: tuple[int, ...], quantization: Quantization) -> TensorType:
+    return tensor_type(name, shape, quantization, model.num_layers, ties_embeddings=model.ties_embeddings)
+
+
+def holds_in_float16(values: Array) -> bool:
+    """Whether float16 keeps every row as closely as bfloat16 would: no value too large, and not all too small."""
+    for first in range(0, len(values), rows := max(1, _CHUNK_VALUES // values.shape[-1])):
+        part = values[first : first + rows]
+        with np.errstate(over="ignore", invalid="ignore"):
+            error = np.linalg.norm(part.astype(np.float16).astype(np.float32) - part, axis=-1)
+        if not (error <= _BFLOAT16_STEP * np.linalg.norm(part, axis=-1)).all():
+            return False
+    return True
 
 
 def _declare(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], type_: Type) -> None:

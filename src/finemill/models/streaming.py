@@ -1,12 +1,78 @@
 """Run a model with the weights of one layer in memory at a time."""
 
-from collections.abc import Iterator
+# B rows, T tokens, V vocabulary
+
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from finemill.models.stored_model import StoredModel
+
+# Tokens in one pass: weights are read once for all of them, and their activations are in memory together.
+_TOKENS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that are run together, filled up on the right: tokens look back only, so that this changes nothing.
+
+    `input_ids` and `mask` have shape (B, T); the mask is true where a row's own tokens are. `indices` say which rows
+    they are.
+    """
+
+    indices: list[int]
+    input_ids: torch.Tensor
+    mask: torch.Tensor
+
+
+def batches(rows: Sequence[Sequence[int]], device: torch.device) -> Iterator[Batch]:
+    """All rows, those of similar length together."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    while order:
+        count = 1
+        while count < len(order) and (count + 1) * len(rows[order[count]]) <= _TOKENS_AT_ONCE:
+            count += 1
+        indices, order = order[:count], order[count:]
+        longest = len(rows[indices[-1]])
+        filled = [[*rows[index], *[rows[index][-1]] * (longest - len(rows[index]))] for index in indices]
+        lengths = torch.tensor([len(rows[index]) for index in indices], device=device)
+        mask_BT = torch.arange(longest, device=device) < lengths[:, None]
+        yield Batch(indices, torch.tensor(filled, device=device), mask_BT)
+
+
+@torch.inference_mode()
+def log_probabilities(
+    stored: StoredModel, rows: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """What the model expects after the beginnings of `rows`, computed in float32 with one layer in memory at a time.
+
+    Args:
+        rows: token ids.
+        lengths: for each row, how many of its tokens each beginning has.
+    Returns: log-probabilities of the next token, shape (beginnings, V), float64, on the CPU, for each row.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found: dict[int, torch.Tensor] = {}
+    kept: tuple[list[int], list[int]] = ([], [])
+
+    def keep(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Logits of all positions would be larger than the model."""
+        return inputs[0][kept], *inputs[1:]
+
+    with ExitStack() as stack:
+        stack.callback(stored.model.get_output_embeddings().register_forward_pre_hook(keep).remove)
+        stack.enter_context(streamed(stored.model, stored, device))
+        for batch in batches(rows, device):
+            counts = [len(lengths[index]) for index in batch.indices]
+            row_N = [row for row, count in enumerate(counts) for _ in range(count)]
+            kept = row_N, [length - 1 for index in batch.indices for length in lengths[index]]
+            logits_NV = stored.model(input_ids=batch.input_ids, use_cache=False).logits
+            parts = logits_NV.double().log_softmax(-1).cpu().split(counts)
+            found.update(zip(batch.indices, parts, strict=True))
+    return [found[index] for index in range(len(rows))]
 
 
 @contextmanager

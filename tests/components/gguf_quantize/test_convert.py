@@ -1,6 +1,7 @@
 """Files of each family, loaded back by llama.cpp and compared with transformers."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from finemill.components.gguf_quantize import ggml
 from finemill.components.gguf_quantize.config import Quantization
-from finemill.components.gguf_quantize.convert import SourceModel, rope_parameters
+from finemill.components.gguf_quantize.convert import SourceModel
 from finemill.components.gguf_quantize.llama_cpp import serve
 from finemill.components.gguf_quantize.mixture import tensor_type
 from finemill.components.gguf_quantize.verify import check_tokenization, kl_divergence
@@ -164,11 +166,105 @@ def test_an_unknown_split_or_tokenizer_is_named(tiny_model_dir: Path) -> None:
         pre_tokenizer_name({"model": {"type": "WordPiece"}})
 
 
-def test_both_spellings_of_rope_mean_the_same() -> None:
-    old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+def configured(folder: Path, target: Path, **values: object) -> SourceModel:
+    """A copy of a model with another configuration; None leaves a value out."""
+    shutil.copytree(folder, target)
+    config = {**json.loads((target / "config.json").read_text()), **values}
+    (target / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return SourceModel(target)
+
+
+def test_both_spellings_of_rope_mean_the_same(qwen2_dir: Path, tmp_path: Path) -> None:
     new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}
-    for config in (old, new):
-        rope = rope_parameters(config)
+    old = {"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    for name, values in (("old", old), ("new", new)):
+        rope = configured(qwen2_dir, tmp_path / name, **values).config["rope_parameters"]
         assert (rope["rope_theta"], rope["rope_type"], rope["factor"]) == (5e5, "linear", 2.0)
-    with pytest.raises(UserError, match="'longrope' is not supported"):
-        rope_parameters({"rope_parameters": {"rope_type": "longrope"}})
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "the weights are quantized"),
+        ({"rope_parameters": {**YARN, "attention_factor": 1.0}}, r"YaRN's attention_factor 1\.0 is not supported"),
+        ({"rope_parameters": {**YARN, "beta_fast": 4.0}}, r"YaRN's beta_fast 4\.0"),
+        ({"rope_parameters": {**YARN, "truncate": False}}, "YaRN's truncate False"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_"),
+        (
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "layer_types": None},
+            "sliding_window 16 is not supported.* set context_length to 16",
+        ),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_named(
+    values: dict[str, object], message: str, qwen2_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        configured(qwen2_dir, tmp_path / "m", **values).check()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_parameters": YARN},
+        {"rope_parameters": {**YARN, "beta_fast": 32.0, "attention_factor": 0.1 * math.log(4) + 1}},
+        # Every layer is below the first one that slides.
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3, "layer_types": None},
+        {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1, "layer_types": None},
+    ],
+)
+def test_what_comes_to_the_same_is_converted(values: dict[str, object], qwen2_dir: Path, tmp_path: Path) -> None:
+    configured(qwen2_dir, tmp_path / "m", **values).check()
+    write(tmp_path / "m", tmp_path / "f16.gguf", "F16")
+    assert mean_kl(tmp_path / "m", tmp_path / "f16.gguf") < 1e-4
+
+
+def test_up_to_its_window_a_sliding_model_is_the_same(qwen2_dir: Path, tmp_path: Path) -> None:
+    values = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1, "layer_types": None}
+    folder = configured(qwen2_dir, tmp_path / "m", **values).folder
+    source = SourceModel(folder, context_length=64)
+    source.check()
+    write_gguf(source, tmp_path / "f16.gguf", "F16", "test", 2)
+    assert gguf.GGUFReader(tmp_path / "f16.gguf").fields["qwen2.context_length"].contents() == 64
+    assert mean_kl(folder, tmp_path / "f16.gguf") < 1e-4
+
+
+@pytest.mark.parametrize(("value", "row"), [(1e5, 1e-5), (1.0, 1e-6)])
+def test_what_float16_cannot_hold_stays_in_bfloat16(value: float, row: float, qwen2_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen2_dir, tmp_path / "m"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 5] = value
+    tensors["model.layers.0.mlp.up_proj.weight"][5] *= row
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    written = write(folder, tmp_path / "f16.gguf", "F16")
+    changed = {"blk.0.ffn_up.weight": "F16 -> BF16", "blk.0.ffn_down.weight": "F16 -> BF16"}
+    assert written.fallbacks == (changed if value > 65504 else {"blk.0.ffn_up.weight": "F16 -> BF16"})
+    assert mean_kl(folder, tmp_path / "f16.gguf") < 1e-4
+
+
+def test_named_templates_are_kept(tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "m"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
+    tokenizer.save_pretrained(folder)
+    write(folder, tmp_path / "m.gguf", "F16")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template["default"]
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ tools }}"
+    assert fields["tokenizer.chat_templates"].contents() == ["rag", "tool_use"]
+
+
+def test_more_embeddings_than_tokens_are_written_as_unused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "m"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.resize_token_embeddings(1600, mean_resizing=False)
+    model.save_pretrained(folder)
+    write(folder, tmp_path / "m.gguf", "F16")
+    assert mean_kl(folder, tmp_path / "m.gguf") < 1e-4

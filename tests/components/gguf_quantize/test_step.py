@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from finemill.artifacts.dataset import HeldOutRow, read_held_out, spread
+from finemill.artifacts.dataset import read_held_out, spread
 from finemill.artifacts.model import MergeRecord, write_merge
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.gguf_quantize.convert import SourceModel
@@ -19,9 +20,10 @@ from finemill.components.gguf_quantize.step import default_name
 from finemill.components.gguf_quantize.step import run as quantize_gguf
 from finemill.components.gguf_quantize.verify import check_tokenization, exact_match, kl_divergence
 from finemill.components.gguf_quantize.write import write_gguf
-from finemill.errors import GateFailedError, StepError
+from finemill.errors import GateFailedError, StepError, UserError
 from finemill.models.causal_lm import load_causal_lm
 from finemill.models.generation import Answer
+from finemill.models.stored_model import StoredModel
 from finemill.runtime.context import StepContext
 
 SMALL: dict[str, Any] = {"verify_rows": 4, "kl_rows": 3, "kl_positions": 3, "max_new_tokens": 24, "num_threads": 1}
@@ -123,13 +125,34 @@ def test_a_file_that_loses_too_many_points_fails_only_under_strict(
     from finemill.components.gguf_quantize import step
 
     def worse(*_: Any, **__: Any) -> dict[str, float]:
-        return {"kl": 1.0, "exact_match": -0.5}
+        return {"kl": 0.01, "exact_match": -0.5}
 
     monkeypatch.setattr(step, "compare", worse)
     run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q8_0"])
     assert "Q8_0 loses" in caplog.text
     with pytest.raises(GateFailedError, match=r"loses .* points of exact match"):
         run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q8_0"], strict=True)
+
+
+def test_a_file_that_differs_from_the_merged_model_is_not_published(
+    tiny_model_dir: Path, tiny_dataset_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    with pytest.raises(StepError, match=r"Q4_K_M in llama\.cpp differs .* \(KL; allowed 1e-06\): choose a type with"):
+        run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, max_kl={"Q4_K_M": 1e-6})
+
+
+def test_files_that_do_not_fit_on_the_disk_are_not_begun(
+    tiny_model_dir: Path,
+    tiny_dataset_dir: Path,
+    step_context: StepContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"writing the GGUF files takes 0\.0\d GB"):
+        run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_llama_cpp_cannot_load_is_an_error_in_one_line(tmp_path: Path) -> None:
@@ -146,12 +169,14 @@ def test_a_tokenizer_that_differs_is_caught(tiny_model_dir: Path, llama_dir: Pat
 
 
 def test_channel_weights_are_the_mean_square_of_each_input(tiny_model_dir: Path, tiny_dataset_dir: Path) -> None:
-    rows = read_held_out(tiny_dataset_dir, "train")[:2]
+    rows = [row.input_ids for row in read_held_out(tiny_dataset_dir, "train")]
     model = load_causal_lm(tiny_model_dir, dtype=torch.float32)
     inputs: list[torch.Tensor] = []
     handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
-    weights = channel_weights(model, SourceModel(tiny_model_dir), rows)
+    for row in rows:
+        model(torch.tensor([row]))
     handle.remove()
+    weights = channel_weights(StoredModel(tiny_model_dir), SourceModel(tiny_model_dir), rows)
     expected = torch.cat(inputs).square().mean(0)
     torch.testing.assert_close(torch.from_numpy(weights["blk.1.ffn_down.weight"]), expected)
     assert len(weights) == 6 * 7
@@ -191,8 +216,7 @@ def test_the_modelfile_has_turns_stops_and_sampling(tiny_model_dir: Path) -> Non
 
 
 def test_a_failed_measurement_leaves_no_hook_on_the_model(tiny_model_dir: Path) -> None:
-    model = load_causal_lm(tiny_model_dir)
-    row = HeldOutRow(id="a", source="s", input_ids=[10**6], labels=[0], prompt="", completion="")
+    stored = StoredModel(tiny_model_dir)
     with pytest.raises(IndexError):
-        channel_weights(model, SourceModel(tiny_model_dir), [row])
-    assert not any(module._forward_pre_hooks for module in model.modules())
+        channel_weights(stored, SourceModel(tiny_model_dir), [[10**6]])
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in stored.model.modules())
