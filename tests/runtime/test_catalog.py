@@ -49,6 +49,24 @@ def component(name: str) -> Any:
 
 
 @every_step
+def test_what_a_step_s_line_names_is_in_its_folder(name: str) -> None:
+    step = STEPS[name]
+    assert issubclass(step.config, step.section_class)
+    assert step.state is None or callable(step.state)
+    # Read, not imported: torch takes seconds.
+    body = ast.parse((folder(name) / "step.py").read_text()).body
+    (function,) = (node for node in body if isinstance(node, ast.FunctionDef) and node.name == "run")
+    taken = {argument.arg for argument in function.args.kwonlyargs}
+    assert taken == {"output_dir", "config", "context", *(step.inputs if step.fetches_inputs else ())}
+
+
+@every_step
+def test_a_shared_section_is_of_the_same_class_as_its_own(name: str) -> None:
+    step = STEPS[name]
+    assert step.section is None or SECTIONS[step.section].config is step.config
+
+
+@every_step
 def test_metadata_has_the_catalogue_s_keys(name: str) -> None:
     found = metadata(name)
     assert KEYS <= set(found) <= KEYS | OPTIONAL_KEYS
