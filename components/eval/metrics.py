@@ -7,19 +7,23 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from finemill.artifacts.evaluation import Sample
+from finemill.artifacts.metrics import (
+    BROKEN,
+    BROKEN_RATE,
+    FIXED,
+    FIXED_RATE,
+    METRIC_OF_SCORE,
+    MODELS,
+    ROWS,
+    delta_metric,
+    model_metric,
+    stderr_of,
+)
 from finemill.metrics.statistics import mean, paired_rate_error, rate_error, standard_error, weighted_mean
 
 _RATES = ("exact_match", "cut_off", "prefers_chosen", "format_ok", "think_closed", "finished")
 MEANS = (*_RATES, "rouge1", "rouge2", "rougeL", "bleu", "chrf")
 _LONGEST_PART = 120
-# Rates other than the field's own word carry it in their name.
-_NAMES = {
-    "cut_off": "cut_off_rate",
-    "prefers_chosen": "preference_accuracy",
-    "format_ok": "format_ok_rate",
-    "think_closed": "think_closed_rate",
-    "finished": "finished_rate",
-}
 
 
 def summarize(base: Sequence[Sample], tuned: Sequence[Sample]) -> dict[str, float]:
@@ -30,15 +34,14 @@ def summarize(base: Sequence[Sample], tuned: Sequence[Sample]) -> dict[str, floa
     `eval/broken`: problems that only the tuned model answers, and only the base, each also as the rate of those that
     base fails and of those that it answers. A metric that no row has a value for is left out.
     """
-    metrics: dict[str, float] = {"eval/rows": len(base)}
-    for model, samples in (("base", base), ("tuned", tuned)):
-        metrics |= {f"eval/{model}/{name}": value for name, value in score(samples).items()}
+    metrics: dict[str, float] = {ROWS: len(base)}
+    for model, samples in zip(MODELS, (base, tuned), strict=True):
+        metrics |= {model_metric(model, name): value for name, value in score(samples).items()}
         for source, part in metric_parts(sources(samples)).items():
             of_source = [sample for sample in samples if sample.source == source]
-            metrics |= {f"eval/{model}/{part}/{name}": value for name, value in score(of_source).items()}
-    metrics |= {f"eval/delta/{name}": value for name, value in _deltas(base, tuned).items()}
-    metrics |= {f"eval/{name}": value for name, value in _changes(base, tuned).items()}
-    return metrics
+            metrics |= {model_metric(model, f"{part}/{name}"): value for name, value in score(of_source).items()}
+    metrics |= {delta_metric(name): value for name, value in _deltas(base, tuned).items()}
+    return metrics | _changes(base, tuned)
 
 
 def sources(samples: Iterable[Sample]) -> list[str]:
@@ -69,9 +72,10 @@ def score(samples: Sequence[Sample]) -> dict[str, float]:
     for name in MEANS:
         values = [float(value) for sample in samples if (value := getattr(sample, name)) is not None]
         if values:
-            scores[_NAMES.get(name, name)] = mean(values)
+            metric = METRIC_OF_SCORE.get(name, name)
+            scores[metric] = mean(values)
             error = rate_error if name in _RATES else standard_error
-            scores[f"{_NAMES.get(name, name)}_stderr"] = error(values)
+            scores[stderr_of(metric)] = error(values)
     scores |= _loss(samples)
     scores["generated_tokens"] = mean([float(sample.num_generated_tokens) for sample in samples])
     return scores
@@ -85,7 +89,7 @@ def _loss(samples: Sequence[Sample]) -> dict[str, float]:
     loss, stderr = weighted_mean([value for value, _ in pairs], [count for _, count in pairs])
     return {
         "loss": loss,
-        "loss_stderr": stderr,
+        stderr_of("loss"): stderr,
         "perplexity": math.exp(min(loss, 700.0)),
         "num_tokens": sum(count for _, count in pairs),
     }
@@ -103,16 +107,16 @@ def _deltas(base: Sequence[Sample], tuned: Sequence[Sample]) -> Mapping[str, flo
         if not pairs:
             continue
         differences, num_tokens = [list(column) for column in zip(*pairs, strict=True)]
-        key = _NAMES.get(name, name)
+        key = METRIC_OF_SCORE.get(name, name)
         if name == "loss":
-            deltas[key], deltas[f"{key}_stderr"] = weighted_mean(differences, num_tokens)
+            deltas[key], deltas[stderr_of(key)] = weighted_mean(differences, num_tokens)
         else:
             error = paired_rate_error if name in _RATES else standard_error
-            deltas[key], deltas[f"{key}_stderr"] = mean(differences), error(differences)
+            deltas[key], deltas[stderr_of(key)] = mean(differences), error(differences)
     return deltas
 
 
-def _changes(base: Sequence[Sample], tuned: Sequence[Sample]) -> Mapping[str, float]:
+def _changes(base: Sequence[Sample], tuned: Sequence[Sample]) -> dict[str, float]:
     pairs = [
         (one.exact_match, other.exact_match)
         for one, other in zip(base, tuned, strict=True)
@@ -122,9 +126,9 @@ def _changes(base: Sequence[Sample], tuned: Sequence[Sample]) -> Mapping[str, fl
         return {}
     fixed, broken = pairs.count((False, True)), pairs.count((True, False))
     failed = sum(not right for right, _ in pairs)
-    changes: dict[str, float] = {"fixed": fixed, "broken": broken}
+    changes: dict[str, float] = {FIXED: fixed, BROKEN: broken}
     if failed:
-        changes["fixed_rate"] = fixed / failed
+        changes[FIXED_RATE] = fixed / failed
     if failed < len(pairs):
-        changes["broken_rate"] = broken / (len(pairs) - failed)
+        changes[BROKEN_RATE] = broken / (len(pairs) - failed)
     return changes

@@ -11,6 +11,17 @@ from jinja2 import Environment, FileSystemLoader
 from finemill.artifacts.adapter import TrainingRecord, read_training
 from finemill.artifacts.evaluation import Sample
 from finemill.artifacts.files import REPORT_PAGE, REPORT_TEXT
+from finemill.artifacts.metrics import (
+    BROKEN,
+    FIXED,
+    FIXED_RATE,
+    MODELS,
+    ROWS,
+    delta_metric,
+    metrics_of,
+    model_metric,
+    stderr_of,
+)
 from finemill.components.eval.chart import training_chart
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.metrics import metric_parts, sources
@@ -82,7 +93,10 @@ def write_reports(
     shown = list(zip(base, tuned, strict=True))[: config.report_rows]
     page = _template().render(
         title=_title(context),
-        metrics=metrics,
+        **{model: metrics_of(metrics, model) for model in MODELS},
+        fixed=metrics.get(FIXED),
+        fixed_rate=metrics.get(FIXED_RATE),
+        broken=metrics.get(BROKEN),
         rows=headline_rows(metrics),
         by_source=[(name, headline_rows(metrics, f"{part}/")) for name, part in metric_parts(sources(base)).items()],
         chart=training_chart(training) if training else None,
@@ -102,16 +116,16 @@ def headline_rows(metrics: Mapping[str, float], source: str = "") -> list[TableR
         _table_row(measure, metrics, source)
         for measure in MEASURES
         if not (source and measure.key not in _BY_SOURCE)
-        and f"eval/base/{source}{measure.key}" in metrics
-        and f"eval/tuned/{source}{measure.key}" in metrics
+        and all(model_metric(model, f"{source}{measure.key}") in metrics for model in MODELS)
     ]
 
 
 def _table_row(measure: Measure, metrics: Mapping[str, float], source: str) -> TableRow:
-    base, tuned = (metrics[f"eval/{model}/{source}{measure.key}"] for model in ("base", "tuned"))
-    errors = [metrics.get(f"eval/{model}/{source}{measure.key}_stderr") for model in ("base", "tuned")]
+    names = [model_metric(model, f"{source}{measure.key}") for model in MODELS]
+    base, tuned = (metrics[name] for name in names)
+    errors = [metrics.get(stderr_of(name)) for name in names]
     delta = tuned - base
-    paired = metrics.get(f"eval/delta/{measure.key}_stderr") if not source else None
+    paired = metrics.get(stderr_of(delta_metric(measure.key))) if not source else None
     margin = _Z95 * paired if paired is not None else None
     clear = margin is not None and abs(delta) > margin
     improved = (delta < 0) == measure.lower_is_better
@@ -239,7 +253,7 @@ def _title(context: StepContext) -> str:
 
 def _markdown(metrics: Mapping[str, float], context: StepContext) -> str:
     lines = [
-        f"# {_title(context)}: base against tuned, {metrics['eval/rows']:.0f} held-out rows",
+        f"# {_title(context)}: base against tuned, {metrics[ROWS]:.0f} held-out rows",
         "",
         "| | base | tuned | change (95 %) |",
         "| --- | ---: | ---: | ---: |",
@@ -248,8 +262,8 @@ def _markdown(metrics: Mapping[str, float], context: StepContext) -> str:
         f"| {row.title} | {row.base} {row.base_error} | {row.tuned} {row.tuned_error} | {row.delta} {row.interval} |"
         for row in headline_rows(metrics)
     ]
-    if "eval/fixed" in metrics:
-        lines += ["", f"{metrics['eval/fixed']:.0f} problems fixed, {metrics['eval/broken']:.0f} broken."]
+    if FIXED in metrics:
+        lines += ["", f"{metrics[FIXED]:.0f} problems fixed, {metrics[BROKEN]:.0f} broken."]
     return "\n".join(re.sub(r" +\|", " |", line) for line in lines) + "\n"
 
 

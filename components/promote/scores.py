@@ -8,11 +8,10 @@ import numpy.typing as npt
 
 from finemill.artifacts.evaluation import SCORES, read_metrics, read_sample_scores
 from finemill.artifacts.files import SAMPLES_FILE
-from finemill.artifacts.metrics import ModelName, is_stderr, metrics_of, model_metric
+from finemill.artifacts.metrics import METRIC_OF_SCORE, ModelName, is_stderr, metrics_of, model_metric
 from finemill.errors import UserError
 
-# A metric whose rows have a name of their own.
-_FIELDS = {"preference_accuracy": "prefers_chosen"}
+_SCORE_OF_METRIC = {metric: score for score, metric in METRIC_OF_SCORE.items()}
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Scores:
 
         Raises: UserError: a row is there twice.
         """
-        field = _FIELDS.get(metric, metric)
+        field = _SCORE_OF_METRIC.get(metric, metric)
         if field not in SCORES:
             return None
         found = sorted(

@@ -63,8 +63,8 @@ SCORES = frozenset(
     column.name
     for column in schema_of(SampleScores)
     if pa.types.is_floating(column.type) or pa.types.is_boolean(column.type)
-)
-"""The fields of `SampleScores` that are scores."""
+) | {"cut_off"}
+"""The attributes of `SampleScores` that are scores."""
 
 
 @dataclass(frozen=True, kw_only=True)

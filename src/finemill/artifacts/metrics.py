@@ -15,12 +15,28 @@ FIXED = "eval/fixed"
 """Number of problems that only the tuned model answers; `eval/fixed_rate` is their share of those that base fails."""
 FIXED_RATE = "eval/fixed_rate"
 BROKEN = "eval/broken"
-"""Number of problems that only the base answers."""
+"""Number of problems that only the base answers; `eval/broken_rate` is their share of those that base answers."""
+BROKEN_RATE = "eval/broken_rate"
+
+
+METRIC_OF_SCORE = {
+    "cut_off": "cut_off_rate",
+    "prefers_chosen": "preference_accuracy",
+    "format_ok": "format_ok_rate",
+    "think_closed": "think_closed_rate",
+    "finished": "finished_rate",
+}
+"""Names of the metrics that are the mean of a score of another name: rates carry it in theirs."""
 
 
 def model_metric(model: ModelName, metric: str) -> str:
     """The name of a metric of one of the two models; `metric` may begin with a source."""
     return f"eval/{model}/{metric}"
+
+
+def delta_metric(metric: str) -> str:
+    """The name of a metric's change, tuned less base, from the differences row by row."""
+    return f"eval/delta/{metric}"
 
 
 def stderr_of(metric: str) -> str:

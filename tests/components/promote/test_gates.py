@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from finemill.artifacts.evaluation import Sample, write_metrics, write_samples
-from finemill.artifacts.metrics import ModelName
+from finemill.artifacts.metrics import ModelName, model_metric
 from finemill.components.promote.bootstrap import lower_bound
 from finemill.components.promote.config import PromoteConfig
 from finemill.components.promote.gates import check_gates
@@ -119,15 +119,19 @@ def test_gate_that_says_too_little_or_too_much_is_refused(gate: dict[str, Any], 
         parse_config(PromoteConfig, {"gates": [{"metric": "loss", "direction": "lower", **gate}]}, "promote")
 
 
-def test_preference_accuracy_is_compared_row_by_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("metric", "score"),
+    [("preference_accuracy", "prefers_chosen"), ("format_ok_rate", "format_ok"), ("think_closed_rate", "think_closed")],
+)
+def test_a_rate_is_compared_row_by_row(tmp_path: Path, metric: str, score: str) -> None:
     shares: dict[ModelName, int] = {"base": 12, "tuned": 20}
     samples = [
-        replace(sample(model, index, 1.0), prefers_chosen=right)
+        replace(sample(model, index, 1.0), **{score: right})
         for model, share in shares.items()
         for index, right in enumerate([True] * share + [False] * (20 - share))
     ]
-    metrics = {"eval/base/preference_accuracy": 0.6, "eval/tuned/preference_accuracy": 1.0}
-    gate = {"metric": "preference_accuracy", "direction": "higher", "min_delta": 0.0, "compare_with": ["base"]}
+    metrics = {model_metric("base", metric): 0.6, model_metric("tuned", metric): 1.0}
+    gate = {"metric": metric, "direction": "higher", "min_delta": 0.0, "compare_with": ["base"]}
     config = parse_config(PromoteConfig, {"gates": [gate]}, "promote")
     (result,) = check_gates(scores(tmp_path / "new", samples, metrics), None, config)
     assert (result.passed, result.num_rows, result.difference) == (True, 20, pytest.approx(0.4))
