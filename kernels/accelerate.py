@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from finemill.errors import UserError
 from finemill.kernels.engine.adapters import LoraPair
 from finemill.kernels.engine.host_memory import gather_rows, pin
 from finemill.kernels.engine.model import FastModel, LayerParts, ModelLoss, assemble_model
@@ -31,7 +32,7 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Frequencies that do not depend on the length of the sequences at hand: one table serves all of them."""
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(UserError):
     """The fast path does not cover this model; the message says why."""
 
 

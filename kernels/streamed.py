@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
+from finemill.errors import UserError
 from finemill.kernels.engine.load import stream_tensors
 from finemill.kernels.engine.model import LINEARS
 from finemill.kernels.engine.weight_stream import WeightStream
@@ -32,7 +33,7 @@ def load_streamed(
         device: where to compute; embedding, norms and output layer go there.
         dtype: of what is not quantized, and of products.
         double_quant: quantize the quantization constants too.
-    Raises: ValueError: the checkpoint lacks a tensor of the model.
+    Raises: UserError: the checkpoint lacks a tensor of the model.
     """
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     config.dtype = dtype
@@ -151,7 +152,7 @@ def _load_tensors(model: Any, path: Path, device: torch.device, dtype: torch.dty
         else:
             set_module_tensor_to_device(model, name, device, value=tensor.to(dtype))
     if missing:
-        raise ValueError(f"the checkpoint in {path} lacks {len(missing)} tensors, {min(missing)} for one")
+        raise UserError(f"the checkpoint in {path} lacks {len(missing)} tensors, {min(missing)} for one")
     if stream is not None:
         attach_stream(model, stream, [visits[layer] for layer in range(len(visits))])
 

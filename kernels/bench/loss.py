@@ -25,6 +25,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback
 from trl import SFTTrainer
 
+from finemill.errors import UserError
 from finemill.kernels.bench.data import chat_rows, ensure_checkpoint
 from finemill.kernels.bench.runs import LossRun, add_record_argument, environment, header, record_runs
 from finemill.kernels.bench.step import check_device, files
@@ -139,7 +140,7 @@ def _train(
         processing_class=tokenizer,
     )
     if trainer_class is FastSFTTrainer and not trainer.fast:
-        raise RuntimeError(f"the engine does not run this model: {trainer.acceleration.reason}")
+        raise UserError(f"the engine does not run this model: {trainer.acceleration.reason}")
     trainer.remove_callback(PrinterCallback)
     if args.fp32_adapters and trainer_class is SFTTrainer:
         for parameter in trainer.model.parameters():

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from finemill.errors import UserError
 from finemill.kernels.bench.runs import OpRun, Quantiles, add_record_argument, header, record_runs
 from finemill.kernels.engine.adapters import GroupAdapter
 from finemill.kernels.engine.host_memory import gather_rows, pin
@@ -400,7 +401,7 @@ def report_line(run: OpRun) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns: 0, or 2 without a GPU."""
+    """Run the command line. Returns: 0. Raises: UserError: there is no GPU."""
     argv = sys.argv[1:] if argv is None else argv
     ops = sorted({case.op for case in CASES})
     parser = argparse.ArgumentParser(prog="finemill bench kernels", description="Time the kernels one by one.")
@@ -410,8 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := sorted(set(arguments.ops) - set(ops)):
         parser.error(f"unknown op {', '.join(unknown)}: choose from {', '.join(ops)}")
     if not torch.cuda.is_available():
-        print("finemill bench kernels needs a CUDA device: none is visible to torch", file=sys.stderr)
-        return 2
+        raise UserError("a CUDA device is needed: none is visible to torch")
     device = torch.device("cuda")
     copy, head = copy_bandwidth(device), header("kernels", argv)
     packages = ", ".join(f"{name} {head['versions'][name]}" for name in ("torch", "triton"))

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig
 
+from finemill.errors import UserError
 from finemill.kernels.bench.data import ensure_checkpoint, make_batches, real_rows, start_adapters
 from finemill.kernels.bench.runs import PlanRecord
 from finemill.kernels.engine.model import GROUPS
@@ -75,7 +76,7 @@ def run_trainer(args: argparse.Namespace) -> dict[str, Any]:
     )
     engine = trainer.acceleration.engine
     if engine is None:
-        raise RuntimeError(f"the engine does not run this model: {trainer.acceleration.reason}")
+        raise UserError(f"the engine does not run this model: {trainer.acceleration.reason}")
     free, _ = torch.cuda.mem_get_info()
     card, typical = int((free + torch.cuda.memory_allocated()) * 0.95), trainer._typical_length()
     trainer.train()

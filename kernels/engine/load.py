@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finemill.errors import UserError
 from finemill.kernels.engine.adapters import LoraPair
 from finemill.kernels.engine.host_memory import pin
 from finemill.kernels.engine.model import LINEARS, FastModel, LayerParts, assemble_model
@@ -64,7 +65,7 @@ class Rotary:
         if kind == "default":
             return inverse
         if kind != "llama3":
-            raise ValueError(f"rope_type is {kind!r}: this loader knows 'default' and 'llama3'; load with transformers")
+            raise UserError(f"rope_type is {kind!r}: this loader knows 'default' and 'llama3'; load with transformers")
         old = parameters["original_max_position_embeddings"]
         low, high, factor = (float(parameters[k]) for k in ("low_freq_factor", "high_freq_factor", "factor"))
         wavelength = 2 * math.pi / inverse
@@ -187,7 +188,7 @@ def _entries(path: Path) -> dict[str, _Entry]:
                     file, 8 + length + begin, end - begin, DTYPES[entry["dtype"]], tuple(entry["shape"])
                 )
     if not found:
-        raise FileNotFoundError(f"no *.safetensors in {path}: pass the folder of a Hugging Face checkpoint")
+        raise UserError(f"no *.safetensors in {path}: pass the folder of a Hugging Face checkpoint")
     return found
 
 
@@ -220,7 +221,7 @@ def stream_tensors(
                     while done < entry.size:
                         count = stream.readinto(view[done:])
                         if not count:
-                            raise EOFError(f"{entry.file} ends inside {name}: the checkpoint is incomplete")
+                            raise UserError(f"{entry.file} ends inside {name}: the checkpoint is incomplete")
                         done += count
                 ready.put((name, buffer.view(entry.dtype).view(entry.shape)))
         except BaseException as error:
@@ -241,7 +242,9 @@ def _bitsandbytes_library() -> Any:
     """Load bitsandbytes' CUDA library for torch's CUDA version, or the highest packaged one below it."""
     spec = importlib.util.find_spec("bitsandbytes")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("bitsandbytes is not installed: NF4 quantization is its library's")
+        raise ModuleNotFoundError(
+            "bitsandbytes is not installed: NF4 quantization is its library's", name="bitsandbytes"
+        )
     wanted = int(str(torch.version.cuda).replace(".", ""))
     names = {
         int(file.stem.removeprefix("libbitsandbytes_cuda")): file
@@ -249,9 +252,7 @@ def _bitsandbytes_library() -> Any:
     }
     fitting = [version for version in names if version // 10 == wanted // 10 and version <= wanted]
     if not fitting:
-        raise ModuleNotFoundError(
-            f"bitsandbytes has CUDA libraries {sorted(names)}, none for CUDA {torch.version.cuda}"
-        )
+        raise UserError(f"bitsandbytes has CUDA libraries {sorted(names)}, none for CUDA {torch.version.cuda}")
     library = ctypes.CDLL(str(names[max(fitting)]))
     for function in (library.cquantize_blockwise_bf16_nf4, library.cquantize_blockwise_fp16_nf4):
         function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int32] * 2

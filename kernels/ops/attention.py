@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finemill.errors import UserError
 from finemill.kernels.ops import attention_cudnn, attention_fa4
 from finemill.kernels.ops.division import FA4_HEAD_DIMS, fa4_suits
 from finemill.kernels.ops.launch import capability
@@ -136,13 +137,13 @@ def backend(q: Tensor, sequences: Sequences) -> str:
 def fitting_backend(device: torch.device, dtype: torch.dtype, head_dim: int, length: int) -> str:
     """Return the fastest implementation, or the one asked for, that takes sequences of up to `length` tokens.
 
-    Raises: ValueError: FINEMILL_ATTENTION names none.
+    Raises: UserError: FINEMILL_ATTENTION names none.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or head_dim % 8:
         return "plain"
     asked = os.environ.get("FINEMILL_ATTENTION")
     if asked and asked not in BACKENDS:
-        raise ValueError(f"FINEMILL_ATTENTION is {asked!r}: allowed are {', '.join(BACKENDS)}")
+        raise UserError(f"FINEMILL_ATTENTION is {asked!r}: allowed are {', '.join(BACKENDS)}")
     wanted = asked or "cudnn"
     if not _usable(wanted, device, head_dim, length):
         wanted = "flash"

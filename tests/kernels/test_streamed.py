@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
 
+from finemill.errors import UserError
 from finemill.kernels.accelerate import UnsupportedModelError, accelerate_model, restore_model
 from finemill.kernels.streamed import load_streamed, quantized_linears, weight_stream_of
 
@@ -140,5 +141,5 @@ def test_a_checkpoint_without_a_tensor_is_refused(checkpoint: Path, tmp_path: Pa
     tensors = load_file(checkpoint / "model.safetensors")
     del tensors["model.layers.3.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"lacks \d+ tensors, model\.layers\.3\.mlp"):
+    with pytest.raises(UserError, match=r"lacks \d+ tensors, model\.layers\.3\.mlp"):
         streamed(tmp_path)

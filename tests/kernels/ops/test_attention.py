@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from finemill.errors import UserError
 from finemill.kernels.ops import attention, attention_cudnn, attention_fa4
 from finemill.kernels.ops.attention import attention_backward, attention_forward, fitting_backend
 from finemill.kernels.ops.packing import Sequences, length_classes
@@ -98,7 +99,7 @@ def test_an_implementation_can_be_asked_for(hopper, monkeypatch):
         monkeypatch.setenv("FINEMILL_ATTENTION", name)
         assert chosen(100) == chosen(8192) == name
     monkeypatch.setenv("FINEMILL_ATTENTION", "triton")
-    with pytest.raises(ValueError, match="FINEMILL_ATTENTION is 'triton': allowed are fa4, cudnn, flash, plain"):
+    with pytest.raises(UserError, match="FINEMILL_ATTENTION is 'triton': allowed are fa4, cudnn, flash, plain"):
         chosen(100)
 
 
