@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Nothing in the tests may reach a model hub, report usage, or read the developer's own cache or credentials.
 os.environ.update(HF_HUB_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING="false")
+# As the command line does, before anything imports torch: threads that wait do not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(autouse=True)

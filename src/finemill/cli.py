@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parse_top_level(arguments)
     # Batches of varying length leave gaps in segments of fixed size, and a full GPU takes seconds to give them back.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # Threads that wait would spin: where other processes keep the cores busy, a step takes five times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     silence_progress_bars()
     name, rest = arguments[0], arguments[1:]
     try:
