@@ -27,6 +27,7 @@ from finemill.rows.reasons import DroppedRowError
 from finemill.rows.thinking import split_thinking
 from finemill.rows.tools import split_call_text, split_response_text
 from finemill.rows.turns import Message
+from finemill.tracking.settings import Tracking
 
 # Unicode noncharacters: never part of text that is interchanged, so they can stand for marks.
 MARK_OPEN, MARK_CLOSE, BROKEN = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -283,7 +284,7 @@ def _base_sources(base_dir: Path) -> tuple[dict[str, str], str]:
     return ({"default": source} if isinstance(source, str) else {}), where
 
 
-def template_state(inputs: Mapping[str, str], config: Any) -> dict[str, str]:
+def template_state(inputs: Mapping[str, str], config: Any, tracking: Tracking) -> dict[str, str]:
     """What the step's output depends on outside of the store: the file `chat_template_path`."""
     from finemill.artifacts.manifest import sha256_file
 

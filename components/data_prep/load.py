@@ -16,6 +16,7 @@ from finemill.components.data_prep.read import COMPRESSIONS, FORMATS, Damaged, R
 from finemill.errors import UserError
 from finemill.rows.shapes import KNOWN_COLUMNS
 from finemill.storage.base import local_path
+from finemill.tracking.settings import Tracking
 
 EXAMPLE_ROWS = 2000
 """Rows of an `example:` source without `max_rows`."""
@@ -33,7 +34,7 @@ class DataFile:
     fetch: Callable[[Path], Path]
 
 
-def source_digests(inputs: Mapping[str, str], config: DataPrepConfig) -> dict[str, str]:
+def source_digests(inputs: Mapping[str, str], config: DataPrepConfig, tracking: Tracking) -> dict[str, str]:
     """What the output depends on outside of the store: a digest per source over the sha256 of its files.
 
     S3 objects count with their ETags, so that nothing is downloaded when the output is there already.

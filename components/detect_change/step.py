@@ -8,13 +8,14 @@ from finemill.artifacts.records import write_json
 from finemill.registry.config import RegisterConfig
 from finemill.registry.snapshot import Version, read_registered_model
 from finemill.runtime.context import StepContext
+from finemill.tracking.settings import Tracking
 
 DATASET_TAG = "dataset.digest"
 
 
-def newest_version(inputs: Mapping[str, str], config: RegisterConfig) -> dict[str, str]:
+def newest_version(inputs: Mapping[str, str], config: RegisterConfig, tracking: Tracking) -> dict[str, str]:
     """The state that the comparison depends on: the newest version, and what it was trained on."""
-    newest = _newest(config)
+    newest = _newest(config, tracking)
     return {"version": str(newest.number), "dataset": newest.tags.get(DATASET_TAG, "")} if newest else {}
 
 
@@ -23,7 +24,7 @@ def run(*, dataset: Path, output_dir: Path, config: RegisterConfig, context: Ste
 
     A version that lost against the champion counts: training again on the same data would give it again.
     """
-    newest = _newest(config)
+    newest = _newest(config, context.tracking)
     known = newest.tags.get(DATASET_TAG) if newest else None
     digest = context.manifests["dataset"].digest
     changed = digest != known
@@ -40,6 +41,6 @@ def run(*, dataset: Path, output_dir: Path, config: RegisterConfig, context: Ste
     return {"detect_change/changed": float(changed)}
 
 
-def _newest(config: RegisterConfig) -> Version | None:
-    model = read_registered_model(config.registered_model_name)
+def _newest(config: RegisterConfig, tracking: Tracking) -> Version | None:
+    model = read_registered_model(tracking.registry, config.registered_model_name)
     return model.newest if model else None

@@ -10,15 +10,17 @@ from finemill.components.preflight.base_model import BaseFacts, inspect_base_mod
 from finemill.components.preflight.config import PreflightConfig
 from finemill.config import StepConfig, parse_config
 from finemill.errors import UserError
+from finemill.models.base.pin import pin_base_model
 from finemill.registry.config import RegisterConfig
 from finemill.registry.snapshot import read_registered_model
 from finemill.runtime.catalog import SECTIONS
 from finemill.runtime.context import StepContext
+from finemill.tracking.settings import Tracking
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.memory import needed_gib
 
 
-def check_time(inputs: Mapping[str, str], config: PreflightConfig) -> dict[str, str]:
+def check_time(inputs: Mapping[str, str], config: PreflightConfig, tracking: Tracking) -> dict[str, str]:
     """The state that a check depends on is that of the world: each run checks anew."""
     return {"checked": datetime.now(UTC).isoformat()}
 
@@ -31,8 +33,8 @@ def run(*, output_dir: Path, config: PreflightConfig, context: StepContext) -> d
         TemporaryError: a service is out of reach.
     """
     parsed = check_configs(config)
-    check_registry(parsed)
-    base = inspect_base_model(config.base_model) if config.base_model else None
+    check_registry(parsed, context.tracking)
+    base = inspect_base_model(_pinned(config.base_model, context)) if config.base_model else None
     metrics: dict[str, float] = {}
     training = next((item for item in parsed.values() if isinstance(item, LoRATrainingConfig)), None)
     if base and training:
@@ -47,6 +49,11 @@ def run(*, output_dir: Path, config: PreflightConfig, context: StepContext) -> d
     return metrics
 
 
+def _pinned(base_model: str, context: StepContext) -> str:
+    """The commit that the run's other steps will take too."""
+    return pin_base_model(base_model, context.store, context.run_id, context.checkpoints.producer)
+
+
 def check_configs(config: PreflightConfig) -> dict[str, StepConfig]:
     """Parse every section. Raises: UserError: names the section and the key."""
     unknown = sorted(set(config.steps) - set(SECTIONS))
@@ -57,7 +64,7 @@ def check_configs(config: PreflightConfig) -> dict[str, StepConfig]:
     }
 
 
-def check_registry(sections: Mapping[str, StepConfig]) -> None:
+def check_registry(sections: Mapping[str, StepConfig], tracking: Tracking) -> None:
     """Ask the model registry, as the steps will, for the model that the run is about.
 
     Raises: UserError: it is nowhere, or refuses us. TemporaryError: it is out of reach.
@@ -65,7 +72,7 @@ def check_registry(sections: Mapping[str, StepConfig]) -> None:
     if any(SECTIONS[section].needs_registry for section in sections):
         config = sections.get("register")
         named = config if isinstance(config, RegisterConfig) else RegisterConfig()
-        read_registered_model(named.registered_model_name)
+        read_registered_model(tracking.registry, named.registered_model_name)
 
 
 def check_memory(base: BaseFacts, training: LoRATrainingConfig, gpu_memory_gib: float | None) -> float:

@@ -12,7 +12,6 @@ from finemill.registry.snapshot import (
     RegisteredModel,
     locked,
     read_registered_model,
-    registry_uri,
 )
 from finemill.tracking.describe import without_credentials
 from finemill.tracking.server import open_client, readable_errors
@@ -27,18 +26,17 @@ class Rollback:
     rolled_back: int
 
 
-def rollback(config: RollbackConfig) -> Rollback:
-    """Give the alias `champion` back to `previous_champion`, and mark the version that had it.
+def rollback(config: RollbackConfig, uri: str) -> Rollback:
+    """Give the alias `champion` back to `previous_champion` in the registry at `uri`, and mark the version that had it.
 
     There is one step back: the previous champion's own predecessor is not remembered, `promote` decides from there.
     A version that was rolled back is not promoted again.
     Raises: UserError: there is no champion, or none before it.
     """
     name = config.registered_model_name
-    uri = registry_uri()
     client = open_client(uri)
-    with readable_errors(uri), locked(client, _read(name), None):
-        model = _read(name)
+    with readable_errors(uri), locked(client, _read(uri, name), None):
+        model = _read(uri, name)
         champion, previous = model.aliases.get(CHAMPION), model.aliases.get(PREVIOUS_CHAMPION)
         if champion is None:
             raise UserError(f"rollback: '{name}' has no champion; `finemill promote` makes a version champion")
@@ -51,8 +49,8 @@ def rollback(config: RollbackConfig) -> Rollback:
     return Rollback(name, champion=previous, rolled_back=champion)
 
 
-def _read(name: str) -> RegisteredModel:
-    model = read_registered_model(name)
+def _read(uri: str, name: str) -> RegisteredModel:
+    model = read_registered_model(uri, name)
     if model is None:
-        raise UserError(f"rollback: the registry at {without_credentials(registry_uri())} has no model '{name}'")
+        raise UserError(f"rollback: the registry at {without_credentials(uri)} has no model '{name}'")
     return model

@@ -26,11 +26,11 @@ from finemill.registry.snapshot import (
     locked,
     read_registered_model,
     registry_state_of,
-    registry_uri,
 )
 from finemill.runtime.context import StepContext
 from finemill.storage.store import fetch_artifact
 from finemill.tracking.server import open_client, readable_errors
+from finemill.tracking.settings import Tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 _NONE = "none"
 
 
-def champion_state(inputs: Mapping[str, str], config: PromoteConfig) -> dict[str, str]:
+def champion_state(inputs: Mapping[str, str], config: PromoteConfig, tracking: Tracking) -> dict[str, str]:
     """The champion that the version is compared with, and whether the version was rolled back.
 
     The same before and after the version has become champion itself, and another one when the champion has changed.
     """
     record = read_version(fetch_artifact(Reference.parse(inputs["version"]))[0])
-    model, version = _find(record)
+    model, version = _find(record, tracking.registry)
     return {
         "registered_model": registry_state_of(model),
         "champion": _compared_with(model, version),
@@ -60,7 +60,7 @@ def run(
     Raises: UserError: the version is not in the registry, or the champion cannot be scored. TemporaryError: the
         champion changed meanwhile. GateFailedError: not promoted, and `strict` is set.
     """
-    model, challenger = _find(read_version(version))
+    model, challenger = _find(read_version(version), context.tracking.registry)
     registered = challenger.artifact("evaluation")
     if registered is None or registered.digest != Reference.parse(context.references["evaluation"]).digest:
         raise UserError(
@@ -69,10 +69,9 @@ def run(
         )
     expected = _compared_with(model, challenger)
     decision = _decide(model, challenger, expected, Scores(evaluation), config, context)
-    uri = registry_uri()
-    client = open_client(uri)
-    with readable_errors(uri), locked(client, model, context.store):
-        _apply(client, decision, expected)
+    client = open_client(model.registry_uri)
+    with readable_errors(model.registry_uri), locked(client, model, context.store):
+        _apply(client, model.registry_uri, decision, expected)
     context.recorder.log_progress(f"{model.name} version {challenger.number}: {decision.summary}")
     if config.strict and not decision.promoted:
         raise GateFailedError(f"{model.name} version {challenger.number} {decision.summary}")
@@ -115,13 +114,13 @@ def _decide(
     )
 
 
-def _apply(client: "MlflowClient", decision: Decision, expected: str) -> None:
+def _apply(client: "MlflowClient", uri: str, decision: Decision, expected: str) -> None:
     """Record the decision and move the aliases, in an order that a crash at any point leaves to be repeated.
 
     The champion moves last: until then it is the old one, and `previous_champion` names it too, which is no rollback.
     """
     name, number = decision.registered_model_name, str(decision.version)
-    _check_champion(name, decision.version, expected)
+    _check_champion(uri, name, decision.version, expected)
     client.set_model_version_tag(name, number, DECISION_TAG, decision.summary)
     if not decision.promoted:
         return
@@ -129,7 +128,7 @@ def _apply(client: "MlflowClient", decision: Decision, expected: str) -> None:
     if expected != _NONE:
         client.set_registered_model_alias(name, PREVIOUS_CHAMPION, expected)
     client.set_registered_model_alias(name, CHAMPION, number)
-    _check_champion(name, decision.version, expected)
+    _check_champion(uri, name, decision.version, expected)
     aliases = client.get_registered_model(name).aliases
     if str(aliases.get(CHAMPION)) != number:
         raise TemporaryError(f"promote: somebody else moved the champion of {name} at the same moment: try again")
@@ -137,8 +136,8 @@ def _apply(client: "MlflowClient", decision: Decision, expected: str) -> None:
         client.delete_registered_model_alias(name, CHALLENGER)
 
 
-def _check_champion(name: str, number: int, expected: str) -> None:
-    model = read_registered_model(name)
+def _check_champion(uri: str, name: str, number: int, expected: str) -> None:
+    model = read_registered_model(uri, name)
     version = model.versions.get(number) if model else None
     found = _compared_with(model, version) if model and version else "deleted"
     if found != expected:
@@ -156,9 +155,9 @@ def _compared_with(model: RegisteredModel, version: Version) -> str:
     return _NONE if number is None else str(number)
 
 
-def _find(record: VersionRecord) -> tuple[RegisteredModel, Version]:
+def _find(record: VersionRecord, uri: str) -> tuple[RegisteredModel, Version]:
     name, number = record.registered_model_name, record.version
-    model = read_registered_model(name)
+    model = read_registered_model(uri, name)
     if model is None or number not in model.versions:
         raise UserError(
             f"promote: the registry has no version {number} of '{name}': register it there, or correct "

@@ -1,7 +1,6 @@
 """Register the results as a version of a model, by reference: MLflow records where they are, and gets no copy."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,23 +19,22 @@ from finemill.registry.snapshot import (
     ensure_registered_model,
     locked,
     registry_state_of,
-    registry_uri,
 )
 from finemill.runtime.context import StepContext
 from finemill.tracking.describe import RUN_ID_TAG, lineage_tags, origin_tags, without_credentials
-from finemill.tracking.parent import ADOPT_VARIABLE
 from finemill.tracking.server import find_experiment, open_client, readable_errors
+from finemill.tracking.settings import Tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-def registry_state(inputs: Mapping[str, str], config: RegisterConfig) -> dict[str, str]:
+def registry_state(inputs: Mapping[str, str], config: RegisterConfig, tracking: Tracking) -> dict[str, str]:
     """Which registered model, and the number that these artifacts have or will get in it.
 
     The same before and after registering, and another one when the registry or the version was deleted since.
     """
-    model = ensure_registered_model(config.registered_model_name)
+    model = ensure_registered_model(tracking.registry, config.registered_model_name)
     standing = model.by_tag(DIGEST_TAG, registration_digest(inputs))
     number = standing.number if standing else model.next_number
     return {"registered_model": registry_state_of(model), "version": str(number)}
@@ -55,11 +53,11 @@ def run(*, output_dir: Path, config: RegisterConfig, context: StepContext) -> di
     Raises: UserError: the artifacts do not belong together, or MLflow refuses the version.
     """
     _check_same_adapter(context)
-    uri = registry_uri()
-    check_registry_reads(uri, context.references[config.source])
-    client = open_client(uri)
-    with readable_errors(uri):
-        record = _register(client, uri, config, context)
+    tracking = context.tracking
+    check_registry_reads(tracking.registry, context.references[config.source])
+    client = open_client(tracking.uri or tracking.registry, tracking.registry)
+    with readable_errors(tracking.registry):
+        record = _register(client, tracking.registry, config, context)
     write_version(output_dir, record)
     return {"register/version": float(record.version)}
 
@@ -67,10 +65,10 @@ def run(*, output_dir: Path, config: RegisterConfig, context: StepContext) -> di
 def _register(client: "MlflowClient", uri: str, config: RegisterConfig, context: StepContext) -> VersionRecord:
     name = config.registered_model_name
     tags = version_tags(config, context)
-    with locked(client, ensure_registered_model(name), context.store):
-        model = ensure_registered_model(name)
+    with locked(client, ensure_registered_model(uri, name), context.store):
+        model = ensure_registered_model(uri, name)
         standing = model.by_tag(DIGEST_TAG, tags[DIGEST_TAG])
-        number = standing.number if standing else _create(client, uri, config, context, tags)
+        number = standing.number if standing else _create(client, config, context, tags)
         if model.aliases.get(CHAMPION) != number:
             context.recorder.log_progress(f"version {number} of {name} gets the alias {CHALLENGER}")
             client.set_registered_model_alias(name, CHALLENGER, str(number))
@@ -87,15 +85,13 @@ def _register(client: "MlflowClient", uri: str, config: RegisterConfig, context:
     )
 
 
-def _create(
-    client: "MlflowClient", uri: str, config: RegisterConfig, context: StepContext, tags: dict[str, str]
-) -> int:
+def _create(client: "MlflowClient", config: RegisterConfig, context: StepContext, tags: dict[str, str]) -> int:
     reference = Reference.parse(context.references[config.source])
     source = context.manifests[config.source].files_uri(reference.uri)
     version = client.create_model_version(
         config.registered_model_name,
         source,
-        run_id=_run_id(client, uri, context),
+        run_id=_run_id(client, context),
         tags=tags,
         description=describe_version(context.manifests["evaluation"].metrics, tags, context.references),
     )
@@ -137,12 +133,12 @@ def _parent_digest(manifest: Manifest, parent: str) -> str:
     return Reference.parse(text).digest if text else "(none)"
 
 
-def _run_id(client: "MlflowClient", uri: str, context: StepContext) -> str | None:
+def _run_id(client: "MlflowClient", context: StepContext) -> str | None:
     """The MLflow run of the pipeline that this registration belongs to, where there is one."""
-    adopted = os.environ.get(ADOPT_VARIABLE)
-    if adopted or not context.run_id:
-        return adopted
+    tracking = context.tracking
+    if tracking.adopted_run or not context.run_id or tracking.uri is None:
+        return tracking.adopted_run
     found = client.search_runs(
-        [find_experiment(client, uri)], f"tags.`{RUN_ID_TAG}` = '{context.run_id}'", max_results=1
+        [find_experiment(client, tracking)], f"tags.`{RUN_ID_TAG}` = '{context.run_id}'", max_results=1
     )
     return str(found[0].info.run_id) if found else None

@@ -9,11 +9,12 @@ from finemill.registry.champion import comparable_evaluation
 from finemill.registry.config import RegisterConfig
 from finemill.registry.snapshot import CHAMPION, RegisteredModel, Version, read_registered_model, registry_state_of
 from finemill.runtime.context import StepContext
+from finemill.tracking.settings import Tracking
 
 
-def champion_state(inputs: Mapping[str, str], config: RegisterConfig) -> dict[str, str]:
+def champion_state(inputs: Mapping[str, str], config: RegisterConfig, tracking: Tracking) -> dict[str, str]:
     """Which registered model, and which version is its champion."""
-    model, champion = _champion(config)
+    model, champion = _champion(config, tracking)
     return (
         {"registered_model": registry_state_of(model), "champion": str(champion.number)} if model and champion else {}
     )
@@ -24,7 +25,7 @@ def run(*, output_dir: Path, config: RegisterConfig, context: StepContext) -> di
 
     Raises: UserError: the champion has to be scored again, and cannot be here.
     """
-    model, champion = _champion(config)
+    model, champion = _champion(config, context.tracking)
     record: dict[str, object] = {"registered_model_name": config.registered_model_name, "champion": None}
     if model and champion:
         found = comparable_evaluation(model, champion, context.manifests["evaluation"], context)
@@ -33,6 +34,6 @@ def run(*, output_dir: Path, config: RegisterConfig, context: StepContext) -> di
     return {"score_champion/champion": float(champion.number if champion else 0)}
 
 
-def _champion(config: RegisterConfig) -> tuple[RegisteredModel | None, Version | None]:
-    model = read_registered_model(config.registered_model_name)
+def _champion(config: RegisterConfig, tracking: Tracking) -> tuple[RegisteredModel | None, Version | None]:
+    model = read_registered_model(tracking.registry, config.registered_model_name)
     return model, model.by_alias(CHAMPION) if model else None

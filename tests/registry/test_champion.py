@@ -12,6 +12,7 @@ from finemill.errors import UserError
 from finemill.models.base.resolve import BUILTIN_MODELS
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact, read_artifact
+from finemill.tracking.settings import Tracking
 
 pytestmark = pytest.mark.slow
 _BASE = "builtin:tiny-qwen3"
@@ -53,7 +54,13 @@ def test_champion_is_scored_on_the_new_versions_rows(
         model = publish("model", {"config.json": str(seed)}, {"adapter": adapter})
         gguf = publish("gguf", {"gguf.json": str(seed)}, {"model": model})
         line = {"adapter": adapter, "model": model, "gguf": gguf, "evaluation": evaluation}
-        versions.append(str(run_step("register", store=folder_store, inputs=line, config={}).reference))
+        versions.append(
+            str(
+                run_step(
+                    "register", store=folder_store, inputs=line, config={}, tracking=Tracking.of_environment()
+                ).reference
+            )
+        )
         lines.append({**line, "dataset": data})
     MlflowClient(tracking_uri).set_registered_model_alias("finemill", "champion", "1")
     inputs = {"version": versions[1], "evaluation": lines[1]["evaluation"]}
@@ -61,15 +68,21 @@ def test_champion_is_scored_on_the_new_versions_rows(
     with monkeypatch.context() as without_torch:
         without_torch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(UserError, match=r"version 1 was scored on other rows .* needs torch"):
-            run_step("promote", store=folder_store, inputs=inputs, config={})
+            run_step("promote", store=folder_store, inputs=inputs, config={}, tracking=Tracking.of_environment())
 
-    champion = run_step("score-champion", store=folder_store, inputs={"evaluation": inputs["evaluation"]}, config={})
+    champion = run_step(
+        "score-champion",
+        store=folder_store,
+        inputs={"evaluation": inputs["evaluation"]},
+        config={},
+        tracking=Tracking.of_environment(),
+    )
     record = json.loads((fetch_artifact(champion.reference)[0] / "champion.json").read_text())
     assert record["champion"] == 1
 
     with monkeypatch.context() as without_torch:
         without_torch.setattr("importlib.util.find_spec", lambda name: None)
-        result = run_step("promote", store=folder_store, inputs=inputs, config={})
+        result = run_step("promote", store=folder_store, inputs=inputs, config={}, tracking=Tracking.of_environment())
     found = json.loads((fetch_artifact(result.reference)[0] / "decision.json").read_text())
     assert found["champion_evaluation"] == record["evaluation"]
     again = read_artifact(Reference.parse(found["champion_evaluation"]))

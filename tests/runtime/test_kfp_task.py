@@ -20,7 +20,7 @@ def run_data_prep(folder: Path) -> dict[str, float]:
         "data-prep",
         store=str(folder / "store"),
         inputs={},
-        config={"sources": [{"uri": "example:chat", "max_rows": 40}]},
+        config={"sources": [{"uri": "example:chat", "max_rows": 200}]},
         run_id="run",
         reference_path=str(folder / "rows"),
         manifest=SimpleNamespace(path=str(folder / "manifest"), metadata={}),

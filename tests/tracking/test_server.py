@@ -22,6 +22,7 @@ from finemill.registry.snapshot import read_registered_model
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact
 from finemill.tracking.server import check_reachable
+from finemill.tracking.settings import Tracking
 from tests.tracking.front import registry_front, write_certificate
 
 
@@ -76,18 +77,24 @@ def test_line_ends_on_a_server_and_survives_its_loss(
     uri = os.environ["MLFLOW_TRACKING_URI"]
     line = trained("one")
     with pytest.raises(UserError, match=r"server at http://127.* refuses models in file:///.*use an s3:// store"):
-        run_step("register", store=folder_store, inputs=line, config={})
+        run_step("register", store=folder_store, inputs=line, config={}, tracking=Tracking.of_environment())
 
     copies = trained("two", store=s3_store)
-    version = run_step("register", store=s3_store, inputs=copies, config={}, run_id="workflow-1")
+    version = run_step(
+        "register", store=s3_store, inputs=copies, config={}, run_id="workflow-1", tracking=Tracking.of_environment()
+    )
     inputs = {"version": str(version.reference), "evaluation": copies["evaluation"]}
-    decision = run_step("promote", store=s3_store, inputs=inputs, config={}, run_id="workflow-1")
-    assert run_step("promote", store=s3_store, inputs=inputs, config={}, run_id="workflow-1").reused
+    decision = run_step(
+        "promote", store=s3_store, inputs=inputs, config={}, run_id="workflow-1", tracking=Tracking.of_environment()
+    )
+    assert run_step(
+        "promote", store=s3_store, inputs=inputs, config={}, run_id="workflow-1", tracking=Tracking.of_environment()
+    ).reused
     client = MlflowClient(uri)
     champion = client.get_model_version_by_alias("finemill", "champion")
     assert champion.source.startswith(f"{s3_store}/model/")
     with pytest.raises(UserError, match="no previous champion"):
-        rollback(RollbackConfig())
+        rollback(RollbackConfig(), Tracking.of_environment().registry)
     promoted = next(run for run in client.search_runs(["1"]) if run.info.run_name == "promote")
     assert promoted.data.tags["finemill.output"] == str(decision.reference)
     assert sorted(item.path for item in client.list_artifacts(promoted.info.run_id)) == ["decision.json", "decision.md"]
@@ -100,7 +107,9 @@ def test_line_ends_on_a_server_and_survives_its_loss(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("finemill.components.data_prep.step.run", lose_server)
     config = {"sources": [{"uri": "example:reasoning"}]}
-    result = run_step("data-prep", store=s3_store, inputs={}, config=config, run_id="workflow-2")
+    result = run_step(
+        "data-prep", store=s3_store, inputs={}, config=config, run_id="workflow-2", tracking=Tracking.of_environment()
+    )
     assert (fetch_artifact(result.reference)[0] / "data.json").is_file()
     said = capsys.readouterr()
     assert "warning: not everything is recorded in MLflow" in said.err
@@ -117,7 +126,7 @@ def ask(uri: str, monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert read_registered_model("finemill") is None
+    assert read_registered_model(Tracking.of_environment().registry, "finemill") is None
 
 
 @pytest.mark.parametrize(

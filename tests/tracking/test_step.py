@@ -22,6 +22,7 @@ from finemill.storage.store import fetch_artifact
 from finemill.tracking.describe import StepDescription, base_model_tags, flatten, origin_tags
 from finemill.tracking.parent import start_step
 from finemill.tracking.pipeline import parent_run
+from finemill.tracking.settings import Tracking
 from finemill.tracking.step import RECORDER_VARIABLE
 
 Prepare = Callable[..., StepResult]
@@ -36,7 +37,9 @@ def prepare(folder_store: str, tmp_path: Path) -> Prepare:
 
     def prepare(run_id: str | None = None, **config: object) -> StepResult:
         config = {"sources": [{"uri": str(rows)}], **config}
-        return run_step("data-prep", store=folder_store, inputs={}, config=config, run_id=run_id)
+        return run_step(
+            "data-prep", store=folder_store, inputs={}, config=config, run_id=run_id, tracking=Tracking.of_environment()
+        )
 
     return prepare
 
@@ -122,7 +125,7 @@ def test_two_first_steps_at_once_agree_on_one_parent(
 
     def begin(name: str) -> None:
         step = StepDescription(name, {}, {}, "workflow-1")
-        parents.append(start_step(client, tracking_uri, folder_store, made_by, step).parent_id)
+        parents.append(start_step(client, Tracking(tracking_uri), folder_store, made_by, step).parent_id)
 
     threads = [threading.Thread(target=begin, args=(name,)) for name in ("data-prep", "eval")]
     for thread in threads:
@@ -199,17 +202,21 @@ def test_reused_steps_import_no_mlflow(
     tracking_uri: str, folder_store: str, prepare: Prepare, trained: Callable[..., dict[str, str]]
 ) -> None:
     line = trained("one")
-    version = str(run_step("register", store=folder_store, inputs=line, config={}).reference)
+    version = str(
+        run_step("register", store=folder_store, inputs=line, config={}, tracking=Tracking.of_environment()).reference
+    )
     judged = {"version": version, "evaluation": line["evaluation"]}
-    run_step("promote", store=folder_store, inputs=judged, config={})
+    run_step("promote", store=folder_store, inputs=judged, config={}, tracking=Tracking.of_environment())
     rows = prepare().manifest.config
     script = f"""
 import sys
 from finemill.runtime.run import run_step
+from finemill.tracking.settings import Tracking
+where = {{"store": {folder_store!r}, "tracking": Tracking.of_environment()}}
 for name, inputs, config in (
     ("data-prep", {{}}, {rows!r}), ("register", {line!r}, {{}}), ("promote", {judged!r}, {{}})
 ):
-    assert run_step(name, store={folder_store!r}, inputs=inputs, config=config).reused, name
+    assert run_step(name, inputs=inputs, config=config, **where).reused, name
 assert "mlflow" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -234,7 +241,7 @@ def test_pipeline_run_records_what_the_steps_say(
         base_model: str = "builtin:tiny-qwen3"
 
     def follow() -> None:
-        with parent_run("finetune", Config(), tracking_uri) as run:
+        with parent_run("finetune", Config(), Tracking(tracking_uri)) as run:
             for line in (tmp_path / "events.jsonl").read_text().splitlines():
                 run.record(json.loads(line))
             raise UserError("stopped")
@@ -268,7 +275,7 @@ def test_the_warnings_of_a_step_are_a_tag_of_its_run(
     prepare()
     if recorder:
         prepare()
-        with parent_run("finetune", StepConfig(), tracking_uri) as run:
+        with parent_run("finetune", StepConfig(), Tracking(tracking_uri)) as run:
             for line in (tmp_path / "events.jsonl").read_text().splitlines():
                 run.record(json.loads(line))
     tags = [run.data.tags for run in runs(tracking_uri) if "finemill.step" in run.data.tags]

@@ -1,14 +1,13 @@
 """`finemill gc`: delete old artifacts that no registered version was made from."""
 
 import argparse
-import os
 from datetime import UTC, datetime, timedelta
 
 from finemill.commands.run import local_tracking_uri
 from finemill.errors import UserError
 from finemill.storage.base import normalize_uri
 from finemill.storage.store import delete_artifact
-from finemill.tracking.server import TRACKING_VARIABLE
+from finemill.tracking.settings import TRACKING_VARIABLE, Tracking
 
 _GIB = 2**30
 
@@ -19,13 +18,12 @@ def execute(name: str, arguments: list[str]) -> int:
     if parsed.older_than_days < 1:
         raise UserError(f"--older-than-days {parsed.older_than_days}: a run may take a day, give 1 or more")
     store = normalize_uri(parsed.store)
-    if store.startswith("file:"):
-        os.environ.setdefault(TRACKING_VARIABLE, local_tracking_uri(store))
+    tracking = Tracking.of_environment(default_uri=local_tracking_uri(store) if store.startswith("file:") else None)
     from finemill.registry.garbage import find_garbage
     from finemill.registry.snapshot import registered_artifacts
 
     before = datetime.now(UTC) - timedelta(days=parsed.older_than_days)
-    garbage = find_garbage(store, registered_artifacts(), before)
+    garbage = find_garbage(store, registered_artifacts(tracking.registry), before)
     for artifact in garbage:
         state = "" if artifact.complete else "  (unfinished)"
         print(f"{artifact.modified:%Y-%m-%d} {artifact.size_bytes / _GIB:9.3f} GiB  {artifact.uri}{state}")

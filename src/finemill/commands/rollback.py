@@ -4,6 +4,7 @@ import argparse
 
 from finemill.commands.config_flags import add_config_flags, read_config
 from finemill.components.promote.config import RollbackConfig
+from finemill.tracking.settings import Tracking
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -22,6 +23,6 @@ def execute(name: str, arguments: list[str]) -> int:
         return 0
     from finemill.components.promote.rollback import rollback
 
-    result = rollback(config)
+    result = rollback(config, Tracking.of_environment().registry)
     print(f"{result.registered_model_name}: version {result.champion} is champion, {result.rolled_back} is rolled back")
     return 0

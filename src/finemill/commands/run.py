@@ -18,6 +18,7 @@ from finemill.pipelines.local import for_this_machine, run_locally
 from finemill.pipelines.parameters import run_parameters
 from finemill.storage.base import local_path, normalize_uri
 from finemill.storage.store import check_writable
+from finemill.tracking.settings import TRACKING_VARIABLE, Tracking
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -48,26 +49,26 @@ def _parser() -> argparse.ArgumentParser:
 def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
     check_writable(store)
     config = with_pinned_base(config)
-    from finemill.registry.snapshot import check_registry_reads, registry_uri
+    from finemill.registry.snapshot import check_registry_reads
     from finemill.tracking.pipeline import parent_run
 
-    tracking_uri = os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(store)
-    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
+    tracking = Tracking.of_environment(default_uri=local_tracking_uri(store))
     if any(task.name == "register" for task in pipeline.tasks):
-        check_registry_reads(registry_uri(), store)
+        check_registry_reads(tracking.registry, store)
     log_file = _log_file(store, pipeline.name)
     print(f"finemill run {pipeline.name}: store {store}, log {log_file}", file=sys.stderr)
     display = RunDisplay([task.name for task in for_this_machine(pipeline).tasks], sys.stderr)
     # A supervisor's SIGTERM ends the steps too, as Ctrl-C does: each saves what it has.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with parent_run(pipeline.name, config, tracking_uri) as run:
+    with parent_run(pipeline.name, config, tracking) as run:
+        environment = {TRACKING_VARIABLE: tracking.runs, **run.environment}
 
         def on_event(event: dict[str, Any]) -> None:
             run.record(event)
             display.show(event)
 
-        finished = run_locally(pipeline, _parameters(pipeline, config, store), log_file, on_event, run.environment)
-    print_results(finished.references, tracking_uri, sys.stdout)
+        finished = run_locally(pipeline, _parameters(pipeline, config, store), log_file, on_event, environment)
+    print_results(finished.references, tracking.runs, sys.stdout)
     return 0
 
 

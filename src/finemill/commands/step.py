@@ -8,6 +8,7 @@ from pathlib import Path
 from finemill.artifacts.ports import BASE_MODEL
 from finemill.commands.config_flags import add_config_flags, read_config
 from finemill.runtime.catalog import Step, get_step
+from finemill.tracking.settings import Tracking
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -27,7 +28,14 @@ def execute(name: str, arguments: list[str]) -> int:
         return 0
     # Libraries print what they like; standard output is for the reference alone.
     with redirect_stdout(sys.stderr):
-        result = run_step(name, store=parsed.store, inputs=inputs, config=config, run_id=parsed.run_id)
+        result = run_step(
+            name,
+            store=parsed.store,
+            inputs=inputs,
+            config=config,
+            run_id=parsed.run_id,
+            tracking=Tracking.of_environment(),
+        )
     print(result.reference)
     _write(parsed.output_file, str(result.reference))
     if step.verdict:

@@ -13,11 +13,12 @@ from typing import Any
 
 from finemill.artifacts.manifest import Manifest, Reference
 from finemill.errors import UserError, kind_of
-from finemill.registry.snapshot import EVALUATION_TAG, RegisteredModel, Version, registry_uri
+from finemill.registry.snapshot import EVALUATION_TAG, RegisteredModel, Version
 from finemill.runtime.context import StepContext
 from finemill.runtime.processes import step_arguments
 from finemill.storage.store import fetch_artifact, read_artifact
 from finemill.tracking.server import open_client, readable_errors
+from finemill.tracking.settings import ADOPT_VARIABLE, TRACKING_VARIABLE
 
 # Settings of `eval` that change its speed and its report only.
 _NOT_SCORED = ("batch_size", "report_rows", "device", "force")
@@ -87,16 +88,15 @@ def _score_again(model: RegisteredModel, champion: Version, evaluation: Manifest
         "adapter": str(adapter),
     }
     reference = _run_eval(inputs, context.store, evaluation.config, who)
-    uri = registry_uri()
-    with readable_errors(uri):
+    with readable_errors(model.registry_uri):
         tag = _tag(_test_of(evaluation))
-        open_client(uri).set_model_version_tag(model.name, str(champion.number), tag, str(reference))
+        open_client(model.registry_uri).set_model_version_tag(model.name, str(champion.number), tag, str(reference))
     return reference
 
 
 def _run_eval(inputs: Mapping[str, str], store: str, config: Mapping[str, Any], who: str) -> Reference:
     # Its own run is not a step of this pipeline run: it is neither displayed nor recorded as one.
-    hidden = ("FINEMILL_EVENTS", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID")
+    hidden = ("FINEMILL_EVENTS", TRACKING_VARIABLE, ADOPT_VARIABLE)
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     with tempfile.TemporaryDirectory(prefix="finemill-champion-") as folder:
         output = Path(folder, "reference")

@@ -18,7 +18,7 @@ from finemill.artifacts.manifest import Reference
 from finemill.errors import UserError
 from finemill.storage.store import hold_lock
 from finemill.tracking.describe import without_credentials
-from finemill.tracking.server import REGISTRY_VARIABLE, TRACKING_VARIABLE, open_client, readable_errors, sqlite_path
+from finemill.tracking.server import open_client, readable_errors, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -76,11 +76,12 @@ class Version:
 
 @dataclass(frozen=True)
 class RegisteredModel:
-    """A registered model with its versions by number and its aliases."""
+    """A registered model with its versions by number and its aliases, in the registry at `registry_uri`."""
 
     name: str
     created: int
     next_number: int
+    registry_uri: str
     versions: Mapping[int, Version] = field(default_factory=dict)
     aliases: Mapping[str, int] = field(default_factory=dict)
     lock_uri: str | None = None
@@ -101,16 +102,6 @@ class RegisteredModel:
         return max(self.versions.values(), key=lambda version: version.number, default=None)
 
 
-def registry_uri() -> str:
-    """Where the registry is. Raises: UserError: nowhere."""
-    uri = os.environ.get(REGISTRY_VARIABLE) or os.environ.get(TRACKING_VARIABLE)
-    if not uri:
-        raise UserError(
-            f"{TRACKING_VARIABLE} is not set: the model registry is in MLflow; give sqlite:///folder/mlflow.db or http(s)://host"
-        )
-    return uri
-
-
 def check_registry_reads(uri: str, place: str) -> None:
     """Raises: UserError: `uri` is a server, and `place`, a store or artifact, is in a folder that only we can read."""
     if uri.startswith("http") and place.startswith("file:"):
@@ -120,25 +111,24 @@ def check_registry_reads(uri: str, place: str) -> None:
         )
 
 
-def read_registered_model(name: str) -> RegisteredModel | None:
-    """The registered model `name`, None if there is none.
+def read_registered_model(uri: str, name: str) -> RegisteredModel | None:
+    """The registered model `name` of the registry at `uri`, None if there is none.
 
     An SQLite registry is read directly: importing MLflow takes seconds, and a step that is only to find out that
     nothing has changed should take none. If MLflow has changed its tables, it is asked itself, with a warning.
     """
-    uri = registry_uri()
     path = sqlite_path(uri)
     if path is not None and not os.environ.get("MLFLOW_WORKSPACE"):
         try:
-            return _read_sqlite(path, name)
+            return _read_sqlite(path, uri, name)
         except sqlite3.Error as error:
             logger.warning("the registry in %s cannot be read directly (%s): MLflow is asked, in seconds", path, error)
     client = open_client(uri)
     with readable_errors(uri):
-        return _read_client(client, name)
+        return _read_client(client, uri, name)
 
 
-def _read_sqlite(path: Path, name: str) -> RegisteredModel | None:
+def _read_sqlite(path: Path, uri: str, name: str) -> RegisteredModel | None:
     if not path.exists():
         return None
     with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=10)) as database:
@@ -159,6 +149,7 @@ def _read_sqlite(path: Path, name: str) -> RegisteredModel | None:
             name,
             int(models[0][0]),
             next_number=max((int(number) for number, _, _ in versions), default=0) + 1,
+            registry_uri=uri,
             versions={
                 int(number): Version(int(number), int(created), tags.get(int(number), {}))
                 for number, created, stage in versions
@@ -169,7 +160,7 @@ def _read_sqlite(path: Path, name: str) -> RegisteredModel | None:
         )
 
 
-def _read_client(client: "MlflowClient", name: str) -> RegisteredModel | None:
+def _read_client(client: "MlflowClient", uri: str, name: str) -> RegisteredModel | None:
     from mlflow.exceptions import MlflowException
 
     try:
@@ -186,6 +177,7 @@ def _read_client(client: "MlflowClient", name: str) -> RegisteredModel | None:
         name,
         int(model.creation_timestamp),
         next_number=max(versions, default=0) + 1,
+        registry_uri=uri,
         versions=versions,
         aliases={alias: int(number) for alias, number in model.aliases.items()},
         lock_uri=model.tags.get(LOCK_TAG),
@@ -204,9 +196,8 @@ def _all_versions(client: "MlflowClient", name: str | None = None) -> "list[Mode
             return found
 
 
-def registered_artifacts() -> list[Reference]:
-    """The artifacts that any version of any registered model refers to."""
-    uri = registry_uri()
+def registered_artifacts(uri: str) -> list[Reference]:
+    """The artifacts that any version of any registered model of the registry at `uri` refers to."""
     client = open_client(uri)
     with readable_errors(uri):
         versions = _all_versions(client)
@@ -218,14 +209,13 @@ def registered_artifacts() -> list[Reference]:
     ]
 
 
-def ensure_registered_model(name: str) -> RegisteredModel:
-    """The registered model `name`, created if there is none."""
-    model = read_registered_model(name)
+def ensure_registered_model(uri: str, name: str) -> RegisteredModel:
+    """The registered model `name` of the registry at `uri`, created if there is none."""
+    model = read_registered_model(uri, name)
     if model is not None:
         return model
     from mlflow.exceptions import MlflowException
 
-    uri = registry_uri()
     client = open_client(uri)
     with readable_errors(uri):
         try:
@@ -233,7 +223,7 @@ def ensure_registered_model(name: str) -> RegisteredModel:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        created = _read_client(client, name)
+        created = _read_client(client, uri, name)
     if created is None:
         raise UserError(f"registered model '{name}' was deleted while it was being created: run the step again")
     return created
@@ -241,7 +231,7 @@ def ensure_registered_model(name: str) -> RegisteredModel:
 
 def registry_state_of(model: RegisteredModel) -> str:
     """Tells this registered model from one of the same name in another registry, or made anew."""
-    return f"{without_credentials(registry_uri())} {model.name} {model.created}"
+    return f"{without_credentials(model.registry_uri)} {model.name} {model.created}"
 
 
 @contextmanager

@@ -22,8 +22,9 @@ class Step(NamedTuple):
     """One step of the line.
 
     Its folder has the step's name. In `step.py` there, `run(**inputs, output_dir, config, context)` gets a local folder
-    per input and returns the metrics, finite numbers by name. `state(inputs, config)`, where there is one, names what
-    the output depends on besides inputs, configuration and code: files outside the store, the champion of a registry.
+    per input and returns the metrics, finite numbers by name. `state(inputs, config, tracking)`, where there is one,
+    names what the output depends on besides inputs, configuration and code: files outside the store, the champion of a
+    registry.
     """
 
     name: str

@@ -15,6 +15,7 @@ from finemill.storage.store import (
     read_manifest,
     staging_folder,
 )
+from finemill.tracking.settings import NOWHERE, Tracking
 
 
 class Recorder(Protocol):
@@ -68,7 +69,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class StepContext:
-    """References and manifests of the inputs, the checkpoint store, and where to record progress."""
+    """References and manifests of the inputs, the checkpoint store, where to record progress, and where MLflow is."""
 
     store: str
     key: str
@@ -77,4 +78,5 @@ class StepContext:
     checkpoints: Checkpoints
     recorder: Recorder
     run_id: str | None = None
+    tracking: Tracking = NOWHERE
     state: Mapping[str, str] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from finemill.runtime.run import StepResult, run_step
 from finemill.runtime.terminal_failure import TerminalFailure
 from finemill.storage.store import fetch_artifact
 from finemill.tracking.progress import silence_progress_bars
-from finemill.tracking.server import tracking_uri
+from finemill.tracking.settings import TRACKING_VARIABLE, Tracking
 
 # KFP sets it when a retry policy is set; the attempts of a run that a person has retried count from 0 again.
 ATTEMPT_VARIABLE = "KFP_RETRY_INDEX"
@@ -91,7 +91,14 @@ def _run_unless_failed(
     elif attempt is not None:
         failure.raise_if_noted()
     try:
-        return run_step(name, store=store, inputs=inputs, config=config, run_id=run_id or None)
+        return run_step(
+            name,
+            store=store,
+            inputs=inputs,
+            config=config,
+            run_id=run_id or None,
+            tracking=Tracking.of_environment(),
+        )
     except Exception as error:
         if attempt is not None and not isinstance(error, TemporaryError):
             failure.note(*describe(name, error))
@@ -100,7 +107,7 @@ def _run_unless_failed(
 
 def _adopt_tracking_settings() -> None:
     """Take the ConfigMap's and the Secret's settings, unless KFP's plugin has named a server."""
-    if tracking_uri() is None:
+    if not os.environ.get(TRACKING_VARIABLE):
         names = [name for name in os.environ if name.startswith(f"{TRACKING_PREFIX}MLFLOW_")]
         os.environ.update({name.removeprefix(TRACKING_PREFIX): os.environ[name] for name in names})
 

@@ -36,6 +36,7 @@ from finemill.storage.store import (
     staging_folder,
 )
 from finemill.tracking.progress import Progress
+from finemill.tracking.settings import NOWHERE, Tracking
 from finemill.tracking.step import step_run
 from finemill.tracking.warning_lines import WarningLines, heard_warnings
 
@@ -56,6 +57,7 @@ def run_step(
     inputs: Mapping[str, str],
     config: Mapping[str, Any] | StepConfig,
     run_id: str | None = None,
+    tracking: Tracking = NOWHERE,
 ) -> StepResult:
     """Run the step `name` unless its output is in `store` already.
 
@@ -65,6 +67,7 @@ def run_step(
         inputs: an artifact reference per input of the step; a model reference for `base_model`.
         config: the step's configuration, or its values.
         run_id: groups the steps of one pipeline run: in MLflow, and about the commit that a hub's branch stands for.
+        tracking: where MLflow is.
     Raises: StepError: one line for people, with the exit code.
     """
     step = get_step(name)
@@ -74,10 +77,10 @@ def run_step(
     with heard_warnings(progress) as warnings:
         try:
             with explained():
-                call = _resolve(step, store, inputs, config, run_id)
+                call = _resolve(step, store, inputs, config, run_id, tracking)
                 found = _find(call)
                 num_gpus = num_idle_gpus() if step.multi_process and found is None else 0
-                result = found or (None if num_gpus else _make_recorded(call, run_id, progress, warnings))
+                result = found or (None if num_gpus else _make_recorded(call, progress, warnings))
         except Exception as error:
             # Whoever called prints the line.
             line, exit_code = describe(step.name, error)
@@ -85,7 +88,7 @@ def run_step(
             raise
         if result is None:
             # The main one of the processes says how it went.
-            return _run_in_processes(call, run_id, num_gpus)
+            return _run_in_processes(call, num_gpus)
         for line in result.manifest.warnings:
             warnings.say(line)
     progress.emit(
@@ -109,7 +112,7 @@ def assist_step(
     step = get_step(name)
     if not step.multi_process:
         return
-    call = _resolve(step, store, inputs, config, run_id)
+    call = _resolve(step, store, inputs, config, run_id, NOWHERE)
     if _find(call) is None:
         with TemporaryDirectory(prefix="finemill-assist-") as folder, heard_warnings(None):
             context = call.context(Unheard())
@@ -128,13 +131,15 @@ class _Call:
     state: Mapping[str, str]
     made_by: Producer
     key: str
+    run_id: str | None
+    tracking: Tracking
 
     @property
     def uri(self) -> str:
         """The output's place."""
         return f"{self.store}/{self.step.name}/{self.key}"
 
-    def context(self, recorder: Recorder, run_id: str | None = None) -> StepContext:
+    def context(self, recorder: Recorder) -> StepContext:
         """What the step's function gets besides folders and configuration."""
         return StepContext(
             store=self.store,
@@ -143,7 +148,8 @@ class _Call:
             manifests=self.manifests,
             checkpoints=Checkpoints(f"{self.store}/checkpoints/{self.step.name}-{self.key}", self.made_by),
             recorder=recorder,
-            run_id=run_id,
+            run_id=self.run_id,
+            tracking=self.tracking,
             state=self.state,
         )
 
@@ -154,6 +160,7 @@ def _resolve(
     inputs: Mapping[str, str],
     config: Mapping[str, Any] | StepConfig,
     run_id: str | None,
+    tracking: Tracking,
 ) -> _Call:
     parsed = config if isinstance(config, StepConfig) else parse_config(step.config, config, step.name)
     _check_input_names(step, inputs)
@@ -161,9 +168,9 @@ def _resolve(
     if BASE_MODEL in inputs:
         inputs = {**inputs, BASE_MODEL: pin_base_model(inputs[BASE_MODEL], store, run_id, made_by)}
     manifests = {port: _read_input(step, port, value) for port, value in inputs.items() if port != BASE_MODEL}
-    state = dict(step.state(inputs, parsed)) if step.state else {}
+    state = dict(step.state(inputs, parsed, tracking)) if step.state else {}
     key = _output_key(made_by, parsed, _input_digests(step, inputs, manifests), state)
-    return _Call(step, store, dict(inputs), parsed, manifests, state, made_by, key)
+    return _Call(step, store, dict(inputs), parsed, manifests, state, made_by, key, run_id, tracking)
 
 
 def _read_input(step: Step, port: str, value: str) -> Manifest:
@@ -184,7 +191,7 @@ def _find(call: _Call) -> StepResult | None:
     return StepResult(Reference(call.uri, standing.digest), standing, reused=True) if standing else None
 
 
-def _make_recorded(call: _Call, run_id: str | None, progress: Progress, warnings: WarningLines) -> StepResult:
+def _make_recorded(call: _Call, progress: Progress, warnings: WarningLines) -> StepResult:
     """Make the output in the store, with an MLflow run of its own."""
     check_writable(call.store)
     with step_run(
@@ -193,16 +200,17 @@ def _make_recorded(call: _Call, run_id: str | None, progress: Progress, warnings
         inputs=call.inputs,
         made_by=call.made_by,
         store=call.store,
-        run_id=run_id,
+        run_id=call.run_id,
+        tracking=call.tracking,
         progress=progress,
     ) as run:
-        manifest = _make(call, call.context(run, run_id), warnings)
+        manifest = _make(call, call.context(run), warnings)
         reference = Reference(call.uri, manifest.digest)
         run.finish(reference, manifest)
     return StepResult(reference, manifest, reused=False)
 
 
-def _run_in_processes(call: _Call, run_id: str | None, count: int) -> StepResult:
+def _run_in_processes(call: _Call, count: int) -> StepResult:
     """Let `finemill <step>` do it in a process per GPU; the main one of them reports and records."""
     config = call.config.model_dump(mode="json")
     with TemporaryDirectory(prefix="finemill-processes-") as folder:
@@ -210,7 +218,7 @@ def _run_in_processes(call: _Call, run_id: str | None, count: int) -> StepResult
         arguments = step_arguments(
             call.step.name, store=call.store, inputs=call.inputs, config=config, output_file=output
         )
-        run_in_processes([*arguments, *(["--run-id", run_id] if run_id else [])], count)
+        run_in_processes([*arguments, *(["--run-id", call.run_id] if call.run_id else [])], count)
         reference = Reference.parse(output.read_text())
     return StepResult(reference, read_artifact(reference), reused=False)
 

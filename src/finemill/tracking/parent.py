@@ -1,7 +1,6 @@
 """The parent run of a pipeline in a cluster: steps in separate pods agree on one without talking to each other."""
 
 import hashlib
-import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -10,21 +9,23 @@ from finemill.storage.store import delete_artifact, fetch_artifact, publish_arti
 from finemill.tracking.describe import RUN_ID_TAG, StepDescription, without_credentials
 from finemill.tracking.record import PARENT_TAG, StepRecord
 from finemill.tracking.server import find_experiment
+from finemill.tracking.settings import Tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-ADOPT_VARIABLE = "MLFLOW_RUN_ID"
 _RUN_ID_FILE = "mlflow_run_id"
 
 
-def start_step(client: "MlflowClient", uri: str, store: str, made_by: Producer, step: StepDescription) -> StepRecord:
+def start_step(
+    client: "MlflowClient", tracking: Tracking, store: str, made_by: Producer, step: StepDescription
+) -> StepRecord:
     """The run that a step in this process records into.
 
-    `$MLFLOW_RUN_ID` names a run that somebody else started: KFP's MLflow plugin starts one per task, nested already,
-    which is the step's own; one that is not nested is the pipeline's, and the step's goes under it.
+    A run may be adopted: KFP's MLflow plugin starts one per task, nested already, which is the step's own; one that is
+    not nested is the pipeline's, and the step's goes under it.
     """
-    adopted = os.environ.get(ADOPT_VARIABLE)
+    adopted = tracking.adopted_run
     if adopted:
         run = client.get_run(adopted)
         if PARENT_TAG in run.data.tags:
@@ -34,14 +35,14 @@ def start_step(client: "MlflowClient", uri: str, store: str, made_by: Producer, 
                 client.set_tag(adopted, key, value)
             return record
         return StepRecord.start(client, run.info.experiment_id, adopted, step)
-    experiment = find_experiment(client, uri)
-    parent = _find_or_create(client, experiment, uri, store, made_by, step) if step.run_id else None
+    experiment = find_experiment(client, tracking)
+    parent = _find_or_create(client, experiment, tracking.runs, store, made_by, step) if step.run_id else None
     return StepRecord.start(client, experiment, parent, step)
 
 
-def follow_steps(client: "MlflowClient", record: StepRecord) -> None:
+def follow_steps(client: "MlflowClient", tracking: Tracking, record: StepRecord) -> None:
     """Give a parent run that no process watches over the state of its steps: running, failed, or finished."""
-    if record.parent_id is None or os.environ.get(ADOPT_VARIABLE):
+    if record.parent_id is None or tracking.adopted_run:
         return
     parent = client.get_run(record.parent_id)
     nested = client.search_runs([parent.info.experiment_id], f"tags.`{PARENT_TAG}` = '{record.parent_id}'")

@@ -13,6 +13,7 @@ from finemill.config import StepConfig
 from finemill.storage.store import read_artifact
 from finemill.tracking.describe import REUSED_TAG, RUN_ID_TAG, STEP_TAG, StepDescription, flatten
 from finemill.tracking.server import check_reachable, find_experiment, open_client, readable_errors
+from finemill.tracking.settings import Tracking
 from finemill.tracking.step import RECORDER_VARIABLE
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ class PipelineRun:
     environment: Mapping[str, str] = {RECORDER_VARIABLE: "events"}
     """Variables for the steps."""
 
-    def __init__(self, name: str, params: Mapping[str, str], uri: str) -> None:
+    def __init__(self, name: str, params: Mapping[str, str], tracking: Tracking) -> None:
         self._name = name
         self._params = params
-        self._uri = uri
+        self._tracking = tracking
         self._events: queue.Queue[Mapping[str, Any]] = queue.Queue()
         self._closing = threading.Event()
         self._status = "FINISHED"
@@ -65,9 +66,9 @@ class PipelineRun:
 
     def _run(self) -> None:
         try:
-            client = open_client(self._uri)
-            with readable_errors(self._uri):
-                writer = _Writer(client, self._uri, self._name, self._params, self._start_time)
+            client = open_client(self._tracking.runs)
+            with readable_errors(self._tracking.runs):
+                writer = _Writer(client, self._tracking, self._name, self._params, self._start_time)
         except Exception as error:
             self._start_error = error
             return
@@ -87,11 +88,13 @@ class PipelineRun:
 class _Writer:
     """The runs of one pipeline run in MLflow: the parent, and by name those of the steps that have begun."""
 
-    def __init__(self, client: "MlflowClient", uri: str, name: str, params: Mapping[str, str], start_time: int) -> None:
+    def __init__(
+        self, client: "MlflowClient", tracking: Tracking, name: str, params: Mapping[str, str], start_time: int
+    ) -> None:
         from finemill.tracking.record import log_params
 
         self._client = client
-        self._experiment = find_experiment(client, uri)
+        self._experiment = find_experiment(client, tracking)
         run = client.create_run(
             self._experiment,
             start_time=start_time,
@@ -152,13 +155,13 @@ class _Writer:
 
 
 @contextmanager
-def parent_run(name: str, config: StepConfig, uri: str) -> Iterator[PipelineRun]:
-    """Record a run of the pipeline `name` at `uri`; it ends as the block ends.
+def parent_run(name: str, config: StepConfig, tracking: Tracking) -> Iterator[PipelineRun]:
+    """Record a run of the pipeline `name`; it ends as the block ends.
 
-    Raises: UserError, TemporaryError: `uri` is wrong or nothing answers there; in seconds.
+    Raises: UserError, TemporaryError: `tracking` names no place, or nothing answers there; in seconds.
     """
-    check_reachable(uri)
-    run = PipelineRun(name, flatten(config.model_dump(mode="json", by_alias=True)), uri)
+    check_reachable(tracking.runs)
+    run = PipelineRun(name, flatten(config.model_dump(mode="json", by_alias=True)), tracking)
     status = "KILLED"
     try:
         yield run

@@ -18,13 +18,11 @@ from urllib.parse import urlsplit
 
 from finemill.errors import TemporaryError, UserError
 from finemill.tracking.describe import without_credentials
+from finemill.tracking.settings import REGISTRY_VARIABLE, TRACKING_VARIABLE, Tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
-REGISTRY_VARIABLE = "MLFLOW_REGISTRY_URI"
-DEFAULT_EXPERIMENT = "finemill"
 REACH_TIMEOUT_S = 10.0
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _HOSTED = ("databricks", "databricks-uc", "uc")
@@ -44,11 +42,6 @@ _CLIENT_SETTINGS = {
     # A step's standard output is the reference of what it wrote, nothing else.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-
-
-def tracking_uri() -> str | None:
-    """`$MLFLOW_TRACKING_URI`, None if nothing is to be recorded."""
-    return os.environ.get(TRACKING_VARIABLE) or None
 
 
 def check_reachable(uri: str) -> None:
@@ -135,8 +128,8 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
 
 
-def open_client(uri: str) -> "MlflowClient":
-    """Import MLflow and connect.
+def open_client(uri: str, registry_uri: str | None = None) -> "MlflowClient":
+    """Import MLflow and connect to a place of runs, and to a registry, which is there too unless another is given.
 
     Raises: UserError, TemporaryError: as `check_reachable` and `readable_errors` say.
     """
@@ -146,21 +139,20 @@ def open_client(uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
 
     with readable_errors(uri):
-        return MlflowClient(tracking_uri=uri, registry_uri=os.environ.get(REGISTRY_VARIABLE) or uri)
+        return MlflowClient(tracking_uri=uri, registry_uri=registry_uri or uri)
 
 
-def find_experiment(client: "MlflowClient", uri: str) -> str:
-    """The id of `$MLFLOW_EXPERIMENT_ID`, or of `$MLFLOW_EXPERIMENT_NAME` (default `finemill`), created if missing."""
+def find_experiment(client: "MlflowClient", tracking: Tracking) -> str:
+    """The id of the experiment that is set, by id or by name; created if there is none of that name."""
     from mlflow.exceptions import MlflowException
 
-    configured = os.environ.get("MLFLOW_EXPERIMENT_ID")
-    if configured:
-        return configured
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
+    if tracking.experiment_id:
+        return tracking.experiment_id
+    name = tracking.experiment_name
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, _artifact_location(uri), tags=_EXPERIMENT_TAGS))
+            return str(client.create_experiment(name, _artifact_location(tracking.runs), tags=_EXPERIMENT_TAGS))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

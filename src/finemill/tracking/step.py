@@ -1,4 +1,4 @@
-"""What a step records while it runs: progress always, and an MLflow run if `MLFLOW_TRACKING_URI` is set.
+"""What a step records while it runs: progress always, and an MLflow run if there is a place for it.
 
 Under `finemill run` the step only says what happens, in the events that the display follows too, and the one process
 that started the run records it (`pipeline.py`): importing MLflow once a run instead of once a step saves half a minute.
@@ -14,7 +14,8 @@ from finemill.config import StepConfig
 from finemill.errors import StepError
 from finemill.tracking.describe import StepDescription
 from finemill.tracking.progress import Progress
-from finemill.tracking.server import open_client, readable_errors, tracking_uri
+from finemill.tracking.server import open_client, readable_errors
+from finemill.tracking.settings import Tracking
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +51,17 @@ class EventRun(StepRun):
 class MlflowRun(StepRun):
     """Records in this process. Once the step has begun, trouble with MLflow costs a line, never the result."""
 
-    def __init__(self, progress: Progress, uri: str, store: str, made_by: Producer, step: StepDescription) -> None:
+    def __init__(
+        self, progress: Progress, tracking: Tracking, store: str, made_by: Producer, step: StepDescription
+    ) -> None:
         super().__init__(progress)
-        self._client = open_client(uri)
+        self._tracking = tracking
+        self._client = open_client(tracking.runs)
         from finemill.tracking.parent import start_step
         from finemill.tracking.record import MetricSender
 
-        with readable_errors(uri):
-            self._record = start_step(self._client, uri, store, made_by, step)
+        with readable_errors(tracking.runs):
+            self._record = start_step(self._client, tracking, store, made_by, step)
         self._sender = MetricSender(self._record)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -81,7 +85,7 @@ class MlflowRun(StepRun):
     def _follow(self) -> None:
         from finemill.tracking.parent import follow_steps
 
-        follow_steps(self._client, self._record)
+        follow_steps(self._client, self._tracking, self._record)
 
     @contextmanager
     def _tolerated(self) -> Iterator[None]:
@@ -100,15 +104,15 @@ def step_run(
     made_by: Producer,
     store: str,
     run_id: str | None,
+    tracking: Tracking,
     progress: Progress,
 ) -> Iterator[StepRun]:
     """The MLflow run of a step; ended as failed when the block raises.
 
-    Raises: UserError, TemporaryError: `MLFLOW_TRACKING_URI` is wrong or nothing answers there. In seconds, and before
-        the block has begun.
+    Raises: UserError, TemporaryError: `tracking` names no tracking server, or nothing answers there. In seconds, and
+        before the block has begun.
     """
-    uri = tracking_uri()
-    if uri is None:
+    if tracking.uri is None:
         yield StepRun(progress)
         return
     step = StepDescription.of_call(name, config.model_dump(mode="json"), inputs, made_by, run_id)
@@ -116,7 +120,7 @@ def step_run(
         progress.record("computing", params=step.params, tags=step.tags, run_id=run_id)
         yield EventRun(progress)
         return
-    run = MlflowRun(progress, uri, store, made_by, step)
+    run = MlflowRun(progress, tracking, store, made_by, step)
     try:
         yield run
     except BaseException as error:

@@ -9,6 +9,7 @@ from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.chat_format.template import ChatTemplate, load_templates, template_state
 from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
+from finemill.tracking.settings import NOWHERE
 
 Conversations = dict[str, tuple[list[dict[str, Any]], Any]]
 
@@ -121,10 +122,10 @@ def test_a_template_of_ones_own_replaces_the_bases_and_counts_as_input(base: Pat
     path.write_text("mine")
     config = ChatFormatConfig(chat_template_path=str(path))
     assert load_templates(base, str(path), {}).default.source == "mine"
-    before = template_state({}, config)
+    before = template_state({}, config, NOWHERE)
     path.write_text("mine, changed")
-    assert template_state({}, config) != before
-    assert template_state({}, ChatFormatConfig()) == {}
+    assert template_state({}, config, NOWHERE) != before
+    assert template_state({}, ChatFormatConfig(), NOWHERE) == {}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from finemill.components.data_prep.hub import snapshot_dataset
 from finemill.components.data_prep.load import load_source, name_columns, source_digests
 from finemill.config import parse_config
 from finemill.errors import UserError
+from finemill.tracking.settings import NOWHERE
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -142,16 +143,16 @@ def test_example_rows_depend_on_seed_and_number_only() -> None:
     first = rows(uri="example:reasoning", max_rows=20)
     assert len(first) == 20
     assert first == rows(uri="example:reasoning", max_rows=20)
-    assert source_digests({}, config(uri="example:reasoning", max_rows=20)) != source_digests(
-        {}, config(uri="example:reasoning", max_rows=21)
+    assert source_digests({}, config(uri="example:reasoning", max_rows=20), NOWHERE) != source_digests(
+        {}, config(uri="example:reasoning", max_rows=21), NOWHERE
     )
 
 
 def test_a_changed_file_has_another_digest(folder: Path) -> None:
-    before = source_digests({}, config(uri=str(folder)))
-    assert before == source_digests({}, config(uri=str(folder)))
+    before = source_digests({}, config(uri=str(folder)), NOWHERE)
+    assert before == source_digests({}, config(uri=str(folder)), NOWHERE)
     write_jsonl(folder / "main" / "test.jsonl", "D")
-    after = source_digests({}, config(uri=str(folder)))
+    after = source_digests({}, config(uri=str(folder)), NOWHERE)
     assert set(before) == set(after)
     assert before != after
 
@@ -163,9 +164,9 @@ def test_s3_prefixes_and_objects_are_sources(s3_store: str) -> None:
     assert texts(uri=f"{s3_store}/data") == "ba"
     assert texts(uri=f"{s3_store}/data/", split="train") == "a"
     assert texts(uri=f"{s3_store}/database.jsonl") == "c"
-    before = source_digests({}, config(uri=f"{s3_store}/data"))
+    before = source_digests({}, config(uri=f"{s3_store}/data"), NOWHERE)
     boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/data/test.jsonl", Body=b'{"text": "B"}')
-    assert source_digests({}, config(uri=f"{s3_store}/data")) != before
+    assert source_digests({}, config(uri=f"{s3_store}/data"), NOWHERE) != before
 
 
 def test_s3_sources_that_are_not_there_are_named(s3_store: str) -> None:

@@ -10,6 +10,7 @@ from finemill.runtime.catalog import STEPS
 from finemill.runtime.code_version import producer
 from finemill.runtime.run import StepResult, run_step
 from finemill.storage.store import fetch_artifact, publish_artifact, staging_folder
+from finemill.tracking.settings import Tracking
 
 CONFIG = {"registered_model_name": "tuned"}
 
@@ -42,7 +43,9 @@ def register(client: Any, trained_on: Reference, number: int) -> None:
 
 
 def detect(store: str, given: Reference) -> StepResult:
-    return run_step("detect-change", store=store, inputs={"dataset": str(given)}, config=CONFIG)
+    return run_step(
+        "detect-change", store=store, inputs={"dataset": str(given)}, config=CONFIG, tracking=Tracking.of_environment()
+    )
 
 
 def changed(result: StepResult) -> bool:

@@ -10,12 +10,13 @@ from finemill.components.preflight.step import check_configs, check_registry
 from finemill.errors import TemporaryError, UserError
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact
+from finemill.tracking.settings import NOWHERE, Tracking
 from tests.tracking.front import registry_front
 
 
 def preflight(store: str, **config: Any) -> Any:
     values = {"base_model": "builtin:tiny-qwen3", **config}
-    return run_step("preflight", store=store, inputs={}, config=values)
+    return run_step("preflight", store=store, inputs={}, config=values, tracking=Tracking.of_environment())
 
 
 def test_the_plan_holds_the_resolved_configuration_and_the_estimate(store: str) -> None:
@@ -67,16 +68,16 @@ def test_the_registry_is_asked_with_the_credentials_that_the_steps_have(
     sections = check_configs(PreflightConfig(steps={section: {}}))
     with registry_front(authorization="Bearer secret", prefix="/mlflow") as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        check_registry(sections)
+        check_registry(sections, Tracking.of_environment())
         monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "another")
         with pytest.raises(UserError, match="refuses the credentials"):
-            check_registry(sections)
+            check_registry(sections, Tracking.of_environment())
     with pytest.raises(TemporaryError, match="is out of reach"):
-        check_registry(sections)
+        check_registry(sections, Tracking.of_environment())
     with registry_front(broken=True) as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with pytest.raises(TemporaryError, match="503"):
-            check_registry(sections)
+            check_registry(sections, Tracking.of_environment())
 
 
 def test_a_registry_of_its_own_needs_no_tracking_server(
@@ -87,4 +88,4 @@ def test_a_registry_of_its_own_needs_no_tracking_server(
 
 
 def test_a_run_that_registers_nothing_asks_for_no_registry() -> None:
-    check_registry(check_configs(PreflightConfig(steps={"merge": {}, "eval": {}})))
+    check_registry(check_configs(PreflightConfig(steps={"merge": {}, "eval": {}})), NOWHERE)

@@ -13,6 +13,7 @@ from finemill.errors import GateFailedError, StepError, TemporaryError, UserErro
 from finemill.registry.snapshot import read_registered_model
 from finemill.runtime.run import StepResult, run_step
 from finemill.storage.store import fetch_artifact
+from finemill.tracking.settings import Tracking
 
 Trained = Callable[..., dict[str, str]]
 Line = Callable[..., dict[str, str]]
@@ -24,14 +25,14 @@ def registered(tracking_uri: str, folder_store: str, trained: Trained) -> Line:
 
     def registered(name: str, **scores: Any) -> dict[str, str]:
         line = trained(name, **scores)
-        version = run_step("register", store=folder_store, inputs=line, config={})
+        version = run_step("register", store=folder_store, inputs=line, config={}, tracking=Tracking.of_environment())
         return {"version": str(version.reference), "evaluation": line["evaluation"]}
 
     return registered
 
 
 def promote(store: str, inputs: dict[str, str], **config: object) -> StepResult:
-    return run_step("promote", store=store, inputs=inputs, config=config)
+    return run_step("promote", store=store, inputs=inputs, config=config, tracking=Tracking.of_environment())
 
 
 def decision(result: StepResult) -> Decision:
@@ -39,7 +40,7 @@ def decision(result: StepResult) -> Decision:
 
 
 def aliases() -> dict[str, int]:
-    model = read_registered_model("finemill")
+    model = read_registered_model(Tracking.of_environment().registry, "finemill")
     assert model is not None
     return dict(model.aliases)
 
@@ -189,18 +190,18 @@ def test_rollback_restores_the_previous_champion_once(folder_store: str, registe
     first, second = registered("one", loss=0.5), registered("two", loss=0.4)
     promote(folder_store, first)
     promote(folder_store, second)
-    result = rollback(RollbackConfig())
+    result = rollback(RollbackConfig(), Tracking.of_environment().registry)
     assert (result.champion, result.rolled_back) == (1, 2)
     assert aliases() == {"champion": 1}
     with pytest.raises(UserError, match="'finemill' has no previous champion: version 1 stays champion"):
-        rollback(RollbackConfig())
+        rollback(RollbackConfig(), Tracking.of_environment().registry)
 
 
 def test_version_that_was_rolled_back_is_not_promoted_again(folder_store: str, registered: Line) -> None:
     first, second = registered("one", loss=0.5), registered("two", loss=0.4)
     promote(folder_store, first)
     promote(folder_store, second)
-    rollback(RollbackConfig())
+    rollback(RollbackConfig(), Tracking.of_environment().registry)
     again = promote(folder_store, second)
     assert not again.reused
     assert decision(again).summary.startswith("not promoted: it was champion and was rolled back on ")
@@ -211,10 +212,10 @@ def test_version_that_was_rolled_back_is_not_promoted_again(folder_store: str, r
 @pytest.mark.usefixtures("tracking_uri")
 def test_rollback_of_an_unknown_model_says_so() -> None:
     with pytest.raises(UserError, match="has no model 'finemill'"):
-        rollback(RollbackConfig())
+        rollback(RollbackConfig(), Tracking.of_environment().registry)
 
 
 def test_rollback_without_a_champion_says_so(registered: Line) -> None:
     registered("one")
     with pytest.raises(UserError, match="'finemill' has no champion"):
-        rollback(RollbackConfig())
+        rollback(RollbackConfig(), Tracking.of_environment().registry)

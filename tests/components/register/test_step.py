@@ -13,12 +13,15 @@ from finemill.errors import UserError
 from finemill.registry.snapshot import _read_client, read_registered_model
 from finemill.runtime.run import StepResult, run_step
 from finemill.storage.store import fetch_artifact
+from finemill.tracking.settings import Tracking
 
 Trained = Callable[..., dict[str, str]]
 
 
 def register(store: str, inputs: dict[str, str], **config: object) -> StepResult:
-    return run_step("register", store=store, inputs=inputs, config=config, run_id="run-1")
+    return run_step(
+        "register", store=store, inputs=inputs, config=config, run_id="run-1", tracking=Tracking.of_environment()
+    )
 
 
 def test_version_points_to_the_merged_model_and_tells_what_it_is(
@@ -119,9 +122,9 @@ def test_database_read_directly_says_what_mlflow_says(tracking_uri: str, folder_
     client = MlflowClient(tracking_uri)
     client.set_registered_model_alias("finemill", "champion", "2")
     client.delete_model_version("finemill", "1")
-    direct = read_registered_model("finemill")
-    assert direct == _read_client(client, "finemill")
+    direct = read_registered_model(tracking_uri, "finemill")
+    assert direct == _read_client(client, tracking_uri, "finemill")
     assert direct is not None
     assert sorted(direct.versions) == [2, 3]
     assert direct.lock_uri == f"{folder_store}/locks/registered-model-finemill.lock"
-    assert read_registered_model("unknown") is None
+    assert read_registered_model(tracking_uri, "unknown") is None
