@@ -32,7 +32,10 @@ from finemill.storage.space import require_space
 logger = logging.getLogger(__name__)
 
 # Names that transformers and Ollama give to the same sampling parameters.
-_SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
+_SAMPLING = {
+    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}  # fmt: skip
 
 
 def run(
@@ -207,7 +210,14 @@ def _fallbacks(quantization: str, file: WrittenFile) -> list[str]:
 
 def _modelfile(gguf_name: str, tokenizer: Any, model: Path) -> str:
     generation = read_generation_defaults(model)
-    sampling = {ollama: generation[name] for name, ollama in _SAMPLING.items() if generation.get(name) is not None}
+    sampling = {
+        ollama: float(generation[name])
+        for name, ollama in _SAMPLING.items()
+        if isinstance(generation.get(name), int | float)
+    }
+    # Ollama draws tokens unless it is told not to.
+    if generation.get("do_sample") is False:
+        sampling = {"temperature": 0.0}
     stops = tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer, model))
     return modelfile(gguf_name, tokenizer, stops, sampling)
 

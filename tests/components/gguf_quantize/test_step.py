@@ -15,7 +15,6 @@ from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.gguf_quantize.convert import SourceModel
 from finemill.components.gguf_quantize.imatrix import channel_weights
 from finemill.components.gguf_quantize.llama_cpp import serve
-from finemill.components.gguf_quantize.modelfile import modelfile
 from finemill.components.gguf_quantize.step import default_name
 from finemill.components.gguf_quantize.step import run as quantize_gguf
 from finemill.components.gguf_quantize.verify import check_tokenization, exact_match, kl_divergence
@@ -205,14 +204,6 @@ def test_files_are_named_after_the_base(tmp_path: Path) -> None:
     for reference, name in names.items():
         write_merge(tmp_path, MERGED.model_copy(update={"base_model": reference}))
         assert default_name(tmp_path) == f"{name}-tuned"
-
-
-def test_the_modelfile_has_turns_stops_and_sampling(tiny_model_dir: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    text = modelfile("m-Q4_K_M.gguf", tokenizer, ["<|im_end|>"], {"temperature": 0.6, "top_k": 20})
-    assert text.startswith('FROM ./m-Q4_K_M.gguf\nTEMPLATE """')
-    assert "<|im_start|>assistant" in text
-    assert text.endswith('PARAMETER stop "<|im_end|>"\nPARAMETER temperature 0.6\nPARAMETER top_k 20\n')
 
 
 def test_a_failed_measurement_leaves_no_hook_on_the_model(tiny_model_dir: Path) -> None:
