@@ -400,9 +400,8 @@ def report_line(run: OpRun) -> str:
     return f"{run.op:52} {run.us.p50:>10} {spread:>17} {tb_per_s:>6.3f} {share:>8.1%} {eager:>10} {times:>6}"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Run the command line. Returns: 0. Raises: UserError: there is no GPU."""
-    argv = sys.argv[1:] if argv is None else argv
     ops = sorted({case.op for case in CASES})
     parser = argparse.ArgumentParser(prog="finemill bench kernels", description="Time the kernels one by one.")
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"any of {', '.join(ops)}; all by default")
@@ -429,4 +428,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -24,7 +24,7 @@ _GROUPS = {
     "schemas and measurements": {
         "score": ("Score predictions that exist already, without a model.", "score"),
         "schema": ("Print the JSON schema of a step's or pipeline's configuration.", "schema"),
-        "estimate": ("Predict memory and speed of a training step.", "bench"),
+        "estimate": ("Predict memory and speed of a training step.", "estimate"),
         "bench": ("Time kernels or a whole training step on a GPU.", "bench"),
     },
 }

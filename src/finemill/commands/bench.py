@@ -1,4 +1,4 @@
-"""`finemill bench kernels|step|loss` and `finemill estimate`: the measuring programs of the kernels."""
+"""`finemill bench kernels|step|loss`: the measuring programs of the kernels."""
 
 import argparse
 
@@ -11,10 +11,6 @@ _PROGRAMS = {
 
 def execute(name: str, arguments: list[str]) -> int:
     """Hand the arguments to the measuring program. Returns: its exit code."""
-    if name == "estimate":
-        from finemill.kernels.planning.estimate import main
-
-        return main(arguments)
     parser = argparse.ArgumentParser(
         prog="finemill bench", description="\n".join(f"{key}: {text}" for key, text in _PROGRAMS.items())
     )

@@ -1,0 +1,159 @@
+"""`finemill estimate`: memory and speed of a QLoRA training step from a model's configuration: no GPU, no weights.
+
+The numbers are the planner's (kernels/planning/planner.py), for the plan it would choose under the given memory: peak
+of allocated device memory, tokens per second at a card's measured rates, what is kept, recomputed and moved to the
+host. cuDNN's frontend and flash-attn-4 are taken to be installed. With `--table`: what each size of model needs.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from finemill.components.train_qlora.config import TrainQLoRAConfig
+from finemill.errors import UserError
+from finemill.kernels.engine.plan import Plan
+from finemill.kernels.planning.model_shapes import SHAPES, ModelShape
+from finemill.kernels.planning.planner import plan_step, workload_under
+from finemill.kernels.planning.rates import RATES
+from finemill.kernels.planning.workload import FAMILIES, Workload, workload_of_config
+from finemill.models.base.resolve import FORMS, resolve_base_model
+from finemill.training.memory import estimate_memory, needed_gib
+
+CARD_GB = 80.0
+METHODS: dict[str, dict[str, Any]] = {
+    "QLoRA": {},
+    "LoRA, 16-bit": {"load_in_4bit": False},
+    "QLoRA, plain": {"kernels": "off"},
+    "LoRA, 16-bit, plain": {"kernels": "off", "load_in_4bit": False},
+}
+"""Columns of the table: on finemill's kernels the least they need, and what transformers' own layers take."""
+
+
+def execute(name: str, arguments: list[str]) -> int:
+    """Print the estimate. Returns: exit code."""
+    args = _parse(name, arguments)
+    if args.table:
+        print(json.dumps(table(args)) if args.json else _listed(table(args), args.card_gb))
+        return 0
+    work = workload(args.model, rank=args.rank, quantized=args.quant == "nf4", rows=args.bs * args.accum, row=args.seq)
+    memory_gb = args.card_gb if args.memory_gb is None else args.memory_gb
+    plan = plan_step(work, int(memory_gb * 2**30), rates=RATES[args.gpu], allow_stream=args.quant == "nf4")
+    result = summarize(work, plan)
+    print(json.dumps(result) if args.json else "\n".join(f"{name:<22} {value}" for name, value in result.items()))
+    return 0
+
+
+def _parse(name: str, argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"finemill {name}", description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help=f"one of {', '.join(SHAPES)}, or a base model: {FORMS}")
+    what.add_argument("--table", action="store_true", help="GiB that each known size needs at least, by method")
+    parser.add_argument("--seq", type=int, default=2048, help="tokens per row")
+    parser.add_argument("--bs", type=int, default=2, help="rows per micro-batch")
+    parser.add_argument("--accum", type=int, default=4, help="micro-batches per optimizer step")
+    parser.add_argument("--rank", type=int, default=16, help="LoRA rank on all seven linear layers")
+    parser.add_argument("--quant", default="nf4", choices=["nf4", "bf16"])
+    parser.add_argument("--card-gb", type=float, default=CARD_GB, help="memory of the card, GiB (default: %(default)g)")
+    parser.add_argument("--memory-gb", type=float, help="device memory to stay within, GiB (default: the card's)")
+    parser.add_argument("--gpu", default="h200", choices=sorted(RATES), help="card whose measured rates are taken")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser.parse_args(argv)
+
+
+def workload(model: str, *, rank: int, quantized: bool, rows: int, row: int) -> Workload:
+    """Describe a model and a step to the planner.
+
+    Args:
+        model: a name in SHAPES, or the reference of a base model.
+        rank: LoRA rank.
+        quantized: NF4 base.
+        rows: per optimizer step.
+        row: tokens per row.
+    Raises: UserError: no such model, or one that the kernels do not train.
+    """
+    config = _config(model)
+    if config.get("model_type") not in FAMILIES:
+        raise UserError(
+            f"{model} is of the family '{config.get('model_type')}': estimates cover {', '.join(FAMILIES)}, which "
+            "finemill's kernels train"
+        )
+    try:
+        return workload_of_config(config, rank=rank, quantized=quantized, tokens=rows * row, row=row)
+    except KeyError as error:
+        raise UserError(f"config.json of {model} has no {error}") from None
+
+
+def _config(model: str) -> Mapping[str, Any]:
+    if (shape := SHAPES.get(model)) is not None:
+        return _config_of(shape)
+    folder = resolve_base_model(model, "config").path
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def _config_of(shape: ModelShape) -> Mapping[str, Any]:
+    return {
+        "model_type": shape.family,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "rms_norm_eps": shape.eps,
+        "num_hidden_layers": shape.layers,
+        "vocab_size": shape.vocabulary,
+        "tie_word_embeddings": shape.tied,
+    }
+
+
+def table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """GiB of GPU memory by model and method."""
+    settings = {
+        "lora_r": args.rank,
+        "max_length": args.seq,
+        "per_device_train_batch_size": args.bs,
+        "gradient_accumulation_steps": args.accum,
+    }
+    needed: dict[str, dict[str, float]] = {}
+    for name, shape in SHAPES.items():
+        if name.endswith("-tiny"):
+            continue
+        needed[name] = {}
+        for method, choice in METHODS.items():
+            config = TrainQLoRAConfig(**settings, **choice)
+            plain = config.kernels == "off"
+            model = _config_of(shape)
+            gib = estimate_memory(model, config).total if plain else needed_gib(model, config)
+            needed[name][method] = round(gib, 1)
+    return needed
+
+
+def _listed(needed: Mapping[str, Mapping[str, float]], card_gb: float) -> str:
+    """The table as text; what does not fit the card is in brackets."""
+    width = max(map(len, METHODS)) + 2
+    lines = [f"{f'GiB, card of {card_gb:g}':<20}" + "".join(f"{method:>{width}}" for method in METHODS)]
+    for name, row in needed.items():
+        cells = (f"{gib:.1f}" if gib <= card_gb else f"({gib:.1f})" for gib in row.values())
+        lines.append(f"{name:<20}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def summarize(work: Workload, plan: Plan) -> dict[str, Any]:
+    """Put a plan into words and numbers."""
+    levels = [level.name.lower() for level in plan.levels]
+    hosts = [level.name.lower() for level in plan.host_levels if level is not None]
+    return {
+        "peak_gb": round(plan.peak / 2**30, 2),
+        "static_gb": round(workload_under(work, plan).static_bytes() / 2**30, 2),
+        "tokens_per_s": round(work.tokens / plan.seconds),
+        "step_s": round(plan.seconds, 3),
+        "micro_batch_tokens": plan.micro_batch,
+        "layers_kept_up_to": {name: levels.count(name) for name in sorted(set(levels))},
+        "layers_on_host": {name: hosts.count(name) for name in sorted(set(hosts))},
+        "host_gb": round(plan.host_bytes(plan.micro_batch or work.tokens) / 2**30, 2),
+        "decoded_weights_kept": plan.cached_layers == work.num_layers,
+        "embedding_on_host": plan.embedding_on_host,
+        "weights_streamed": plan.stream_weights,
+        "optimizer_bits": 8 if plan.eight_bit else 32,
+    }

@@ -1,0 +1,84 @@
+"""`finemill estimate` answers from a configuration alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finemill.commands.estimate import METHODS, execute
+from finemill.errors import UserError
+from finemill.kernels.bench.data import _config
+from finemill.kernels.planning.model_shapes import SHAPES
+from finemill.kernels.planning.planner import NoPlanError
+
+Capture = pytest.CaptureFixture[str]
+
+
+def estimate(capsys: Capture, *arguments: str) -> dict[str, Any]:
+    assert execute("estimate", [*arguments, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def folder_of(tmp_path: Path, config: dict[str, Any], tiny_model_dir: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_bytes((tiny_model_dir / "tokenizer.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    return str(tmp_path)
+
+
+def test_a_folder_and_the_name_of_its_shape_give_the_same_estimate(
+    tmp_path: Path, tiny_model_dir: Path, capsys: Capture
+) -> None:
+    folder = folder_of(tmp_path, _config(SHAPES["qwen3-0.6b"]), tiny_model_dir)
+    by_name = estimate(capsys, "--model", "qwen3-0.6b", "--memory-gb", "8")
+    assert by_name == estimate(capsys, "--model", folder, "--memory-gb", "8")
+    assert by_name["peak_gb"] <= 8
+
+
+def test_any_reference_of_a_base_is_estimated(capsys: Capture) -> None:
+    assert estimate(capsys, "--model", "builtin:tiny-qwen3")["peak_gb"] < 1
+
+
+def test_a_higher_rank_takes_more_memory(capsys: Capture) -> None:
+    small, large = (estimate(capsys, "--model", "qwen3-8b", "--rank", rank) for rank in ("16", "128"))
+    assert large["static_gb"] > small["static_gb"]
+
+
+def test_a_card_of_slower_memory_takes_longer(capsys: Capture) -> None:
+    h100, h200 = (estimate(capsys, "--model", "qwen3-8b", "--gpu", gpu) for gpu in ("h100", "h200"))
+    assert h100["step_s"] > h200["step_s"]
+    assert h200 == estimate(capsys, "--model", "qwen3-8b", "--memory-gb", "80")
+    assert h200 != estimate(capsys, "--model", "qwen3-8b", "--card-gb", "24")
+
+
+def test_the_plain_listing_names_every_number(capsys: Capture) -> None:
+    assert execute("estimate", ["--model", "llama3-8b"]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} >= {"peak_gb", "tokens_per_s", "step_s"}
+
+
+def test_the_table_says_what_fits_a_card(capsys: Capture) -> None:
+    needed = estimate(capsys, "--table")
+    assert needed["qwen3-8b"]["QLoRA"] < 3.4 < needed["qwen3-8b"]["QLoRA, plain"]
+    assert all(row[method] > row["QLoRA"] for row in needed.values() for method in METHODS if method != "QLoRA")
+    assert execute("estimate", ["--table", "--card-gb", "24"]) == 0
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith("GiB, card of 24")
+    assert len(rows) == len(needed)
+    (row,) = [row for row in rows if row.startswith("qwen3-32b")]
+    assert "(" in row
+    assert not row.split()[1].startswith("(")
+
+
+def test_what_is_missing_is_said_in_a_line(tmp_path: Path, tiny_model_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"no config\.json"):
+        execute("estimate", ["--model", str(tmp_path)])
+    folder = folder_of(tmp_path, {"model_type": "gpt2"}, tiny_model_dir)
+    with pytest.raises(UserError, match="is of the family 'gpt2': estimates cover llama"):
+        execute("estimate", ["--model", folder])
+    folder = folder_of(tmp_path, {"model_type": "llama"}, tiny_model_dir)
+    with pytest.raises(UserError, match="has no 'num_attention_heads'"):
+        execute("estimate", ["--model", folder])
+    with pytest.raises(NoPlanError, match="the leanest needs"):
+        execute("estimate", ["--model", "qwen3-32b", "--memory-gb", "1"])
