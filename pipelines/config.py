@@ -26,7 +26,7 @@ class FinetuneConfig(StepConfig):
     """What a run in a cluster is checked against before it takes a GPU."""
 
     data_prep: DataPrepConfig
-    """Which rows to read, how to clean, mix and split them."""
+    """Which rows to read, how to clean and split them, and in which shares they are trained on."""
 
     chat_format: ChatFormatConfig = Field(default_factory=ChatFormatConfig)
     """How rows become token ids and labels."""
@@ -61,7 +61,7 @@ class AlignConfig(StepConfig):
     """What a run in a cluster is checked against before it takes a GPU."""
 
     data_prep: DataPrepConfig
-    """Which rows to read, how to clean, mix and split them."""
+    """Which rows to read, how to clean and split them, and in which shares they are trained on."""
 
     chat_format: ChatFormatConfig = Field(default_factory=ChatFormatConfig)
     """How rows become token ids and labels."""
@@ -95,7 +95,7 @@ class RetrainConfig(StepConfig):
     """What a run in a cluster is checked against before it takes a GPU."""
 
     data_prep: DataPrepConfig
-    """Which rows to read, how to clean, mix and split them."""
+    """Which rows to read, how to clean and split them, and in which shares they are trained on."""
 
     chat_format: ChatFormatConfig = Field(default_factory=ChatFormatConfig)
     """How rows become token ids and labels."""

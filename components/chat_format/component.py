@@ -16,7 +16,7 @@ def chat_format(
     config: dict = {},
     run_id: str = "",
 ):
-    """Turn rows into messages, apply the model's own chat template, label the assistant's turns.
+    """Apply the model's own chat template to rows, label the assistant's turns, keep the sources' shares.
 
     Args:
         store: folder or s3://bucket/prefix that gets the output.
@@ -24,7 +24,7 @@ def chat_format(
         base_model: the model whose tokenizer and chat template are used: hf://org/name@revision, or the reference of a
             merged model.
         dataset: gets the reference, <uri>@sha256:<digest>, of train.parquet, validation.parquet and test.parquet with
-            input_ids and labels, chat.jsonl, dataset.json.
+            input_ids and labels, chat.jsonl, dataset.json, rejected.jsonl.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
         config: fields as in `finemill schema chat-format`; the rest keep their defaults.

@@ -58,6 +58,11 @@ class Labelled:
     ends: list[bool]
     truncated: bool
 
+    @cached_property
+    def num_labels(self) -> int:
+        """How many tokens are learned."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
 
 @dataclass(frozen=True)
 class Example:
@@ -93,10 +98,10 @@ class Example:
         """The messages as the template gets them; none for a plain document."""
         return self.draft.messages
 
-    @cached_property
+    @property
     def num_labels(self) -> int:
         """How many tokens are learned."""
-        return int((self.labels != IGNORE_INDEX).sum())
+        return self.chosen.num_labels
 
     @property
     def row(self) -> DatasetRow:
@@ -117,14 +122,6 @@ class Example:
             rejected_labels=worse.labels.tolist() if worse else None,
             answer=draft.conversation.answer,
         )
-
-    @property
-    def chat_line(self) -> str:
-        """The conversation as a line of JSON; "" for a document, or a part of a conversation."""
-        if self.draft.unrolled or not self.messages:
-            return ""
-        tools = {"tools": self.draft.conversation.tools} if self.draft.conversation.tools else {}
-        return _json({"messages": self.messages, **tools}) + "\n"
 
 
 def _json(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Rows on their way to examples: read, rendered, tokenized, labelled."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -52,13 +52,17 @@ class Formatter:
         plain = text.replace(BROKEN, "")
         return Draft(record, conversation, [], {}, text, "", plain, None, [(0, len(plain))], ())
 
-    def finish(self, draft: Draft, tokens: Tokens | None, rejected_tokens: Tokens | None) -> Example:
-        """Label a row's tokens, and those with its worse answer.
-
-        Raises: DroppedRowError: too long, or nothing in it is learned.
-        """
-        rejected = self._label(rejected_tokens, draft.rejected.spans) if draft.rejected else None
-        return Example(draft, self._label(tokens, draft.spans), rejected)
+    def finish_all(self, drafts: Sequence[Draft]) -> Iterator[Example | DroppedRowError]:
+        """Tokenize and label drafts, in order: an example each, or the reason why it is left out."""
+        tokens = self.tokenizer.encode([draft.text for draft in drafts])
+        worse = iter(self.tokenizer.encode([draft.rejected.text for draft in drafts if draft.rejected]))
+        for draft, draft_tokens in zip(drafts, tokens, strict=True):
+            worse_tokens = next(worse) if draft.rejected else None
+            try:
+                rejected = self._label(worse_tokens, draft.rejected.spans) if draft.rejected else None
+                yield Example(draft, self._label(draft_tokens, draft.spans), rejected)
+            except DroppedRowError as reason:
+                yield reason
 
     def _label(self, tokens: Tokens | None, spans: Sequence[tuple[int, int]]) -> Labelled:
         if tokens is None:

@@ -2,16 +2,20 @@
 
 import hashlib
 import logging
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
+from finemill.artifacts.dataset import SourceAmounts, SourceReport
 from finemill.artifacts.files import DATASET_FILE
+from finemill.artifacts.metrics import metric_parts, mix_metric
 from finemill.artifacts.records import write_json
+from finemill.artifacts.rows import Mix, MixBy, RowsReport
 from finemill.artifacts.splits import Split
 from finemill.components.chat_format.example import Example
 from finemill.components.chat_format.template import ChatTemplate
@@ -22,58 +26,173 @@ logger = logging.getLogger(__name__)
 _SHOWN_REASONS = 4
 
 
-@dataclass
 class SplitCounts:
-    """What became of a split's rows."""
+    """What became of a split's rows: rows by source, and of every example what the report counts.
 
-    read: int = 0
-    examples: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    end_tokens: Counter[str] = field(default_factory=Counter)
-    lengths: list[int] = field(default_factory=list)
-    labels: int = 0
-    truncated: int = 0
-    thinking: int = 0
-    unrolled: int = 0
-    turns_without_end: int = 0
+    `times` says how often the mix takes each example, shape (E,); all once until it is set.
+    """
+
+    def __init__(self) -> None:
+        self.read: Counter[str] = Counter()
+        self.dropped: dict[str, Counter[str]] = defaultdict(Counter)
+        self.examples_dropped: Counter[str] = Counter()
+        self.times: NDArray[np.int64] | None = None
+        self._names: dict[str, int] = {}
+        self._sources, self._tokens, self._learned = array("l"), array("l"), array("l")
+        self._truncated, self._unrolled, self._thinking = array("b"), array("b"), array("b")
+        # Most examples have the same few ends, so that each is stored once.
+        self._ends: list[tuple[str | None, ...]] = []
+        self._known_ends: dict[tuple[str | None, ...], tuple[str | None, ...]] = {}
 
     def add(self, example: Example) -> None:
         """Count one example."""
-        self.examples += 1
-        self.lengths.append(len(example.input_ids))
-        self.labels += example.num_labels
-        self.truncated += example.truncated
-        self.unrolled += example.draft.unrolled
-        self.thinking += bool(example.draft.kwargs.get("enable_thinking"))
-        self.turns_without_end += example.end_tokens.count(None)
-        self.end_tokens.update(token for token in example.end_tokens if token is not None)
+        worse = example.rejected
+        self._sources.append(self._names.setdefault(example.draft.record.source, len(self._names)))
+        self._tokens.append(len(example.input_ids) + (len(worse.input_ids) if worse else 0))
+        self._learned.append(example.num_labels + (worse.num_labels if worse else 0))
+        self._truncated.append(example.truncated)
+        self._unrolled.append(example.draft.unrolled)
+        self._thinking.append(bool(example.draft.kwargs.get("enable_thinking")))
+        ends = tuple(example.end_tokens)
+        self._ends.append(self._known_ends.setdefault(ends, ends))
+
+    @property
+    def names(self) -> list[str]:
+        """The sources that have examples, by number."""
+        return list(self._names)
+
+    @property
+    def sources(self) -> NDArray[np.int64]:
+        """Number of each example's source, shape (E,)."""
+        return np.array(self._sources, dtype=np.int64)
+
+    @property
+    def unrolled(self) -> NDArray[np.bool_]:
+        """Whether each example is a part of a conversation, shape (E,)."""
+        return np.array(self._unrolled, dtype=bool)
+
+    def sizes(self, by: MixBy) -> NDArray[np.int64]:
+        """What each example counts, shape (E,); of a preference both conversations."""
+        if by == "rows":
+            return np.ones(len(self._tokens), dtype=np.int64)
+        return np.array(self._tokens if by == "tokens" else self._learned, dtype=np.int64)
+
+    def _taken(self) -> NDArray[np.int64]:
+        return np.ones(len(self._tokens), dtype=np.int64) if self.times is None else self.times
+
+    @property
+    def examples(self) -> int:
+        """How many examples the split has."""
+        return int(self._taken().sum())
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens they have."""
+        return int(self._taken() @ self.sizes("tokens"))
+
+    @property
+    def learned(self) -> int:
+        """How many of those are learned."""
+        return int(self._taken() @ self.sizes("learned_tokens"))
+
+    @property
+    def truncated(self) -> int:
+        """How many examples are cut."""
+        return int(self._taken() @ np.array(self._truncated, dtype=np.int64))
+
+    @property
+    def thinking(self) -> int:
+        """How many examples are rendered to think."""
+        return int(self._taken() @ np.array(self._thinking, dtype=np.int64))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return int((self.sizes("tokens") * (self._taken() > 0)).max(initial=0))
+
+    @property
+    def ends(self) -> Counter[str | None]:
+        """End-of-turn tokens of the learned turns; None for turns without one."""
+        ends: Counter[str | None] = Counter()
+        for number, group in zip(self._taken().tolist(), self._ends, strict=True):
+            for token in group if number else ():
+                ends[token] += number
+        return ends
+
+    @property
+    def rows_dropped(self) -> Counter[str]:
+        """Rows without any example by reason."""
+        return sum(self.dropped.values(), start=Counter[str]())
 
     def summary(self) -> dict[str, Any]:
         """The counts for dataset.json."""
-        median, most, longest = np.percentile(self.lengths or [0], [50, 95, 100], method="nearest").tolist()
+        lengths = np.repeat(self.sizes("tokens"), self._taken())
+        median, most, longest = np.percentile(
+            lengths if len(lengths) else [0], [50, 95, 100], method="nearest"
+        ).tolist()
         return {
-            "rows_read": self.read,
+            "rows_read": self.read.total(),
             "examples": self.examples,
-            "rows_dropped": dict(sorted(self.dropped.items())),
+            "rows_dropped": dict(sorted(self.rows_dropped.items())),
+            "examples_dropped": dict(sorted(self.examples_dropped.items())),
+            "examples_left_out_by_mix": int((self._taken() == 0).sum()),
+            "examples_repeated_by_mix": int(np.maximum(self._taken() - 1, 0).sum()),
             "examples_truncated": self.truncated,
             "examples_thinking": self.thinking,
-            "tokens": sum(self.lengths),
-            "tokens_learned": self.labels,
+            "tokens": self.tokens,
+            "tokens_learned": self.learned,
             "tokens_per_example": {"median": median, "p95": most, "longest": longest},
-            "examples_unrolled": self.unrolled,
-            "turns_without_end_token": self.turns_without_end,
+            "examples_unrolled": int(self._taken() @ self.unrolled),
+            "turns_without_end_token": self.ends[None],
         }
+
+    def source_reports(self, names: Sequence[str], mix: Mix | None) -> list[SourceReport]:
+        """What each source has in the split."""
+        asked = mix.weights if mix else {}
+        taken = self._amounts(names, self._taken())
+        formatted = self._amounts(names, np.ones(len(self._tokens), dtype=np.int64))
+        return [
+            SourceReport(
+                uri=name,
+                share=round(asked[name] / sum(asked.values()), 6) if name in asked else None,
+                rows_read=self.read[name],
+                rows_dropped=dict(sorted(self.dropped[name].items())),
+                formatted=formatted[name],
+                **taken[name].model_dump(),
+            )
+            for name in names
+        ]
+
+    def _amounts(self, names: Sequence[str], times: NDArray[np.int64]) -> dict[str, SourceAmounts]:
+        by_source: dict[str, NDArray[np.int64]] = {}
+        for by in get_args(MixBy):
+            sums = np.bincount(self.sources, weights=times * self.sizes(by), minlength=len(self._names))
+            by_source[by] = sums.astype(np.int64)
+        return {
+            name: SourceAmounts(
+                **{
+                    key: value
+                    for by, sums in by_source.items()
+                    for key, value in _with_share(by, int(sums[number]) if number is not None else 0, int(sums.sum()))
+                }
+            )
+            for name, number in ((name, self._names.get(name)) for name in names)
+        }
+
+
+def _with_share(by: str, amount: int, total: int) -> tuple[tuple[str, Any], tuple[str, Any]]:
+    return (by, amount), (f"{by}_share", round(amount / max(1, total), 6))
 
 
 def warn_of_missing_ends(train: SplitCounts) -> None:
     """Log how many learned turns of the training rows end without a control token."""
-    turns = train.end_tokens.total() + train.turns_without_end
-    if train.turns_without_end > train.truncated:
+    ends = train.ends
+    if ends[None] > train.truncated:
         logger.warning(
             "train: %d of %d learned turns end without a control token, so the model may not learn to stop; set "
             "chat_template_path to a template that writes one after each answer",
-            train.turns_without_end,
-            turns,
+            ends[None],
+            ends.total(),
         )
 
 
@@ -87,32 +206,65 @@ def list_reasons(dropped: Counter[str]) -> str:
 def warn_of_losses(counts: Mapping[Split, SplitCounts]) -> None:
     """Log for each split what was left out or cut."""
     for split, count in counts.items():
-        if count.dropped:
-            reasons = list_reasons(count.dropped)
-            logger.warning("%s: %d left out of %d rows (%s)", split, count.dropped.total(), count.read, reasons)
+        dropped = count.rows_dropped
+        if dropped:
+            reasons = list_reasons(dropped)
+            logger.warning("%s: %d left out of %d rows (%s)", split, dropped.total(), count.read.total(), reasons)
+        if count.examples_dropped:
+            reasons = list_reasons(count.examples_dropped)
+            logger.warning("%s: %d turns are not learned (%s)", split, count.examples_dropped.total(), reasons)
         if count.truncated:
             logger.warning("%s: %d of %d examples cut to max_length", split, count.truncated, count.examples)
 
 
+def warn_of_mix(counts: SplitCounts, mix: Mix) -> None:
+    """Log what keeping the shares costs."""
+    summary = counts.summary()
+    left_out, repeated = summary["examples_left_out_by_mix"], summary["examples_repeated_by_mix"]
+    if left_out or repeated:
+        total = left_out + summary["examples"] - repeated
+        logger.warning(
+            "train: %d of %d examples left out and %d repeated so that the shares by %s hold (mix_policy %s)",
+            left_out,
+            total,
+            repeated,
+            mix.by.replace("_", " "),
+            mix.policy,
+        )
+
+
 def write_report(
-    folder: Path, counts: Mapping[Split, SplitCounts], tokenizer: ChatTokenizer, template: ChatTemplate
+    folder: Path,
+    counts: Mapping[Split, SplitCounts],
+    asked: RowsReport,
+    tokenizer: ChatTokenizer,
+    template: ChatTemplate,
 ) -> dict[str, float]:
     """Write dataset.json; return the metrics."""
-    end_tokens = sum((count.end_tokens for count in counts.values()), start=Counter[str]())
+    ends = sum((count.ends for count in counts.values()), start=Counter[str | None]())
+    sources = counts["train"].source_reports([source.uri for source in asked.sources], asked.mix)
     data = {
         "tokenizer_sha256": tokenizer.digest,
         "chat_template_sha256": hashlib.sha256(template.source.encode()).hexdigest(),
         "eos_token": tokenizer.eos_token,
-        "end_of_turn_tokens": dict(sorted(end_tokens.items())),
+        "end_of_turn_tokens": {token: ends[token] for token in sorted(filter(None, ends))},
+        "mix": asked.mix.model_dump() if asked.mix else None,
+        "sources": [source.model_dump() for source in sources],
         "splits": {split: count.summary() for split, count in counts.items()},
     }
     write_json(folder / DATASET_FILE, data)
     train = counts["train"]
     return {
         **{f"dataset/{split}_examples": count.examples for split, count in counts.items()},
-        "dataset/rows_dropped": sum(count.dropped.total() for count in counts.values()),
-        "dataset/train_tokens": sum(train.lengths),
-        "dataset/train_tokens_learned_fraction": train.labels / sum(train.lengths),
+        "dataset/rows_dropped": sum(count.rows_dropped.total() for count in counts.values()),
+        "dataset/train_tokens": train.tokens,
+        "dataset/train_tokens_learned_fraction": train.learned / train.tokens,
         "dataset/train_thinking_fraction": train.thinking / train.examples,
-        "dataset/longest_example_tokens": max(max(count.lengths, default=0) for count in counts.values()),
+        "dataset/longest_example_tokens": max(count.longest for count in counts.values()),
+        **{
+            mix_metric(part, measure): value
+            for source, part in zip(sources, metric_parts(source.uri for source in sources).values(), strict=True)
+            for measure, value in source.model_dump(include={*get_args(MixBy), "share"}).items()
+            if value is not None
+        },
     }

@@ -14,12 +14,12 @@ def data_prep(
     config: dict = {},
     run_id: str = "",
 ):
-    """Read raw rows, clean, deduplicate, mix and split them.
+    """Read raw rows, clean, deduplicate and split them.
 
     Args:
         store: folder or s3://bucket/prefix that gets the output.
         rows: gets the reference, <uri>@sha256:<digest>, of train.parquet, validation.parquet and test.parquet (id,
-            source, shape, row), data.json, report.md.
+            source, number, shape, row), data.json, report.md, rejected.jsonl.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
         config: fields as in `finemill schema data-prep`; the rest keep their defaults.

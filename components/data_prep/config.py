@@ -4,6 +4,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from finemill.artifacts.rows import Mix, MixBy, MixPolicy
+from finemill.artifacts.splits import Split
 from finemill.config import StepConfig
 from finemill.rows.shapes import ShapeName
 
@@ -16,8 +18,8 @@ class Source(StepConfig):
 
     A folder, prefix or data set gives all its data files in order of their paths."""
     weight: float | None = Field(default=None, gt=0)
-    """Share of this source in every split, relative to the other sources' weights (75 and 25, 3 and 1). Without
-    weights every row is kept; give a weight to all sources or to none."""
+    """Share of this source in what is trained on and in each held-out split, relative to the other sources' weights (75
+    and 25, 3 and 1). Without weights every row is kept; give a weight to all sources or to none."""
     format: Literal["auto", "json", "jsonl", "parquet", "arrow", "csv", "text"] = "auto"
     """File format; `auto` goes by the file name's ending. `text`: documents separated by blank lines."""
     shape: ShapeName | None = None
@@ -33,18 +35,26 @@ class Source(StepConfig):
     """Only files of this split, by their path: `train` takes train.jsonl, train-00000-of-00002.parquet, train/x.csv."""
     max_rows: int | None = Field(default=None, ge=1)
     """Read at most so many rows, from the first; for `example:` the number of rows made (default 2000)."""
+    sample: float | None = Field(default=None, gt=0, le=1)
+    """Take a random share of the rows; a row's hash decides, so that adding data moves no row."""
+    into: Split | None = None
+    """The split that all rows of this source go to: a test or validation file of your own. No other source then gives
+    rows to that split, and rows elsewhere that begin with one of its questions are left out of training."""
 
 
 class DataPrepConfig(StepConfig):
-    """Which rows to read, how to clean, mix and split them."""
+    """Which rows to read, how to clean and split them, and in which shares they are trained on."""
 
     sources: list[Source] = Field(min_length=1)
     """Where rows come from."""
-    mix_by: Literal["rows", "characters"] = "rows"
-    """What the weights share out: rows (exact to one row), or characters (to one row's length; near to tokens)."""
-    mix_policy: Literal["downsample", "upsample"] = "downsample"
-    """When the sources do not have the weights' proportions: leave out rows of those that have too many, or repeat rows
-    of those that have too few (training rows only)."""
+    mix_by: MixBy = "rows"
+    """What the weights share out among the examples that training gets, after chat-format's cutting, unrolling and
+    leaving out: their number, their tokens, or the tokens that are learned."""
+    mix_policy: MixPolicy = "downsample"
+    """When the sources do not have the weights' proportions: leave out rows of those that have too many, repeat rows of
+    those that have too few (training rows only), or end the run."""
+    max_repeats: int = Field(default=4, ge=1)
+    """How often `mix_policy: upsample` takes the same row at most; what is missing then is left out elsewhere."""
     test_size: float = Field(default=0.05, ge=0, lt=1)
     """Share of prompts held out for `eval`. A prompt's hash decides, so that adding data moves no row."""
     validation_size: float = Field(default=0.05, ge=0, lt=1)
@@ -67,6 +77,24 @@ class DataPrepConfig(StepConfig):
     seed: int = Field(default=0, ge=0)
     """Decides the splits, the order of rows and the example data."""
 
+    @property
+    def source_names(self) -> list[str]:
+        """A name for each source: its URI, with its number where several have the same."""
+        uris = [source.uri for source in self.sources]
+        return [uri if uris.count(uri) == 1 else f"{uri} ({number})" for number, uri in enumerate(uris, start=1)]
+
+    @property
+    def mix(self) -> Mix | None:
+        """What chat-format keeps to, None without weights."""
+        weights = {
+            name: source.weight
+            for name, source in zip(self.source_names, self.sources, strict=True)
+            if source.weight is not None
+        }
+        if not weights:
+            return None
+        return Mix(by=self.mix_by, policy=self.mix_policy, max_repeats=self.max_repeats, weights=weights)
+
     @model_validator(mode="after")
     def _check_fields_together(self) -> Self:
         if self.test_size + self.validation_size >= 1:
@@ -74,10 +102,14 @@ class DataPrepConfig(StepConfig):
                 f"test_size {self.test_size} and validation_size {self.validation_size} leave no training rows: "
                 "their sum must be below 1"
             )
-        weighted = sum(source.weight is not None for source in self.sources)
-        if weighted not in (0, len(self.sources)):
+        held_out = [source for source in self.sources if source.into in ("validation", "test")]
+        trained = [source for source in self.sources if source not in held_out]
+        if any(source.weight is not None for source in held_out):
+            raise ValueError("sources: one that goes into validation or test has no weight: it is kept whole")
+        weighted = sum(source.weight is not None for source in trained)
+        if weighted not in (0, len(trained)):
             raise ValueError(
-                f"sources: {weighted} of {len(self.sources)} have a weight; give a weight to all of them or to none"
+                f"sources: {weighted} of {len(trained)} have a weight; give a weight to all of them or to none"
             )
         if self.max_characters is not None and self.max_characters < self.min_characters:
             raise ValueError(

@@ -1,12 +1,13 @@
 """What data-prep did, for programs (data.json) and for people (report.md)."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finemill.artifacts.files import DATA_FILE, REPORT_TEXT
+from finemill.artifacts.files import DATA_FILE, REJECTED_FILE, REPORT_TEXT
 from finemill.artifacts.records import write_json
 from finemill.artifacts.splits import Split
 from finemill.components.data_prep.clean import Record, SourceCounts
@@ -17,9 +18,9 @@ logger = logging.getLogger(__name__)
 Counts = dict[str, dict[str, Any]]
 
 
-def split_counts(mixed: Mapping[Split, Sequence[Record]], config: DataPrepConfig) -> Counts:
-    """Per split: rows, characters, and both per source with the share of what the mix goes by."""
-    return {split: _count(records, config) for split, records in mixed.items()}
+def split_counts(splits: Mapping[Split, Sequence[Record]], config: DataPrepConfig) -> Counts:
+    """Per split: rows and characters, and both per source with their shares."""
+    return {split: _count(records, config) for split, records in splits.items()}
 
 
 def _count(records: Sequence[Record], config: DataPrepConfig) -> dict[str, Any]:
@@ -27,23 +28,30 @@ def _count(records: Sequence[Record], config: DataPrepConfig) -> dict[str, Any]:
     characters: Counter[int] = Counter()
     for record in records:
         characters[record.source] += record.num_characters
-    shared = rows if config.mix_by == "rows" else characters
-    total = max(1, sum(shared.values()))
     return {
         "rows": len(records),
-        "different_rows": len({record.row_id for record in records}),
-        "characters": sum(characters.values()),
+        "characters": characters.total(),
         "sources": [
             {
-                "uri": source.uri,
+                "uri": name,
                 "rows": rows[number],
+                "rows_share": round(rows[number] / max(1, rows.total()), 6),
                 "characters": characters[number],
-                "share": round(shared[number] / total, 6),
-                "weight": source.weight,
+                "characters_share": round(characters[number] / max(1, characters.total()), 6),
+                "weight": config.sources[number].weight,
             }
-            for number, source in enumerate(config.sources)
+            for number, name in enumerate(config.source_names)
         ],
     }
+
+
+def warn_of_losses(config: DataPrepConfig, counts: Sequence[SourceCounts]) -> None:
+    """Log for each source what was left out."""
+    for source, count in zip(config.sources, counts, strict=True):
+        lost = Counter({reason: number for reason, number in count.dropped.items() if reason != "not_sampled"})
+        if lost:
+            reasons = ", ".join(f"{reason} {number}" for reason, number in lost.most_common())
+            logger.warning("%s: %d of %d rows left out (%s)", source.uri, lost.total(), count.read, reasons)
 
 
 def write_report(
@@ -53,10 +61,10 @@ def write_report(
     splits: Counts,
     digests: Mapping[str, str],
 ) -> dict[str, float]:
-    """Write data.json and report.md; return the step's metrics."""
+    """Write data.json, report.md and rejected.jsonl; return the step's metrics."""
     sources = [
         {
-            "uri": source.uri,
+            "uri": name,
             "read": count.read,
             "shapes": dict(sorted(count.shapes.items())),
             "dropped": dict(sorted(count.dropped.items())),
@@ -64,11 +72,13 @@ def write_report(
             "unread_columns": dict(sorted(count.unread.items())),
             "digest": digests.get(f"sources.{number} {source.uri}"),
         }
-        for number, (source, count) in enumerate(zip(config.sources, counts, strict=True))
+        for number, (name, source, count) in enumerate(zip(config.source_names, config.sources, counts, strict=True))
     ]
-    data = {"sources": sources, "mix_by": config.mix_by, "mix_policy": config.mix_policy, "splits": splits}
+    mix = config.mix
+    data = {"sources": sources, "mix": mix.model_dump() if mix else None, "splits": splits}
     write_json(folder / DATA_FILE, data)
     (folder / REPORT_TEXT).write_text(_markdown(data), encoding="utf-8")
+    _write_rejected(folder / REJECTED_FILE, config, counts)
     read = sum(count.read for count in counts)
     dropped = sum((count.dropped for count in counts), start=Counter[str]())
     return {
@@ -77,6 +87,14 @@ def write_report(
         "data/duplicate_fraction": (dropped["duplicate"] + dropped["near_duplicate"]) / read,
         **{f"data/{split}_rows": splits[split]["rows"] for split in splits},
     }
+
+
+def _write_rejected(path: Path, config: DataPrepConfig, counts: Sequence[SourceCounts]) -> None:
+    """A line per row that is left out: its source, its number there, the reason."""
+    with path.open("w", encoding="utf-8") as file:
+        for name, count in zip(config.source_names, counts, strict=True):
+            for number, reason in sorted(count.rejected):
+                file.write(json.dumps({"source": name, "row": number, "reason": reason}, ensure_ascii=False) + "\n")
 
 
 def warn_of_unread_columns(config: DataPrepConfig, counts: Sequence[SourceCounts]) -> None:
@@ -95,23 +113,27 @@ def _markdown(data: Mapping[str, Any]) -> str:
         cells = source["uri"], source["read"], _listed(source["shapes"]), _listed(source["dropped"]) + note
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     lines += _unread_lines(data["sources"])
-    lines += ["", f"Shares are by {data['mix_by']}, policy `{data['mix_policy']}`."]
+    lines += ["", _mix_line(data["mix"]), ""]
     lines += [
-        "",
-        "| split | source | rows | characters | share | weight |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| split | source | rows | share | characters | share | weight |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for split, counts in data["splits"].items():
         for source in counts["sources"]:
             weight = "" if source["weight"] is None else f"{source['weight']:g}"
             lines.append(
-                f"| {split} | {source['uri']} | {source['rows']} | {source['characters']} | {source['share']:.2%} "
-                f"| {weight} |"
+                f"| {split} | {source['uri']} | {source['rows']} | {source['rows_share']:.2%} | {source['characters']} "
+                f"| {source['characters_share']:.2%} | {weight} |"
             )
-        repeated = counts["rows"] - counts["different_rows"]
-        note = f" ({repeated} repeated)" if repeated else ""
-        lines.append(f"| {split} | all | {counts['rows']}{note} | {counts['characters']} | | |")
+        lines.append(f"| {split} | all | {counts['rows']} | | {counts['characters']} | | |")
     return "\n".join(lines) + "\n"
+
+
+def _mix_line(mix: Mapping[str, Any] | None) -> str:
+    if mix is None:
+        return "All rows are kept."
+    by = mix["by"].replace("_", " ")
+    return f"These are the rows that there are; chat-format mixes them by {by} (policy `{mix['policy']}`)."
 
 
 def _unread_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -19,6 +19,12 @@ def assign_split(prompt_key: bytes, *, test_size: float, validation_size: float,
     return "validation" if position < test_size + validation_size else "train"
 
 
+def is_sampled(row_id: str, share: float, seed: int) -> bool:
+    """Whether a row is in a random share of its source."""
+    digest = hashlib.sha256(f"sample:{seed}:{row_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
 def order_key(row_id: str, seed: int) -> bytes:
     """Sorts rows into a random order that others coming or going do not change."""
     return hashlib.sha256(f"{seed}:{row_id}".encode()).digest()

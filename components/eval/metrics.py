@@ -1,9 +1,6 @@
 """Scores of many samples: means, their standard errors, and what changed from base to tuned."""
 
-import itertools
 import math
-import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from finemill.artifacts.evaluation import Sample
@@ -16,6 +13,7 @@ from finemill.artifacts.metrics import (
     MODELS,
     ROWS,
     delta_metric,
+    metric_parts,
     model_metric,
     stderr_of,
 )
@@ -23,7 +21,6 @@ from finemill.metrics.statistics import mean, paired_rate_error, rate_error, sta
 
 _RATES = ("exact_match", "cut_off", "prefers_chosen", "format_ok", "think_closed", "finished")
 MEANS = (*_RATES, "rouge1", "rouge2", "rougeL", "bleu", "chrf")
-_LONGEST_PART = 120
 
 
 def summarize(base: Sequence[Sample], tuned: Sequence[Sample]) -> dict[str, float]:
@@ -47,23 +44,6 @@ def summarize(base: Sequence[Sample], tuned: Sequence[Sample]) -> dict[str, floa
 def sources(samples: Iterable[Sample]) -> list[str]:
     """The sources in order of their names."""
     return sorted({sample.source for sample in samples})
-
-
-def metric_parts(names: Iterable[str]) -> dict[str, str]:
-    """A part of a metric's name for each source, of its own even where sources differ in signs or capitals only.
-
-    MLflow takes letters and digits of any script, `_`, `.` and `-`, and 250 characters in all; of a long name the end
-    counts. A mark that no letter carries, as some scripts write vowels, is none for it.
-    """
-    parts: dict[str, str] = {}
-    taken: set[str] = set()
-    for name in names:
-        plain = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", name)).strip(".")[-_LONGEST_PART:] or "_"
-        numbered = (f"{plain}-{number}" for number in itertools.count(2))
-        part = next(text for text in itertools.chain([plain], numbered) if text.casefold() not in taken)
-        taken.add(part.casefold())
-        parts[name] = part
-    return parts
 
 
 def score(samples: Sequence[Sample]) -> dict[str, float]:

@@ -18,13 +18,14 @@ from finemill.artifacts.metrics import (
     MODELS,
     ROWS,
     delta_metric,
+    metric_parts,
     metrics_of,
     model_metric,
     stderr_of,
 )
 from finemill.components.eval.chart import training_chart
 from finemill.components.eval.config import EvalConfig
-from finemill.components.eval.metrics import metric_parts, sources
+from finemill.components.eval.metrics import sources
 from finemill.runtime.context import StepContext
 
 _MINUS = "\N{MINUS SIGN}"

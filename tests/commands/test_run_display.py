@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from finemill.artifacts.manifest import Producer, new_manifest
-from finemill.commands.run_display import RunDisplay, print_results
+from finemill.commands.run_display import RunDisplay, mix_table, print_results
 from finemill.storage.store import publish_artifact, staging_folder
 
 STEPS = ("data-prep", "chat-format")
@@ -43,3 +43,17 @@ def test_the_results_end_with_every_step_s_warnings(tmp_path: Path) -> None:
     print_results(references, "sqlite:///mlflow.db", stream := io.StringIO())
     lines = stream.getvalue().splitlines()
     assert lines[lines.index("warnings") + 1 :][:2] == ["chat-format   train: 3 left out of 10 rows (too_long 3)", ""]
+
+
+def test_the_trained_mix_is_shown_by_rows_and_tokens() -> None:
+    sources = {
+        "problems": {"rows": 75.0, "tokens": 9000.0, "learned_tokens": 4000.0, "share": 0.75},
+        "chats": {"rows": 25.0, "tokens": 1000.0, "learned_tokens": 1000.0, "share": 0.25},
+    }
+    assert mix_table(sources).splitlines() == [
+        "trained on                    rows                  tokens          learned tokens   asked for",
+        "problems               75   75.0%          9,000   90.0%          4,000   80.0%       75.0%",
+        "chats                  25   25.0%          1,000   10.0%          1,000   20.0%       25.0%",
+    ]
+    unasked = {name: {key: own[key] for key in own if key != "share"} for name, own in sources.items()}
+    assert not mix_table(unasked).splitlines()[1].endswith("75.0%")

@@ -24,7 +24,7 @@ def test_a_task_more_is_a_section_more() -> None:
     assert added == {
         "from finemill.components.data_prep.config import DataPrepConfig",
         "    data_prep: DataPrepConfig",
-        '    """Which rows to read, how to clean, mix and split them."""',
+        '    """Which rows to read, how to clean and split them, and in which shares they are trained on."""',
     }
 
 

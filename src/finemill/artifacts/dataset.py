@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from finemill.artifacts.records import Record
 from finemill.artifacts.splits import Split, split_path
 from finemill.artifacts.tables import RowWriter, read_columns, read_rows
 from finemill.errors import UserError
@@ -80,6 +81,33 @@ class DatasetRow(HeldOutRow):
     messages: str
     tools: str | None
     chat_template_kwargs: str
+
+
+class SourceAmounts(Record):
+    """What a source has in the training split: examples, their tokens, the tokens that are learned, each with its share
+    of the whole.
+    """
+
+    rows: int
+    rows_share: float
+    tokens: int
+    tokens_share: float
+    learned_tokens: int
+    learned_tokens_share: float
+
+
+class SourceReport(SourceAmounts):
+    """What became of a source's training rows.
+
+    The amounts are those that training gets; `formatted` are those before the mix, `rows_read` and `rows_dropped` count
+    rows as data-prep wrote them. `share` is what was asked for, by what the mix counts; None without weights.
+    """
+
+    uri: str
+    share: float | None
+    rows_read: int
+    rows_dropped: dict[str, int]
+    formatted: SourceAmounts
 
 
 def dataset_writer(folder: Path, split: Split) -> RowWriter[DatasetRow]:

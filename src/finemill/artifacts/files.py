@@ -3,6 +3,7 @@
 DATA_FILE = "data.json"
 DATASET_FILE = "dataset.json"
 CHAT_FILE = "chat.jsonl"
+REJECTED_FILE = "rejected.jsonl"
 TRAINING_FILE = "training.json"
 METRICS_FILE = "metrics.json"
 SAMPLES_FILE = "samples.parquet"

@@ -1,10 +1,14 @@
 """Names of metrics as manifests, `metrics.json`, MLflow and the gates of `promote` have them.
 
 An evaluation's are `eval/<model>/<metric>` over all rows and `eval/<model>/<source>/<metric>` over those of one source,
-each with its standard error under the same name and `_stderr`.
+each with its standard error under the same name and `_stderr`. A dataset's `dataset/sources/<source>/<measure>` say
+what each source has in the training split.
 """
 
-from collections.abc import Mapping
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 ModelName = Literal["base", "tuned"]
@@ -27,6 +31,9 @@ METRIC_OF_SCORE = {
     "finished": "finished_rate",
 }
 """Names of the metrics that are the mean of a score of another name: rates carry it in theirs."""
+
+
+_LONGEST_PART = 120
 
 
 def model_metric(model: ModelName, metric: str) -> str:
@@ -58,3 +65,38 @@ def is_stderr(metric: str) -> bool:
 def is_total(name: str) -> bool:
     """Whether a metric, by its whole name, is over all rows: not of one source, and no standard error."""
     return name.count("/") <= 2 and not is_stderr(name)
+
+
+def metric_parts(names: Iterable[str]) -> dict[str, str]:
+    """A part of a metric's name for each source, of its own even where sources differ in signs or capitals only.
+
+    MLflow takes letters and digits of any script, `_`, `.` and `-`, and 250 characters in all; of a long name the end
+    counts. A mark that no letter carries, as some scripts write vowels, is none for it.
+    """
+    parts: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        plain = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", name)).strip(".")[-_LONGEST_PART:] or "_"
+        numbered = (f"{plain}-{number}" for number in itertools.count(2))
+        part = next(text for text in itertools.chain([plain], numbered) if text.casefold() not in taken)
+        taken.add(part.casefold())
+        parts[name] = part
+    return parts
+
+
+def mix_metric(part: str, measure: str) -> str:
+    """The name of what a source has in the training split: `rows`, `tokens`, `learned_tokens`; or the `share` asked.
+
+    `part` stands for the source, as `metric_parts` gives it.
+    """
+    return f"dataset/sources/{part}/{measure}"
+
+
+def mix_of(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """What each source has in the training split, by the part of its metrics' names and by measure."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        if name.startswith("dataset/sources/"):
+            source, measure = name.removeprefix("dataset/sources/").rsplit("/", 1)
+            found.setdefault(source, {})[measure] = value
+    return found

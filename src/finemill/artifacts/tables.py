@@ -60,6 +60,10 @@ class RowWriter(Generic[RowT]):
             columns = [pa.array([getattr(row, f.name) for row in rows], f.type) for f in self._schema]
             self._writer.write_table(pa.table(columns, schema=self._schema))
 
+    def write_batch(self, batch: pa.RecordBatch) -> None:
+        """Append rows that another file of the same class holds."""
+        self._writer.write_batch(batch.select(self._schema.names))
+
 
 def write_rows(path: Path, row_type: type[RowT], rows: Sequence[RowT]) -> None:
     """Write a file in one piece."""
@@ -78,6 +82,12 @@ def iterate_batches(path: Path, row_type: type[RowT], writer: str, *, batch_rows
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=batch_rows, columns=names):
             yield [row_type(**record) for record in batch.to_pylist()]
+
+
+def iterate_record_batches(path: Path, *, batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """The rows of a file in order as Arrow holds them, at most `batch_rows` at a time."""
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=batch_rows)
 
 
 def read_rows(path: Path, row_type: type[RowT], writer: str, *, limit: int | None = None) -> list[RowT]:

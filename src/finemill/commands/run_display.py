@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 from finemill.artifacts.decision import read_decision
 from finemill.artifacts.files import REPORT_PAGE
@@ -14,9 +14,11 @@ from finemill.artifacts.metrics import (
     MODELS,
     is_total,
     metrics_of,
+    mix_of,
     model_metric,
     stderr_of,
 )
+from finemill.artifacts.rows import MixBy
 from finemill.storage.base import local_path
 from finemill.storage.store import fetch_artifact, read_artifact
 
@@ -67,6 +69,8 @@ def print_results(references: Mapping[str, str], tracking_uri: str, stream: Text
     write = stream.write
     if "detect-change" in manifests and not manifests["detect-change"].metrics["detect_change/changed"]:
         write("\nunchanged: the data is that of the newest registered version\n")
+    if "chat-format" in manifests and (sources := mix_of(manifests["chat-format"].metrics)):
+        write(f"\n{mix_table(sources)}\n")
     if "eval" in manifests:
         write(f"\n{score_table(manifests['eval'].metrics)}\n")
     write("\n")
@@ -89,6 +93,18 @@ def print_results(references: Mapping[str, str], tracking_uri: str, stream: Text
     for step, line in warned:
         write(f"{step:<14}{line}\n")
     write(f"\nLook at the run:  mlflow ui --backend-store-uri '{tracking_uri}'\n")
+
+
+def mix_table(sources: Mapping[str, Mapping[str, float]]) -> str:
+    """What the model was trained on: examples, tokens and learned tokens of each source, and the shares asked for."""
+    width = max(len("trained on"), *map(len, sources))
+    totals = {measure: sum(own[measure] for own in sources.values()) for measure in get_args(MixBy)}
+    head = "".join(f"{measure.replace('_', ' '):>24}" for measure in totals)
+    lines = [f"{'trained on':<{width}}{head}   asked for".rstrip()]
+    for source, own in sources.items():
+        cells = "".join(f"{own[m]:>15,.0f} {own[m] / max(1, total):>7.1%}" for m, total in totals.items())
+        lines.append(f"{source:<{width}}{cells}" + (f"{own['share']:>12.1%}" if "share" in own else ""))
+    return "\n".join(lines)
 
 
 def score_table(metrics: Mapping[str, float]) -> str:

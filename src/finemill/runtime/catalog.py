@@ -117,7 +117,7 @@ _ALL = (
     ),
     Step(
         "data-prep",
-        "Read raw rows, clean, deduplicate, mix and split them.",
+        "Read raw rows, clean, deduplicate and split them.",
         inputs=(),
         output="rows",
         config_name="DataPrepConfig",
@@ -126,7 +126,7 @@ _ALL = (
     ),
     Step(
         "chat-format",
-        "Turn rows into messages, apply the model's own chat template, label the assistant's turns.",
+        "Apply the model's own chat template to rows, label the assistant's turns, keep the sources' shares.",
         inputs=("rows", BASE_MODEL),
         output="dataset",
         config_name="ChatFormatConfig",

@@ -63,10 +63,14 @@ class Base:
         formatter = Formatter(
             chat, ChatTemplates(ChatTemplate(self._template, chat.named_tokens, "test")), ChatFormatConfig(**config)
         )
-        record = PreparedRow(id="0", source="test", shape=detect_shape(row) or "", row="")
+        record = PreparedRow(id="0", source="test", number=1, shape=detect_shape(row) or "", row="")
         drafts = formatter.drafts(record, row, unroll=True)
-        tokens = chat.encode([draft.text for draft in drafts])
-        return [formatter.finish(draft, draft_tokens, None) for draft, draft_tokens in zip(drafts, tokens, strict=True)]
+        examples = []
+        for example in formatter.finish_all(drafts):
+            if isinstance(example, DroppedRowError):
+                raise example
+            examples.append(example)
+        return examples
 
     def learned(self, row: Row, **config: Any) -> list[str]:
         """The learned runs of all examples as text."""

@@ -285,6 +285,85 @@ def test_a_system_prompt_is_given_to_rows_without_one(tmp_path: Path) -> None:
     assert [json.loads(row["messages"])[0]["content"] for row in formatted] == ["Be brief.", "Be mine."]
 
 
+def mix_line(
+    folder: Path, sources: dict[str, tuple[list[Row], float]], mix: Row, **config: Any
+) -> tuple[Row, list[Row]]:
+    """dataset.json and the training rows of weighted sources; nothing is held out."""
+    listed = []
+    for name, (rows, weight) in sources.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        listed.append({"uri": str(folder / name), "weight": weight})
+    store = (folder / "store").as_uri()
+    fields = {"sources": listed, "test_size": 0, "validation_size": 0, **mix}
+    prepared = run_step("data-prep", store=store, inputs={}, config=fields)
+    inputs = {"rows": str(prepared.reference), "base_model": "builtin:tiny-qwen3"}
+    dataset = folder_of(run_step("chat-format", store=store, inputs=inputs, config=config).reference)
+    data: Row = json.loads((dataset / "dataset.json").read_text())
+    return data, pq.read_table(dataset / "train.parquet").to_pylist()
+
+
+SHORT = [{"prompt": f"What is {n} + 1?", "completion": f"{n + 1}"} for n in range(60)]
+# Two examples each under Qwen3's template, and every third too long.
+LONG_TURNS = [
+    [("human", f"Hi {n}"), ("gpt", "Hello!"), ("human", "Count."), ("gpt", "1 2 3 " * (60 if n % 3 == 0 else 5))]
+    for n in range(60)
+]
+LONG = [{"conversations": [{"from": role, "value": text} for role, text in turns]} for turns in LONG_TURNS]
+
+
+@pytest.mark.parametrize("by", ["rows", "tokens", "learned_tokens"])
+@pytest.mark.parametrize("policy", ["downsample", "upsample"])
+def test_shares_hold_for_what_is_trained_on_after_all_losses(tmp_path: Path, by: str, policy: str) -> None:
+    sources = {"short.jsonl": (SHORT, 3.0), "long.jsonl": (LONG, 1.0)}
+    data, rows = mix_line(tmp_path, sources, {"mix_by": by, "mix_policy": policy}, max_length=150)
+    for source, (name, share) in zip(data["sources"], (("short.jsonl", 0.75), ("long.jsonl", 0.25)), strict=True):
+        own = [row for row in rows if row["source"] == source["uri"] == str(tmp_path / name)]
+        assert source["rows"] == len(own)
+        assert source["tokens"] == sum(len(row["input_ids"]) for row in own)
+        assert source["learned_tokens"] == sum(label != -100 for row in own for label in row["labels"])
+        longest = max(len(row["input_ids"]) for row in own) if by != "rows" else 1
+        total = sum(s[by] for s in data["sources"])
+        assert abs(source[by] - share * total) <= longest
+        assert source[f"{by}_share"] == pytest.approx(source[by] / total, abs=1e-6)
+        assert source["share"] == share
+    long = data["sources"][1]
+    assert long["rows_read"] == 60
+    assert long["formatted"]["rows"] == 100
+    assert data["splits"]["train"]["examples_dropped"] == {"too_long": 20}
+    ids = [row["id"] for row in rows]
+    # Every example once before any comes again.
+    assert len(set(ids[: len(set(ids))])) == len(set(ids))
+    assert (len(ids) > len(set(ids))) == (policy == "upsample")
+
+
+def test_the_shipped_mix_is_75_to_25_of_what_is_trained(tmp_path: Path) -> None:
+    sources = [
+        {"uri": "example:reasoning", "weight": 75, "max_rows": 300},
+        {"uri": "example:chat", "weight": 25, "max_rows": 100},
+    ]
+    store = tmp_path.as_uri()
+    rows = run_step("data-prep", store=store, inputs={}, config={"sources": sources, "test_size": 0.2})
+    inputs = {"rows": str(rows.reference), "base_model": "builtin:tiny-qwen3"}
+    result = run_step("chat-format", store=store, inputs=inputs, config={})
+    for split in ("train", "validation", "test"):
+        found = pq.read_table(folder_of(result.reference) / f"{split}.parquet")["source"].to_pylist()
+        assert abs(found.count("example:reasoning") - 0.75 * len(found)) < 1
+    assert [
+        source["rows_share"]
+        for source in json.loads((folder_of(result.reference) / "dataset.json").read_text())["sources"]
+    ] == pytest.approx([0.75, 0.25], abs=0.002)
+    (warning,) = result.manifest.warnings
+    assert "examples left out and 0 repeated so that the shares by rows hold" in warning
+
+
+def test_rows_that_are_left_out_are_listed_with_their_place_in_the_source(tmp_path: Path) -> None:
+    rows = [{"prompt": "2+2?", "completion": "4"}, {"prompt": "Count.", "completion": "1 2 3 " * 40}]
+    result, _ = format_rows(tmp_path, rows, max_length=60)
+    (line,) = (folder_of(result.reference) / "rejected.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert (found["source"], found["row"], found["reason"]) == (str(tmp_path / "rows.jsonl"), 2, "too_long")
+
+
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     first, _ = format_rows(tmp_path, [THINKING, CHAT, {"text": "A document."}])
     shutil.rmtree(tmp_path / "store")

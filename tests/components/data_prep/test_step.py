@@ -39,18 +39,20 @@ def sums(numbers: range) -> list[Row]:
     return [{"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}."} for n in numbers]
 
 
-def test_the_shipped_mix_is_75_to_25_in_every_split(folder_store: str) -> None:
+def test_weights_wait_for_the_examples_and_all_rows_stay(folder_store: str) -> None:
     sources = [
         {"uri": "example:reasoning", "weight": 75, "max_rows": 300},
         {"uri": "example:chat", "weight": 25, "max_rows": 200},
     ]
-    result = prepare(folder_store, sources, test_size=0.2, validation_size=0.1)
-    for rows in split_rows(result).values():
-        reasoning = sum(row["source"] == "example:reasoning" for row in rows)
-        assert abs(reasoning - 0.75 * len(rows)) < 1
+    result = prepare(folder_store, sources, test_size=0.2, validation_size=0.1, mix_by="tokens")
     data = json.loads((folder_of(result) / "data.json").read_text())
-    assert data["splits"]["train"]["sources"][0]["share"] == pytest.approx(0.75, abs=0.005)
-    assert "| train | example:reasoning |" in (folder_of(result) / "report.md").read_text()
+    assert sum(len(rows) for rows in split_rows(result).values()) == sum(source["read"] for source in data["sources"])
+    weights = {"example:reasoning": 75, "example:chat": 25}
+    assert data["mix"] == {"by": "tokens", "policy": "downsample", "max_repeats": 4, "weights": weights}
+    assert [source["rows"] for source in data["splits"]["train"]["sources"]] == [
+        sum(row["source"] == name for row in split_rows(result)["train"]) for name in weights
+    ]
+    assert "chat-format mixes them by tokens" in (folder_of(result) / "report.md").read_text()
 
 
 def test_rows_come_out_as_they_went_in(folder_store: str, tmp_path: Path) -> None:
@@ -153,18 +155,63 @@ def test_unusable_rows_are_counted_by_reason(folder_store: str, tmp_path: Path) 
     assert counts["read"] == 66
 
 
-def test_upsampled_rows_are_repeated_in_train_only(folder_store: str, tmp_path: Path) -> None:
+def test_a_weighted_source_without_rows_in_a_split_is_an_error(folder_store: str, tmp_path: Path) -> None:
     many = write_rows(tmp_path / "many.jsonl", sums(range(300)))
-    few = write_rows(tmp_path / "few.jsonl", [{"text": f"Text {n}"} for n in range(60)])
+    few = write_rows(tmp_path / "few.jsonl", [{"text": "One text"}])
     sources = [{"uri": str(many), "weight": 1}, {"uri": str(few), "weight": 1}]
-    result = prepare(folder_store, sources, mix_policy="upsample", test_size=0.2)
+    with pytest.raises(UserError, match=r"few.jsonl: no row in the validation split, .* raise validation_size"):
+        prepare(folder_store, sources)
+
+
+def test_a_test_file_of_ones_own_is_the_test_split_and_is_not_trained_on(folder_store: str, tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "train.jsonl", sums(range(100)))
+    held_out: list[Row] = [
+        {"messages": [{"role": "user", "content": f"What is {n} + {n}?"}, {"role": "assistant", "content": f"{n + n}"}]}
+        for n in range(90, 110)
+    ]
+    test = write_rows(tmp_path / "test.jsonl", [*held_out, *sums(range(5, 6))])
+    result = prepare(folder_store, [train, {"uri": str(test), "into": "test"}], validation_size=0.1)
     splits = split_rows(result)
-    ids = {split: [row["id"] for row in splits[split]] for split in SPLITS}
-    assert len(set(ids["train"])) < len(ids["train"])
-    assert len(set(ids["test"])) == len(ids["test"])
-    # All rows once come before any row twice.
-    distinct = len(set(ids["train"]))
-    assert len(set(ids["train"][:distinct])) == distinct
+    assert {row["source"] for row in splits["test"]} == {str(test)}
+    assert len(splits["test"]) == 21
+    assert {row["source"] for split in ("train", "validation") for row in splits[split]} == {str(train)}
+    sources = json.loads((folder_of(result) / "data.json").read_text())["sources"]
+    assert sources[0]["dropped"] == {"held_out_question": 10, "duplicate": 1}
+    assert len(splits["train"]) + len(splits["validation"]) == 89
+
+
+def test_a_random_share_of_a_source_stays_the_same_when_rows_come(folder_store: str, tmp_path: Path) -> None:
+    ids = []
+    for count in (200, 300):
+        source = write_rows(tmp_path / f"{count}.jsonl", sums(range(count)))
+        splits = split_rows(prepare(folder_store, [{"uri": str(source), "sample": 0.3}]))
+        ids.append({row["id"] for rows in splits.values() for row in rows})
+    assert ids[0] < ids[1]
+    assert 40 < len(ids[0]) < 80
+
+
+def test_every_row_that_is_left_out_is_listed(folder_store: str, tmp_path: Path) -> None:
+    rows = [*sums(range(60)), {"foo": 1}, *sums(range(1)), {"question": "a", "answer": ["b"]}]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "not JSON\n")
+    result = prepare(folder_store, [source])
+    lines = (folder_of(result) / "rejected.jsonl").read_text().splitlines()
+    reasons = {61: "unknown_shape", 62: "duplicate", 63: "not_text", 64: "damaged"}
+    assert [json.loads(line) for line in lines] == [
+        {"source": str(source), "row": number, "reason": reason} for number, reason in reasons.items()
+    ]
+
+
+def test_columns_that_nothing_is_made_of_are_named(
+    folder_store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows: list[Row] = [{**row, "id": n, "note": "" if n else "x"} for n, row in enumerate(sums(range(60)))]
+    result = prepare(folder_store, [write_rows(tmp_path / "a.jsonl", rows)])
+    data = json.loads((folder_of(result) / "data.json").read_text())
+    assert data["sources"][0]["unread_columns"] == {"id": 60, "note": 1}
+    assert f"| {tmp_path / 'a.jsonl'} | note | 1 |" in (folder_of(result) / "report.md").read_text()
+    (warning,) = result.manifest.warnings
+    assert warning.endswith("a.jsonl: columns that are not read: id (60 rows), note (1 rows)")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import pytest
 
 from finemill.artifacts.dataset import HeldOutRow
 from finemill.artifacts.evaluation import Sample
-from finemill.artifacts.metrics import ModelName
+from finemill.artifacts.metrics import ModelName, metric_parts
 from finemill.components.eval.metrics import (
-    metric_parts,
     summarize,
 )
 from finemill.components.eval.sample import score_answer
