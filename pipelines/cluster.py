@@ -115,14 +115,9 @@ class ClusterConfig(StepConfig):
 
 def read_cluster_config(path: Path | None, **overrides: Any) -> ClusterConfig:
     """The settings in a YAML file; `overrides` that are not None win. Raises: UserError: a key or value is wrong."""
-    import yaml
-
     from finemill.config import parse_config
-    from finemill.errors import UserError
+    from finemill.config_file import read_mapping
 
-    try:
-        values = (yaml.safe_load(path.read_text()) or {}) if path else {}
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cluster settings {path}: {' '.join(str(error).split())}") from None
+    values = read_mapping(path, "cluster settings") if path else {}
     given = {key: value for key, value in overrides.items() if value is not None}
     return parse_config(ClusterConfig, {**values, **given}, str(path or "cluster settings"))

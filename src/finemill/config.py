@@ -1,5 +1,6 @@
 """The base of every step's configuration: frozen, typed, unknown keys refused."""
 
+from reprlib import Repr
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -14,9 +15,19 @@ class StepConfig(BaseModel):
     """Fields that do not change what the step writes: with another value it still finds its output and checkpoints."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
+
+_brief = Repr()
+"""Shows a value in a few words, however large what a file's anchors expand to is."""
+_brief.maxstring = _brief.maxother = 80
+_brief.maxlevel = 2
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
@@ -44,7 +55,7 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
             # A rule of our own: its message names fields and values.
             problems.append((f"'{key}': " if item["loc"] else "") + str(item["ctx"]["error"]))
         else:
-            found = "" if item["type"] == "missing" else f" (found {item['input']!r:.80})"
+            found = "" if item["type"] == "missing" else f" (found {_brief.repr(item['input']):.160})"
             problems.append(f"'{key}': {item['msg']}{found}")
     return "; ".join(problems)
 

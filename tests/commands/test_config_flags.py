@@ -58,7 +58,7 @@ def test_help_shows_every_field_with_its_text(capsys: pytest.CaptureFixture[str]
         ("optimizer: {lr: 1}", r"unknown key 'optimizer.lr' \(allowed: learning_rate\)"),
         ("optimizer: {learning_rate: -1}", r"'optimizer.learning_rate': .*greater than 0 \(found -1\)"),
         ("- a list", "holds a list; a mapping"),
-        ("a: [", "is not YAML"),
+        ("a: [", "while parsing"),
     ],
 )
 def test_bad_file_is_one_line_with_the_way_out(tmp_path: Path, content: str, message: str) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from finemill.config import ConfigT, parse_config
+from finemill.config_file import parse_yaml, read_mapping
 from finemill.errors import UserError
 
 
@@ -50,28 +50,13 @@ def _help_text(field: FieldInfo) -> str:
 
 def read_config(parsed: argparse.Namespace, model: type[ConfigT], where: str) -> ConfigT:
     """The validated configuration of a parsed command line. Raises: UserError: a file or a value is wrong."""
-    values = read_config_file(parsed.config) if parsed.config else {}
+    values = read_mapping(parsed.config, "config file") if parsed.config else {}
     for text in parsed.config_json:
         values = merge_values(values, _read_json(text))
     for key, text in vars(parsed).items():
         if key.startswith("config:"):
             values = merge_values(values, _nest(key.removeprefix("config:"), _read_value(text, model, key)))
     return parse_config(model, values, str(parsed.config) if parsed.config else where)
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """A YAML mapping. Raises: UserError: no such file, or something else in it."""
-    try:
-        loaded = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UserError(f"config file {path} holds a {type(loaded).__name__}; a mapping of fields to values is needed")
-    return loaded
 
 
 def merge_values(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,8 +85,8 @@ def _read_value(text: str, model: type[BaseModel], key: str) -> Any:
     if str in kinds and not kinds & {int, float, bool} and not (text == "null" and type(None) in kinds):
         return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text, key)
+    except UserError:
         return text
 
 

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+
+from finemill.config import StepConfig, parse_config
+from finemill.config_file import parse_yaml, read_mapping
+from finemill.errors import UserError
+
+
+class Config(StepConfig):
+    seed: int = 0
+    rate: float = 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "c.yaml: while parsing a flow sequence"),
+        ("seed: 2026-13-45", "c.yaml: month must be in 1..12"),
+        ("seed: !!int x", "c.yaml: invalid literal for int"),
+        ('seed: !!int ""', "c.yaml: a value that its tag"),
+        ("seed: !!bool x", "c.yaml: a value that its tag"),
+        ("seed: !!timestamp x", "c.yaml: a value that its tag"),
+        ("seed: !!python/object:os.system x", "c.yaml: could not determine a constructor"),
+        (f"seed: {'9' * 5000}", "c.yaml: Exceeds the limit"),
+        (f"seed: {'[' * 900}{']' * 900}", "c.yaml: nested too deeply"),
+        ("seed: 1\nrate: 2\nseed: 3\n", "c.yaml: 'seed' is there twice, in lines 1 and 3"),
+        ("a: {b: 1, b: 2}", "'b' is there twice"),
+    ],
+)
+def test_what_is_no_yaml_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        parse_yaml(text, "c.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_anchors_may_be_merged_more_than_once() -> None:
+    assert parse_yaml("a: &a {x: 1}\nb: {<<: *a, x: 2, <<: *a}", "c.yaml")["b"] == {"x": 2}
+
+
+def test_what_anchors_expand_to_is_never_written_out() -> None:
+    lines = ['a0: &a0 ["x","x","x","x","x","x","x","x","x"]']
+    lines += [f"a{level}: &a{level} [{','.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 9)]
+    with pytest.raises(UserError, match="'seed': Input should be a valid integer") as error:
+        parse_config(Config, {"seed": parse_yaml("\n".join(lines), "c.yaml")["a8"]}, "c.yaml")
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["rate: .inf", "rate: .nan"])
+def test_settings_are_finite(text: str) -> None:
+    with pytest.raises(UserError, match="'rate': Input should be a finite number"):
+        parse_config(Config, parse_yaml(text, "c.yaml"), "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"- 1", "holds a list; a mapping"), (b"a: \xff", "not UTF-8 at byte 3"), (None, "No such file or directory")],
+)
+def test_a_file_without_a_mapping_is_named(content: bytes | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^config file .*c\.yaml.* {message}"):
+        read_mapping(path, "config file")
+
+
+def test_files_are_utf_8_and_may_be_empty(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes("\ufeffname: Straße\n".encode())
+    assert read_mapping(path, "config file") == {"name": "Straße"}
+    path.write_text("# nothing\n")
+    assert read_mapping(path, "config file") == {}
