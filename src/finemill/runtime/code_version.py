@@ -40,7 +40,7 @@ _BROUGHT_ALONG = {"transformers": ("tokenizers",), "trl": ("accelerate",)}
 """Libraries that compute behind those that are imported."""
 _DISTRIBUTIONS = {"cudnn": "nvidia-cudnn-frontend", "flash_attn": "flash-attn-4", "yaml": "PyYAML"}
 """Distributions that are not called as their module."""
-_DATA_SUFFIXES = frozenset({".css", ".html", ".jinja", ".js", ".json", ".txt", ".yaml"})
+_DATA_SUFFIXES = frozenset({".css", ".html", ".jinja", ".js", ".json", ".jsonl", ".txt", ".yaml"})
 _DESCRIPTION = "metadata.yaml"
 """Name of the file that describes a step to people."""
 _IMPORT_BY_NAME = re.compile(rb'\bimport_module\("([\w.]+)"\)')
