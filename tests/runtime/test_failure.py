@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from botocore.exceptions import ProfileNotFound
 
 from finemill.cli import main
 from finemill.errors import GateFailedError, StepError, TemporaryError, UserError
@@ -29,6 +30,8 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a tot
         (OSError(116, "Stale file handle"), TemporaryError, "Stale file handle"),
         (torch.OutOfMemoryError(OUT_OF_MEMORY), UserError, r"GPU's memory is not enough \(CUDA .*79\.11 GiB\): lower"),
         (RuntimeError("CUDA error: out of memory"), UserError, "the GPU's memory is not enough"),
+        (ProfileNotFound(profile="no"), UserError, r"profile \(no\) could not be found: correct the AWS"),
+        (ValueError("Invalid endpoint: host:9000"), UserError, "Invalid endpoint: host:9000: correct the AWS"),
         (MemoryError(), UserError, "this machine's memory is not enough"),
         (RuntimeError("Could not determine home directory."), UserError, "there is no home folder: set HOME"),
         (ModuleNotFoundError("No module named 'kfp'", name="kfp"), UserError, r"pip install 'finemill\[pipelines\]'$"),

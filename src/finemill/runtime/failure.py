@@ -35,6 +35,8 @@ def explain(error: Exception, place: Path | None = None) -> StepError | None:
         return _explain_import(error)
     if isinstance(error, OSError):
         return _explain_os(error, place)
+    if type(error).__module__.startswith("botocore.") or text.startswith("Invalid endpoint"):
+        return UserError(f"S3: {text}: correct the AWS_* variables or the profile")
     if "out of memory" in text and (type(error).__name__ == "OutOfMemoryError" or "CUDA" in text):
         return UserError(
             f"the GPU's memory is not enough ({'. '.join(text.split('. ')[:3])}): lower the batch size, max_length or "
