@@ -21,6 +21,7 @@ from finemill.storage.store import (
     check_writable,
     delete_artifact,
     fetch_artifact,
+    fetch_files,
     list_artifacts,
     publish_artifact,
     read_artifact,
@@ -49,6 +50,18 @@ def test_published_artifact_is_fetched_with_its_files(store: str) -> None:
     assert found == read_manifest(uri)
     assert found.digest == manifest.digest
     assert [(folder / name).read_text() for name in ("a.txt", "sub/b.txt", "empty")] == ["alpha", "beta", ""]
+
+
+def test_some_files_are_fetched_without_the_others(
+    s3_store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    uri = f"{s3_store}/merge/1"
+    reference = Reference(uri, publish(uri, {"a.txt": "alpha", "sub/b.txt": "beta", "large": "gamma"}).digest)
+    monkeypatch.setenv("FINEMILL_CACHE", str(tmp_path / "another-machine"))
+    folder = fetch_files(reference, ["a.txt", "sub/b.txt"])
+    assert [(folder / name).read_text() for name in ("a.txt", "sub/b.txt")] == ["alpha", "beta"]
+    assert not (folder / "large").exists()
+    assert (fetch_artifact(reference)[0] / "large").read_text() == "gamma"
 
 
 def test_prefix_without_a_manifest_does_not_exist(store: str) -> None:

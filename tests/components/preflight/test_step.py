@@ -1,13 +1,16 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finemill.artifacts.manifest import Reference
+from finemill.artifacts.manifest import Producer, Reference
 from finemill.components.preflight.config import PreflightConfig
 from finemill.components.preflight.step import check_configs, check_registry
 from finemill.errors import TemporaryError, UserError
+from finemill.models.base.pin import pin_base_model
+from finemill.models.base.resolve import resolve_base_model
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact
 from finemill.tracking.settings import NOWHERE, Tracking
@@ -89,3 +92,19 @@ def test_a_registry_of_its_own_needs_no_tracking_server(
 
 def test_a_run_that_registers_nothing_asks_for_no_registry() -> None:
     check_registry(check_configs(PreflightConfig(steps={"merge": {}, "eval": {}})), NOWHERE)
+
+
+def test_plan_names_the_commit_that_the_run_s_other_steps_will_take(
+    folder_store: str, add_to_hub: Callable[..., Path]
+) -> None:
+    first, second = "1" * 40, "2" * 40
+    add_to_hub(first)
+    resolve_base_model.cache_clear()
+    config = {"base_model": "hf://finemill/tiny"}
+    result = run_step("preflight", store=folder_store, inputs={}, config=config, run_id="run")
+    plan = json.loads((fetch_artifact(result.reference)[0] / "plan.json").read_text())
+    assert plan["base_model"] == f"hf://finemill/tiny@{first}"
+    add_to_hub(second)
+    resolve_base_model.cache_clear()
+    made_by = Producer(step="chat-format", version="0", code="c")
+    assert pin_base_model("hf://finemill/tiny", folder_store, "run", made_by) == plan["base_model"]
