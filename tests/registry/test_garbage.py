@@ -1,19 +1,22 @@
 """Only what nothing needs is garbage, in a folder and in a bucket."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from finemill.artifacts.manifest import Producer, Reference, new_manifest
 from finemill.cli import main
+from finemill.errors import UserError
 from finemill.registry.garbage import find_garbage
 from finemill.storage.base import local_path
 from finemill.storage.store import delete_artifact, list_artifacts, publish_artifact, staging_folder
 
-LATER = datetime.now(UTC) + timedelta(days=1)
+ANY_AGE = timedelta(days=-1)
 
 
 def put(store: str, place: str, parents: dict[str, str] | None = None) -> str:
@@ -25,9 +28,16 @@ def put(store: str, place: str, parents: dict[str, str] | None = None) -> str:
     return str(Reference(uri, manifest.digest))
 
 
-def places(store: str, registered: list[str], before: datetime) -> set[str]:
-    found = find_garbage(store, [Reference.parse(text) for text in registered], before)
+def places(store: str, registered: list[str], older_than: timedelta) -> set[str]:
+    found = find_garbage(store, [Reference.parse(text) for text in registered], older_than)
     return {artifact.uri.removeprefix(f"{store}/") for artifact in found}
+
+
+def age(folder_store: str, days: int) -> None:
+    """Have every file of a store last written that long ago."""
+    then = time.time() - days * 86400
+    for path in local_path(folder_store).rglob("*"):
+        os.utime(path, (then, then))
 
 
 def test_what_registered_versions_were_made_from_is_kept(store: str) -> None:
@@ -38,13 +48,47 @@ def test_what_registered_versions_were_made_from_is_kept(store: str) -> None:
     put(store, "checkpoints/train-qlora-b/00000004")
     put(store, "failures/eval-b")
     garbage = {"train-qlora/b", "checkpoints/train-qlora-b/00000004", "failures/eval-b"}
-    assert places(store, [adapter], LATER) == garbage
-    assert places(store, [], LATER) == garbage | {"data-prep/a", "chat-format/a", "train-qlora/a"}
+    assert places(store, [adapter], ANY_AGE) == garbage
+    assert places(store, [], ANY_AGE) == garbage | {"data-prep/a", "chat-format/a", "train-qlora/a"}
 
 
 def test_what_is_young_is_kept_with_what_it_was_made_from(store: str) -> None:
     put(store, "chat-format/new", {"rows": put(store, "data-prep/a")})
-    assert places(store, [], datetime.now(UTC) - timedelta(days=1)) == set()
+    assert places(store, [], timedelta(days=1)) == set()
+
+
+def test_what_is_registered_is_kept_in_a_store_that_was_moved(folder_store: str, tmp_path: Path) -> None:
+    rows = put(folder_store, "data-prep/a")
+    adapter = put(folder_store, "train-qlora/a", {"dataset": put(folder_store, "chat-format/a", {"rows": rows})})
+    put(folder_store, "merge/old")
+    moved = shutil.copytree(local_path(folder_store), tmp_path / "moved").as_uri()
+    assert places(moved, [adapter], ANY_AGE) == {"merge/old"}
+    (local_path(moved) / "merge" / "old").rename(local_path(moved) / "merge" / "renamed")
+    (local_path(moved) / "train-qlora" / "a").rename(local_path(moved) / "train-qlora" / "b")
+    assert places(moved, [adapter], ANY_AGE) == {"merge/renamed"}
+
+
+def test_nothing_is_deleted_where_the_registry_names_nothing_of_what_was_registered(store: str) -> None:
+    put(store, "register/a", {"model": put(store, "merge/a")})
+    elsewhere = f"file:///other/merge/b@sha256:{'0' * 64}"
+    for registered in ([], [elsewhere]):
+        with pytest.raises(UserError, match="the registry names nothing in this store: set MLFLOW_TRACKING_URI"):
+            places(store, registered, ANY_AGE)
+
+
+def test_nothing_is_deleted_while_a_needed_manifest_is_damaged(folder_store: str) -> None:
+    adapter = put(folder_store, "train-qlora/a", {"dataset": put(folder_store, "chat-format/a")})
+    (local_path(folder_store) / "train-qlora" / "a" / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="made from is not known, and nothing is deleted"):
+        places(folder_store, [adapter], ANY_AGE)
+    assert places(folder_store, [], ANY_AGE) == {"train-qlora/a", "chat-format/a"}
+
+
+def test_a_clock_that_is_ahead_makes_nothing_old(folder_store: str) -> None:
+    put(folder_store, "merge/a")
+    put(folder_store, "checkpoints/train-qlora-b/00000004")
+    age(folder_store, 400)
+    assert places(folder_store, [], timedelta(days=1)) == set()
 
 
 def test_attempts_that_died_are_garbage_and_other_things_in_a_store_are_not(folder_store: str) -> None:
@@ -54,7 +98,7 @@ def test_attempts_that_died_are_garbage_and_other_things_in_a_store_are_not(fold
     (root / "logs").mkdir()
     (root / "logs" / "finetune.log").write_text("x")
     (root / "mlflow.db").write_text("x")
-    (died,) = places(folder_store, [], LATER) - {"merge/a"}
+    (died,) = places(folder_store, [], ANY_AGE) - {"merge/a"}
     assert died.startswith("merge/.staging/b-")
 
 
@@ -63,10 +107,10 @@ def test_unfinished_upload_is_garbage(s3_store: str) -> None:
 
     bucket, _, prefix = s3_store.removeprefix("s3://").partition("/")
     boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/merge/b/0123/model.safetensors", Body=b"half")
-    (found,) = find_garbage(s3_store, [], LATER)
+    (found,) = find_garbage(s3_store, [], ANY_AGE)
     assert (found.uri, found.size_bytes, found.complete) == (f"{s3_store}/merge/b", 4, False)
     delete_artifact(found.uri)
-    assert find_garbage(s3_store, [], LATER) == []
+    assert find_garbage(s3_store, [], ANY_AGE) == []
 
 
 def test_gc_asks_the_registry_and_deletes_the_rest(
@@ -81,14 +125,26 @@ def test_gc_asks_the_registry_and_deletes_the_rest(
     client = MlflowClient(tracking_uri)
     client.create_registered_model("tuned")
     client.create_model_version("tuned", "file:///model", tags={"finemill.artifact.model": kept})
-    weeks_ago = time.time() - 40 * 86400
-    for path in local_path(folder_store).rglob("*"):
-        os.utime(path, (weeks_ago, weeks_ago))
+    age(folder_store, 40)
+    put(folder_store, "merge/young")
     assert main(["gc", "--store", folder_store, "--dry-run"]) == 0
     assert "1 artifacts, 0.000 GiB, would be deleted" in capsys.readouterr().out
     assert main(["gc", "--store", folder_store]) == 0
     assert Reference.parse(dropped).uri in capsys.readouterr().out
-    assert list_artifacts(f"{folder_store}/merge") == [Reference.parse(kept).uri]
+    assert list_artifacts(f"{folder_store}/merge") == [
+        Reference.parse(kept).uri,
+        f"{folder_store}/merge/young",
+    ]
+
+
+def test_gc_makes_no_registry_where_a_run_had_another(folder_store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    put(folder_store, "merge/a")
+    age(folder_store, 40)
+    put(folder_store, "merge/young")
+    assert main(["gc", "--store", folder_store]) == 2
+    assert "MLFLOW_TRACKING_URI is not set, and there is no registry in" in capsys.readouterr().err
+    assert len(list_artifacts(f"{folder_store}/merge")) == 2
+    assert not (local_path(folder_store) / "mlflow.db").exists()
 
 
 def test_gc_without_a_registry_deletes_nothing(s3_store: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,13 @@
 """`finemill gc`: delete old artifacts that no registered version was made from."""
 
 import argparse
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 from finemill.commands.run import local_tracking_uri
 from finemill.errors import UserError
 from finemill.storage.base import normalize_uri
 from finemill.storage.store import delete_artifact
+from finemill.tracking.server import sqlite_path
 from finemill.tracking.settings import TRACKING_VARIABLE, Tracking
 
 _GIB = 2**30
@@ -18,12 +19,11 @@ def execute(name: str, arguments: list[str]) -> int:
     if parsed.older_than_days < 1:
         raise UserError(f"--older-than-days {parsed.older_than_days}: a run may take a day, give 1 or more")
     store = normalize_uri(parsed.store)
-    tracking = Tracking.of_environment(default_uri=local_tracking_uri(store) if store.startswith("file:") else None)
+    registry = _registry(store)
     from finemill.registry.garbage import find_garbage
     from finemill.registry.snapshot import registered_artifacts
 
-    before = datetime.now(UTC) - timedelta(days=parsed.older_than_days)
-    garbage = find_garbage(store, registered_artifacts(tracking.registry), before)
+    garbage = find_garbage(store, registered_artifacts(registry), timedelta(days=parsed.older_than_days))
     for artifact in garbage:
         state = "" if artifact.complete else "  (unfinished)"
         print(f"{artifact.modified:%Y-%m-%d} {artifact.size_bytes / _GIB:9.3f} GiB  {artifact.uri}{state}")
@@ -32,6 +32,24 @@ def execute(name: str, arguments: list[str]) -> int:
     size = sum(artifact.size_bytes for artifact in garbage) / _GIB
     print(f"{len(garbage)} artifacts, {size:.3f} GiB, {'would be' if parsed.dry_run else 'are'} deleted")
     return 0
+
+
+def _registry(store: str) -> str:
+    """Where the registry is: what the environment says, or where `finemill run` keeps that of a folder store.
+
+    Raises: UserError: it is nowhere. An empty one is not made, as anything may be deleted that no registry names.
+    """
+    tracking = Tracking.of_environment()
+    if tracking.uri or tracking.registry_uri or not store.startswith("file:"):
+        return tracking.registry
+    uri = local_tracking_uri(store)
+    path = sqlite_path(uri)
+    if path is None or not path.is_file():
+        raise UserError(
+            f"{TRACKING_VARIABLE} is not set, and there is no registry in {path}: set it to where the versions of this "
+            "store are registered, as what no registry names may be deleted"
+        )
+    return uri
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--store", default="finemill-store", metavar="URI", help="default: %(default)s")
     parser.add_argument(
-        "--older-than-days", type=float, default=30.0, metavar="N", help="keep what is younger (default: %(default)g)"
+        "--older-than-days",
+        type=float,
+        default=30.0,
+        metavar="N",
+        help="keep what was written in the N days before the store's newest artifact, or since (default: %(default)g)",
     )
     parser.add_argument("--dry-run", action="store_true", help="list, delete nothing")
     return parser

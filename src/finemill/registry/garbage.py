@@ -1,9 +1,13 @@
-"""What may be deleted from a store: old artifacts that no registered version is or was made from."""
+"""What may be deleted from a store: old artifacts that no registered version is or was made from.
+
+An artifact is known by its digest and by its place in the store, never by its address: a store can be copied, mounted
+elsewhere or renamed, and its registry keeps the addresses of then.
+"""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 from finemill.artifacts.manifest import MANIFEST_NAME, Reference
 from finemill.errors import UserError
@@ -14,35 +18,60 @@ from finemill.storage.store import list_stored_files, read_manifest
 # How many parts an artifact's place under the store has. Nothing else in a store is looked at.
 _DEPTHS = {**dict.fromkeys(STEPS, 2), "failures": 2, "checkpoints": 3}
 _STAGING = ".staging"
+_VERSIONS = "register/"
+"""Where the artifacts of registered versions lie."""
 
 
 @dataclass(frozen=True)
 class StoredArtifact:
     """An artifact in a store, complete or left over from an attempt that died; `modified` is its newest file's time."""
 
+    place: str
     uri: str
     size_bytes: int
     modified: datetime
     complete: bool
 
 
-def find_garbage(store_uri: str, registered: Iterable[Reference], before: datetime) -> list[StoredArtifact]:
-    """Artifacts last written before `before` that nothing needs, oldest first.
+@dataclass(frozen=True)
+class _Contents:
+    """What a manifest says: the artifact's digest, and what it was made from. Nothing, if it cannot be read."""
 
-    Needed is what `registered` names, what is younger, and everything that these were made from. What a run in progress
-    has found in the store and is about to use, nobody knows: `before` should lie further back than any run takes.
+    digest: str | None = None
+    parents: tuple[Reference, ...] = ()
+    problem: str | None = None
+
+
+def find_garbage(store_uri: str, registered: Collection[Reference], older_than: timedelta) -> list[StoredArtifact]:
+    """Artifacts that nothing needs and that were last written `older_than` before the store's newest, oldest first.
+
+    Needed is what `registered` names, what is younger, and everything that these were made from. Ages count from the
+    newest artifact, as a clock that is ahead makes all of them old. What a run in progress has found in the store and
+    is about to use, nobody knows: `older_than` should be more than any run takes.
+    Raises: UserError: it is not certain what is registered.
     """
-    artifacts = {artifact.uri: artifact for artifact in _artifacts(store_uri)}
-    reached = {reference.uri for reference in registered}
-    reached |= {uri for uri, artifact in artifacts.items() if artifact.modified >= before}
-    needed: set[str] = set()
-    while reached:
-        uri = reached.pop()
-        if uri in artifacts and uri not in needed:
-            needed.add(uri)
-            reached |= _parents(artifacts[uri])
-    garbage = [artifact for uri, artifact in artifacts.items() if uri not in needed]
-    return sorted(garbage, key=lambda artifact: (artifact.modified, artifact.uri))
+    artifacts = {artifact.place: artifact for artifact in _artifacts(store_uri)}
+    if not artifacts:
+        return []
+    contents = {place: _read(artifact) for place, artifact in artifacts.items()}
+    index = _index(contents)
+    named = {place for reference in registered for place in _places(reference, index)}
+    if not named and any(place.startswith(_VERSIONS) for place in artifacts):
+        raise UserError(
+            f"{store_uri} holds versions that were registered, and the registry names nothing in this store: set "
+            f"MLFLOW_TRACKING_URI to the one they are in; if they were deleted there, delete {store_uri}/register too"
+        )
+    newest = min(max(artifact.modified for artifact in artifacts.values()), datetime.now(UTC))
+    young = {place for place, artifact in artifacts.items() if artifact.modified >= newest - older_than}
+    needed = _with_parents(named | young, contents, index)
+    for place in sorted(needed):
+        if contents[place].problem:
+            raise UserError(
+                f"what {artifacts[place].uri} was made from is not known, and nothing is deleted "
+                f"({contents[place].problem})"
+            )
+    garbage = [artifact for place, artifact in artifacts.items() if place not in needed]
+    return sorted(garbage, key=lambda artifact: (artifact.modified, artifact.place))
 
 
 def _artifacts(store_uri: str) -> list[StoredArtifact]:
@@ -54,6 +83,7 @@ def _artifacts(store_uri: str) -> list[StoredArtifact]:
             groups["/".join(parts[:depth])].append(file)
     return [
         StoredArtifact(
+            name,
             f"{store_uri}/{name}",
             sum(file.size for file in files),
             max(file.modified for file in files),
@@ -63,13 +93,44 @@ def _artifacts(store_uri: str) -> list[StoredArtifact]:
     ]
 
 
-def _parents(artifact: StoredArtifact) -> set[str]:
-    """Where the artifacts lie that this one was made from; none for one that is not whole."""
+def _read(artifact: StoredArtifact) -> _Contents:
     if not artifact.complete:
-        return set()
+        return _Contents()
     try:
         manifest = read_manifest(artifact.uri)
-    except UserError:
-        return set()
-    references = manifest.parents.values() if manifest else ()
-    return {Reference.parse(value).uri for value in references if "@sha256:" in value}
+    except UserError as error:
+        return _Contents(problem=str(error))
+    if manifest is None:
+        return _Contents()
+    parents = tuple(Reference.parse(value) for value in manifest.parents.values() if "@sha256:" in value)
+    return _Contents(manifest.digest, parents)
+
+
+def _index(contents: dict[str, _Contents]) -> dict[str, set[str]]:
+    """The places of artifacts by digest, and by the last two parts of their place."""
+    index: dict[str, set[str]] = defaultdict(set)
+    for place, content in contents.items():
+        index[_tail(place)].add(place)
+        if content.digest:
+            index[content.digest].add(place)
+    return index
+
+
+def _places(reference: Reference, index: dict[str, set[str]]) -> set[str]:
+    """Where in the store the artifact of a reference lies, or may lie."""
+    return index.get(reference.digest, set()) | index.get(_tail(reference.uri), set())
+
+
+def _tail(address: str) -> str:
+    return "/".join(address.split("/")[-2:])
+
+
+def _with_parents(places: Iterable[str], contents: dict[str, _Contents], index: dict[str, set[str]]) -> set[str]:
+    """These artifacts and all that they were made from."""
+    reached, needed = set(places), set[str]()
+    while reached:
+        place = reached.pop()
+        if place not in needed:
+            needed.add(place)
+            reached |= {found for parent in contents[place].parents for found in _places(parent, index)}
+    return needed
