@@ -1,4 +1,7 @@
 import hashlib
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from finemill.storage.store import (
     fetch_artifact,
     fetch_files,
     list_artifacts,
+    list_stored_files,
     publish_artifact,
     read_artifact,
     read_manifest,
@@ -92,6 +96,64 @@ def test_only_complete_artifacts_are_listed_and_deleted_ones_are_gone(store: str
     delete_artifact(f"{store}/c/1")
     assert list_artifacts(f"{store}/c") == [f"{store}/c/2"]
     assert list_artifacts(f"{store}/nothing") == []
+
+
+def delete_killed_at(uri: str, count: int) -> None:
+    """Delete an artifact in a process that is killed at its `count`th file."""
+    script = f"""
+import itertools, os, signal
+from finemill.storage import s3
+from finemill.storage.store import delete_artifact
+
+numbers = itertools.count(1)
+
+def killed_at(remove):
+    def counted(*args, **kwargs):
+        if next(numbers) == {count}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return remove(*args, **kwargs)
+    return counted
+
+os.unlink = killed_at(os.unlink)
+client = s3.s3_client() if {uri.startswith("s3:")} else None
+if client:
+    client.delete_object = killed_at(client.delete_object)
+delete_artifact({uri!r})
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+
+
+def test_deletion_that_was_killed_is_finished_by_the_next_and_blocks_nobody(store: str) -> None:
+    uri = f"{store}/merge/1"
+    for count in (1, 2, 4):
+        publish(uri, {"a": "alpha", "b": "beta", "c": "gamma"})
+        delete_killed_at(uri, count)
+        standing = publish(uri, {"a": f"again {count}"})
+        folder, found = fetch_artifact(Reference(uri, standing.digest))
+        # Killed before its first write, it has deleted nothing.
+        assert list(found.files) == (["a", "b", "c"] if count == 1 else ["a"])
+        assert (folder / "a").read_text() == ("alpha" if count == 1 else f"again {count}")
+        delete_artifact(uri)
+    assert list_stored_files(store) == ()
+
+
+def test_artifact_is_published_over_files_without_a_manifest(store: str) -> None:
+    write_object(f"{store}/merge/1/sub/b.txt", b"left")
+    manifest = publish(f"{store}/merge/1", {"a.txt": "alpha"})
+    folder, _ = fetch_artifact(Reference(f"{store}/merge/1", manifest.digest))
+    assert [path.name for path in folder.iterdir() if path.suffix == ".txt"] == ["a.txt"]
+    assert not (folder / "sub").exists()
+
+
+def test_deletion_that_is_refused_says_so(folder_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(f"{folder_store}/merge/1", {"a.txt": "alpha"})
+
+    def refuse(path: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match=r"merge/1 cannot be deleted \(Permission denied\)"):
+        delete_artifact(f"{folder_store}/merge/1")
 
 
 def test_newest_checkpoint_is_found_and_old_ones_go(store: str, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,13 +54,26 @@ def publish(folder: Path, uri: str, manifest: Manifest) -> Manifest:
     try:
         folder.rename(target)
     except OSError:
-        standing = read_manifest(uri)
-        if standing is None:
-            raise
-        shutil.rmtree(folder)
-        return standing
+        standing = read_manifest(uri) or _replace_leftovers(folder, uri)
+        if standing is not None:
+            shutil.rmtree(folder)
+            return standing
     _flush(target.parent)
     return manifest
+
+
+def _replace_leftovers(folder: Path, uri: str) -> Manifest | None:
+    """Rename the folder to a place where files lie without a manifest, which are deleted.
+
+    Returns: the manifest that stands, of somebody who was faster; None if the folder is in its place.
+    """
+    target = local_path(uri)
+    with folder_lock(target.parent / _STAGING / f"{target.name}.lock"):
+        standing = read_manifest(uri)
+        if standing is None:
+            delete(uri)
+            folder.rename(target)
+    return standing
 
 
 def fetch(uri: str, manifest: Manifest) -> Path:
@@ -82,14 +95,36 @@ def list_files(uri: str) -> tuple[StoredFile, ...]:
 
 
 def delete(uri: str) -> None:
-    """Remove an artifact, its manifest first."""
-    (local_path(uri) / MANIFEST_NAME).unlink(missing_ok=True)
-    shutil.rmtree(local_path(uri), ignore_errors=True)
+    """Rename an artifact, after which it does not exist for readers, and remove its files.
+
+    What a deletion that was killed has left is removed by the next one of the same artifact, and by `finemill gc`.
+    Raises: UserError: the folder may not be changed.
+    """
+    path = local_path(uri)
+    doomed = path if path.parent.name == _STAGING else path.parent / _STAGING / f"{path.name}.deleted"
+    try:
+        if path != doomed:
+            _remove(doomed)
+            doomed.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                path.rename(doomed)
+        _remove(doomed)
+    except OSError as error:
+        raise UserError(f"{uri} cannot be deleted ({error.strerror}): change the rights of its folder") from None
 
 
 def lock(uri: str) -> AbstractContextManager[None]:
     """A lock file of that name."""
     return folder_lock(local_path(uri))
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a file in its place, if there is one."""
+    with suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _stored_file(path: Path, name: str) -> StoredFile:

@@ -92,7 +92,7 @@ def list_stored_files(uri: str) -> tuple[StoredFile, ...]:
 
 
 def delete_artifact(uri: str) -> None:
-    """Remove an artifact, its manifest first."""
+    """Remove an artifact: first for readers, then its files. Raises: UserError: that is refused."""
     _backend(uri).delete(uri)
 
 
