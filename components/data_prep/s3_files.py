@@ -6,16 +6,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from finemill.errors import UserError
-from finemill.storage.s3 import readable_errors, s3_client
+from finemill.storage.s3 import download_object, readable_errors, s3_client
 
 
 @dataclass(frozen=True)
 class S3File:
-    """An object in a bucket. The ETag changes with its bytes."""
+    """An object in a bucket, `size` in bytes. The ETag changes with its bytes."""
 
     bucket: str
     key: str
     etag: str
+    size: int
 
     @property
     def uri(self) -> str:
@@ -27,10 +28,12 @@ class S3File:
         return self.etag
 
     def download(self, folder: Path) -> Path:
-        """The object as a file in `folder`, which keeps its name."""
+        """The object as a file in `folder`, which keeps its name.
+
+        Raises: TemporaryError: it is another one than was listed, or came damaged twice.
+        """
         path = folder / Path(self.key).name
-        with readable_errors(self.uri, "cannot be read"):
-            s3_client().download_file(self.bucket, self.key, str(path))
+        download_object(self.uri, self.etag, self.size, path)
         return path
 
 
@@ -44,7 +47,7 @@ def list_s3_files(uri: str) -> Mapping[str, S3File]:
     with readable_errors(uri, "cannot be listed"):
         pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
         items = [item for page in pages for item in page.get("Contents", [])]
-    found = {item["Key"]: S3File(bucket, item["Key"], item["ETag"]) for item in items}
+    found = {item["Key"]: S3File(bucket, item["Key"], item["ETag"], item["Size"]) for item in items}
     if key in found:
         return {"": found[key]}
     prefix = f"{key.rstrip('/')}/" if key else ""

@@ -15,6 +15,7 @@ from finemill.registry.config import RegisterConfig
 from finemill.registry.snapshot import read_registered_model
 from finemill.runtime.catalog import SECTIONS
 from finemill.runtime.context import StepContext
+from finemill.storage.store import hold_lock
 from finemill.tracking.settings import Tracking
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.memory import needed_gib
@@ -33,6 +34,10 @@ def run(*, output_dir: Path, config: PreflightConfig, context: StepContext) -> d
         TemporaryError: a service is out of reach.
     """
     parsed = check_configs(config)
+    if any(SECTIONS[section].needs_registry for section in parsed):
+        # Whoever registers or promotes holds a lock in the store, which not every S3 server can keep.
+        with hold_lock(f"{context.store}/locks/preflight.lock"):
+            pass
     check_registry(parsed, context.tracking)
     base = inspect_base_model(_pinned(config.base_model, context)) if config.base_model else None
     metrics: dict[str, float] = {}

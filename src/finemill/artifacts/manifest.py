@@ -212,6 +212,12 @@ def verify_folder(folder: Path, manifest: Manifest, where: str) -> None:
         verify_file(folder / name, entry, f"{where}/{name}")
 
 
+def unlisted_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Files under `folder`, and links to folders, that the manifest does not list, sorted."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted({path.relative_to(folder).as_posix() for path in paths} - {*manifest.files, MANIFEST_NAME})
+
+
 def check_links(folder: Path, manifest: Manifest, where: str) -> None:
     """Raises: UserError: on the way to a file lies a link that leads out of the folder."""
     root = folder.resolve()

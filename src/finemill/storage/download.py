@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from finemill.artifacts.manifest import FileEntry, verify_file
+from finemill.artifacts.manifest import FileEntry, sha256_file, verify_file
 from finemill.errors import TemporaryError, UserError
 
 ReadRange = Callable[[int, int], bytes]
@@ -16,8 +16,10 @@ def download_file(
 ) -> None:
     """Fetch `entry.size` bytes through `read_range(start, end)` and rename the file to `path` once its sha256 is right.
 
-    Parts that an interrupted call completed are listed in a `.parts` sibling and are not fetched again.
-    Raises: UserError: the bytes have another sha256. TemporaryError: a range came back short.
+    Parts that an interrupted call completed are listed in a `.parts` sibling and are not fetched again. Bytes with
+    another sha256 are fetched once more.
+    Raises: UserError: the bytes have another sha256, the same one twice. TemporaryError: a range came back short, or
+        other bytes each time.
     """
     if path.is_file() and path.stat().st_size == entry.size:
         try:
@@ -28,20 +30,28 @@ def download_file(
             return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, ledger = path.with_name(path.name + ".partial"), path.with_name(path.name + ".parts")
-    _fetch_missing_parts(read_range, partial, ledger, entry.size, where, part_bytes, max_concurrency)
-    try:
-        verify_file(partial, entry, where)
-    except UserError:
-        partial.unlink()
-        raise
-    finally:
-        ledger.unlink(missing_ok=True)
-    partial.replace(path)
+    found: list[str] = []
+    while True:
+        fetch_missing_parts(read_range, partial, ledger, entry.size, where, part_bytes, max_concurrency)
+        ledger.unlink()
+        try:
+            verify_file(partial, entry, where)
+        except UserError:
+            found.append(sha256_file(partial))
+            partial.unlink()
+            if len(set(found)) < len(found):
+                raise
+            if len(found) > 1:
+                raise TemporaryError(f"{where} came with other bytes each time: check the network, try again") from None
+        else:
+            partial.replace(path)
+            return
 
 
-def _fetch_missing_parts(
+def fetch_missing_parts(
     read_range: ReadRange, partial: Path, ledger: Path, size: int, where: str, part_bytes: int, max_concurrency: int
 ) -> None:
+    """Fetch the ranges of `size` bytes that the file `ledger` does not name into the file `partial`."""
     done = set(ledger.read_text().split()) if ledger.is_file() and partial.is_file() else set()
     descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
     try:

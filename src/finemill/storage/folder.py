@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from finemill.artifacts.manifest import MANIFEST_NAME, Manifest, verify_folder
+from finemill.artifacts.manifest import MANIFEST_NAME, Manifest, unlisted_files, verify_folder
 from finemill.errors import UserError
 from finemill.storage.base import StoredFile, local_path, normalize_uri
 from finemill.storage.lock import folder_lock
@@ -77,7 +77,13 @@ def _replace_leftovers(folder: Path, uri: str) -> Manifest | None:
 
 
 def fetch(uri: str, manifest: Manifest) -> Path:
-    """The folder itself, verified."""
+    """The folder itself, verified. Raises: UserError: a file is not the manifest's, or lies there beside those."""
+    whole = read_manifest(uri) or manifest
+    for name in unlisted_files(local_path(uri), whole):
+        raise UserError(
+            f"unsafe artifact: {uri} holds {name!r:.100}, which its manifest does not list: no step puts files there, "
+            "so find out who did, and remove it"
+        )
     verify_folder(local_path(uri), manifest, uri)
     return local_path(uri)
 

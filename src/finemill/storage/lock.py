@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from finemill.errors import TemporaryError
+from finemill.errors import TemporaryError, UserError
 
 WAIT_TIMEOUT_S = 120.0
 EXPIRY_S = 60.0
@@ -34,13 +34,17 @@ def object_lock(client: Any, bucket: str, key: str) -> Iterator[None]:
     """Hold a lock by an S3 object that only one can create (`If-None-Match`), and only one can take over when it is
     too old (`If-Match`). Ages are by the server's clock.
 
-    Raises: TemporaryError: somebody else holds it for longer than `WAIT_TIMEOUT_S`.
+    Raises: TemporaryError: somebody else holds it for longer than `WAIT_TIMEOUT_S`. UserError: the server puts objects
+        without looking at conditions.
     """
     deadline = time.monotonic() + WAIT_TIMEOUT_S
     while (etag := _try_lock(client, bucket, key)) is None:
         if time.monotonic() > deadline:
             raise TemporaryError(f"s3://{bucket}/{key} is held by another run for {WAIT_TIMEOUT_S:.0f} s: try again")
         time.sleep(_POLL_INTERVAL_S * (0.5 + random.random()))
+    if _put_if(client, bucket, key, IfNoneMatch="*") is not None:
+        client.delete_object(Bucket=bucket, Key=key)
+        raise _no_conditions(bucket, "If-None-Match")
     try:
         yield
     finally:
@@ -55,14 +59,24 @@ def _try_lock(client: Any, bucket: str, key: str) -> str | None:
     if etag is None:
         standing = _head(client, bucket, key)
         if standing is not None and _age_s(standing) > EXPIRY_S:
-            return _put_if(client, bucket, key, IfMatch=standing["ETag"])
+            etag = _put_if(client, bucket, key, IfMatch=standing["ETag"])
+            if etag is not None and _put_if(client, bucket, key, IfMatch=standing["ETag"]) is not None:
+                client.delete_object(Bucket=bucket, Key=key)
+                raise _no_conditions(bucket, "If-Match")
     return etag
+
+
+def _no_conditions(bucket: str, header: str) -> UserError:
+    return UserError(
+        f"the S3 server of s3://{bucket} ignores {header}, so two runs can hold one lock: nothing is registered or "
+        "promoted there; use a server with conditional writes (AWS, MinIO, Ceph, ...) or a folder store"
+    )
 
 
 def _put_if(client: Any, bucket: str, key: str, **condition: str) -> str | None:
     """The entity tag of an object put under a condition; None if the condition did not hold."""
     try:
-        etag: str = client.put_object(Bucket=bucket, Key=key, Body=uuid.uuid4().hex.encode(), **condition)["ETag"]
+        answer = client.put_object(Bucket=bucket, Key=key, Body=uuid.uuid4().hex.encode(), **condition)
     except client.exceptions.ClientError as error:
         # 404: the object that If-Match names is gone; 409: two conditional writes at once.
         if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 409, 412):
@@ -70,7 +84,9 @@ def _put_if(client: Any, bucket: str, key: str, **condition: str) -> str | None:
         if error.response["Error"].get("Code") == "NoSuchBucket":
             raise
         return None
-    return etag
+    if "ETag" not in answer:
+        raise TemporaryError(f"s3://{bucket}/{key}: the answer to PUT has no ETag: check AWS_ENDPOINT_URL, try again")
+    return str(answer["ETag"])
 
 
 def _head(client: Any, bucket: str, key: str) -> Any:

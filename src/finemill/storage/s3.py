@@ -3,7 +3,9 @@
 Endpoint, region and credentials come from the AWS variables and files that boto3 reads (`AWS_ENDPOINT_URL`, ...).
 """
 
+import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -15,20 +17,24 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
-from boto3.exceptions import S3UploadFailedError
-from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.parsers import ResponseParserError
 
-from finemill.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, check_links
+from finemill.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, check_links, unlisted_files
 from finemill.errors import TemporaryError, UserError
 from finemill.storage.base import StoredFile
 from finemill.storage.cache import cached_folder, staging_root
-from finemill.storage.download import download_file
+from finemill.storage.download import download_file, fetch_missing_parts
 from finemill.storage.lock import object_lock
+from finemill.storage.upload import sha256_base64, upload_file
 
 PART_BYTES = 64 * 2**20
 MAX_CONCURRENCY = 8
+_TIMEOUT_S = 12
+_ATTEMPTS = 4
+"""With the pauses between them, a server that never answers is given up on within a minute."""
+_MD5_TAG = re.compile(r"[0-9a-f]{32}(?:-([0-9]+))?")
 # What a caller can mend, by the code S3 answers with.
 _USER_ERRORS = {
     "AccessDenied": "the credentials may not do this: check the bucket policy and the role",
@@ -61,14 +67,9 @@ def staging_folder(uri: str) -> Path:
 
 def read_manifest(uri: str) -> Manifest | None:
     """The manifest under `uri`, None if there is none."""
-    bucket, key = _split(f"{uri}/{MANIFEST_NAME}")
-    client = s3_client()
     with readable_errors(uri, "cannot be read"):
-        try:
-            data = client.get_object(Bucket=bucket, Key=key)["Body"].read()
-        except client.exceptions.NoSuchKey:
-            return None
-    return Manifest.from_bytes(data, uri)
+        data = _read_object(s3_client(), f"{uri}/{MANIFEST_NAME}")
+    return None if data is None else Manifest.from_bytes(data, uri)
 
 
 def publish(folder: Path, uri: str, manifest: Manifest) -> Manifest:
@@ -77,7 +78,7 @@ def publish(folder: Path, uri: str, manifest: Manifest) -> Manifest:
     files_uri = manifest.files_uri(uri)
     client = s3_client()
     with readable_errors(uri, "cannot be written"):
-        _in_parallel(lambda name: _upload(client, folder / name, f"{files_uri}/{name}"), manifest.files)
+        _upload(client, folder, files_uri, manifest)
         standing = _put_manifest(client, uri, manifest)
     if standing.digest != manifest.digest:
         shutil.rmtree(folder)
@@ -96,11 +97,62 @@ def fetch(uri: str, manifest: Manifest) -> Path:
     client = s3_client()
     with cached_folder(manifest.digest) as (target, complete), readable_errors(uri, "cannot be read"):
         check_links(target, manifest, uri)
-        if not (complete and _has_all_files(target, manifest)):
+        if not complete:
             target.mkdir(parents=True, exist_ok=True)
             for name, entry in manifest.files.items():
                 _download(client, f"{manifest.files_uri(uri)}/{name}", target / name, entry)
+            for name in unlisted_files(target, manifest):
+                (target / name).unlink()
     return target
+
+
+def download_object(uri: str, etag: str, size: int, path: Path) -> None:
+    """Fetch an object as it was when it had this entity tag; once more if the bytes do not fit to it.
+
+    Raises: TemporaryError: the object was replaced, or came damaged twice.
+    """
+    bucket, key = _split(uri)
+    client = s3_client()
+
+    def read_range(start: int, end: int) -> bytes:
+        range_ = f"bytes={start}-{end - 1}"
+        data: bytes = client.get_object(Bucket=bucket, Key=key, Range=range_, IfMatch=etag)["Body"].read()
+        return data
+
+    ledger = path.with_name(path.name + ".parts")
+    with readable_errors(uri, "cannot be read"):
+        for _ in range(2):
+            try:
+                fetch_missing_parts(read_range, path, ledger, size, uri, PART_BYTES, MAX_CONCURRENCY)
+                expected = _etag_of(client, bucket, key, etag, path)
+            except ClientError as error:
+                if _code(error) not in ("PreconditionFailed", "412"):
+                    raise
+                raise TemporaryError(f"{uri} was replaced while it was read: run the step again") from None
+            finally:
+                ledger.unlink(missing_ok=True)
+            if expected in (None, etag.strip('"')):
+                return
+    raise TemporaryError(f"{uri} came twice with other bytes than its ETag {etag} says: check the network, try again")
+
+
+def _etag_of(client: Any, bucket: str, key: str, etag: str, path: Path) -> str | None:
+    """The entity tag that an object with a file's bytes has; None if the server's tags are no MD5."""
+    parts = _MD5_TAG.fullmatch(etag.strip('"'))
+    if not parts:
+        return None
+    number = {"PartNumber": 1} if parts[1] else {}
+    head = client.head_object(Bucket=bucket, Key=key, **number)
+    if head.get("SSECustomerAlgorithm") or head.get("ServerSideEncryption", "").startswith("aws:kms"):
+        return None
+    with path.open("rb") as file:
+        if not parts[1]:
+            return hashlib.file_digest(file, _md5).hexdigest()
+        part_bytes = head["ContentLength"]
+        if not 0 < part_bytes < path.stat().st_size and parts[1] != "1":
+            return None
+        md5s = [_md5(data).digest() for data in iter(lambda: file.read(part_bytes), b"")]
+    return f"{_md5(b''.join(md5s)).hexdigest()}-{len(md5s)}" if len(md5s) == int(parts[1]) else None
 
 
 def list_artifacts(uri: str) -> list[str]:
@@ -140,27 +192,68 @@ def lock(uri: str) -> Iterator[None]:
         yield
 
 
-def _upload(client: Any, path: Path, uri: str) -> None:
-    bucket, key = _split(uri)
-    config = TransferConfig(
-        multipart_chunksize=PART_BYTES, multipart_threshold=PART_BYTES, max_concurrency=MAX_CONCURRENCY
-    )
-    try:
-        client.upload_file(str(path), bucket, key, Config=config)
-    except S3UploadFailedError as error:
-        # boto3 wraps what the server said into an exception that is no ClientError.
-        raise error.__context__ or error from None
+def _upload(client: Any, folder: Path, files_uri: str, manifest: Manifest) -> None:
+    """Small files side by side, large ones one after the other, as their parts go side by side."""
+
+    def upload(name: str) -> None:
+        bucket, key = _split(f"{files_uri}/{name}")
+        entry = manifest.files[name]
+        upload_file(client, folder / name, bucket, key, entry, part_bytes=PART_BYTES, max_concurrency=MAX_CONCURRENCY)
+
+    _in_parallel(upload, [name for name, entry in manifest.files.items() if entry.size <= PART_BYTES])
+    for name, entry in manifest.files.items():
+        if entry.size > PART_BYTES:
+            upload(name)
 
 
 def _put_manifest(client: Any, uri: str, manifest: Manifest) -> Manifest:
+    """Put the manifest unless one is there, and read it back; once more if it came out damaged.
+
+    Returns: the one that stands.
+    """
     bucket, key = _split(f"{uri}/{MANIFEST_NAME}")
-    try:
-        client.put_object(Bucket=bucket, Key=key, Body=manifest.to_bytes(), IfNoneMatch="*")
-    except ClientError as error:
-        if _code(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
-            raise
-        return read_manifest(uri) or manifest
-    return manifest
+    data = manifest.to_bytes()
+    for _ in range(2):
+        try:
+            client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", ChecksumSHA256=sha256_base64(data))
+        except ClientError as error:
+            if _code(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
+                raise
+            standing = read_manifest(uri)
+            if standing is None:
+                continue
+            return standing
+        try:
+            standing = read_manifest(uri)
+        except UserError:
+            standing = None
+        if standing == manifest or (standing and standing.digest != manifest.digest):
+            return standing
+        client.delete_object(Bucket=bucket, Key=key)
+    raise TemporaryError(f"store {uri} does not hold the manifest that was sent: check the network, and try again")
+
+
+def _read_object(client: Any, uri: str) -> bytes | None:
+    """The bytes of a small object, read once more if they are not those of its entity tag; None if there is none.
+
+    Raises: TemporaryError: other bytes each time.
+    """
+    bucket, key = _split(uri)
+    found: list[bytes] = []
+    while len(found) < 2:
+        try:
+            answer = client.get_object(Bucket=bucket, Key=key)
+        except client.exceptions.NoSuchKey:
+            return None
+        data: bytes = answer["Body"].read()
+        if data in found or answer.get("ETag", "").strip('"') == _md5(data).hexdigest():
+            return data
+        found.append(data)
+    raise TemporaryError(f"{uri} came with other bytes each time: check the network, and try again")
+
+
+def _md5(data: bytes = b"") -> Any:
+    return hashlib.md5(data, usedforsecurity=False)
 
 
 def _download(client: Any, uri: str, path: Path, entry: FileEntry) -> None:
@@ -183,7 +276,9 @@ def _download(client: Any, uri: str, path: Path, entry: FileEntry) -> None:
 def _client(endpoint: str | None) -> Any:
     """One client per endpoint. S3-compatible servers often know no checksum trailers and no host-style addresses."""
     config = Config(
-        retries={"mode": "standard", "max_attempts": 5},
+        connect_timeout=_TIMEOUT_S,
+        read_timeout=_TIMEOUT_S,
+        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         max_pool_connections=2 * MAX_CONCURRENCY,
@@ -197,14 +292,6 @@ def _split(uri: str) -> tuple[str, str]:
     if not parts.netloc:
         raise UserError(f"'{uri}' names no bucket: write s3://bucket/prefix")
     return parts.netloc, parts.path.lstrip("/")
-
-
-def _has_all_files(folder: Path, manifest: Manifest) -> bool:
-    """Whether sizes match: contents were verified when they were downloaded."""
-    return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == entry.size
-        for name, entry in manifest.files.items()
-    )
 
 
 def _in_parallel(work: Callable[[str], None], names: Iterable[str]) -> None:
@@ -230,5 +317,5 @@ def readable_errors(uri: str, what: str) -> Iterator[None]:
         if _code(error) in _USER_ERRORS:
             raise UserError(f"store {uri} {what} ({_code(error)}): {_USER_ERRORS[_code(error)]}") from None
         raise TemporaryError(f"store {uri} {what}: {error}") from None
-    except BotoCoreError as error:
+    except (BotoCoreError, ResponseParserError) as error:
         raise TemporaryError(f"store {uri} {what}: {error}; check AWS_ENDPOINT_URL and the network") from None

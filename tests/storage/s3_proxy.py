@@ -1,0 +1,66 @@
+"""An S3 server that does wrong: a proxy before a right one that damages, drops or overlooks what a test says."""
+
+import http.client
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass
+class Faults:
+    """What goes wrong. `sent` and `answered` get a method, a path and a body, and return the body that goes on."""
+
+    sent: Callable[[str, str, bytes], bytes | None] = lambda method, path, body: body
+    """None: the request goes nowhere, and is answered with 200."""
+    answered: Callable[[str, str, bytes], bytes] = lambda method, path, body: body
+    ignored_headers: set[str] = field(default_factory=set)
+
+
+def flip(body: bytes) -> bytes:
+    """The same with the first byte's lowest bit changed."""
+    return bytes([body[0] ^ 1]) + body[1:] if body else body
+
+
+@contextmanager
+def s3_proxy(endpoint: str, faults: Faults) -> Iterator[str]:
+    """The address of the proxy of a server at `endpoint`."""
+    host = endpoint.removeprefix("http://")
+
+    class Handler(BaseHTTPRequestHandler):
+        def relay(self) -> None:
+            body = faults.sent(self.command, self.path, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+            if body is None:
+                self.send_response(200)
+                self.send_header("ETag", f'"{"0" * 32}"')
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            ignored = {"expect", *faults.ignored_headers}
+            upstream = http.client.HTTPConnection(host)
+            upstream.request(
+                self.command, self.path, body, {k: v for k, v in self.headers.items() if k.lower() not in ignored}
+            )
+            answer = upstream.getresponse()
+            data = faults.answered(self.command, self.path, answer.read())
+            self.send_response(answer.status)
+            for key, value in answer.getheaders():
+                if key.lower() not in ("transfer-encoding", "connection", "server", "date"):
+                    self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(b"" if self.command == "HEAD" else data)
+            upstream.close()
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = relay  # noqa: N815
+
+        def log_message(self, *args: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
