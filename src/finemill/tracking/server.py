@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from filelock import FileLock, Timeout
+
 from finemill.errors import TemporaryError, UserError
 from finemill.tracking.describe import without_credentials
 from finemill.tracking.settings import REGISTRY_VARIABLE, TRACKING_VARIABLE, Tracking
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 REACH_TIMEOUT_S = 10.0
+_LOCK_TIMEOUT_S = 120.0
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _HOSTED = ("databricks", "databricks-uc", "uc")
 _PLUGINS = ("mlflow.tracking_store", "mlflow.model_registry_store")
@@ -138,8 +141,27 @@ def open_client(uri: str, registry_uri: str | None = None) -> "MlflowClient":
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    with readable_errors(uri):
-        return MlflowClient(tracking_uri=uri, registry_uri=registry_uri or uri)
+    with readable_errors(uri), _alone(uri), _alone(registry_uri or uri):
+        client = MlflowClient(tracking_uri=uri, registry_uri=registry_uri or uri)
+        if registry_uri and sqlite_path(registry_uri):
+            client.search_registered_models(max_results=1)
+    return client
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Let one process at a time open an SQLite database: MLflow makes its tables then, and no two may."""
+    path = sqlite_path(uri)
+    if path is None:
+        yield
+        return
+    try:
+        with FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT_S, is_singleton=True):
+            yield
+    except Timeout:
+        raise TemporaryError(
+            f"{path} is being made by another process for {_LOCK_TIMEOUT_S:.0f} s: try again"
+        ) from None
 
 
 def find_experiment(client: "MlflowClient", tracking: Tracking) -> str:
