@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from triton.runtime.jit import JITFunction
 
+from finemill.commands.estimate import workload
 from finemill.kernels.engine import decoder_layer, model, projection
 from finemill.kernels.engine.adapters import LoraPair
 from finemill.kernels.engine.decoder_layer import Rope
@@ -27,7 +28,6 @@ from finemill.kernels.ops.attention_cudnn import key_heads_at_once
 from finemill.kernels.ops.division import FA4_LENGTH, cudnn_bytes, fa4_suits
 from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.packing import LengthClass, PackedBatch, Sequences
-from finemill.kernels.planning.estimate import workload
 from finemill.kernels.planning.planner import peak_bytes, plan_step, workload_under
 from finemill.kernels.planning.workload import CUBLAS_WORKSPACE, PADDED_ROWS, block_bytes
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from finemill.commands.estimate import workload
 from finemill.kernels.bench import data as bench_data
 from finemill.kernels.engine.graphs import GraphRunner
 from finemill.kernels.engine.load import LoraSettings, load_model, quantize_nf4
@@ -12,7 +13,6 @@ from finemill.kernels.engine.plan import Level, Plan
 from finemill.kernels.engine.shapes import Buckets, Shapes
 from finemill.kernels.ops.nf4 import dequantize_nf4
 from finemill.kernels.ops.packing import pack_rows, pack_sequences
-from finemill.kernels.planning.estimate import workload
 
 pytestmark = pytest.mark.gpu
 LAYERS = 4

@@ -6,10 +6,10 @@ from datetime import date
 
 import pytest
 
+from finemill.commands.estimate import workload
 from finemill.kernels.bench.results import H100, H200, WITHIN, Within, setting
 from finemill.kernels.bench.runs import StepRun, read_runs
 from finemill.kernels.engine.plan import Level, Plan
-from finemill.kernels.planning.estimate import workload
 from finemill.kernels.planning.planner import (
     MARGIN,
     NoPlanError,
