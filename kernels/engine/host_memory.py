@@ -32,7 +32,7 @@ def pinned_bytes(size: int) -> Tensor:
         memory.madvise(mmap.MADV_DONTFORK)  # a copy on write would part the device's pages from ours
         memory.madvise(mmap.MADV_HUGEPAGE)
     host = torch.frombuffer(memory, dtype=torch.uint8)[:size]
-    if torch.cuda.is_available():
+    if size and torch.cuda.is_available():
         host.zero_()  # all threads touch the pages; page-locking would do it with one, at half the speed
         error = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), len(memory), 0))
         if error:

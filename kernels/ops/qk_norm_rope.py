@@ -367,7 +367,7 @@ def qk_norm_rope_backward(
     _qk_norm_rope_backward_kernel[(triton.cdiv(tokens, token_tile), head_tiles)](
         dq,
         dk,
-        dv,
+        dqkv if dv is None else dv,  # of which no tile is launched: the kernel is compiled with any tensor
         qkv,
         q_weight,
         k_weight,
