@@ -1,4 +1,4 @@
-"""What only a GPU can show: matrices beyond 2^31 elements, CUDA graphs, runs that repeat bit for bit."""
+"""What only a GPU can show: matrices beyond 2^31 elements, CUDA graphs, what allocations take, runs that repeat."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from finemill.kernels.ops.qk_norm_rope import qk_norm_rope_backward, qk_norm_rop
 from finemill.kernels.ops.rms_norm import rms_norm_backward, rms_norm_forward
 from finemill.kernels.ops.swiglu import swiglu_backward, swiglu_forward
 from finemill.kernels.ops.swiglu_lora import swiglu_lora_backward
+from finemill.kernels.planning.workload import block_bytes
 
 pytestmark = pytest.mark.gpu
 WIDTH = 8192
@@ -99,6 +100,23 @@ def test_nf4_reaches_elements_beyond_32_bit_offsets():
         (2, WIDTH), torch.bfloat16,
     )  # fmt: skip
     assert torch.equal(dequantize_nf4(weight)[-2:], dequantize_nf4(last))
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        *(1000, (3 << 20) + 5, (10 << 20) - 512),  # cut off a block to 512 bytes
+        *((12 << 20) - (1 << 19), 7 << 21),  # whole pages, or a rest that is not cut off
+        *((12 << 20) - (3 << 19), (48 << 20) + 4096, (100 << 20) + 1000),  # a rest of more than 1 MiB
+    ],
+)
+def test_a_tensor_takes_what_the_planner_counts(size: int) -> None:
+    before = torch.cuda.memory_stats()["allocated_bytes.all.current"]
+    with torch.cuda.use_mem_pool(torch.cuda.MemPool()):  # of its own: no block that another test left is used again
+        tensor = torch.empty(size, dtype=torch.uint8, device="cuda")
+        taken = torch.cuda.memory_stats()["allocated_bytes.all.current"] - before
+        del tensor
+    assert taken == block_bytes(size)
 
 
 def test_an_optimizer_step_replays_from_a_graph_with_new_scalars():

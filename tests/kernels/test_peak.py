@@ -2,6 +2,10 @@
 
 Both passes run on meta tensors with launches left out; a dispatch mode adds up the storages that are alive. Attention,
 the host arena and streamed weights are stood in for by what they allocate on the device.
+
+What is checked is which tensors are alive when. What one tensor takes (`block_bytes`), and what attention's backward
+does (`workspace_bytes`, `key_heads_at_once`), are the planner's own formulas on both sides, so an error in them cannot
+show: test_cuda.py holds the first to the allocator's statistics, test_planner.py the whole to peaks measured on cards.
 """
 
 import random
