@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finemill.kernels.ops.launch import INTERPRETED
-from finemill.kernels.ops.packing import IGNORE_INDEX, pack_sequences
+from finemill.kernels.ops.packing import IGNORE_INDEX, PackedBatch, pack_sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,7 +28,8 @@ def device() -> str:
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
+    chosen: torch.dtype = request.param
+    return chosen
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +60,12 @@ def _assert_as_accurate(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Te
     assert ours.shape == exact.shape
     assert torch.isfinite(ours).all(), "not finite, or never written"
     scale = exact.abs().max().item()
-    for name, norm in (("max", lambda e: e.abs().max().item()), ("rms", lambda e: e.square().mean().sqrt().item())):
-        error, yardstick = norm(ours.double() - exact), norm(eager.double() - exact)
+    ours, eager = ours.double() - exact, eager.double() - exact
+    errors = {
+        "max": (ours.abs().max(), eager.abs().max()),
+        "rms": (ours.square().mean().sqrt(), eager.square().mean().sqrt()),
+    }
+    for name, (error, yardstick) in errors.items():
         assert error <= 1.1 * yardstick + tiny * scale, f"{name} error {error:.3g}, eager's {yardstick:.3g}"
 
 
@@ -84,7 +89,7 @@ def pitched() -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 @pytest.fixture
-def ragged():
+def ragged() -> PackedBatch:
     """Three sequences on the CPU, each with two tokens that are not learned."""
     generator = torch.Generator().manual_seed(0)
     pairs = []

@@ -1,5 +1,7 @@
 """What only a GPU can show: matrices beyond 2^31 elements, CUDA graphs, what allocations take, runs that repeat."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def huge() -> torch.Tensor:
     return matrix
 
 
-def test_norm_reaches_rows_beyond_32_bit_offsets(huge):
+def test_norm_reaches_rows_beyond_32_bit_offsets(huge: torch.Tensor) -> None:
     weight = torch.randn(WIDTH, device="cuda").bfloat16()
     y, rstd = rms_norm_forward(huge, weight, 1e-6)
     assert torch.equal(y[-3:], rms_norm_forward(huge[-3:].clone(), weight, 1e-6)[0])
@@ -35,7 +37,7 @@ def test_norm_reaches_rows_beyond_32_bit_offsets(huge):
     assert (dx[-3:] != 0).any(dim=1).all()
 
 
-def test_swiglu_reaches_rows_beyond_32_bit_offsets(huge):
+def test_swiglu_reaches_rows_beyond_32_bit_offsets(huge: torch.Tensor) -> None:
     expected = swiglu_forward(huge[-3:].clone())
     assert torch.equal(swiglu_forward(huge)[-3:], expected)
     dh = torch.ones(ROWS, WIDTH // 2, dtype=torch.bfloat16, device="cuda")
@@ -43,7 +45,7 @@ def test_swiglu_reaches_rows_beyond_32_bit_offsets(huge):
     assert torch.equal(swiglu_backward(dh, huge, out=huge)[-3:], grad)
 
 
-def test_swiglu_with_lora_reaches_rows_beyond_32_bit_offsets(huge):
+def test_swiglu_with_lora_reaches_rows_beyond_32_bit_offsets(huge: torch.Tensor) -> None:
     def run(gate_up: torch.Tensor) -> list[torch.Tensor]:
         tokens, width = gate_up.shape[0], WIDTH // 2
         dh = torch.ones(tokens, width, dtype=torch.bfloat16, device="cuda")
@@ -58,7 +60,7 @@ def test_swiglu_with_lora_reaches_rows_beyond_32_bit_offsets(huge):
         assert torch.equal(last, alone)
 
 
-def test_rope_reaches_rows_beyond_32_bit_offsets(huge):
+def test_rope_reaches_rows_beyond_32_bit_offsets(huge: torch.Tensor) -> None:
     n, k, d = 32, 16, 128
     cos, sin = torch.rand(2, 16, d // 2, device="cuda")
     weight, positions = torch.rand(d, device="cuda").bfloat16(), torch.arange(ROWS, device="cuda") % 16
@@ -75,7 +77,7 @@ def test_rope_reaches_rows_beyond_32_bit_offsets(huge):
     assert torch.equal(qk_norm_rope_backward(q, dk, dk, huge, *tables, positions, rstd, n, k, out=huge)[-3:], grad)
 
 
-def test_cross_entropy_reaches_rows_beyond_32_bit_offsets(huge):
+def test_cross_entropy_reaches_rows_beyond_32_bit_offsets(huge: torch.Tensor) -> None:
     labels = torch.randint(0, WIDTH, (ROWS,), device="cuda")
     last = huge[-3:].clone()
     expected = cross_entropy_inplace(last, labels[-3:])
@@ -83,7 +85,7 @@ def test_cross_entropy_reaches_rows_beyond_32_bit_offsets(huge):
     assert torch.equal(huge[-3:], last)
 
 
-def test_nf4_reaches_elements_beyond_32_bit_offsets():
+def test_nf4_reaches_elements_beyond_32_bit_offsets() -> None:
     blocks = ROWS * WIDTH // 64
     weight = NF4Tensor(
         packed=torch.randint(0, 256, (ROWS * WIDTH // 2,), dtype=torch.uint8, device="cuda"),
@@ -119,7 +121,7 @@ def test_a_tensor_takes_what_the_planner_counts(size: int) -> None:
     assert taken == block_bytes(size)
 
 
-def test_an_optimizer_step_replays_from_a_graph_with_new_scalars():
+def test_an_optimizer_step_replays_from_a_graph_with_new_scalars() -> None:
     n = 5000
     grad = torch.randn(n, device="cuda")
     step, lr = torch.zeros(1, device="cuda"), torch.full((1,), 1e-2, device="cuda")
@@ -128,11 +130,12 @@ def test_an_optimizer_step_replays_from_a_graph_with_new_scalars():
         param, state = torch.ones(n, device="cuda"), AdamWState.zeros(n, "cuda", bits=8)
         norm = torch.empty((), device="cuda")
 
-        def update(param=param, state=state, norm=norm) -> None:
+        def update(param: torch.Tensor = param, state: AdamWState = state, norm: torch.Tensor = norm) -> None:
             step.add_(1)
             grad_norm(grad, norm)
             adamw_step(param, grad, state, step=step, lr=lr, grad_norm=norm, max_norm=1.0, weight_decay=0.1)
 
+        run: Callable[[], None] = update
         step.zero_()
         lr.fill_(1e-2)
         update()  # compiles
@@ -140,15 +143,15 @@ def test_an_optimizer_step_replays_from_a_graph_with_new_scalars():
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 update()
-            update = graph.replay
+            run = graph.replay
         for rate in (1e-2, 1e-3):
             lr.fill_(rate)
-            update()
+            run()
         runs.append(param)
     assert torch.equal(runs[0], runs[1])
 
 
-def test_split_sums_and_dropout_repeat_bit_for_bit():
+def test_split_sums_and_dropout_repeat_bit_for_bit() -> None:
     torch.manual_seed(0)
     x, a = torch.randn(4096, 1024, device="cuda").bfloat16(), torch.randn(16, 1024, device="cuda").bfloat16()
     spec = LoRADropout(0.1, torch.tensor([7], device="cuda"))

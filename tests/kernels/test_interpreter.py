@@ -20,7 +20,7 @@ OPS = ("adamw", "cross_entropy", "lora", "nf4", "qk_norm_rope", "rms_norm", "swi
 @pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the op tests run the kernels on the GPU")
 @pytest.mark.timeout(600)
-def test_kernels_pass_their_tests_in_the_interpreter():
+def test_kernels_pass_their_tests_in_the_interpreter() -> None:
     files = [str(Path(__file__).with_name("ops") / f"test_{op}.py") for op in OPS]
     # The kernels between the ops: whole layers.
     files += [str(Path(__file__).with_name("test_accelerate.py")) + f"::{test}" for test in LAYERS]

@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from finemill.kernels.ops.division import FA4_LENGTH, cudnn_bytes, fa4_suits
 from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.packing import LengthClass, PackedBatch, Sequences
 from finemill.kernels.planning.planner import peak_bytes, plan_step, workload_under
-from finemill.kernels.planning.workload import CUBLAS_WORKSPACE, PADDED_ROWS, block_bytes
+from finemill.kernels.planning.workload import CUBLAS_WORKSPACE, PADDED_ROWS, Workload, block_bytes
 
 GIB = 1 << 30
 META = torch.device("meta")
@@ -43,11 +44,13 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class Allocations(TorchDispatchMode):
     """Bytes of live meta storages, each rounded up as torch's allocator does, and their peak."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.live, self.now, self.peak = {}, 0, 0
+        self.live: dict[int, int] = {}
+        self.now: int = 0
+        self.peak: int = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta and id(tensor.untyped_storage()) not in self.live:
@@ -59,23 +62,23 @@ class Allocations(TorchDispatchMode):
                 weakref.finalize(storage, self._free, id(storage))
         return out
 
-    def _free(self, key):
+    def _free(self, key: int) -> None:
         self.now -= self.live.pop(key)
 
 
 class Arena:
     """HostArena without the host: what is on its way stays as long, what comes back is allocated."""
 
-    def __init__(self, device):
-        self.in_flight = deque()
+    def __init__(self, device: torch.device) -> None:
+        self.in_flight: deque[list[torch.Tensor]] = deque()
 
-    def grow(self, size): ...
+    def grow(self, size: int) -> None: ...
 
-    def reserve(self, size): ...
+    def reserve(self, size: int) -> None: ...
 
-    def reset(self): ...
+    def reset(self) -> None: ...
 
-    def park(self, tensors, keep_layers):
+    def park(self, tensors: list[torch.Tensor], keep_layers: int) -> list[SimpleNamespace]:
         items = [
             SimpleNamespace(nbytes=t.untyped_storage().nbytes(), view=(t.shape, t.stride()), dtype=t.dtype)
             for t in tensors
@@ -85,27 +88,41 @@ class Arena:
             self.in_flight.popleft().clear()
         return items
 
-    def drain(self):
+    def drain(self) -> None:
         while self.in_flight:
             self.in_flight.popleft().clear()
 
-    def prefetch(self, items):
+    def prefetch(self, items: list[SimpleNamespace]) -> None:
         for item in items:
             item.copy = torch.empty(item.nbytes, dtype=torch.uint8, device=META)
 
-    def take(self, item):
+    def take(self, item: SimpleNamespace) -> torch.Tensor:
         storage = item.copy.untyped_storage()
         del item.copy
         return torch.empty(0, dtype=item.dtype, device=META).set_(storage, 0, *item.view)
 
 
-def attention_forward(q, k, v, sequences, scale, out):
+def attention_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences, scale: float, out: torch.Tensor
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    assert sequences.uniform is not None
     count, length = sequences.uniform
     count = sequences.classes[0].end if sequences.classes else count
     return out, (torch.empty((count, q.shape[1], length, 1), dtype=torch.float32, device=META),)
 
 
-def attention_backward(dout, q, k, v, out, saved, sequences, scale, workspace):
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    saved: tuple[torch.Tensor, ...],
+    sequences: Sequences,
+    scale: float,
+    workspace: int | None,
+) -> tuple[torch.Tensor, ...]:
+    assert sequences.uniform is not None
     grads = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=META) for tensor in (q, k, v))
     if fa4_suits(sequences.max_length, q.shape[2]):
         torch.empty(4 * (q.numel() + k.numel() + v.numel()), dtype=torch.uint8, device=META)
@@ -121,7 +138,7 @@ def attention_backward(dout, q, k, v, out, saved, sequences, scale, workspace):
 
 
 @pytest.fixture(autouse=True)
-def stand_ins(monkeypatch):
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: None)
     monkeypatch.setattr(decoder_layer, "attention_forward", attention_forward)
     for op in (lora_b, swiglu_lora):
@@ -129,21 +146,21 @@ def stand_ins(monkeypatch):
         monkeypatch.setattr(op, "is_hopper", lambda tensor: True)
     monkeypatch.setattr(decoder_layer, "attention_backward", attention_backward)
     monkeypatch.setattr(model, "HostArena", Arena)
-    tables = torch.empty(2, 1, 128, device=META)
-    monkeypatch.setattr(model.FastModel, "_rope", lambda self, batch: Rope(*tables, batch.position_ids))
+    cos, sin = torch.empty(2, 1, 128, device=META)
+    monkeypatch.setattr(model.FastModel, "_rope", lambda self, batch: Rope(cos, sin, batch.position_ids))
     monkeypatch.setattr(
         projection, "_mm_fp32", lambda a, b: torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32, device=META)
     )
 
 
 def nf4(n: int, k: int) -> NF4Tensor:
-    sizes = ((n * k // 2, torch.uint8), (n * k // 64, torch.uint8), (16, torch.float32), (256, torch.float32))
-    tensors = [torch.empty(size, dtype=dtype, device=META) for size, dtype in sizes]
+    packed, absmax = (torch.empty(size, dtype=torch.uint8, device=META) for size in (n * k // 2, n * k // 64))
+    codebook, code = (torch.empty(size, dtype=torch.float32, device=META) for size in (16, 256))
     nested, offset = (torch.empty(size, dtype=torch.float32, device=META) for size in (n * k // 64 // 256, 1))
-    return NF4Tensor(*tensors, nested, offset, (n, k), torch.bfloat16)
+    return NF4Tensor(packed, absmax, codebook, code, nested, offset, (n, k), torch.bfloat16)
 
 
-def simulated_peak(work, plan: Plan) -> int:
+def simulated_peak(work: Workload, plan: Plan) -> int:
     """Run a micro-batch of a plan. Returns: bytes."""
     s = work.shape
     kv = s.num_kv_heads * s.head_dim
@@ -153,24 +170,33 @@ def simulated_peak(work, plan: Plan) -> int:
     def table(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.bfloat16, device=META)
 
-    with Allocations() as allocations:
+    allocations = Allocations()
+    with allocations:
         head = table(work.vocabulary, s.hidden)
         embedding = head if work.tied else table(work.vocabulary, s.hidden)
-        parts, bases = [], []
+        parts: list[model.LayerParts] = []
+        bases: list[dict[str, NF4Tensor | torch.Tensor]] = []
         for _ in range(work.num_layers):
             # Streamed weights visit two slots in turn.
             streamed = plan.stream_weights and len(bases) >= 2
             bases.append(dict(bases[-2]) if streamed else dict(zip(LINEARS, map(nf4, outputs, inputs), strict=True)))
             pairs = {
                 name: LoraPair(
-                    *(nn.Parameter(torch.empty(z, device=META)) for z in ((work.rank, k), (n, work.rank))), 1.0
+                    nn.Parameter(torch.empty((work.rank, k), device=META)),
+                    nn.Parameter(torch.empty((n, work.rank), device=META)),
+                    1.0,
                 )
                 for name, n, k in zip(LINEARS, outputs, inputs, strict=True)
             }
             norms = (table(s.hidden), table(s.hidden), table(s.head_dim), table(s.head_dim))
             parts.append(model.LayerParts(bases[-1], {}, pairs, *norms))
         engine = model.assemble_model(
-            parts, s, embedding=embedding, final_norm=table(s.hidden), head=head, rotary=lambda *_: None
+            parts,
+            s,
+            embedding=embedding,
+            final_norm=table(s.hidden),
+            head=head,
+            rotary=lambda *tables: (tables[0], tables[0]),
         )
         del parts, pairs, bases
         state = AdamWState.zeros(engine.adapters.master.numel(), META, 8 if plan.eight_bit else 32)
@@ -178,19 +204,19 @@ def simulated_peak(work, plan: Plan) -> int:
         if plan.embedding_on_host:
             allocations.now -= embedding.nbytes
         allocations.peak = allocations.now
-        tokens = plan.micro_batch
+        tokens = plan.micro_batch or work.tokens
         uniform = (tokens // work.row, work.row)
-        ids = torch.empty((3, tokens), dtype=torch.int64, device=META)
+        ids, positions, labels = torch.empty((3, tokens), dtype=torch.int64, device=META)
         # As many rows of scores as a ragged batch may be padded to.
         padded = (LengthClass(0, PADDED_ROWS * uniform[0], work.row),) if work.ragged else ()
         sequences = Sequences(torch.empty(uniform[0] + 1, dtype=torch.int32, device=META), work.row, uniform, padded)
         rows = torch.empty(tokens * 7 // 8 - 1, dtype=torch.int64, device=META) if work.ragged else None
-        engine.loss_and_grad(PackedBatch(*ids, sequences, rows), 1.0)
+        engine.loss_and_grad(PackedBatch(ids, positions, labels, sequences, rows), 1.0)
         del state
     return allocations.peak + CUBLAS_WORKSPACE
 
 
-def test_attention_of_long_rows_takes_scores_for_the_shorter_ones_beside_them_alone():
+def test_attention_of_long_rows_takes_scores_for_the_shorter_ones_beside_them_alone() -> None:
     work = workload("qwen3-8b", rank=16, quantized=True, rows=1, row=16384)
     sums = 4 * 16384 * (4096 + 2 * 1024)
     assert work.attention_workspace(16384) == sums
@@ -200,7 +226,7 @@ def test_attention_of_long_rows_takes_scores_for_the_shorter_ones_beside_them_al
     assert replace(work, fa4=False, key_heads=1).attention_workspace(16384) == 2 * 16384**2 * 4 + 4 * 16384 * 512
 
 
-def check(work, plan: Plan) -> None:
+def check(work: Workload, plan: Plan) -> None:
     work = workload_under(work, plan)
     predicted, allocated = peak_bytes(work, plan), simulated_peak(work, plan)
     assert allocated <= predicted <= 1.01 * allocated
@@ -224,14 +250,16 @@ def check(work, plan: Plan) -> None:
         ("qwen3-14b", 2048, 8, 12, False),
     ],
 )
-def test_predicted_peaks_of_chosen_plans_cover_what_is_allocated(shape, row, rows, gib, stream):
+def test_predicted_peaks_of_chosen_plans_cover_what_is_allocated(
+    shape: str, row: int, rows: int, gib: float, stream: bool
+) -> None:
     work = workload(shape, rank=16, quantized=True, rows=rows, row=row)
     check(work, plan_step(work, int(gib * GIB), allow_stream=stream))
 
 
 @pytest.mark.parametrize("shape", ["qwen3-4b", "llama3-1b"])
 @pytest.mark.parametrize("seed", range(6))
-def test_predicted_peaks_of_any_plan_cover_what_is_allocated(shape, seed):
+def test_predicted_peaks_of_any_plan_cover_what_is_allocated(shape: str, seed: int) -> None:
     work = replace(workload(shape, rank=16, quantized=True, rows=8, row=512), ragged=seed >= 3)
     draw = random.Random(seed)
     levels = [draw.choice(list(Level)) for _ in range(work.num_layers)]

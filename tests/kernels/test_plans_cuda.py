@@ -1,6 +1,7 @@
 """On a GPU: wherever tensors wait and weights come from, the gradient has the same bits."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,36 +10,37 @@ from finemill.commands.estimate import workload
 from finemill.kernels.bench import data as bench_data
 from finemill.kernels.engine.graphs import GraphRunner
 from finemill.kernels.engine.load import LoraSettings, load_model, quantize_nf4
+from finemill.kernels.engine.model import FastModel
 from finemill.kernels.engine.plan import Level, Plan
 from finemill.kernels.engine.shapes import Buckets, Shapes
 from finemill.kernels.ops.nf4 import dequantize_nf4
-from finemill.kernels.ops.packing import pack_rows, pack_sequences
+from finemill.kernels.ops.packing import PackedBatch, pack_rows, pack_sequences
 
 pytestmark = pytest.mark.gpu
 LAYERS = 4
 
 
 @pytest.fixture
-def model(tmp_path, monkeypatch):
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FastModel:
     monkeypatch.setattr(bench_data, "FOLDERS", (tmp_path,))
     return make_model(LoraSettings(16, 16.0))
 
 
-def make_model(lora: LoraSettings):
+def make_model(lora: LoraSettings) -> FastModel:
     device = torch.device("cuda", 0)
     model, parameters = load_model(bench_data.ensure_checkpoint("qwen3-0.6b", LAYERS, device), device=device, lora=lora)
     bench_data.start_adapters(parameters)
     return model
 
 
-def batches():
+def batches() -> dict[str, PackedBatch]:
     ids = torch.randint(0, 150000, (4, 300), generator=torch.Generator().manual_seed(0))
     ragged = pack_sequences([(ids[0, :length], ids[1, :length]) for length in (300, 40, 7, 211, 1, 128)])
     device = torch.device("cuda", 0)
     return {"uniform": pack_rows(ids, ids).to(device), "ragged": ragged.to(device)}
 
 
-def gradient(model, engine, batch):
+def gradient(model: FastModel, engine: FastModel | GraphRunner, batch: PackedBatch) -> torch.Tensor:
     model.adapters.grad.zero_()
     engine.loss_and_grad(batch, 1e-3)
     torch.cuda.synchronize()
@@ -52,7 +54,7 @@ def parked(level: Level, host: Level) -> Plan:
 
 
 @pytest.mark.parametrize("kind", ["uniform", "ragged"])
-def test_levels_host_memory_kept_and_streamed_weights_and_graphs_change_no_bit(kind, model):
+def test_levels_host_memory_kept_and_streamed_weights_and_graphs_change_no_bit(kind: str, model: FastModel) -> None:
     batch = batches()[kind]
     model.apply_plan(Plan.everything(LAYERS))
     expected = gradient(model, model, batch)
@@ -77,28 +79,29 @@ def test_levels_host_memory_kept_and_streamed_weights_and_graphs_change_no_bit(k
     assert runner.num_graphs == 1
 
 
-def test_packed_sequences_give_the_gradient_of_each_alone(model):
+def test_packed_sequences_give_the_gradient_of_each_alone(model: FastModel) -> None:
     model.apply_plan(Plan.everything(LAYERS))
     ids = torch.randint(0, 150000, (400,), generator=torch.Generator().manual_seed(1))
     sequences = [(part, part) for part in ids.split([150, 1, 249])]
     device = torch.device("cuda", 0)
     packed = gradient(model, model, pack_sequences(sequences).to(device))
-    alone = sum(gradient(model, model, pack_sequences([one]).to(device)).double() for one in sequences)
+    alone = torch.stack([gradient(model, model, pack_sequences([one]).to(device)).double() for one in sequences]).sum(0)
     assert (packed.double() - alone).norm() < 0.01 * alone.norm()
 
 
-def test_dropout_repeats_with_its_seed_and_changes_with_another(model):
+def test_dropout_repeats_with_its_seed_and_changes_with_another(model: FastModel) -> None:
     model = make_model(LoraSettings(16, 16.0, dropout=0.1))
     model.apply_plan(Plan.everything(LAYERS))
     batch = batches()["uniform"]
     first, again = (gradient(model, model, batch) for _ in range(2))
     assert torch.equal(first, again)
+    assert model.dropout_seed is not None
     model.dropout_seed += 1
     assert not torch.equal(gradient(model, model, batch), first)
 
 
 @pytest.mark.parametrize("shape", [(1024, 1024), (129, 320)])
-def test_quantization_is_bitsandbytes(shape):
+def test_quantization_is_bitsandbytes(shape: tuple[int, int]) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
     weight = 0.02 * torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     ours = quantize_nf4(weight)

@@ -1,8 +1,10 @@
 """FastSFTTrainer logs what SFTTrainer logs, step by step, on packed, padded and accumulated batches."""
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +29,15 @@ pytestmark = [
 ]
 
 
-def make_trainer(trainer_class, tmp_path, *, lora=None, given=None, rows=24, **settings):
+def make_trainer(
+    trainer_class: type[SFTTrainer],
+    tmp_path: Path,
+    *,
+    lora: dict[str, Any] | None = None,
+    given: dict[str, Any] | None = None,
+    rows: int = 24,
+    **settings: Any,
+) -> Any:
     """A tiny Qwen3 on rows of 5 to 29 tokens; `given` are arguments of the trainer, `settings` of SFTConfig."""
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -45,8 +55,8 @@ def make_trainer(trainer_class, tmp_path, *, lora=None, given=None, rows=24, **s
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="t0", eos_token="t2", unk_token="t1")
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(5, 30, (rows,), generator=generator).tolist()
-    rows = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in lengths]
-    data = Dataset.from_dict({"input_ids": rows, "labels": [[-100] * 2 + row[2:] for row in rows]})
+    ids = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in lengths]
+    data = Dataset.from_dict({"input_ids": ids, "labels": [[-100] * 2 + row[2:] for row in ids]})
     defaults = {
         "use_cpu": True,
         "bf16": False,
@@ -76,26 +86,26 @@ def make_trainer(trainer_class, tmp_path, *, lora=None, given=None, rows=24, **s
     )
 
 
-def history(trainer, *names: str) -> torch.Tensor:
+def history(trainer: Any, *names: str) -> torch.Tensor:
     names = names or ("loss", "grad_norm", "learning_rate", "num_tokens", "entropy")
     return torch.tensor(
         [[float(entry[name]) for name in names] for entry in trainer.state.log_history if names[0] in entry]
     )
 
 
-def train(trainer_class, tmp_path, **settings):
+def train(trainer_class: type[SFTTrainer], tmp_path: Path, **settings: Any) -> tuple[torch.Tensor, Any]:
     trainer = make_trainer(trainer_class, tmp_path, **settings)
     trainer.train()
     return history(trainer), trainer
 
 
-def adapters(trainer) -> dict[str, torch.Tensor]:
+def adapters(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize(("packing", "accumulation"), [(False, 2), (True, 1)])
-def test_every_logged_number_equals_trls(packing, accumulation, tmp_path):
-    settings = {"packing": packing, "gradient_accumulation_steps": accumulation}
+def test_every_logged_number_equals_trls(packing: bool, accumulation: int, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"packing": packing, "gradient_accumulation_steps": accumulation}
     expected, _ = train(SFTTrainer, tmp_path, **settings)
     got, trainer = train(FastSFTTrainer, tmp_path, **settings)
     assert trainer.fast
@@ -104,7 +114,7 @@ def test_every_logged_number_equals_trls(packing, accumulation, tmp_path):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_how_long_sequences_are_is_read_from_the_data(packing, tmp_path):
+def test_how_long_sequences_are_is_read_from_the_data(packing: bool, tmp_path: Path) -> None:
     trainer = make_trainer(FastSFTTrainer, tmp_path, packing=packing)
     lengths = [len(row) for row in make_trainer(FastSFTTrainer, tmp_path, packing=False).train_dataset["input_ids"]]
     assert trainer._typical_length() == sum(n**2 for n in lengths) // sum(lengths) < max(lengths)
@@ -112,7 +122,7 @@ def test_how_long_sequences_are_is_read_from_the_data(packing, tmp_path):
     assert trainer._typical_length() is None
 
 
-def test_optimizer_state_survives_saving(tmp_path):
+def test_optimizer_state_survives_saving(tmp_path: Path) -> None:
     _, trainer = train(FastSFTTrainer, tmp_path)
     state = trainer.optimizer.state_dict()
     torch.save(state, tmp_path / "optimizer.pt")
@@ -121,7 +131,7 @@ def test_optimizer_state_survives_saving(tmp_path):
     assert all(torch.equal(moments[name], tensor) for name, tensor in state["moments"].items())
 
 
-def stochastic_descent(parameters):
+def stochastic_descent(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
@@ -144,7 +154,7 @@ def stochastic_descent(parameters):
     ],
     ids=str,
 )
-def test_training_equals_trls_with(settings, tmp_path):
+def test_training_equals_trls_with(settings: dict[str, Any], tmp_path: Path) -> None:
     _, theirs = train(SFTTrainer, tmp_path, **settings)
     _, ours = train(FastSFTTrainer, tmp_path, **settings)
     assert ours.fast
@@ -156,7 +166,7 @@ def test_training_equals_trls_with(settings, tmp_path):
         torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=2e-3, msg=name)
 
 
-def test_the_callers_own_optimizer_steps(tmp_path):
+def test_the_callers_own_optimizer_steps(tmp_path: Path) -> None:
     runs = []
     for trainer_class in (SFTTrainer, FastSFTTrainer):
         trainer = make_trainer(trainer_class, tmp_path)
@@ -168,15 +178,15 @@ def test_the_callers_own_optimizer_steps(tmp_path):
 
 
 class TwiceTheLoss:
-    def compute_loss(self, *args, **kwargs):
-        return 2 * super().compute_loss(*args, **kwargs)
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().compute_loss(*args, **kwargs)  # type: ignore[misc]
 
 
 class OwnLoss(TwiceTheLoss, FastSFTTrainer):
     pass
 
 
-class OwnStockLoss(TwiceTheLoss, SFTTrainer):
+class OwnStockLoss(TwiceTheLoss, SFTTrainer):  # type: ignore[misc]
     pass
 
 
@@ -190,7 +200,9 @@ class OwnStockLoss(TwiceTheLoss, SFTTrainer):
         ("compute_loss is overridden", OwnLoss, {}),
     ],
 )
-def test_arguments_that_change_the_loss_train_as_trl_does(reason, trainer_class, settings, tmp_path):
+def test_arguments_that_change_the_loss_train_as_trl_does(
+    reason: str, trainer_class: type[SFTTrainer], settings: dict[str, Any], tmp_path: Path
+) -> None:
     expected, _ = train(OwnStockLoss if trainer_class is OwnLoss else SFTTrainer, tmp_path, max_steps=2, **settings)
     got, trainer = train(trainer_class, tmp_path, max_steps=2, **settings)
     assert not trainer.fast
@@ -198,7 +210,7 @@ def test_arguments_that_change_the_loss_train_as_trl_does(reason, trainer_class,
     assert torch.equal(got, expected)
 
 
-def test_a_batch_with_unknown_columns_is_refused(tmp_path):
+def test_a_batch_with_unknown_columns_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(FastSFTTrainer, tmp_path)
     collate = trainer.data_collator
     trainer.data_collator = lambda rows: collate(rows) | {"shift_labels": torch.zeros(2, 4)}
@@ -207,8 +219,8 @@ def test_a_batch_with_unknown_columns_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.2}], ids=["plain", "dropout"])
-def test_a_resumed_training_is_the_uninterrupted_one(lora, tmp_path):
-    settings = {
+def test_a_resumed_training_is_the_uninterrupted_one(lora: dict[str, Any], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
         "lora": lora,
         "max_steps": 6,
         "save_strategy": "steps",
@@ -250,7 +262,7 @@ def with_micro_batches(trainer: FastSFTTrainer, tokens: int) -> FastSFTTrainer:
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = {"per_device_train_batch_size": 8, "max_steps": 3}
+    settings: dict[str, Any] = {"per_device_train_batch_size": 8, "max_steps": 3}
     calm = with_micro_batches(make_trainer(FastSFTTrainer, tmp_path, **settings), 256)
     calm.train()
     # In the second step's only pass, then in a pass behind the first one.
@@ -272,14 +284,14 @@ def test_a_row_that_does_not_fit_ends_in_one_line(tmp_path: Path, monkeypatch: p
         trainer.train()
 
 
-def test_dropout_follows_the_seed(tmp_path):
+def test_dropout_follows_the_seed(tmp_path: Path) -> None:
     lora = {"lora_dropout": 0.2}
     first, again, other = (train(FastSFTTrainer, tmp_path, lora=lora, seed=seed, data_seed=1)[0] for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_a_saved_adapter_is_the_trained_one(tmp_path):
+def test_a_saved_adapter_is_the_trained_one(tmp_path: Path) -> None:
     _, trainer = train(FastSFTTrainer, tmp_path)
     trainer.save_model(str(tmp_path / "saved"))
     saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
@@ -292,11 +304,13 @@ def test_a_saved_adapter_is_the_trained_one(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
-def test_training_leaves_an_embedding_in_host_memory_where_it_is(tmp_path, monkeypatch):
+def test_training_leaves_an_embedding_in_host_memory_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     placed = []
     prepare = Accelerator.prepare_model
 
-    def spy(self, model, device_placement=None, **kwargs):
+    def spy(self: Accelerator, model: Any, device_placement: bool | None = None, **kwargs: Any) -> Any:
         placed.append(device_placement)
         return prepare(self, model, device_placement=device_placement, **kwargs)
 
@@ -305,7 +319,7 @@ def test_training_leaves_an_embedding_in_host_memory_where_it_is(tmp_path, monke
     assert placed == [False]
 
 
-def test_operations_are_counted_as_sft_trainer_does(tmp_path):
+def test_operations_are_counted_as_sft_trainer_does(tmp_path: Path) -> None:
     trainer = make_trainer(FastSFTTrainer, tmp_path)
     inputs = {"input_ids": torch.ones((2, 3), dtype=torch.long)}
     for _ in range(2):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import spawn
 
 from finemill.kernels.trainer import FastSFTTrainer
 from tests.kernels.test_trainer import adapters, train
@@ -32,7 +33,7 @@ def train_as(rank: int, port: int, folder: Path) -> None:
 
 
 def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train_as, args=(free_port(), tmp_path), nprocs=2)
+    spawn(train_as, args=(free_port(), tmp_path), nprocs=2)
     expected, trainer = train(FastSFTTrainer, tmp_path / "alone", gradient_accumulation_steps=2)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -1,6 +1,7 @@
 """The loss comparison runs end to end on a CPU, and its verdict is the documented one."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +15,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def rows(tmp_path):
+def rows(tmp_path: Path) -> Path:
     file = tmp_path / "rows.jsonl"
     words = [" ".join(f"t{(7 * row + i) % 50}" for i in range(4 + row % 5)) for row in range(24)]
     file.write_text("".join(json.dumps({"question": text, "answer": text}) + "\n" for text in words))
     return file
 
 
-def test_both_trainers_see_the_same_rows_and_agree_inside_the_seed_spread(rows, tmp_path, monkeypatch, capsys):
+def test_both_trainers_see_the_same_rows_and_agree_inside_the_seed_spread(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(bench_data, "FOLDERS", (tmp_path / "models",))
     arguments = "--shape qwen3-tiny --layers 1 --quant fp32 --device cpu --bs 2 --accum 2 --steps 3 --lr 1e-2 --rank 4"
     result = tmp_path / "loss.json"
@@ -45,7 +48,7 @@ def test_both_trainers_see_the_same_rows_and_agree_inside_the_seed_spread(rows, 
     assert isinstance(run, LossRun)
     assert run.inside
     assert set(run.by_seed) == {"1", "2"}
-    assert "--rows rows.jsonl" in run.command
+    assert "--rows rows.jsonl" in (run.command or "")
     record = json.loads(result.read_text())
     losses = torch.tensor([[record["losses"][impl][seed] for seed in ("1", "2")] for impl in ("hf", "finemill")])
     assert losses.shape == (2, 2, 3)
@@ -57,7 +60,7 @@ def test_both_trainers_see_the_same_rows_and_agree_inside_the_seed_spread(rows, 
 
 
 @pytest.mark.parametrize(("ours", "inside"), [([3.0, 2.01], True), ([3.2, 1.8], False), ([3.0, float("nan")], False)])
-def test_the_verdict_asks_for_every_step_and_for_the_end(ours, inside):
+def test_the_verdict_asks_for_every_step_and_for_the_end(ours: list[float], inside: bool) -> None:
     record = compare({"hf": {"1": [3.0, 2.0], "2": [3.1, 2.1]}, "finemill": {"1": ours, "2": [3.1, 2.1]}})
     assert record["step_spread"] == pytest.approx(0.1)
     assert record["end_spread"] == pytest.approx(0.1)
@@ -65,7 +68,7 @@ def test_the_verdict_asks_for_every_step_and_for_the_end(ours, inside):
     assert table(record).splitlines()[-1] == ("inside" if inside else "OUTSIDE") + " the seed spread"
 
 
-def test_rows_are_labelled_on_the_answer_and_cut(rows, tmp_path, monkeypatch):
+def test_rows_are_labelled_on_the_answer_and_cut(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_data, "FOLDERS", (tmp_path / "models",))
     path = bench_data.ensure_checkpoint("qwen3-tiny", 1, torch.device("cpu"))
     from transformers import AutoTokenizer

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from finemill.errors import UserError
-from finemill.kernels.bench.ops import CASES, main
+from finemill.kernels.bench.ops import CASES, Case, main
 
 
 def test_without_a_gpu_it_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -13,7 +13,7 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -
         main([])
 
 
-def test_an_unknown_op_is_refused_with_the_known_ones(capsys):
+def test_an_unknown_op_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["rms-nrom"])
     known = (
@@ -22,14 +22,14 @@ def test_an_unknown_op_is_refused_with_the_known_ones(capsys):
     assert f"choose from {known}" in capsys.readouterr().err
 
 
-def test_cases_have_names_of_their_own_and_move_bytes():
+def test_cases_have_names_of_their_own_and_move_bytes() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
     assert all(case.bytes > 0 for case in CASES)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_case_runs_kernel_and_reference(case):
+def test_every_case_runs_kernel_and_reference(case: Case) -> None:
     kernel, reference = case.build(torch.device("cuda"), torch.bfloat16)
     kernel()
     if reference is not None:

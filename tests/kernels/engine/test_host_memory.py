@@ -12,20 +12,20 @@ SMAPS = Path("/proc/self/smaps")
 
 
 @pytest.mark.parametrize("size", [0, 1, 3 << 20])
-def test_it_has_exactly_the_bytes_asked_for(size):
+def test_it_has_exactly_the_bytes_asked_for(size: int) -> None:
     memory = pinned_bytes(size)
     assert memory.dtype == torch.uint8
     assert memory.numel() == size
     assert (memory.fill_(7) == 7).all()
 
 
-def test_a_pinned_copy_is_the_tensor():
+def test_a_pinned_copy_is_the_tensor() -> None:
     table = torch.randn(5, 3).bfloat16()
     assert torch.equal(pin(table), table)
 
 
 @pytest.mark.skipif(not SMAPS.is_file(), reason="needs Linux")
-def test_its_pages_are_huge_and_child_processes_do_not_have_them():
+def test_its_pages_are_huge_and_child_processes_do_not_have_them() -> None:
     memory = pinned_bytes(8 << 20)
     mappings = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags: (.*?)$", SMAPS.read_text(), re.MULTILINE | re.DOTALL)
     (flags,) = [f.split() for begin, end, f in mappings if int(begin, 16) <= memory.data_ptr() < int(end, 16)]

@@ -12,8 +12,11 @@ from finemill.kernels.engine.optimizer import FlatAdamW
 
 def make_pairs(device: str) -> list[LoraPair]:
     """Two adapters over one input of width 6, ranks 4 and 2, outputs 5 and 3."""
-    shapes = (((4, 6), (5, 4)), ((2, 6), (3, 2)))
-    return [LoraPair(*(nn.Parameter(torch.randn(shape, device=device)) for shape in pair), 2.0) for pair in shapes]
+
+    def parameter(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.randn(shape, device=device))
+
+    return [LoraPair(parameter(rank, 6), parameter(width, rank), 2.0) for rank, width in ((4, 5), (2, 3))]
 
 
 def build(device: str) -> tuple[FlatAdapters, list[nn.Parameter]]:
@@ -24,12 +27,13 @@ def build(device: str) -> tuple[FlatAdapters, list[nn.Parameter]]:
     return adapters, [parameter for pair in pairs for parameter in (pair.a, pair.b)]
 
 
-def test_parameters_keep_identity_and_values_and_share_the_flat_memory(device):
+def test_parameters_keep_identity_and_values_and_share_the_flat_memory(device: str) -> None:
     pairs = make_pairs(device)
     before = [parameter.detach().clone() for pair in pairs for parameter in (pair.a, pair.b)]
     adapters = FlatAdapters(torch.device(device))
     ticket = adapters.reserve([pairs[0], None, pairs[1]], (5, 7, 3), 6)
     adapters.build()
+    assert ticket is not None
     group = adapters.group(ticket)
     assert group.rank == 3 * 4
     assert group.b.shape == (15, 4)
@@ -46,7 +50,7 @@ def test_parameters_keep_identity_and_values_and_share_the_flat_memory(device):
         assert torch.equal(parameter, 2 * old)
 
 
-def test_adopted_parameters_leave_their_memory_and_come_back_in_their_dtype(device):
+def test_adopted_parameters_leave_their_memory_and_come_back_in_their_dtype(device: str) -> None:
     pairs = make_pairs(device)
     pairs[0].a.data = pairs[0].a.data.bfloat16()
     old = [weakref.ref(parameter.untyped_storage()) for pair in pairs for parameter in (pair.a, pair.b)]
@@ -61,13 +65,13 @@ def test_adopted_parameters_leave_their_memory_and_come_back_in_their_dtype(devi
     assert pairs[1].b.is_contiguous()
 
 
-def test_different_scalings_over_one_input_are_refused(device):
+def test_different_scalings_over_one_input_are_refused(device: str) -> None:
     left, right = make_pairs(device)
     with pytest.raises(ValueError, match="have scalings"):
         FlatAdapters(torch.device(device)).reserve([left, LoraPair(right.a, right.b, 3.0)], (5, 3), 6)
 
 
-def test_steps_equal_clipping_and_adamw_of_torch(device):
+def test_steps_equal_clipping_and_adamw_of_torch(device: str) -> None:
     adapters, parameters = build(device)
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
     ours = FlatAdamW(adapters, lr=1e-2, weight_decay=0.1, max_norm=0.5)
@@ -76,6 +80,7 @@ def test_steps_equal_clipping_and_adamw_of_torch(device):
         adapters.attach_grads()
         for parameter, other in zip(parameters, theirs, strict=True):
             other.grad = torch.randn_like(other)
+            assert parameter.grad is not None
             parameter.grad.add_(other.grad)
         norm = nn.utils.clip_grad_norm_(theirs, 0.5)
         rate = 1e-2 / (step + 1)
@@ -88,7 +93,7 @@ def test_steps_equal_clipping_and_adamw_of_torch(device):
 
 
 @pytest.mark.parametrize("bits", [32, 8])
-def test_a_saved_state_goes_on_as_if_nothing_happened(bits, device):
+def test_a_saved_state_goes_on_as_if_nothing_happened(bits: int, device: str) -> None:
     def run(adapters: FlatAdapters, optimizer: FlatAdamW, grads: list[torch.Tensor]) -> None:
         for grad in grads:
             adapters.grad.copy_(grad)

@@ -13,7 +13,9 @@ from finemill.kernels.ops.packing import Sequences, length_classes
 LENGTHS = [5, 1, 0, 9]
 
 
-def inputs(heads: int, kv_heads: int, head_dim: int, device: str):
+def inputs(
+    heads: int, kv_heads: int, head_dim: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Sequences]:
     generator = torch.Generator().manual_seed(0)
     tokens = sum(LENGTHS)
 
@@ -24,7 +26,7 @@ def inputs(heads: int, kv_heads: int, head_dim: int, device: str):
     return draw(heads), draw(kv_heads), draw(kv_heads), draw(heads), Sequences(cu_seqlens, max(LENGTHS))
 
 
-def torch_attention(q, k, v, sequences):
+def torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     parts = []
     bounds = sequences.cu_seqlens.tolist()
     for begin, end in pairwise(bounds):
@@ -39,10 +41,10 @@ def torch_attention(q, k, v, sequences):
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-def test_output_and_gradients_equal_torchs(heads, kv_heads, device):
+def test_output_and_gradients_equal_torchs(heads: int, kv_heads: int, device: str) -> None:
     q, k, v, dout, sequences = inputs(heads, kv_heads, 8, device)
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-    expected = torch_attention(*leaves, sequences)
+    expected = torch_attention(leaves[0], leaves[1], leaves[2], sequences)
     expected.backward(dout)
     wide = torch.full((q.shape[0], heads * 8 + 3), float("nan"), dtype=q.dtype, device=device)
     out = wide[:, : heads * 8].unflatten(1, (heads, 8))
@@ -54,7 +56,7 @@ def test_output_and_gradients_equal_torchs(heads, kv_heads, device):
         torch.testing.assert_close(grad, leaf.grad)
 
 
-def test_a_token_does_not_see_other_sequences_or_later_tokens(device):
+def test_a_token_does_not_see_other_sequences_or_later_tokens(device: str) -> None:
     q, k, v, _, sequences = inputs(2, 1, 8, device)
     before, _ = attention_forward(q, k, v, sequences, 1.0)
     changed_k, changed_v = k.clone(), v.clone()
@@ -65,7 +67,7 @@ def test_a_token_does_not_see_other_sequences_or_later_tokens(device):
 
 
 @pytest.fixture
-def hopper(monkeypatch):
+def hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
     """A card that only answers what is asked of it; returns what is installed."""
     installed = {"fa4": True, "cudnn": True}
     monkeypatch.delenv("FINEMILL_ATTENTION", raising=False)
@@ -75,17 +77,17 @@ def hopper(monkeypatch):
     return installed
 
 
-def chosen(length, head_dim=128, device="cuda", dtype=torch.bfloat16):
+def chosen(length: int, head_dim: int = 128, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> str:
     return fitting_backend(torch.device(device), dtype, head_dim, length)
 
 
-def test_the_length_decides_which_implementation_runs(hopper):
+def test_the_length_decides_which_implementation_runs(hopper: dict[str, bool]) -> None:
     assert [chosen(length) for length in (1, 2, 2047, 2048)] == ["flash", "cudnn", "cudnn", "fa4"]
     assert [chosen(8192, head_dim) for head_dim in (64, 80, 256)] == ["fa4", "cudnn", "flash"]
     assert chosen(8192, device="cpu") == chosen(8192, dtype=torch.float32) == "plain"
 
 
-def test_what_is_not_installed_is_done_without(hopper):
+def test_what_is_not_installed_is_done_without(hopper: dict[str, bool]) -> None:
     hopper["fa4"] = False
     assert chosen(8192) == "cudnn"
     hopper["cudnn"] = False
@@ -94,7 +96,7 @@ def test_what_is_not_installed_is_done_without(hopper):
     assert chosen(8192) == "flash"
 
 
-def test_an_implementation_can_be_asked_for(hopper, monkeypatch):
+def test_an_implementation_can_be_asked_for(hopper: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in attention.BACKENDS:
         monkeypatch.setenv("FINEMILL_ATTENTION", name)
         assert chosen(100) == chosen(8192) == name
@@ -108,7 +110,9 @@ def test_an_implementation_can_be_asked_for(hopper, monkeypatch):
 @pytest.mark.parametrize(
     "lengths", [[256] * 4, [300, 1, 77, 640], [1500, 640, 300, 299, 77, 77, 1], [5000, 4100, 0, 900, 20], [4096] * 2]
 )
-def test_the_fast_backends_agree_with_the_plain_one(lengths, workspace, monkeypatch):
+def test_the_fast_backends_agree_with_the_plain_one(
+    lengths: list[int], workspace: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
     uniform = (len(lengths), lengths[0]) if len(set(lengths)) == 1 else None
     sequences = Sequences(cu_seqlens, max(lengths), uniform, () if uniform else length_classes(lengths))

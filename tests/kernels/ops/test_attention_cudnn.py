@@ -5,6 +5,7 @@ import torch
 
 from finemill.kernels.ops import attention, attention_cudnn
 from finemill.kernels.ops.attention import attention_backward
+from finemill.kernels.ops.attention_cudnn import _PlanKey
 from finemill.kernels.ops.packing import LengthClass, Sequences
 
 ONE_HEAD = 2 * 128**2
@@ -20,10 +21,12 @@ SUMS = 8 * 300 * 4 * 8  # dq in fp32, dk and dv of each query head
         (1, [(0, 2, 1), (2, 2, 1)] * 3),
     ],
 )
-def test_cudnn_takes_fewer_heads_then_fewer_sequences_where_its_workspace_is_short(workspace, calls, monkeypatch):
+def test_cudnn_takes_fewer_heads_then_fewer_sequences_where_its_workspace_is_short(
+    workspace: int, calls: list[tuple[int, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran, starts = [], []
 
-    def run(key, part, buffers):
+    def run(key: _PlanKey, part: Sequences, buffers: dict[str, torch.Tensor]) -> None:
         ran.append((int(buffers["q"][0, 0, 0]), key.heads, part.count))
         starts.append(int(part.cu_seqlens[0]))
         assert buffers["stats"].shape[:2] == (part.count, key.heads)

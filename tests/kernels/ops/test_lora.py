@@ -1,5 +1,7 @@
 """LoRA under dropout and its gradients against fp64, at most 1.1 times the error of plain matrix products."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -15,7 +17,9 @@ from finemill.kernels.ops.lora import (
 SHAPES = [(1, 123, 1, 4), (70, 256, 3, 16), (130, 100, 2, 24), (33, 64, 1, 64)]
 
 
-def make(shape: tuple, dtype: torch.dtype, device: str, pitched) -> dict[str, torch.Tensor]:
+def make(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, pitched: Callable[..., torch.Tensor]
+) -> dict[str, torch.Tensor]:
     tokens, width, groups, rank = shape
     parts = {"x": torch.randn(tokens, width), "dya": torch.randn(tokens, groups * rank)}
     parts["x"][:, 0] *= 30.0
@@ -29,12 +33,18 @@ def dropout(device: str, p: float = 0.25, stream: int = 5) -> LoRADropout:
 
 
 def dropped(x: torch.Tensor, spec: LoRADropout, group: int) -> torch.Tensor:
-    mask = dropout_mask_reference(*x.shape, spec, group)
+    mask = dropout_mask_reference(x.shape[0], x.shape[1], spec, group)
     return torch.where(mask, x * spec.scale, 0.0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_projection_is_as_accurate_as_a_matrix_product(shape, dtype, device, assert_as_accurate, pitched):
+def test_projection_is_as_accurate_as_a_matrix_product(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: str,
+    assert_as_accurate: Callable[..., None],
+    pitched: Callable[..., torch.Tensor],
+) -> None:
     t = make(shape, dtype, device, pitched)
     tokens, _, groups, rank = shape
     spec = dropout(device)
@@ -48,7 +58,13 @@ def test_projection_is_as_accurate_as_a_matrix_product(shape, dtype, device, ass
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradient_of_a_is_as_accurate_as_a_matrix_product(shape, dtype, device, assert_as_accurate, pitched):
+def test_gradient_of_a_is_as_accurate_as_a_matrix_product(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: str,
+    assert_as_accurate: Callable[..., None],
+    pitched: Callable[..., torch.Tensor],
+) -> None:
     t = make(shape, dtype, device, pitched)
     groups, spec = shape[2], dropout(device)
 
@@ -65,7 +81,13 @@ def test_gradient_of_a_is_as_accurate_as_a_matrix_product(shape, dtype, device, 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_input_gradient_replays_the_mask(shape, dtype, device, assert_as_accurate, pitched):
+def test_input_gradient_replays_the_mask(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: str,
+    assert_as_accurate: Callable[..., None],
+    pitched: Callable[..., torch.Tensor],
+) -> None:
     t = make(shape, dtype, device, pitched)
     groups, spec = shape[2], dropout(device)
 
@@ -80,7 +102,7 @@ def test_input_gradient_replays_the_mask(shape, dtype, device, assert_as_accurat
     assert_as_accurate(lora_backward_x(t["dya"], t["a"], dx, spec, groups), eager, exact, tiny=2e-6)
 
 
-def test_masks_drop_the_asked_share_and_differ_between_groups_and_seeds(device):
+def test_masks_drop_the_asked_share_and_differ_between_groups_and_seeds(device: str) -> None:
     spec = dropout(device, p=0.1)
     masks = [dropout_mask_reference(512, 512, spec, group) for group in range(2)]
     other = dropout_mask_reference(512, 512, LoRADropout(0.1, spec.seed + 1, spec.stream))
@@ -92,7 +114,7 @@ def test_masks_drop_the_asked_share_and_differ_between_groups_and_seeds(device):
         assert abs((~left & ~right).double().mean().item() - 0.01) < 0.002
 
 
-def test_philox_gives_the_published_vector(device):
+def test_philox_gives_the_published_vector(device: str) -> None:
     """Random123's known answer for key and counter zero: 6627e8d5 e169c58d bc57ac4c 9b00dbd8."""
     words = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
@@ -103,7 +125,7 @@ def test_philox_gives_the_published_vector(device):
         assert torch.equal(dropout_mask_reference(1, 8, spec), expected)
 
 
-def test_wrong_inputs_are_refused(device):
+def test_wrong_inputs_are_refused(device: str) -> None:
     x, a = torch.randn(4, 8, device=device), torch.randn(6, 8, device=device)
     spec = dropout(device)
     with pytest.raises(ValueError, match="a has shape"):

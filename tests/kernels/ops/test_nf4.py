@@ -20,12 +20,15 @@ def bitsandbytes_decode(weight: torch.Tensor, dtype: torch.dtype, *, nested: boo
     codes, state = bitsandbytes.functional.quantize_4bit(
         weight.to(dtype).reshape(1, -1), blocksize=blocksize, compress_statistics=nested, quant_type="nf4"
     )
-    return bitsandbytes.functional.dequantize_4bit(codes, state).reshape(weight.shape)
+    decoded: torch.Tensor = bitsandbytes.functional.dequantize_4bit(codes, state).reshape(weight.shape)
+    return decoded
 
 
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize(("shape", "blocksize"), [((96, 128), 64), ((3, 64), 64), ((16, 256), 256), ((16, 512), 128)])
-def test_decode_is_bit_equal_to_bitsandbytes(shape, blocksize, nested, dtype, device):
+def test_decode_is_bit_equal_to_bitsandbytes(
+    shape: tuple[int, ...], blocksize: int, nested: bool, dtype: torch.dtype, device: str
+) -> None:
     weight = torch.randn(shape, device=device)
     expected = bitsandbytes_decode(weight, dtype, nested=nested, blocksize=blocksize)
     ours = dequantize_nf4(quantize(weight.to(dtype), nested=nested, blocksize=blocksize))
@@ -34,7 +37,9 @@ def test_decode_is_bit_equal_to_bitsandbytes(shape, blocksize, nested, dtype, de
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 123), (5, 66), (33, 30), (1, 4096), (130, 96)])
-def test_decode_of_odd_shapes_is_bit_equal_to_bitsandbytes(shape, dtype, device):
+def test_decode_of_odd_shapes_is_bit_equal_to_bitsandbytes(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
     weight = torch.randn(shape, device=device)
     expected = bitsandbytes_decode(weight, dtype, nested=True, blocksize=64)
     assert torch.equal(dequantize_nf4(quantize(weight.to(dtype))), expected)
@@ -56,8 +61,13 @@ def every_code_under_every_scale(device: str) -> NF4Tensor:
     )
 
 
-def test_all_256_scale_codes_times_16_weight_codes_round_like_two_separate_operations(dtype, device):
+def test_all_256_scale_codes_times_16_weight_codes_round_like_two_separate_operations(
+    dtype: torch.dtype, device: str
+) -> None:
     weight = every_code_under_every_scale(device)
+    assert weight.nested_code is not None
+    assert weight.nested_absmax is not None
+    assert weight.offset is not None
     scale = weight.nested_code * weight.nested_absmax
     scale = scale + weight.offset
     codes = torch.stack([(torch.arange(64, device=device) % 16).roll(row) for row in range(256)])
@@ -67,7 +77,7 @@ def test_all_256_scale_codes_times_16_weight_codes_round_like_two_separate_opera
     assert torch.equal(dequantize_nf4_reference(weight, dtype), expected)
 
 
-def test_decode_writes_a_pitched_view_and_nothing_beside_it(dtype, device):
+def test_decode_writes_a_pitched_view_and_nothing_beside_it(dtype: torch.dtype, device: str) -> None:
     weight = torch.randn(40, 128, device=device)
     quantized = quantize(weight.to(dtype))
     wide = torch.full((40, 128 + 64), 7.0, dtype=dtype, device=device)
@@ -76,7 +86,7 @@ def test_decode_writes_a_pitched_view_and_nothing_beside_it(dtype, device):
     assert (wide[:, 128:] == 7.0).all()
 
 
-def test_out_of_wrong_shape_or_layout_is_refused(device):
+def test_out_of_wrong_shape_or_layout_is_refused(device: str) -> None:
     weight = quantize(torch.randn(8, 64, device=device))
     with pytest.raises(ValueError, match="expected \\(8, 64\\)"):
         dequantize_nf4(weight, torch.empty(8, 63, device=device))
@@ -86,7 +96,7 @@ def test_out_of_wrong_shape_or_layout_is_refused(device):
         dequantize_nf4(weight, torch.empty(8, 64, device=device, dtype=torch.float64))
 
 
-def test_a_parameter_that_is_not_quantized_or_not_nf4_is_refused():
+def test_a_parameter_that_is_not_quantized_or_not_nf4_is_refused() -> None:
     with pytest.raises(ValueError, match="no quant_state"):
         NF4Tensor.from_bitsandbytes(torch.nn.Parameter(torch.zeros(2, 64)))
     fp4 = bitsandbytes.nn.Params4bit(torch.randn(2, 64), requires_grad=False, quant_type="fp4").to("cpu")

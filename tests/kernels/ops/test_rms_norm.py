@@ -1,5 +1,8 @@
 """RMSNorm, residual + RMSNorm and their gradients against fp64, at most 1.1 times Hugging Face's error."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,7 +29,13 @@ def make(shape: tuple[int, int], dtype: torch.dtype, device: str) -> tuple[torch
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_is_as_accurate_as_transformers(shape, dtype, device, assert_as_accurate, pitched):
+def test_forward_is_as_accurate_as_transformers(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: str,
+    assert_as_accurate: Callable[..., None],
+    pitched: Callable[..., torch.Tensor],
+) -> None:
     x, weight = make(shape, dtype, device)
     y, rstd = rms_norm_forward(pitched(x), weight, EPS, out=pitched(torch.zeros_like(x)))
     exact = rms_norm_reference(x.double(), weight.double(), EPS)
@@ -35,7 +44,13 @@ def test_forward_is_as_accurate_as_transformers(shape, dtype, device, assert_as_
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_add_norm_is_as_accurate_as_transformers(shape, dtype, device, assert_as_accurate, pitched):
+def test_add_norm_is_as_accurate_as_transformers(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: str,
+    assert_as_accurate: Callable[..., None],
+    pitched: Callable[..., torch.Tensor],
+) -> None:
     x, weight = make(shape, dtype, device)
     delta = torch.randn(shape).to(device, dtype)
     total, y, rstd = add_rms_norm_forward(pitched(x), pitched(delta), weight, EPS, out=pitched(torch.zeros_like(x)))
@@ -48,8 +63,13 @@ def test_add_norm_is_as_accurate_as_transformers(shape, dtype, device, assert_as
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("residual", [False, True])
 def test_backward_is_as_accurate_as_autograd_of_transformers(
-    shape, residual, dtype, device, assert_as_accurate, pitched
-):
+    shape: tuple[int, int],
+    residual: bool,
+    dtype: torch.dtype,
+    device: str,
+    assert_as_accurate: Callable[..., None],
+    pitched: Callable[..., torch.Tensor],
+) -> None:
     x, weight = make(shape, dtype, device)
     dy, residual_grad = (torch.randn(shape).to(device, dtype) for _ in range(2))
 
@@ -65,7 +85,7 @@ def test_backward_is_as_accurate_as_autograd_of_transformers(
     assert_as_accurate(dx, grad(x, upcast=False), grad(x.double(), upcast=True), tiny=2e-6)
 
 
-def test_sum_and_gradient_may_overwrite_their_inputs(dtype, device):
+def test_sum_and_gradient_may_overwrite_their_inputs(dtype: torch.dtype, device: str) -> None:
     x, weight = make((6, 256), dtype, device)
     delta, dy = (torch.randn(6, 256).to(device, dtype) for _ in range(2))
     total, y, rstd = add_rms_norm_forward(x, delta, weight, EPS)
@@ -77,7 +97,7 @@ def test_sum_and_gradient_may_overwrite_their_inputs(dtype, device):
     assert torch.equal(delta, expected)
 
 
-def test_public_op_differentiates_through_batch_dimensions(device):
+def test_public_op_differentiates_through_batch_dimensions(device: str) -> None:
     x, weight = make((12, 96), torch.float32, device)
     x = x.reshape(2, 6, 96).requires_grad_()
     dy = torch.randn(2, 6, 96, device=device)
@@ -86,15 +106,15 @@ def test_public_op_differentiates_through_batch_dimensions(device):
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_hand_derived_gradient_passes_gradcheck():
+def test_hand_derived_gradient_passes_gradcheck() -> None:
     class Reference(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, weight):
+        def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             ctx.save_for_backward(x, weight)
             return rms_norm_reference(x, weight, EPS)
 
         @staticmethod
-        def backward(ctx, dy):
+        def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
             x, weight = ctx.saved_tensors
             rstd = (x.square().mean(-1) + EPS).rsqrt()
             return rms_norm_backward_reference(dy, x, weight, rstd), None
@@ -104,7 +124,7 @@ def test_hand_derived_gradient_passes_gradcheck():
     assert torch.autograd.gradcheck(Reference.apply, (x, weight))
 
 
-def test_wrong_inputs_are_refused(device):
+def test_wrong_inputs_are_refused(device: str) -> None:
     x = torch.randn(4, 8, device=device)
     with pytest.raises(ValueError, match="weight has shape"):
         rms_norm_forward(x, torch.ones(7, device=device), EPS)

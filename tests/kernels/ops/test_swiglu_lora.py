@@ -1,5 +1,7 @@
 """SwiGLU's backward with LoRA's sums against fp64, at most 1.1 times the error of the passes one by one."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -33,7 +35,13 @@ def make(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> dict[s
     return {name: part.to(device, dtype) for name, part in parts.items()}
 
 
-def run(inputs: dict[str, torch.Tensor], scaling: float, pitched, pad: int = 64, start: float = 0.0):
+def run(
+    inputs: dict[str, torch.Tensor],
+    scaling: float,
+    pitched: Callable[..., torch.Tensor],
+    pad: int = 64,
+    start: float = 0.0,
+) -> list[torch.Tensor]:
     """Return d_gate_up, dya, dB and dA, which begin with `start`."""
     rank, width = inputs["dya_down"].shape[1], inputs["dh"].shape[1]
     given = {name: pitched(part, pad) for name, part in inputs.items()}
@@ -42,15 +50,22 @@ def run(inputs: dict[str, torch.Tensor], scaling: float, pitched, pad: int = 64,
     device = given["dh"].device
     dya = pitched(torch.zeros_like(inputs["xa"]))
     grad_a, grad_b = (torch.full(shape, start, device=device) for shape in ((rank, width), (2 * width, rank)))
-    swiglu_lora_backward(*given.values(), dya, grad_a, grad_b, scaling)
+    dh, gate_up, xa, b, dya_down = given.values()
+    swiglu_lora_backward(dh, gate_up, xa, b, dya_down, dya, grad_a, grad_b, scaling)
     return [given["gate_up"], dya, grad_b, grad_a]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sms", [1, 132])
 def test_every_gradient_is_as_accurate_as_its_own_pass(
-    shape, sms, dtype, device, assert_as_accurate, pitched, monkeypatch
-):
+    shape: tuple[int, int, int],
+    sms: int,
+    dtype: torch.dtype,
+    device: str,
+    assert_as_accurate: Callable[..., None],
+    pitched: Callable[..., torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(swiglu_lora, "num_sms", lambda device: sms)  # on one, programs go round their stages many times
     inputs, scaling = make(shape, dtype, device), 0.5
     eager = swiglu_lora_backward_reference(*inputs.values())
@@ -64,13 +79,15 @@ def test_every_gradient_is_as_accurate_as_its_own_pass(
     assert_as_accurate(grad_a, eager[3], exact[3], tiny=2e-6)
 
 
-def test_gradients_of_the_adapters_are_added(device, pitched):
+def test_gradients_of_the_adapters_are_added(device: str, pitched: Callable[..., torch.Tensor]) -> None:
     inputs = make((40, 300, 8), torch.float32, device)
     for sums, total in zip(run(inputs, 0.5, pitched)[2:], run(inputs, 0.5, pitched, start=1.0)[2:], strict=True):
         assert torch.equal(total, 1.0 + sums)
 
 
-def test_gate_and_up_get_what_the_pass_for_them_alone_gives(dtype, device, pitched):
+def test_gate_and_up_get_what_the_pass_for_them_alone_gives(
+    dtype: torch.dtype, device: str, pitched: Callable[..., torch.Tensor]
+) -> None:
     inputs = make((40, 512, 16), dtype, device)
     if device == "cuda" and not runs_fused(inputs["gate_up"], 16):
         pytest.skip("no kernel for this dtype on this device")
@@ -79,7 +96,9 @@ def test_gate_and_up_get_what_the_pass_for_them_alone_gives(dtype, device, pitch
 
 
 @pytest.mark.parametrize("shape", [(540, 256, 16), (33, 600, 16), (3000, 384, 32)])
-def test_runs_repeat_bit_for_bit_wherever_the_partial_sums_lie(shape, dtype, device, pitched):
+def test_runs_repeat_bit_for_bit_wherever_the_partial_sums_lie(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, pitched: Callable[..., torch.Tensor]
+) -> None:
     inputs = make(shape, dtype, device)
     # Rows of dh that start at odd multiples of two bytes have no room for fp32, nor can Hopper's kernel address them.
     on_hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
@@ -90,7 +109,7 @@ def test_runs_repeat_bit_for_bit_wherever_the_partial_sums_lie(shape, dtype, dev
                 assert torch.equal(left, right)
 
 
-def test_partial_sums_lie_in_dh_where_they_fit():
+def test_partial_sums_lie_in_dh_where_they_fit() -> None:
     dh = torch.zeros(8, 512, dtype=torch.bfloat16)
     for columns, rank in ((256, 16), (256, 64), (128, 32)):
         assert _dya_partial(dh, rank, columns)[0].data_ptr() == dh.data_ptr()
@@ -98,13 +117,14 @@ def test_partial_sums_lie_in_dh_where_they_fit():
         assert _dya_partial(other, rank, 256)[0].data_ptr() != dh.data_ptr()
 
 
-def test_wrong_inputs_are_refused(device):
+def test_wrong_inputs_are_refused(device: str) -> None:
     inputs = make((4, 8, 2), torch.float32, device)
-    grads = (torch.zeros(4, 4, device=device), torch.zeros(2, 8, device=device), torch.zeros(16, 2, device=device), 1.0)
+    dh, gate_up, xa, b, dya_down = inputs.values()
+    dya, grad_a, grad_b = (torch.zeros(shape, device=device) for shape in ((4, 4), (2, 8), (16, 2)))
     with pytest.raises(ValueError, match="gate_up has shape"):
-        swiglu_lora_backward(*{**inputs, "gate_up": inputs["gate_up"][:, :15]}.values(), *grads)
+        swiglu_lora_backward(dh, gate_up[:, :15], xa, b, dya_down, dya, grad_a, grad_b, 1.0)
     with pytest.raises(ValueError, match="xa is"):
-        swiglu_lora_backward(*{**inputs, "xa": inputs["xa"].half()}.values(), *grads)
+        swiglu_lora_backward(dh, gate_up, xa.half(), b, dya_down, dya, grad_a, grad_b, 1.0)
     wide = torch.zeros(2, 16, device=device)[:, :8]
     with pytest.raises(ValueError, match="grad_a has strides"):
-        swiglu_lora_backward(*inputs.values(), grads[0], wide, *grads[2:])
+        swiglu_lora_backward(dh, gate_up, xa, b, dya_down, dya, wide, grad_b, 1.0)

@@ -12,6 +12,7 @@ from finemill.kernels.bench.runs import StepRun, read_runs
 from finemill.kernels.engine.plan import Level, Plan
 from finemill.kernels.planning.planner import (
     MARGIN,
+    PATIENCE,
     NoPlanError,
     launch_bound,
     peak_bytes,
@@ -26,7 +27,7 @@ from finemill.kernels.planning.workload import Workload
 GIB = 1 << 30
 
 
-def step(model: str = "qwen3-8b", rows: int = 8, row: int = 2048):
+def step(model: str = "qwen3-8b", rows: int = 8, row: int = 2048) -> Workload:
     return workload(model, rank=16, quantized=True, rows=rows, row=row)
 
 
@@ -112,12 +113,12 @@ def test_predictions_are_held_to_runs_of_both_cards() -> None:
     assert {run.gpu for run in GIVEN} == {H100, H200}
 
 
-def test_a_card_is_known_by_the_name_that_cuda_gives_it():
+def test_a_card_is_known_by_the_name_that_cuda_gives_it() -> None:
     assert rates_of("NVIDIA H100 80GB HBM3") == RATES["h100"]
     assert rates_of("NVIDIA H200") == rates_of("another") == RATES["h200"]
 
 
-def test_no_plan_passes_its_budget_and_more_memory_is_never_slower():
+def test_no_plan_passes_its_budget_and_more_memory_is_never_slower() -> None:
     budgets = (3.5, 5, 7.2, 12, 24, 48, 96)
     plans = [plan_step(step(), int(budget * GIB), allow_stream=True) for budget in budgets]
     assert all(plan.peak <= budget * GIB for plan, budget in zip(plans, budgets, strict=True))
@@ -126,7 +127,7 @@ def test_no_plan_passes_its_budget_and_more_memory_is_never_slower():
 
 
 @pytest.mark.parametrize(("model", "gib"), [("qwen3-8b", 7.2), ("qwen3-8b", 24), ("qwen3-4b", 3.7)])
-def test_room_that_is_left_is_too_small_for_another_layer(model, gib):
+def test_room_that_is_left_is_too_small_for_another_layer(model: str, gib: float) -> None:
     work, budget = step(model), int(gib * GIB)
     plan = plan_step(work, budget, allow_stream=True)
     work = workload_under(work, plan)
@@ -136,7 +137,7 @@ def test_room_that_is_left_is_too_small_for_another_layer(model, gib):
             assert peak_bytes(work, replace(plan, levels=raised)) > MARGIN * budget
 
 
-def test_the_bus_takes_as_much_as_it_can_while_layers_compute():
+def test_the_bus_takes_as_much_as_it_can_while_layers_compute() -> None:
     short, long = step(row=2048), step(rows=1, row=16384)
     plans = plan_step(short, int(3.5 * GIB), allow_stream=True), plan_step(long, int(10.2 * GIB), allow_stream=True)
     for plan, levels in zip(plans, ({INPUT, ATTENTION}, {ATTENTION}), strict=True):
@@ -144,7 +145,7 @@ def test_the_bus_takes_as_much_as_it_can_while_layers_compute():
         assert all(host is None or host <= level for host, level in zip(plan.host_levels, plan.levels, strict=True))
 
 
-def test_graphs_leave_the_card_room_for_an_eager_pass_beside_them():
+def test_graphs_leave_the_card_room_for_an_eager_pass_beside_them() -> None:
     work = replace(step("qwen3-0.6b"), ragged=True)
     roomy, patience = plan_graphed_step(work, 70 * GIB, 70 * GIB)
     assert patience == 0
@@ -157,22 +158,22 @@ def test_graphs_leave_the_card_room_for_an_eager_pass_beside_them():
     assert plan_graphed_step(work, 70 * GIB, 70 * GIB, use_graphs=False)[1] is None
 
 
-def test_short_sequences_get_larger_micro_batches_in_the_memory_of_the_longest():
+def test_short_sequences_get_larger_micro_batches_in_the_memory_of_the_longest() -> None:
     work, budget = replace(step("qwen3-0.6b"), ragged=True), int(1.1 * GIB)
     unknown, short = (plan_step(replace(work, typical=typical), budget) for typical in (None, 256))
-    assert short.micro_batch > unknown.micro_batch
+    assert (short.micro_batch or 0) > (unknown.micro_batch or 0)
     assert short.seconds < unknown.seconds
     assert short.peak == peak_bytes(workload_under(work, short), short) <= budget
     assert plan_step(replace(work, typical=9999), budget) == unknown
 
 
-def test_long_passes_are_captured_where_there_is_room_once_their_shape_has_come_often():
+def test_long_passes_are_captured_where_there_is_room_once_their_shape_has_come_often() -> None:
     assert plan_graphed_step(step(), 70 * GIB, 70 * GIB)[1] is None
-    assert plan_graphed_step(step(), 70 * GIB, 200 * GIB)[1] > 0
+    assert plan_graphed_step(step(), 70 * GIB, 200 * GIB)[1] == PATIENCE
     assert plan_graphed_step(step(), 70 * GIB, 200 * GIB, use_graphs=True)[1] == 0
 
 
-def test_plenty_of_memory_keeps_everything_on_the_device():
+def test_plenty_of_memory_keeps_everything_on_the_device() -> None:
     plan = plan_step(step(), 135 * GIB)
     assert set(plan.levels) == {Level.ALL}
     assert set(plan.host_levels) == {None}
@@ -181,7 +182,7 @@ def test_plenty_of_memory_keeps_everything_on_the_device():
     assert plan.micro_batch == 8 * 2048
 
 
-def test_host_memory_is_used_only_where_it_is_allowed():
+def test_host_memory_is_used_only_where_it_is_allowed() -> None:
     alone = plan_step(step(), 12 * GIB, allow_host=False)
     assert set(alone.host_levels) == {None}
     assert not alone.embedding_on_host
@@ -189,17 +190,17 @@ def test_host_memory_is_used_only_where_it_is_allowed():
     assert not plan_step(step(), int(7.2 * GIB)).stream_weights
 
 
-def test_too_little_memory_says_what_the_leanest_plan_needs():
+def test_too_little_memory_says_what_the_leanest_plan_needs() -> None:
     with pytest.raises(NoPlanError, match=r"no plan fits .* the leanest needs \d"):
         plan_step(step(), 2 * GIB, allow_stream=True)
 
 
-def test_a_tied_embedding_stays_on_the_device():
+def test_a_tied_embedding_stays_on_the_device() -> None:
     tied = replace(step(), tied=True)
     assert not plan_step(tied, 7 * GIB, allow_stream=True).embedding_on_host
 
 
-def test_small_steps_are_bound_by_launches_and_large_ones_are_not():
+def test_small_steps_are_bound_by_launches_and_large_ones_are_not() -> None:
     small, large = step("qwen3-0.6b", row=256), step()
     assert launch_bound(plan_step(small, 20 * GIB), small)
     assert not launch_bound(plan_step(large, 135 * GIB), large)
