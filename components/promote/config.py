@@ -1,4 +1,4 @@
-"""Configuration of `promote` and of `rollback`."""
+"""Configuration of `promote`, `rollback` and `approve`."""
 
 from typing import Annotated, Literal, Self
 
@@ -63,6 +63,8 @@ class PromoteConfig(StepConfig):
     """Bootstrap resamples of the held-out rows."""
     seed: int = Field(default=0, ge=0)
     """Of the bootstrap."""
+    require_approval: bool = False
+    """Whether a version also needs a person's word, `finemill approve VERSION --by NAME --why REASON`."""
     strict: bool = False
     """Whether a version that is not promoted is a failure (exit code 3) instead of a result."""
 
@@ -73,8 +75,21 @@ class PromoteConfig(StepConfig):
         return self
 
 
-class RollbackConfig(StepConfig):
-    """Which model gets its previous champion back."""
-
+class _SignedConfig(StepConfig):
     registered_model_name: Annotated[str, AfterValidator(check_registered_model_name)] = "finemill"
     """Name in MLflow's model registry."""
+    by: str | None = Field(default=None, min_length=1, max_length=200)
+    """Who does it, for the record. Default: this machine's user."""
+    why: str | None = Field(default=None, min_length=1, max_length=2000)
+    """Why, for the record."""
+
+
+class RollbackConfig(_SignedConfig):
+    """Which model gets its previous champion back."""
+
+
+class ApproveConfig(_SignedConfig):
+    """Which version a person approves."""
+
+    version: int = Field(ge=1)
+    """Number of the version."""

@@ -38,7 +38,7 @@ class Scores:
     def rows(self, metric: str, model: ModelName) -> RowScores | None:
         """The rows of `model` (`base`, `tuned`) that have this metric; None if there are none.
 
-        Raises: UserError: a row is there twice.
+        Raises: UserError: a row is there twice, or a score is no number.
         """
         field = _SCORE_OF_METRIC.get(metric, metric)
         if field not in SCORES:
@@ -54,6 +54,9 @@ class Scores:
         ids, values, weights = zip(*found, strict=True)
         if len(set(ids)) < len(ids):
             raise UserError(f"evaluation: {SAMPLES_FILE} has a row of {model} twice; evaluate again")
+        if not np.isfinite(values).all():
+            row = ids[int(np.argmin(np.isfinite(values)))]
+            raise UserError(f"evaluation: the {metric} of row {row} under {model} is no number; evaluate again")
         return RowScores(ids, np.array(values), np.array(weights))
 
     def value(self, metric: str, model: ModelName) -> float | None:

@@ -1,6 +1,7 @@
 """Compare a registered version with the champion, and make it champion if every gate passes."""
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ from finemill.artifacts.decision import Decision, write_decision
 from finemill.artifacts.files import DECISION_TEXT
 from finemill.artifacts.manifest import Reference
 from finemill.artifacts.version import VersionRecord, read_version
+from finemill.components.promote.approve import signature
 from finemill.components.promote.config import PromoteConfig
 from finemill.components.promote.decision import markdown, summarize
 from finemill.components.promote.gates import check_gates
@@ -15,6 +17,7 @@ from finemill.components.promote.scores import Scores
 from finemill.errors import GateFailedError, TemporaryError, UserError
 from finemill.registry.champion import comparable_evaluation
 from finemill.registry.snapshot import (
+    APPROVED_TAG,
     CHALLENGER,
     CHAMPION,
     COMPARED_TAG,
@@ -39,17 +42,18 @@ _NONE = "none"
 
 
 def champion_state(inputs: Mapping[str, str], config: PromoteConfig, tracking: Tracking) -> dict[str, str]:
-    """The champion that the version is compared with, and whether the version was rolled back.
+    """The champion that the version is compared with, and whether the version was rolled back, or approved.
 
     The same before and after the version has become champion itself, and another one when the champion has changed.
     """
     record = read_version(fetch_artifact(Reference.parse(inputs["version"]))[0])
     model, version = _find(record, tracking.registry)
-    return {
+    state = {
         "registered_model": registry_state_of(model),
         "champion": _compared_with(model, version),
         "rolled_back": version.tags.get(ROLLED_BACK_TAG, ""),
     }
+    return state | ({"approved": version.tags.get(APPROVED_TAG, "")} if config.require_approval else {})
 
 
 def run(
@@ -95,8 +99,7 @@ def _decide(
         champion_evaluation = comparable_evaluation(model, champion, context.manifests["evaluation"], context)
         theirs = Scores(fetch_artifact(champion_evaluation)[0])
     gates = check_gates(scores, theirs, config)
-    rolled_back = challenger.tags.get(ROLLED_BACK_TAG)
-    refusal = f"it was champion and was rolled back on {rolled_back}" if rolled_back else None
+    refusal = _refusal(challenger, config)
     summary = summarize(gates, champion.number if champion else None, refusal)
     promoted = refusal is None and all(gate.passed for gate in gates)
     if not promoted and model.aliases.get(CHAMPION) == challenger.number:
@@ -111,7 +114,19 @@ def _decide(
         gates=tuple(gates),
         evaluation=context.references["evaluation"],
         champion_evaluation=str(champion_evaluation) if champion_evaluation else None,
+        approved=signature(challenger, APPROVED_TAG),
+        decided=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _refusal(challenger: Version, config: PromoteConfig) -> str | None:
+    """Why the version is not promoted whatever its scores; None if nothing speaks against it."""
+    rolled_back = signature(challenger, ROLLED_BACK_TAG)
+    if rolled_back:
+        return f"it was champion and was rolled back {rolled_back}"
+    if config.require_approval and not signature(challenger, APPROVED_TAG):
+        return f"it waits for approval: finemill approve {challenger.number} --by NAME --why REASON, then promote again"
+    return None
 
 
 def _apply(client: "MlflowClient", uri: str, decision: Decision, expected: str) -> None:
@@ -151,7 +166,8 @@ def _compared_with(model: RegisteredModel, version: Version) -> str:
     """The number of the champion that `version` has to beat: the one before, once it is champion itself."""
     number = model.aliases.get(CHAMPION)
     if number == version.number:
-        return version.tags.get(COMPARED_TAG, _NONE)
+        before = version.tags.get(COMPARED_TAG, _NONE)
+        return before if before.isdecimal() and int(before) in model.versions else _NONE
     return _NONE if number is None else str(number)
 
 

@@ -18,7 +18,9 @@ _GROUPS = {
     },
     "steps": {step.name: (step.summary, "step") for step in STEPS.values()},
     "registry and store": {
+        "approve": ("Approve a version, where a promotion asks for it.", "rollback"),
         "rollback": ("Make the previous champion champion again.", "rollback"),
+        "replay": ("Check a decision's gates again and compare the verdicts.", "replay"),
         "gc": ("Delete artifacts that no registered version was made from.", "gc"),
     },
     "schemas and measurements": {

@@ -1,8 +1,9 @@
+import json
 from pathlib import Path
 
 import pytest
 
-from finemill.artifacts.records import Record, read_record, write_record
+from finemill.artifacts.records import Record, read_record, write_json, write_record
 from finemill.errors import UserError
 
 
@@ -40,3 +41,9 @@ def test_a_missing_file_says_who_writes_it(tmp_path: Path) -> None:
 def test_keys_of_a_later_version_are_no_error(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"name": "Ulm", "mayor": "x"}')
     assert read_record(tmp_path / "a.json", Place, "merge").name == "Ulm"
+
+
+def test_what_is_no_number_in_json_is_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1.5, (float("inf"),)], "c": {"d": -float("inf")}, "e": 2})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": None, "b": [1.5, [None]], "c": {"d": None}, "e": 2}

@@ -31,6 +31,10 @@ class Decision(Record):
     gates: tuple[GateResult, ...]
     evaluation: str
     champion_evaluation: str | None
+    approved: str | None = None
+    """When, by whom and why the version was approved, if it was."""
+    decided: str = ""
+    """When."""
 
 
 def write_decision(folder: Path, decision: Decision) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
-from pydantic import RootModel, ValidationError
+from pydantic import FiniteFloat, RootModel, ValidationError
 
 from finemill.artifacts.files import METRICS_FILE, SAMPLES_FILE
 from finemill.artifacts.metrics import ModelName
@@ -98,7 +98,7 @@ def read_sample_scores(folder: Path) -> list[SampleScores]:
     return read_rows(folder / SAMPLES_FILE, SampleScores, _WRITER)
 
 
-class _Metrics(RootModel[dict[str, float]]):
+class _Metrics(RootModel[dict[str, FiniteFloat]]):
     """A value per flat name."""
 
 
@@ -113,4 +113,6 @@ def read_metrics(folder: Path) -> dict[str, float]:
     try:
         return _Metrics.model_validate_json(path.read_bytes()).root
     except (FileNotFoundError, ValidationError):
-        raise UserError(f"{path} is missing or no list of metrics: {_WRITER} writes it; run {_WRITER} again") from None
+        raise UserError(
+            f"{path} is missing or no list of finite metrics: {_WRITER} writes it; run {_WRITER} again"
+        ) from None

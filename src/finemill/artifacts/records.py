@@ -1,6 +1,7 @@
 """JSON files as frozen records: a key is a field's name, and is written once, there."""
 
 import json
+import math
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,8 +26,17 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """JSON text, UTF-8, indented."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """JSON text, UTF-8, indented; NaN and infinity, which JSON does not have, as null."""
+    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def read_record(path: Path, record_type: type[RecordT], writer: str) -> RecordT:

@@ -1,28 +1,48 @@
-"""`finemill rollback`: the previous champion becomes champion again."""
+"""`finemill rollback` and `finemill approve`: what people do to a registered model by hand, signed."""
 
 import argparse
 
 from finemill.commands.config_flags import add_config_flags, read_config
-from finemill.components.promote.config import RollbackConfig
+from finemill.components.promote.config import ApproveConfig, RollbackConfig
 from finemill.tracking.settings import Tracking
+
+_DESCRIPTIONS = {
+    "rollback": "Make the previous champion of a registered model champion again.",
+    "approve": "Approve a registered version, for a promotion whose require_approval is set; then promote again.",
+}
 
 
 def execute(name: str, arguments: list[str]) -> int:
-    """Parse `arguments`, move the aliases, print which version is champion now. Returns: the exit code."""
+    """Parse `arguments`, change the registry, print what changed. Returns: the exit code."""
     parser = argparse.ArgumentParser(
         prog=f"finemill {name}",
-        description="Make the previous champion of a registered model champion again. MLFLOW_TRACKING_URI says where.",
+        description=f"{_DESCRIPTIONS[name]} MLFLOW_TRACKING_URI says where.",
         allow_abbrev=False,
     )
     parser.add_argument("--dry-run", action="store_true", help="validate, print the resolved config, do nothing")
-    add_config_flags(parser, RollbackConfig)
+    model: type[ApproveConfig | RollbackConfig] = ApproveConfig if name == "approve" else RollbackConfig
+    if name == "approve":
+        parser.add_argument("config:version", metavar="VERSION", help="number of the version")
+    add_config_flags(parser, model)
     parsed = parser.parse_args(arguments)
-    config = read_config(parsed, RollbackConfig, f"finemill {name}")
+    config = read_config(parsed, model, f"finemill {name}")
     if parsed.dry_run:
         print(config.model_dump_json(indent=2))
         return 0
+    print(_approve(config) if isinstance(config, ApproveConfig) else _rollback(config))
+    return 0
+
+
+def _rollback(config: RollbackConfig) -> str:
     from finemill.components.promote.rollback import rollback
 
     result = rollback(config, Tracking.of_environment().registry)
-    print(f"{result.registered_model_name}: version {result.champion} is champion, {result.rolled_back} is rolled back")
-    return 0
+    other = "the one after it was deleted" if result.rolled_back is None else f"{result.rolled_back} is rolled back"
+    return f"{result.registered_model_name}: version {result.champion} is champion, {other}"
+
+
+def _approve(config: ApproveConfig) -> str:
+    from finemill.components.promote.approve import approve
+
+    by = approve(config, Tracking.of_environment().registry)
+    return f"{config.registered_model_name}: version {config.version} is approved by {by}"

@@ -40,7 +40,10 @@ on other rows."""
 COMPARED_TAG = "finemill.compared_with"
 """On a version that was made champion: the version that was champion before, or `none`."""
 ROLLED_BACK_TAG = "finemill.rolled_back"
-"""On a version that was champion and was rolled back: when."""
+"""On a version that was champion and was rolled back: when. `_by` and `_why` follow as tags of their own."""
+APPROVED_TAG = "finemill.approved"
+"""On a version that a person approved: when. `_by` and `_why` follow as tags of their own."""
+BY, WHY = "_by", "_why"
 DECISION_TAG = "finemill.decision"
 """On a version: what `promote` decided last, in one line."""
 LOCK_TAG = "finemill.lock"
@@ -76,7 +79,9 @@ class Version:
 
 @dataclass(frozen=True)
 class RegisteredModel:
-    """A registered model with its versions by number and its aliases, in the registry at `registry_uri`."""
+    """A registered model in the registry at `registry_uri`: its versions by number, and its aliases but those of
+    versions that were deleted.
+    """
 
     name: str
     created: int
@@ -144,18 +149,19 @@ def _read_sqlite(path: Path, uri: str, name: str) -> RegisteredModel | None:
         tags: dict[int, dict[str, str]] = {}
         for number, key, value in rows("version, key, value", "model_version_tags"):
             tags.setdefault(int(number), {})[key] = value
-        versions = rows("version, creation_time, current_stage", "model_versions")
+        found = rows("version, creation_time, current_stage", "model_versions")
+        versions = {
+            int(number): Version(int(number), int(created), tags.get(int(number), {}))
+            for number, created, stage in found
+            if stage != "Deleted_Internal"
+        }
         return RegisteredModel(
             name,
             int(models[0][0]),
-            next_number=max((int(number) for number, _, _ in versions), default=0) + 1,
+            next_number=max((int(number) for number, _, _ in found), default=0) + 1,
             registry_uri=uri,
-            versions={
-                int(number): Version(int(number), int(created), tags.get(int(number), {}))
-                for number, created, stage in versions
-                if stage != "Deleted_Internal"
-            },
-            aliases={alias: int(number) for alias, number in rows("alias, version", "registered_model_aliases")},
+            versions=versions,
+            aliases=_living(dict(rows("alias, version", "registered_model_aliases")), versions),
             lock_uri=dict(rows("key, value", "registered_model_tags")).get(LOCK_TAG),
         )
 
@@ -179,9 +185,14 @@ def _read_client(client: "MlflowClient", uri: str, name: str) -> RegisteredModel
         next_number=max(versions, default=0) + 1,
         registry_uri=uri,
         versions=versions,
-        aliases={alias: int(number) for alias, number in model.aliases.items()},
+        aliases=_living(model.aliases, versions),
         lock_uri=model.tags.get(LOCK_TAG),
     )
+
+
+def _living(aliases: Mapping[str, Any], versions: Mapping[int, Version]) -> dict[str, int]:
+    """The aliases of versions that exist: some of MLflow's stores keep those of deleted ones."""
+    return {alias: int(number) for alias, number in aliases.items() if int(number) in versions}
 
 
 def _all_versions(client: "MlflowClient", name: str | None = None) -> "list[ModelVersion]":

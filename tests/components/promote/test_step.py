@@ -1,12 +1,20 @@
+import io
+import re
+import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
 from finemill.artifacts.decision import Decision, read_decision
+from finemill.artifacts.manifest import Reference
+from finemill.cli import main
 from finemill.components.promote.config import RollbackConfig
 from finemill.components.promote.rollback import rollback
 from finemill.errors import GateFailedError, StepError, TemporaryError, UserError
@@ -219,3 +227,110 @@ def test_rollback_without_a_champion_says_so(registered: Line) -> None:
     registered("one")
     with pytest.raises(UserError, match="'finemill' has no champion"):
         rollback(RollbackConfig(), Tracking.of_environment().registry)
+
+
+def test_a_deleted_champion_blocks_nothing(tracking_uri: str, folder_store: str, registered: Line) -> None:
+    lines = [registered("one", loss=0.5), registered("two", loss=0.4), registered("three", loss=0.6)]
+    promote(folder_store, lines[0])
+    promote(folder_store, lines[1])
+    MlflowClient(tracking_uri).delete_model_version("finemill", "2")
+    keep_alias_of_deleted(tracking_uri, "champion", 2)
+    result = rollback(RollbackConfig(), Tracking.of_environment().registry)
+    assert (result.champion, result.rolled_back) == (1, None)
+    MlflowClient(tracking_uri).delete_model_version("finemill", "1")
+    keep_alias_of_deleted(tracking_uri, "champion", 1)
+    assert decision(promote(folder_store, lines[2])).summary == "@champion, the first"
+    assert aliases() == {"champion": 3}
+
+
+def test_a_champion_whose_predecessor_was_deleted_is_decided_anew(
+    tracking_uri: str, folder_store: str, registered: Line
+) -> None:
+    lines = [registered("one", loss=0.5), registered("two", loss=0.4)]
+    for inputs in lines:
+        promote(folder_store, inputs)
+    MlflowClient(tracking_uri).delete_model_version("finemill", "1")
+    keep_alias_of_deleted(tracking_uri, "previous_champion", 1)
+    again = promote(folder_store, lines[1])
+    assert (again.reused, decision(again).promoted, decision(again).champion_before) == (False, True, None)
+    with pytest.raises(UserError, match="no previous champion: version 2 stays champion"):
+        rollback(RollbackConfig(), Tracking.of_environment().registry)
+
+
+def keep_alias_of_deleted(tracking_uri: str, alias: str, number: int) -> None:
+    """As MLflow's stores left it that did not delete aliases along with a version."""
+    with closing(sqlite3.connect(tracking_uri.removeprefix("sqlite:///"))) as database:
+        row = (alias, number, "finemill")
+        database.execute("REPLACE INTO registered_model_aliases (alias, version, name) VALUES (?, ?, ?)", row)
+        database.commit()
+
+
+def test_who_rolled_back_and_why_is_said(tracking_uri: str, folder_store: str, registered: Line, capsys: Any) -> None:
+    first, second = registered("one", loss=0.5), registered("two", loss=0.4)
+    promote(folder_store, first)
+    promote(folder_store, second)
+    assert main(["rollback", "--by", "ann", "--why", "too many complaints"]) == 0
+    assert capsys.readouterr().out == "finemill: version 1 is champion, 2 is rolled back\n"
+    assert decision(promote(folder_store, second)).summary.endswith(" by ann: too many complaints")
+    assert MlflowClient(tracking_uri).get_model_version("finemill", "2").tags["finemill.rolled_back_by"] == "ann"
+
+
+def test_a_version_waits_for_approval_where_that_is_asked(folder_store: str, registered: Line, capsys: Any) -> None:
+    inputs = registered("one")
+    waiting = decision(promote(folder_store, inputs, require_approval=True))
+    assert waiting.summary.startswith("not promoted: it waits for approval: finemill approve 1 --by NAME")
+    assert main(["approve", "1", "--by", "ann", "--why", "read 20 answers"]) == 0
+    assert capsys.readouterr().out == "finemill: version 1 is approved by ann\n"
+    result = promote(folder_store, inputs, require_approval=True)
+    assert (result.reused, decision(result).promoted) == (False, True)
+    assert str(decision(result).approved).endswith(" by ann: read 20 answers")
+
+
+def test_only_a_version_that_is_there_can_be_approved(registered: Line, capsys: Any) -> None:
+    registered("one")
+    assert main(["approve", "7"]) == 2
+    assert "'finemill' has no version 7; its versions are 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["metrics.json", "samples.parquet"])
+def test_a_score_that_is_no_number_is_never_compared(
+    where: str, tracking_uri: str, folder_store: str, publish: Callable[..., str], trained: Trained
+) -> None:
+    line = trained("one")
+    folder, manifest = fetch_artifact(Reference.parse(line["evaluation"]))
+    files: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in manifest.files}
+    if where == "metrics.json":
+        files[where] = re.sub(rb'"eval/tuned/exact_match": [\d.]+', b'"eval/tuned/exact_match": NaN', files[where])
+    else:
+        table = pq.read_table(folder / where)
+        column = table.column_names.index("loss")
+        losses = [float("nan"), *table["loss"].to_pylist()[1:]]
+        buffer = io.BytesIO()
+        pq.write_table(table.set_column(column, "loss", pa.array(losses, pa.float64())), buffer)
+        files[where] = buffer.getvalue()
+    line["evaluation"] = publish("evaluation", files, manifest.parents, manifest.config, manifest.metrics)
+    version = run_step("register", store=folder_store, inputs=line, config={}, tracking=Tracking.of_environment())
+    inputs = {"version": str(version.reference), "evaluation": line["evaluation"]}
+    with pytest.raises(UserError, match=r"no number|finite metrics"):
+        promote(folder_store, inputs)
+    assert "champion" not in aliases()
+
+
+def test_a_decision_is_replayed_from_its_digests(
+    tracking_uri: str, folder_store: str, registered: Line, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(folder_store, registered("one", loss=0.5))
+    result = promote(folder_store, registered("two", right=70, loss=0.4))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert main(["replay", str(result.reference)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:5] for line in lines[:-2]] == ["same "] * 4
+    assert lines[-1] == "the same verdict"
+    monkeypatch.setattr("finemill.components.promote.gates.lower_bound", lambda *_, **__: 1.0)
+    assert main(["replay", str(result.reference)]) == 3
+    assert "OTHER  exact_match 0.7 is not at most 0.02 worse than champion" in capsys.readouterr().out
+
+
+def test_only_a_decision_can_be_replayed(trained: Trained, capsys: Any) -> None:
+    assert main(["replay", trained("one")["evaluation"]]) == 2
+    assert "is an artifact of kind evaluation" in capsys.readouterr().err
