@@ -1,6 +1,6 @@
 """Configuration of eval."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -46,6 +46,12 @@ class EvalConfig(StepConfig):
 
     seed: int = 0
     """With a temperature: seed of the draws."""
+
+    json_schema: dict[str, Any] | None = None
+    """JSON schema that every answer should keep; `schema_ok_rate` counts those that do."""
+
+    pattern: str | None = None
+    """Regular expression that every answer should match as a whole; `pattern_ok_rate` counts those that do."""
 
     report_rows: int = Field(default=200, ge=0)
     """Rows whose answers the report shows side by side; samples.parquet has them all."""

@@ -19,8 +19,18 @@ from finemill.artifacts.metrics import (
 )
 from finemill.metrics.statistics import mean, paired_rate_error, rate_error, standard_error, weighted_mean
 
-_RATES = ("exact_match", "cut_off", "prefers_chosen", "format_ok", "think_closed", "finished")
-MEANS = (*_RATES, "rouge1", "rouge2", "rougeL", "bleu", "chrf")
+_RATES = (
+    "exact_match",
+    "cut_off",
+    "tool_calls",
+    "schema_ok",
+    "pattern_ok",
+    "prefers_chosen",
+    "format_ok",
+    "think_closed",
+    "finished",
+)
+MEANS = (*_RATES, "rouge1", "rouge2", "rougeL", "bleu", "chrf", "tool_names", "tool_arguments", "tool_order")
 
 
 def summarize(base: Sequence[Sample], tuned: Sequence[Sample]) -> dict[str, float]:

@@ -53,6 +53,9 @@ MEASURES = (
     Measure(
         "preference_accuracy", "Preference accuracy", "chosen answer likelier than the rejected one", as_percent=True
     ),
+    Measure("tool_calls", "Tool calls", "those of the reference, with arguments, in order", as_percent=True),
+    Measure("schema_ok_rate", "JSON schema", "answers that keep it", as_percent=True),
+    Measure("pattern_ok_rate", "Pattern", "answers that match it", as_percent=True),
     Measure("loss", "Loss", "per assistant token of the reference, nats", as_percent=False, lower_is_better=True),
     Measure("perplexity", "Perplexity", "exp of the loss", as_percent=False, lower_is_better=True),
     Measure("format_ok_rate", "Well-formed", "turn ended, thinking block as in the reference", as_percent=True),

@@ -6,7 +6,9 @@ from finemill.artifacts.dataset import HeldOutRow
 from finemill.artifacts.evaluation import Sample
 from finemill.artifacts.metrics import ModelName
 from finemill.metrics.maths import judge
+from finemill.metrics.rules import keeps_pattern, keeps_schema
 from finemill.metrics.text import bleu, chrf, rouge_scores
+from finemill.metrics.tool_calls import read_tool_calls, score_tool_calls
 from finemill.models.generation import Answer
 from finemill.rows.answers import THINK_CLOSE, THINK_OPEN, after_thinking, with_opening
 
@@ -18,6 +20,9 @@ def score_answer(
     loss: tuple[float, int],
     stops: Sequence[str],
     rejected_loss: tuple[float, int] | None = None,
+    *,
+    schema: str | None = None,
+    pattern: str | None = None,
 ) -> Sample:
     """Compare a model's `answer` to `row` with the reference.
 
@@ -26,12 +31,16 @@ def score_answer(
         loss: sum of negative log-likelihoods and number of tokens.
         stops: texts of the tokens that end a turn, which a reference ends with and an answer does not.
         rejected_loss: as `loss`, with the row's worse answer; None if it has none.
+        schema: JSON schema, as text, that every answer should keep.
+        pattern: regular expression that every answer should match as a whole.
     """
     reference = _without_stop(row.completion, stops)
     text, right_text = (with_opening(row.prompt, said) for said in (answer.text, reference))
     verdict = judge(row.answer, text, finished=answer.finished) if row.answer is not None else None
     texts = None if verdict else (after_thinking(right_text), after_thinking(text))
     rouge = rouge_scores(*texts) if texts else {}
+    calls = read_tool_calls(right_text)
+    tools = score_tool_calls(calls, read_tool_calls(text)) if calls else None
     return Sample(
         id=row.id,
         source=row.source,
@@ -47,6 +56,12 @@ def score_answer(
         rougeL=rouge.get("rougeL"),
         bleu=bleu(*texts) if texts else None,
         chrf=chrf(*texts) if texts else None,
+        tool_calls=tools.exact if tools else None,
+        tool_names=tools.names if tools else None,
+        tool_arguments=tools.arguments if tools else None,
+        tool_order=tools.order if tools else None,
+        schema_ok=answer.finished and keeps_schema(text, schema) if schema else None,
+        pattern_ok=answer.finished and keeps_pattern(text, pattern) if pattern else None,
         loss=loss[0] / loss[1] if loss[1] else None,
         num_tokens=loss[1],
         num_generated_tokens=answer.num_tokens,

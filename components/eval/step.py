@@ -19,6 +19,7 @@ from finemill.components.eval.metrics import summarize
 from finemill.components.eval.report import write_reports
 from finemill.components.eval.sample import score_answer
 from finemill.errors import UserError
+from finemill.metrics.rules import keeps_pattern, read_schema
 from finemill.models.adapter import check_base, load_adapter
 from finemill.models.base.resolve import resolve_base_model
 from finemill.models.causal_lm import load_causal_lm, suitable_threads
@@ -39,6 +40,7 @@ def run(
     """
     from transformers import AutoTokenizer
 
+    _check_rules(config)
     _check_base(adapter, config, context)
     rows = read_held_out(dataset, config.split)
     rows = spread(rows, config.max_rows or len(rows))
@@ -58,6 +60,14 @@ def run(
     write_samples(output_dir, [*samples["base"], *samples["tuned"]])
     write_reports(output_dir, samples["base"], samples["tuned"], metrics, adapter, config, context)
     return metrics
+
+
+def _check_rules(config: EvalConfig) -> None:
+    """Raises: UserError: the schema is no JSON schema, or the pattern no regular expression."""
+    if config.json_schema:
+        read_schema(config.json_schema)
+    if config.pattern:
+        keeps_pattern("", config.pattern)
 
 
 def _check_base(adapter: Path, config: EvalConfig, context: StepContext) -> None:
@@ -108,8 +118,11 @@ def score_rows(
         on_progress=lambda done: context.recorder.log_progress(f"{name}: {done} of {len(rows)} rows"),
     )
     stop_texts = tokenizer.convert_ids_to_tokens(list(stops))
+    schema = read_schema(config.json_schema) if config.json_schema else None
     return [
-        score_answer(row, name, answer, loss, stop_texts, rejected_losses.get(index))
+        score_answer(
+            row, name, answer, loss, stop_texts, rejected_losses.get(index), schema=schema, pattern=config.pattern
+        )
         for index, (row, answer, loss) in enumerate(zip(rows, answers, losses, strict=True))
     ]
 

@@ -38,6 +38,15 @@ class SampleScores:
     bleu: float | None = None
     """Sentence BLEU, and chrF of characters, on the same rows."""
     chrf: float | None = None
+    tool_calls: bool | None = None
+    """Whether the tool calls are those of the reference, with their arguments, in order; on rows that have some."""
+    tool_names: float | None = None
+    """F1 of the functions called; then the share of the calls with the right arguments, and of names in order."""
+    tool_arguments: float | None = None
+    tool_order: float | None = None
+    schema_ok: bool | None = None
+    """Whether the answer keeps the configured JSON schema, and the configured pattern."""
+    pattern_ok: bool | None = None
     loss: float | None = None
     """Mean negative log-likelihood of the reference's assistant tokens, nats."""
     num_tokens: int
@@ -113,6 +122,4 @@ def read_metrics(folder: Path) -> dict[str, float]:
     try:
         return _Metrics.model_validate_json(path.read_bytes()).root
     except (FileNotFoundError, ValidationError):
-        raise UserError(
-            f"{path} is missing or no list of finite metrics: {_WRITER} writes it; run {_WRITER} again"
-        ) from None
+        raise UserError(f"{path} is missing or no list of metrics: {_WRITER} writes it; run {_WRITER} again") from None

@@ -25,6 +25,8 @@ BROKEN_RATE = "eval/broken_rate"
 
 METRIC_OF_SCORE = {
     "cut_off": "cut_off_rate",
+    "schema_ok": "schema_ok_rate",
+    "pattern_ok": "pattern_ok_rate",
     "prefers_chosen": "preference_accuracy",
     "format_ok": "format_ok_rate",
     "think_closed": "think_closed_rate",

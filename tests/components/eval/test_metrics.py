@@ -138,3 +138,25 @@ def test_metrics_are_finite_whatever_the_model_does() -> None:
     metrics = summarize(hopeless, hopeless)
     assert all(math.isfinite(value) for value in metrics.values())
     assert "eval/fixed" not in metrics
+
+
+def test_tool_calls_of_rows_that_have_some_are_compared_with_the_reference() -> None:
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    other = call.replace("weather", "time")
+    asked = row(None, f"{call}<|im_end|>")
+    assert (scored(call, asked).tool_calls, scored(call, asked).tool_names) == (True, 1.0)
+    wrong = scored(other, asked)
+    assert (wrong.tool_calls, wrong.tool_names, wrong.tool_arguments, wrong.tool_order) == (False, 0.0, 0.0, 0.0)
+    assert scored(call, row(None, "It is warm.<|im_end|>")).tool_calls is None
+    metrics = summarize([wrong], [scored(call, asked)])
+    assert (metrics["eval/base/tool_calls"], metrics["eval/delta/tool_names"]) == (0.0, 1.0)
+
+
+def test_answers_are_held_against_the_configured_rules() -> None:
+    rules = {"schema": '{"type": "object"}', "pattern": r"\{.*\}"}
+    found = [
+        score_answer(row(None), "tuned", Answer(text, 3, finished), (3.0, 2), STOPS, **rules)  # type: ignore[arg-type]
+        for text, finished in (("{}", True), ("[]", True), ("{}", False))
+    ]
+    assert [(one.schema_ok, one.pattern_ok) for one in found] == [(True, True), (False, False), (False, False)]
+    assert summarize(found, found)["eval/tuned/schema_ok_rate"] == pytest.approx(1 / 3)
