@@ -26,6 +26,14 @@ def lower_bound(
         differences: per row, shape (N,); positive is better.
         weights: of the rows, shape (N,), positive.
     """
+    means = resampled_means(differences, weights, num_resamples=num_resamples, seed=seed)
+    return float(np.quantile(means, 1 - confidence))
+
+
+def resampled_means(
+    differences: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], *, num_resamples: int, seed: int
+) -> npt.NDArray[np.float64]:
+    """The mean difference of each resample, shape (num_resamples,); arguments as for `lower_bound`."""
     random = np.random.default_rng(seed)
     num_rows = len(differences)
     weighted = differences * weights
@@ -36,4 +44,4 @@ def lower_bound(
         drawn = random.integers(0, num_rows, size=(count, num_rows))
         means.append(weighted[drawn].sum(axis=1) / weights[drawn].sum(axis=1))
         left -= count
-    return float(np.quantile(np.concatenate(means), 1 - confidence))
+    return np.concatenate(means)

@@ -63,6 +63,9 @@ class PromoteConfig(StepConfig):
     """Bootstrap resamples of the held-out rows."""
     seed: int = Field(default=0, ge=0)
     """Of the bootstrap."""
+    correction: Literal["none", "holm"] = "none"
+    """With `holm` a required comparison must also hold by its p-value, corrected for how many comparisons there are.
+    Without it a version is promoted by chance no more often than `confidence` says: all gates must pass."""
     require_approval: bool = False
     """Whether a version also needs a person's word, `finemill approve VERSION --by NAME --why REASON`."""
     strict: bool = False

@@ -9,7 +9,8 @@ def markdown(decision: Decision) -> str:
     """A heading, one sentence, and a table of the checks."""
     rows = [
         f"| {'yes' if gate.passed else '**no**'} | {gate.metric} | {gate.rule} | {gate.value:.4g} "
-        f"| {_cell(gate.other)} | {_cell(gate.difference)} | {_cell(gate.lower_bound)} | {gate.num_rows or ''} |"
+        f"| {_cell(gate.other)} | {_cell(gate.difference)} | {_cell(gate.lower_bound)} "
+        f"| {_cell(gate.p_value if gate.adjusted_p_value is None else gate.adjusted_p_value)} | {gate.num_rows or ''} |"
         for gate in decision.gates
     ]
     return "\n".join(
@@ -18,15 +19,21 @@ def markdown(decision: Decision) -> str:
             "",
             (
                 f"Positive differences are better. The bound is what the difference exceeds at "
-                f"{decision.confidence:.0%} confidence (paired bootstrap over the held-out rows)."
+                f"{decision.confidence:.0%} confidence (paired bootstrap over the held-out rows), p the chance of such "
+                f"rows if the rule did not hold{_correction(decision)}."
             ),
             "",
-            "| passed | metric | rule | new | other | difference | bound | rows |",
-            "|---|---|---|---:|---:|---:|---:|---:|",
+            "| passed | metric | rule | new | other | difference | bound | p | rows |",
+            "|---|---|---|---:|---:|---:|---:|---:|---:|",
             *rows,
             "",
         ]
     )
+
+
+def _correction(decision: Decision) -> str:
+    corrected = any(gate.adjusted_p_value is not None for gate in decision.gates)
+    return ", by Holm's correction over all required comparisons" if corrected else ""
 
 
 def _cell(value: float | None) -> str:
@@ -47,4 +54,7 @@ def _failure(gate: GateResult) -> str:
     if gate.difference is None:
         return f"{gate.metric} {gate.value:.4g} is not {gate.rule}"
     bound = f", bound {gate.lower_bound:+.4g}" if gate.lower_bound is not None else ""
-    return f"{gate.metric} {gate.value:.4g} is not {gate.rule} ({gate.other:.4g}; {gate.difference:+.4g}{bound})"
+    chance = f", corrected p {gate.adjusted_p_value:.2g}" if gate.adjusted_p_value is not None else ""
+    sure = "is not surely" if gate.adjusted_p_value is not None else "is not"
+    change = f"{gate.other:.4g}; {gate.difference:+.4g}{bound}{chance}"
+    return f"{gate.metric} {gate.value:.4g} {sure} {gate.rule} ({change})"

@@ -6,7 +6,8 @@ from finemill.artifacts.decision import GateResult
 from finemill.artifacts.metrics import ModelName
 from finemill.components.promote.bootstrap import lower_bound
 from finemill.components.promote.config import Gate, PromoteConfig
-from finemill.components.promote.scores import Scores
+from finemill.components.promote.scores import OF_SOME_ANSWERS, Scores
+from finemill.components.promote.significance import holm, p_value
 from finemill.errors import UserError
 
 
@@ -16,6 +17,7 @@ def check_gates(challenger: Scores, champion: Scores | None, config: PromoteConf
     Raises: UserError: a required metric is not in the evaluation.
     """
     results: list[GateResult] = []
+    required: list[int] = []
     for gate in config.gates:
         value = _value(challenger, gate.metric, "tuned")
         if value is None and gate.required:
@@ -24,8 +26,28 @@ def check_gates(challenger: Scores, champion: Scores | None, config: PromoteConf
                 "change promote.gates"
             )
         if value is not None:
-            results += [*_bounds(gate, value), *_comparisons(gate, value, challenger, champion, config)]
-    return results
+            results += _bounds(gate, value)
+            compared = list(_comparisons(gate, value, challenger, champion, config))
+            required += [len(results) + index for index in range(len(compared) if gate.required else 0)]
+            results += compared
+    return _corrected(results, required, config) if config.correction == "holm" else results
+
+
+def _corrected(results: list[GateResult], required: list[int], config: PromoteConfig) -> list[GateResult]:
+    """The results, of which the `required` ones must also hold by their p-values after Holm's correction."""
+    tested = [index for index in required if results[index].p_value is not None]
+    corrected = dict(zip(tested, holm([results[index].p_value or 0.0 for index in tested]), strict=True))
+    return [
+        result.model_copy(
+            update={
+                "adjusted_p_value": corrected[index],
+                "passed": result.passed and corrected[index] <= 1 - config.confidence,
+            }
+        )
+        if index in corrected
+        else result
+        for index, result in enumerate(results)
+    ]
 
 
 def _value(scores: Scores, metric: str, model: ModelName) -> float | None:
@@ -67,22 +89,21 @@ def _compare(
     other_value = _value(other, gate.metric, model)
     if other_value is None:
         raise UserError(f"promote: the evaluation of the {name} has no metric '{gate.metric}': change promote.gates")
-    difference, bound, num_rows = sign * (value - other_value), None, None
+    difference, bound, num_rows, chance = sign * (value - other_value), None, None, None
     ours, theirs = challenger.rows(gate.metric, "tuned"), other.rows(gate.metric, model)
-    if ours is not None and theirs is not None:
-        if ours.ids != theirs.ids:
+    same_rows = ours is not None and theirs is not None and ours.ids == theirs.ids
+    if ours is not None and theirs is not None and (same_rows or gate.metric not in OF_SOME_ANSWERS):
+        if not same_rows:
             raise UserError(
                 f"promote: {len(ours.ids)} rows of the new version and {len(theirs.ids)} of the {name} have "
                 f"'{gate.metric}', and they are not the same rows: evaluate both on the same dataset"
             )
         num_rows = len(ours.ids)
-        bound = lower_bound(
-            sign * (ours.values - theirs.values),
-            ours.weights,
-            confidence=config.confidence,
-            num_resamples=config.num_resamples,
-            seed=config.seed,
-        )
+        differences = sign * (ours.values - theirs.values)
+        drawn = {"num_resamples": config.num_resamples, "seed": config.seed}
+        bound = lower_bound(differences, ours.weights, confidence=config.confidence, **drawn)
+        threshold = gate.min_delta if gate.min_delta is not None else -(gate.max_regression or 0.0)
+        chance = p_value(differences, ours.weights, threshold=threshold, **drawn)
     sure = difference if bound is None else bound
     if gate.min_delta is not None:
         passed, rule = (
@@ -100,4 +121,5 @@ def _compare(
         difference=difference,
         lower_bound=bound,
         num_rows=num_rows,
+        p_value=chance,
     )

@@ -12,8 +12,8 @@ from finemill.artifacts.metrics import METRIC_OF_SCORE, ModelName, is_stderr, me
 from finemill.errors import UserError
 
 _SCORE_OF_METRIC = {metric: score for score, metric in METRIC_OF_SCORE.items()}
-# Whether a row has these depends on the answer: of two models they are no scores of the same rows.
-_NOT_PAIRED = ("think_closed",)
+OF_SOME_ANSWERS = ("think_closed_rate",)
+"""Metrics whose rows are those of some answers: of two models they need not be the same rows."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Scores:
         Raises: UserError: a row is there twice, or a score is no number.
         """
         field = _SCORE_OF_METRIC.get(metric, metric)
-        if field not in SCORES or field in _NOT_PAIRED:
+        if field not in SCORES:
             return None
         found = sorted(
             # A row's loss is the mean over its tokens: weighted by them, the mean over rows is the evaluation's loss.

@@ -17,6 +17,10 @@ class GateResult(Record):
     difference: float | None = None
     lower_bound: float | None = None
     num_rows: int | None = None
+    p_value: float | None = None
+    """Chance of such rows if the rule did not hold: exact McNemar where rows are right or wrong, else the bootstrap."""
+    adjusted_p_value: float | None = None
+    """The same by Holm's correction over all required comparisons, where that was asked for."""
 
 
 class Decision(Record):

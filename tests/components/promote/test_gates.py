@@ -137,3 +137,38 @@ def test_a_rate_is_compared_row_by_row(tmp_path: Path, metric: str, score: str) 
     assert (result.passed, result.num_rows, result.difference) == (True, 20, pytest.approx(0.4))
     assert result.lower_bound is not None
     assert 0 < result.lower_bound < 0.4
+
+
+def test_with_holms_correction_a_narrow_gain_among_several_gates_is_not_sure(tmp_path: Path) -> None:
+    def right(model: ModelName, number: int) -> list[Sample]:
+        loss = 1.0 if model == "base" else 0.5
+        return [replace(sample(model, index, loss), exact_match=index < number) for index in range(100)]
+
+    challenger = scores(tmp_path / "new", [*right("base", 40), *right("tuned", 45)])
+    gate = {"metric": "exact_match", "direction": "higher", "min_delta": 0, "compare_with": ["base"]}
+    plain = check_gates(challenger, None, only(gate))
+    corrected = check_gates(challenger, None, only(gate, correction="holm"))
+    # Five gained, none lost: 1/32, which is sure alone and not as one of two.
+    assert [(one.passed, one.adjusted_p_value) for one in plain] == [(True, None), (True, None)]
+    assert plain[1].p_value == 1 / 32
+    assert [one.passed for one in corrected] == [True, True]
+    assert corrected[1].adjusted_p_value == pytest.approx(1 / 32)
+    third = {**gate, "metric": "finished_rate", "min_delta": None, "max_regression": 0.1}
+    config = parse_config(PromoteConfig, {"gates": [gate, gate, third], "correction": "holm"}, "promote")
+    assert [one.passed for one in check_gates(challenger, None, config)] == [False, False, True]
+
+
+THINKING: dict[ModelName, tuple[int, ...]] = {"base": (0, 1), "tuned": (1, 2)}
+
+
+def test_a_rate_of_some_answers_is_compared_by_value_where_they_are_of_other_rows(tmp_path: Path) -> None:
+    samples = [
+        replace(sample(model, index, 1.0), think_closed=True if index in thinking else None)
+        for model, thinking in THINKING.items()
+        for index in range(3)
+    ]
+    metrics = {model_metric("base", "think_closed_rate"): 0.5, model_metric("tuned", "think_closed_rate"): 1.0}
+    gate = {"metric": "think_closed_rate", "direction": "higher", "min_delta": 0.0, "compare_with": ["base"]}
+    config = parse_config(PromoteConfig, {"gates": [gate]}, "promote")
+    (result,) = check_gates(scores(tmp_path / "new", samples, metrics), None, config)
+    assert (result.passed, result.num_rows) == (True, None)
