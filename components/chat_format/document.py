@@ -12,15 +12,22 @@ _BEGIN = (
     r"|<\uff5cbegin\u2581of\u2581sentence\uff5c>)?\s*"
 )
 _ROLE = (
-    r"(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|turn>|\[INST\]|<\|(?:system|user|assistant)\|>"
+    r"(?:<\|im_start\|>(?:system|user|assistant)|<\|start_header_id\|>|<start_of_turn>|<\|turn>|\[INST\]"
+    r"|<\|(?:system|user|assistant)\|>"
     r"|<\|start\|>(?:system|developer|user|assistant)|<\uff5c(?:User|Assistant)\uff5c>)"
 )
-_RENDERED_CHAT = re.compile(f"{_BEGIN}{_ROLE}|.*?{_ROLE}.*?{_ROLE}", re.DOTALL)
+_BEGINS_CHAT = re.compile(f"{_BEGIN}{_ROLE}")
+_HOLDS_CHAT = re.compile(f".*?{_ROLE}.*?{_ROLE}", re.DOTALL)
+
+
+def begins_rendered_chat(text: str) -> bool:
+    """Whether a role's marker begins `text`, so that a chat template wrote it; one further on may be typed."""
+    return _BEGINS_CHAT.match(text) is not None
 
 
 def is_rendered_chat(text: str) -> bool:
-    """Whether a chat template wrote `text`: a role's marker begins it, or there are several."""
-    return _RENDERED_CHAT.match(text) is not None
+    """Whether a chat template wrote a document: a role's marker begins it, or there are several."""
+    return begins_rendered_chat(text) or _HOLDS_CHAT.match(text) is not None
 
 
 def document_text(text: str, tokenizer: ChatTokenizer, *, read_control_tokens: bool) -> str:
@@ -40,7 +47,7 @@ def document_text(text: str, tokenizer: ChatTokenizer, *, read_control_tokens: b
     text = text.removeprefix(first)
     rendered = is_rendered_chat(text)
     if rendered and not read_control_tokens:
-        raise DroppedRowError("rendered_chat")
+        raise DroppedRowError("rendered_chat", "text")
     if rendered:
         return first + text + ("" if text.rstrip().endswith(last) else last)
     return f"{first}{tokenizer.break_control_tokens(text.removesuffix(last))}{last}"

@@ -11,7 +11,7 @@ import numpy as np
 from finemill.artifacts.dataset import IGNORE_INDEX
 from finemill.artifacts.rows import PreparedRow
 from finemill.components.chat_format.config import ChatFormatConfig
-from finemill.components.chat_format.document import document_text, is_rendered_chat
+from finemill.components.chat_format.document import begins_rendered_chat, document_text
 from finemill.components.chat_format.example import Draft, Example, Labelled, Rejected
 from finemill.components.chat_format.mask import Rendered, Turn, label_tokens, render_turns, without_broken
 from finemill.components.chat_format.template import BROKEN, ChatTemplate, ChatTemplates
@@ -72,7 +72,7 @@ class Formatter:
         truncated = limit is not None and len(input_ids) > limit
         if truncated:
             if self._config.truncation == "drop":
-                raise DroppedRowError("too_long")
+                raise DroppedRowError("too_long", f"{len(input_ids)} tokens")
             input_ids, labels = input_ids[:limit], labels[:limit]
         if (labels == IGNORE_INDEX).all():
             raise DroppedRowError("too_long" if truncated else "template_removes_thinking")
@@ -103,7 +103,7 @@ class _Chat:
     def drafts(self, *, unroll: bool) -> list[Draft]:
         """The whole conversation, with `unroll` also those that end with a rewritten turn."""
         if self._conversation.tools and not self._template.takes_tools:
-            raise DroppedRowError("template_without_tools")
+            raise DroppedRowError("template_without_tools", "tools")
         rendered = self._render(self._messages)
         in_place, rewritten = self._sort_turns(self._messages, rendered)
         drafts = [self._draft(self._messages, rendered, in_place)]
@@ -120,8 +120,9 @@ class _Chat:
         """Messages as the template takes them. Raises: DroppedRowError: it cannot show them."""
         prepared = self._template.prepare(self._with_system(self._thinking(messages)))
         check_characters(json.dumps([prepared, self._conversation.tools], ensure_ascii=False))
-        if any(message["role"] != "assistant" and is_rendered_chat(message["content"]) for message in prepared):
-            raise DroppedRowError("rendered_chat")
+        for number, message in enumerate(prepared, start=1):
+            if message["role"] != "assistant" and begins_rendered_chat(message["content"]):
+                raise DroppedRowError("rendered_chat", f"turn {number}")
         return prepared
 
     def _thinking(self, messages: Sequence[Message]) -> list[Message]:
@@ -142,7 +143,7 @@ class _Chat:
                 "none; set unsupported_system to fold or drop, or give another template"
             )
         if self._config.unsupported_system == "drop":
-            raise DroppedRowError("template_without_system")
+            raise DroppedRowError("template_without_system", "turn 1")
         system, first, *rest = messages
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
@@ -194,9 +195,9 @@ class _Chat:
     def _render(self, messages: list[Message]) -> Rendered:
         broken, tools = self._tokenizer.break_control_tokens([messages, self._conversation.tools])
         rendered = render_turns(self._template, broken, tools, self._kwargs(messages), self._tokenizer.control)
-        asked = (message["content"].strip() for message in broken if message["role"] in ("system", "user"))
-        if any(text not in rendered.text for text in asked):
-            raise DroppedRowError("template_changes_question")
+        for number, message in enumerate(broken, start=1):
+            if message["role"] in ("system", "user") and message["content"].strip() not in rendered.text:
+                raise DroppedRowError("template_changes_question", f"turn {number}")
         return rendered
 
     def _kwargs(self, messages: Sequence[Message]) -> dict[str, Any]:

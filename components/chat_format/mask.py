@@ -176,7 +176,7 @@ def _shown_content(written: str, message: Message) -> str:
     """
     for call in message.get("tool_calls", ()):
         if any(name not in written for name in (call["function"]["name"], *call["function"]["arguments"])):
-            raise DroppedRowError("template_without_tool_calls")
+            raise DroppedRowError("template_without_tool_calls", "tool_calls")
     content: str = message["content"].strip()
     if content not in written:
         content = split_thinking(message["content"])[1].strip()

@@ -76,14 +76,14 @@ def _format_batch(
 ) -> list[Example]:
     """Render row by row, tokenize all at once: the tokenizer works in parallel."""
     drafts: list[Draft] = []
-    reasons: dict[int, list[str]] = defaultdict(list)
+    reasons: dict[int, list[DroppedRowError]] = defaultdict(list)
     numbers: list[int] = []
     for number, record in enumerate(batch):
         counts.read[record.source] += 1
         try:
             row_drafts = formatter.drafts(record, json.loads(record.row), unroll=unroll)
-        except DroppedRowError as reason:
-            reasons[number].append(str(reason))
+        except DroppedRowError as error:
+            reasons[number].append(error)
         else:
             drafts += row_drafts
             numbers += [number] * len(row_drafts)
@@ -91,7 +91,7 @@ def _format_batch(
     formatted = set()
     for number, example in zip(numbers, formatter.finish_all(drafts), strict=True):
         if isinstance(example, DroppedRowError):
-            reasons[number].append(str(example))
+            reasons[number].append(example)
         else:
             formatted.add(number)
             counts.add(example)
@@ -99,9 +99,10 @@ def _format_batch(
     for number, found in sorted(reasons.items()):
         record = batch[number]
         if number in formatted:
-            counts.examples_dropped.update(found)
+            counts.examples_dropped.update(map(str, found))
         else:
-            counts.dropped[record.source][found[0]] += 1
-            line = {"source": record.source, "row": record.number, "id": record.id, "reason": found[0]}
+            reason = str(found[0])
+            counts.dropped[record.source][reason] += 1
+            line = {"source": record.source, "row": record.number, "reason": reason, "field": found[0].field}
             rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
     return examples

@@ -21,6 +21,7 @@ from finemill.rows.shapes import SHAPES, detect_shape, to_conversation
 logger = logging.getLogger(__name__)
 
 _MAX_SHOWN = 5
+_MAX_FIELD = 200
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -44,22 +45,22 @@ class Record:
 
 @dataclass
 class SourceCounts:
-    """What became of a source's rows; `rejected` holds number and reason of those left out."""
+    """What became of a source's rows; `rejected` holds number, reason and field of those left out."""
 
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
-    rejected: list[tuple[int, str]] = field(default_factory=list)
+    rejected: list[tuple[int, str, str]] = field(default_factory=list)
 
-    def drop(self, number: int, reason: str) -> None:
-        """Count a row that is left out."""
+    def drop(self, number: int, reason: str, where: str = "") -> None:
+        """Count a row that is left out, and say where in it the reason lies."""
         self.dropped[reason] += 1
-        self.rejected.append((number, reason))
+        self.rejected.append((number, reason, where))
 
     def first(self, reason: str) -> list[int]:
         """Numbers of the first rows left out for a reason."""
-        return list(islice((number for number, given in self.rejected if given == reason), _MAX_SHOWN))
+        return list(islice((number for number, given, _ in self.rejected if given == reason), _MAX_SHOWN))
 
 
 class Spool:
@@ -100,7 +101,7 @@ def clean_rows(
         shape = source.shape or detect_shape(row, source.columns)
         if shape is None:
             columns = ", ".join(map(str, row)) or "none"
-            counts.drop(counts.read, "unknown_shape")
+            counts.drop(counts.read, "unknown_shape", f"columns {columns}"[:_MAX_FIELD])
             if config.unknown_rows == "error":
                 raise UserError(_unknown_message(source, counts, columns))
             continue
@@ -109,7 +110,7 @@ def clean_rows(
             conversation = to_conversation(row, shape)
             text = _row_text(row, conversation, config)
         except DroppedRowError as reason:
-            counts.drop(counts.read, str(reason))
+            counts.drop(counts.read, str(reason), reason.field)
             continue
         counts.unread.update(conversation.unread)
         said = normalize_text(whole_text(conversation))
@@ -134,7 +135,7 @@ def normalize_text(text: str) -> str:
 
 
 def _count_damaged(row: Damaged, counts: SourceCounts, config: DataPrepConfig) -> None:
-    counts.drop(counts.read, "damaged")
+    counts.drop(counts.read, "damaged", f"{row.where}: {row.problem}"[:_MAX_FIELD])
     if counts.dropped["damaged"] > config.max_damaged_rows:
         raise UserError(
             f"{row.where}: {row.problem}; correct it, set format if the file is something else, or raise "

@@ -90,11 +90,12 @@ def write_report(
 
 
 def _write_rejected(path: Path, config: DataPrepConfig, counts: Sequence[SourceCounts]) -> None:
-    """A line per row that is left out: its source, its number there, the reason."""
+    """A line per row that is left out: its source, its number there, the reason, and the field that it lies in."""
     with path.open("w", encoding="utf-8") as file:
         for name, count in zip(config.source_names, counts, strict=True):
-            for number, reason in sorted(count.rejected):
-                file.write(json.dumps({"source": name, "row": number, "reason": reason}, ensure_ascii=False) + "\n")
+            for number, reason, where in sorted(count.rejected):
+                line = {"source": name, "row": number, "reason": reason, "field": where}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def warn_of_unread_columns(config: DataPrepConfig, counts: Sequence[SourceCounts]) -> None:

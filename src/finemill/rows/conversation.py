@@ -69,15 +69,15 @@ def num_characters(conversation: Conversation) -> int:
 def check_messages(messages: Sequence[Message]) -> None:
     """Raises: DroppedRowError: not system?, (user, assistant, (tool+, assistant)*)+, or a turn without content."""
     expected: tuple[str, ...] = ("system", "user")
-    for message in messages:
-        role, content = message["role"], message["content"]
+    for number, message in enumerate(messages, start=1):
+        role, content, where = message["role"], message["content"], f"turn {number}"
         if role not in expected:
-            raise DroppedRowError("tool_without_call" if role == "tool" else "role_order")
-        said = split_thinking(content)[1] if role == "assistant" else content
+            raise DroppedRowError("tool_without_call" if role == "tool" else "role_order", where)
+        said = _said(message, where)
         if role in ("user", "assistant") and not said.strip() and not message.get("tool_calls"):
-            raise DroppedRowError("empty_turn")
+            raise DroppedRowError("empty_turn", where)
         if role == "user" and "<" in content and _SHOWS_MEDIA.match(content):
-            raise DroppedRowError("not_text")
+            raise DroppedRowError("not_text", where)
         if role == "system":
             expected = ("user",)
         elif role == "user":
@@ -89,16 +89,27 @@ def check_messages(messages: Sequence[Message]) -> None:
         else:
             expected = ("tool", "user") if has_call_text(content) else ("user",)
     if not messages or messages[-1]["role"] != "assistant":
-        raise DroppedRowError("no_final_answer")
+        raise DroppedRowError("no_final_answer", f"turn {len(messages)}")
+
+
+def _said(message: Message, where: str) -> str:
+    if message["role"] != "assistant":
+        return str(message["content"])
+    try:
+        return split_thinking(message["content"])[1]
+    except DroppedRowError as reason:
+        raise reason.within(where) from None
 
 
 def _with_checked_calls(messages: Sequence[Message], tools: list[Tool] | None) -> list[Message]:
-    return [
-        {**message, "tool_calls": [check_call(call, tools) for call in message["tool_calls"]]}
-        if "tool_calls" in message
-        else message
-        for message in messages
-    ]
+    checked_messages = []
+    for number, message in enumerate(messages, start=1):
+        try:
+            calls = [check_call(call, tools) for call in message.get("tool_calls", ())]
+        except DroppedRowError as reason:
+            raise reason.within(f"turn {number}") from None
+        checked_messages.append({**message, "tool_calls": calls} if calls else message)
+    return checked_messages
 
 
 def _until_learned(messages: list[Message]) -> list[Message]:

@@ -35,8 +35,8 @@ class Reader:
 
     def text(self, *names: str) -> str:
         """The same as text, "" for none. Raises: DroppedRowError: it is none."""
-        value = self.get(*names)
-        return "" if value is None else as_text(value)
+        name = next((name for name in names if self.has(name)), None)
+        return "" if name is None else as_text(self.get(name), name)
 
     def note_unread(self, names: Iterable[str]) -> None:
         """Remember parts of a value that was read which nobody asked for."""

@@ -87,8 +87,9 @@ def to_conversation(row: Row, shape: str) -> Conversation:
     """
     reader = Reader(row)
     try:
-        if reader.has(*MEDIA_COLUMNS):
-            raise DroppedRowError("not_text")
+        media = next((name for name in MEDIA_COLUMNS if reader.has(name)), None)
+        if media is not None:
+            raise DroppedRowError("not_text", media)
         _check_label(reader, shape)
         conversation = checked(SHAPES[shape].convert(reader))
     except RecursionError:
@@ -104,7 +105,7 @@ def _check_label(row: Reader, shape: str) -> None:
         if row.has(column) and (good := is_true(row.peek(column))) is not None:
             row.get(column)
             if not good:
-                raise DroppedRowError("labelled_bad")
+                raise DroppedRowError("labelled_bad", column)
 
 
 def _system(row: Reader) -> list[Message]:
@@ -142,8 +143,16 @@ def _history(row: Reader) -> list[Message]:
         return to_messages(turn_list(value) or [], row, "history")
     pairs = value if isinstance(value, list) else [value]
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise DroppedRowError("bad_history")
-    return [m for asked, said in pairs for m in (_user(as_text(asked)), assistant(as_text(said)))]
+        raise DroppedRowError("bad_history", "history")
+    return [m for asked, said in pairs for m in (_user(as_text(asked, "history")), assistant(as_text(said, "history")))]
+
+
+def _in_column(column: str, read: Callable[..., Message], *values: str) -> Message:
+    """What `read` makes of values of a column, which a reason then names."""
+    try:
+        return read(*values)
+    except DroppedRowError as reason:
+        raise reason.within(column) from None
 
 
 def _user(text: str) -> Message:
@@ -162,12 +171,13 @@ def _from_pair(shape: str) -> Callable[[Reader], Conversation]:
         before = _asked(row, prompts)
         column = next((name for name in answers if row.has(name)), None)
         if column is None:
-            raise DroppedRowError("no_answer")
+            raise DroppedRowError("no_answer", " or ".join(answers))
         value = row.get(column)
         if turn_list(value):
             said = _turns(row, column, value)
         else:
-            said = [assistant(as_text(value), _row_thinking(row, as_text(value)))]
+            answer = as_text(value, column)
+            said = [_in_column(column, assistant, answer, _row_thinking(row, answer))]
         return Conversation(_with_system(row, [*before, *said]), to_tools(row.get(*_TOOLS)), _final(row, shape, value))
 
     return convert
@@ -177,12 +187,12 @@ def _asked(row: Reader, columns: tuple[str, ...]) -> list[Message]:
     """The messages before an answer; of a prompt that is a list of messages no answer is learned."""
     column = next((name for name in columns if row.has(name)), None)
     if column is None:
-        raise DroppedRowError("empty_turn")
+        raise DroppedRowError("empty_turn", " or ".join(columns))
     value = row.get(column)
     if turn_list(value):
         return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in _turns(row, column, value)]
     context = row.text(*(name for name in _CONTEXT if name != column))
-    return [*_history(row), _user("\n\n".join(filter(None, (as_text(value), context))))]
+    return [*_history(row), _user("\n\n".join(filter(None, (as_text(value, column), context))))]
 
 
 def _turns(row: Reader, column: str, value: Any) -> list[Message]:
@@ -203,7 +213,7 @@ def _final(row: Reader, shape: str, answer: Any) -> str | None:
         return None
     if shape == "reasoning":
         stated = next((name for name in _FINAL if row.has(name)), None)
-        return final_answer(str(answer)) if stated is None else as_text(row.get(stated))
+        return final_answer(str(answer)) if stated is None else as_text(row.get(stated), stated)
     # GSM8K's answers end with `#### <final answer>`.
     return final_answer(str(answer)) if "####" in str(answer) else None
 
@@ -238,11 +248,11 @@ def _from_preference(row: Reader) -> Conversation:
         worse = [*better[:-1], *worse]
     better, worse = _with_system(row, better), _with_system(row, worse)
     if better == worse:
-        raise DroppedRowError("chosen_is_rejected")
+        raise DroppedRowError("chosen_is_rejected", "rejected")
     pairs = zip(better, worse, strict=False)
     shared = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(better), len(worse)))
     if any(message["role"] in ("system", "user") for message in (*better[shared:], *worse[shared:])):
-        raise DroppedRowError("histories_differ")
+        raise DroppedRowError("histories_differ", "rejected")
     before = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in better[:shared]]
     return Conversation(
         [*before, *better[shared:]],
@@ -262,7 +272,7 @@ def _preference_prompt(row: Reader) -> list[Message]:
 def _answer_messages(row: Reader, column: str) -> list[Message]:
     value = row.get(column)
     turns = _whole_chat(value) or turn_list(value)
-    return to_messages(turns, row, column) if turns else [assistant(as_text(value))]
+    return to_messages(turns, row, column) if turns else [_in_column(column, assistant, as_text(value, column))]
 
 
 def _after(asked: list[Message], answer: list[Message]) -> list[Message]:
@@ -271,7 +281,7 @@ def _after(asked: list[Message], answer: list[Message]) -> list[Message]:
         return [*asked, *answer]
     texts = [message["content"].strip() for message in answer if message["role"] == "user"]
     if not all(message["content"].strip() in texts for message in asked if message["role"] == "user"):
-        raise DroppedRowError("prompt_differs")
+        raise DroppedRowError("prompt_differs", "chosen")
     system = [m for m in asked if m["role"] == "system"]
     return [*system, *answer] if answer[0]["role"] != "system" else answer
 
@@ -303,11 +313,11 @@ def _choices(value: Any) -> tuple[list[str], list[str]]:
         letters, texts = None, value if isinstance(value, list) else [value]
     if not isinstance(letters, list) or len(letters) != len(texts):
         letters = [chr(ord("A") + number) for number in range(len(texts))]
-    return list(map(str, letters)), list(map(as_text, texts))
+    return list(map(str, letters)), [as_text(text, "choices") for text in texts]
 
 
 def _correct_letter(answer: Any, letters: list[str], texts: list[str]) -> str:
-    stated = as_text(answer).strip()
+    stated = as_text(answer, "answer").strip()
     if stated in letters:
         return stated
     if stated in texts:
@@ -315,7 +325,7 @@ def _correct_letter(answer: Any, letters: list[str], texts: list[str]) -> str:
     if not stated.isdecimal():
         return stated
     if int(stated) >= len(letters):
-        raise DroppedRowError("bad_choices")
+        raise DroppedRowError("bad_choices", "answer")
     return letters[int(stated)]
 
 
@@ -327,9 +337,9 @@ def _is_turns(row: Reader) -> bool:
 def _from_turns(row: Reader) -> Conversation:
     questions, answers = row.get("turns"), row.get("reference")
     if not isinstance(answers, list) or len(questions) != len(answers):
-        raise DroppedRowError("no_answer")
+        raise DroppedRowError("no_answer", "reference")
     if not all(isinstance(answer, str) for answer in answers):
-        raise DroppedRowError("no_answer")
+        raise DroppedRowError("no_answer", "reference")
     pairs = zip(questions, answers, strict=True)
     return Conversation([message for asked, said in pairs for message in (_user(asked), assistant(said))])
 
@@ -343,7 +353,7 @@ def _text_column(row: Reader) -> str | None:
 def _from_text(row: Reader) -> Conversation:
     column = _text_column(row)
     if column is None:
-        raise DroppedRowError("empty_turn")
+        raise DroppedRowError("empty_turn", "text")
     return Conversation([], text=row.text(column))
 
 

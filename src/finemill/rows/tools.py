@@ -48,7 +48,7 @@ def _one_by_one(text: str) -> Iterator[Any]:
         try:
             value, position = decoder.raw_decode(text, position)
         except ValueError:
-            raise DroppedRowError("bad_tool_call") from None
+            raise DroppedRowError("bad_tool_call", "tool_calls") from None
         yield value
         position += len(text[position:]) - len(text[position:].lstrip(" \t\r\n,;"))
 
@@ -56,17 +56,17 @@ def _one_by_one(text: str) -> Iterator[Any]:
 def _call(value: Any) -> Call:
     call = parse_json(value)
     if not isinstance(call, Mapping):
-        raise DroppedRowError("bad_tool_call")
+        raise DroppedRowError("bad_tool_call", "tool_calls")
     nested = parse_json(call.get("function"))
     function = nested if isinstance(nested, Mapping) else call
     name = next((function[key] for key in _NAMES if isinstance(function.get(key), str)), None)
     if not name:
-        raise DroppedRowError("bad_tool_call")
+        raise DroppedRowError("bad_tool_call", "tool_calls")
     key = next((key for key in _ARGUMENTS if not is_missing(function.get(key))), None)
     stated = key or next((key for key in _ARGUMENTS if key in function), None)
     arguments = parse_json(function[key]) if key else ({} if stated else None)
     if arguments is not None and not isinstance(arguments, Mapping):
-        raise DroppedRowError("bad_tool_call")
+        raise DroppedRowError("bad_tool_call", "tool_calls")
     kept = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
     return {
         **kept,
@@ -88,7 +88,7 @@ def check_call(call: Call, tools: list[Tool] | None) -> Call:
     schema = schema if isinstance(schema, Mapping) else {}
     arguments, properties = function["arguments"], schema.get("properties")
     if not arguments and (schema.get("required") or (arguments is None and declared is None)):
-        raise DroppedRowError("bad_tool_call")
+        raise DroppedRowError("bad_tool_call", "tool_calls")
     if isinstance(properties, Mapping):
         arguments = {key: value for key, value in (arguments or {}).items() if value is not None or key in properties}
     return {**call, "function": {**function, "arguments": arguments or {}}}
@@ -103,17 +103,17 @@ def to_tools(value: Any) -> list[Tool] | None:
         return None
     tools = parse_json(value)
     if not isinstance(tools, list):
-        raise DroppedRowError("bad_tools")
+        raise DroppedRowError("bad_tools", "tools")
     return [_tool(parse_json(tool)) for tool in tools] or None
 
 
 def _tool(tool: Any) -> Tool:
     if not isinstance(tool, Mapping):
-        raise DroppedRowError("bad_tools")
+        raise DroppedRowError("bad_tools", "tools")
     nested = parse_json(tool.get("function"))
     function = dict(nested if isinstance(nested, Mapping) else tool)
     if not isinstance(function.get("name"), str):
-        raise DroppedRowError("bad_tools")
+        raise DroppedRowError("bad_tools", "tools")
     if not isinstance(nested, Mapping):
         function.pop("type", None)
         outer = {"type": "function"}
@@ -136,7 +136,7 @@ def split_call_text(content: str) -> tuple[str, list[Call]]:
     if first is None:
         return content, []
     if _CALL_TEXT.sub("", content[first.start() :]).strip():
-        raise DroppedRowError("bad_tool_call")
+        raise DroppedRowError("bad_tool_call", "tool_calls")
     return content[: first.start()].rstrip(), [check_call(call, None) for call in to_calls(content[first.start() :])]
 
 

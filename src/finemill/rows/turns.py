@@ -78,13 +78,16 @@ def to_messages(turns: Sequence[Mapping[str, Any]], reader: Reader, column: str)
     Raises: DroppedRowError: an unknown role, a turn that is not text, a turn of which only a part is to be learned.
     """
     messages: list[Message] = []
-    for turn in turns:
+    for number, turn in enumerate(turns):
         turn_reader = Reader(turn)
-        for message in _read_turn(turn_reader):
-            if messages and _continues(messages[-1], message):
-                messages[-1] = _joined(messages[-1], message)
-            else:
-                messages.append(message)
+        try:
+            for message in _read_turn(turn_reader):
+                if messages and _continues(messages[-1], message):
+                    messages[-1] = _joined(messages[-1], message)
+                else:
+                    messages.append(message)
+        except DroppedRowError as reason:
+            raise reason.within(f"{column}[{number}]") from None
         reader.note_unread(f"{column}[].{name}" for name in turn_reader.unread)
     return messages
 
@@ -106,7 +109,7 @@ def _read_turn(turn: Reader) -> Iterator[Message]:
     name = turn_role({key: turn.get(key) for key in _ROLE_KEYS})
     role = ROLES.get(name)
     if role is None:
-        raise DroppedRowError("unknown_role")
+        raise DroppedRowError("unknown_role", "role")
     if role == "assistant":
         yield from _assistant_turn(turn, name)
         return

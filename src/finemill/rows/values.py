@@ -20,13 +20,13 @@ def is_missing(value: Any) -> bool:
     return isinstance(value, str | list | dict) and not (value.strip() if isinstance(value, str) else value)
 
 
-def as_text(value: Any) -> str:
-    """A text as it is, a number as Python writes it. Raises: DroppedRowError: anything else."""
+def as_text(value: Any, field: str = "") -> str:
+    """A text as it is, a number as Python writes it. Raises: DroppedRowError: anything else, in `field`."""
     if isinstance(value, str):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    raise DroppedRowError("not_text")
+    raise DroppedRowError("not_text", field)
 
 
 def is_true(value: Any) -> bool | None:

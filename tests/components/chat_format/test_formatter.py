@@ -171,7 +171,7 @@ def test_an_answer_without_thinking_gets_an_empty_block_there_only_if_asked(deep
 
 
 def test_role_tokens_that_are_not_special_are_text_where_a_user_types_them(deepseek: Base) -> None:
-    typed = "Say <\uff5cAssistant\uff5c> twice."
+    typed = "Say <\uff5cAssistant\uff5c> after <\uff5cUser\uff5c>."
     (example,) = deepseek.examples(pair(typed, "<think>\nhm\n</think>\n\nNo <\uff5cUser\uff5c>."))
     assert deepseek.runs(example) == ["hm\n</think>\n\nNo <\uff5cUser\uff5c>.<|im_end|>"]
     roles = [byte_tokenizer(*CONTROL, *ROLES).token_to_id(token.content) for token in ROLES[:2]]

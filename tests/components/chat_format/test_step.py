@@ -361,7 +361,8 @@ def test_rows_that_are_left_out_are_listed_with_their_place_in_the_source(tmp_pa
     result, _ = format_rows(tmp_path, rows, max_length=60)
     (line,) = (folder_of(result.reference) / "rejected.jsonl").read_text().splitlines()
     found = json.loads(line)
-    assert (found["source"], found["row"], found["reason"]) == (str(tmp_path / "rows.jsonl"), 2, "too_long")
+    place = str(tmp_path / "rows.jsonl")
+    assert found == {"source": place, "row": 2, "reason": "too_long", "field": f"{found['field'].split()[0]} tokens"}
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:

@@ -190,15 +190,30 @@ def test_a_random_share_of_a_source_stays_the_same_when_rows_come(folder_store: 
     assert 40 < len(ids[0]) < 80
 
 
-def test_every_row_that_is_left_out_is_listed(folder_store: str, tmp_path: Path) -> None:
-    rows = [*sums(range(60)), {"foo": 1}, *sums(range(1)), {"question": "a", "answer": ["b"]}]
+def test_every_row_that_is_left_out_is_listed_with_reason_and_field(folder_store: str, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "image"}]}]
+    rows = [
+        *sums(range(60)),
+        {"foo": 1},
+        *sums(range(1)),
+        {"question": "a", "answer": ["b"]},
+        {"messages": turns},
+        {"messages": [turns[0], {"role": "assistant", "content": " "}]},
+        {"prompt": "a", "completion": "<think>b"},
+    ]
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "not JSON\n")
     result = prepare(folder_store, [source])
-    lines = (folder_of(result) / "rejected.jsonl").read_text().splitlines()
-    reasons = {61: "unknown_shape", 62: "duplicate", 63: "not_text", 64: "damaged"}
-    assert [json.loads(line) for line in lines] == [
-        {"source": str(source), "row": number, "reason": reason} for number, reason in reasons.items()
+    lines = [json.loads(line) for line in (folder_of(result) / "rejected.jsonl").read_text().splitlines()]
+    assert {line["source"] for line in lines} == {str(source)}
+    assert [(line["row"], line["reason"], line["field"]) for line in lines] == [
+        (61, "unknown_shape", "columns foo"),
+        (62, "duplicate", ""),
+        (63, "not_text", "answer"),
+        (64, "not_text", "messages[1]"),
+        (65, "empty_turn", "turn 2"),
+        (66, "unclosed_thinking", "completion"),
+        (67, "damaged", f"{source}, line 67: not valid JSON (Expecting value at column 1)"),
     ]
 
 
