@@ -14,6 +14,7 @@ BUILD_FLAGS ?=
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/finemill/__init__.py)
 
 .DEFAULT_GOAL := help
+WORKERS ?= 2
 HELM_VERSION := 3.19.5
 
 .PHONY: help install helm run test test-cluster images check format lint types components golden chart lock clean
@@ -35,8 +36,8 @@ helm: $(STAMP)  ## helm for the chart's tests, if there is none: built from its 
 run: $(STAMP)  ## raw rows to a promoted model, with the default config
 	@$(BIN)/finemill run finetune
 
-test: $(STAMP)  ## run the tests
-	@$(BIN)/python -m pytest
+test: $(STAMP)  ## run the tests, in WORKERS processes
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-cluster: $(STAMP)  ## the tests that need a Kubernetes cluster with Argo Workflows
 	@FINEMILL_CLUSTER=$(FINEMILL_CLUSTER) $(BIN)/python -m pytest -m cluster tests/cluster

@@ -543,7 +543,16 @@ WIDE = {**SIZES, "intermediate_size": 128}
         {"choose": lambda name: "k_proj" not in name and "up_proj" not in name},
         {"choose": lambda name: "layers.1" in name},
     ],
-    ids=str,
+    ids=[
+        "nf4",
+        "fp32 scales",
+        "float32 storage",
+        "bfloat16 storage",
+        "blocks of 32",
+        "16-bit q",
+        "16-bit k, up",
+        "one layer",
+    ],
 )
 def test_nf4_bases_of_every_kind_give_the_same_loss_and_gradients_and_survive(
     settings: dict[str, Any], device: str
