@@ -144,7 +144,7 @@ def test_line_runs_on_s3(s3_store: str, tmp_path: Path) -> None:
     assert {key.split("/")[0] for key in keys if key.endswith("/manifest.json")} >= set(LINE)
     # Nothing of a bucket's artifacts lies in the working folder: only the cache holds copies.
     left = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file()}
-    assert left <= {"cache", "mlflow.db", "mlflow-artifacts", "finemill-logs"}
+    assert left <= {"cache", "mlflow.db", "mlflow.db.lock", "mlflow-artifacts", "finemill-logs"}
     assert not list(tmp_path.glob("mlflow-artifacts/**/*.safetensors"))
 
 
