@@ -52,13 +52,8 @@ class WeightStream:
         return self._views(self._slots[layer % 2], weights)
 
     def take(self, layer: int, weights: Sequence[NF4Tensor]) -> list[NF4Tensor]:
-        """Return a layer's weights as tensors of their own on the device, from what `put` returned."""
-        block = self._block(layer).to(self.device)
-        return [
-            replace(weight, packed=weight.packed.clone(), absmax=weight.absmax.clone(), nested_absmax=nested)
-            for weight in self._views(block, weights)
-            for nested in [None if weight.nested_absmax is None else weight.nested_absmax.clone()]
-        ]
+        """Return a layer's weights in device memory of their own, from what `put` returned."""
+        return self._views(self._block(layer).to(self.device, copy=True), weights)
 
     def begin(self) -> None:
         """Forget what the slots hold: a captured graph must copy everything it uses itself."""
