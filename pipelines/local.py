@@ -17,20 +17,18 @@ from finemill.errors import StepError
 from finemill.pipelines.graph import SMALL, Pipeline
 from finemill.tracking.progress import EVENTS_VARIABLE
 
-# The caller of a local run has checked configuration and store; and here `promote` can score a champion by itself.
-_CLUSTER_ONLY = ("preflight", "score-champion")
 STOP_TIMEOUT_S = 60.0
 """How long a step that was told to stop may take to save its state."""
 
 
 def for_this_machine(pipeline: Pipeline) -> Pipeline:
     """The pipeline without what only a cluster needs: retries (there is no node to lose, a failed step would only fail
-    again) and the steps in `_CLUSTER_ONLY`.
+    again) and the steps that are `cluster_only`.
 
     Each task waits for the one before: one machine gains nothing from two at once, and kfp's local runner would take
     independent tasks in an order that changes from run to run.
     """
-    kept = [task for task in pipeline.tasks if task.name not in _CLUSTER_ONLY]
+    kept = [task for task in pipeline.tasks if not task.step.cluster_only]
     tasks = [
         replace(task, retries=0, after=tuple(kept[position - 1 : position]), resources=SMALL)
         for position, task in enumerate(kept)

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from finemill.artifacts.files import CHANGE_FILE
-from finemill.artifacts.records import write_json
+from finemill.artifacts.change import Change, write_change
 from finemill.registry.config import RegisterConfig
 from finemill.registry.snapshot import Version, read_registered_model
 from finemill.runtime.context import StepContext
@@ -28,14 +27,14 @@ def run(*, dataset: Path, output_dir: Path, config: RegisterConfig, context: Ste
     known = newest.tags.get(DATASET_TAG) if newest else None
     digest = context.manifests["dataset"].digest
     changed = digest != known
-    record = {
-        "registered_model_name": config.registered_model_name,
-        "newest_version": newest.number if newest else None,
-        "trained_on": known,
-        "dataset": digest,
-        "changed": changed,
-    }
-    write_json(output_dir / CHANGE_FILE, record)
+    change = Change(
+        registered_model_name=config.registered_model_name,
+        newest_version=newest.number if newest else None,
+        trained_on=known,
+        dataset=digest,
+        changed=changed,
+    )
+    write_change(output_dir, change)
     against = f"version {newest.number}" if newest else "no version"
     context.recorder.log_progress(f"{'new data' if changed else 'unchanged'} against {against}")
     return {"detect_change/changed": float(changed)}

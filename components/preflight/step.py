@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from finemill.artifacts.files import PLAN_FILE
-from finemill.artifacts.records import write_json
+from finemill.artifacts.plan import RunPlan, write_plan
 from finemill.components.preflight.base_model import BaseFacts, inspect_base_model
 from finemill.components.preflight.config import PreflightConfig
 from finemill.config import StepConfig, parse_config
@@ -40,18 +39,16 @@ def run(*, output_dir: Path, config: PreflightConfig, context: StepContext) -> d
             pass
     check_registry(parsed, context.tracking)
     base = inspect_base_model(_pinned(config.base_model, context)) if config.base_model else None
-    metrics: dict[str, float] = {}
     training = next((item for item in parsed.values() if isinstance(item, LoRATrainingConfig)), None)
-    if base and training:
-        metrics["preflight/gpu_memory_gib"] = check_memory(base, training, config.gpu_memory_gib)
-    plan = {
-        "base_model": base.id if base else None,
-        "store": context.store,
-        "steps": {section: item.model_dump(mode="json") for section, item in parsed.items()},
-        **metrics,
-    }
-    write_json(output_dir / PLAN_FILE, plan)
-    return metrics
+    needed = check_memory(base, training, config.gpu_memory_gib) if base and training else None
+    plan = RunPlan(
+        base_model=base.id if base else None,
+        store=context.store,
+        steps={section: item.model_dump(mode="json") for section, item in parsed.items()},
+        gpu_memory_gib=needed,
+    )
+    write_plan(output_dir, plan)
+    return {} if needed is None else {"preflight/gpu_memory_gib": needed}
 
 
 def _pinned(base_model: str, context: StepContext) -> str:

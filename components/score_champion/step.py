@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from finemill.artifacts.files import CHAMPION_FILE
-from finemill.artifacts.records import write_json
+from finemill.artifacts.champion import Champion, write_champion
 from finemill.registry.champion import comparable_evaluation
 from finemill.registry.config import RegisterConfig
 from finemill.registry.snapshot import CHAMPION, RegisteredModel, Version, read_registered_model, registry_state_of
@@ -26,11 +25,11 @@ def run(*, output_dir: Path, config: RegisterConfig, context: StepContext) -> di
     Raises: UserError: the champion has to be scored again, and cannot be here.
     """
     model, champion = _champion(config, context.tracking)
-    record: dict[str, object] = {"registered_model_name": config.registered_model_name, "champion": None}
+    record = Champion(registered_model_name=config.registered_model_name)
     if model and champion:
         found = comparable_evaluation(model, champion, context.manifests["evaluation"], context)
-        record |= {"champion": champion.number, "evaluation": str(found)}
-    write_json(output_dir / CHAMPION_FILE, record)
+        record = record.model_copy(update={"champion": champion.number, "evaluation": str(found)})
+    write_champion(output_dir, record)
     return {"score_champion/champion": float(champion.number if champion else 0)}
 
 

@@ -71,6 +71,15 @@ def test_the_table_says_what_fits_a_card(capsys: Capture) -> None:
     assert not row.split()[1].startswith("(")
 
 
+@pytest.mark.parametrize("flag", ["--memory-gb", "--card-gb", "--seq", "--bs", "--accum", "--rank"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "many"])
+def test_an_amount_is_a_number_above_zero(flag: str, value: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        execute("estimate", ["--model", "qwen3-8b", flag, value])
+    assert stopped.value.code == 2
+    assert flag in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_what_is_missing_is_said_in_a_line(tmp_path: Path, tiny_model_dir: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         execute("estimate", ["--model", str(tmp_path)])

@@ -1,12 +1,13 @@
 """A champion that was scored on other rows than the new version is scored again, by the real evaluation."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from finemill.artifacts.champion import read_champion
+from finemill.artifacts.decision import read_decision
 from finemill.artifacts.manifest import Reference
 from finemill.errors import UserError
 from finemill.models.base.resolve import BUILTIN_MODELS
@@ -77,18 +78,19 @@ def test_champion_is_scored_on_the_new_versions_rows(
         config={},
         tracking=Tracking.of_environment(),
     )
-    record = json.loads((fetch_artifact(champion.reference)[0] / "champion.json").read_text())
-    assert record["champion"] == 1
+    record = read_champion(fetch_artifact(champion.reference)[0])
+    assert record.champion == 1
 
     with monkeypatch.context() as without_torch:
         without_torch.setattr("importlib.util.find_spec", lambda name: None)
         result = run_step("promote", store=folder_store, inputs=inputs, config={}, tracking=Tracking.of_environment())
-    found = json.loads((fetch_artifact(result.reference)[0] / "decision.json").read_text())
-    assert found["champion_evaluation"] == record["evaluation"]
-    again = read_artifact(Reference.parse(found["champion_evaluation"]))
+    assert record.evaluation is not None
+    decision = read_decision(fetch_artifact(result.reference)[0])
+    assert decision.champion_evaluation == record.evaluation
+    again = read_artifact(Reference.parse(record.evaluation))
     assert (again.parents["adapter"], again.parents["dataset"]) == (lines[0]["adapter"], lines[1]["dataset"])
     # Both adapters change nothing: the same scores on the same rows.
-    against = [gate for gate in found["gates"] if gate["rule"].endswith("champion")]
-    assert [gate["difference"] for gate in against] == [pytest.approx(0, abs=1e-6)] * len(against)
-    assert "loss" in {gate["metric"] for gate in against}
-    assert not found["promoted"]
+    against = [gate for gate in decision.gates if gate.rule.endswith("champion")]
+    assert [gate.difference for gate in against] == [pytest.approx(0, abs=1e-6)] * len(against)
+    assert "loss" in {gate.metric for gate in against}
+    assert not decision.promoted

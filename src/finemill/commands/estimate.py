@@ -7,6 +7,7 @@ host. cuDNN's frontend and flash-attn-4 are taken to be installed. With `--table
 
 import argparse
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,16 +50,30 @@ def _parse(name: str, argv: list[str]) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help=f"one of {', '.join(SHAPES)}, or a base model: {FORMS}")
     what.add_argument("--table", action="store_true", help="GiB that each known size needs at least, by method")
-    parser.add_argument("--seq", type=int, default=2048, help="tokens per row")
-    parser.add_argument("--bs", type=int, default=2, help="rows per micro-batch")
-    parser.add_argument("--accum", type=int, default=4, help="micro-batches per optimizer step")
-    parser.add_argument("--rank", type=int, default=16, help="LoRA rank on all seven linear layers")
+    parser.add_argument("--seq", type=_count, default=2048, help="tokens per row")
+    parser.add_argument("--bs", type=_count, default=2, help="rows per micro-batch")
+    parser.add_argument("--accum", type=_count, default=4, help="micro-batches per optimizer step")
+    parser.add_argument("--rank", type=_count, default=16, help="LoRA rank on all seven linear layers")
     parser.add_argument("--quant", default="nf4", choices=["nf4", "bf16"])
-    parser.add_argument("--card-gb", type=float, default=CARD_GB, help="memory of the card, GiB (default: %(default)g)")
-    parser.add_argument("--memory-gb", type=float, help="device memory to stay within, GiB (default: the card's)")
+    parser.add_argument("--card-gb", type=_gib, default=CARD_GB, help="memory of the card, GiB (default: %(default)g)")
+    parser.add_argument("--memory-gb", type=_gib, help="device memory to stay within, GiB (default: the card's)")
     parser.add_argument("--gpu", default="h200", choices=sorted(RATES), help="card whose measured rates are taken")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no count: at least 1 is needed")
+    return value
+
+
+def _gib(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no amount of memory: GiB above 0 are needed")
+    return value
 
 
 def workload(model: str, *, rank: int, quantized: bool, rows: int, row: int) -> Workload:

@@ -55,6 +55,8 @@ class Step(NamedTuple):
     """Whether it reads or writes MLflow's model registry: preflight asks for it where a pipeline has such a step."""
     checks_sections: bool = False
     """Whether its configuration gets a pipeline's base model and the other steps' sections, to check them."""
+    cluster_only: bool = False
+    """Whether a pipeline on one machine goes without it, since the caller or another step does there what it does."""
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -114,6 +116,8 @@ _ALL = (
         state_name="step:check_time",
         section_class_name="PreflightSettings",
         checks_sections=True,
+        # `finemill run` has checked configuration and store.
+        cluster_only=True,
     ),
     Step(
         "data-prep",
@@ -211,6 +215,8 @@ _ALL = (
         section="register",
         fetches_inputs=False,
         needs_registry=True,
+        # `promote` can score a champion by itself where it runs with torch.
+        cluster_only=True,
     ),
     Step(
         "promote",

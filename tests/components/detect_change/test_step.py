@@ -1,9 +1,9 @@
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finemill.artifacts.change import read_change
 from finemill.artifacts.manifest import Reference, new_manifest
 from finemill.registry.snapshot import DIGEST_TAG
 from finemill.runtime.catalog import STEPS
@@ -49,9 +49,9 @@ def detect(store: str, given: Reference) -> StepResult:
 
 
 def changed(result: StepResult) -> bool:
-    record = json.loads((fetch_artifact(result.reference)[0] / "change.json").read_text())
-    assert float(record["changed"]) == result.manifest.metrics["detect_change/changed"]
-    return bool(record["changed"])
+    change = read_change(fetch_artifact(result.reference)[0])
+    assert float(change.changed) == result.manifest.metrics["detect_change/changed"]
+    return change.changed
 
 
 def test_only_the_newest_version_s_data_is_nothing_new(registry: Any, folder_store: str) -> None:

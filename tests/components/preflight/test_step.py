@@ -1,4 +1,3 @@
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -6,6 +5,7 @@ from typing import Any
 import pytest
 
 from finemill.artifacts.manifest import Producer, Reference
+from finemill.artifacts.plan import read_plan
 from finemill.components.preflight.config import PreflightConfig
 from finemill.components.preflight.step import check_configs, check_registry
 from finemill.errors import TemporaryError, UserError
@@ -25,12 +25,14 @@ def preflight(store: str, **config: Any) -> Any:
 def test_the_plan_holds_the_resolved_configuration_and_the_estimate(store: str) -> None:
     result = preflight(store, steps={"train_qlora": {"lora_r": 32}, "merge": {}})
     folder, _ = fetch_artifact(Reference.parse(str(result.reference)))
-    plan = json.loads((folder / "plan.json").read_text())
-    assert plan["base_model"] == "builtin:tiny-qwen3"
-    assert plan["steps"]["train_qlora"]["lora_r"] == 32
-    assert plan["steps"]["train_qlora"]["lora_alpha"] == 32
-    assert "max_shard_size" in plan["steps"]["merge"]
-    assert 0 < result.manifest.metrics["preflight/gpu_memory_gib"] < 2
+    plan = read_plan(folder)
+    assert plan.base_model == "builtin:tiny-qwen3"
+    assert plan.steps["train_qlora"]["lora_r"] == 32
+    assert plan.steps["train_qlora"]["lora_alpha"] == 32
+    assert "max_shard_size" in plan.steps["merge"]
+    assert plan.gpu_memory_gib is not None
+    assert 0 < plan.gpu_memory_gib < 2
+    assert result.manifest.metrics["preflight/gpu_memory_gib"] == plan.gpu_memory_gib
 
 
 def test_every_run_checks_anew(folder_store: str) -> None:
@@ -102,9 +104,9 @@ def test_plan_names_the_commit_that_the_run_s_other_steps_will_take(
     resolve_base_model.cache_clear()
     config = {"base_model": "hf://finemill/tiny"}
     result = run_step("preflight", store=folder_store, inputs={}, config=config, run_id="run")
-    plan = json.loads((fetch_artifact(result.reference)[0] / "plan.json").read_text())
-    assert plan["base_model"] == f"hf://finemill/tiny@{first}"
+    plan = read_plan(fetch_artifact(result.reference)[0])
+    assert plan.base_model == f"hf://finemill/tiny@{first}"
     add_to_hub(second)
     resolve_base_model.cache_clear()
     made_by = Producer(step="chat-format", version="0", code="c")
-    assert pin_base_model("hf://finemill/tiny", folder_store, "run", made_by) == plan["base_model"]
+    assert pin_base_model("hf://finemill/tiny", folder_store, "run", made_by) == plan.base_model
