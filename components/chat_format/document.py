@@ -18,6 +18,11 @@ _ROLE = (
 )
 _BEGINS_CHAT = re.compile(f"{_BEGIN}{_ROLE}")
 _HOLDS_CHAT = re.compile(f".*?{_ROLE}.*?{_ROLE}", re.DOTALL)
+# How they end one, also where roles are plain words (Alpaca, Vicuna).
+_ENDS_CHAT = re.compile(
+    r"(?:</s>|<\|im_end\|>|<\|eot_id\|>|<\|end\|>|<\|end_of_text\|>|<end_of_turn>|<eos>"
+    r"|<\uff5cend\u2581of\u2581sentence\uff5c>)\s*\Z"
+)
 
 
 def begins_rendered_chat(text: str) -> bool:
@@ -26,8 +31,11 @@ def begins_rendered_chat(text: str) -> bool:
 
 
 def is_rendered_chat(text: str) -> bool:
-    """Whether a chat template wrote a document: a role's marker begins it, or there are several."""
-    return begins_rendered_chat(text) or _HOLDS_CHAT.match(text) is not None
+    """Whether a chat template wrote a document: a role's marker begins it, there are several, or an end marker ends it.
+
+    That of the tokenizer that reads it is not in `text`.
+    """
+    return begins_rendered_chat(text) or any(sign(text) is not None for sign in (_HOLDS_CHAT.match, _ENDS_CHAT.search))
 
 
 def document_text(text: str, tokenizer: ChatTokenizer, *, read_control_tokens: bool) -> str:
@@ -45,7 +53,7 @@ def document_text(text: str, tokenizer: ChatTokenizer, *, read_control_tokens: b
     if last is None:
         raise UserError("the base model's tokenizer_config.json names no eos_token, which must end every text row")
     text = text.removeprefix(first)
-    rendered = is_rendered_chat(text)
+    rendered = is_rendered_chat(text.rstrip().removesuffix(last))
     if rendered and not read_control_tokens:
         raise DroppedRowError("rendered_chat", "text")
     if rendered:

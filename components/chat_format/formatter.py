@@ -30,6 +30,7 @@ class Formatter:
     def __init__(self, tokenizer: ChatTokenizer, templates: ChatTemplates, config: ChatFormatConfig) -> None:
         for template in templates:
             tokenizer.add_roles(template.plain_chat)
+            tokenizer.add_ends(template.end_of_answer)
         self.tokenizer = tokenizer
         self._templates = templates
         self._config = config
@@ -118,12 +119,19 @@ class _Chat:
 
     def _prepare(self, messages: Sequence[Message]) -> list[Message]:
         """Messages as the template takes them. Raises: DroppedRowError: it cannot show them."""
-        prepared = self._template.prepare(self._with_system(self._thinking(messages)))
+        messages = [self._without_end(message) for message in self._with_system(self._thinking(messages))]
+        prepared = self._template.prepare(messages)
         check_characters(json.dumps([prepared, self._conversation.tools], ensure_ascii=False))
         for number, message in enumerate(prepared, start=1):
             if message["role"] != "assistant" and begins_rendered_chat(message["content"]):
                 raise DroppedRowError("rendered_chat", f"turn {number}")
         return prepared
+
+    def _without_end(self, message: Message) -> Message:
+        """An answer without the end-of-turn token that some data carry, which the template writes itself."""
+        if message["role"] != "assistant":
+            return message
+        return {**message, "content": self._tokenizer.without_end(message["content"])}
 
     def _thinking(self, messages: Sequence[Message]) -> list[Message]:
         if self._config.enable_thinking is False:
@@ -135,7 +143,8 @@ class _Chat:
     def _with_system(self, messages: list[Message]) -> list[Message]:
         if self._config.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._config.system_prompt}, *messages]
-        if messages[0]["role"] != "system" or self._template.takes_system:
+        with_tools = bool(self._conversation.tools)
+        if messages[0]["role"] != "system" or self._template.takes_system(with_tools=with_tools):
             return messages
         if self._config.unsupported_system == "error":
             raise UserError(

@@ -36,6 +36,8 @@ GENERATION_START, GENERATION_END = f"{MARK_OPEN}start{MARK_CLOSE}", f"{MARK_OPEN
 _MARK_FUNCTION = "__mark_turn"
 # The names under which templates read a message's thinking block.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_PROBE_CHAT: list[Message] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+_PROBE_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 
 
 class GenerationBlock(Extension):
@@ -90,9 +92,8 @@ class ChatTemplate:
     @cached_property
     def plain_chat(self) -> str:
         """A question, its answer and a generation prompt, one letter each: what the template itself writes."""
-        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
         try:
-            return self.render(messages, None, {}) + self.render(messages[:1], None, {}, prompt=True)
+            return self.render(_PROBE_CHAT, None, {}) + self.render(_PROBE_CHAT[:1], None, {}, prompt=True)
         except DroppedRowError:
             return ""
 
@@ -102,14 +103,36 @@ class ChatTemplate:
         return self.plain_chat.rstrip().endswith("<think>")
 
     @cached_property
-    def takes_system(self) -> bool:
-        """Whether the template shows a system message to the model."""
+    def end_of_answer(self) -> str:
+        """What the template writes after the last answer."""
+        try:
+            return self.render(_PROBE_CHAT, None, {}).rpartition("a")[2]
+        except DroppedRowError:
+            return ""
+
+    def takes_system(self, *, with_tools: bool) -> bool:
+        """Whether the template shows a system message to the model; some do but for rows with tools."""
+        return self._takes_system_with_tools if with_tools else self._takes_system
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        # One that refuses the question alone, too, says nothing about system messages.
+        return bool(self._shows_system(_PROBE_CHAT[:1], None)) or not self.plain_chat
+
+    @cached_property
+    def _takes_system_with_tools(self) -> bool:
+        """Mistral's shows it with a question, and no longer once a result follows."""
+        result = _probe_call({})[:-1]
+        shown = [self._shows_system(messages, [_PROBE_TOOL]) for messages in (_PROBE_CHAT[:1], result)]
+        return self._takes_system and False not in shown
+
+    def _shows_system(self, messages: list[Message], tools: Any) -> bool | None:
+        """Whether a prompt shows a system message before these, None if the template refuses them."""
         system = {"role": "system", "content": "a system message"}
         try:
-            return system["content"] in self.render([system, {"role": "user", "content": "q"}], None, {}, prompt=True)
+            return system["content"] in self.render([system, *messages], tools, {}, prompt=True)
         except DroppedRowError:
-            # One that refuses the question alone, too, says nothing about system messages.
-            return not self.plain_chat
+            return None
 
     @cached_property
     def takes_tool_calls(self) -> bool:
@@ -124,18 +147,10 @@ class ChatTemplate:
         return shown == [False, True]
 
     def _shows_arguments(self, arguments: Any) -> bool:
-        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
-        messages: list[Message] = [
-            {"role": "user", "content": "q"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "name": "f", "tool_call_id": "call00000", "content": "r"},
-            {"role": "assistant", "content": "a"},
-        ]
-        tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
         try:
-            return "probe" in (text := self.render(messages, tools, {})) and repr(arguments) not in text.replace(
-                json.dumps(arguments), ""
-            )
+            return "probe" in (text := self.render(_probe_call(arguments), [_PROBE_TOOL], {})) and repr(
+                arguments
+            ) not in text.replace(json.dumps(arguments), "")
         except DroppedRowError:
             return False
 
@@ -213,6 +228,17 @@ class ChatTemplate:
         except TypeError as error:
             # Templates that join None or an object with text where this row has no text.
             raise DroppedRowError(f"template fails: {str(error)[:80]}") from None
+
+
+def _probe_call(arguments: Any) -> list[Message]:
+    """A question, a call, its result, an answer."""
+    call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "f", "tool_call_id": "call00000", "content": "r"},
+        {"role": "assistant", "content": "a"},
+    ]
 
 
 def _with_read_calls(message: Message) -> Message:

@@ -42,6 +42,7 @@ class ChatTokenizer:
         self._added = {token.content for token in added}
         self._control = {token.content for token in added if token.special}
         self.control = _any_of(self._control)
+        self._ends = {self.eos_token} if self.eos_token else set()
 
     @property
     def eos_token(self) -> str | None:
@@ -63,6 +64,16 @@ class ChatTokenizer:
         """
         self._control |= {token for token in self._added if token in chat and "think" not in token}
         self.control = _any_of(self._control)
+
+    def add_ends(self, text: str) -> None:
+        """Count the control tokens in `text`, which a template wrote after an answer, as such that end one."""
+        self._ends.update(match[0] for match in self.control.finditer(text))
+
+    def without_end(self, answer: str) -> str:
+        """An answer without the tokens that end it, which only one with a space before them mentions."""
+        if not answer.rstrip().endswith(tuple(self._ends)):
+            return answer
+        return re.sub(rf"(?<! )(?:[\r\n]*(?:{_any_of(self._ends).pattern}))+\s*\Z", "", answer)
 
     def break_control_tokens(self, value: Any) -> Any:
         """A copy of messages or tools in which no text holds a control token: `BROKEN` stands in it."""

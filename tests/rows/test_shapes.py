@@ -163,6 +163,14 @@ def test_thinking_may_have_a_column_of_its_own() -> None:
     assert list(switched.unread) == ["reasoning"]
 
 
+def test_thinking_beside_messages_is_that_of_a_single_answer() -> None:
+    beside = {"messages": pair("2+2?", "4"), "reasoning": "2 and 2"}
+    assert messages_of(beside) == [pair("2+2?", "4")[0], {**pair("2+2?", "4")[1], "reasoning_content": "2 and 2"}]
+    assert messages_of({**beside, "reasoning": "on"}) == pair("2+2?", "4")
+    with pytest.raises(DroppedRowError, match=r"^thinking_not_read$"):
+        read({**beside, "messages": [*pair("a?", "A."), *pair("b?", "B.")]})
+
+
 def test_of_a_prompt_that_is_a_conversation_only_the_completion_is_learned() -> None:
     row = {"prompt": [*pair("a?", "A."), *pair("b?", "")[:1]], "completion": pair("", "B.")[1:]}
     first, answer, second, learned = messages_of(row)

@@ -56,6 +56,24 @@ def test_null_arguments_that_the_function_does_not_declare_are_left_out() -> Non
     assert call({"name": "get_rate", "arguments": arguments}) == arguments
 
 
+def test_null_arguments_stay_only_where_the_schema_lets_them_be_null() -> None:
+    """`datasets` writes every row's keys into every other, into the schemas as well."""
+    kinds = {"to": {"type": "string", "enum": None}, "days": {"type": ["integer", "null"]}, "room": None, "any": {}}
+    (tool,) = to_tools([{"name": "get_rate", "parameters": {"properties": kinds, "required": None}}]) or []
+    assert tool["function"]["parameters"] == {
+        "properties": {"to": {"type": "string", "enum": None}, "days": {"type": ["integer", "null"]}, "any": {}}
+    }
+    arguments = dict.fromkeys(("to", "days", "room", "any")) | {"to": "EUR"}
+    assert call({"name": "get_rate", "arguments": arguments}, [tool]) == {"to": "EUR", "days": None, "any": None}
+    with pytest.raises(DroppedRowError, match=r"^bad_tool_call$"):
+        call({"name": "get_rate", "arguments": {"to": None}}, [TOOL])
+
+
+@pytest.mark.parametrize("key", ["tool_input", "args", "input", "parameters", "function_args"])
+def test_arguments_are_read_under_every_name(key: str) -> None:
+    assert call({"name": "get_rate", key: {"to": "EUR"}}, [TOOL]) == {"to": "EUR"}
+
+
 def test_calls_written_as_text_are_read() -> None:
     first, second = ('{"name": "a", "arguments": {"x": 1}}', '{"name": "b", "arguments": {}}')
     text = f"I look.\n<tool_call>\n{first}\n</tool_call>\n<tool_call>\n{second}\n</tool_call>"

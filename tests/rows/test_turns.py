@@ -118,10 +118,18 @@ THOUGHT = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}
         [{"role": "assistant", "channel": "analysis", "content": "2 and 2"},
          {"role": "assistant", "channel": "final", "content": "4"}],
         [{"role": "thinking", "content": "2 and 2"}, {"role": "assistant", "content": "4"}],
+        [{"role": "assistant", "content": "4", "reasoning_details": [{"type": "reasoning.text", "text": "2 and 2"}]}],
     ],
 )  # fmt: skip
 def test_thinking_is_read_under_every_name(turns: list[Row]) -> None:
     assert messages_of([USER, *turns]) == [USER, THOUGHT]
+
+
+@pytest.mark.parametrize("name", ["my_thinking", "model_reasoning", "thought_process", "gold_cot"])
+def test_an_answer_is_not_learned_without_thinking_under_a_name_that_is_not_known(name: str) -> None:
+    with pytest.raises(DroppedRowError, match=r"^thinking_not_read$"):
+        messages_of([USER, {"role": "assistant", "content": "4", name: "2 and 2"}])
+    assert len(messages_of([USER, {"role": "assistant", "content": "4", name: "high"}])) == 2
 
 
 def test_thinking_in_the_content_stays_there_and_is_not_doubled() -> None:
@@ -145,6 +153,13 @@ def test_turns_that_the_data_exclude_are_marked(excluded: Row) -> None:
     turns = [USER, {"role": "assistant", "content": "5", **excluded}, USER, {"role": "assistant", "content": "4"}]
     assert [message.get("weight") for message in messages_of(turns)] == [None, 0, None, None]
     assert "weight" not in messages_of([USER, {"role": "assistant", "content": "5", next(iter(excluded)): 1}])[1]
+
+
+@pytest.mark.parametrize("key", ["mask", "masked", "ignore", "excluded"])
+def test_turns_are_excluded_by_names_that_say_so(key: str) -> None:
+    turns = [USER, {"role": "assistant", "content": "5", key: True}, USER, {"role": "assistant", "content": "4"}]
+    assert [message.get("weight") for message in messages_of(turns)] == [None, 0, None, None]
+    assert "weight" not in messages_of([USER, {"role": "assistant", "content": "5", key: False}])[1]
 
 
 def test_nothing_after_the_last_learned_answer_is_kept() -> None:

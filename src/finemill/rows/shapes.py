@@ -15,6 +15,7 @@ from finemill.rows.turns import (
     THINKING_KEYS,
     Message,
     assistant,
+    is_prose,
     thinking_under,
     to_messages,
     turn_list,
@@ -122,9 +123,29 @@ def _with_system(row: Reader, messages: list[Message]) -> list[Message]:
 
 def _from_chat(column: str) -> Callable[[Reader], Conversation]:
     def convert(row: Reader) -> Conversation:
-        return Conversation(_with_system(row, _messages(row, column)), to_tools(row.get(*_TOOLS)))
+        messages = _with_row_thinking(row, _messages(row, column))
+        return Conversation(_with_system(row, messages), to_tools(row.get(*_TOOLS)))
 
     return convert
+
+
+def _with_row_thinking(row: Reader, messages: list[Message]) -> list[Message]:
+    """Messages with the thinking block that stands in a column beside them, which is that of a single answer.
+
+    Raises: DroppedRowError: there are several answers.
+    """
+    column = next((name for name in _ROW_THINKING if row.has(name)), None)
+    said = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if column is None or not is_prose(row.peek(column)) or any(_thinks(messages[number]) for number in said):
+        return messages
+    if len(said) != 1:
+        raise DroppedRowError("thinking_not_read", column)
+    answer = messages[said[0]]
+    return [*messages[: said[0]], {**answer, **assistant(answer["content"], thinking_under(row, [column]))}]
+
+
+def _thinks(message: Message) -> bool:
+    return "reasoning_content" in message or "</think>" in message["content"]
 
 
 def _messages(row: Reader, column: str) -> list[Message]:

@@ -13,9 +13,21 @@ from finemill.rows.values import is_missing, parse_json
 Call = dict[str, Any]
 Tool = dict[str, Any]
 
-_ARGUMENTS = ("arguments", "parameters", "input", "args", "kwargs", "params", "action_input")
+_ARGUMENTS = (
+    "arguments",
+    "parameters",
+    "input",
+    "args",
+    "kwargs",
+    "params",
+    "action_input",
+    "tool_input",
+    "tool_args",
+    "function_args",
+)
 _NAMES = ("name", "function", "tool_name", "tool", "action")
 _SCHEMAS = ("parameters", "input_schema", "inputSchema")
+_NULLABLE = ("const", "default", "enum", "examples")
 _CALL_TEXT = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _RESPONSE_TEXT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 
@@ -78,8 +90,8 @@ def _call(value: Any) -> Call:
 def check_call(call: Call, tools: list[Tool] | None) -> Call:
     """A call with its arguments settled by what the function declares.
 
-    Null arguments that it does not declare are left out: Arrow's tables give every call the keys of all others. A call
-    without arguments stays only if the function needs none.
+    Null arguments that it does not declare, or declares with a type that is never null, are left out: Arrow's tables
+    give every call the keys of all others. A call without arguments stays only if the function needs none.
     Raises: DroppedRowError: arguments are missing.
     """
     function = call["function"]
@@ -87,11 +99,20 @@ def check_call(call: Call, tools: list[Tool] | None) -> Call:
     schema = declared.get("parameters") if declared else None
     schema = schema if isinstance(schema, Mapping) else {}
     arguments, properties = function["arguments"], schema.get("properties")
+    if isinstance(properties, Mapping):
+        given = (arguments or {}).items()
+        arguments = {key: value for key, value in given if value is not None or _may_be_null(properties.get(key))}
     if not arguments and (schema.get("required") or (arguments is None and declared is None)):
         raise DroppedRowError("bad_tool_call", "tool_calls")
-    if isinstance(properties, Mapping):
-        arguments = {key: value for key, value in (arguments or {}).items() if value is not None or key in properties}
     return {**call, "function": {**function, "arguments": arguments or {}}}
+
+
+def _may_be_null(schema: Any) -> bool:
+    """Whether a JSON schema of a value lets it be null; one that names no type does."""
+    if not isinstance(schema, Mapping):
+        return False
+    kinds = schema.get("type")
+    return kinds is None or schema.get("nullable") is True or "null" in (kinds if isinstance(kinds, list) else [kinds])
 
 
 def to_tools(value: Any) -> list[Tool] | None:
@@ -121,8 +142,21 @@ def _tool(tool: Any) -> Tool:
         outer = {"type": "function", **{key: value for key, value in tool.items() if key != "function"}}
     schema = next((key for key in _SCHEMAS if key in function), None)
     if schema is not None:
-        function["parameters"] = parse_json(function.pop(schema))
+        function["parameters"] = _without_nulls(parse_json(function.pop(schema)))
     return {**outer, "function": function}
+
+
+def _without_nulls(schema: Any) -> Any:
+    """A JSON schema without keys that are null, which Arrow's tables put there; null is a value in few places."""
+    if isinstance(schema, list):
+        return [_without_nulls(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    return {
+        key: value if key in _NULLABLE else _without_nulls(value)
+        for key, value in schema.items()
+        if value is not None or key in _NULLABLE
+    }
 
 
 def has_call_text(content: str) -> bool:

@@ -6,6 +6,7 @@ there), `tool_calls`, and `weight: 0` if it is not to be learned.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,8 +34,39 @@ ROLES = {
 
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value", "text")
-THINKING_KEYS = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts", "cot", "chain_of_thought")
-_LEARNED_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale", "loss_mask")
+THINKING_KEYS = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+    "thought",
+    "thoughts",
+    "cot",
+    "chain_of_thought",
+    "reasoning_details",
+    "thinking_content",
+    "reasoning_text",
+    "rationale",
+)
+# Other names that some text of an assistant's turn may have which it is wrong to leave out.
+_SOUNDS_LIKE_THINKING = re.compile(r"think|thought|reasoning|rationale|scratchpad|(?:\b|_)cot(?:\b|_)", re.IGNORECASE)
+_LEARNED_KEYS = (
+    "weight",
+    "train",
+    "training",
+    "trainable",
+    "loss",
+    "loss_weight",
+    "loss_scale",
+    "loss_mask",
+    "learn",
+    "trained",
+    "is_trained",
+    "train_on_turn",
+    "compute_loss",
+    "calculate_loss",
+    "use_loss",
+)
+_EXCLUDED_KEYS = ("mask", "masked", "is_masked", "ignore", "ignored", "exclude", "excluded", "skip", "no_loss")
 _TEXT_PARTS = ("", "text", "input_text", "output_text", "refusal")
 _THINKING_PARTS = ("thinking", "reasoning", "think")
 _MEDIA = (
@@ -75,7 +107,8 @@ def to_messages(turns: Sequence[Mapping[str, Any]], reader: Reader, column: str)
         turns: as `turn_list` gives them.
         reader: of the row; it gets to know what the turns hold that is not read.
         column: where they stand.
-    Raises: DroppedRowError: an unknown role, a turn that is not text, a turn of which only a part is to be learned.
+    Raises: DroppedRowError: an unknown role, a turn that is not text, a turn of which only a part is to be learned,
+        thinking under a name that is not known.
     """
     messages: list[Message] = []
     for number, turn in enumerate(turns):
@@ -86,6 +119,7 @@ def to_messages(turns: Sequence[Mapping[str, Any]], reader: Reader, column: str)
                     messages[-1] = _joined(messages[-1], message)
                 else:
                     messages.append(message)
+            _check_thinking(turn_reader)
         except DroppedRowError as reason:
             raise reason.within(f"{column}[{number}]") from None
         reader.note_unread(f"{column}[].{name}" for name in turn_reader.unread)
@@ -113,6 +147,7 @@ def _read_turn(turn: Reader) -> Iterator[Message]:
     if role == "assistant":
         yield from _assistant_turn(turn, name)
         return
+    _is_learned(turn, only_excluded=True)
     content = turn.get(*_CONTENT_KEYS)
     parts = _parts(content) if role == "user" else []
     for part in parts:
@@ -164,8 +199,25 @@ def _joined(before: Message, message: Message) -> Message:
     return {**joined, **({"tool_calls": calls} if calls else {})}
 
 
-def _is_learned(turn: Reader) -> bool:
-    """Whether the data want this turn learned. Weights between 0 and 1 cannot be kept, so they are not read."""
+def _check_thinking(turn: Reader) -> None:
+    """Raises: DroppedRowError: a key of an assistant's turn that is not read sounds like thinking and holds a text."""
+    if ROLES.get(turn_role({key: turn.peek(key) for key in _ROLE_KEYS})) != "assistant":
+        return
+    for name in turn.unread:
+        if _SOUNDS_LIKE_THINKING.search(name) and is_prose(turn.peek(name)):
+            raise DroppedRowError("thinking_not_read", name)
+
+
+def is_prose(value: Any) -> bool:
+    """Whether a value is a text of several words, or a list: no switch, number or level."""
+    return len(value.split()) > 1 if isinstance(value, str) else isinstance(value, list)
+
+
+def _is_learned(turn: Reader, *, only_excluded: bool = False) -> bool:
+    """Whether the data want this turn learned. Weights between 0 and 1 cannot be kept, so they are not read.
+
+    With `only_excluded` what says that it is learned is not read: only an assistant's turns are.
+    """
     segments = parse_json(turn.get("train_detail", "training_detail"))
     if isinstance(segments, list) and any(
         is_true(s.get("train", True)) is False for s in segments if isinstance(s, dict)
@@ -173,9 +225,13 @@ def _is_learned(turn: Reader) -> bool:
         raise DroppedRowError("partly_excluded_turn")
     learned = True
     for key in _LEARNED_KEYS:
-        if turn.has(key) and (wanted := is_true(turn.peek(key))) is not None:
+        if turn.has(key) and (wanted := is_true(turn.peek(key))) is not None and not (wanted and only_excluded):
             turn.get(key)
             learned &= wanted
+    for key in _EXCLUDED_KEYS:
+        if turn.has(key) and (excluded := is_true(turn.peek(key))) is not None and (excluded or not only_excluded):
+            turn.get(key)
+            learned &= not excluded
     return learned
 
 
@@ -206,13 +262,16 @@ def _part_text(part: Mapping[str, Any]) -> str:
 
 
 def _thinking_text(part: Mapping[str, Any]) -> str:
-    return _text(next((part[key] for key in ("thinking", "reasoning", "text", "content") if part.get(key)), None))
+    return _text(
+        next((part[key] for key in ("thinking", "reasoning", "text", "content", "summary") if part.get(key)), None)
+    )
 
 
 def thinking_under(reader: Reader, keys: Sequence[str]) -> str:
     """The thinking block under the first of `keys` that holds a text or parts of one, "" for none."""
     key = next((key for key in keys if reader.has(key) and isinstance(reader.peek(key), str | list)), None)
-    return "" if key is None else _text(reader.get(key))
+    value = None if key is None else reader.get(key)
+    return "".join(map(_thinking_text, _parts(value))) if isinstance(value, list) else _text(value)
 
 
 def _result(content: Any) -> str:

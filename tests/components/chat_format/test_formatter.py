@@ -192,6 +192,7 @@ def test_a_rendered_chat_is_refused_or_learned_with_its_control_tokens(tmp_path:
     "row",
     [
         {"text": "[INST] Say hi. [/INST] Hi!"},
+        {"text": "USER: Say hi. ASSISTANT: Hi!</s>"},
         {"text": "<s><|start_header_id|>user<|end_header_id|>\n\nSay hi."},
         {"text": "Chats:\n<start_of_turn>user\nSay hi.<end_of_turn>\n<start_of_turn>model\nHi!"},
         {"prompt": "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n", "completion": "Hi!<|im_end|>"},
@@ -200,6 +201,17 @@ def test_a_rendered_chat_is_refused_or_learned_with_its_control_tokens(tmp_path:
 def test_chats_rendered_for_any_family_are_refused(tmp_path: Path, row: Row) -> None:
     with pytest.raises(DroppedRowError, match=r"^rendered_chat$"):
         Base(tmp_path, byte_tokenizer()).examples(row)
+
+
+def test_an_answer_that_brings_its_end_of_turn_has_one_and_keeps_what_it_mentions(tmp_path: Path) -> None:
+    base = Base(tmp_path, byte_tokenizer())
+    end = byte_tokenizer().token_to_id("<|im_end|>")
+    for answer in ("Hi!<|im_end|>", "Hi!\n<|im_end|>\n", "Hi!<|im_end|><|im_end|>"):
+        (example,) = base.examples(pair("Say hi.", answer))
+        assert base.runs(example) == ["Hi!<|im_end|>"]
+    (example,) = base.examples(pair("How?", "Turns end with <|im_end|>"))
+    assert base.runs(example) == ["Turns end with <|im_end|><|im_end|>"]
+    assert example.input_ids.count(end) == 2
 
 
 def test_a_document_begins_and_ends_as_the_tokenizer_has_it_and_only_once(tmp_path: Path) -> None:
@@ -236,6 +248,20 @@ def test_a_system_message_that_the_template_takes_not_stands_before_the_first_qu
         base.examples(SYSTEM, unsupported_system="drop")
     with pytest.raises(UserError, match="row 0 of test has a system message, and the chat template takes none"):
         base.examples(SYSTEM, unsupported_system="error")
+
+
+def test_a_system_message_that_a_template_forgets_after_a_call_stands_before_the_first_question(tmp_path: Path) -> None:
+    """Mistral v0.3's stands in the last message, if that is the user's."""
+    template = WITH_CALLS.replace("ARGUMENTS", "(c.function.arguments | tojson)").replace(
+        "{% for m in messages %}",
+        "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set messages = messages[1:] %}"
+        "{% endif %}{% for m in messages %}{% if s and loop.last and m.role == 'user' %}{{ s }}\n{% endif %}",
+    )
+    base = Base(tmp_path, byte_tokenizer(), template)
+    system = {"role": "system", "content": "Be brief."}
+    (example,) = base.examples({"messages": [system, *CALLED], "tools": TOOLS})
+    assert "<|im_start|>user\nBe brief.\n\nDim.<|im_end|>\n" in base.text(example)
+    assert base.runs(example)[-1] == "Done.<|im_end|>"
 
 
 def test_a_question_that_the_template_changes_is_refused(tmp_path: Path) -> None:
