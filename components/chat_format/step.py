@@ -24,7 +24,7 @@ from finemill.components.chat_format.template import load_templates
 from finemill.components.chat_format.tokenize import load_tokenizer
 from finemill.components.chat_format.write import write_split
 from finemill.errors import UserError
-from finemill.rows.reasons import DroppedRowError
+from finemill.rows.reasons import WHOLE_ROW, DroppedRowError
 from finemill.runtime.context import StepContext
 
 _BATCH_ROWS = 1000
@@ -103,6 +103,11 @@ def _format_batch(
         else:
             reason = str(found[0])
             counts.dropped[record.source][reason] += 1
-            line = {"source": record.source, "row": record.number, "reason": reason, "field": found[0].field}
+            line = {
+                "source": record.source,
+                "row": record.number,
+                "reason": reason,
+                "field": found[0].field or WHOLE_ROW,
+            }
             rejected.write(json.dumps(line, ensure_ascii=False) + "\n")
     return examples

@@ -15,7 +15,7 @@ from finemill.components.data_prep.config import DataPrepConfig, Source
 from finemill.components.data_prep.read import Damaged, Row
 from finemill.errors import UserError
 from finemill.rows.conversation import Conversation, first_question, num_characters, whole_text
-from finemill.rows.reasons import DroppedRowError
+from finemill.rows.reasons import WHOLE_ROW, DroppedRowError
 from finemill.rows.shapes import SHAPES, detect_shape, to_conversation
 
 logger = logging.getLogger(__name__)
@@ -54,9 +54,9 @@ class SourceCounts:
     rejected: list[tuple[int, str, str]] = field(default_factory=list)
 
     def drop(self, number: int, reason: str, where: str = "") -> None:
-        """Count a row that is left out, and say where in it the reason lies."""
+        """Count a row that is left out, and say where in it the reason lies: nowhere in particular in the whole row."""
         self.dropped[reason] += 1
-        self.rejected.append((number, reason, where))
+        self.rejected.append((number, reason, where or WHOLE_ROW))
 
     def first(self, reason: str) -> list[int]:
         """Numbers of the first rows left out for a reason."""
@@ -148,9 +148,9 @@ def _row_text(row: Row, conversation: Conversation, config: DataPrepConfig) -> s
     """The row as JSON. Raises: DroppedRowError: too short, too long, or not Unicode."""
     length = num_characters(conversation)
     if length < config.min_characters:
-        raise DroppedRowError("too_short")
+        raise DroppedRowError("too_short", f"{length} characters")
     if config.max_characters is not None and length > config.max_characters:
-        raise DroppedRowError("too_long")
+        raise DroppedRowError("too_long", f"{length} characters")
     text = json.dumps(row, ensure_ascii=False, default=str)
     if not _is_unicode(text):
         raise DroppedRowError("not_unicode")

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from finemill.components.data_prep.clean import Record
 from finemill.components.data_prep.config import DataPrepConfig
+from finemill.rows.reasons import DroppedRowError
 
 # 128 hash functions estimate a Jaccard index of 0.8 to +-0.035; 32 bands of 4 find a pair of 0.8 with 99.999999 %.
 _NUM_HASHES = 128
@@ -22,20 +23,24 @@ class Deduplicator:
 
     def __init__(self, config: DataPrepConfig) -> None:
         self._mode = config.dedup
-        self._seen: set[bytes | str] = set()
+        self._sources = config.source_names
+        self._seen: dict[bytes | str, tuple[int, int]] = {}
         self._near = NearDuplicates(config.minhash_threshold)
 
-    def reason(self, record: Record, text: str) -> str | None:
-        """Why the row is left out, None if it is new. `text` is its normalized text."""
+    def check(self, record: Record, text: str) -> None:
+        """Remember a row; `text` is its normalized text. Raises: DroppedRowError: it repeats one, which is named."""
         if self._mode == "none":
-            return None
+            return
         key = record.row_id if self._mode == "exact" else record.text_key
-        if key in self._seen:
-            return "duplicate"
-        self._seen.add(key)
+        first = self._seen.setdefault(key, (record.source, record.number))
+        if first != (record.source, record.number):
+            raise DroppedRowError("duplicate", self._place(first, record))
         if self._mode == "minhash" and self._near.seen(text):
-            return "near_duplicate"
-        return None
+            raise DroppedRowError("near_duplicate")
+
+    def _place(self, place: tuple[int, int], record: Record) -> str:
+        source, number = place
+        return f"row {number}" if source == record.source else f"row {number} of {self._sources[source]}"
 
 
 class NearDuplicates:

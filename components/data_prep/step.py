@@ -18,6 +18,7 @@ from finemill.components.data_prep.report import (
 )
 from finemill.components.data_prep.split import assign_split, is_sampled, order_key
 from finemill.errors import UserError
+from finemill.rows.reasons import DroppedRowError
 from finemill.runtime.context import StepContext
 
 _WRITE_ROWS = 10_000
@@ -75,8 +76,11 @@ def _read_source(
                 context.recorder.log_progress(f"{counts.read} rows of {source.uri}")
             if source.sample is not None and not is_sampled(record.row_id, source.sample, config.seed):
                 counts.dropped["not_sampled"] += 1
-            elif reason := dedup.reason(record, text):
-                counts.drop(record.number, reason)
+                continue
+            try:
+                dedup.check(record, text)
+            except DroppedRowError as reason:
+                counts.drop(record.number, str(reason), reason.field)
             else:
                 yield record
     if not counts.read:

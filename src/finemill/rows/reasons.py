@@ -1,5 +1,8 @@
 """Why a row is left out."""
 
+WHOLE_ROW = "row"
+"""The field of a reason that lies nowhere in particular."""
+
 
 class DroppedRowError(Exception):
     """A row that cannot be used; the message is the reason that is counted, `field` where in the row it lies."""

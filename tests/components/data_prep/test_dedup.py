@@ -3,10 +3,11 @@ from random import Random
 
 import pytest
 
-from finemill.components.data_prep.clean import SourceCounts, Spool, clean_rows
+from finemill.components.data_prep.clean import Record, SourceCounts, Spool, clean_rows
 from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.data_prep.dedup import Deduplicator, NearDuplicates
 from finemill.config import parse_config
+from finemill.rows.reasons import DroppedRowError
 
 WORDS = [f"word{number}" for number in range(500)]
 
@@ -15,12 +16,31 @@ def text_of(rng: Random, length: int = 60) -> list[str]:
     return [rng.choice(WORDS) for _ in range(length)]
 
 
+def reason_of(dedup: Deduplicator, record: Record, text: str) -> str | None:
+    try:
+        dedup.check(record, text)
+    except DroppedRowError as reason:
+        return str(reason)
+    return None
+
+
+def test_a_repeated_row_names_the_one_that_it_repeats() -> None:
+    config = parse_config(DataPrepConfig, {"sources": [{"uri": "a"}]}, "data-prep")
+    dedup = Deduplicator(config)
+    with closing(Spool()) as spool:
+        (first, text), (second, _) = clean_rows([{"text": "Hi"}, {"text": "hi"}], 0, config, spool, SourceCounts())
+    dedup.check(first, text)
+    with pytest.raises(DroppedRowError, match=r"^duplicate$") as repeated:
+        dedup.check(second, text)
+    assert repeated.value.field == "row 1"
+
+
 def reasons(mode: str, *texts: str) -> list[str | None]:
     config = parse_config(DataPrepConfig, {"sources": [{"uri": "a"}], "dedup": mode}, "data-prep")
     dedup = Deduplicator(config)
     with closing(Spool()) as spool:
         cleaned = clean_rows(({"text": text} for text in texts), 0, config, spool, SourceCounts())
-        return [dedup.reason(record, text) for record, text in cleaned]
+        return [reason_of(dedup, record, text) for record, text in cleaned]
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_every_row_that_is_left_out_is_listed_with_reason_and_field(folder_store
     assert {line["source"] for line in lines} == {str(source)}
     assert [(line["row"], line["reason"], line["field"]) for line in lines] == [
         (61, "unknown_shape", "columns foo"),
-        (62, "duplicate", ""),
+        (62, "duplicate", "row 1"),
         (63, "not_text", "answer"),
         (64, "not_text", "messages[1]"),
         (65, "empty_turn", "turn 2"),
