@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # uv installs in seconds what takes pip minutes; both read the same constraints.
-INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
+INSTALL := $(if $(shell command -v uv),uv pip install --quiet --compile-bytecode --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
 # The program that `make test-cluster` asks for a cluster when KUBECONFIG names none, and how `make images` builds.
 FINEMILL_CLUSTER ?=
@@ -37,7 +37,7 @@ run: $(STAMP)  ## raw rows to a promoted model, with the default config
 	@$(BIN)/finemill run finetune
 
 test: $(STAMP)  ## run the tests, in WORKERS processes
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-cluster: $(STAMP)  ## the tests that need a Kubernetes cluster with Argo Workflows
 	@FINEMILL_CLUSTER=$(FINEMILL_CLUSTER) $(BIN)/python -m pytest -m cluster tests/cluster

@@ -29,6 +29,9 @@ def s3_proxy(endpoint: str, faults: Faults) -> Iterator[str]:
     host = endpoint.removeprefix("http://")
 
     class Handler(BaseHTTPRequestHandler):
+        # Answers `Expect: 100-continue`, for which clients wait a second.
+        protocol_version = "HTTP/1.1"
+
         def relay(self) -> None:
             body = faults.sent(self.command, self.path, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
             if body is None:
@@ -46,8 +49,10 @@ def s3_proxy(endpoint: str, faults: Faults) -> Iterator[str]:
             data = faults.answered(self.command, self.path, answer.read())
             self.send_response(answer.status)
             for key, value in answer.getheaders():
-                if key.lower() not in ("transfer-encoding", "connection", "server", "date"):
+                if key.lower() not in ("transfer-encoding", "connection", "content-length", "server", "date"):
                     self.send_header(key, value)
+            length = answer.getheader("Content-Length", "0") if self.command == "HEAD" else str(len(data))
+            self.send_header("Content-Length", length)
             self.end_headers()
             self.wfile.write(b"" if self.command == "HEAD" else data)
             upstream.close()
@@ -58,7 +63,7 @@ def s3_proxy(endpoint: str, faults: Faults) -> Iterator[str]:
             """Say nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()

@@ -85,6 +85,7 @@ def test_what_a_hub_model_lacks_is_said_before_it_is_fetched(files: list[str], m
 
 def test_a_hub_out_of_reach_may_come_back(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     with pytest.raises(TemporaryError, match="the hub is out of reach"):
         inspect_base_model(f"hf://finemill/tiny@{COMMIT}")
 
