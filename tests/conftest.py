@@ -19,6 +19,7 @@ from finemill.artifacts.manifest import Producer, Reference, new_manifest
 from finemill.artifacts.metrics import ModelName
 from finemill.artifacts.splits import Split
 from finemill.storage.store import publish_artifact, staging_folder
+from tests.recorder import ListRecorder
 
 if TYPE_CHECKING:
     from finemill.runtime.context import StepContext
@@ -177,19 +178,6 @@ def tiny_dataset_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-class Lines:
-    """A recorder that keeps the lines of progress."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Metrics are returned, not recorded live, by the steps that use this."""
-
-    def log_progress(self, text: str) -> None:
-        self.lines.append(text)
-
-
 @pytest.fixture(scope="session")
 def step_context(tmp_path_factory: pytest.TempPathFactory) -> "StepContext":
     """What the harness hands to a step's function."""
@@ -202,7 +190,7 @@ def step_context(tmp_path_factory: pytest.TempPathFactory) -> "StepContext":
         references={"base_model": "builtin:tiny-qwen3", "adapter": f"file:///adapter@sha256:{'a' * 64}"},
         manifests={},
         checkpoints=Checkpoints(f"{store}/checkpoints/test", Producer(step="test", version="0", code="test")),
-        recorder=Lines(),
+        recorder=ListRecorder(),
     )
 
 

@@ -68,7 +68,8 @@ def test_flash_attn_4() -> None:
         pytest.skip("flash-attn-4 is not installed: finemill[long] brings it")
     spec = importlib.util.find_spec("flash_attn")
     assert spec is not None
-    (folder,) = spec.submodule_search_locations or ()
+    assert spec.submodule_search_locations
+    (folder,) = spec.submodule_search_locations
     # Read, not imported: that takes seconds, and a GPU.
     tree = ast.parse((Path(folder) / "cute" / "interface.py").read_text())
     taken = {

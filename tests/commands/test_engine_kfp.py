@@ -197,7 +197,7 @@ def test_a_run_s_end_waits_for_its_tasks(
     def report(seconds: float) -> None:
         kfp.answers["GET", f"{ROOT}/runs/r1"] = run("FAILED", FAILED)
 
-    monkeypatch.setattr(engine_kfp.time, "sleep", report)
+    monkeypatch.setattr("finemill.commands.engine_kfp.time.sleep", report)
     assert watch(kfp) == 1
     assert capsys.readouterr().out.startswith("r1 failed in data-prep")
 

@@ -154,7 +154,7 @@ def test_ctrl_c_leaves_the_run_alone_and_says_how_to_come_back(
     workflow = recorded("done")
     workflow["status"]["phase"] = "Running"
     api.answers["GET", f"{OBJECTS}/workflows/finetune-x"] = (200, workflow)
-    monkeypatch.setattr(run_table.time, "sleep", interrupt)
+    monkeypatch.setattr("finemill.commands.run_table.time.sleep", interrupt)
     assert main(["watch", "finetune-x", *ARGO]) == 130
     assert "come back with:  finemill watch finetune-x --engine argo --namespace ml" in capsys.readouterr().err
     assert not api.posted

@@ -17,7 +17,7 @@ def test_formulas_are_compared_in_threads_too() -> None:
     found: list[bool] = []
     threads = [
         threading.Thread(target=lambda n=n: found.append(symbolic.proven_equal(f"{n}x", f"x*{n}"))) for n in range(4)
-    ]  # type: ignore[misc]
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

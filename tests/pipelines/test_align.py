@@ -30,4 +30,5 @@ def test_a_configuration_without_gates_is_refused(values: dict[str, object], mes
 
 
 def test_a_submitted_run_may_leave_the_installed_gates() -> None:
-    assert parse_config(with_optional_fields(AlignConfig), {"base_model": "hf://o/m@r"}, "submit").promote is None
+    config = parse_config(with_optional_fields(AlignConfig), {"base_model": "hf://o/m@r"}, "submit")
+    assert config.model_dump()["promote"] is None

@@ -218,7 +218,7 @@ CALLED = [{"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "
 
 
 def test_an_answer_of_several_messages_follows_what_both_answers_share() -> None:
-    row = {
+    row: dict[str, Any] = {
         "prompt": pair("Dim the hall.", "")[:1],
         "chosen": [*CALLED, *pair("", "Done.")[1:]],
         "rejected": pair("", "I cannot.")[1:],

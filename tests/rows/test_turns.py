@@ -157,7 +157,8 @@ def test_turns_that_the_data_exclude_are_marked(excluded: Row) -> None:
 
 @pytest.mark.parametrize("key", ["mask", "masked", "ignore", "excluded"])
 def test_turns_are_excluded_by_names_that_say_so(key: str) -> None:
-    turns = [USER, {"role": "assistant", "content": "5", key: True}, USER, {"role": "assistant", "content": "4"}]
+    turns: list[Row] = [USER, {"role": "assistant", "content": "5", key: True}, USER]
+    turns.append({"role": "assistant", "content": "4"})
     assert [message.get("weight") for message in messages_of(turns)] == [None, 0, None, None]
     assert "weight" not in messages_of([USER, {"role": "assistant", "content": "5", key: False}])[1]
 

@@ -13,10 +13,10 @@ def test_what_says_nothing_is_missing(value: Any) -> None:
 
 
 def test_yes_and_no_are_read_as_json_csv_and_python_write_them() -> None:
-    assert [is_true(value) for value in (True, 1, "True", "1", False, 0, 0.0, "false", " no ")] == [True] * 4 + [
-        False
-    ] * 5
-    assert [is_true(value) for value in ("sports", 0.5, 2, None, [])] == [None] * 5
+    yes: list[object] = [True, 1, "True", "1"]
+    no: list[object] = [False, 0, 0.0, "false", " no "]
+    neither: list[object] = ["sports", 0.5, 2, None, []]
+    assert [is_true(value) for value in yes + no + neither] == [True] * 4 + [False] * 5 + [None] * 5
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def test_two_processes_publish_one_adapter_that_equals_one_process_with_twice_th
     assert list_artifacts(f"{folder_store}/train-qlora") == [reference.partition("@")[0]]
     client = MlflowClient(tracking_uri)
     experiment = client.get_experiment_by_name("finemill")
+    assert experiment
     assert [run.info.run_name for run in client.search_runs([experiment.experiment_id])] == ["train-qlora"]
 
     inputs = {"dataset": dataset, "base_model": BASE}

@@ -73,7 +73,7 @@ def lost(name: str, **arguments: Any) -> None:
 
 
 def test_a_failure_that_may_pass_leaves_no_note(folder_store: str, tmp_path: Path) -> None:
-    config = {"steps": {"promote": {}}}
+    config: dict[str, Any] = {"steps": {"promote": {}}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
         with pytest.raises(SystemExit) as ended:

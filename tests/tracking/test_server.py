@@ -92,6 +92,7 @@ def test_line_ends_on_a_server_and_survives_its_loss(
     ).reused
     client = MlflowClient(uri)
     champion = client.get_model_version_by_alias("finemill", "champion")
+    assert champion.source
     assert champion.source.startswith(f"{s3_store}/model/")
     with pytest.raises(UserError, match="no previous champion"):
         rollback(RollbackConfig(), Tracking.of_environment().registry)

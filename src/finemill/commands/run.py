@@ -11,7 +11,7 @@ from typing import Any
 from finemill.commands.config_flags import add_config_flags, read_config
 from finemill.commands.pipeline_argument import choose_pipeline, default_config_file
 from finemill.commands.run_display import RunDisplay, print_results
-from finemill.config import StepConfig
+from finemill.config import ConfigT, StepConfig
 from finemill.models.base.resolve import resolve_base_model
 from finemill.pipelines.graph import Pipeline
 from finemill.pipelines.local import for_this_machine, run_locally
@@ -72,7 +72,7 @@ def _run(pipeline: Pipeline, config: StepConfig, store: str) -> int:
     return 0
 
 
-def with_pinned_base(config: StepConfig) -> StepConfig:
+def with_pinned_base(config: ConfigT) -> ConfigT:
     """The configuration with the commit that the name of a hub's model stands for now: every step gets the same.
 
     Raises: as `resolve_base_model`: the model is fetched here, before anything is computed.

@@ -174,7 +174,7 @@ def test_role_tokens_that_are_not_special_are_text_where_a_user_types_them(deeps
     typed = "Say <\uff5cAssistant\uff5c> after <\uff5cUser\uff5c>."
     (example,) = deepseek.examples(pair(typed, "<think>\nhm\n</think>\n\nNo <\uff5cUser\uff5c>."))
     assert deepseek.runs(example) == ["hm\n</think>\n\nNo <\uff5cUser\uff5c>.<|im_end|>"]
-    roles = [byte_tokenizer(*CONTROL, *ROLES).token_to_id(token.content) for token in ROLES[:2]]
+    roles: list[Any] = [byte_tokenizer(*CONTROL, *ROLES).token_to_id(token.content) for token in ROLES[:2]]
     assert [example.input_ids.count(role) for role in roles] == [1, 1]
 
 
@@ -185,7 +185,8 @@ def test_a_rendered_chat_is_refused_or_learned_with_its_control_tokens(tmp_path:
         base.examples({"text": text})
     (example,) = base.examples({"text": text}, rendered_text="tokens")
     assert base.learned({"text": text}, rendered_text="tokens") == [text]
-    assert example.input_ids.count(byte_tokenizer().token_to_id("<|im_start|>")) == 2
+    start: Any = byte_tokenizer().token_to_id("<|im_start|>")
+    assert example.input_ids.count(start) == 2
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_chats_rendered_for_any_family_are_refused(tmp_path: Path, row: Row) -> 
 
 def test_an_answer_that_brings_its_end_of_turn_has_one_and_keeps_what_it_mentions(tmp_path: Path) -> None:
     base = Base(tmp_path, byte_tokenizer())
-    end = byte_tokenizer().token_to_id("<|im_end|>")
+    end: Any = byte_tokenizer().token_to_id("<|im_end|>")
     for answer in ("Hi!<|im_end|>", "Hi!\n<|im_end|>\n", "Hi!<|im_end|><|im_end|>"):
         (example,) = base.examples(pair("Say hi.", answer))
         assert base.runs(example) == ["Hi!<|im_end|>"]

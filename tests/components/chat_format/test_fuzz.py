@@ -51,7 +51,7 @@ def call(rng: Random) -> Row:
 
 def messages(rng: Random, *, role: str = "role", content: str = "content") -> list[Row]:
     names = ("human", "gpt", "observation") if role == "from" else ("user", "assistant", "tool")
-    turns = [{role: "system", content: text(rng)}] if rng.random() < 0.3 else []
+    turns: list[Row] = [{role: "system", content: text(rng)}] if rng.random() < 0.3 else []
     for _ in range(rng.randint(1, 3)):
         turns.append({role: names[0], content: text(rng)})
         if rng.random() < 0.3:

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finemill.components.chat_format.mask import IGNORE_INDEX, Rendered, label_tokens, render_turns, without_broken
+from finemill.artifacts.dataset import IGNORE_INDEX
+from finemill.components.chat_format.mask import Rendered, label_tokens, render_turns, without_broken
 from finemill.components.chat_format.template import BROKEN, ChatTemplate
 from finemill.components.chat_format.tokenize import ChatTokenizer
 from finemill.rows.reasons import DroppedRowError

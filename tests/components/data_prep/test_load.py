@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.data_prep.hub import snapshot_dataset
 from finemill.components.data_prep.load import load_source, name_columns, source_digests
+from finemill.components.data_prep.read import Damaged
 from finemill.config import parse_config
 from finemill.errors import UserError
 from finemill.tracking.settings import NOWHERE
@@ -18,9 +20,11 @@ def config(**source: object) -> DataPrepConfig:
     return parse_config(DataPrepConfig, {"sources": [source]}, "data-prep")
 
 
-def rows(**source: object) -> list[dict[str, object]]:
+def rows(**source: object) -> list[dict[str, Any]]:
     parsed = config(**source)
-    return list(load_source(parsed.sources[0], parsed.seed))
+    found = list(load_source(parsed.sources[0], parsed.seed))
+    assert not any(isinstance(row, Damaged) for row in found)
+    return [row for row in found if not isinstance(row, Damaged)]
 
 
 def write_jsonl(path: Path, *texts: str) -> None:
@@ -191,7 +195,7 @@ def test_hub_data_sets_are_read_from_the_cache_offline(tmp_path: Path, monkeypat
 
 def test_only_files_that_may_be_wanted_are_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What the hub client is asked for, checked with the client's own filter."""
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.utils._paths import filter_repo_objects
 
     asked: list[str] = []
 

@@ -2,6 +2,7 @@ import bz2
 import gzip
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,12 +16,18 @@ ROWS = [{"question": f"Wie viel ist {n}+1?", "answer": f"“{n + 1}”"} for n i
 
 
 def zstd(data: bytes) -> bytes:
-    return pa.Codec("zstd").compress(data, asbytes=True)
+    compressed: bytes = pa.Codec("zstd").compress(data, asbytes=True)
+    return compressed
 
 
 def written(folder: Path, name: str, text: str) -> Path:
     path = folder / name
-    compressed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+    compressed: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+        ".zst": zstd,
+    }
     path.write_bytes(compressed.get(path.suffix.lower(), bytes)(text.encode()))
     return path
 

@@ -39,7 +39,8 @@ def run_line(folder: Path, uri: str, **fields: object) -> tuple[Path, Path, dict
 
 
 def examples(dataset: Path) -> list[dict[str, Any]]:
-    return pq.read_table(dataset / "train.parquet").to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(dataset / "train.parquet").to_pylist()
+    return rows
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -82,7 +82,7 @@ def _save(model: "torch.nn.Module", tokenizer_from: Path | None, folder: Path) -
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.5 if "embed" in name else 2.0 / parameter.shape[1] ** 0.5)
-    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[attr-defined, operator]
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
     if tokenizer_from is not None:
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(tokenizer_from / name, folder / name)

@@ -147,7 +147,7 @@ def test_files_that_do_not_fit_on_the_disk_are_not_begun(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)  # type: ignore[attr-defined]
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"writing the GGUF files takes 0\.0\d GB"):
         run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context)

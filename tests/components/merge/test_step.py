@@ -223,7 +223,7 @@ def test_what_does_not_fit_on_the_disk_is_said_before_anything_is_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)  # type: ignore[attr-defined]
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"the merged model takes 0\.\d\d GB, and .* has 0\.00 GB left"):
         merge(tiny_model_dir, tiny_adapter_dir, tmp_path / "out", step_context)

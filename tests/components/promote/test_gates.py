@@ -126,7 +126,7 @@ def test_gate_that_says_too_little_or_too_much_is_refused(gate: dict[str, Any], 
 def test_a_rate_is_compared_row_by_row(tmp_path: Path, metric: str, score: str) -> None:
     shares: dict[ModelName, int] = {"base": 12, "tuned": 20}
     samples = [
-        replace(sample(model, index, 1.0), **{score: right})
+        replace(sample(model, index, 1.0), **{score: right})  # type: ignore[arg-type]
         for model, share in shares.items()
         for index, right in enumerate([True] * share + [False] * (20 - share))
     ]

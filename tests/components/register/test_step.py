@@ -39,7 +39,8 @@ def test_version_points_to_the_merged_model_and_tells_what_it_is(
     assert version.tags["eval/tuned/exact_match"] == "0.9"
     assert version.tags["ticket"] == "ML-7"
     assert {version.tags[f"finemill.artifact.{port}"] for port in line} == set(line.values())
-    assert "| exact_match | 0.1 | 0.9 |" in version.description
+    assert "| exact_match | 0.1 | 0.9 |" in (version.description or "")
+    assert version.run_id
     parent = client.get_run(version.run_id)
     assert parent.data.tags["finemill.run_id"] == "run-1"
     assert result.manifest.metrics == {"register/version": 1.0}

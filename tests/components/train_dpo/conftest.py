@@ -1,7 +1,6 @@
 """A dataset of preferences as data-prep and chat-format write it, and the context a step gets."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,20 +9,7 @@ from finemill.artifacts.manifest import Producer
 from finemill.runtime.context import Checkpoints, StepContext
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact
-
-
-@dataclass
-class ListRecorder:
-    """Keeps what a step records."""
-
-    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    on_progress: Callable[[str], None] = lambda text: None
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        self.points.append((step, dict(metrics)))
-
-    def log_progress(self, text: str) -> None:
-        self.on_progress(text)
+from tests.recorder import ListRecorder
 
 
 @pytest.fixture(scope="session")

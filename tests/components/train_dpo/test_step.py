@@ -16,6 +16,7 @@ from finemill.components.train_dpo.step import TokenizedDPOTrainer, build_traine
 from finemill.components.train_dpo.step import run as train_dpo
 from finemill.errors import TemporaryError, UserError
 from finemill.runtime.context import StepContext
+from tests.recorder import recorded
 
 CONFIG = TrainDPOConfig(
     lora_r=4,
@@ -29,12 +30,11 @@ CONFIG = TrainDPOConfig(
 )
 MakeContext = Callable[[], StepContext]
 Trained = tuple[Path, StepContext, dict[str, float]]
+Uninterrupted = Callable[[MakeContext], Trained]
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(
-    tiny_model_dir: Path, preferences: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[MakeContext], Trained]:
+def uninterrupted(tiny_model_dir: Path, preferences: Path, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
     """The same training without a stop, run once for the tests of this file."""
     done: list[Trained] = []
 
@@ -50,9 +50,9 @@ def uninterrupted(
     return run
 
 
-def test_learns_to_prefer_and_records_rewards_live(uninterrupted, make_context: MakeContext) -> None:
+def test_learns_to_prefer_and_records_rewards_live(uninterrupted: Uninterrupted, make_context: MakeContext) -> None:
     _, context, metrics = uninterrupted(make_context)
-    points = [values for _, values in context.recorder.points]
+    points = [values for _, values in recorded(context).points]
     # Adapters begin at zero: policy and reference are the same model, and the loss is that of a coin.
     assert points[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert points[0]["train/rewards/margins"] == pytest.approx(0, abs=1e-4)
@@ -63,7 +63,9 @@ def test_learns_to_prefer_and_records_rewards_live(uninterrupted, make_context: 
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-def test_writes_an_adapter_that_peft_loads(uninterrupted, make_context: MakeContext, tiny_model_dir: Path) -> None:
+def test_writes_an_adapter_that_peft_loads(
+    uninterrupted: Uninterrupted, make_context: MakeContext, tiny_model_dir: Path
+) -> None:
     folder, _, _ = uninterrupted(make_context)
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     assert any("lora_A" in name for name, _ in PeftModel.from_pretrained(base, folder).named_parameters())
@@ -85,36 +87,38 @@ def test_the_trainer_s_batches_are_the_pairs_and_the_base_is_its_own_reference(
 
 
 def test_sigterm_saves_a_checkpoint_and_resuming_equals_an_uninterrupted_run(
-    uninterrupted, make_context: MakeContext, tiny_model_dir: Path, preferences: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, make_context: MakeContext, tiny_model_dir: Path, preferences: Path, tmp_path: Path
 ) -> None:
     def terminate_at_step_3(text: str) -> None:
         if text.startswith("step 3/"):
             os.kill(os.getpid(), signal.SIGTERM)
 
     context = make_context()
-    context.recorder.on_progress = terminate_at_step_3
-    arguments = {"base_model": tiny_model_dir, "dataset": preferences, "config": CONFIG}
+    recorded(context).on_progress = terminate_at_step_3
+    arguments: dict[str, Any] = {"base_model": tiny_model_dir, "dataset": preferences, "config": CONFIG}
     with pytest.raises(TemporaryError, match="stopped at step 4"):
         train_dpo(**arguments, output_dir=tmp_path / "first", context=context)
     assert not (tmp_path / "first").exists()
 
     resumed = make_context()
     train_dpo(**arguments, output_dir=tmp_path / "second", context=resumed)
-    assert [step for step, values in resumed.recorder.points if "train/loss" in values] == [5, 6]
+    assert [step for step, values in recorded(resumed).points if "train/loss" in values] == [5, 6]
     found = load_file(tmp_path / "second" / "adapter_model.safetensors")
     for name, weight in load_file(uninterrupted(make_context)[0] / "adapter_model.safetensors").items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=0, msg=name)
 
 
 def test_reference_scores_made_before_give_the_same_training(
-    uninterrupted, make_context: MakeContext, tiny_model_dir: Path, preferences: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, make_context: MakeContext, tiny_model_dir: Path, preferences: Path, tmp_path: Path
 ) -> None:
     config = CONFIG.model_copy(update={"precompute_ref_log_probs": True, "max_steps": 2, "eval_steps": 2})
     context = make_context()
     train_dpo(base_model=tiny_model_dir, dataset=preferences, output_dir=tmp_path, config=config, context=context)
-    (first, *_), (expected, *_) = context.recorder.points, uninterrupted(make_context)[1].recorder.points
+    (first, *_), (expected, *_) = recorded(context).points, recorded(uninterrupted(make_context)[1]).points
     assert first[1]["train/loss"] == pytest.approx(expected[1]["train/loss"], abs=1e-4)
-    assert {"validation/loss", "validation/rewards/accuracies"} <= set().union(*(v for _, v in context.recorder.points))
+    assert {"validation/loss", "validation/rewards/accuracies"} <= set().union(
+        *(v for _, v in recorded(context).points)
+    )
 
 
 def test_a_loss_that_is_no_number_stops_the_training(
@@ -129,7 +133,7 @@ def test_a_loss_that_is_no_number_stops_the_training(
 
 
 def test_out_of_gpu_memory_goes_on_with_fewer_pairs_per_pass(
-    uninterrupted: Callable[[MakeContext], Trained],
+    uninterrupted: Uninterrupted,
     make_context: MakeContext,
     tiny_model_dir: Path,
     preferences: Path,
@@ -143,7 +147,8 @@ def test_out_of_gpu_memory_goes_on_with_fewer_pairs_per_pass(
     def short_of_memory(self: Any, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
         if len(inputs["input_ids"]) > 2 * 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return step(self, model, inputs, *rest)
+        loss: torch.Tensor = step(self, model, inputs, *rest)
+        return loss
 
     monkeypatch.setattr(TokenizedDPOTrainer, "training_step", short_of_memory)
     metrics = train_dpo(

@@ -1,7 +1,6 @@
 """A tokenized dataset of two dozen rows, and the context a step gets."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -14,22 +13,7 @@ from finemill.artifacts.tables import write_rows
 from finemill.models.base.resolve import BUILTIN_MODELS
 from finemill.rows.examples.reasoning import reasoning_problem
 from finemill.runtime.context import Checkpoints, StepContext
-
-
-@dataclass
-class ListRecorder:
-    """Keeps what a step records."""
-
-    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-    on_progress: Callable[[str], None] = lambda text: None
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        self.points.append((step, dict(metrics)))
-
-    def log_progress(self, text: str) -> None:
-        self.lines.append(text)
-        self.on_progress(text)
+from tests.recorder import ListRecorder
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.step import run as train_qlora
 from finemill.errors import TemporaryError, UserError
 from finemill.runtime.context import StepContext
+from tests.recorder import recorded
 
 CONFIG = TrainQLoRAConfig(
     lora_r=4,
@@ -28,6 +30,8 @@ CONFIG = TrainQLoRAConfig(
     save_steps=None,
 )
 MakeContext = Callable[[], StepContext]
+Trained = tuple[Path, StepContext, dict[str, float]]
+Uninterrupted = Callable[[MakeContext], Trained]
 
 
 def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -40,13 +44,11 @@ def assert_same_adapter(found: Path, expected: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(
-    base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[MakeContext], tuple[Path, StepContext, dict[str, float]]]:
+def uninterrupted(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
     """The same training without a stop, run once for the tests of this file."""
-    done: list[tuple[Path, StepContext, dict[str, float]]] = []
+    done: list[Trained] = []
 
-    def run(make_context: MakeContext) -> tuple[Path, StepContext, dict[str, float]]:
+    def run(make_context: MakeContext) -> Trained:
         if not done:
             folder, context = tmp_path_factory.mktemp("adapter"), make_context()
             metrics = train_qlora(
@@ -58,7 +60,9 @@ def uninterrupted(
     return run
 
 
-def test_writes_an_adapter_that_peft_loads(uninterrupted, make_context: MakeContext, base_model: Path) -> None:
+def test_writes_an_adapter_that_peft_loads(
+    uninterrupted: Uninterrupted, make_context: MakeContext, base_model: Path
+) -> None:
     folder, _, _ = uninterrupted(make_context)
     base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, folder)
@@ -67,7 +71,9 @@ def test_writes_an_adapter_that_peft_loads(uninterrupted, make_context: MakeCont
     assert {weight.dtype for weight in adapter_weights(folder).values()} == {torch.float32}
 
 
-def test_adapter_names_its_base_by_reference_and_holds_no_path(uninterrupted, make_context: MakeContext) -> None:
+def test_adapter_names_its_base_by_reference_and_holds_no_path(
+    uninterrupted: Uninterrupted, make_context: MakeContext
+) -> None:
     folder, _, _ = uninterrupted(make_context)
     adapter_config = json.loads((folder / "adapter_config.json").read_text())
     assert adapter_config["base_model_name_or_path"] == "builtin:tiny-qwen3"
@@ -75,11 +81,13 @@ def test_adapter_names_its_base_by_reference_and_holds_no_path(uninterrupted, ma
         assert str(Path.home()) not in path.read_text()
 
 
-def test_records_the_loss_curve_and_returns_finite_metrics(uninterrupted, make_context: MakeContext) -> None:
+def test_records_the_loss_curve_and_returns_finite_metrics(
+    uninterrupted: Uninterrupted, make_context: MakeContext
+) -> None:
     folder, context, metrics = uninterrupted(make_context)
-    steps = [step for step, values in context.recorder.points if "train/loss" in values]
+    steps = [step for step, values in recorded(context).points if "train/loss" in values]
     assert steps == [1, 2, 3, 4, 5, 6]
-    assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(context.recorder.points[0][1])
+    assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(recorded(context).points[0][1])
     assert metrics["train/num_steps"] == 6
     assert all(math.isfinite(value) for value in metrics.values())
     training = read_training(folder)
@@ -89,7 +97,7 @@ def test_records_the_loss_curve_and_returns_finite_metrics(uninterrupted, make_c
 
 
 def test_sigterm_saves_a_checkpoint_and_resuming_equals_an_uninterrupted_run(
-    uninterrupted, make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
+    uninterrupted: Uninterrupted, make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
 ) -> None:
     def terminate_at_step_3(text: str) -> None:
         if text.startswith("step 3/"):
@@ -97,8 +105,8 @@ def test_sigterm_saves_a_checkpoint_and_resuming_equals_an_uninterrupted_run(
 
     handler = signal.getsignal(signal.SIGTERM)
     context = make_context()
-    context.recorder.on_progress = terminate_at_step_3
-    arguments = {"base_model": base_model, "dataset": dataset, "config": CONFIG}
+    recorded(context).on_progress = terminate_at_step_3
+    arguments: dict[str, Any] = {"base_model": base_model, "dataset": dataset, "config": CONFIG}
     with pytest.raises(TemporaryError, match="stopped at step 4"):
         train_qlora(**arguments, output_dir=tmp_path / "first", context=context)
     assert signal.getsignal(signal.SIGTERM) == handler
@@ -106,7 +114,7 @@ def test_sigterm_saves_a_checkpoint_and_resuming_equals_an_uninterrupted_run(
 
     resumed = make_context()
     train_qlora(**arguments, output_dir=tmp_path / "second", context=resumed)
-    assert [step for step, values in resumed.recorder.points if "train/loss" in values] == [5, 6]
+    assert [step for step, values in recorded(resumed).points if "train/loss" in values] == [5, 6]
     assert_same_adapter(tmp_path / "second", uninterrupted(make_context)[0])
 
 
@@ -114,10 +122,10 @@ def test_a_checkpoint_of_another_training_is_refused(
     make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
 ) -> None:
     with_checkpoint = CONFIG.model_copy(update={"save_steps": 1, "max_steps": 2})
-    arguments = {"base_model": base_model, "dataset": dataset}
+    arguments: dict[str, Any] = {"base_model": base_model, "dataset": dataset}
     context = make_context()
     train_qlora(**arguments, output_dir=tmp_path / "a", config=with_checkpoint, context=context)
-    assert [line for line in context.recorder.lines if "checkpoint" in line] == ["checkpoint at step 1"]
+    assert [line for line in recorded(context).lines if "checkpoint" in line] == ["checkpoint at step 1"]
     other = with_checkpoint.model_copy(update={"learning_rate": 5e-4})
     with pytest.raises(UserError, match=r"another training, different in config\.learning_rate"):
         train_qlora(**arguments, output_dir=tmp_path / "b", config=other, context=make_context())
@@ -133,7 +141,7 @@ def test_checkpoints_come_by_time_as_long_as_they_cost_little(
         train_qlora(
             base_model=base_model, dataset=dataset, output_dir=tmp_path / str(share), config=config, context=context
         )
-        return [line for line in context.recorder.lines if "checkpoint" in line]
+        return [line for line in recorded(context).lines if "checkpoint" in line]
 
     assert saved(0.02) == []
     monkeypatch.setattr("finemill.training.checkpoint.FIRST_SAVE_S", 0.0)
@@ -176,4 +184,4 @@ def test_packing_and_validation_loss(
     config = CONFIG.model_copy(update={"packing": True, "max_length": 256, "max_steps": 2, "eval_steps": 1})
     context = make_context()
     train_qlora(base_model=base_model, dataset=dataset, output_dir=tmp_path / "a", config=config, context=context)
-    assert [step for step, values in context.recorder.points if "validation/loss" in values] == [1, 2]
+    assert [step for step, values in recorded(context).points if "validation/loss" in values] == [1, 2]

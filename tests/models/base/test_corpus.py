@@ -1,5 +1,7 @@
 import re
+from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -21,11 +23,13 @@ def test_arithmetic_facts_are_true_and_stay_between_0_and_240() -> None:
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.__name__)
-def test_exercises_work_out(exercise) -> None:
+def test_exercises_work_out(exercise: Callable[[Random], Any]) -> None:
     for seed in range(300):
         _, steps, result = exercise(Random(seed))
         for step in steps:
-            a, operator, b, value = EQUATION.fullmatch(step).groups()
+            equation = EQUATION.fullmatch(step)
+            assert equation, step
+            a, operator, b, value = equation.groups()
             assert OPERATIONS[operator](int(a), int(b)) == int(value), step
             assert 0 <= int(value) <= 200
         assert steps[-1].endswith(f" = {result}")

@@ -47,7 +47,9 @@ def test_added_tokens_are_qwen3s_and_come_last(tokenizer: PreTrainedTokenizerBas
 def test_template_switches_thinking_as_qwen3_does(tokenizer: PreTrainedTokenizerBase) -> None:
     def render(**options: bool) -> str:
         user = [{"role": "user", "content": "Hi"}]
-        return tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True, **options)
+        text = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True, **options)
+        assert isinstance(text, str)
+        return text
 
     assert render() == render(enable_thinking=True) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert render(enable_thinking=False) == render() + "<think>\n\n</think>\n\n"

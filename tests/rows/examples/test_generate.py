@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -7,7 +8,7 @@ import pytest
 from finemill.errors import UserError
 from finemill.rows.answers import final_answer
 from finemill.rows.examples.generate import EXAMPLES, write_example_data
-from finemill.rows.examples.reasoning import FAMILIES
+from finemill.rows.examples.reasoning import FAMILIES, Problem
 
 
 def test_same_seed_same_bytes_other_seed_other_rows(tmp_path: Path) -> None:
@@ -30,7 +31,7 @@ def test_reasoning_rows_have_openmathreasoning_columns_and_their_own_answer(tmp_
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
-def test_every_equation_holds_and_stays_between_0_and_200(family) -> None:
+def test_every_equation_holds_and_stays_between_0_and_200(family: Callable[[Random], Problem]) -> None:
     for seed in range(300):
         problem = family(Random(seed))
         for equation in problem.equations:
