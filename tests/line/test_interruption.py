@@ -21,7 +21,13 @@ def interrupt(folder: Path, moment: str) -> list[str]:
     environment = {**os.environ, "FINEMILL_CACHE": str(folder / "cache")}
     shown = []
     with subprocess.Popen(
-        finemill_command(*RUN), cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+        finemill_command(*RUN),
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore SIGINT, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
