@@ -10,7 +10,7 @@ from finemill.runtime.catalog import STEPS
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("src", "components", "kernels", "pipelines", "charts", "tests")
 KINDS = ("class", "function", "import", "method", "property", "unreachable_code")
-"""Not attributes and variables: fields of records are read by people, and libraries read what is set on their objects."""
+"""Not attributes and variables: people read fields of records, and libraries what is set on their objects."""
 CALLED_BY_OTHERS = (
     "test_*",
     "pytest_*",
