@@ -1,6 +1,6 @@
 """Configuration of `chat-format`."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -9,6 +9,8 @@ from finemill.config import StepConfig
 
 class ChatFormatConfig(StepConfig):
     """How rows become token ids and labels."""
+
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"num_proc"})
 
     enable_thinking: bool | Literal["mixed"] = "mixed"
     """The template's `enable_thinking` for every row. `mixed`: true for rows with a thinking block, false for others;
@@ -37,3 +39,5 @@ class ChatFormatConfig(StepConfig):
     rendered_text: Literal["drop", "tokens"] = "drop"
     """Text rows that a chat template wrote, markers of roles in them: left out and counted as `rendered_chat` (give
     messages instead, so that only answers are learned), or learned whole, their control tokens read as such."""
+    num_proc: int = Field(default=2, ge=1, le=256)
+    """How many processes format rows; what they write is the same for any number. Few rows take one."""

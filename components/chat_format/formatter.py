@@ -1,9 +1,9 @@
 """Rows on their way to examples: read, rendered, tokenized, labelled."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,20 @@ from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.chat_format.document import begins_rendered_chat, document_text
 from finemill.components.chat_format.example import Draft, Example, Labelled, Rejected
 from finemill.components.chat_format.mask import Rendered, Turn, label_tokens, render_turns, without_broken
-from finemill.components.chat_format.template import BROKEN, ChatTemplate, ChatTemplates
-from finemill.components.chat_format.tokenize import ChatTokenizer, Tokens, check_characters
+from finemill.components.chat_format.template import BROKEN, ChatTemplate, ChatTemplates, load_templates
+from finemill.components.chat_format.tokenize import ChatTokenizer, Tokens, load_tokenizer
 from finemill.errors import UserError
 from finemill.rows.conversation import Conversation
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.shapes import to_conversation
 from finemill.rows.thinking import with_thinking, without_thinking
 from finemill.rows.turns import Message
+
+
+def load_formatter(base_model: Path, config: ChatFormatConfig) -> "Formatter":
+    """The formatter for a base model's folder. Raises: UserError: it has no tokenizer or no template."""
+    tokenizer = load_tokenizer(base_model)
+    return Formatter(tokenizer, load_templates(base_model, config.chat_template_path, tokenizer.named_tokens), config)
 
 
 class Formatter:
@@ -32,7 +38,7 @@ class Formatter:
             tokenizer.add_roles(template.plain_chat)
             tokenizer.add_ends(template.end_of_answer)
         self.tokenizer = tokenizer
-        self._templates = templates
+        self.templates = templates
         self._config = config
 
     def drafts(self, record: PreparedRow, row: Mapping[str, Any], *, unroll: bool) -> list[Draft]:
@@ -43,7 +49,7 @@ class Formatter:
         conversation = to_conversation(row, record.shape)
         if conversation.text is not None:
             return [self._draft_text(record, conversation, conversation.text)]
-        chat = _Chat(record, conversation, self._templates.of(conversation.tools), self.tokenizer, self._config)
+        chat = _Chat(record, conversation, self.templates.of(conversation.tools), self.tokenizer, self._config)
         return chat.drafts(unroll=unroll)
 
     def _draft_text(self, record: PreparedRow, conversation: Conversation, text: str) -> Draft:
@@ -108,10 +114,8 @@ class _Chat:
         rendered = self._render(self._messages)
         in_place, rewritten = self._sort_turns(self._messages, rendered)
         drafts = [self._draft(self._messages, rendered, in_place)]
-        for end in rewritten if unroll else ():
-            part = self._messages[: end + 1]
-            rendered = self._render(part)
-            draft = self._draft(part, rendered, rendered.turns[-1:])
+        for end, alone in rewritten.items() if unroll else ():
+            draft = self._draft(self._messages[: end + 1], alone, alone.turns[-1:])
             record = replace(self._record, id=f"{self._record.id}-{end}")
             conversation = replace(self._conversation, answer=None)
             drafts.append(replace(draft, record=record, conversation=conversation, unrolled=True))
@@ -121,7 +125,6 @@ class _Chat:
         """Messages as the template takes them. Raises: DroppedRowError: it cannot show them."""
         messages = [self._without_end(message) for message in self._with_system(self._thinking(messages))]
         prepared = self._template.prepare(messages)
-        check_characters(json.dumps([prepared, self._conversation.tools], ensure_ascii=False))
         for number, message in enumerate(prepared, start=1):
             if message["role"] != "assistant" and begins_rendered_chat(message["content"]):
                 raise DroppedRowError("rendered_chat", f"turn {number}")
@@ -156,15 +159,15 @@ class _Chat:
         system, first, *rest = messages
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
-    def _sort_turns(self, messages: list[Message], rendered: Rendered) -> tuple[list[Turn], list[int]]:
-        """The turns to learn where they stand, and the messages that need an example of their own.
+    def _sort_turns(self, messages: list[Message], rendered: Rendered) -> tuple[list[Turn], dict[int, Rendered]]:
+        """The turns to learn where they stand, and the messages that need an example of their own, as they are there.
 
         A turn may be learned in place if the text up to its end is what the model gets and must produce at that point.
         """
         in_place = [turn for turn in rendered.turns[-1:] if turn.complete]
-        rewritten = []
+        rewritten: dict[int, Rendered] = {}
         if self._config.assistant_turns == "last":
-            return in_place, []
+            return in_place, {}
         for turn in rendered.turns[:-1]:
             if messages[turn.message].get("weight") == 0:
                 continue
@@ -175,7 +178,7 @@ class _Chat:
             elif turn.complete and self._config.rewritten_turns == "in_place":
                 in_place.append(turn)
             elif last.complete and self._config.rewritten_turns == "unroll" and self._worse is None:
-                rewritten.append(turn.message)
+                rewritten[turn.message] = alone
         return sorted(in_place, key=lambda turn: turn.start), rewritten
 
     def _draft(self, messages: list[Message], rendered: Rendered, learned: Sequence[Turn]) -> Draft:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finemill.artifacts.dataset import IGNORE_INDEX
-from finemill.components.chat_format.template import BROKEN, MARK_CLOSE, MARK_OPEN, ChatTemplate
+from finemill.components.chat_format.environment import MARK_CLOSE, MARK_OPEN
+from finemill.components.chat_format.template import BROKEN, ChatTemplate
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.thinking import split_thinking
 from finemill.rows.turns import Message
@@ -63,7 +64,7 @@ def render_turns(
     Raises: DroppedRowError: the template refuses the conversation, or does not show a turn as it is.
     """
     text, chunks = _find_chunks(template.render_marked(messages, tools, kwargs))
-    if text != template.render(messages, tools, kwargs):
+    if template.keeps_text and text != template.render(messages, tools, kwargs):
         raise DroppedRowError("template_cannot_be_marked")
     numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if any(number not in chunks for number in numbers):
@@ -166,7 +167,8 @@ def _shared_header(written: str, header: str, control: re.Pattern[str]) -> int:
 
 def _mark_complete(turn: Turn, text: str, messages: list[Message], template: ChatTemplate) -> Turn:
     reasoning = template.thinking_of(messages[turn.message]) or ""
-    return replace(turn, complete=reasoning.strip() in text[turn.start : turn.end])
+    complete = not reasoning or reasoning.strip() in text[turn.start : turn.end]
+    return turn if complete else replace(turn, complete=False)
 
 
 def _shown_content(written: str, message: Message) -> str:

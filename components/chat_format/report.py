@@ -56,6 +56,18 @@ class SplitCounts:
         ends = tuple(example.end_tokens)
         self._ends.append(self._known_ends.setdefault(ends, ends))
 
+    def add_all(self, others: "SplitCounts") -> None:
+        """Count what another has counted, after all that is counted here."""
+        self.read += others.read
+        for source, reasons in others.dropped.items():
+            self.dropped[source] += reasons
+        self.examples_dropped += others.examples_dropped
+        numbers = [self._names.setdefault(name, len(self._names)) for name in others._names]
+        self._sources.extend(numbers[number] for number in others._sources)
+        for column in ("_tokens", "_learned", "_truncated", "_unrolled", "_thinking"):
+            getattr(self, column).extend(getattr(others, column))
+        self._ends.extend(self._known_ends.setdefault(ends, ends) for ends in others._ends)
+
     @property
     def names(self) -> list[str]:
         """The sources that have examples, by number."""

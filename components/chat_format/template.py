@@ -2,7 +2,8 @@
 
 The marked rendering is what labels are made from, without `{% generation %}` markers in the template and without
 guessing from texts: the template's syntax tree gets one more output at the start of each loop over messages. Taking the
-marks out must give the plain rendering again, which is checked for every row.
+marks out gives the plain rendering again: of a template that keeps a part of its text, to print or to look at later,
+that is checked for every row.
 """
 
 import json
@@ -10,18 +11,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from finemill.components.chat_format.environment import chat_environment
 from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.thinking import split_thinking
@@ -29,33 +26,15 @@ from finemill.rows.tools import split_call_text, split_response_text
 from finemill.rows.turns import Message
 from finemill.tracking.settings import Tracking
 
-# Unicode noncharacters: never part of text that is interchanged, so they can stand for marks.
-MARK_OPEN, MARK_CLOSE, BROKEN = "\ufdd0", "\ufdd1", "\ufdd2"
+BROKEN = "\ufdd2"
+"""Stands within a control token that is text, and is taken out once it is encoded."""
 NONCHARACTERS = re.compile("[\ufdd0-\ufdd2]")
-GENERATION_START, GENERATION_END = f"{MARK_OPEN}start{MARK_CLOSE}", f"{MARK_OPEN}end{MARK_CLOSE}"
-_MARK_FUNCTION = "__mark_turn"
+# Blocks whose text a template gets as a value, marks in it.
+_KEEPING_BLOCKS = (nodes.AssignBlock, nodes.FilterBlock, nodes.Macro, nodes.CallBlock)
 # The names under which templates read a message's thinking block.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _PROBE_CHAT: list[Message] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 _PROBE_TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
-
-
-class GenerationBlock(Extension):
-    """`{% generation %} ... {% endgeneration %}`: what the model writes, in templates made for training."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """Parse the block as a call, which gives its body a scope of its own, as in transformers."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_render_block"), [], [], body).set_lineno(line)
-
-    def _render_block(self, caller: Macro) -> str:
-        text: str = caller()
-        if self.environment.marks_turns:  # type: ignore[attr-defined]
-            return f"{GENERATION_START}{text}{GENERATION_END}"
-        return text
 
 
 class ChatTemplate:
@@ -63,11 +42,12 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], where: str) -> None:
         self.source = source
-        self._variables = dict(special_tokens)
+        self._marking = marking = chat_environment(marks_turns=True)
+        self._variables = {**marking.globals, **special_tokens}
         try:
-            self._plain = _environment(marks_turns=False).from_string(source)
-            marking = _environment(marks_turns=True)
+            self._plain = chat_environment(marks_turns=False).from_string(source)
             tree = _mark_loops(marking.parse(source))
+            self.keeps_text = any(next(block.find_all(nodes.For), None) for block in tree.find_all(_KEEPING_BLOCKS))
             self._marked = jinja2.Template.from_code(marking, marking.compile(tree), marking.make_globals(None))
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{where}, line {error.lineno}: not a valid chat template ({error.message})") from None
@@ -205,24 +185,16 @@ class ChatTemplate:
         self, messages: list[Message], tools: Any, kwargs: Mapping[str, Any], *, prompt: bool = False
     ) -> str:
         """The same with `MARK_OPEN <index> MARK_CLOSE` before each message and marks around generation blocks."""
-        index = {id(message): number for number, message in enumerate(messages)}
-
-        def mark(item: object) -> str:
-            return f"{MARK_OPEN}{index[id(item)]}{MARK_CLOSE}" if id(item) in index else ""
-
-        return self._render(self._marked, messages, tools, {**kwargs, _MARK_FUNCTION: mark}, prompt)
+        self._marking.numbers = {id(message): number for number, message in enumerate(messages)}
+        return self._render(self._marked, messages, tools, kwargs, prompt)
 
     def _render(
         self, template: jinja2.Template, messages: list[Message], tools: Any, kwargs: Mapping[str, Any], prompt: bool
     ) -> str:
         try:
-            return template.render(
-                **{**self._variables, **kwargs},
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=prompt,
-            )
+            given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
+            variables = {**self._variables, **kwargs, **given}
+            return "".join(template.root_render_func(template.new_context(variables, shared=True)))
         except jinja2.TemplateError as error:
             raise DroppedRowError(f"template refuses: {str(error)[:80]}") from None
         except TypeError as error:
@@ -320,42 +292,16 @@ def template_state(inputs: Mapping[str, str], config: Any, tracking: Tracking) -
     return {"chat_template_path": sha256_file(Path(path).expanduser())}
 
 
-def _environment(*, marks_turns: bool) -> ImmutableSandboxedEnvironment:
-    """The environment that transformers documents for chat templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals.update(raise_exception=_raise, strftime_now=_strftime_now)
-    environment.extend(marks_turns=marks_turns)
-    return environment
-
-
 def _mark_loops(tree: nodes.Template) -> nodes.Template:
-    """Put `{{ mark(item) }}` first in every loop that prints; it prints nothing for items that are no messages."""
+    """Put `{{ item | mark_turn }}` first in every loop that prints, which prints nothing where no message is."""
     for loop in tree.find_all(nodes.For):
         if isinstance(loop.target, nodes.Name) and any(_prints(node) for node in loop.body):
             item = nodes.Name(loop.target.name, "load")
-            call = nodes.Call(nodes.Name(_MARK_FUNCTION, "load"), [item], [], None, None)
-            loop.body.insert(0, nodes.Output([call]))
+            mark = nodes.Filter(item, "mark_turn", [], [], None, None)
+            loop.body.insert(0, nodes.Output([mark]))
     tree.set_lineno(1)
     return tree
 
 
 def _prints(node: nodes.Node) -> bool:
     return isinstance(node, nodes.Output) or next(node.find_all(nodes.Output), None) is not None
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    # Jinja's own filter escapes HTML characters.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)

@@ -76,8 +76,12 @@ class ChatTokenizer:
         return re.sub(rf"(?<! )(?:[\r\n]*(?:{_any_of(self._ends).pattern}))+\s*\Z", "", answer)
 
     def break_control_tokens(self, value: Any) -> Any:
-        """A copy of messages or tools in which no text holds a control token: `BROKEN` stands in it."""
+        """A copy of messages or tools in which no text holds a control token: `BROKEN` stands in it.
+
+        Raises: DroppedRowError: a text holds characters that stand for marks.
+        """
         if isinstance(value, str):
+            check_characters(value)
             return self.control.sub(lambda match: f"{match[0][0]}{BROKEN}{match[0][1:]}", value)
         if isinstance(value, list):
             return [self.break_control_tokens(item) for item in value]
@@ -115,7 +119,7 @@ def _tokens(encoding: Encoding, text: str) -> Tokens | None:
 
 def check_characters(text: str) -> None:
     """Raises: DroppedRowError: the text holds characters that stand for marks."""
-    if NONCHARACTERS.search(text):
+    if not text.isascii() and NONCHARACTERS.search(text):
         raise DroppedRowError("unicode_noncharacters")
 
 

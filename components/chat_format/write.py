@@ -1,6 +1,6 @@
 """A split's examples in their file: all of them, or as often as the mix takes each."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
@@ -13,7 +13,6 @@ from finemill.artifacts.dataset import dataset_writer
 from finemill.artifacts.rows import Mix
 from finemill.artifacts.splits import Split, split_path
 from finemill.artifacts.tables import iterate_record_batches
-from finemill.components.chat_format.example import Example
 from finemill.components.chat_format.mix import mix_examples
 from finemill.components.chat_format.report import SplitCounts
 
@@ -23,7 +22,7 @@ _BATCH_ROWS = 1000
 def write_split(
     folder: Path,
     split: Split,
-    batches: Iterator[Sequence[Example]],
+    batches: Iterator[pa.RecordBatch],
     counts: SplitCounts,
     mix: Mix | None,
     chat: TextIO | None,
@@ -43,7 +42,7 @@ def write_split(
         place = Path(scratch) if mix else folder
         with dataset_writer(place, split) as writer:
             for examples in batches:
-                writer.write([example.row for example in examples])
+                writer.write_batch(examples)
         if mix and counts.examples and set(counts.read) <= set(mix.weights):
             counts.times = _times(counts, mix, split)
         if mix:

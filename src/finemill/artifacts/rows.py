@@ -8,7 +8,7 @@ from typing import Literal
 from finemill.artifacts.files import DATA_FILE
 from finemill.artifacts.records import Record, read_record
 from finemill.artifacts.splits import Split, split_path
-from finemill.artifacts.tables import RowWriter, iterate_batches
+from finemill.artifacts.tables import RowWriter, count_rows, iterate_batches
 
 _WRITER = "data-prep"
 
@@ -61,6 +61,11 @@ def rows_writer(folder: Path, split: Split) -> RowWriter[PreparedRow]:
 def iterate_rows(folder: Path, split: Split, *, batch_rows: int) -> Iterator[list[PreparedRow]]:
     """The rows of a split in order, `batch_rows` at a time. Raises: UserError: the split is missing."""
     return iterate_batches(split_path(folder, split), PreparedRow, _WRITER, batch_rows=batch_rows)
+
+
+def num_rows(folder: Path, split: Split) -> int:
+    """How many rows a split has. Raises: UserError: the split is missing."""
+    return count_rows(split_path(folder, split), PreparedRow, _WRITER)
 
 
 def read_rows_report(folder: Path) -> RowsReport:

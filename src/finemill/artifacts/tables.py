@@ -39,10 +39,17 @@ def _without_none(hint: Any) -> Any:
     return str if get_origin(hint) is Literal else hint
 
 
+def to_record_batch(row_type: type[RowT], rows: Sequence[RowT]) -> pa.RecordBatch:
+    """Rows as Arrow holds them, with the columns of their class."""
+    schema = schema_of(row_type)
+    return pa.record_batch([pa.array([getattr(row, f.name) for row in rows], f.type) for f in schema], schema=schema)
+
+
 class RowWriter(Generic[RowT]):
     """One Parquet file of rows of one class; a context manager."""
 
     def __init__(self, path: Path, row_type: type[RowT]) -> None:
+        self._row_type = row_type
         self._schema = schema_of(row_type)
         self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
 
@@ -56,13 +63,12 @@ class RowWriter(Generic[RowT]):
 
     def write(self, rows: Sequence[RowT]) -> None:
         """Append rows as one row group."""
-        if rows:
-            columns = [pa.array([getattr(row, f.name) for row in rows], f.type) for f in self._schema]
-            self._writer.write_table(pa.table(columns, schema=self._schema))
+        self.write_batch(to_record_batch(self._row_type, rows))
 
     def write_batch(self, batch: pa.RecordBatch) -> None:
-        """Append rows that another file of the same class holds."""
-        self._writer.write_batch(batch.select(self._schema.names))
+        """Append rows of the same class as one row group."""
+        if batch.num_rows:
+            self._writer.write_batch(batch.select(self._schema.names))
 
 
 def write_rows(path: Path, row_type: type[RowT], rows: Sequence[RowT]) -> None:
@@ -82,6 +88,12 @@ def iterate_batches(path: Path, row_type: type[RowT], writer: str, *, batch_rows
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=batch_rows, columns=names):
             yield [row_type(**record) for record in batch.to_pylist()]
+
+
+def count_rows(path: Path, row_type: type, writer: str) -> int:
+    """How many rows a file has. Raises: UserError: as `iterate_batches`."""
+    _checked_columns(path, row_type, writer)
+    return int(pq.read_metadata(path).num_rows)
 
 
 def iterate_record_batches(path: Path, *, batch_rows: int) -> Iterator[pa.RecordBatch]:

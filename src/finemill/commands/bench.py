@@ -1,4 +1,4 @@
-"""`finemill bench kernels|step|loss`: the measuring programs of the kernels."""
+"""`finemill bench kernels|step|loss|data`: the measuring programs."""
 
 import argparse
 
@@ -6,6 +6,7 @@ _PROGRAMS = {
     "kernels": "single ops against their references, share of the card's bandwidth",
     "step": "a whole QLoRA training step",
     "loss": "training losses over several seeds against Hugging Face's",
+    "data": "raw rows to labelled tokens, beside the usual way with datasets.map",
 }
 
 
@@ -20,6 +21,8 @@ def execute(name: str, arguments: list[str]) -> int:
         from finemill.kernels.bench.ops import main
     elif what == "loss":
         from finemill.kernels.bench.loss import main
+    elif what == "data":
+        from finemill.commands.bench_data import main
     else:
         from finemill.kernels.bench.step import main
     return main(arguments[1:])

@@ -1,6 +1,6 @@
 """A raw row or a turn of it as a shape reads it: which columns hold something that nobody asked for is known then."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, KeysView, Mapping
 from typing import Any
 
 from finemill.rows.values import as_text, is_missing
@@ -17,12 +17,17 @@ class Reader:
 
     def get(self, *names: str) -> Any:
         """The value of the first name that says something, None if none does."""
+        values = self._values
         for name in names:
-            value = self._values.get(name)
-            if not is_missing(value):
+            if name in values and not is_missing(values[name]):
                 self._read.add(name)
-                return value
+                return values[name]
         return None
+
+    @property
+    def names(self) -> KeysView[str]:
+        """All names, also of values that say nothing."""
+        return self._values.keys()
 
     def peek(self, name: str) -> Any:
         """The value of a name; that does not count as reading."""
@@ -30,8 +35,13 @@ class Reader:
 
     def has(self, *names: str) -> bool:
         """Whether any of the names says something, or is blank with `blank_counts`; that does not count as reading."""
-        values = (self._values.get(name) for name in names)
-        return any(not is_missing(value) or (self._blank_counts and isinstance(value, str)) for value in values)
+        values = self._values
+        for name in names:
+            if name in values and (
+                not is_missing(values[name]) or (self._blank_counts and isinstance(values[name], str))
+            ):
+                return True
+        return False
 
     def text(self, *names: str) -> str:
         """The same as text, "" for none. Raises: DroppedRowError: it is none."""

@@ -67,6 +67,8 @@ _LEARNED_KEYS = (
     "use_loss",
 )
 _EXCLUDED_KEYS = ("mask", "masked", "is_masked", "ignore", "ignored", "exclude", "excluded", "skip", "no_loss")
+_SEGMENTS = ("train_detail", "training_detail")
+_FLAGS = frozenset((*_LEARNED_KEYS, *_EXCLUDED_KEYS, *_SEGMENTS))
 _TEXT_PARTS = ("", "text", "input_text", "output_text", "refusal")
 _THINKING_PARTS = ("thinking", "reasoning", "think")
 _MEDIA = (
@@ -218,7 +220,9 @@ def _is_learned(turn: Reader, *, only_excluded: bool = False) -> bool:
 
     With `only_excluded` what says that it is learned is not read: only an assistant's turns are.
     """
-    segments = parse_json(turn.get("train_detail", "training_detail"))
+    if turn.names.isdisjoint(_FLAGS):
+        return True
+    segments = parse_json(turn.get(*_SEGMENTS))
     if isinstance(segments, list) and any(
         is_true(s.get("train", True)) is False for s in segments if isinstance(s, dict)
     ):

@@ -1,0 +1,61 @@
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from finemill.artifacts.rows import PreparedRow
+from finemill.components.chat_format.config import ChatFormatConfig
+from finemill.components.chat_format.formatter import load_formatter
+from finemill.components.chat_format.workers import format_batches
+from finemill.errors import TemporaryError, UserError
+from finemill.models.base.resolve import BUILTIN_MODELS
+
+BASE = BUILTIN_MODELS["builtin:tiny-qwen3"]
+
+
+def batches(
+    number: int, row: str = '{"prompt": "Count to %d.", "completion": "1 to %d"}'
+) -> Iterator[list[PreparedRow]]:
+    for batch in range(number):
+        texts = [row.replace("%d", str(10 * batch + place)) for place in range(10)]
+        yield [
+            PreparedRow(id=f"{batch} {place}", source="a", number=place, shape="prompt_completion", row=text)
+            for place, text in enumerate(texts)
+        ]
+
+
+@pytest.mark.parametrize("num_proc", [2, 3])
+def test_any_number_of_processes_gives_the_batches_of_one_in_their_order(num_proc: int) -> None:
+    config = ChatFormatConfig(system_prompt="Be brief.")
+    formatter = load_formatter(BASE, config)
+
+    def formatted(processes: int) -> list[tuple[object, ...]]:
+        found = format_batches(batches(5), formatter, BASE, config, unroll=True, num_proc=processes)
+        return [(batch.examples, batch.rejected, batch.counts.summary()) for batch in found]
+
+    assert formatted(num_proc) == formatted(1)
+
+
+def test_a_users_mistake_in_another_process_is_one_here() -> None:
+    config = ChatFormatConfig(chat_template_path="missing.jinja")
+    formatter = load_formatter(BASE, ChatFormatConfig())
+    found = format_batches(batches(1), formatter, BASE, config, unroll=True, num_proc=2)
+    with pytest.raises(UserError, match=r"missing\.jinja"):
+        list(found)
+
+
+def test_a_process_that_is_killed_is_a_temporary_error(tmp_path: Path) -> None:
+    config = ChatFormatConfig()
+    formatter = load_formatter(BASE, config)
+    found = format_batches(batches(6), formatter, BASE, config, unroll=True, num_proc=2)
+    with closing(found):
+        next(found)
+        children = [int(child) for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+        for child in children:
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(child, signal.SIGKILL)
+        with pytest.raises(TemporaryError, match="a process that formats rows was killed"):
+            list(found)
