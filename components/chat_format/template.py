@@ -48,7 +48,9 @@ class ChatTemplate:
             self._plain = chat_environment(marks_turns=False).from_string(source)
             tree = _mark_loops(marking.parse(source))
             self.keeps_text = any(next(block.find_all(nodes.For), None) for block in tree.find_all(_KEEPING_BLOCKS))
-            self._marked = jinja2.Template.from_code(marking, marking.compile(tree), marking.make_globals(None))
+            self._marked = jinja2.Template.from_code(marking, marking.compile(tree), {})
+            # Globals are given with the variables, which is quicker.
+            self._plain.globals = {}
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{where}, line {error.lineno}: not a valid chat template ({error.message})") from None
 

@@ -72,8 +72,8 @@ def _write_taken(path: Path, folder: Path, split: Split, counts: SplitCounts) ->
 def _write_chat(path: Path, chat: TextIO) -> None:
     """A line per whole conversation: documents have no messages, and parts of a conversation are in it."""
     seen: set[str] = set()
-    for batch in iterate_record_batches(path, batch_rows=_BATCH_ROWS):
-        for row in batch.select(["id", "messages", "tools"]).to_pylist():
+    for batch in iterate_record_batches(path, batch_rows=_BATCH_ROWS, columns=["id", "messages", "tools"]):
+        for row in batch.to_pylist():
             if row["messages"] == "[]" or "-" in row["id"] or row["id"] in seen:
                 continue
             seen.add(row["id"])

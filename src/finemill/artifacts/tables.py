@@ -96,10 +96,12 @@ def count_rows(path: Path, row_type: type, writer: str) -> int:
     return int(pq.read_metadata(path).num_rows)
 
 
-def iterate_record_batches(path: Path, *, batch_rows: int) -> Iterator[pa.RecordBatch]:
-    """The rows of a file in order as Arrow holds them, at most `batch_rows` at a time."""
+def iterate_record_batches(
+    path: Path, *, batch_rows: int, columns: Sequence[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The rows of a file in order as Arrow holds them, at most `batch_rows` at a time, with all columns or some."""
     with pq.ParquetFile(path) as file:
-        yield from file.iter_batches(batch_size=batch_rows)
+        yield from file.iter_batches(batch_size=batch_rows, columns=columns)
 
 
 def read_rows(path: Path, row_type: type[RowT], writer: str, *, limit: int | None = None) -> list[RowT]:

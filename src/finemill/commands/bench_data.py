@@ -38,7 +38,7 @@ class Cost:
         return self.rows / self.cpu_s
 
 
-def main(arguments: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Measure and print. Returns: the exit code."""
     parser = argparse.ArgumentParser(prog="finemill bench data", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=10_000, help="rows of the example data, thinking and chats 3 to 1")
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--base-model", default=_MODEL, help="folder or builtin: model, for its tokenizer and template")
     parser.add_argument("--num-proc", type=int, default=2, help="processes of either way")
     parser.add_argument("--json", action="store_true", help="an object per way instead of a table")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="finemill-bench-") as folder:
         rows = args.data or write_chats(Path(folder) / "rows.jsonl", args.rows)
         with rows.open("rb") as file:

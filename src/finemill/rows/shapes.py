@@ -75,9 +75,14 @@ def detect_shape(row: Row, named: Collection[str] = ()) -> str | None:
     Of several the first, or the first of those with the most columns in `named`: the columns that the user named.
     """
     for reader in (Reader(row), Reader(row, blank_counts=True)):
-        found = [name for name, shape in SHAPES.items() if shape.matches(reader)]
-        if found:
-            return max(found, key=lambda name: len(set(SHAPES[name].main) & set(named)))
+        found = (name for name, shape in SHAPES.items() if shape.matches(reader))
+        best = (
+            max(found, key=lambda name: len(set(SHAPES[name].main) & set(named)), default=None)
+            if named
+            else next(found, None)
+        )
+        if best is not None:
+            return best
     return None
 
 

@@ -8,6 +8,7 @@ there), `tool_calls`, and `weight: 0` if it is not to be learned.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from finemill.rows.reader import Reader
@@ -98,7 +99,15 @@ def turn_list(value: Any) -> list[Mapping[str, Any]] | None:
 
 def turn_role(turn: Mapping[str, Any]) -> str:
     """A turn's role as its data set spells it, in lower case with underscores; "" if it has none."""
-    role = next((turn[key] for key in _ROLE_KEYS if isinstance(turn.get(key), str) and turn[key].strip()), "")
+    for key in _ROLE_KEYS:
+        role = turn.get(key)
+        if isinstance(role, str) and role.strip():
+            return _role_name(role)
+    return ""
+
+
+@lru_cache(maxsize=1024)
+def _role_name(role: str) -> str:
     return role.strip().lower().replace("-", "_").replace(" ", "_")
 
 
