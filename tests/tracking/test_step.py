@@ -283,6 +283,27 @@ def test_the_warnings_of_a_step_are_a_tag_of_its_run(
     assert [tag["finemill.warnings"] for tag in tags] == expected
 
 
+@pytest.mark.parametrize("recorder", ["", "events"])
+def test_a_failed_step_s_warnings_are_a_tag_of_its_run(
+    recorder: str, tracking_uri: str, tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(**_: object) -> Mapping[str, float]:
+        logging.getLogger("finemill.components.data_prep.step").warning("train: 3 rows left out")
+        raise UserError("no row is left")
+
+    monkeypatch.setenv("FINEMILL_EVENTS", str(tmp_path / "events.jsonl"))
+    monkeypatch.setenv(RECORDER_VARIABLE, recorder)
+    monkeypatch.setattr(_DATA_PREP, warn)
+    with pytest.raises(UserError, match="no row is left"):
+        prepare()
+    if recorder:
+        with parent_run("finetune", StepConfig(), Tracking(tracking_uri)) as run:
+            for line in (tmp_path / "events.jsonl").read_text().splitlines():
+                run.record(json.loads(line))
+    (tags,) = (run.data.tags for run in runs(tracking_uri) if "finemill.step" in run.data.tags)
+    assert tags["finemill.warnings"] == "train: 3 rows left out"
+
+
 def test_parameters_are_flat_and_hold_no_credentials() -> None:
     values = {"lora_r": 16, "merge": {"dtype": "bfloat16", "none": None}, "uris": ["https://me:pw@host/x"]}
     assert flatten(values) == {

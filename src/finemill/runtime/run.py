@@ -203,6 +203,7 @@ def _make_recorded(call: _Call, progress: Progress, warnings: WarningLines) -> S
         run_id=call.run_id,
         tracking=call.tracking,
         progress=progress,
+        warnings=warnings.lines,
     ) as run:
         manifest = _make(call, call.context(run), warnings)
         reference = Reference(call.uri, manifest.digest)

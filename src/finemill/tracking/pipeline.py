@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _CLOSE_TIMEOUT_S = 90.0
 # Metrics that arrive within this time go to MLflow in one request.
 _GATHER_S = 1.0
-_RECORDED = ("computing", "metrics", "done", "reused", "failed")
+_RECORDED = ("computing", "metrics", "warning", "done", "reused", "failed")
 
 
 class PipelineRun:
@@ -103,6 +103,7 @@ class _Writer:
         )
         self._parent: str = run.info.run_id
         self._open: dict[str, StepRecord] = {}
+        self._warnings: dict[str, list[str]] = {}
         log_params(client, self._parent, params)
 
     def write(self, events: list[Mapping[str, Any]]) -> None:
@@ -136,6 +137,9 @@ class _Writer:
             self._open[name] = self._start(
                 StepDescription(name, event["params"], event["tags"], event["run_id"]), end_time
             )
+        elif kind == "warning" and name in self._open:
+            self._warnings.setdefault(name, []).append(event["text"])
+            self._open[name].warn(self._warnings[name])
         elif kind == "failed" and name in self._open:
             self._open.pop(name).fail(event["text"], end_time=end_time)
         elif kind in ("done", "reused"):

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -90,14 +90,18 @@ class StepRecord:
             part = batch[start : start + _MAX_METRICS_PER_BATCH]
             self.client.log_batch(self.run_id, metrics=[Metric(*point) for point in part], synchronous=True)
 
+    def warn(self, lines: Sequence[str]) -> None:
+        """Tag the run with all of its warnings."""
+        if lines:
+            warnings = without_credentials("\n".join(lines))
+            self.client.set_tag(self.run_id, WARNINGS_TAG, warnings[:_MAX_TAG_LENGTH])
+
     def finish(self, reference: Reference, manifest: Manifest, *, end_time: int | None = None) -> None:
         """Record the step's metrics, the totals also on the parent, and the link to its output; end the run."""
         place = without_credentials(str(reference))
         self.client.set_tag(self.run_id, OUTPUT_TAG, place)
         self.client.set_tag(self.run_id, "mlflow.note.content", f"Output: `{place}`")
-        if manifest.warnings:
-            warnings = without_credentials("\n".join(manifest.warnings))
-            self.client.set_tag(self.run_id, WARNINGS_TAG, warnings[:_MAX_TAG_LENGTH])
+        self.warn(manifest.warnings)
         # A final value under a curve's name would be a point of the curve.
         self.log_points(points({name: x for name, x in manifest.metrics.items() if name not in self._live}, 0))
         if self.parent_id and self._owned:

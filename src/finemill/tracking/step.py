@@ -6,7 +6,7 @@ that started the run records it (`pipeline.py`): importing MLflow once a run ins
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from finemill.artifacts.manifest import Manifest, Producer, Reference
@@ -75,10 +75,11 @@ class MlflowRun(StepRun):
             self._record.finish(reference, manifest)
             self._follow()
 
-    def fail(self, line: str, status: str) -> None:
-        """End the run, saying why."""
+    def fail(self, line: str, status: str, warnings: Sequence[str]) -> None:
+        """End the run, saying why and what was warned of before."""
         with self._tolerated():
             self._sender.close()
+            self._record.warn(warnings)
             self._record.fail(line, status)
             self._follow()
 
@@ -106,8 +107,9 @@ def step_run(
     run_id: str | None,
     tracking: Tracking,
     progress: Progress,
+    warnings: Sequence[str] = (),
 ) -> Iterator[StepRun]:
-    """The MLflow run of a step; ended as failed when the block raises.
+    """The MLflow run of a step; ended as failed, with the `warnings` there are by then, when the block raises.
 
     Raises: UserError, TemporaryError: `tracking` names no tracking server, or nothing answers there. In seconds, and
         before the block has begun.
@@ -126,5 +128,5 @@ def step_run(
     except BaseException as error:
         expected = isinstance(error, StepError)
         line = str(error) if expected else f"{type(error).__name__}: {error}"
-        run.fail(line, "FAILED" if isinstance(error, Exception) else "KILLED")
+        run.fail(line, "FAILED" if isinstance(error, Exception) else "KILLED", warnings)
         raise
