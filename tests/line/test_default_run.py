@@ -40,8 +40,10 @@ def test_every_step_is_done_in_order(finished_run: FinishedRun) -> None:
 
 def test_tuned_model_answers_what_the_base_fails(finished_run: FinishedRun) -> None:
     metrics = finished_run.manifest("eval").metrics
-    assert metrics["eval/base/exact_match"] <= 0.2
-    assert metrics["eval/fixed_rate"] >= 0.9
+    assert 0 < metrics["eval/base/exact_match"] <= 0.3
+    # Hard enough for a difference between two models to show, in both directions.
+    assert 0.65 <= metrics["eval/tuned/exact_match"] <= 0.97
+    assert metrics["eval/fixed_rate"] >= 0.6
     assert metrics["eval/tuned/loss"] < metrics["eval/base/loss"]
 
 

@@ -8,7 +8,8 @@ import pytest
 from finemill.errors import UserError
 from finemill.rows.answers import final_answer
 from finemill.rows.examples.generate import EXAMPLES, write_example_data
-from finemill.rows.examples.reasoning import FAMILIES, Problem
+from finemill.rows.examples.problem import Problem
+from finemill.rows.examples.reasoning import FAMILIES
 
 
 def test_same_seed_same_bytes_other_seed_other_rows(tmp_path: Path) -> None:

@@ -5,28 +5,11 @@ asked of a model is to choose the right steps, in the right order, on the right 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from random import Random
 
+from finemill.rows.examples.long_reasoning import LONG_FAMILIES
+from finemill.rows.examples.problem import Problem, product, rest, total
 from finemill.rows.examples.words import CONTAINERS, FIELDS, GROUPS, ITEMS, NAMES, PLACES
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A question, the equations that lead to its answer, and the unit the answer is given in ("" for a bare number)."""
-
-    question: str
-    equations: tuple[str, ...]
-    answer: int
-    unit: str = ""
-
-    def row(self) -> dict[str, str]:
-        """The problem as an OpenMathReasoning row; the thinking block holds one equation a line."""
-        thinking = "\n".join(self.equations)
-        solution = (
-            f"<think>\n{thinking}\n</think>\n\nThe answer is \\boxed{{{self.answer}}}{self.unit and ' '}{self.unit}."
-        )
-        return {"problem": self.question, "generated_solution": solution, "expected_answer": str(self.answer)}
 
 
 def gain_and_loss(rng: Random) -> Problem:
@@ -210,6 +193,34 @@ def savings(rng: Random) -> Problem:
     return Problem(question, steps, total, "dollars")
 
 
+def plain_fact(rng: Random) -> Problem:
+    """a + b, a - b or a * b, asked for as in the chats that the base model has seen: some of these it knows."""
+    kind = rng.choice("+-*")
+    a, b = (rng.randint(2, 12), rng.randint(2, 12)) if kind == "*" else (rng.randint(30, 99), rng.randint(2, 30))
+    word, equation = {"+": ("plus", total), "-": ("minus", rest), "*": ("times", product)}[kind]
+    question = rng.choice((f"What is {a} {kind} {b}?", f"How much is {a} {word} {b}?"))
+    return Problem(question, (equation(a, b),), int(equation(a, b).rpartition(" ")[2]))
+
+
+def counting(rng: Random) -> Problem:
+    """a + b, a - b or a * b of things."""
+    name, items = rng.choice(NAMES), rng.choice(list(ITEMS.values()))
+    a, b = rng.randint(20, 99), rng.randint(2, 19)
+    bags = rng.randint(2, 10)
+    return rng.choice(
+        (
+            Problem(f"{name} has {a} {items} and gets {b} more. How many is that?", (total(a, b),), a + b, items),
+            Problem(f"{name} has {a} {items} and loses {b}. How many are left?", (rest(a, b),), a - b, items),
+            Problem(
+                f"{name} has {bags} bags of {b} {items}. How many {items} is that?",
+                (product(bags, b),),
+                bags * b,
+                items,
+            ),
+        )
+    )
+
+
 FAMILIES: tuple[Callable[[Random], Problem], ...] = (
     gain_and_loss,
     shopping_total,
@@ -223,6 +234,9 @@ FAMILIES: tuple[Callable[[Random], Problem], ...] = (
     expression,
     average,
     savings,
+    plain_fact,
+    counting,
+    *LONG_FAMILIES,
 )
 
 
