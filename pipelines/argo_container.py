@@ -24,8 +24,9 @@ from hera.workflows.models import (
 )
 
 from finemill.pipelines.cluster import CACHE_PATH, CACHE_VARIABLES, SHARED_MEMORY_PATH, THREADS_VARIABLE, ClusterConfig
-from finemill.pipelines.graph import GPUS, Parameter, Task
+from finemill.pipelines.graph import GPUS, STORE, Parameter, Task
 from finemill.runtime.images import IMAGE_VARIABLE
+from finemill.transport import TEXT_MARK
 
 # 75: preempted, or a service out of reach. 143: ended by SIGTERM before the step could answer. 137: killed, by a node
 # that goes down or for its memory; the second would only happen again. -1: evicted, or a node that was lost.
@@ -59,7 +60,7 @@ def build_container(task: Task, checks: Iterable[Parameter], cluster: ClusterCon
             EnvVar(name=THREADS_VARIABLE, value_from=_CPU_LIMIT),
         ],
         env_from=_environment(cluster),
-        inputs=[ArgoParameter(name=port) for port in task.inputs],
+        inputs=[ArgoParameter(name=port) for port, source in task.inputs.items() if isinstance(source, Task)],
         outputs=outputs,
         resources=ArgoResources(
             cpu_request=size.cpu, cpu_limit=size.cpu, memory_request=size.memory, memory_limit=size.memory
@@ -101,21 +102,37 @@ def _labels(task: Task, cluster: ClusterConfig) -> dict[str, str]:
 
 
 def _arguments(task: Task, checks: Iterable[Parameter]) -> list[str]:
-    inputs = [f"--{port.replace('_', '-')}={{{{inputs.parameters.{port}}}}}" for port in task.inputs]
-    configs = [f"{{{{workflow.parameters.{task.config.name}}}}}"]
-    for item in checks:
-        value = f"{{{{workflow.parameters.{item.name}}}}}"
-        configs.append(
-            f'{{"steps": {{"{item.name}": {value}}}}}' if item.is_mapping else f'{{"{item.name}": "{value}"}}'
-        )
+    configs = [_parameter(task.config), *map(_checked, checks)]
     return [
-        "--store={{workflow.parameters.store}}",
-        *inputs,
-        *(f"--config-json={text}" for text in configs),
+        f"--store={_in_base64(_parameter(STORE))}",
+        *(f"--{port.replace('_', '-')}={_in_base64(_input(port, source))}" for port, source in task.inputs.items()),
+        *(f"--config-json={_in_base64(text)}" for text in configs),
         "--run-id={{workflow.uid}}",
         f"--output-file={OUTPUT_FILE}",
         *([f"--verdict-file={VERDICT_FILE}"] if task.step.verdict else []),
     ]
+
+
+def _input(port: str, source: Task | Parameter) -> str:
+    """A parameter of the run is taken from there: what goes through the graph is evaluated on its way."""
+    return f"inputs.parameters.{port}" if isinstance(source, Task) else _parameter(source)
+
+
+def _parameter(item: Parameter) -> str:
+    return f"workflow.parameters.{item.name}"
+
+
+def _checked(item: Parameter) -> str:
+    """What preflight checks besides its own section, as an expression for JSON."""
+    if item.is_mapping:
+        # Two braces would end the expression.
+        return f"""'{{"steps": {{"{item.name}": ' + {_parameter(item)} + '}} }}'"""
+    return f"""'{{"{item.name}": ' + toJson({_parameter(item)}) + '}}'"""
+
+
+def _in_base64(expression: str) -> str:
+    """An argument that Argo makes of an expression, with nothing in it for Argo or the kubelet to expand."""
+    return f"{TEXT_MARK}{{{{=sprig.b64enc({expression})}}}}"
 
 
 def _environment(cluster: ClusterConfig) -> list[EnvFromSource]:

@@ -1,5 +1,6 @@
 """A run's configuration as the parameters of its pipeline."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,30 +8,56 @@ from pydantic import Field, create_model
 
 from finemill.config import StepConfig
 from finemill.errors import UserError
+from finemill.transport import pack_for_kfp, pack_long
+
+SUBMITTED_CHARACTERS = 10_000
+"""Characters of JSON that KFP's server takes per parameter of a run."""
+ARGUMENT_CHARACTERS = 90_000
+"""Characters of JSON that fit into an argument, in base64 too: Linux takes 128 KiB."""
 
 
 def run_parameters(config: StepConfig) -> dict[str, Any]:
-    """What differs from the defaults: text for `base_model` and the like, a mapping per step.
-
-    Raises: UserError: a value is null where the default is not; KFP's parameters know no null.
-    """
+    """What differs from the defaults: text for `base_model` and the like, a mapping per step."""
     values: dict[str, Any] = config.model_dump(mode="json", exclude_defaults=True, by_alias=True)
     for name in type(config).model_fields:
         if isinstance(getattr(config, name), str):
             values[name] = getattr(config, name)
-    _refuse_nulls(values, "")
     return values
 
 
-def _refuse_nulls(value: Any, path: str) -> None:
-    if value is None:
-        raise UserError(f"'{path}' is null, which a pipeline's parameters cannot carry: leave it out or give a value")
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            _refuse_nulls(entry, f"{path}.{key}".lstrip("."))
-    if isinstance(value, list):
-        for entry in value:
-            _refuse_nulls(entry, path)
+def for_kfp(values: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """Parameters in the form that KFP hands on as it is, see `finemill.transport`.
+
+    Raises: UserError: one has more than `longest` characters even so.
+    """
+    packed = {name: pack_for_kfp(value) for name, value in values.items()}
+    for name, value in packed.items():
+        _check_length(name, value, longest)
+    return packed
+
+
+def for_argo(values: Mapping[str, Any]) -> dict[str, str]:
+    """Parameters as texts, mappings as JSON. Raises: UserError: one is longer than an argument may be."""
+    texts = {}
+    for name, value in values.items():
+        short = pack_long(value) if isinstance(value, Mapping) else value
+        _check_length(name, short, ARGUMENT_CHARACTERS)
+        texts[name] = short if isinstance(short, str) else to_json(short)
+    return texts
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """JSON in which Argo finds nothing to evaluate: two braces at once are part of a text."""
+    return json.dumps(value, sort_keys=True).replace("{{", r"\u007b\u007b")
+
+
+def _check_length(name: str, value: Any, limit: int) -> None:
+    length = len(value if isinstance(value, str) else json.dumps(value))
+    if length > limit:
+        raise UserError(
+            f"'{name}' has {length} characters, compressed, and a pipeline's parameter may have {limit}: name folders "
+            "or patterns instead of single files, or move texts into files that the steps read"
+        )
 
 
 def with_optional_fields(model: type[StepConfig]) -> type[StepConfig]:

@@ -1,6 +1,5 @@
 """A pipeline as Argo Workflows sees it: a WorkflowTemplate with one container template per step, and its schedule."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from hera.workflows.models import (
 from finemill.pipelines.argo_container import build_container
 from finemill.pipelines.cluster import CACHE_PATH, ClusterConfig
 from finemill.pipelines.graph import Parameter, Pipeline, Task
+from finemill.pipelines.parameters import for_argo
 
 # A firing that was missed by more than this, because the controller was down, is dropped: no catch-up.
 STARTING_DEADLINE_S = 300
@@ -44,10 +44,13 @@ def compile_argo(
 
 def build_argo_template(pipeline: Pipeline, defaults: Mapping[str, Any], cluster: ClusterConfig) -> WorkflowTemplate:
     """The WorkflowTemplate of a graph; arguments as for `build_kfp_pipeline`."""
+    texts = for_argo(
+        {item.name: item.default for item in pipeline.parameters if item.default is not None} | dict(defaults)
+    )
     with WorkflowTemplate(
         name=pipeline.name,
         entrypoint=pipeline.name,
-        arguments=[_argument(item, defaults) for item in pipeline.parameters],
+        arguments=[_argument(item, texts.get(item.name)) for item in pipeline.parameters],
         annotations={"workflows.argoproj.io/description": pipeline.description},
         labels={"app.kubernetes.io/name": "finemill", "app.kubernetes.io/component": pipeline.name},
         service_account_name=cluster.service_account,
@@ -87,12 +90,10 @@ def build_argo_schedule(pipeline: Pipeline, schedule: str, timezone: str | None 
     )
 
 
-def _argument(item: Parameter, defaults: Mapping[str, Any]) -> ArgoParameter:
-    default = defaults.get(item.name, item.default)
-    if default is None:
+def _argument(item: Parameter, text: str | None) -> ArgoParameter:
+    if text is None:
         return ArgoParameter(name=item.name, description=item.description)
-    value = json.dumps(default, sort_keys=True) if item.is_mapping else default
-    return ArgoParameter(name=item.name, value=value, description=item.description)
+    return ArgoParameter(name=item.name, value=text, description=item.description)
 
 
 def _volumes(cluster: ClusterConfig) -> list[Any]:
@@ -112,15 +113,13 @@ def _add_task(task: Task, container: Container) -> None:
     ArgoTask(
         name=task.name,
         template=container.name,
-        arguments=[ArgoParameter(name=port, value=_source(port, source)) for port, source in task.inputs.items()],
+        arguments=[
+            ArgoParameter(name=port, value=f"{{{{tasks.{source.name}.outputs.parameters.{port}}}}}")
+            for port, source in task.inputs.items()
+            if isinstance(source, Task)
+        ],
         dependencies=[item.name for item in task.upstream] or None,
         when=f"{{{{tasks.{task.when.name}.outputs.parameters.{task.when.step.verdict}}}}} == true"
         if task.when
         else None,
     )
-
-
-def _source(port: str, source: Task | Parameter) -> str:
-    if isinstance(source, Task):
-        return f"{{{{tasks.{source.name}.outputs.parameters.{port}}}}}"
-    return f"{{{{workflow.parameters.{source.name}}}}}"

@@ -23,6 +23,7 @@ from finemill.pipelines.cluster import (
     ClusterConfig,
 )
 from finemill.pipelines.graph import GPUS, Parameter, Pipeline, Task
+from finemill.pipelines.parameters import ARGUMENT_CHARACTERS, for_kfp
 from finemill.runtime.images import IMAGE_VARIABLE
 from finemill.runtime.kfp_task import TRACKING_PREFIX
 
@@ -66,7 +67,8 @@ def build_kfp_pipeline(pipeline: Pipeline, defaults: Mapping[str, Any], cluster:
                     calls[task.name] = _call(task, pipeline.checks(task), arguments, calls)
                     _set_execution(calls[task.name], task, arguments, cluster)
 
-    signature = inspect.Signature([_signature_entry(item, defaults) for item in pipeline.parameters])
+    packed = for_kfp(defaults, ARGUMENT_CHARACTERS)
+    signature = inspect.Signature([_signature_entry(item, packed) for item in pipeline.parameters])
     body.__signature__ = signature  # type: ignore[attr-defined]
     body.__annotations__ = {name: entry.annotation for name, entry in signature.parameters.items()}
     rendered: Callable[..., Any] = dsl.pipeline(name=pipeline.name, description=pipeline.description)(body)

@@ -1,4 +1,6 @@
 import argparse
+import base64
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ from pydantic import Field
 from finemill.commands.config_flags import add_config_flags, merge_values, read_config
 from finemill.config import StepConfig
 from finemill.errors import UserError
+from finemill.transport import pack_long
 
 
 class Optimizer(StepConfig):
@@ -78,3 +81,9 @@ def test_missing_file_and_bad_json_are_named() -> None:
 
 def test_mappings_merge_and_lists_are_replaced() -> None:
     assert merge_values({"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}}) == {"a": {"b": 1, "c": [2]}}
+
+
+def test_json_may_come_in_base64_and_packed() -> None:
+    values = {"name": "$$5 {{=1}} $(HOME)", "target_modules": [f"module_{number}" for number in range(500)]}
+    text = base64.b64encode(json.dumps(pack_long(values)).encode()).decode()
+    assert read("--config-json", f"base64:{text}").model_dump(exclude_unset=True) == values

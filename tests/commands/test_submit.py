@@ -15,6 +15,7 @@ from finemill.cli import main
 from finemill.commands import run_table
 from finemill.commands.engine_argo import read_workflow
 from finemill.commands.run_table import RunTable, summary
+from finemill.transport import unpack
 from tests.commands.api_server import Api, point_kubeconfig_at
 
 WORKFLOWS = Path(__file__).parent / "workflows"
@@ -54,6 +55,28 @@ def test_submit_sends_only_what_was_given(api: Api, capsys: pytest.CaptureFixtur
     parameters = {item["name"]: item["value"] for item in workflow["spec"]["arguments"]["parameters"]}
     assert workflow["spec"]["workflowTemplateRef"] == {"name": "finetune"}
     assert parameters == {"store": "s3://b/p", "gpus": "0", "base_model": "hf://o/m@r", "train_qlora": '{"lora_r": 32}'}
+
+
+def test_a_configuration_travels_to_the_letter(api: Api, tmp_path: Path) -> None:
+    """Argo evaluates braces in a workflow's own arguments; everything else is the templates' affair."""
+    prompt = "Put it in $$\\boxed{}$$, {{=1+1}}, $(HOME)"
+    sources = [{"uri": f"s3://b/a-folder-with-a-long-name/part-{number:05d}.jsonl"} for number in range(1500)]
+    config = {"data_prep": {"sources": sources}, "chat_format": {"system_prompt": prompt, "max_length": None}}
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    assert main(["submit", "finetune", *ARGO, "--config", str(tmp_path / "c.yaml")]) == 0
+    parameters = {item["name"]: item["value"] for item in api.posted[-1]["spec"]["arguments"]["parameters"]}
+    assert "{{" not in "".join(parameters.values())
+    assert max(map(len, parameters.values())) < 90_000
+    assert json.loads(parameters["chat_format"]) == config["chat_format"]
+    found = unpack(json.loads(parameters["data_prep"]))["sources"]
+    assert [item["uri"] for item in found] == [item["uri"] for item in sources]
+
+
+def test_a_parameter_that_no_argument_holds_is_refused(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
+    noise = "".join(f"{number * 2654435761 % 2**32:08x}" for number in range(40_000))
+    assert main(["submit", "finetune", *ARGO, "--chat-format.system-prompt", noise]) == 2
+    assert "'chat_format' has" in capsys.readouterr().err
+    assert not api.posted
 
 
 @pytest.mark.parametrize(

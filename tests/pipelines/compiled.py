@@ -51,12 +51,10 @@ def _argo_task(task: dict[str, Any], template: dict[str, Any], volumes: dict[str
     gpus = patch.get("containers", [{}])[0].get("resources", {}).get("limits", {}).get("nvidia.com/gpu")
     mounts = {item["name"]: item["mountPath"] for item in container["volumeMounts"]}
     environment = container["envFrom"]
-    inputs = {}
-    for item in task.get("arguments", {}).get("parameters", []):
-        source = _argo_source(item["value"])
-        inputs[item["name"] if "." in source else f"parameter {source}"] = source
+    given = task.get("arguments", {}).get("parameters", [])
+    inputs = {item["name"]: _argo_source(item["value"]) for item in given}
     for argument in container["args"]:
-        for name in re.findall(r"{{workflow\.parameters\.(\w+)}}", argument):
+        for name in re.findall(r"workflow\.parameters\.(\w+)", argument):
             inputs[f"parameter {name}"] = name
     when = re.fullmatch(r"{{tasks\.([\w-]+)\.outputs\.parameters\.(\w+)}} == true", task.get("when", ""))
     return CompiledTask(
@@ -80,7 +78,8 @@ def _argo_task(task: dict[str, Any], template: dict[str, Any], volumes: dict[str
 
 def _argo_source(value: str) -> str:
     task = re.fullmatch(r"{{tasks\.([\w-]+)\.outputs\.parameters\.(\w+)}}", value)
-    return f"{task[1]}.{task[2]}" if task else re.sub(r"{{workflow\.parameters\.(\w+)}}", r"\1", value)
+    assert task, value
+    return f"{task[1]}.{task[2]}"
 
 
 def read_kfp(path: Path) -> tuple[dict[str, Any], dict[str, CompiledTask]]:

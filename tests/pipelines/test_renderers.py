@@ -11,6 +11,7 @@ from finemill.cli import main
 from finemill.pipelines.catalog import PIPELINES
 from finemill.pipelines.graph import SMALL
 from finemill.runtime.catalog import STEPS
+from finemill.transport import unpack
 from tests.pipelines.compiled import CompiledTask, read_argo, read_kfp
 
 CLUSTER = """
@@ -232,3 +233,25 @@ def test_local_runs_have_one_order(name: str) -> None:
     tasks = for_this_machine(PIPELINES[name]).tasks
     for before, task in pairwise(tasks):
         assert before.name in {item.name for item in task.upstream}
+
+
+@pytest.mark.parametrize("name", list(PIPELINES))
+def test_argo_s_arguments_hold_nothing_to_expand(name: str) -> None:
+    """Argo evaluates the values of parameters again, and the kubelet expands `$(NAME)`: neither finds any in base64."""
+    golden = Path(__file__).parent / "golden" / f"{name}-argo.yaml"
+    template = next(yaml.safe_load_all(golden.read_text()))
+    arguments = [text for item in template["spec"]["templates"] for text in item.get("container", {}).get("args", [])]
+    braces = [text for text in arguments if "{{" in text and text != "--run-id={{workflow.uid}}"]
+    assert len(braces) > 10
+    assert all(re.fullmatch(r"--[a-z-]+=base64:\{\{=sprig\.b64enc\((?:(?!\}\}).)*\)\}\}", text) for text in braces)
+
+
+def test_defaults_that_an_engine_would_change_are_packed_for_kfp_and_braceless_for_argo(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    rows = "data_prep: {sources: [{uri: rows.jsonl}]}"
+    config.write_text(f"{rows}\nchat_format: {{system_prompt: '$$5 {{{{=1}}}} $(HOME)', max_length: null}}")
+    (kfp, _), (argo, _) = compile_both("finetune", tmp_path, "--config", str(config))
+    expected = {"system_prompt": "$$5 {{=1}} $(HOME)", "max_length": None}
+    assert unpack(kfp["chat_format"]) == argo["chat_format"] == expected
+    assert "{{=1" not in (tmp_path / "kfp.yaml").read_text() + (tmp_path / "argo.yaml").read_text()
+    assert "$(HOME)" not in (tmp_path / "kfp.yaml").read_text()

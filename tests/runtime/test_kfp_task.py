@@ -1,5 +1,6 @@
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,18 +10,19 @@ import pytest
 from finemill.artifacts.manifest import Reference
 from finemill.errors import TemporaryError
 from finemill.runtime.kfp_task import TRACKING_PREFIX, run_kfp_task
+from finemill.transport import pack_for_kfp
 
 OURS = {"MLFLOW_TRACKING_URI": "http://ours", "MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "secret"}
 
 
-def run_data_prep(folder: Path) -> dict[str, float]:
+def run_data_prep(folder: Path, config: Mapping[str, Any] | None = None) -> dict[str, float]:
     """Run the step with outputs as the launcher provides them. Returns: the metrics that KFP is told."""
     logged: dict[str, float] = {}
     run_kfp_task(
         "data-prep",
         store=str(folder / "store"),
         inputs={},
-        config={"sources": [{"uri": "example:chat", "max_rows": 200}]},
+        config=config or {"sources": [{"uri": "example:chat", "max_rows": 200}]},
         run_id="run",
         reference_path=str(folder / "rows"),
         manifest=SimpleNamespace(path=str(folder / "manifest"), metadata={}),
@@ -35,6 +37,14 @@ def test_every_output_is_a_file(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "manifest").read_text())["digest"] == reference.digest
     assert json.loads((tmp_path / "metrics").read_text()) == logged
     assert logged
+
+
+def test_what_was_packed_for_kfp_is_the_step_s_configuration(tmp_path: Path) -> None:
+    rows = tmp_path / "$$(HOME) {{rows}}.jsonl"
+    rows.write_text('{"prompt": "a question", "completion": "an answer"}\n')
+    run_data_prep(tmp_path, pack_for_kfp({"sources": [{"uri": str(rows)}], "test_size": 0, "validation_size": 0}))
+    written = json.loads((tmp_path / "manifest").read_text())
+    assert written["config"]["sources"][0]["uri"] == str(rows)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from finemill.config import ConfigT, parse_config
 from finemill.config_file import parse_yaml, read_mapping
 from finemill.errors import UserError
+from finemill.transport import decode_text, unpack
 
 
 def add_config_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
@@ -19,7 +20,11 @@ def add_config_flags(parser: argparse.ArgumentParser, model: type[BaseModel]) ->
     group = parser.add_argument_group("configuration (later wins: defaults, --config, --config-json, flags)")
     group.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of the fields below")
     group.add_argument(
-        "--config-json", action="append", default=[], metavar="JSON", help="the same as JSON text; may be repeated"
+        "--config-json",
+        action="append",
+        default=[],
+        metavar="JSON",
+        help="the same as JSON text, also as base64:TEXT; may be repeated",
     )
     _add_fields(group, model, "")
 
@@ -70,7 +75,7 @@ def merge_values(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, A
 
 def _read_json(text: str) -> dict[str, Any]:
     try:
-        loaded = json.loads(text)
+        loaded = unpack(json.loads(decode_text(text)))
     except ValueError as error:
         raise UserError(f"--config-json is not JSON: {error}") from None
     if not isinstance(loaded, dict):

@@ -1,6 +1,5 @@
 """Runs on Argo Workflows: submitted to the chart's WorkflowTemplates through the Kubernetes API."""
 
-import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -9,6 +8,7 @@ from finemill.commands.kubernetes_client import WAITING_IN_VAIN, PodLogs, load_c
 from finemill.commands.run_status import Phase, RunStatus, StepStatus
 from finemill.errors import UserError
 from finemill.pipelines.graph import Pipeline
+from finemill.pipelines.parameters import for_argo
 from finemill.runtime.catalog import STEPS
 
 _GROUP, _VERSION = "argoproj.io", "v1alpha1"
@@ -103,10 +103,7 @@ def _step_of(pod: Any) -> str:
 
 
 def _spec(pipeline: Pipeline, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    values = [
-        {"name": name, "value": value if isinstance(value, str) else json.dumps(value, sort_keys=True)}
-        for name, value in parameters.items()
-    ]
+    values = [{"name": name, "value": text} for name, text in for_argo(parameters).items()]
     return {"workflowTemplateRef": {"name": pipeline.name}, "arguments": {"parameters": values}}
 
 

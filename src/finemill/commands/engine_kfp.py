@@ -18,6 +18,7 @@ from finemill.errors import StepError, TemporaryError, UserError
 from finemill.pipelines.catalog import PIPELINES
 from finemill.pipelines.cluster import ClusterConfig
 from finemill.pipelines.graph import Pipeline
+from finemill.pipelines.parameters import SUBMITTED_CHARACTERS, for_kfp
 from finemill.runtime.catalog import STEPS
 
 EXPERIMENT = "finemill"
@@ -60,7 +61,7 @@ class KFPEngine:
         with self._package(pipeline) as package, readable_errors(self.host), redirect_stdout(sys.stderr):
             run = self._client.create_run_from_pipeline_package(
                 package,
-                arguments=dict(parameters),
+                arguments=for_kfp(parameters, SUBMITTED_CHARACTERS),
                 run_name=f"{pipeline.name} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}",
                 experiment_name=EXPERIMENT,
                 namespace=self._multi_user,
@@ -83,7 +84,7 @@ class KFPEngine:
                 cron_expression=f"0 {cron}",
                 max_concurrency=1,
                 no_catchup=True,
-                params=dict(parameters),
+                params=for_kfp(parameters, SUBMITTED_CHARACTERS),
                 pipeline_package_path=package,
                 enable_caching=False,
             )

@@ -15,7 +15,7 @@ from finemill.config import ConfigT, StepConfig
 from finemill.models.base.resolve import resolve_base_model
 from finemill.pipelines.graph import Pipeline
 from finemill.pipelines.local import for_this_machine, run_locally
-from finemill.pipelines.parameters import run_parameters
+from finemill.pipelines.parameters import ARGUMENT_CHARACTERS, for_kfp, run_parameters
 from finemill.storage.base import local_path, normalize_uri
 from finemill.storage.store import check_writable
 from finemill.tracking.settings import TRACKING_VARIABLE, Tracking
@@ -82,7 +82,7 @@ def with_pinned_base(config: ConfigT) -> ConfigT:
 
 
 def _parameters(pipeline: Pipeline, config: StepConfig, store: str) -> dict[str, Any]:
-    values = {"store": store, **run_parameters(config)}
+    values = for_kfp({"store": store, **run_parameters(config)}, ARGUMENT_CHARACTERS)
     return {item.name: values[item.name] for item in for_this_machine(pipeline).parameters if item.name in values}
 
 

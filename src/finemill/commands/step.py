@@ -9,6 +9,7 @@ from finemill.artifacts.ports import BASE_MODEL
 from finemill.commands.config_flags import add_config_flags, read_config
 from finemill.runtime.catalog import Step, get_step
 from finemill.tracking.settings import Tracking
+from finemill.transport import decode_text
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -22,15 +23,16 @@ def execute(name: str, arguments: list[str]) -> int:
     from finemill.runtime.processes import is_main_process
     from finemill.runtime.run import assist_step, run_step
 
-    inputs = {port: getattr(parsed, port) for port in step.inputs}
+    store = decode_text(parsed.store)
+    inputs = {port: decode_text(getattr(parsed, port)) for port in step.inputs}
     if not is_main_process():
-        assist_step(name, store=parsed.store, inputs=inputs, config=config, run_id=parsed.run_id)
+        assist_step(name, store=store, inputs=inputs, config=config, run_id=parsed.run_id)
         return 0
     # Libraries print what they like; standard output is for the reference alone.
     with redirect_stdout(sys.stderr):
         result = run_step(
             name,
-            store=parsed.store,
+            store=store,
             inputs=inputs,
             config=config,
             run_id=parsed.run_id,

@@ -15,6 +15,7 @@ from finemill.runtime.terminal_failure import TerminalFailure
 from finemill.storage.store import fetch_artifact
 from finemill.tracking.progress import silence_progress_bars
 from finemill.tracking.settings import TRACKING_VARIABLE, Tracking
+from finemill.transport import unpack
 
 # KFP sets it when a retry policy is set; the attempts of a run that a person has retried count from 0 again.
 ATTEMPT_VARIABLE = "KFP_RETRY_INDEX"
@@ -50,7 +51,9 @@ def run_kfp_task(
     _adopt_tracking_settings()
     silence_progress_bars()
     try:
-        result = _run_unless_failed(name, store=store, inputs=inputs, config=config, run_id=run_id)
+        result = _run_unless_failed(
+            name, store=unpack(store), inputs=unpack(inputs), config=unpack(config), run_id=run_id
+        )
         return _write_outputs(name, result, reference_path, manifest, metrics, shown or {})
     except Exception as error:
         sys.exit(report(name, error))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finemill.errors import TemporaryError, kind_of
+from finemill.transport import pack_long
 
 
 def num_processes() -> int:
@@ -40,7 +41,7 @@ def step_arguments(
 ) -> list[str]:
     """What `finemill` is called with to run a step that writes its output's reference to `output_file`."""
     options = {f"--{port.replace('_', '-')}": value for port, value in inputs.items()}
-    options |= {"--store": store, "--config-json": json.dumps(config), "--output-file": str(output_file)}
+    options |= {"--store": store, "--config-json": json.dumps(pack_long(config)), "--output-file": str(output_file)}
     return [name, *(part for option in options.items() for part in option)]
 
 
