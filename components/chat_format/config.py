@@ -31,6 +31,9 @@ class ChatFormatConfig(StepConfig):
     """Turns that the template writes otherwise once more messages follow, as Qwen3 leaves out thinking blocks: each
     gets a training example that ends with it, so that what is learned is what will be asked; or is learned as it stands
     in the history, unless its thinking is lost (fewer tokens, but it teaches to answer without thinking); or is not."""
+    max_unrolled_turns: int = Field(default=16, ge=1)
+    """How many turns of a conversation get an example of their own at most: evenly spread ones, since each repeats all
+    that stands before it. The others are not learned, and counted."""
     max_length: int | None = Field(default=2048, ge=8)
     """Longest sequence in tokens; null for no limit."""
     truncation: Literal["drop", "truncate"] = "drop"

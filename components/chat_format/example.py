@@ -29,7 +29,7 @@ class Draft:
     """A rendered row, or the part of its conversation up to one turn.
 
     `text` may hold `BROKEN`; `spans`, the characters of the `turns` to learn, count without it. `rejected` is the same
-    conversation with a worse last answer.
+    conversation with a worse last answer. `turns_left_out` counts those that are beyond `max_unrolled_turns`.
     """
 
     record: PreparedRow
@@ -43,6 +43,7 @@ class Draft:
     spans: list[tuple[int, int]]
     turns: tuple[Turn, ...]
     unrolled: bool = False
+    turns_left_out: int = 0
 
 
 @dataclass(frozen=True)

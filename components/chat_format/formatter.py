@@ -61,17 +61,26 @@ class Formatter:
 
     def finish_all(self, drafts: Sequence[Draft]) -> Iterator[Example | DroppedRowError]:
         """Tokenize and label drafts, in order: an example each, or the reason why it is left out."""
-        tokens = self.tokenizer.encode([draft.text for draft in drafts])
-        worse = iter(self.tokenizer.encode([draft.rejected.text for draft in drafts if draft.rejected]))
+        tokens = self.tokenizer.encode([draft.text[: self._most_characters] for draft in drafts])
+        rejected_texts = [draft.rejected.text for draft in drafts if draft.rejected]
+        worse = iter(self.tokenizer.encode([text[: self._most_characters] for text in rejected_texts]))
         for draft, draft_tokens in zip(drafts, tokens, strict=True):
             worse_tokens = next(worse) if draft.rejected else None
             try:
-                rejected = self._label(worse_tokens, draft.rejected.spans) if draft.rejected else None
-                yield Example(draft, self._label(draft_tokens, draft.spans), rejected)
+                rejected = (
+                    self._label(worse_tokens, draft.rejected.text, draft.rejected.spans) if draft.rejected else None
+                )
+                yield Example(draft, self._label(draft_tokens, draft.text, draft.spans), rejected)
             except DroppedRowError as reason:
                 yield reason
 
-    def _label(self, tokens: Tokens | None, spans: Sequence[tuple[int, int]]) -> Labelled:
+    @cached_property
+    def _most_characters(self) -> int | None:
+        """So many characters are more tokens than the longest length; what follows need not be encoded."""
+        limit, longest = self._config.max_length, self.tokenizer.longest_token
+        return None if limit is None or longest is None else (limit + 2) * longest
+
+    def _label(self, tokens: Tokens | None, text: str, spans: Sequence[tuple[int, int]]) -> Labelled:
         if tokens is None:
             raise DroppedRowError("control_tokens_in_text")
         labels = label_tokens(tokens.input_ids, tokens.offsets, spans)
@@ -79,7 +88,8 @@ class Formatter:
         truncated = limit is not None and len(input_ids) > limit
         if truncated:
             if self._config.truncation == "drop":
-                raise DroppedRowError("too_long", f"{len(input_ids)} tokens")
+                more = "more than " if len(text) > (self._most_characters or len(text)) else ""
+                raise DroppedRowError("too_long", f"{more}{len(input_ids)} tokens")
             input_ids, labels = input_ids[:limit], labels[:limit]
         if (labels == IGNORE_INDEX).all():
             raise DroppedRowError("too_long" if truncated else "template_removes_thinking")
@@ -112,9 +122,10 @@ class _Chat:
         if self._conversation.tools and not self._template.takes_tools:
             raise DroppedRowError("template_without_tools", "tools")
         rendered = self._render(self._messages)
-        in_place, rewritten = self._sort_turns(self._messages, rendered)
-        drafts = [self._draft(self._messages, rendered, in_place)]
-        for end, alone in rewritten.items() if unroll else ():
+        in_place, rewritten, left_out = self._sort_turns(self._messages, rendered)
+        whole = self._draft(self._messages, rendered, in_place)
+        drafts = [replace(whole, turns_left_out=left_out) if left_out and unroll else whole]
+        for end, alone in sorted(rewritten.items()) if unroll else ():
             draft = self._draft(self._messages[: end + 1], alone, alone.turns[-1:])
             record = replace(self._record, id=f"{self._record.id}-{end}")
             conversation = replace(self._conversation, answer=None)
@@ -159,18 +170,22 @@ class _Chat:
         system, first, *rest = messages
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
-    def _sort_turns(self, messages: list[Message], rendered: Rendered) -> tuple[list[Turn], dict[int, Rendered]]:
+    def _sort_turns(self, messages: list[Message], rendered: Rendered) -> tuple[list[Turn], dict[int, Rendered], int]:
         """The turns to learn where they stand, and the messages that need an example of their own, as they are there.
 
         A turn may be learned in place if the text up to its end is what the model gets and must produce at that point.
+        Returns: both, and how many turns are beyond the limit of those that may have an example.
         """
         in_place = [turn for turn in rendered.turns[-1:] if turn.complete]
         rewritten: dict[int, Rendered] = {}
         if self._config.assistant_turns == "last":
-            return in_place, {}
-        for turn in rendered.turns[:-1]:
-            if messages[turn.message].get("weight") == 0:
-                continue
+            return in_place, {}, 0
+        earlier = [turn for turn in rendered.turns[:-1] if messages[turn.message].get("weight") != 0]
+        left_out, limit = 0, self._config.max_unrolled_turns
+        for number, turn in enumerate(_spread(earlier, limit)):
+            if len(rewritten) == limit <= number and len(in_place) <= 1:
+                # None of the spread ones may be learned where it stands, so that the others are not even rendered.
+                return in_place, rewritten, len(earlier) - number
             alone = self._render(messages[: turn.message + 1])
             last = alone.turns[-1]
             if last.complete and rendered.text.startswith(alone.text[: last.end]):
@@ -178,8 +193,11 @@ class _Chat:
             elif turn.complete and self._config.rewritten_turns == "in_place":
                 in_place.append(turn)
             elif last.complete and self._config.rewritten_turns == "unroll" and self._worse is None:
-                rewritten[turn.message] = alone
-        return sorted(in_place, key=lambda turn: turn.start), rewritten
+                if len(rewritten) < limit:
+                    rewritten[turn.message] = alone
+                else:
+                    left_out += 1
+        return sorted(in_place, key=lambda turn: turn.start), rewritten, left_out
 
     def _draft(self, messages: list[Message], rendered: Rendered, learned: Sequence[Turn]) -> Draft:
         return Draft(
@@ -201,7 +219,7 @@ class _Chat:
         if self._worse is None:
             return None
         rendered = self._render(self._worse)
-        in_place, _ = self._sort_turns(self._worse, rendered)
+        in_place, _, _ = self._sort_turns(self._worse, rendered)
         return Rejected(rendered.text, _last_answer(rendered), _spans(rendered, in_place))
 
     def _render(self, messages: list[Message]) -> Rendered:
@@ -225,6 +243,17 @@ class _Chat:
     def _thinks(self, messages: Sequence[Message]) -> bool:
         asked = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=0)
         return any(self._template.thinking_of(m) for m in messages[asked:] if m["role"] == "assistant")
+
+
+def _spread(turns: list[Turn], number: int) -> list[Turn]:
+    """The same turns, first `number` of them that are evenly spread."""
+    if len(turns) <= number:
+        return turns
+    first = {len(turns) * place // number for place in range(number)}
+    return [
+        *(turn for place, turn in enumerate(turns) if place in first),
+        *(turn for place, turn in enumerate(turns) if place not in first),
+    ]
 
 
 def _spans(rendered: Rendered, learned: Sequence[Turn]) -> list[tuple[int, int]]:

@@ -53,6 +53,8 @@ class SplitCounts:
         self._truncated.append(example.truncated)
         self._unrolled.append(example.draft.unrolled)
         self._thinking.append(bool(example.draft.kwargs.get("enable_thinking")))
+        if example.draft.turns_left_out:
+            self.examples_dropped["max_unrolled_turns"] += example.draft.turns_left_out
         ends = tuple(example.end_tokens)
         self._ends.append(self._known_ends.setdefault(ends, ends))
 

@@ -57,6 +57,19 @@ class ChatTokenizer:
         names = self._backend.get_added_tokens_decoder()
         return "".join(names[token].content for token, _ in special)
 
+    @cached_property
+    def longest_token(self) -> int | None:
+        """Characters of a text that one token may hold at most, None if there is no such limit."""
+        model = json.loads(self._backend.to_str())
+        kinds = _normalizers(model["normalizer"])
+        model = model["model"]
+        may_be_unknown = model.get("unk_token") is not None and not model.get("byte_fallback")
+        if model["type"] != "BPE" or may_be_unknown or not kinds <= {"NFC", "Prepend", "Replace"}:
+            return None
+        # NFC makes one letter of up to three.
+        longest = max(map(len, (*model["vocab"], *self._added)))
+        return 4 * longest if "NFC" in kinds else longest
+
     def add_roles(self, chat: str) -> None:
         """Count the added tokens in `chat`, which a template wrote, as control tokens though they are not special.
 
@@ -96,6 +109,16 @@ class ChatTokenizer:
         """
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [_tokens(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
+
+
+def _normalizers(normalizer: Any) -> set[str]:
+    """The kinds of normalizers in a tokenizer's description."""
+    if normalizer is None:
+        return set()
+    if normalizer["type"] == "Sequence":
+        return {kind for part in normalizer["normalizers"] for kind in _normalizers(part)}
+    plain = normalizer["type"] != "Replace" or normalizer["pattern"] == {"String": " "}
+    return {normalizer["type"] if plain else "other"}
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

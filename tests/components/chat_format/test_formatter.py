@@ -322,3 +322,16 @@ def test_calls_written_as_text_stay_text_where_the_template_knows_none(tmp_path:
     base = Base(tmp_path, byte_tokenizer())
     assert base.learned({"messages": HERMES}) == [f"{HERMES[1]['content']}<|im_end|>", "Done.<|im_end|>"]
     assert "<tool_response>\nok\n</tool_response>" in base.text(base.examples({"messages": HERMES})[0])
+
+
+def test_of_a_text_of_many_megabytes_only_what_decides_is_encoded(tmp_path: Path) -> None:
+    base = Base(tmp_path, byte_tokenizer())
+    answer = "a long answer " * 200_000
+    with pytest.raises(DroppedRowError, match=r"^too_long$") as reason:
+        base.examples(pair("Hi.", answer), max_length=64)
+    assert int(reason.value.field.removeprefix("more than ").split()[0]) < 5_000
+    (example,) = base.examples(pair("Hi.", answer), max_length=64, truncation="truncate")
+    (whole,) = base.examples(pair("Hi.", answer[:500]), max_length=64, truncation="truncate")
+    assert example.input_ids == whole.input_ids
+    assert example.labels.tolist() == whole.labels.tolist()
+    assert example.end_tokens == [None]

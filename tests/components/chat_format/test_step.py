@@ -458,3 +458,16 @@ def test_hub_s_tokenizer_is_enough_and_the_manifest_names_its_commit(
     resolve_base_model.cache_clear()
     result, _ = format_rows(tmp_path, [THINKING], "hf://finemill/tiny")
     assert result.manifest.parents["base_model"] == f"hf://finemill/tiny@{commit}"
+
+
+def test_of_a_long_conversation_the_turns_that_get_an_example_are_limited_and_spread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [(role, f"{role} {number}") for number in range(40) for role in ("user", "assistant")]
+    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    result, formatted = format_rows(tmp_path, [chat], max_unrolled_turns=4, max_length=None)
+    assert [learned(row).split("<|im_end|>")[0] for row in formatted] == [
+        f"assistant {number}" for number in (39, 0, 9, 19, 29)
+    ]
+    assert summary(result)["examples_dropped"] == {"max_unrolled_turns": 35}
+    assert "train: 35 turns are not learned (max_unrolled_turns 35)" in capsys.readouterr().err
