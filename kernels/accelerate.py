@@ -16,10 +16,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from finemill.errors import UserError
 from finemill.kernels.engine.adapters import LoraPair
+from finemill.kernels.engine.expert_layout import EXPERT_FAMILIES, EXPERT_STACKS, expert_shape
 from finemill.kernels.engine.host_memory import gather_rows, pin
 from finemill.kernels.engine.model import FastModel, LayerParts, ModelLoss, assemble_model
 from finemill.kernels.engine.plan import LayerShape, Plan
 from finemill.kernels.ops.nf4 import NF4Tensor
+from finemill.kernels.ops.nf4_stack import NF4Stack
 from finemill.kernels.ops.packing import length_classes, pack_rows, splittable
 from finemill.kernels.planning.workload import FAMILIES, Workload
 from finemill.kernels.streamed import attach_stream, detach_stream, weight_stream_of
@@ -54,8 +56,8 @@ def accelerate_model(model: nn.Module, *, plan: Plan | None = None) -> Accelerat
     """Put a LoRA or QLoRA model on the fast path.
 
     Args:
-        model: a PEFT model over a causal language model of one of `FAMILIES`, NF4 or 16-bit, on one device, with LoRA
-            on any of the seven linear layers.
+        model: a PEFT model over a causal language model of one of `FAMILIES` or `EXPERT_FAMILIES`, NF4 or 16-bit, on
+            one device, with LoRA on any of the seven linear layers, of experts by `target_parameters`.
         plan: how to spend memory; by default everything is kept.
     Returns: the engine, and the reason if the model was left unchanged (also logged as a warning).
     """
@@ -109,7 +111,8 @@ def _forward(causal: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _as_built(causal: Any) -> bool:
     """Whether PEFT would use, and train, the adapter that the engine was built with."""
-    first = next(linear for layer in causal.model.layers for linear in _linears(layer).values() if _is_lora(linear))
+    holders = (h for layer in causal.model.layers for h in (_linears(layer) | _expert_stacks(layer)).values())
+    first = next(holder for holder in holders if _is_lora(holder))
     active = list(first.active_adapters)
     if first.disable_adapters or first.merged or len(active) != 1 or active[0] not in first.lora_A:
         return False
@@ -142,7 +145,7 @@ def adopt_plan(model: nn.Module, plan: Plan) -> None:
     engine: FastModel = causal._finemill_engine
     engine.apply_plan(plan)
     if engine.weight_stream is not None and weight_stream_of(causal) is None:
-        layers = [[w for group in layer.projections for w in group.weights] for layer in engine.layers]
+        layers = [layer.weights for layer in engine.layers]
         attach_stream(causal, engine.weight_stream, layers)  # type: ignore[arg-type]
     embedding = causal.model.embed_tokens
     on_host = embedding.weight.device != engine.device
@@ -182,6 +185,11 @@ def workload_of(engine: FastModel, *, tokens: int, row: int, typical: int | None
         typical=typical,
         fa4=engine.attention_backend(bound) == "fa4",
     )
+
+
+def is_mixture(model: nn.Module) -> bool:
+    """Whether a model is a mixture of experts that the engine trains."""
+    return getattr(_causal_model(model).config, "model_type", None) in EXPERT_FAMILIES
 
 
 def restore_model(model: nn.Module) -> None:
@@ -260,8 +268,9 @@ def _build(model: nn.Module) -> FastModel:
 def _check_architecture(causal: Any) -> None:
     """Refuse what would compute something else than the engine does: other families, or settings of these."""
     config = causal.config
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModelError(f"model_type is {config.model_type!r}, the fast path covers {', '.join(FAMILIES)}")
+    covered = (*FAMILIES, *EXPERT_FAMILIES)
+    if config.model_type not in covered:
+        raise UnsupportedModelError(f"model_type is {config.model_type!r}, the fast path covers {', '.join(covered)}")
     kind = type(causal)
     if not kind.__module__.startswith("transformers.models.") or not kind.__name__.endswith("ForCausalLM"):
         raise UnsupportedModelError(f"{kind.__name__} is not one of transformers' own causal language models")
@@ -271,6 +280,10 @@ def _check_architecture(causal: Any) -> None:
         raise UnsupportedModelError(f"sliding_window is {config.sliding_window}: attention windows are not covered")
     if getattr(config, "attention_dropout", 0.0):
         raise UnsupportedModelError(f"attention_dropout is {config.attention_dropout}, expected 0")
+    if getattr(config, "output_router_logits", False):
+        raise UnsupportedModelError("output_router_logits is true: the router's auxiliary loss is not covered")
+    if getattr(config, "router_jitter_noise", 0.0):
+        raise UnsupportedModelError(f"router_jitter_noise is {config.router_jitter_noise}, expected 0")
     if getattr(causal.model.embed_tokens, "neftune_noise_alpha", None):
         raise UnsupportedModelError("NEFTune noise is on the embedding")
     shape, rotary = _layer_shape(config), causal.model.rotary_emb
@@ -295,10 +308,10 @@ def _check_tensors(causal: Any, parts: list[LayerParts]) -> None:
         raise UnsupportedModelError("the output layer has a bias")
     for index, part in enumerate(parts):
         norms = {"input_norm": part.input_norm, "post_norm": part.post_norm, "q_norm": part.q_norm}
-        named = part.weights | part.biases | norms | {"k_norm": part.k_norm}
+        named = part.weights | part.biases | norms | part.stacks | {"k_norm": part.k_norm, "router": part.router}
         found |= {f"{name} of layer {index}": tensor for name, tensor in named.items() if tensor is not None}
     for name, tensor in found.items():
-        quantized = isinstance(tensor, NF4Tensor)
+        quantized = isinstance(tensor, NF4Tensor | NF4Stack)
         place = tensor.packed.device if quantized else tensor.device
         if place != device:
             raise UnsupportedModelError(f"{name} is on {place}, the final norm on {device}: one device is covered")
@@ -322,11 +335,33 @@ def _causal_model(model: nn.Module) -> Any:
 def _linears(layer: Any) -> dict[str, Any]:
     attention, mlp = layer.self_attn, layer.mlp
     modules = {name: getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    modules |= {name: getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")}
+    if not hasattr(mlp, "experts"):
+        modules |= {name: getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")}
     missing = [name for name, module in modules.items() if module is None]
     if missing:
         raise UnsupportedModelError(f"layer has no {', '.join(missing)}")
     return modules
+
+
+def _expert_stacks(layer: Any) -> dict[str, Any]:
+    """What holds each of a layer's stacks of experts: PEFT's wrapper of the parameter, or the experts' own module."""
+    module = getattr(layer.mlp, "experts", None)
+    if module is None:
+        return {}
+    found = {}
+    while hasattr(module, "parameter_name"):
+        found[f"experts.{module.parameter_name}"] = module
+        module = module.base_layer
+    stacks = {name: found.pop(name, module) for name in EXPERT_STACKS}
+    if found or not all(hasattr(module, name.removeprefix("experts.")) for name in EXPERT_STACKS):
+        raise UnsupportedModelError(f"experts have {', '.join(found) or 'other parameters'}, not {EXPERT_STACKS}")
+    return stacks
+
+
+def _stack_weight(name: str, holder: Any) -> NF4Stack | Tensor:
+    module = holder.get_base_layer() if _is_lora(holder) else holder
+    weight: NF4Stack | Tensor = getattr(module, name.removeprefix("experts."))
+    return weight.detach() if isinstance(weight, Tensor) else weight
 
 
 def _base(linear: Any) -> Any:
@@ -360,15 +395,17 @@ def _frozen_weight(name: str, linear: Any, dtype: torch.dtype) -> NF4Tensor | Te
 
 def _layer_parts(layer: Any, dtype: torch.dtype) -> LayerParts:
     attention = layer.self_attn
-    linears = _linears(layer)
+    linears, stacks = _linears(layer), _expert_stacks(layer)
     return LayerParts(
         weights={name: _frozen_weight(name, linear, dtype) for name, linear in linears.items()},
         biases={name: _detached(_base(linear).bias) for name, linear in linears.items()},
-        pairs=_layer_pairs(linears),
+        pairs=_layer_pairs(linears | stacks),
         input_norm=layer.input_layernorm.weight.detach(),
         post_norm=layer.post_attention_layernorm.weight.detach(),
         q_norm=attention.q_norm.weight.detach() if hasattr(attention, "q_norm") else None,
         k_norm=attention.k_norm.weight.detach() if hasattr(attention, "k_norm") else None,
+        router=layer.mlp.gate.weight.detach() if stacks else None,
+        stacks={name: _stack_weight(name, holder) for name, holder in stacks.items()},
     )
 
 
@@ -420,4 +457,5 @@ def _layer_shape(config: Any) -> LayerShape:
         num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
         eps=config.rms_norm_eps,
+        experts=expert_shape(config.to_dict()),
     )

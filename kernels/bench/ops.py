@@ -9,8 +9,7 @@ the same cases without a GPU.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ import triton
 from torch import Tensor
 
 from finemill.errors import UserError
+from finemill.kernels.bench.case import Call, Case, rand
+from finemill.kernels.bench.expert_ops import expert_cases
 from finemill.kernels.bench.runs import OpRun, Quantiles, add_record_argument, header, record_runs
 from finemill.kernels.engine.adapters import GroupAdapter
 from finemill.kernels.engine.host_memory import gather_rows, pin
@@ -32,28 +33,6 @@ from finemill.kernels.ops.swiglu import swiglu_backward, swiglu_forward, swiglu_
 from finemill.kernels.ops.swiglu_lora import swiglu_lora_backward
 
 EPS = 1e-6
-Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op at one shape.
-
-    Args:
-        op: the file it lives in, kebab-case: what the command line selects.
-        name: op, variant and shape.
-        bytes: what must be read and written once, for 16-bit activations.
-        build: (device, dtype) -> the call and the eager code it replaces, None where there is no such code.
-    """
-
-    op: str
-    name: str
-    bytes: int
-    build: Callable[[torch.device, torch.dtype], tuple[Call, Call | None]]
-
-
-def _rand(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
 
 
 def _nf4(n: int, k: int) -> Case:
@@ -62,10 +41,10 @@ def _nf4(n: int, k: int) -> Case:
         weight = NF4Tensor(
             packed=torch.randint(0, 256, (n * k // 2,), device=device, dtype=torch.uint8),
             absmax=torch.randint(0, 256, (blocks,), device=device, dtype=torch.uint8),
-            codebook=_rand(device, torch.float32, 16),
-            nested_code=_rand(device, torch.float32, 256),
-            nested_absmax=_rand(device, torch.float32, -(-blocks // 256)),
-            offset=_rand(device, torch.float32, 1),
+            codebook=rand(device, torch.float32, 16),
+            nested_code=rand(device, torch.float32, 256),
+            nested_absmax=rand(device, torch.float32, -(-blocks // 256)),
+            offset=rand(device, torch.float32, 1),
             shape=(n, k),
             dtype=dtype,
         )
@@ -98,19 +77,19 @@ def _rms_norm(tokens: int, width: int) -> Iterator[Case]:
     size = 2 * tokens * width
 
     def forward(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
-        x, weight = _rand(device, dtype, tokens, width), _rand(device, dtype, width)
+        x, weight = rand(device, dtype, tokens, width), rand(device, dtype, width)
         return lambda: rms_norm_forward(x, weight, EPS), lambda: rms_norm_reference(x, weight, EPS, upcast=False)
 
     def add_forward(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
-        x, delta, weight = (_rand(device, dtype, *shape) for shape in ((tokens, width), (tokens, width), (width,)))
+        x, delta, weight = (rand(device, dtype, *shape) for shape in ((tokens, width), (tokens, width), (width,)))
         return (
             lambda: add_rms_norm_forward(x, delta, weight, EPS),
             lambda: rms_norm_reference(x + delta, weight, EPS, upcast=False),
         )
 
     def backward(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
-        x, dy, residual = (_rand(device, dtype, tokens, width) for _ in range(3))
-        weight, rstd = _rand(device, dtype, width), _rand(device, torch.float32, tokens)
+        x, dy, residual = (rand(device, dtype, tokens, width) for _ in range(3))
+        weight, rstd = rand(device, dtype, width), rand(device, torch.float32, tokens)
         leaf = x.clone().requires_grad_()
 
         def eager() -> object:
@@ -130,9 +109,9 @@ def _qk_norm_rope(tokens: int, heads: int, kv_heads: int, width: int, norm: bool
     size = 2 * tokens * (heads + kv_heads) * width
 
     def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
-        qkv = _rand(device, dtype, tokens, (heads + 2 * kv_heads) * width)
-        weights = [_rand(device, dtype, width) if norm else None for _ in range(2)]
-        tables = [_rand(device, torch.float32, tokens, width // 2) for _ in range(2)]
+        qkv = rand(device, dtype, tokens, (heads + 2 * kv_heads) * width)
+        weights = [rand(device, dtype, width) if norm else None for _ in range(2)]
+        tables = [rand(device, torch.float32, tokens, width // 2) for _ in range(2)]
         return qkv, weights, [*tables, torch.arange(tokens, device=device)]
 
     def eager(qkv: Tensor, weights: list[Tensor | None], tables: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -169,11 +148,11 @@ def _swiglu(tokens: int, width: int) -> Iterator[Case]:
     size = 2 * tokens * width
 
     def forward(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
-        gate_up = _rand(device, dtype, tokens, 2 * width)
+        gate_up = rand(device, dtype, tokens, 2 * width)
         return lambda: swiglu_forward(gate_up), lambda: swiglu_reference(gate_up, upcast=False)
 
     def backward(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
-        gate_up, dh = _rand(device, dtype, tokens, 2 * width), _rand(device, dtype, tokens, width)
+        gate_up, dh = rand(device, dtype, tokens, 2 * width), rand(device, dtype, tokens, width)
         out, h = torch.empty_like(gate_up), torch.empty_like(dh)
         leaf = gate_up.clone().requires_grad_()
 
@@ -188,7 +167,7 @@ def _swiglu(tokens: int, width: int) -> Iterator[Case]:
 
 def _cross_entropy(tokens: int, vocabulary: int) -> Case:
     def build(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
-        logits = _rand(device, dtype, tokens, vocabulary)
+        logits = rand(device, dtype, tokens, vocabulary)
         labels = torch.randint(0, vocabulary, (tokens,), device=device)
         scale, leaf = torch.ones((), device=device), logits.clone().requires_grad_()
 
@@ -203,7 +182,7 @@ def _cross_entropy(tokens: int, vocabulary: int) -> Case:
 
 def _adamw(n: int, bits: int) -> Case:
     def build(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
-        param, grad = (_rand(device, torch.float32, n) for _ in range(2))
+        param, grad = (rand(device, torch.float32, n) for _ in range(2))
         state = AdamWState.zeros(n, device, bits)
         step, lr, norm = (torch.ones((), device=device) for _ in range(3))
         leaf = torch.nn.Parameter(param.clone())
@@ -217,7 +196,7 @@ def _adamw(n: int, bits: int) -> Case:
 
 def _grad_norm(n: int) -> Case:
     def build(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
-        grad = _rand(device, torch.float32, n)
+        grad = rand(device, torch.float32, n)
         return lambda: grad_norm(grad), lambda: torch.linalg.vector_norm(grad)
 
     return Case("adamw", f"gradient norm {n}", 4 * n, build)
@@ -229,11 +208,11 @@ def _projection(tokens: int, rows: tuple[int, ...], width: int, rank: int) -> It
 
     def group(device: torch.device, dtype: torch.dtype) -> Projection:
         size = ranks * width, out * rank
-        (a, grad_a), (b, grad_b) = (_rand(device, torch.float32, 2, n) for n in size)
+        (a, grad_a), (b, grad_b) = (rand(device, torch.float32, 2, n) for n in size)
         adapter = GroupAdapter(
             a.view(-1, width), b.view(-1, rank), grad_a.view(-1, width), grad_b.view(-1, rank), 2.0, rows
         )
-        weights: list[NF4Tensor | Tensor] = [_rand(device, dtype, n, width) for n in rows]
+        weights: list[NF4Tensor | Tensor] = [rand(device, dtype, n, width) for n in rows]
         return Projection(weights, [None] * len(rows), adapter, dtype, device)
 
     def write(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
@@ -242,12 +221,12 @@ def _projection(tokens: int, rows: tuple[int, ...], width: int, rank: int) -> It
         return layer.refresh, None
 
     def add(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
-        layer, product = group(device, dtype), _rand(device, torch.float32, out, ranks)
+        layer, product = group(device, dtype), rand(device, torch.float32, out, ranks)
         return lambda: layer.add_grad_b(product), None
 
     def outputs(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
         layer = group(device, dtype)
-        dy, xa = layer.extended_output(tokens), _rand(device, dtype, tokens, ranks)
+        dy, xa = layer.extended_output(tokens), rand(device, dtype, tokens, ranks)
         dy.normal_()
         weight = layer.extended_weight()
 
@@ -264,7 +243,7 @@ def _projection(tokens: int, rows: tuple[int, ...], width: int, rank: int) -> It
 
 def _host_embedding(tokens: int, width: int) -> Case:
     def build(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
-        table = pin(_rand(torch.device("cpu"), dtype, 4096, width))
+        table = pin(rand(torch.device("cpu"), dtype, 4096, width))
         ids = torch.randint(0, 4096, (tokens,), device=device)
         return lambda: gather_rows(table, ids), None
 
@@ -276,7 +255,7 @@ def _lora(tokens: int, width: int, groups: int, rank: int) -> Iterator[Case]:
     shape = f"{tokens} x {width}, {groups} of rank {rank}"
 
     def tensors(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, LoRADropout]:
-        x, a, xa = (_rand(device, dtype, *part) for part in ((tokens, width), (ranks, width), (tokens, ranks)))
+        x, a, xa = (rand(device, dtype, *part) for part in ((tokens, width), (ranks, width), (tokens, ranks)))
         return x, a, xa, LoRADropout(p, torch.zeros(1, dtype=torch.int64, device=device))
 
     def eager_dropout(x: Tensor) -> Iterator[Tensor]:
@@ -306,11 +285,11 @@ def _lora(tokens: int, width: int, groups: int, rank: int) -> Iterator[Case]:
 
 def _swiglu_lora(tokens: int, width: int, rank: int) -> Case:
     def build(device: torch.device, dtype: torch.dtype) -> tuple[Call, Call | None]:
-        gate_up, dh = _rand(device, dtype, tokens, 2 * width + 64), _rand(device, dtype, tokens, width)
+        gate_up, dh = rand(device, dtype, tokens, 2 * width + 64), rand(device, dtype, tokens, width)
         gates, dya = gate_up[:, : 2 * width], gate_up[:, 2 * width : 2 * width + 2 * rank]
-        xa, dya_down = _rand(device, dtype, tokens, 2 * rank), _rand(device, dtype, tokens, rank)
-        b = _rand(device, dtype, 2 * width, 2 * rank)
-        grad_a, grad_b = (_rand(device, torch.float32, *shape) for shape in ((rank, width), (2 * width, rank)))
+        xa, dya_down = rand(device, dtype, tokens, 2 * rank), rand(device, dtype, tokens, rank)
+        b = rand(device, dtype, 2 * width, 2 * rank)
+        grad_a, grad_b = (rand(device, torch.float32, *shape) for shape in ((rank, width), (2 * width, rank)))
 
         def apart() -> object:
             swiglu_backward(dh, gates, out=gates, h_out=dh)
@@ -344,6 +323,7 @@ CASES = [
     *_projection(4096, (4096, 1024, 1024), 4096, 16),
     *_projection(4096, (896,), 896, 32),  # Qwen2.5-0.5B: single tiles of columns
     _host_embedding(4096, 4096),
+    *expert_cases(16384, 128, 8, 2048, 768, 16),  # Qwen3-30B-A3B
 ]
 
 

@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from finemill.kernels.bench.ops import CASES, Case
+from finemill.kernels.bench.case import Case
+from finemill.kernels.bench.ops import CASES
 
 TABLE = Path(__file__).with_name("resources.json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -33,7 +34,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 SHARED_LIMIT = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 # Triton has no tensor-core product below this; these ops run through cuBLAS there (lora.py).
 MMA_CAPABILITY = 80
-MMA_OPS = ("lora", "lora-b", "swiglu-lora")
+MMA_OPS = ("expert-lora", "grouped-gemm", "lora", "lora-b", "swiglu-lora")
 
 Usage = dict[str, dict[str, list[int]]]
 """case / kernel -> capability -> [registers per thread, bytes of shared memory, bytes of stack]."""

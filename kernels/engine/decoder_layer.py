@@ -22,14 +22,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from finemill.kernels.engine.experts import ExpertMLP
+from finemill.kernels.engine.mlp import DenseMLP, normalize
 from finemill.kernels.engine.plan import LayerShape, Level
 from finemill.kernels.engine.projection import Projection
+from finemill.kernels.engine.saved import Saved
 from finemill.kernels.ops.attention import attention_backward, attention_forward
+from finemill.kernels.ops.nf4 import NF4Tensor
+from finemill.kernels.ops.nf4_stack import NF4Stack
 from finemill.kernels.ops.packing import Sequences
 from finemill.kernels.ops.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_forward
-from finemill.kernels.ops.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
-from finemill.kernels.ops.swiglu import swiglu_backward, swiglu_forward
-from finemill.kernels.ops.swiglu_lora import runs_fused, swiglu_lora_backward
+from finemill.kernels.ops.rms_norm import rms_norm_backward
 
 # T tokens, H model width, I feed-forward width, N query heads, K key and value heads, D head width
 
@@ -44,69 +47,34 @@ class Rope:
 
 
 @dataclass
-class Saved:
-    """What a layer's forward leaves for its backward; fields a level drops are None until recomputed.
-
-    `normed_in` and `normed_mid` are extended inputs (T, H + P); `attended` (T, N D + P) and `gate_up` (T, 2I + P)
-    carry the extension columns that the backward fills.
-    """
-
-    level: Level
-    x: Tensor
-    xa_qkv: Tensor
-    xa_o: Tensor
-    xa_gate_up: Tensor = field(init=False)
-    xa_down: Tensor = field(init=False)
-    qkv: Tensor | None = None
-    attended: Tensor | None = None
-    attention_state: tuple[Tensor, ...] = ()
-    mid: Tensor | None = None
-    gate_up: Tensor | None = None
-    q: Tensor | None = None
-    k: Tensor | None = None
-    rstd_qk: Tensor | None = None
-    normed_in: Tensor | None = None
-    rstd_in: Tensor | None = None
-    normed_mid: Tensor | None = None
-    rstd_mid: Tensor | None = None
-
-    def large(self, level: Level) -> list[str]:
-        """Names of the kept tensors up to a level that are worth moving to host memory."""
-        names = {
-            Level.INPUT: ("x",),
-            Level.ATTENTION: ("qkv", "attended", "mid"),
-            Level.GATE_UP: ("gate_up",),
-            Level.ALL: ("q", "k", "normed_in", "normed_mid"),
-        }
-        wanted = (name for step, group in names.items() if step <= level for name in group)
-        return [name for name in wanted if getattr(self, name) is not None]
-
-
-@dataclass
 class DecoderLayer:
     """Weights of one layer and its two passes."""
 
     shape: LayerShape
     input_norm: Tensor
-    post_norm: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
     qkv: Projection
     o: Projection
-    gate_up: Projection
-    down: Projection
+    mlp: DenseMLP | ExpertMLP
     workspace: int | None = field(default=None, init=False)
     """Bytes that attention's backward may take; None for its default."""
 
     @property
-    def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
-        """The four groups in forward order."""
-        return self.qkv, self.o, self.gate_up, self.down
+    def projections(self) -> tuple[Projection, ...]:
+        """The groups of linear layers in forward order."""
+        return self.qkv, self.o, *self.mlp.projections
+
+    @property
+    def weights(self) -> list[NF4Tensor | NF4Stack | Tensor]:
+        """All frozen matrices, in forward order."""
+        dense = [weight for group in self.projections for weight in group.weights]
+        return [*dense, *(stack.weight for stack in self.mlp.stacks)]
 
     @property
     def grad_pad(self) -> int:
         """Spare columns that a (T, H) gradient needs so that o and down can extend it in place."""
-        return max(self.o.pad, self.down.pad)
+        return max(self.o.pad, self.mlp.grad_pad)
 
     def forward(
         self, x: Tensor, delta: Tensor | None, sequences: Sequences, rope: Rope, level: Level | None
@@ -121,9 +89,8 @@ class DecoderLayer:
             level: what to keep for the backward; None keeps nothing (evaluation).
         Returns: mid (T, H) and the MLP's output (T, H), whose sum is the layer's result; and the saved tensors.
         """
-        tokens = x.shape[0]
-        normed_in = self.qkv.extended_input(tokens)
-        total, rstd_in = self._norm(x, delta, self.input_norm, normed_in)
+        normed_in = self.qkv.extended_input(x.shape[0])
+        total, rstd_in = normalize(x, delta, self.input_norm, self.shape, normed_in)
         qkv, q, k, rstd_qk = self._project_qkv(normed_in, rope, None)
         attended, state = self._attend(q, k, qkv, sequences)
         attention_out = torch.empty_like(total)
@@ -137,25 +104,7 @@ class DecoderLayer:
                 saved.normed_in, saved.rstd_in, saved.q, saved.k, saved.rstd_qk = normed_in, rstd_in, q, k, rstd_qk
         del normed_in, qkv, q, k, rstd_qk, attended, state  # the MLP takes the memory of what is not saved
 
-        normed_mid = self.gate_up.extended_input(tokens)
-        mid, rstd_mid = self._norm(total, attention_out, self.post_norm, normed_mid, sum_out=attention_out)
-        gate_up = self._project_gate_up(normed_mid, None)
-        if saved is not None:
-            saved.xa_gate_up = self.gate_up.xa(normed_mid)
-            if saved.level >= Level.ATTENTION:
-                saved.mid = mid
-            if saved.level >= Level.GATE_UP:
-                saved.gate_up = gate_up
-            if saved.level >= Level.ALL:
-                saved.normed_mid, saved.rstd_mid = normed_mid, rstd_mid
-        del normed_mid
-        hidden = self.down.extended_input(tokens)
-        swiglu_forward(gate_up[:, : self.gate_up.out_features], hidden[:, : self.down.in_features])
-        del gate_up
-        output = torch.empty_like(total)
-        self.down.forward(hidden, output, self.down.extended_weight())
-        if saved is not None:
-            saved.xa_down = self.down.xa(hidden)
+        mid, output = self.mlp.forward(total, attention_out, saved)
         return mid, output, saved
 
     def backward(
@@ -172,18 +121,8 @@ class DecoderLayer:
         Returns: (T, H + grad_pad) gradient of x and of delta alike; None if not needed.
         """
         self._recompute_attention(saved, sequences, rope)
-        grad_mid = self._backward_mlp(grad, saved)
+        grad_mid = self.mlp.backward(grad, saved)
         return self._backward_attention(grad_mid, saved, sequences, rope, need_input_grad=need_input_grad)
-
-    def _norm(
-        self, x: Tensor, delta: Tensor | None, weight: Tensor, out: Tensor, sum_out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Normalize x + delta into the first H columns of `out`. Returns: the sum, rstd."""
-        target = out[:, : self.shape.hidden]
-        if delta is None:
-            return x, rms_norm_forward(x, weight, self.shape.eps, target)[1]
-        total, _, rstd = add_rms_norm_forward(x, delta, weight, self.shape.eps, target, sum_out)
-        return total, rstd
 
     def _project_qkv(self, normed: Tensor, rope: Rope, xa: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return qkv (T, (N + 2K) D + P), q, k and their rstd."""
@@ -211,78 +150,18 @@ class DecoderLayer:
         _, state = attention_forward(q, k, self._values(qkv), sequences, self._scale, self._output_heads(attended))
         return attended, state
 
-    def _project_gate_up(self, normed: Tensor, xa: Tensor | None) -> Tensor:
-        gate_up = self.gate_up.extended_output(normed.shape[0])
-        self.gate_up.forward(normed, gate_up[:, : self.gate_up.out_features], self.gate_up.extended_weight(), xa)
-        return gate_up
-
     def _recompute_attention(self, saved: Saved, sequences: Sequences, rope: Rope) -> None:
         if saved.attended is not None:
             return
         saved.normed_in = self.qkv.extended_input(saved.x.shape[0])
-        _, saved.rstd_in = self._norm(saved.x, None, self.input_norm, saved.normed_in)
+        _, saved.rstd_in = normalize(saved.x, None, self.input_norm, self.shape, saved.normed_in)
         saved.qkv, saved.q, saved.k, saved.rstd_qk = self._project_qkv(saved.normed_in, rope, saved.xa_qkv)
         saved.attended, saved.attention_state = self._attend(saved.q, saved.k, saved.qkv, sequences)
         attention_out = torch.empty_like(saved.x)
         self.o.forward(saved.attended, attention_out, self.o.extended_weight(), saved.xa_o)
-        saved.normed_mid = self.gate_up.extended_input(saved.x.shape[0])
-        saved.mid, saved.rstd_mid = self._norm(
-            saved.x, attention_out, self.post_norm, saved.normed_mid, sum_out=attention_out
-        )
-
-    def _backward_mlp(self, grad: Tensor, saved: Saved) -> Tensor:
-        """Return the gradient of mid (T, H + grad_pad), in the memory of `grad`."""
-        width, mid = self.shape.hidden, saved.mid
-        assert mid is not None
-        if saved.normed_mid is None or saved.rstd_mid is None:
-            saved.normed_mid = self.gate_up.extended_input(mid.shape[0])
-            _, saved.rstd_mid = self._norm(mid, None, self.post_norm, saved.normed_mid)
-        gate_up_weight = self.gate_up.extended_weight()
-        if saved.gate_up is None:
-            saved.gate_up = self.gate_up.extended_output(mid.shape[0])
-            target = saved.gate_up[:, : self.gate_up.out_features]
-            self.gate_up.forward(saved.normed_mid, target, gate_up_weight, saved.xa_gate_up)
-        grad_down = grad[:, : width + self.down.pad]
-        down_weight = self.down.extended_weight()
-        grad_hidden = torch.empty((mid.shape[0], self.shape.intermediate), dtype=mid.dtype, device=mid.device)
-        self.down.backward_output(grad_down, saved.xa_down, down_weight)
-        self.down.backward_input(grad_down, down_weight, grad_hidden)
-        self._backward_swiglu(grad_hidden, grad_down, saved.gate_up, saved.xa_gate_up, gate_up_weight)
-        del grad_hidden
-        self.gate_up.backward_weight(saved.gate_up, saved.normed_mid[:, :width])
-        saved.normed_mid = None
-        grad_normed = torch.empty_like(mid)
-        self.gate_up.backward_input(saved.gate_up, gate_up_weight, grad_normed)
-        saved.gate_up = None
-        stream = grad[:, :width]
-        rms_norm_backward(grad_normed, mid, self.post_norm, saved.rstd_mid, residual_grad=stream, out=stream)
-        saved.mid = None
-        return grad
-
-    def _backward_swiglu(
-        self, grad_hidden: Tensor, grad_down: Tensor, gate_up: Tensor, xa: Tensor, gate_up_weight: Tensor
-    ) -> None:
-        """Make gate|up (T, 2I + P) its gradient with its extension, and add dA of down and dB of gate|up."""
-        first, second = self.gate_up.adapter, self.down.adapter
-        n, k, rank, ranks = self.gate_up.out_features, self.gate_up.in_features, self.down.rank, self.gate_up.rank
-        gates, width = gate_up[:, :n], self.shape.hidden
-        fits = ranks == 2 * rank and self.down.dropout is None and runs_fused(gates, rank)
-        if first is None or second is None or not fits:
-            swiglu_backward(grad_hidden, gates, out=gates, h_out=grad_hidden)
-            self.down.backward_weight(grad_down, grad_hidden)
-            # At the peak of the backward: no plan has room for partial sums over so many columns.
-            self.gate_up.backward_output(gate_up, xa, gate_up_weight, one_pass=False)
-            return
-        swiglu_lora_backward(
-            grad_hidden,
-            gates,
-            xa,
-            gate_up_weight[:n, k : k + ranks],
-            grad_down[:, width : width + rank],
-            gate_up[:, n : n + ranks],
-            second.grad_a,
-            first.grad_b,
-            first.scaling,
+        saved.normed_mid = self.mlp.extended_input(saved.x.shape[0])
+        saved.mid, saved.rstd_mid = normalize(
+            saved.x, attention_out, self.mlp.norm, self.shape, saved.normed_mid, sum_out=attention_out
         )
 
     def _backward_attention(
@@ -319,7 +198,7 @@ class DecoderLayer:
         del dq, dk, dv
         if saved.normed_in is None or saved.rstd_in is None:
             saved.normed_in = self.qkv.extended_input(grad.shape[0])
-            _, saved.rstd_in = self._norm(saved.x, None, self.input_norm, saved.normed_in)
+            _, saved.rstd_in = normalize(saved.x, None, self.input_norm, self.shape, saved.normed_in)
         qkv_weight = self.qkv.extended_weight()
         self.qkv.backward_output(saved.qkv, saved.xa_qkv, qkv_weight)
         self.qkv.backward_weight(saved.qkv, saved.normed_in[:, :width])

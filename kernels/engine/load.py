@@ -5,9 +5,6 @@ safetensors files into pinned buffers while the device quantizes what has arrive
 through ctypes, so that the NF4 codes are its codes.
 """
 
-import ctypes
-import functools
-import importlib.util
 import json
 import math
 import queue
@@ -22,8 +19,11 @@ from torch import Tensor, nn
 
 from finemill.errors import UserError
 from finemill.kernels.engine.adapters import LoraPair
+from finemill.kernels.engine.expert_layout import EXPERT_STACKS, expert_shape
 from finemill.kernels.engine.host_memory import pin
-from finemill.kernels.engine.model import LINEARS, FastModel, LayerParts, assemble_model
+from finemill.kernels.engine.load_experts import ExpertReader
+from finemill.kernels.engine.model import LINEARS, FastModel, LayerParts, assemble_model, stack_shape
+from finemill.kernels.engine.nf4_quantize import quantize_nf4
 from finemill.kernels.engine.plan import LayerShape
 from finemill.kernels.ops.nf4 import NF4Tensor
 
@@ -35,7 +35,7 @@ IN_FLIGHT = 12
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Rank, alpha and dropout of the adapters to add to all seven linear layers."""
+    """Rank, alpha and dropout of the adapters to add to all linear layers, of experts to each one's."""
 
     rank: int = 16
     alpha: float = 16.0
@@ -82,13 +82,15 @@ def load_model(
     lora: LoraSettings | None = None,
     embedding_on_host: bool = False,
 ) -> tuple[FastModel, dict[str, nn.Parameter]]:
-    """Load a checkpoint of the Llama family with fresh adapters (A uniform, B zero, as PEFT starts them).
+    """Load a checkpoint of the Llama family, dense or a mixture of experts, with fresh adapters.
+
+    A starts uniform, B zero, as in PEFT.
 
     Args:
         path: folder with config.json and safetensors files.
         device: where to compute.
         dtype: compute dtype.
-        quantize: NF4 with double quantization for the seven linear layers, else `dtype`.
+        quantize: NF4 with double quantization for the linear layers, else `dtype`; never for a router.
         lora: adapters to add.
         embedding_on_host: keep an untied embedding in pinned host memory.
     Returns: the engine, and the LoRA parameters under PEFT's names (from "layers." on).
@@ -104,9 +106,16 @@ def load_model(
         config.get("num_key_value_heads", heads),
         head_dim,
         config["rms_norm_eps"],
+        expert_shape(config),
     )
+    if shape.experts is not None and lora.dropout:
+        raise UserError(f"lora_dropout is {lora.dropout}: adapters of experts train without, as PEFT's do")
     found: dict[str, NF4Tensor | Tensor] = {}
+    mixture = shape.experts
+    experts = None if mixture is None else ExpertReader(mixture, shape.hidden, device, dtype, quantize=quantize)
     for name, tensor in stream_tensors(path, device):
+        if experts is not None and experts.take(name, tensor):
+            continue
         linear = quantize and name.endswith("_proj.weight")
         if linear:
             found[name] = quantize_nf4(tensor.to(dtype))
@@ -115,7 +124,9 @@ def load_model(
         else:
             found[name] = tensor.to(dtype)
     parameters: dict[str, nn.Parameter] = {}
-    parts = [_layer_parts(found, index, lora, parameters, device) for index in range(config["num_hidden_layers"])]
+    parts = [
+        _layer_parts(found, index, lora, parameters, shape, experts) for index in range(config["num_hidden_layers"])
+    ]
     embedding = found["model.embed_tokens.weight"]
     model = assemble_model(
         parts,
@@ -134,35 +145,54 @@ def _layer_parts(
     index: int,
     lora: LoraSettings,
     parameters: dict[str, nn.Parameter],
-    device: torch.device,
+    shape: LayerShape,
+    experts: ExpertReader | None,
 ) -> LayerParts:
     prefix = f"model.layers.{index}."
 
     def tensor(name: str) -> Any:
         return found.pop(prefix + name, None)
 
+    mixture = None if experts is None else experts.layer(index)
+    norm = tensor("input_layernorm.weight")
     weights, biases, pairs = {}, {}, {}
-    for name in LINEARS:
-        module = f"self_attn.{name}" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else f"mlp.{name}"
+    for name in LINEARS[:4] if mixture else LINEARS:
+        module = f"self_attn.{name}" if name in LINEARS[:4] else f"mlp.{name}"
         weights[name] = tensor(f"{module}.weight")
         biases[name] = tensor(f"{module}.bias")
         n, k = weights[name].shape
-        a = torch.empty((lora.rank, k), dtype=torch.float32, device=device)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        b = torch.zeros((n, lora.rank), dtype=torch.float32, device=device)
-        pair = LoraPair(nn.Parameter(a), nn.Parameter(b), lora.alpha / lora.rank)
-        pairs[name] = pair
-        parameters[f"layers.{index}.{module}.lora_A.default.weight"] = pair.a
-        parameters[f"layers.{index}.{module}.lora_B.default.weight"] = pair.b
+        pairs[name] = _new_pair(lora, n, k, 1, norm.device)
+        _name_pair(parameters, f"layers.{index}.{module}", pairs[name])
+    for depth, name in enumerate(EXPERT_STACKS if mixture else ()):
+        count, n, k = stack_shape(name, shape)
+        pairs[name] = _new_pair(lora, n, k, count, norm.device)
+        # PEFT wraps the second parameter's wrapper around the first's.
+        module = "mlp.experts" + (".base_layer" if depth == 0 else "")
+        _name_pair(parameters, f"layers.{index}.{module}", pairs[name])
     return LayerParts(
         weights,
         biases,
         pairs,
-        tensor("input_layernorm.weight"),
+        norm,
         tensor("post_attention_layernorm.weight"),
         tensor("self_attn.q_norm.weight"),
         tensor("self_attn.k_norm.weight"),
+        None if mixture is None else mixture.router,
+        {} if mixture is None else dict(zip(EXPERT_STACKS, (mixture.gate_up, mixture.down), strict=True)),
     )
+
+
+def _new_pair(lora: LoraSettings, n: int, k: int, count: int, device: torch.device) -> LoraPair:
+    """Adapters of `count` matrices (n, k), as PEFT lays them out and starts them."""
+    a = torch.empty((count * lora.rank, k), dtype=torch.float32, device=device)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    b = torch.zeros((n, lora.rank * count), dtype=torch.float32, device=device)
+    return LoraPair(nn.Parameter(a), nn.Parameter(b), lora.alpha / lora.rank)
+
+
+def _name_pair(parameters: dict[str, nn.Parameter], module: str, pair: LoraPair) -> None:
+    parameters[f"{module}.lora_A.default.weight"] = pair.a
+    parameters[f"{module}.lora_B.default.weight"] = pair.b
 
 
 @dataclass(frozen=True)
@@ -235,107 +265,3 @@ def stream_tensors(
         if isinstance(item, BaseException):
             raise item
         yield item[0], item[1].to(device, non_blocking=True)
-
-
-@functools.cache
-def _bitsandbytes_library() -> Any:
-    """Load bitsandbytes' CUDA library for torch's CUDA version, or the highest packaged one below it."""
-    spec = importlib.util.find_spec("bitsandbytes")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            "bitsandbytes is not installed: NF4 quantization is its library's", name="bitsandbytes"
-        )
-    wanted = int(str(torch.version.cuda).replace(".", ""))
-    names = {
-        int(file.stem.removeprefix("libbitsandbytes_cuda")): file
-        for file in Path(spec.origin).parent.glob("libbitsandbytes_cuda*.so")
-    }
-    fitting = [version for version in names if version // 10 == wanted // 10 and version <= wanted]
-    if not fitting:
-        raise UserError(f"bitsandbytes has CUDA libraries {sorted(names)}, none for CUDA {torch.version.cuda}")
-    library = ctypes.CDLL(str(names[max(fitting)]))
-    for function in (library.cquantize_blockwise_bf16_nf4, library.cquantize_blockwise_fp16_nf4):
-        function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int32] * 2
-    library.cquantize_blockwise_fp32.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int32] * 2
-    return library
-
-
-def nf4_codebook(device: torch.device) -> Tensor:
-    """The 16 levels of NF4: QLoRA, appendix E."""
-    levels = [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ]
-    return torch.tensor(levels, dtype=torch.float32, device=device)
-
-
-def dynamic_codebook(device: torch.device) -> Tensor:
-    """The 256 levels of signed 8-bit dynamic quantization: Dettmers (arXiv 1511.04561), as bitsandbytes spaces them."""
-    levels = [0.0, 1.0]
-    for exponent in range(7):
-        boundaries = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        means = (boundaries[:-1] + boundaries[1:]) / 2.0
-        scaled = (10 ** (exponent - 6)) * means
-        levels += scaled.tolist() + (-scaled).tolist()
-    return torch.tensor(sorted(levels), dtype=torch.float32).to(device)
-
-
-def quantize_nf4(weight: Tensor) -> NF4Tensor:
-    """Quantize a matrix (N, K) to NF4 with double-quantized scales, code for code as bitsandbytes does.
-
-    On a GPU bitsandbytes' library is called directly; on the CPU through its Python package.
-    """
-    if not weight.is_cuda:
-        import bitsandbytes
-
-        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        parameter = nn.Parameter(packed, requires_grad=False)
-        parameter.quant_state = state  # type: ignore[attr-defined]
-        return NF4Tensor.from_bitsandbytes(parameter)
-    library, device, blocksize, nested = _bitsandbytes_library(), weight.device, 64, 256
-    weight = weight.contiguous()
-    count = weight.numel()
-    blocks = -(-count // blocksize)
-    packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=device)
-    scales = torch.empty(blocks, dtype=torch.float32, device=device)
-    quantize = {
-        torch.bfloat16: library.cquantize_blockwise_bf16_nf4,
-        torch.float16: library.cquantize_blockwise_fp16_nf4,
-    }[weight.dtype]
-    # The library launches on the default stream; so does everything during loading.
-    quantize(None, weight.data_ptr(), scales.data_ptr(), packed.data_ptr(), blocksize, count)
-    offset = scales.mean()
-    centred = scales - offset
-    code = dynamic_codebook(device)
-    absmax = torch.empty(blocks, dtype=torch.uint8, device=device)
-    nested_absmax = torch.empty(-(-blocks // nested), dtype=torch.float32, device=device)
-    library.cquantize_blockwise_fp32(
-        code.data_ptr(), centred.data_ptr(), nested_absmax.data_ptr(), absmax.data_ptr(), nested, blocks
-    )
-    n, k = weight.shape
-    return NF4Tensor(
-        packed,
-        absmax,
-        nf4_codebook(device),
-        code,
-        nested_absmax,
-        offset.reshape(1),
-        (n, k),
-        weight.dtype,
-        blocksize,
-        nested,
-    )

@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 
 from finemill.kernels.engine.adapters import FlatAdapters, LoraPair
-from finemill.kernels.engine.decoder_layer import DecoderLayer, Rope, Saved
+from finemill.kernels.engine.decoder_layer import DecoderLayer, Rope
+from finemill.kernels.engine.expert_layout import EXPERT_STACKS
+from finemill.kernels.engine.experts import ExpertMLP, ExpertProjection
 from finemill.kernels.engine.host_memory import HostArena, gather_rows
 from finemill.kernels.engine.loss_head import HeadResult, loss_head
+from finemill.kernels.engine.mlp import DenseMLP
 from finemill.kernels.engine.plan import LayerShape, Level, Plan
 from finemill.kernels.engine.projection import Projection
+from finemill.kernels.engine.saved import Saved
 from finemill.kernels.engine.weight_stream import WeightStream
 from finemill.kernels.ops.attention import fitting_backend
 from finemill.kernels.ops.lora import LoRADropout
 from finemill.kernels.ops.nf4 import NF4Tensor
+from finemill.kernels.ops.nf4_stack import NF4Stack
 from finemill.kernels.ops.packing import PackedBatch
 
 # T tokens, H model width, V vocabulary
@@ -29,13 +34,16 @@ from finemill.kernels.ops.packing import PackedBatch
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """The seven linear layers by the input they share, under transformers' names."""
 LINEARS = tuple(name for group in GROUPS for name in group)
+ATTENTION = tuple(name for group in GROUPS[:2] for name in group)
 
 
 @dataclass
 class LayerParts:
     """What one decoder layer is made of: frozen weights and biases by linear layer's name, norms, LoRA pairs.
 
-    A `weights` entry of a 16-bit layer is replaced by a view of its extended copy, so that nothing is held twice.
+    A `weights` entry of a 16-bit layer is replaced by a view of its extended copy, so that nothing is held twice. A
+    mixture has a `router` (E, H), and its experts under the names of `EXPERT_STACKS` in `stacks` and `pairs`: (E, N,
+    K), or NF4 matrices that lie in that order.
     """
 
     weights: dict[str, NF4Tensor | Tensor]
@@ -45,6 +53,13 @@ class LayerParts:
     post_norm: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
+    router: Tensor | None = None
+    stacks: dict[str, NF4Stack | Tensor] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The linear layers that every token takes, by the input they share."""
+        return GROUPS if self.router is None else GROUPS[:2]
 
 
 @dataclass
@@ -90,6 +105,7 @@ class FastModel:
     weight_stream: WeightStream | None = None
     _tables: tuple[Tensor, Tensor] | None = None
     _scratch: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _stack_scratch: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -107,33 +123,43 @@ class FastModel:
             self._scratch[group.layout] = torch.zeros(group.extended_shape, dtype=group.dtype, device=group.device)
         return self._scratch[group.layout]
 
+    def stack_scratch(self, shape: tuple[int, ...]) -> Tensor:
+        """Return the decode buffer of experts' stacks of a shape, made at its first use."""
+        if shape not in self._stack_scratch:
+            self._stack_scratch[shape] = torch.empty(shape, dtype=self.final_norm.dtype, device=self.device)
+        return self._stack_scratch[shape]
+
     def apply_plan(self, plan: Plan) -> None:
         """Adopt a plan: keep or free decoded weights, begin to lock host memory for what is parked."""
         self.plan = plan
         for index, layer in enumerate(self.layers):
             layer.workspace = plan.workspace
-            for group in layer.projections:
+            groups: list[Projection | ExpertProjection] = [*layer.projections, *layer.mlp.stacks]
+            for group in groups:
                 if group.scratch is None or index < plan.cached_layers:
                     group.cache_weight()
                 else:
                     group.drop_cache()
         if plan.cached_layers == len(self.layers):
             self._scratch.clear()
+            self._stack_scratch.clear()
         if plan.stream_weights and self.weight_stream is None:
             self.stream_weights()
         self.arena = begin_arena(plan, self.device, self.arena)
 
     def stream_weights(self) -> None:
         """Move the NF4 weights to host memory; their memory on the device is free when nothing else holds it."""
-        weights = [[w for group in layer.projections for w in group.weights] for layer in self.layers]
-        quantized = [[w for w in layer if isinstance(w, NF4Tensor)] for layer in weights]
+        weights = [layer.weights for layer in self.layers]
+        quantized = [[w for w in layer if not isinstance(w, Tensor)] for layer in weights]
         if quantized != weights:
             raise ValueError("only NF4 weights are streamed: this base is not quantized")
         self.weight_stream = WeightStream(quantized[0], len(self.layers), self.device)
         for index, layer in enumerate(self.layers):
             views = iter(self.weight_stream.put(index, quantized[index]))
             for group in layer.projections:
-                group.weights = [next(views) for _ in group.weights]
+                group.weights = [next(views) for _ in group.weights]  # type: ignore[misc]
+            for stack in layer.mlp.stacks:
+                stack.weight = next(views)  # type: ignore[assignment]
 
     def attention_backend(self, length: int) -> str:
         """Which implementation of attention runs for sequences of up to so many tokens."""
@@ -342,23 +368,26 @@ def assemble_model(
     adapters = FlatAdapters(device)
     tickets: list[int | None] = []
     for layer in parts:
-        for names in GROUPS:
+        for names in layer.groups:
             shapes = [layer.weights[name].shape for name in names]
             widths = tuple(int(rows) for rows, _ in shapes)
             tickets.append(adapters.reserve([layer.pairs.get(name) for name in names], widths, int(shapes[0][1])))
+        for name in layer.stacks:
+            _, rows, width = stack_shape(name, shape)
+            tickets.append(adapters.reserve([layer.pairs.get(name)], (rows,), width))
     adapters.build()
+    groups_of = iter([None if ticket is None else adapters.group(ticket) for ticket in tickets])
     seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout else None
     model = FastModel([], embedding, final_norm, shape.eps, head, rotary, adapters, Plan.everything(len(parts)), seed)
     stream = 0
     for layer in parts:
         groups: list[Projection] = []
-        for names in GROUPS:
-            ticket = tickets[len(model.layers) * len(GROUPS) + len(groups)]
+        for names in layer.groups:
             weights = [layer.weights[name] for name in names]
             group = Projection(
                 weights=weights,
                 biases=[layer.biases.get(name) for name in names],
-                adapter=None if ticket is None else adapters.group(ticket),
+                adapter=next(groups_of),
                 dtype=dtype,
                 device=device,
                 dropout=None if seed is None else LoRADropout(dropout, seed, stream),
@@ -370,6 +399,31 @@ def assemble_model(
                 group.weights = list(group.views())
                 layer.weights.update(zip(names, group.views(), strict=True))
             groups.append(group)
-        norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
-        model.layers.append(DecoderLayer(shape, *norms, *groups))
+        qkv, o, *others = groups
+        if layer.router is None:
+            mlp: DenseMLP | ExpertMLP = DenseMLP(shape, layer.post_norm, *others)
+        else:
+            assert shape.experts is not None
+            gate_up, down = (
+                ExpertProjection(
+                    weight=weight,
+                    shape=stack_shape(name, shape),
+                    adapter=next(groups_of),
+                    dtype=dtype,
+                    device=device,
+                    scratch=model.stack_scratch if isinstance(weight, NF4Stack) else None,
+                )
+                for name, weight in layer.stacks.items()
+            )
+            mlp = ExpertMLP(shape, shape.experts, layer.post_norm, layer.router, gate_up, down)
+        model.layers.append(DecoderLayer(shape, layer.input_norm, layer.q_norm, layer.k_norm, qkv, o, mlp))
     return model
+
+
+def stack_shape(name: str, shape: LayerShape) -> tuple[int, int, int]:
+    """Return (E, N, K) of a stack of `EXPERT_STACKS`."""
+    experts = shape.experts
+    assert experts is not None
+    if name == EXPERT_STACKS[0]:
+        return experts.count, 2 * experts.intermediate, shape.hidden
+    return experts.count, shape.hidden, experts.intermediate

@@ -18,8 +18,21 @@ class Level(IntEnum):
 
 
 @dataclass(frozen=True)
+class ExpertShape:
+    """A layer's mixture of experts.
+
+    How many, how many per token, an expert's feed-forward width, and whether a token's routing weights add up to one.
+    """
+
+    count: int
+    per_token: int
+    intermediate: int
+    normalize: bool
+
+
+@dataclass(frozen=True)
 class LayerShape:
-    """Widths of a decoder layer."""
+    """Widths of a decoder layer; `intermediate` is a dense layer's, `experts` a mixture's."""
 
     hidden: int
     intermediate: int
@@ -27,6 +40,7 @@ class LayerShape:
     num_kv_heads: int
     head_dim: int
     eps: float
+    experts: ExpertShape | None = None
 
     @property
     def q_width(self) -> int:

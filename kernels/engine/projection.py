@@ -174,7 +174,7 @@ class Projection:
             lora_backward_b(outputs, xa, b, groups, dya, self.adapter.grad_b, self.adapter.scaling)
             return
         torch.mm(outputs, b, out=dya)
-        self.add_grad_b(_mm_fp32(outputs.t(), xa))
+        self.add_grad_b(mm_fp32(outputs.t(), xa))
 
     def backward_weight(self, dy: Tensor, x: Tensor) -> None:
         """Do the part of the backward that reads the input x (T, K): dA."""
@@ -182,7 +182,7 @@ class Projection:
             return
         dya = dy[:, self.out_features : self.out_features + self.rank]
         if self.dropout is None:
-            self.adapter.grad_a.add_(_mm_fp32(dya.t(), x))
+            self.adapter.grad_a.add_(mm_fp32(dya.t(), x))
         else:
             lora_backward_a(dya, x, self.adapter.grad_a, self.dropout, self._groups, accumulate=True)
 
@@ -332,7 +332,7 @@ def _add_grad_b_kernel(
     tl.store(grad_ptr + element, value, mask=mask)
 
 
-def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
+def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     """Multiply 16-bit matrices on a GPU into fp32; the CPU multiplies in fp32."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)

@@ -8,12 +8,16 @@ Hopper card (95 MiB a layer of Qwen3-8B at 46 to 54 GB/s). Decoded values are th
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from finemill.kernels.engine.host_memory import ALIGNMENT, pinned_bytes
 from finemill.kernels.ops.nf4 import NF4Tensor
+from finemill.kernels.ops.nf4_stack import NF4Stack
+
+Quantized = TypeVar("Quantized", bound=NF4Tensor | NF4Stack)
 
 
 class WeightStream:
@@ -25,7 +29,7 @@ class WeightStream:
         device: where they are needed. On a CPU a copy is done when it is asked for.
     """
 
-    def __init__(self, like: Sequence[NF4Tensor], num_layers: int, device: torch.device) -> None:
+    def __init__(self, like: Sequence[NF4Tensor | NF4Stack], num_layers: int, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ranges: list[list[tuple[int, int]]] = []
@@ -42,7 +46,7 @@ class WeightStream:
         self._ready: list[torch.cuda.Event | None] = [None, None]
         self._holds: list[int | None] = [None, None]
 
-    def put(self, layer: int, weights: Sequence[NF4Tensor]) -> list[NF4Tensor]:
+    def put(self, layer: int, weights: Sequence[Quantized]) -> list[Quantized]:
         """Copy a layer's weights to the host. Returns: the same weights as views of the slot they will visit."""
         block = pinned_bytes(self._size)
         for weight, ranges in zip(weights, self._ranges, strict=True):
@@ -51,7 +55,7 @@ class WeightStream:
         self._blocks[layer] = block
         return self._views(self._slots[layer % 2], weights)
 
-    def take(self, layer: int, weights: Sequence[NF4Tensor]) -> list[NF4Tensor]:
+    def take(self, layer: int, weights: Sequence[Quantized]) -> list[Quantized]:
         """Return a layer's weights in device memory of their own, from what `put` returned."""
         return self._views(self._block(layer).to(self.device, copy=True), weights)
 
@@ -86,17 +90,17 @@ class WeightStream:
         assert block is not None
         return block
 
-    def _views(self, memory: Tensor, weights: Sequence[NF4Tensor]) -> list[NF4Tensor]:
-        found = []
+    def _views(self, memory: Tensor, weights: Sequence[Quantized]) -> list[Quantized]:
+        found: list[Quantized] = []
         for weight, ranges in zip(weights, self._ranges, strict=True):
             packed, absmax, *nested = (
-                memory[begin:end].view(tensor.dtype)
+                memory[begin:end].view(tensor.dtype).view(tensor.shape)
                 for tensor, (begin, end) in zip(_streamed(weight), ranges, strict=True)
             )
             found.append(replace(weight, packed=packed, absmax=absmax, nested_absmax=nested[0] if nested else None))
         return found
 
 
-def _streamed(weight: NF4Tensor) -> list[Tensor]:
+def _streamed(weight: NF4Tensor | NF4Stack) -> list[Tensor]:
     """The tensors of a weight whose size grows with it."""
     return [t for t in (weight.packed, weight.absmax, weight.nested_absmax) if t is not None]

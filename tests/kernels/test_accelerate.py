@@ -16,9 +16,11 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -74,6 +76,26 @@ UNUSUAL: dict[str, Callable[[], PretrainedConfig]] = {
         },
     ),
     "more positions than the model has": lambda: LlamaConfig(**{**SIZES, "max_position_embeddings": 8}),
+}
+EXPERT_SIZES: dict[str, Any] = {**SIZES, "intermediate_size": 40}
+QWEN3_MOE: dict[str, Any] = {
+    **SIZES,
+    "head_dim": 32,
+    "moe_intermediate_size": 40,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+MIXTURES: dict[str, Callable[[], PretrainedConfig]] = {
+    "qwen3_moe": lambda: Qwen3MoeConfig(**QWEN3_MOE),
+    "qwen3_moe, weights as they are, one dense layer": lambda: Qwen3MoeConfig(
+        **{**QWEN3_MOE, "norm_topk_prob": False, "num_experts_per_tok": 3, "mlp_only_layers": [1]}
+    ),
+    "mixtral": lambda: MixtralConfig(**EXPERT_SIZES, num_local_experts=6, num_experts_per_tok=2),
+}
+ATTENTION_AND_EXPERTS: dict[str, Any] = {
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }
 Batch = dict[str, Any]
 Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -141,6 +163,33 @@ def test_loss_and_every_gradient_equal_transformers_and_peft(family: str, device
     assert_same(loss_and_grads(model, batch), expected)
     restore_model(model)
     assert_same(loss_and_grads(model, batch), expected)
+
+
+@pytest.mark.parametrize("level", Level)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_of_experts_equal_transformers_and_peft(name: str, level: Level, device: str) -> None:
+    model, batch = make_model(MIXTURES[name](), device, **ATTENTION_AND_EXPERTS), make_batch(device)
+    expected = loss_and_grads(model, batch)
+    engine_of(model, Plan((level,) * 3, (None,) * 3, 0, 1024))
+    assert_same(loss_and_grads(model, batch), expected)
+    restore_model(model)
+    assert_same(loss_and_grads(model, batch), expected)
+
+
+def test_experts_without_adapters_stay_frozen(device: str) -> None:
+    model, batch = make_model(MIXTURES["qwen3_moe"](), device, target_modules=["q_proj", "v_proj"]), make_batch(device)
+    expected = loss_and_grads(model, batch)
+    engine_of(model)
+    assert_same(loss_and_grads(model, batch), expected)
+
+
+def test_a_router_that_is_trained_or_has_a_loss_of_its_own_is_refused(device: str) -> None:
+    model = make_model(MIXTURES["qwen3_moe"](), device, **ATTENTION_AND_EXPERTS)
+    model.get_base_model().config.output_router_logits = True
+    assert "auxiliary loss" in why_not(model)
+    model.get_base_model().config.output_router_logits = False
+    model.get_base_model().model.layers[0].mlp.gate.weight.requires_grad_(True)
+    assert "other parameters are trainable" in why_not(model)
 
 
 @pytest.mark.parametrize("name", UNUSUAL)

@@ -13,8 +13,25 @@ from finemill.kernels.ops.launch import INTERPRETED
 LAYERS = (
     "test_rank_stabilized_scaling_and_partial_targets",
     "test_loss_and_every_gradient_equal_transformers_and_peft[qwen3]",
+    "test_experts_without_adapters_stay_frozen",
 )
-OPS = ("adamw", "cross_entropy", "lora", "nf4", "qk_norm_rope", "rms_norm", "swiglu", "swiglu_lora")
+OPS = (
+    "adamw",
+    "combine_experts",
+    "cross_entropy",
+    "expert_lora",
+    "expert_rows",
+    "grouped_gemm",
+    "lora",
+    "nf4",
+    "nf4_stack",
+    "qk_norm_rope",
+    "rms_norm",
+    "routing",
+    "swiglu",
+    "swiglu_experts",
+    "swiglu_lora",
+)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")

@@ -149,7 +149,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     cos, sin = torch.empty(2, 1, 128, device=META)
     monkeypatch.setattr(model.FastModel, "_rope", lambda self, batch: Rope(cos, sin, batch.position_ids))
     monkeypatch.setattr(
-        projection, "_mm_fp32", lambda a, b: torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32, device=META)
+        projection, "mm_fp32", lambda a, b: torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32, device=META)
     )
 
 

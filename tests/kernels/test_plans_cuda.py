@@ -9,8 +9,9 @@ import torch
 from finemill.commands.estimate import workload
 from finemill.kernels.bench import data as bench_data
 from finemill.kernels.engine.graphs import GraphRunner
-from finemill.kernels.engine.load import LoraSettings, load_model, quantize_nf4
+from finemill.kernels.engine.load import LoraSettings, load_model
 from finemill.kernels.engine.model import FastModel
+from finemill.kernels.engine.nf4_quantize import quantize_nf4
 from finemill.kernels.engine.plan import Level, Plan
 from finemill.kernels.engine.shapes import Buckets, Shapes
 from finemill.kernels.ops.nf4 import dequantize_nf4

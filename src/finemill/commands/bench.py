@@ -1,10 +1,11 @@
-"""`finemill bench kernels|step|loss|data`: the measuring programs."""
+"""`finemill bench kernels|step|moe|loss|data`: the measuring programs."""
 
 import argparse
 
 _PROGRAMS = {
     "kernels": "single ops against their references, share of the card's bandwidth",
     "step": "a whole QLoRA training step",
+    "moe": "a training step of a mixture of experts, and the tiles of its products",
     "loss": "training losses over several seeds against Hugging Face's",
     "data": "raw rows to labelled tokens, beside the usual way with datasets.map",
 }
@@ -23,6 +24,8 @@ def execute(name: str, arguments: list[str]) -> int:
         from finemill.kernels.bench.loss import main
     elif what == "data":
         from finemill.commands.bench_data import main
+    elif what == "moe":
+        from finemill.kernels.bench.moe import main
     else:
         from finemill.kernels.bench.step import main
     return main(arguments[1:])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from finemill.errors import UserError
-from finemill.kernels.bench.ops import CASES, Case, main
+from finemill.kernels.bench.case import Case
+from finemill.kernels.bench.ops import CASES, main
 
 
 def test_without_a_gpu_it_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +18,8 @@ def test_an_unknown_op_is_refused_with_the_known_ones(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit, match="2"):
         main(["rms-nrom"])
     known = (
-        "adamw, cross-entropy, host-memory, lora, lora-b, nf4, projection, qk-norm-rope, rms-norm, swiglu, swiglu-lora"
+        "adamw, combine-experts, cross-entropy, expert-lora, expert-rows, grouped-gemm, host-memory, lora, lora-b, "
+        "nf4, nf4-stack, projection, qk-norm-rope, rms-norm, routing, swiglu, swiglu-experts, swiglu-lora"
     )
     assert f"choose from {known}" in capsys.readouterr().err
 

@@ -13,7 +13,8 @@ from finemill.kernels.bench import loss as bench_loss
 from finemill.kernels.bench import step as bench_step
 from finemill.kernels.bench.data import ensure_checkpoint, real_rows, start_adapters
 from finemill.kernels.bench.runs import StepRun, read_runs
-from finemill.kernels.engine.load import LoraSettings, Rotary, dynamic_codebook, load_model, nf4_codebook
+from finemill.kernels.engine.load import LoraSettings, Rotary, load_model
+from finemill.kernels.engine.nf4_quantize import dynamic_codebook, nf4_codebook
 from finemill.kernels.engine.plan import Plan
 from finemill.kernels.ops.packing import pack_rows
 from finemill.kernels.planning.planner import NoPlanError
