@@ -10,8 +10,9 @@ What differs from the stock trainer, and why (measured in bench/results.md):
   all labels.
 - Evaluation takes its loss from the engine, too: no logits of whole batches, and nothing beyond the plan's memory.
 - A step that runs out of memory is begun again with half the micro-batch: the same sequences, the same gradient.
-- An AdamW, whatever precision `optim` names, is FlatAdamW: fp32 moments, or 8-bit ones where memory is short. Any other
-  optimizer, or the caller's own, steps as it would, on gradients that are views of the flat one.
+- `adamw_torch` and `adamw_torch_fused` are FlatAdamW with fp32 moments, or with 8-bit ones where memory is short and
+  `eight_bit` allows it; `adamw_8bit` is FlatAdamW with 8-bit ones. Any other optimizer, paged ones among them, or the
+  caller's own, steps as it would, on gradients that are views of the flat one.
 
 A model the engine does not cover, or arguments that change the loss, train as SFTTrainer does: `trainer.fast` is False
 and `trainer.acceleration.reason` says why.
@@ -50,6 +51,8 @@ logger = logging.getLogger(__name__)
 _COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"}
 _COLUMNS |= {"max_length_k", "seq_idx", "seq_lengths"}
 """Columns that a batch may hold: rows, and their boundaries once more."""
+FLAT_ADAMW = {"adamw_torch": None, "adamw_torch_fused": None, "adamw_8bit": True, "adamw_bnb_8bit": True}
+"""Names of `optim` that FlatAdamW is, and whether they ask for 8-bit moments; None where the caller chooses."""
 BUCKETS_PER_BATCH = 8
 """Token and label counts of graphs are rounded up to this share of the token budget."""
 SAMPLED_ROWS = 1000
@@ -65,13 +68,23 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         memory_gb: device memory the step may allocate at its peak, GiB; None for what the card has free.
         use_graphs: capture micro-batches as CUDA graphs at once, or not at all; None decides by their predicted time
             and by how often a shape comes.
+        eight_bit: whether the moments of `adamw_torch` may have 8 bits: always, never, or None for where memory is
+            short.
         kwargs: SFTTrainer's own arguments.
     """
 
     def __init__(
-        self, *args: Any, memory_gb: float | None = None, use_graphs: bool | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        memory_gb: float | None = None,
+        use_graphs: bool | None = None,
+        eight_bit: bool | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        asked = FLAT_ADAMW.get(self._optimizer_name, False)
+        self._eight_bit = eight_bit if asked is None else asked
+        """As `plan_step` takes it; another optimizer's moments have 4 bytes each at most."""
         reason = self._other_training()
         self.acceleration: Acceleration = (
             accelerate_model(self.model) if reason is None else leave_unchanged(self.model, reason)
@@ -135,11 +148,15 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         return loader
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build FlatAdamW if the arguments ask for an AdamW; otherwise what SFTTrainer would."""
+        """Build FlatAdamW if the arguments ask for an AdamW that it is; otherwise what SFTTrainer would."""
         engine, args = self.acceleration.engine, self.args
-        adamw = str(getattr(args.optim, "value", args.optim)).removeprefix("paged_").startswith("adamw")
-        if engine is None or self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or not adamw:
+        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        if engine is not None and not given and self._optimizer_name not in FLAT_ADAMW:
+            logger.warning("optim %s steps as in transformers: the kernels compute its gradient", self._optimizer_name)
+        if engine is None or given or self._optimizer_name not in FLAT_ADAMW:
             return super().create_optimizer()  # type: ignore[no-any-return]
+        if self._eight_bit is None:
+            self._eight_bit = self._plan.eight_bit
         optimizer = FlatAdamW(
             engine.adapters,
             lr=args.learning_rate,
@@ -147,10 +164,15 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
             max_norm=args.max_grad_norm if args.max_grad_norm > 0 else None,
-            bits=8 if self._plan.eight_bit else 32,
+            bits=8 if self._eight_bit else 32,
         )
         self.optimizer: Any = optimizer
         return optimizer
+
+    @property
+    def _optimizer_name(self) -> str:
+        """What the arguments name as `optim`."""
+        return str(getattr(self.args.optim, "value", self.args.optim))
 
     @property
     def _flat_optimizer(self) -> FlatAdamW | None:
@@ -238,7 +260,9 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             torch.cuda.empty_cache()
             budget = min(budget, _free_bytes(engine.device))
         work = replace(self._workload, tokens=max(self._longest, tokens // 2))
-        plan = plan_step(work, int(budget / MARGIN), allow_stream=True, streamed=self._streamed)
+        plan = plan_step(
+            work, int(budget / MARGIN), allow_stream=True, streamed=self._streamed, eight_bit=self._eight_bit
+        )
         self._adopt(plan, None)
         logger.warning("out of memory: micro-batches of %d tokens instead of %d from here on", work.tokens, tokens)
         return self._pack(self._sequences)
@@ -353,7 +377,14 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         if engine.attention_backend(longest) == "plain":
             use_graphs = False  # it reads the boundaries on the host, which no graph can hold
         plan, patience = plan_graphed_step(
-            work, budget, card, rates=rates, use_graphs=use_graphs, allow_stream=True, streamed=self._streamed
+            work,
+            budget,
+            card,
+            rates=rates,
+            use_graphs=use_graphs,
+            allow_stream=True,
+            streamed=self._streamed,
+            eight_bit=self._eight_bit,
         )
         logger.info("plan: %s tokens per micro-batch, %.2f GiB", plan.micro_batch, plan.peak / 2**30)
         return plan, patience

@@ -32,4 +32,9 @@ class TrainQLoRAConfig(LoRATrainingConfig):
                 "packing fills every sequence, so train_sampling_strategy 'group_by_length' has nothing to group: "
                 "use 'random' or turn packing off"
             )
+        self._refuse(
+            self.kernels == "on",
+            "with kernels 'on', which plan recomputation by memory_gb",
+            gradient_checkpointing="use kernels 'auto' or 'off'",
+        )
         return self

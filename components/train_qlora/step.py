@@ -1,6 +1,7 @@
 """Train LoRA adapters on the 4-bit base with TRL and PEFT."""
 
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from finemill.components.train_qlora.rows import load_rows
 from finemill.errors import UserError
 from finemill.runtime.context import StepContext
 from finemill.training.adapter import check_target_modules, keep_adapters_in_float32, lora_config
-from finemill.training.memory import must_stream
+from finemill.training.memory import eight_bit_moments, must_stream
 from finemill.training.quantized_base import compute_dtype, load_base
 from finemill.training.trainer import cap_memory, choose_device, memory_limit, run_training, shared_arguments
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -62,6 +65,8 @@ def build_trainer(
             reason = acceleration.reason if acceleration else "there is no GPU"
             raise UserError(f"kernels: on, but they cannot run here ({reason}): use kernels: auto or off")
         keep_adapters_in_float32(trainer.model)
+    elif not config.gradient_checkpointing:
+        logger.warning("gradient_checkpointing false has no effect on finemill's kernels: they plan it by memory_gb")
     return trainer
 
 
@@ -74,7 +79,7 @@ def _load(base_model: Path, config: TrainQLoRAConfig, device: torch.device) -> t
     streamed = must_stream(model, config, memory_limit(config, device))
     from finemill.kernels.trainer import FastSFTTrainer
 
-    trainer_class = partial(FastSFTTrainer, memory_gb=config.memory_gb)
+    trainer_class = partial(FastSFTTrainer, memory_gb=config.memory_gb, eight_bit=eight_bit_moments(config))
     if streamed:
         from finemill.kernels.streamed import load_streamed
 

@@ -9,7 +9,7 @@ decode less often.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 
 from finemill.errors import UserError
@@ -135,6 +135,7 @@ def plan_step(
     allow_host: bool = True,
     allow_stream: bool = False,
     streamed: bool = False,
+    eight_bit: bool | None = None,
 ) -> Plan:
     """Choose micro-batch size, levels, host share and kept weights for one optimizer step.
 
@@ -145,17 +146,19 @@ def plan_step(
         allow_host: whether activations may be parked in host memory.
         allow_stream: whether the NF4 weights may wait there, too.
         streamed: whether they do already.
+        eight_bit: whether the optimizer's moments have 8 bits; None where memory decides.
     Returns: the plan with the least predicted time.
     Raises: NoPlanError: not even the leanest plan fits.
     """
     rates, budget = rates or Rates(), int(budget * MARGIN)
     streams = (True,) if streamed else (False, True) if allow_stream and work.quantized else (False,)
+    moments = OPTIMIZER_BYTES if eight_bit is None else OPTIMIZER_BYTES[eight_bit : eight_bit + 1]
     rows = max(1, work.tokens // work.row)
 
     def candidates(heads: Sequence[int], micro_batches: Sequence[int]) -> list[Plan]:
         return [
             candidate
-            for variant in _variants(work, heads, streams, allow_host=allow_host)
+            for variant in _variants(work, heads, streams, moments, allow_host=allow_host)
             for tokens in micro_batches
             for candidate in _candidates(variant, budget, rates, tokens, allow_host=allow_host)
         ]
@@ -175,10 +178,10 @@ def plan_step(
     return min([best, *fitting], key=lambda candidate: candidate.seconds)
 
 
-def least_bytes(work: Workload, *, allow_stream: bool) -> int:
-    """Peak of the leanest plan: what a card must have."""
+def least_bytes(work: Workload, *, allow_stream: bool, eight_bit: bool | None = None) -> int:
+    """Peak of the leanest plan: what a card must have. The arguments are those of `plan_step`."""
     try:
-        plan_step(work, 0, allow_stream=allow_stream)
+        plan_step(work, 0, allow_stream=allow_stream, eight_bit=eight_bit)
     except NoPlanError as error:
         return error.least
     raise AssertionError("a plan of no memory")
@@ -193,6 +196,7 @@ def plan_graphed_step(
     use_graphs: bool | None = None,
     allow_stream: bool = False,
     streamed: bool = False,
+    eight_bit: bool | None = None,
 ) -> tuple[Plan, int | None]:
     """Choose a plan for batches of many shapes, and whether they run as CUDA graphs.
 
@@ -206,10 +210,12 @@ def plan_graphed_step(
         use_graphs: None where launches would dominate at once, and elsewhere for shapes that come often.
         allow_stream: whether the NF4 weights may wait in host memory.
         streamed: whether they do already.
+        eight_bit: as in `plan_step`.
     Returns: the plan, and how often a shape runs before it is captured; None without graphs.
     Raises: NoPlanError: as `plan_step`.
     """
-    plan = plan_step(work, budget, rates=rates, allow_stream=allow_stream, streamed=streamed)
+    choose = partial(plan_step, work, rates=rates, allow_stream=allow_stream, streamed=streamed, eight_bit=eight_bit)
+    plan = choose(budget)
     if use_graphs is False:
         return plan, None
     patience = 0 if use_graphs or launch_bound(plan, work) else PATIENCE
@@ -218,16 +224,16 @@ def plan_graphed_step(
         if patience:
             return plan, None
         try:
-            plan = plan_step(
-                work, min(budget, (resting + card) // 2), rates=rates, allow_stream=allow_stream, streamed=streamed
-            )
+            plan = choose(min(budget, (resting + card) // 2))
         except NoPlanError:
             return plan, None
     return plan, patience
 
 
-def _variants(work: Workload, heads: Sequence[int], streams: Sequence[bool], *, allow_host: bool) -> list[Workload]:
-    """The workload with fp32 or 8-bit moments, embedding and base on the device or the host, so many key heads at once.
+def _variants(
+    work: Workload, heads: Sequence[int], streams: Sequence[bool], moments: Sequence[float], *, allow_host: bool
+) -> list[Workload]:
+    """The workload with such moments, embedding and base on the device or the host, so many key heads at once.
 
     Simplest first.
     """
@@ -235,7 +241,7 @@ def _variants(work: Workload, heads: Sequence[int], streams: Sequence[bool], *, 
     return [
         replace(work, optimizer_bytes=size, embedding_on_host=place, stream_weights=stream, key_heads=number)
         for stream in streams
-        for size in OPTIMIZER_BYTES
+        for size in moments
         for place in places
         for number in heads
     ]

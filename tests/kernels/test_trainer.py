@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from finemill.kernels.accelerate import restore_model
 from finemill.kernels.engine.loss_head import HeadResult
 from finemill.kernels.engine.model import FastModel
+from finemill.kernels.engine.optimizer import FlatAdamW
 from finemill.kernels.engine.shapes import Buckets, Shapes
 from finemill.kernels.ops.packing import PackedBatch
 from finemill.kernels.trainer import FastSFTTrainer
@@ -146,6 +147,8 @@ def stochastic_descent(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.
         {"weight_decay": 0.3},
         {"optim": "sgd", "learning_rate": 0.1},
         {"optim": "adafactor", "gradient_accumulation_steps": 2},
+        {"optim": "lion_32bit", "learning_rate": 1e-4},
+        {"optim": "adamw_8bit", "max_steps": 2},
         {"lr_scheduler_type": "cosine", "logging_steps": 3, "max_steps": 6},
         {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 2},
         {"padding_free": True, "max_length": None},
@@ -164,6 +167,32 @@ def test_training_equals_trls_with(settings: dict[str, Any], tmp_path: Path) -> 
     expected = adapters(theirs)
     for name, value in adapters(ours).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("optim", "eight_bit", "bits"),
+    [
+        ("adamw_torch", None, 32),
+        ("adamw_torch", True, 8),
+        ("adamw_torch_fused", False, 32),
+        ("adamw_8bit", False, 8),
+        ("paged_adamw_8bit", None, None),
+        ("lion_8bit", True, None),
+    ],
+)
+def test_the_optimizer_is_the_one_that_is_named(
+    optim: str, eight_bit: bool | None, bits: int | None, tmp_path: Path
+) -> None:
+    trainer = make_trainer(FastSFTTrainer, tmp_path, optim=optim, given={"eight_bit": eight_bit})
+    optimizer = trainer.create_optimizer()
+    if bits is None:
+        assert type(optimizer).__module__.startswith("bitsandbytes")
+    else:
+        assert isinstance(optimizer, FlatAdamW)
+        assert {tensor.dtype for tensor in optimizer.moments.tensors().values()} >= {
+            8: {torch.uint8},
+            32: {torch.float32},
+        }[bits]
 
 
 def test_the_callers_own_optimizer_steps(tmp_path: Path) -> None:

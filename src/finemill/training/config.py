@@ -66,20 +66,40 @@ class LoRATrainingConfig(StepConfig):
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
 
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """Shape of the schedule after the warm-up."""
+    lr_scheduler_type: Literal["linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup"] = (
+        "linear"
+    )
+    """Shape of the schedule after the warm-up; `constant` has none."""
+
+    lr_num_cycles: int | None = Field(default=None, gt=1)
+    """Cosines of `cosine_with_restarts`, each from the peak rate to zero."""
 
     warmup_steps: float = Field(default=0.03, ge=0)
     """Steps of linear warm-up; below 1 a share of all steps."""
 
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's decay of the adapter weights."""
+    """The optimizer's decay of the weights that are trained."""
 
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
 
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
-    """The optimizer; the 8-bit ones save 6 bytes per adapter weight."""
+    optim: Literal[
+        "auto",
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "adamw_bnb_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "adafactor",
+        "lion_32bit",
+        "lion_8bit",
+        "paged_lion_32bit",
+        "paged_lion_8bit",
+    ] = "auto"
+    """The optimizer. `auto` is AdamW, on finemill's kernels with 8-bit moments where memory is short; any other name is
+    what runs, on the kernels, too. 8 bits save 6 bytes per trained weight, Adafactor almost all 8; paged ones move to
+    host memory when the card is full."""
 
     max_length: int = Field(default=2048, gt=0)
     """Longer rows are cut to this many tokens; rows left without a label are dropped and counted."""
@@ -105,6 +125,29 @@ class LoRATrainingConfig(StepConfig):
 
     resume: Literal["auto", "never", "must"] = "auto"
     """Continue from the newest checkpoint in the store: if there is one, never, or fail without one."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        restarts, constant = self.lr_scheduler_type == "cosine_with_restarts", self.lr_scheduler_type == "constant"
+        if restarts and self.lr_num_cycles is None:
+            raise ValueError("lr_scheduler_type 'cosine_with_restarts' needs lr_num_cycles, 2 or more, or use 'cosine'")
+        schedule = f"with lr_scheduler_type '{self.lr_scheduler_type}'"
+        self._refuse(not restarts, schedule, lr_num_cycles="use 'cosine_with_restarts'")
+        self._refuse(constant, schedule, warmup_steps="use 'constant_with_warmup'")
+        self._refuse(
+            not self.load_in_4bit,
+            "with load_in_4bit false",
+            bnb_4bit_quant_type="set load_in_4bit",
+            bnb_4bit_use_double_quant="set load_in_4bit",
+        )
+        return self
+
+    def _refuse(self, idle: bool, where: str, **instead: str) -> None:
+        """Refuse fields that differ from their defaults without effect; `instead` says what else to do, by field."""
+        for name, advice in instead.items():
+            value = getattr(self, name)
+            if idle and value != type(self).model_fields[name].default:
+                raise ValueError(f"{name} {value!r} has no effect {where}: leave it out, or {advice}")
 
     @model_validator(mode="after")
     def _has_targets(self) -> Self:

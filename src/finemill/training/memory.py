@@ -20,8 +20,8 @@ GIB = 2.0**30
 NF4_BITS, NF4_DOUBLE_BITS = 4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)
 # Logits in 16 bits, their float32 copy, and the gradients of both.
 LOGIT_BYTES = 2 + 4 + 4 + 4
-# float32 weight and gradient, and AdamW's two moments at 4 bytes or at 1.
-ADAPTER_BYTES, ADAPTER_BYTES_8BIT = 4 + 4 + 8, 4 + 4 + 2
+# float32 weight and gradient.
+ADAPTER_BYTES = 4 + 4
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,23 @@ def estimate_memory(model: Mapping[str, Any], config: LoRATrainingConfig) -> Mem
     kept = tokens * width * 2 * layers if config.gradient_checkpointing else inside * (layers - 1)
     return MemoryEstimate(
         weights=(linear * bits / 8 + tables * 2) / GIB,
-        adapters=adapters * (ADAPTER_BYTES_8BIT if "8bit" in config.optim else ADAPTER_BYTES) / GIB,
+        adapters=adapters * (ADAPTER_BYTES + _moment_bytes(config)) / GIB,
         activations=(kept + inside) / GIB,
         logits=tokens * vocabulary * LOGIT_BYTES / GIB,
     )
+
+
+def _moment_bytes(config: LoRATrainingConfig) -> int:
+    """What the optimizer keeps per trained weight on the card: one or two moments of 1 or 4 bytes."""
+    name = config.optim
+    if name == "adafactor" or name.startswith("paged"):
+        return 0
+    return (1 if "lion" in name else 2) * (1 if "8bit" in name else 4)
+
+
+def eight_bit_moments(config: LoRATrainingConfig) -> bool | None:
+    """Whether the moments have 8 bits on the kernels, as `optim` names it; None where memory decides."""
+    return None if config.optim == "auto" else "8bit" in config.optim
 
 
 def covered_workload(model: Mapping[str, Any], config: LoRATrainingConfig) -> Workload | None:
@@ -92,7 +105,10 @@ def needed_gib(model: Mapping[str, Any], config: LoRATrainingConfig) -> float:
     """GiB that a card must have for this training: on the kernels their leanest plan, elsewhere the plain step."""
     work = covered_workload(model, config)
     plain = estimate_memory(model, config).total
-    return plain if work is None else min(plain, least_bytes(work, allow_stream=work.quantized) / GIB)
+    if work is None:
+        return plain
+    least = least_bytes(work, allow_stream=work.quantized, eight_bit=eight_bit_moments(config))
+    return min(plain, least / GIB)
 
 
 def must_stream(model: Mapping[str, Any], config: LoRATrainingConfig, limit: float) -> bool:
@@ -109,7 +125,7 @@ def must_stream(model: Mapping[str, Any], config: LoRATrainingConfig, limit: flo
     if work is None or plain < limit:
         return False
     try:
-        plan_step(work, int(limit), allow_stream=work.quantized)
+        plan_step(work, int(limit), allow_stream=work.quantized, eight_bit=eight_bit_moments(config))
     except NoPlanError as error:
         raise UserError(
             f"training needs {error.least / GIB:.2f} GiB of GPU memory ({plain / GIB:.1f} without finemill's kernels), "

@@ -61,7 +61,11 @@ def memory_limit(config: LoRATrainingConfig, device: torch.device) -> float:
 
 def cap_memory(config: LoRATrainingConfig, device: torch.device) -> None:
     """Let PyTorch refuse what would pass `memory_gb`, on a path that no planner fits into it."""
-    if config.memory_gb is not None and device.type == "cuda":
+    if config.memory_gb is None:
+        return
+    if device.type != "cuda":
+        logger.warning("memory_gb %g has no effect without a GPU", config.memory_gb)
+    else:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gb * 2**30 / total), device)
 
@@ -82,10 +86,11 @@ def shared_arguments(config: LoRATrainingConfig, scratch: Path, device: torch.de
         "max_steps": config.max_steps or -1,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,
+        "lr_scheduler_kwargs": {"num_cycles": config.lr_num_cycles} if config.lr_num_cycles else {},
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        "optim": config.optim,
+        "optim": "adamw_torch" if config.optim == "auto" else config.optim,
         "seed": config.seed,
         "logging_steps": config.logging_steps,
         "logging_first_step": True,

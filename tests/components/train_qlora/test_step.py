@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -185,3 +185,52 @@ def test_packing_and_validation_loss(
     context = make_context()
     train_qlora(base_model=base_model, dataset=dataset, output_dir=tmp_path / "a", config=config, context=context)
     assert [step for step, values in recorded(context).points if "validation/loss" in values] == [1, 2]
+
+
+OPTIMIZERS = [name for name in get_args(TrainQLoRAConfig.model_fields["optim"].annotation) if name != "auto"]
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_the_optimizer_that_is_named_is_the_one_that_learns(
+    make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    def losses(optim: str) -> tuple[float, ...]:
+        config = CONFIG.model_copy(update={"optim": optim, "max_steps": 4, "warmup_steps": 0.0, "learning_rate": 2e-3})
+        context = make_context()
+        train_qlora(base_model=base_model, dataset=dataset, output_dir=tmp_path / optim, config=config, context=context)
+        return tuple(point["train/loss"] for _, point in recorded(context).points if "train/loss" in point)
+
+    found = {optim: losses(optim) for optim in OPTIMIZERS}
+    for optim, curve in found.items():
+        assert curve[-1] < curve[0], optim
+    kinds = {"adamw_torch", "adamw_8bit", "adafactor", "lion_32bit"}
+    assert len({found[optim] for optim in kinds}) == len(kinds)
+    assert found["paged_adamw_8bit"] == found["adamw_8bit"] == found["adamw_bnb_8bit"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ({"lr_scheduler_type": "constant"}, [1, 1, 1, 1, 1, 1]),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2}, [0, 0.5, 1, 1, 1, 1]),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 0}, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ({"lr_scheduler_type": "cosine", "warmup_steps": 2}, [0, 0.5, 1, 0.8536, 0.5, 0.1464]),
+        (
+            {"lr_scheduler_type": "cosine_with_restarts", "lr_num_cycles": 3, "warmup_steps": 0},
+            [1, 0.5, 1, 0.5, 1, 0.5],
+        ),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule(
+    schedule: dict[str, Any],
+    shares: list[float],
+    make_context: MakeContext,
+    base_model: Path,
+    dataset: Path,
+    tmp_path: Path,
+) -> None:
+    config = TrainQLoRAConfig(**CONFIG.model_dump() | schedule)
+    context = make_context()
+    train_qlora(base_model=base_model, dataset=dataset, output_dir=tmp_path / "a", config=config, context=context)
+    rates = [point["train/learning_rate"] for _, point in recorded(context).points if "train/learning_rate" in point]
+    assert rates == pytest.approx([share * CONFIG.learning_rate for share in shares], rel=1e-3)

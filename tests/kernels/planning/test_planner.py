@@ -15,6 +15,7 @@ from finemill.kernels.planning.planner import (
     PATIENCE,
     NoPlanError,
     launch_bound,
+    least_bytes,
     peak_bytes,
     plan_graphed_step,
     plan_step,
@@ -188,6 +189,13 @@ def test_host_memory_is_used_only_where_it_is_allowed() -> None:
     assert not alone.embedding_on_host
     assert alone.host_bytes(2048) == 0
     assert not plan_step(step(), int(7.2 * GIB)).stream_weights
+
+
+def test_moments_have_the_bits_that_are_asked_for() -> None:
+    for eight_bit in (False, True):
+        assert plan_step(step(), 80 * GIB, eight_bit=eight_bit).eight_bit is eight_bit
+    lean = [least_bytes(step(), allow_stream=True, eight_bit=eight_bit) for eight_bit in (None, True, False)]
+    assert lean[0] == lean[1] < lean[2]
 
 
 def test_too_little_memory_says_what_the_leanest_plan_needs() -> None:
