@@ -44,6 +44,9 @@ class EvalConfig(StepConfig):
     top_k: int = Field(default=0, ge=0)
     """With a temperature: draw from this many likeliest tokens; 0 for all."""
 
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """With a temperature: leave out tokens less likely than this share of the likeliest one; 0 for none."""
+
     seed: int = 0
     """With a temperature: seed of the draws."""
 

@@ -23,7 +23,8 @@ from finemill.metrics.rules import keeps_pattern, read_schema
 from finemill.models.adapter import check_base, load_adapter
 from finemill.models.base.resolve import resolve_base_model
 from finemill.models.causal_lm import load_causal_lm, suitable_threads
-from finemill.models.generation import Sampling, generate_answers, stop_token_ids
+from finemill.models.generation import generate_answers, stop_token_ids
+from finemill.models.sampling import Sampling
 from finemill.runtime.context import StepContext
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def score_rows(
         [prompt_ids(row, tokenizer) for row in rows],
         stop_token_ids=stops,
         max_new_tokens=config.max_new_tokens,
-        sampling=Sampling(config.temperature, config.top_p, config.top_k, config.seed),
+        sampling=Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.seed),
         batch_size=config.batch_size,
         on_progress=lambda done: context.recorder.log_progress(f"{name}: {done} of {len(rows)} rows"),
     )

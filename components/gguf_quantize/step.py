@@ -15,16 +15,17 @@ from finemill.artifacts.model import read_merge
 from finemill.artifacts.records import write_json
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig, Quantization
 from finemill.components.gguf_quantize.convert import Array, SourceModel
-from finemill.components.gguf_quantize.cores import available_cores
 from finemill.components.gguf_quantize.imatrix import channel_weights
-from finemill.components.gguf_quantize.llama_cpp import serve
 from finemill.components.gguf_quantize.modelfile import modelfile
 from finemill.components.gguf_quantize.verify import Reference, compare, compared_positions
 from finemill.components.gguf_quantize.vocabulary import check_vocabulary, load_tokenizer
 from finemill.components.gguf_quantize.write import WrittenFile, size_bytes, write_gguf
 from finemill.errors import GateFailedError, StepError, UserError
 from finemill.models.causal_lm import SMALL_MODEL, load_causal_lm, suitable_threads
-from finemill.models.generation import Answer, generate_answers, read_generation_defaults, stop_token_ids
+from finemill.models.cores import available_cores
+from finemill.models.generation import Answer, generate_answers, stop_token_ids
+from finemill.models.llama_cpp import serve
+from finemill.models.sampling import read_generation_defaults
 from finemill.models.stored_model import StoredModel
 from finemill.runtime.context import StepContext
 from finemill.storage.space import require_space

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from finemill.artifacts.dataset import IGNORE_INDEX, HeldOutRow
-from finemill.components.gguf_quantize.llama_cpp import LlamaServer
 from finemill.errors import StepError
 from finemill.metrics.maths import judge
 from finemill.models.generation import Answer
+from finemill.models.llama_cpp import LlamaServer
 from finemill.models.stored_model import StoredModel
 from finemill.models.streaming import log_probabilities
 from finemill.rows.answers import final_answer, with_opening

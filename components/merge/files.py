@@ -12,7 +12,7 @@ import torch
 from finemill.artifacts.adapter import has_tokenizer
 from finemill.artifacts.records import write_json
 from finemill.errors import UserError
-from finemill.models.generation import read_generation_defaults
+from finemill.models.sampling import read_generation_defaults
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,10 @@ _GROUPS = {
         "replay": ("Check a decision's gates again and compare the verdicts.", "replay"),
         "gc": ("Delete artifacts that no registered version was made from.", "gc"),
     },
+    "ask a model": {
+        "chat": ("Ask a model, in a conversation or one question from a pipe.", "chat"),
+        "serve": ("Serve a model to OpenAI's clients.", "serve"),
+    },
     "schemas and measurements": {
         "score": ("Score predictions that exist already, without a model.", "score"),
         "schema": ("Print the JSON schema of a step's or pipeline's configuration.", "schema"),

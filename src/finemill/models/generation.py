@@ -2,34 +2,25 @@
 
 # B batch, T tokens
 
-import json
-import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-logger = logging.getLogger(__name__)
+from finemill.models.sampling import GREEDY, Sampling, read_generation_defaults
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 # Rows that one forward pass of a GPU answers at once; a CPU gains nothing past a few dozen.
 _BATCH_SIZE = {"cuda": 64, "cpu": 64}
 
 # An answer that no template writes by itself.
 _PROBE = "the-probed-answer"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: the most likely one, or drawn by `temperature` with `seed`."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,21 +32,6 @@ class Answer:
     num_tokens: int
     finished: bool
     """Whether the model ended its turn, rather than being cut at the limit."""
-
-
-def read_generation_defaults(folder: Path) -> dict[str, Any]:
-    """The values of a model's `generation_config.json`; none where there is no such file.
-
-    Models work without it, so that a damaged one is a warning.
-    """
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        logger.warning("%s is not read: %s", path, error)
-        return {}
 
 
 def stop_token_ids(tokenizer: Any, folder: Path) -> list[int]:
@@ -95,7 +71,7 @@ def generate_answers(
     *,
     stop_token_ids: Sequence[int],
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     batch_size: int | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
@@ -132,8 +108,6 @@ def _generate_batch(
     sampling: Sampling,
     start: int,
 ) -> torch.Tensor:
-    from transformers import GenerationConfig
-
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stop_token_ids), 0)
     width = max(len(prompt) for prompt in prompts)
     input_ids_BT = torch.full((len(prompts), width), pad_id, device=model.device)
@@ -141,28 +115,36 @@ def _generate_batch(
     for row, prompt in enumerate(prompts):
         input_ids_BT[row, width - len(prompt) :] = torch.tensor(list(prompt))
         attention_mask_BT[row, width - len(prompt) :] = 1
-    drawn = (
-        {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        if sampling.temperature > 0
-        else {"do_sample": False}
-    )
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(stop_token_ids) or None,
-        pad_token_id=pad_id,
-        use_cache=True,
-        **drawn,
-    )
+    config = generation_config(stop_token_ids, pad_id, max_new_tokens, sampling)
     torch.manual_seed(sampling.seed + start)
-    with _without_own_generation_config(model):
+    with without_own_generation_config(model):
         output_BT: torch.Tensor = model.generate(
             input_ids=input_ids_BT, attention_mask=attention_mask_BT, generation_config=config
         )
     return output_BT[:, width:]
 
 
+def generation_config(
+    stop_token_ids: Sequence[int], pad_id: int, max_new_tokens: int, sampling: Sampling
+) -> "GenerationConfig":
+    """transformers' settings of a generation."""
+    from transformers import GenerationConfig
+
+    drawn: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        drawn |= {"top_k": sampling.top_k, "min_p": sampling.min_p or None}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_token_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+        **drawn,
+    )
+
+
 @contextmanager
-def _without_own_generation_config(model: Any) -> Iterator[None]:
+def without_own_generation_config(model: Any) -> Iterator[None]:
     """Set the model's own generation config aside: transformers takes from it whatever a call leaves open.
 
     A repetition penalty there would change greedy answers.

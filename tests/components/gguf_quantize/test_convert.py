@@ -16,13 +16,13 @@ from transformers import AutoTokenizer
 from finemill.components.gguf_quantize import ggml
 from finemill.components.gguf_quantize.config import Quantization
 from finemill.components.gguf_quantize.convert import SourceModel
-from finemill.components.gguf_quantize.llama_cpp import serve
 from finemill.components.gguf_quantize.mixture import tensor_type
 from finemill.components.gguf_quantize.verify import check_tokenization, kl_divergence
 from finemill.components.gguf_quantize.vocabulary import pre_tokenizer_name
 from finemill.components.gguf_quantize.write import WrittenFile, write_gguf
 from finemill.errors import StepError, UserError
 from finemill.models.causal_lm import load_causal_lm
+from finemill.models.llama_cpp import serve
 
 TEXT = "Ann has 12 apples and gives 345 away; how many are left of 1000000? It's fine."
 

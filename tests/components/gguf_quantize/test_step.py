@@ -14,7 +14,6 @@ from finemill.artifacts.model import MergeRecord, write_merge
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.gguf_quantize.convert import SourceModel
 from finemill.components.gguf_quantize.imatrix import channel_weights
-from finemill.components.gguf_quantize.llama_cpp import serve
 from finemill.components.gguf_quantize.step import default_name
 from finemill.components.gguf_quantize.step import run as quantize_gguf
 from finemill.components.gguf_quantize.verify import check_tokenization, exact_match, kl_divergence
@@ -22,6 +21,7 @@ from finemill.components.gguf_quantize.write import write_gguf
 from finemill.errors import GateFailedError, StepError, UserError
 from finemill.models.causal_lm import load_causal_lm
 from finemill.models.generation import Answer
+from finemill.models.llama_cpp import serve
 from finemill.models.stored_model import StoredModel
 from finemill.runtime.context import StepContext
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from finemill.components.gguf_quantize import cores
+from finemill.models import cores
 
 
 @pytest.mark.parametrize(("limit", "expected"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 8)])

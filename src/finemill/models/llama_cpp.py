@@ -63,7 +63,7 @@ class LlamaServer:
         result = self._complete({"prompt": list(prompt), "max_tokens": 1, "logprobs": count, "logit_bias": bias})
         content = (result["choices"][0].get("logprobs") or {}).get("content")
         if not content:
-            raise StepError(f"gguf-quantize: llama.cpp reports no probabilities after {len(prompt)} tokens")
+            raise StepError(f"llama.cpp reports no probabilities after {len(prompt)} tokens")
         entries = content[0]["top_logprobs"]
         # A probability that underflows is reported as null.
         return {entry["id"]: -math.inf if entry["logprob"] is None else entry["logprob"] for entry in entries}
@@ -71,7 +71,7 @@ class LlamaServer:
     def _complete(self, request: dict[str, Any]) -> dict[str, Any]:
         result: dict[str, Any] = self._server.handle_completions({"temperature": 0, **request})
         if "choices" not in result:
-            raise StepError(f"gguf-quantize: llama.cpp refused a prompt of {len(request['prompt'])} tokens: {result}")
+            raise StepError(f"llama.cpp refused a prompt of {len(request['prompt'])} tokens: {result}")
         return result
 
     def _post(self, path: str, body: object) -> Any:
@@ -90,29 +90,71 @@ def serve(path: Path, num_threads: int, context_length: int) -> Iterator[LlamaSe
 
     Raises: StepError: llama.cpp does not load the file.
     """
+    params = _params(path, num_threads, context_length, _PARALLEL)
+    # Thinking marks and tool calls are special tokens in some models: answers are compared with them.
+    params.special = True
+    with _running(params) as server:
+        yield LlamaServer(server)
+
+
+@contextmanager
+def serve_chats(
+    path: Path, num_threads: int, context_length: int, *, host: str = "127.0.0.1", port: int = 0, name: str = ""
+) -> Iterator[str]:
+    """Load `path` into llama.cpp and answer OpenAI's requests, with the file's own chat template.
+
+    Args:
+        context_length: tokens that a chat may have.
+        port: 0 takes a free one.
+        name: what the server calls the model.
+    Yields: the address, http://host:port.
+    Raises: StepError: llama.cpp does not load the file.
+    """
+    params = _params(path, num_threads, context_length, parallel=1)
+    params.hostnames = [host]
+    params.port = port
+    params.model_alias = {name or path.stem}
+    with _running(params) as server:
+        yield str(server.listening_address)
+
+
+def _params(path: Path, num_threads: int, context_length: int, parallel: int) -> Any:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
-    params.n_ctx = context_length * _PARALLEL
-    params.n_parallel = _PARALLEL
+    params.n_ctx = context_length * parallel
+    params.n_parallel = parallel
     params.warmup = False
     params.fit_params = False
     params.ui = False
-    # Thinking marks and tool calls are special tokens in some models: answers are compared with them.
-    params.special = True
     params.verbosity = -1
     for threads in (params.cpuparams, params.cpuparams_batch):
         threads.n_threads = num_threads
         # Threads that wait for work sleep instead of spinning, which on busy cores takes the time from those that work.
         threads.poll = 0
+    return params
+
+
+@contextmanager
+def _running(params: Any) -> Iterator[Any]:
+    import xllamacpp
+
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
-        raise StepError(f"gguf-quantize: llama.cpp does not load {path.name}: {error}") from error
+        raise StepError(f"llama.cpp does not load {Path(params.model.path).name}: {error}") from error
     try:
-        yield LlamaServer(server)
+        yield server
     finally:
         # The model is freed with the server, which nothing refers to any longer.
         del server
         gc.collect()
+
+
+def architecture(path: Path) -> str | None:
+    """The family that a GGUF file names."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("general.architecture")
+    return str(field.contents()) if field else None

@@ -1,0 +1,91 @@
+"""An answer as it is written, piece by piece: its thinking apart from what it says."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from finemill.rows.answers import THINK_CLOSE, THINK_OPEN
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some characters of an answer."""
+
+    text: str
+    thinking: bool = False
+
+
+@dataclass(frozen=True)
+class End:
+    """How an answer ended; `num_tokens` is None where a server does not say."""
+
+    finished: bool
+    num_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer; `thinking` is "" for none."""
+
+    thinking: str
+    answer: str
+    finished: bool
+    num_tokens: int | None
+
+
+def collect(stream: Iterable[Piece | End]) -> Reply:
+    """The whole of a stream. A block that closes without having been opened is thinking all the same."""
+    pieces: list[Piece] = []
+    end = End(finished=False)
+    for event in stream:
+        if isinstance(event, End):
+            end = event
+        else:
+            pieces.append(event)
+    thinking = "".join(piece.text for piece in pieces if piece.thinking)
+    unopened, _, answer = "".join(piece.text for piece in pieces if not piece.thinking).rpartition(THINK_CLOSE)
+    return Reply((thinking + unopened).strip(), answer.strip(), end.finished, end.num_tokens)
+
+
+class ThinkingSplitter:
+    """Tells thinking from answer in text that comes in pieces of any size, and leaves the marks out.
+
+    Args:
+        opened: whether the prompt has opened the block already.
+    """
+
+    def __init__(self, *, opened: bool = False) -> None:
+        self._thinking = opened
+        self._waiting = ""
+        self._at_start = True
+
+    def add(self, text: str) -> Iterator[Piece]:
+        """What is certain after `text`; the rest waits for the next call."""
+        self._waiting += text
+        while True:
+            mark = THINK_CLOSE if self._thinking else THINK_OPEN
+            before, found, after = self._waiting.partition(mark)
+            if not found:
+                break
+            yield from self._piece(before)
+            self._thinking, self._waiting, self._at_start = not self._thinking, after, True
+        # The end may be the beginning of a mark.
+        kept = next(
+            (size for size in range(len(mark) - 1, 0, -1) if self._waiting.endswith(mark[:size])),
+            0,
+        )
+        ready = self._waiting[: len(self._waiting) - kept]
+        self._waiting = self._waiting[len(ready) :]
+        yield from self._piece(ready)
+
+    def close(self) -> Iterator[Piece]:
+        """What waited for more."""
+        yield from self._piece(self._waiting)
+        self._waiting = ""
+
+    def _piece(self, text: str) -> Iterator[Piece]:
+        """The line breaks that templates write around the marks are no part of what is said."""
+        if self._at_start:
+            text = text.lstrip("\r\n")
+        if text:
+            self._at_start = False
+            yield Piece(text, self._thinking)
