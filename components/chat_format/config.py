@@ -1,9 +1,10 @@
 """Configuration of `chat-format`."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from finemill.components.chat_format.named_templates import TemplateName
 from finemill.config import StepConfig
 
 
@@ -20,6 +21,10 @@ class ChatFormatConfig(StepConfig):
     unsupported_system: Literal["fold", "drop", "error"] = "fold"
     """A system message under a template that takes none (Gemma's): put before the first question, with a blank line
     between; the row left out and counted; or the end of the run."""
+    chat_template: TemplateName | None = None
+    """A template by name, used instead of the base model's own or for a base that has none. `chatml`, `qwen`, `llama3`
+    and `gemma` need their control tokens in the tokenizer; `alpaca`, `vicuna` and `mistral` none. `qwen` has tools and
+    thinking. The tuned model's tokenizer gets it."""
     chat_template_path: str | None = None
     """A Jinja file used instead of the base model's own chat template."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -27,6 +32,8 @@ class ChatFormatConfig(StepConfig):
     date needs its `date_string` here to give the same tokens every day."""
     assistant_turns: Literal["all", "last"] = "all"
     """Which assistant turns of a conversation are learned."""
+    learned: Literal["assistant", "all"] = "assistant"
+    """What is learned of a conversation: the assistant's turns, or every token (preferences: the answers)."""
     rewritten_turns: Literal["unroll", "in_place", "skip"] = "unroll"
     """Turns that the template writes otherwise once more messages follow, as Qwen3 leaves out thinking blocks: each
     gets a training example that ends with it, so that what is learned is what will be asked; or is learned as it stands
@@ -44,3 +51,9 @@ class ChatFormatConfig(StepConfig):
     messages instead, so that only answers are learned), or learned whole, their control tokens read as such."""
     num_proc: int = Field(default=2, ge=1, le=256)
     """How many processes format rows; what they write is the same for any number. Few rows take one."""
+
+    @model_validator(mode="after")
+    def _check_fields_together(self) -> Self:
+        if self.chat_template is not None and self.chat_template_path is not None:
+            raise ValueError("chat_template and chat_template_path are two templates: set one of them")
+        return self

@@ -14,7 +14,14 @@ from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.chat_format.document import begins_rendered_chat, document_text
 from finemill.components.chat_format.example import Draft, Example, Labelled, Rejected
 from finemill.components.chat_format.mask import Rendered, Turn, label_tokens, render_turns, without_broken
-from finemill.components.chat_format.template import BROKEN, ChatTemplate, ChatTemplates, load_templates
+from finemill.components.chat_format.named_templates import CONTROL_TOKENS
+from finemill.components.chat_format.template import (
+    BROKEN,
+    ChatTemplate,
+    ChatTemplates,
+    NoTemplateError,
+    load_templates,
+)
 from finemill.components.chat_format.tokenize import ChatTokenizer, Tokens, load_tokenizer
 from finemill.errors import UserError
 from finemill.rows.conversation import Conversation
@@ -25,31 +32,46 @@ from finemill.rows.turns import Message
 
 
 def load_formatter(base_model: Path, config: ChatFormatConfig) -> "Formatter":
-    """The formatter for a base model's folder. Raises: UserError: it has no tokenizer or no template."""
-    tokenizer = load_tokenizer(base_model)
-    return Formatter(tokenizer, load_templates(base_model, config.chat_template_path, tokenizer.named_tokens), config)
+    """The formatter for a base model's folder. Raises: UserError: it has no tokenizer, or not the template's tokens."""
+    tokenizer, name = load_tokenizer(base_model), config.chat_template
+    if name is not None:
+        tokenizer.check_tokens(CONTROL_TOKENS[name], f"chat_template {name}")
+    try:
+        templates = load_templates(base_model, config.chat_template_path, tokenizer.named_tokens, name)
+    except NoTemplateError as error:
+        return Formatter(tokenizer, error, config)
+    return Formatter(tokenizer, templates, config)
 
 
 class Formatter:
     """What all rows share: tokenizer, templates, configuration."""
 
-    def __init__(self, tokenizer: ChatTokenizer, templates: ChatTemplates, config: ChatFormatConfig) -> None:
-        for template in templates:
+    def __init__(
+        self, tokenizer: ChatTokenizer, templates: ChatTemplates | NoTemplateError, config: ChatFormatConfig
+    ) -> None:
+        for template in templates if isinstance(templates, ChatTemplates) else ():
             tokenizer.add_roles(template.plain_chat)
             tokenizer.add_ends(template.end_of_answer)
         self.tokenizer = tokenizer
-        self.templates = templates
+        self._templates = templates
         self._config = config
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The base model's template, None where it has none and rows are texts."""
+        return self._templates.default if isinstance(self._templates, ChatTemplates) else None
 
     def drafts(self, record: PreparedRow, row: Mapping[str, Any], *, unroll: bool) -> list[Draft]:
         """Convert and render a row: its whole conversation, with `unroll` also those that end with a rewritten turn.
 
-        Raises: DroppedRowError: it cannot be used.
+        Raises: DroppedRowError: it cannot be used. NoTemplateError: it is a conversation, and there is no template.
         """
         conversation = to_conversation(row, record.shape)
         if conversation.text is not None:
             return [self._draft_text(record, conversation, conversation.text)]
-        chat = _Chat(record, conversation, self.templates.of(conversation.tools), self.tokenizer, self._config)
+        if not isinstance(self._templates, ChatTemplates):
+            raise self._templates
+        chat = _Chat(record, conversation, self._templates.of(conversation.tools), self.tokenizer, self._config)
         return chat.drafts(unroll=unroll)
 
     def _draft_text(self, record: PreparedRow, conversation: Conversation, text: str) -> Draft:
@@ -122,6 +144,11 @@ class _Chat:
         if self._conversation.tools and not self._template.takes_tools:
             raise DroppedRowError("template_without_tools", "tools")
         rendered = self._render(self._messages)
+        if self._config.learned == "all" and self._worse is None:
+            whole = self._draft(self._messages, rendered, rendered.turns)
+            return [
+                replace(whole, spans=[(0, len(rendered.text.replace(BROKEN, "")))], turns=tuple(rendered.turns[-1:]))
+            ]
         in_place, rewritten, left_out = self._sort_turns(self._messages, rendered)
         whole = self._draft(self._messages, rendered, in_place)
         drafts = [replace(whole, turns_left_out=left_out) if left_out and unroll else whole]

@@ -252,14 +252,14 @@ def write_report(
     counts: Mapping[Split, SplitCounts],
     asked: RowsReport,
     tokenizer: ChatTokenizer,
-    template: ChatTemplate,
+    template: ChatTemplate | None,
 ) -> dict[str, float]:
     """Write dataset.json; return the metrics."""
     ends = sum((count.ends for count in counts.values()), start=Counter[str | None]())
     sources = counts["train"].source_reports([source.uri for source in asked.sources], asked.mix)
     data = {
         "tokenizer_sha256": tokenizer.digest,
-        "chat_template_sha256": hashlib.sha256(template.source.encode()).hexdigest(),
+        "chat_template_sha256": hashlib.sha256(template.source.encode()).hexdigest() if template else None,
         "eos_token": tokenizer.eos_token,
         "end_of_turn_tokens": {token: ends[token] for token in sorted(filter(None, ends))},
         "mix": asked.mix.model_dump() if asked.mix else None,

@@ -7,6 +7,7 @@ from typing import TextIO
 
 import pyarrow as pa
 
+from finemill.artifacts.dataset import CHAT_TEMPLATE_FILE
 from finemill.artifacts.files import CHAT_FILE, REJECTED_FILE
 from finemill.artifacts.rows import iterate_rows, num_rows, read_rows_report
 from finemill.artifacts.splits import SPLITS, Split
@@ -66,8 +67,9 @@ def run(
     warn_of_missing_ends(train)
     if asked.mix:
         warn_of_mix(train, asked.mix)
-    (output_dir / "chat_template.jinja").write_text(formatter.templates.default.source, encoding="utf-8")
-    return write_report(output_dir, counts, asked, formatter.tokenizer, formatter.templates.default)
+    if formatter.template is not None:
+        (output_dir / CHAT_TEMPLATE_FILE).write_text(formatter.template.source, encoding="utf-8")
+    return write_report(output_dir, counts, asked, formatter.tokenizer, formatter.template)
 
 
 def _count(

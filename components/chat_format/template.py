@@ -19,6 +19,7 @@ import jinja2
 from jinja2 import nodes
 
 from finemill.components.chat_format.environment import chat_environment
+from finemill.components.chat_format.named_templates import CONTROL_TOKENS, TemplateName, read_named_template
 from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.thinking import split_thinking
@@ -244,11 +245,19 @@ class ChatTemplates:
         return iter((self.default,) if self.tool_use is None else (self.default, self.tool_use))
 
 
-def load_templates(base_dir: Path, path: str | None, special_tokens: Mapping[str, str]) -> ChatTemplates:
-    """The template in `path`, or the base model's own.
+class NoTemplateError(UserError):
+    """A base model without a chat template, which rows that are texts do not need."""
 
-    Raises: UserError: there is none, or it is not valid.
+
+def load_templates(
+    base_dir: Path, path: str | None, special_tokens: Mapping[str, str], name: TemplateName | None = None
+) -> ChatTemplates:
+    """The template in `path`, the one of that name, or the base model's own.
+
+    Raises: UserError: there is none, or it is not valid. NoTemplateError: the base has none.
     """
+    if name is not None:
+        return ChatTemplates(ChatTemplate(read_named_template(name), special_tokens, f"chat_template {name}"))
     if path is not None:
         file = Path(path).expanduser()
         if not file.is_file():
@@ -257,9 +266,10 @@ def load_templates(base_dir: Path, path: str | None, special_tokens: Mapping[str
     sources, where = _base_sources(base_dir)
     if "default" not in sources:
         named = f"only {', '.join(sorted(sources))}" if sources else "no chat_template.jinja"
-        raise UserError(
-            f"the base model has no chat template ({named}, none in tokenizer_config.json): "
-            "set chat_template_path to a Jinja file, or take a base that was trained for chat"
+        raise NoTemplateError(
+            f"the base model has no chat template ({named}, none in tokenizer_config.json): set chat_template to a "
+            f"name ({', '.join(CONTROL_TOKENS)}) or chat_template_path to a Jinja file, or take a base that was "
+            "trained for chat"
         )
     tool_use = sources.get("tool_use")
     return ChatTemplates(

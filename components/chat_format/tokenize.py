@@ -70,6 +70,17 @@ class ChatTokenizer:
         longest = max(map(len, (*model["vocab"], *self._added)))
         return 4 * longest if "NFC" in kinds else longest
 
+    def check_tokens(self, names: Iterable[str], needed_by: str) -> None:
+        """Raises: UserError: the tokenizer lacks a token, or the one that ends a text."""
+        missing = [name for name in names if name not in self._added]
+        if missing:
+            raise UserError(
+                f"{needed_by} needs the tokens {', '.join(missing)}, which the base model's tokenizer does not have; "
+                "alpaca, vicuna and mistral need none of their own"
+            )
+        if self.eos_token is None:
+            raise UserError(f"{needed_by} ends answers with eos_token, which tokenizer_config.json does not name")
+
     def add_roles(self, chat: str) -> None:
         """Count the added tokens in `chat`, which a template wrote, as control tokens though they are not special.
 

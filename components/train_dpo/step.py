@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
+from finemill.artifacts.dataset import take_chat_template
 from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_dpo.rows import load_pairs
 from finemill.runtime.context import StepContext
@@ -28,6 +29,7 @@ def run(
     check_target_modules(base_model, config)
     device = choose_device()
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
+    take_chat_template(dataset, tokenizer)
 
     cap_memory(config, device)
 

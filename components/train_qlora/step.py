@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from finemill.artifacts.dataset import take_chat_template
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.rows import load_rows
 from finemill.errors import UserError
@@ -34,6 +35,7 @@ def run(
     check_target_modules(base_model, config)
     device = choose_device()
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
+    take_chat_template(dataset, tokenizer)
 
     def build(scratch: Path, config: TrainQLoRAConfig) -> SFTTrainer:
         return build_trainer(base_model, dataset, tokenizer, scratch, config, device)

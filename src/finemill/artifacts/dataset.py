@@ -17,6 +17,8 @@ from finemill.errors import UserError
 
 IGNORE_INDEX = -100
 """The label of a token that no loss is taken on."""
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""The template that the conversations are written with, under transformers' name for it; there is none for texts."""
 _WRITER = "chat-format"
 
 
@@ -148,6 +150,16 @@ def read_preferences(dataset: Path, split: Split) -> tuple[list[tuple[LabelledRo
     table = read_columns(split_path(dataset, split), PreferenceRow, _WRITER)
     rows = (PreferenceRow(**record) for record in table.drop_null().to_pylist())
     return [(row, worse) for row in rows if (worse := row.rejected_row)], table.num_rows
+
+
+def take_chat_template(dataset: Path, tokenizer: Any) -> None:
+    """Give a tokenizer the template that the conversations were written with, so that the tuned model keeps it.
+
+    One with several named templates keeps them: a data set has only the default one of them.
+    """
+    path = dataset / CHAT_TEMPLATE_FILE
+    if path.is_file() and not isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
 
 
 def spread(rows: list[HeldOutRow], count: int) -> list[HeldOutRow]:

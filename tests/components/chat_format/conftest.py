@@ -83,14 +83,19 @@ def random_conversations() -> list[list[Message]]:
 
 
 @pytest.fixture(scope="session")
-def published_templates() -> dict[str, ChatTemplate]:
+def published_sources() -> dict[str, str]:
     """The chat templates of published models that TRL carries, by name; nothing of TRL is imported."""
     spec = importlib.util.find_spec("trl")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs the templates that TRL carries")
     folder = Path(spec.submodule_search_locations[0]) / "chat_templates"
-    files = sorted(folder.glob("*.jinja"))
-    return {file.stem: ChatTemplate(file.read_text(encoding="utf-8"), NAMED_TOKENS, file.name) for file in files}
+    return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.jinja"))}
+
+
+@pytest.fixture(scope="session")
+def published_templates(published_sources: dict[str, str]) -> dict[str, ChatTemplate]:
+    """The same, parsed."""
+    return {name: ChatTemplate(source, NAMED_TOKENS, name) for name, source in published_sources.items()}
 
 
 PLAIN = ("a", "é", "e\u0301", "你好", "🙂", " ", "\n", "\n\n", "\t", "42", "x^2", '"', "\\", "'", "#", "\u2028")
