@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from finemill.config import StepConfig
 from finemill.pipelines.graph import Resources
+from finemill.pipelines.quantity import CPU, Memory
 from finemill.runtime.images import IMAGES
 
 SHARED_MEMORY_PATH = "/dev/shm"
@@ -32,16 +33,16 @@ HUB_KEYS = ("HF_TOKEN",)
 class ContainerSize(StepConfig):
     """Requests and limits of a container."""
 
-    cpu: str
+    cpu: CPU
     """Cores, `4` or `500m`."""
 
-    memory: str
+    memory: Memory
     """Memory, `16Gi`. Shared memory counts into it."""
 
     @property
     def threads(self) -> int:
         """Whole cores, rounded up."""
-        return math.ceil(float(self.cpu.removesuffix("m")) / (1000 if self.cpu.endswith("m") else 1))
+        return math.ceil(int(self.cpu[:-1]) / 1000) if self.cpu.endswith("m") else int(self.cpu)
 
 
 class ClusterConfig(StepConfig):
@@ -74,7 +75,7 @@ class ClusterConfig(StepConfig):
     hub_secret: str = "finemill-hub"
     """Name of the Secret with HF_TOKEN, for gated base models."""
 
-    sizes: Mapping[str, ContainerSize] = Field(default_factory=dict)
+    sizes: Mapping[Literal["small", "large", "gpu"], ContainerSize] = Field(default_factory=dict)
     """Requests and limits per size of task (`small`, `large`, `gpu`) in place of the pipeline's own."""
 
     gpu_resource: str = "nvidia.com/gpu"
@@ -95,7 +96,7 @@ class ClusterConfig(StepConfig):
     Without it each pod pulls, and compiles for about 15 s on a Hopper card.
     """
 
-    shared_memory: str = "2Gi"
+    shared_memory: Memory = "2Gi"
     """Size limit of /dev/shm in GPU steps; counts into their memory."""
 
     termination_grace_period_s: int = Field(default=120, gt=0)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from finemill.artifacts.ports import BASE_MODEL
 from finemill.config import StepConfig
@@ -32,7 +32,7 @@ GPUS = Parameter("gpus", "GPUs of each step that wants one; 0 runs those steps o
 class Resources:
     """What a task's container asks for, in Kubernetes units; `size` is its key in a cluster's settings."""
 
-    size: str
+    size: Literal["small", "large", "gpu"]
     cpu: str
     memory: str
     gpu: bool = False

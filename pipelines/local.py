@@ -83,7 +83,8 @@ def run_locally(
         request.write_text(
             json.dumps({"pipeline": pipeline.name, "parameters": dict(parameters), "root": f"{scratch}/kfp"})
         )
-        child_environment = {**os.environ, **environment, EVENTS_VARIABLE: str(events)}
+        # The working folder is the user's: a `tokenizers.py` there is not the library.
+        child_environment = {**os.environ, **environment, EVENTS_VARIABLE: str(events), "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-m", "finemill.pipelines.local_process", str(request)]
         with log_file.open("wb") as log:
             child = subprocess.Popen(

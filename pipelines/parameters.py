@@ -1,12 +1,14 @@
 """A run's configuration as the parameters of its pipeline."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, create_model
 
 from finemill.config import StepConfig
+from finemill.credentials import without_credentials
 from finemill.errors import UserError
 from finemill.transport import pack_for_kfp, pack_long
 
@@ -44,6 +46,12 @@ def for_argo(values: Mapping[str, Any]) -> dict[str, str]:
         _check_length(name, short, ARGUMENT_CHARACTERS)
         texts[name] = short if isinstance(short, str) else to_json(short)
     return texts
+
+
+def check_shared_store(uri: str) -> None:
+    """Raises: UserError: pods of a cluster cannot share this store."""
+    if not re.fullmatch(r"s3://[A-Za-z0-9][A-Za-z0-9.:_-]*(/[^{}$]*)?", uri):
+        raise UserError(f"store '{without_credentials(uri)}': pods share nothing but S3, write s3://bucket/prefix")
 
 
 def to_json(value: Mapping[str, Any]) -> str:

@@ -1,7 +1,9 @@
-from typing import Self
+import re
+from collections.abc import Mapping
+from typing import Any, Self
 
 import pytest
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from finemill.config import StepConfig, parse_config
 from finemill.errors import UserError
@@ -50,3 +52,29 @@ def test_every_problem_is_named_with_key_value_and_way_out(values: dict[str, obj
     with pytest.raises(UserError) as error:
         parse_config(Config, values, "c.yaml")
     assert str(error.value) == line
+
+
+class Size(StepConfig):
+    cpu: str = "1"
+
+
+class Nested(StepConfig):
+    register_: Size = Field(default_factory=Size, alias="register")
+    sizes: Mapping[str, Size] = Field(default_factory=dict)
+    items: tuple[Size, ...] = ()
+    maybe: Size | None = None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"registr": {}}, "unknown key 'registr' (allowed: items, maybe, register, sizes)"),
+        ({"register": {"cpus": 1}}, "unknown key 'register.cpus' (allowed: cpu)"),
+        ({"sizes": {"small": {"cpus": 1}}}, "unknown key 'sizes.small.cpus' (allowed: cpu)"),
+        ({"items": [{"cpus": 1}]}, "unknown key 'items.0.cpus' (allowed: cpu)"),
+        ({"maybe": {"cpus": 1}}, "unknown key 'maybe.cpus' (allowed: cpu)"),
+    ],
+)
+def test_an_unknown_key_is_named_with_those_that_a_file_may_have_there(values: Any, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse_config(Nested, values, "my.yaml")

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from finemill.config import StepConfig, parse_config
 from finemill.config_file import parse_yaml, read_mapping
@@ -26,6 +27,10 @@ class Config(StepConfig):
         (f"seed: {'[' * 900}{']' * 900}", "c.yaml: nested too deeply"),
         ("seed: 1\nrate: 2\nseed: 3\n", "c.yaml: 'seed' is there twice, in lines 1 and 3"),
         ("a: {b: 1, b: 2}", "'b' is there twice"),
+        ("a: {b: [010]}", r"c.yaml: 'a.b': 010 in line 1 is octal or sexagesimal"),
+        ("seed: 1:30", "'seed': 1:30 in line 1 is octal or sexagesimal"),
+        ("rate: 190:20:30.15", "'rate': 190:20:30.15 in line 1 is octal or sexagesimal"),
+        ("a: &a [*a]", "'a' holds itself"),
     ],
 )
 def test_what_is_no_yaml_is_one_line(text: str, message: str) -> None:
@@ -42,8 +47,15 @@ def test_what_anchors_expand_to_is_never_written_out() -> None:
     lines = ['a0: &a0 ["x","x","x","x","x","x","x","x","x"]']
     lines += [f"a{level}: &a{level} [{','.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 9)]
     with pytest.raises(UserError, match="'seed': Input should be a valid integer") as error:
-        parse_config(Config, {"seed": parse_yaml("\n".join(lines), "c.yaml")["a8"]}, "c.yaml")
+        parse_config(Config, {"seed": parse_yaml("\n".join(lines[:5]), "c.yaml")["a4"]}, "c.yaml")
     assert len(str(error.value)) < 400
+    with pytest.raises(UserError, match="stands for more than 1000000 values"):
+        parse_yaml("\n".join(lines), "c.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: 0", "a: 0.5", "a: '010'", 'a: "1:30"', "a: 1e3", "a: 0x10", "a: 10:30 o'clock"])
+def test_other_numbers_and_quoted_texts_are_read(text: str) -> None:
+    assert parse_yaml(text, "c.yaml") == yaml.safe_load(text)
 
 
 @pytest.mark.parametrize("text", ["rate: .inf", "rate: .nan"])

@@ -12,7 +12,7 @@ PACKAGE = Path(finemill.__file__).parent
 # From the ground up. A folder imports from rows above its own; folders of one row do not know each other.
 LAYERS = (
     ("errors",),
-    ("config", "config_file", "transport", "kernels.ops"),
+    ("config", "config_file", "credentials", "transport", "kernels.ops"),
     ("artifacts", "rows", "kernels.engine"),
     ("storage", "metrics", "kernels.planning"),
     ("tracking", "models", "kernels"),

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from finemill.errors import UserError
-from finemill.storage.s3 import download_object, readable_errors, s3_client
+from finemill.storage.s3 import download_object, readable_errors, s3_client, split_uri
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ def list_s3_files(uri: str) -> Mapping[str, S3File]:
 
     Raises: UserError: nothing is there, or it may not be read.
     """
-    parts = urlsplit(uri, allow_fragments=False)
-    bucket, key = parts.netloc, parts.path.lstrip("/")
+    bucket, key = split_uri(uri)
     with readable_errors(uri, "cannot be listed"):
         pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key)
         items = [item for page in pages for item in page.get("Contents", [])]

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from finemill.components.promote.config import ApproveConfig
+from finemill.credentials import without_credentials
 from finemill.errors import UserError
 from finemill.registry.snapshot import (
     APPROVED_TAG,
@@ -14,7 +15,6 @@ from finemill.registry.snapshot import (
     Version,
     read_registered_model,
 )
-from finemill.tracking.describe import without_credentials
 from finemill.tracking.server import open_client, readable_errors
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from finemill.artifacts.metrics import MODELS, is_total, metrics_of, model_metric
+from finemill.credentials import without_credentials
 from finemill.registry.snapshot import DIGEST_TAG
-from finemill.tracking.describe import without_credentials
 
 # MLflow keeps 5000 characters of a description.
 _MAX_CHARACTERS = 5000

@@ -9,6 +9,7 @@ from finemill.artifacts.manifest import Manifest, Reference
 from finemill.artifacts.version import VersionRecord, write_version
 from finemill.components.register.config import RegisterConfig
 from finemill.components.register.describe import describe_version, score_tags
+from finemill.credentials import without_credentials
 from finemill.errors import UserError
 from finemill.registry.snapshot import (
     ARTIFACT_TAG,
@@ -21,7 +22,7 @@ from finemill.registry.snapshot import (
     registry_state_of,
 )
 from finemill.runtime.context import StepContext
-from finemill.tracking.describe import RUN_ID_TAG, lineage_tags, origin_tags, without_credentials
+from finemill.tracking.describe import RUN_ID_TAG, lineage_tags, origin_tags
 from finemill.tracking.server import find_experiment, open_client, readable_errors
 from finemill.tracking.settings import Tracking
 

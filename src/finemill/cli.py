@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from finemill.credentials import clean_credentials
 from finemill.runtime.catalog import STEPS
 from finemill.tracking.progress import silence_progress_bars
 
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     silence_progress_bars()
     name, rest = arguments[0], arguments[1:]
     try:
+        clean_credentials()
         exit_code = _command(name)(name, rest)
         sys.stdout.flush()
     except BrokenPipeError:

@@ -1,7 +1,7 @@
 """The base of every step's configuration: frozen, typed, unknown keys refused."""
 
 from reprlib import Repr
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -61,9 +61,19 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The names that a file may use where `location` leads, through lists and mappings of models, too."""
     for part in location:
-        field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        model = field.annotation
-    return list(model.model_fields)
+        found = next((field for name, field in model.model_fields.items() if part in (field.alias, name)), None)
+        # What is no field is a position in a list, or a key of a mapping.
+        if found is not None:
+            inner = _model_in(found.annotation)
+            if inner is None:
+                return []
+            model = inner
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)

@@ -1,6 +1,8 @@
 import ast
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +99,25 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+def test_options_may_stand_before_the_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "finetune"
+    config.write_text("data_prep: {sources: [{uri: 'example:chat'}]}")
+    assert main(["run", "--base-model", "hf://o/m@r", "finetune", "--dry-run", "--config", str(config)]) == 0
+    assert json.loads(capsys.readouterr().out)["base_model"] == "hf://o/m@r"
+    assert main(["run", "--register.registered-model-name", "align", "finetune", "--dry-run"]) == 2
+    assert "name it before the options" in capsys.readouterr().err
+
+
+def test_an_empty_store_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    sources = "[{uri: 'example:chat'}]"
+    assert main(["data-prep", "--sources", sources, "--store", ""]) == 2
+    assert "the store's address is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--schedule", "99 99 * * *"], ["--schedule", ""], ["--store", "folder"]])
+def test_a_pipeline_that_could_never_run_is_not_compiled(options: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    assert main(["compile", "retrain", "--engine", "argo", "-o", str(file), *options]) == 2
+    assert not file.exists()

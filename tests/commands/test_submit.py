@@ -208,3 +208,25 @@ def test_without_a_terminal_only_changes_are_printed() -> None:
     lines = stream.getvalue().splitlines()
     assert lines.count("data-prep  data-prep: 12 rows") == 2
     assert sum(line.startswith("detect-change") for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--schedule", ""], "has 0 fields"),
+        (["--schedule", "banana"], "has 1 fields"),
+        (["--schedule", "0 3 * * *", "--timezone", "Mars/Base"], "time zone database"),
+        (["--timezone", ""], "give both"),
+        (["--gpus", "-1"], "--gpus -1"),
+        (["--store", ""], "pods share nothing but S3"),
+        (["--store", "./folder"], "pods share nothing but S3"),
+        (["--store", "http://bucket/prefix"], "pods share nothing but S3"),
+        (["--store", "s3://bucket/{{workflow.name}}"], "pods share nothing but S3"),
+    ],
+)
+def test_what_no_pod_could_work_with_is_refused_before_anything_is_asked(
+    options: list[str], said: str, api: Api, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", "finetune", *ARGO, *options]) == 2
+    assert said in capsys.readouterr().err
+    assert not api.posted

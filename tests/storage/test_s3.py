@@ -6,11 +6,20 @@ from pathlib import Path
 
 import boto3
 import pytest
+from botocore.exceptions import (
+    ClientError,
+    EndpointConnectionError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    ReadTimeoutError,
+    SSLError,
+)
 
 from finemill.artifacts.manifest import MANIFEST_NAME, Manifest, Producer, Reference, new_manifest
 from finemill.errors import TemporaryError, UserError
 from finemill.storage import s3
-from finemill.storage.s3 import download_object, s3_client
+from finemill.storage.s3 import download_object, readable_errors, s3_client, split_uri
 from finemill.storage.store import fetch_artifact, hold_lock, publish_artifact, read_manifest, staging_folder
 from tests.storage.s3_proxy import Faults, flip, s3_proxy
 
@@ -55,6 +64,10 @@ def first(count: int, method: str, ending: str, change: Callable[[bytes], bytes 
         return body
 
     return changed
+
+
+def answered(status: int, code: str) -> ClientError:
+    return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
 
 
 def damaged_number(body: bytes) -> bytes:
@@ -198,3 +211,50 @@ def test_server_that_never_answers_is_given_up_on_within_a_minute(s3_store: str)
     longest_pauses_s = sum(2**number for number in range(attempts - 1))
     assert config.read_timeout * attempts + longest_pauses_s < 60
     assert config.connect_timeout * attempts + longest_pauses_s < 60
+
+
+def test_a_question_mark_is_part_of_a_key() -> None:
+    assert split_uri("s3://bucket/a?b#c/d") == ("bucket", "a?b#c/d")
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3:///x", "s3://a b/x", "s3://ab/x", "s3://KEY:hidden-word@bucket/x"])
+def test_an_address_without_a_proper_bucket_is_refused(uri: str) -> None:
+    with pytest.raises(UserError) as error:
+        split_uri(uri)
+    assert "hidden-word" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (SSLError(endpoint_url="https://h", error="self-signed certificate"), UserError),
+        (ProfileNotFound(profile="nope"), UserError),
+        (PartialCredentialsError(provider="env", cred_var="AWS_SECRET_ACCESS_KEY"), UserError),
+        (ParamValidationError(report="Invalid bucket name"), UserError),
+        (EndpointConnectionError(endpoint_url="http://h"), TemporaryError),
+        (ReadTimeoutError(endpoint_url="http://h"), TemporaryError),
+        (answered(400, "AuthorizationHeaderMalformed"), UserError),
+        (answered(403, "SecondLevelDomainForbidden"), UserError),
+        (answered(501, "NotImplemented"), UserError),
+        (answered(400, "RequestTimeout"), TemporaryError),
+        (answered(503, "SlowDown"), TemporaryError),
+        (answered(500, "InternalError"), TemporaryError),
+    ],
+)
+def test_only_what_may_pass_is_worth_another_attempt(error: Exception, kind: type[Exception]) -> None:
+    with pytest.raises(kind), readable_errors("s3://b/p", "cannot be read"):
+        raise error
+
+
+def test_the_profile_s_addressing_style_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alibaba's OSS, for one, answers host-style addresses only."""
+    (tmp_path / "config").write_text("[default]\ns3 =\n  addressing_style = virtual\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://oss-cn-hangzhou.example.com")
+    s3._client.cache_clear()
+    client = s3_client()
+    s3._client.cache_clear()
+    assert client.meta.config.s3["addressing_style"] == "virtual"
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    assert s3_client().meta.config.s3["addressing_style"] == "path"
+    s3._client.cache_clear()

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from finemill.commands.config_flags import add_config_flags, read_config
-from finemill.commands.pipeline_argument import choose_pipeline, default_config_file
+from finemill.commands.pipeline_argument import check_chosen, choose_pipeline, default_config_file
 from finemill.errors import UserError
 from finemill.pipelines.graph import Pipeline
-from finemill.pipelines.parameters import run_parameters, with_optional_fields
+from finemill.pipelines.parameters import check_shared_store, run_parameters, with_optional_fields
+from finemill.pipelines.schedule import check_schedule
 from finemill.runtime.images import IMAGES
 
 
@@ -18,6 +19,7 @@ def execute(name: str, arguments: list[str]) -> int:
     pipeline = choose_pipeline(parser, arguments)
     add_config_flags(parser, pipeline.config)
     parsed = parser.parse_args(arguments)
+    check_chosen(pipeline, parsed)
     _check_engine_flags(parsed)
     from finemill.pipelines.cluster import read_cluster_config
 
@@ -47,12 +49,16 @@ def read_defaults(parsed: argparse.Namespace, pipeline: Pipeline) -> dict[str, A
 
 
 def _check_engine_flags(parsed: argparse.Namespace) -> None:
-    if parsed.engine == "kfp" and (parsed.schedule or parsed.timezone):
+    if parsed.engine == "kfp" and (parsed.schedule is not None or parsed.timezone is not None):
         raise UserError("KFP keeps schedules beside the pipeline: `finemill submit --engine kfp --schedule` makes one")
     if parsed.engine == "argo" and parsed.manifests:
         raise UserError("--manifests is for KFP: what is written for Argo are Kubernetes manifests always")
-    if parsed.timezone and not parsed.schedule:
+    if parsed.timezone is not None and parsed.schedule is None:
         raise UserError("--timezone says how --schedule is read: give both")
+    if parsed.schedule is not None:
+        check_schedule(parsed.schedule, parsed.timezone)
+    if parsed.store is not None:
+        check_shared_store(parsed.store)
 
 
 def _parser() -> argparse.ArgumentParser:

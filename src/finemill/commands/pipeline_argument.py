@@ -1,9 +1,10 @@
-"""The PIPELINE argument of `run` and `compile`: known before the flags that mirror its configuration."""
+"""The PIPELINE argument of `run`, `submit` and `compile`: known before the flags that mirror its configuration."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from finemill.errors import UserError
 from finemill.pipelines.catalog import PIPELINES, get_pipeline
 from finemill.pipelines.graph import Pipeline
 
@@ -14,11 +15,19 @@ def choose_pipeline(parser: argparse.ArgumentParser, arguments: Sequence[str]) -
     Raises: UserError: there is no pipeline of that name.
     """
     parser.add_argument("pipeline", metavar="PIPELINE", help=", ".join(PIPELINES))
-    named = [argument for argument in arguments[:1] if not argument.startswith("-")]
-    if not named:
+    first = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    # Behind options the name may also be a value of one: the parser, which knows them, is asked by `check_chosen`.
+    named = first or next((argument for argument in arguments if argument in PIPELINES), None)
+    if named is None:
         parser.parse_args(list(arguments))
-        parser.error(f"name the pipeline first: {', '.join(PIPELINES)}")
-    return get_pipeline(named[0])
+        parser.error(f"name the pipeline: {', '.join(PIPELINES)}")
+    return get_pipeline(named)
+
+
+def check_chosen(pipeline: Pipeline, parsed: argparse.Namespace) -> None:
+    """Raises: UserError: the name that was found is not the argument."""
+    if parsed.pipeline != pipeline.name:
+        raise UserError(f"'{parsed.pipeline}' is the pipeline here: name it before the options")
 
 
 def default_config_file(pipeline: Pipeline) -> Path | None:

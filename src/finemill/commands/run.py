@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finemill.commands.config_flags import add_config_flags, read_config
-from finemill.commands.pipeline_argument import choose_pipeline, default_config_file
+from finemill.commands.pipeline_argument import check_chosen, choose_pipeline, default_config_file
 from finemill.commands.run_display import RunDisplay, print_results
 from finemill.config import ConfigT, StepConfig
 from finemill.models.base.resolve import resolve_base_model
@@ -27,6 +27,7 @@ def execute(name: str, arguments: list[str]) -> int:
     pipeline = choose_pipeline(parser, arguments)
     add_config_flags(parser, pipeline.config)
     parsed = parser.parse_args(arguments)
+    check_chosen(pipeline, parsed)
     parsed.config = parsed.config or default_config_file(pipeline)
     config = read_config(parsed, pipeline.config, "finemill run")
     if parsed.dry_run:
@@ -89,7 +90,8 @@ def _parameters(pipeline: Pipeline, config: StepConfig, store: str) -> dict[str,
 def local_tracking_uri(store: str) -> str:
     """SQLite beside a folder store; with a bucket, in the working folder."""
     folder = local_path(store) if store.startswith("file:") else Path.cwd()
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    # SQLAlchemy decodes percent signs, and a question mark would end the path.
+    return f"sqlite:///{str(folder / 'mlflow.db').replace('%', '%25').replace('?', '%3F')}"
 
 
 def _log_file(store: str, name: str) -> Path:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from finemill.commands.config_flags import add_config_flags, read_config
-from finemill.commands.pipeline_argument import choose_pipeline, default_config_file
+from finemill.commands.pipeline_argument import check_chosen, choose_pipeline, default_config_file
 from finemill.commands.run_status import Engine
 from finemill.errors import UserError
 from finemill.pipelines.graph import Pipeline
-from finemill.pipelines.parameters import with_optional_fields
+from finemill.pipelines.parameters import check_shared_store, with_optional_fields
+from finemill.pipelines.schedule import check_schedule
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -19,11 +20,11 @@ def execute(name: str, arguments: list[str]) -> int:
     pipeline = choose_pipeline(parser, arguments)
     add_config_flags(parser, pipeline.config)
     parsed = parser.parse_args(arguments)
-    if parsed.timezone and not parsed.schedule:
-        raise UserError("--timezone says how --schedule is read: give both")
+    check_chosen(pipeline, parsed)
+    _check_flags(parsed)
     parameters = _parameters(parsed, pipeline)
     engine = open_engine(parsed)
-    if parsed.schedule:
+    if parsed.schedule is not None:
         scheduled = engine.schedule(pipeline, parameters, parsed.schedule, parsed.timezone)
         print(f"{pipeline.name} scheduled at '{parsed.schedule}': {scheduled}")
         return 0
@@ -35,6 +36,18 @@ def execute(name: str, arguments: list[str]) -> int:
     from finemill.commands.run_table import follow
 
     return follow(engine, run, logs=parsed.logs)
+
+
+def _check_flags(parsed: argparse.Namespace) -> None:
+    """Raises: UserError: a cluster would take the value, and no step could work with it."""
+    if parsed.timezone is not None and parsed.schedule is None:
+        raise UserError("--timezone says how --schedule is read: give both")
+    if parsed.schedule is not None:
+        check_schedule(parsed.schedule, parsed.timezone)
+    if parsed.store is not None:
+        check_shared_store(parsed.store)
+    if parsed.gpus is not None and parsed.gpus < 0:
+        raise UserError(f"--gpus {parsed.gpus}: give 0 for the CPU, or a number of GPUs")
 
 
 def open_engine(parsed: argparse.Namespace) -> Engine:

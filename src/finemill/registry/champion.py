@@ -101,7 +101,7 @@ def _run_eval(inputs: Mapping[str, str], store: str, config: Mapping[str, Any], 
     with tempfile.TemporaryDirectory(prefix="finemill-champion-") as folder:
         output = Path(folder, "reference")
         arguments = step_arguments("eval", store=store, inputs=inputs, config=config, output_file=output)
-        command = [sys.executable, "-m", "finemill", *arguments]
+        command = [sys.executable, "-P", "-m", "finemill", *arguments]
         exit_code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
         if exit_code == 0:
             return Reference.parse(output.read_text())

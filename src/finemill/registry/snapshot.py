@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finemill.artifacts.manifest import Reference
+from finemill.credentials import without_credentials
 from finemill.errors import UserError
 from finemill.storage.store import hold_lock
-from finemill.tracking.describe import without_credentials
 from finemill.tracking.server import open_client, readable_errors, sqlite_path
 
 if TYPE_CHECKING:

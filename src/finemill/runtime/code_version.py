@@ -28,6 +28,7 @@ _APART = (
     "finemill.artifacts.manifest",
     "finemill.artifacts.ports",
     "finemill.config",
+    "finemill.credentials",
     "finemill.errors",
     "finemill.runtime",
     "finemill.storage",

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
+from finemill.credentials import without_credentials
 from finemill.errors import StepError, TemporaryError, UserError
-from finemill.tracking.describe import without_credentials
 from finemill.tracking.progress import EVENTS_VARIABLE
 
 _TEMPORARY = {errno.EAGAIN, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ESTALE}
@@ -108,7 +108,7 @@ def report(command: str, error: Exception) -> int:
     """
     line, exit_code = describe(command, error)
     if explain(error) is None:
-        text = "".join(traceback.format_exception(error))
+        text = without_credentials("".join(traceback.format_exception(error)))
         log = _write_log(command, text)
         if log is None or EVENTS_VARIABLE in os.environ or "KUBERNETES_SERVICE_HOST" in os.environ:
             print(text, file=sys.stderr)

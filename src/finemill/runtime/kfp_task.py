@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finemill.credentials import clean_credentials
 from finemill.errors import TemporaryError
 from finemill.runtime.catalog import get_step
 from finemill.runtime.failure import describe, report
@@ -51,6 +52,7 @@ def run_kfp_task(
     _adopt_tracking_settings()
     silence_progress_bars()
     try:
+        clean_credentials()
         result = _run_unless_failed(
             name, store=unpack(store), inputs=unpack(inputs), config=unpack(config), run_id=run_id
         )

@@ -66,7 +66,7 @@ def run_in_processes(arguments: list[str], count: int) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
-    to_stderr = ["-c", 'exec "$0" "$@" >&2', sys.executable, "-m", "finemill", *arguments]
+    to_stderr = ["-c", 'exec "$0" "$@" >&2', sys.executable, "-P", "-m", "finemill", *arguments]
     what = f"{arguments[0]} in {count} processes"
     try:
         elastic_launch(config, "/bin/sh")(*to_stderr)

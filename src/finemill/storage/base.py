@@ -19,6 +19,8 @@ class StoredFile:
 
 def normalize_uri(uri: str) -> str:
     """`file://` and an absolute path for a plain path or a file URI, anything else unchanged; no trailing slash."""
+    if not uri.strip():
+        raise UserError("the store's address is empty: give a folder or s3://bucket/prefix")
     parts = urlsplit(uri)
     if parts.scheme in ("", "file"):
         if parts.netloc:
@@ -29,4 +31,8 @@ def normalize_uri(uri: str) -> str:
 
 def local_path(uri: str) -> Path:
     """The path of a file URI, or of a plain path."""
-    return Path(unquote(urlsplit(uri).path)) if uri.startswith("file:") else Path(uri)
+    if not uri.startswith("file:"):
+        return Path(uri)
+    # Nothing in a file's address is a query or a fragment: `#` and `?` are characters of its name.
+    rest = uri.removeprefix("file:")
+    return Path(unquote(f"/{rest[2:].partition('/')[2]}" if rest.startswith("//") else rest))

@@ -14,12 +14,22 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ResponseStreamingError,
+    SSLError,
+)
+from botocore.exceptions import ConnectionError as S3ConnectionError
 from botocore.parsers import ResponseParserError
+from botocore.session import get_session
 
 from finemill.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, check_links, unlisted_files
 from finemill.errors import TemporaryError, UserError
@@ -34,7 +44,18 @@ MAX_CONCURRENCY = 8
 _TIMEOUT_S = 12
 _ATTEMPTS = 4
 """With the pauses between them, a server that never answers is given up on within a minute."""
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,62}|arn:[A-Za-z0-9:._-]+")
 _MD5_TAG = re.compile(r"[0-9a-f]{32}(?:-([0-9]+))?")
+_NETWORK_ERRORS = (
+    HTTPClientError,
+    S3ConnectionError,
+    IncompleteReadError,
+    ResponseStreamingError,
+    CredentialRetrievalError,
+)
+"""What botocore raises where the network, or a server of credentials, was at fault."""
+_BUSY = frozenset({"RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling", "ThrottlingException"})
+"""S3's codes for requests that it would answer at another time."""
 # What a caller can mend, by the code S3 answers with.
 _USER_ERRORS = {
     "AccessDenied": "the credentials may not do this: check the bucket policy and the role",
@@ -53,7 +74,7 @@ def s3_client() -> Any:
 
 def check_writable(uri: str) -> None:
     """Put and delete a probe object. Raises: UserError: that is refused."""
-    bucket, key = _split(f"{uri.rstrip('/')}/.probe-{os.getpid()}")
+    bucket, key = split_uri(f"{uri.rstrip('/')}/.probe-{os.getpid()}")
     client = s3_client()
     with readable_errors(uri, "cannot be written"):
         client.put_object(Bucket=bucket, Key=key, Body=b"")
@@ -111,7 +132,7 @@ def download_object(uri: str, etag: str, size: int, path: Path) -> None:
 
     Raises: TemporaryError: the object was replaced, or came damaged twice.
     """
-    bucket, key = _split(uri)
+    bucket, key = split_uri(uri)
     client = s3_client()
 
     def read_range(start: int, end: int) -> bytes:
@@ -164,7 +185,7 @@ def list_artifacts(uri: str) -> list[str]:
 
 def list_files(uri: str) -> tuple[StoredFile, ...]:
     """Every object under `uri`."""
-    bucket, prefix = _split(f"{uri}/")
+    bucket, prefix = split_uri(f"{uri}/")
     with readable_errors(uri, "cannot be listed"):
         pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         return tuple(
@@ -176,7 +197,7 @@ def list_files(uri: str) -> tuple[StoredFile, ...]:
 
 def delete(uri: str) -> None:
     """Remove an artifact, its manifest first."""
-    bucket, prefix = _split(f"{uri}/")
+    bucket, prefix = split_uri(f"{uri}/")
     client = s3_client()
     with readable_errors(uri, "cannot be deleted"):
         client.delete_object(Bucket=bucket, Key=prefix + MANIFEST_NAME)
@@ -188,7 +209,7 @@ def delete(uri: str) -> None:
 @contextmanager
 def lock(uri: str) -> Iterator[None]:
     """A lock object of that name."""
-    with readable_errors(uri, "cannot be locked"), object_lock(s3_client(), *_split(uri)):
+    with readable_errors(uri, "cannot be locked"), object_lock(s3_client(), *split_uri(uri)):
         yield
 
 
@@ -196,7 +217,7 @@ def _upload(client: Any, folder: Path, files_uri: str, manifest: Manifest) -> No
     """Small files side by side, large ones one after the other, as their parts go side by side."""
 
     def upload(name: str) -> None:
-        bucket, key = _split(f"{files_uri}/{name}")
+        bucket, key = split_uri(f"{files_uri}/{name}")
         entry = manifest.files[name]
         upload_file(client, folder / name, bucket, key, entry, part_bytes=PART_BYTES, max_concurrency=MAX_CONCURRENCY)
 
@@ -211,7 +232,7 @@ def _put_manifest(client: Any, uri: str, manifest: Manifest) -> Manifest:
 
     Returns: the one that stands.
     """
-    bucket, key = _split(f"{uri}/{MANIFEST_NAME}")
+    bucket, key = split_uri(f"{uri}/{MANIFEST_NAME}")
     data = manifest.to_bytes()
     for _ in range(2):
         try:
@@ -238,7 +259,7 @@ def _read_object(client: Any, uri: str) -> bytes | None:
 
     Raises: TemporaryError: other bytes each time.
     """
-    bucket, key = _split(uri)
+    bucket, key = split_uri(uri)
     found: list[bytes] = []
     while len(found) < 2:
         try:
@@ -257,7 +278,7 @@ def _md5(data: bytes = b"") -> Any:
 
 
 def _download(client: Any, uri: str, path: Path, entry: FileEntry) -> None:
-    bucket, key = _split(uri)
+    bucket, key = split_uri(uri)
 
     def read_range(start: int, end: int) -> bytes:
         body = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")["Body"]
@@ -274,7 +295,14 @@ def _download(client: Any, uri: str, path: Path, entry: FileEntry) -> None:
 
 @cache
 def _client(endpoint: str | None) -> Any:
-    """One client per endpoint. S3-compatible servers often know no checksum trailers and no host-style addresses."""
+    """One client per endpoint.
+
+    S3-compatible servers often know no checksum trailers and no host-style addresses: those that know nothing else need
+    `addressing_style` in the profile.
+    """
+    session = get_session()
+    in_profile = session.get_scoped_config().get("s3", {})
+    style = in_profile.get("addressing_style") if isinstance(in_profile, dict) else None
     config = Config(
         connect_timeout=_TIMEOUT_S,
         read_timeout=_TIMEOUT_S,
@@ -282,16 +310,19 @@ def _client(endpoint: str | None) -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         max_pool_connections=2 * MAX_CONCURRENCY,
-        s3={"addressing_style": "path" if endpoint else "auto"},
+        s3={"addressing_style": style or ("path" if endpoint else "auto")},
     )
-    return boto3.client("s3", config=config)
+    return boto3.Session(botocore_session=session).client("s3", config=config)
 
 
-def _split(uri: str) -> tuple[str, str]:
-    parts = urlsplit(uri, allow_fragments=False)
-    if not parts.netloc:
+def split_uri(uri: str) -> tuple[str, str]:
+    """Bucket and key. An S3 address has no query and no fragment: `?` and `#` are parts of the key."""
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    if "@" in bucket:
+        raise UserError("an s3:// address holds no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    if not _BUCKET.fullmatch(bucket):
         raise UserError(f"'{uri}' names no bucket: write s3://bucket/prefix")
-    return parts.netloc, parts.path.lstrip("/")
+    return bucket, key.lstrip("/")
 
 
 def _in_parallel(work: Callable[[str], None], names: Iterable[str]) -> None:
@@ -316,6 +347,22 @@ def readable_errors(uri: str, what: str) -> Iterator[None]:
     except ClientError as error:
         if _code(error) in _USER_ERRORS:
             raise UserError(f"store {uri} {what} ({_code(error)}): {_USER_ERRORS[_code(error)]}") from None
-        raise TemporaryError(f"store {uri} {what}: {error}") from None
-    except (BotoCoreError, ResponseParserError) as error:
+        line = f"store {uri} {what}: {error}"
+        raise (TemporaryError(line) if _may_pass(error) else UserError(line)) from None
+    except SSLError as error:
+        raise UserError(
+            f"store {uri} {what}: no trusted connection ({error}): name the file of the certificate's authority in "
+            "AWS_CA_BUNDLE"
+        ) from None
+    except (*_NETWORK_ERRORS, ResponseParserError) as error:
         raise TemporaryError(f"store {uri} {what}: {error}; check AWS_ENDPOINT_URL and the network") from None
+    except BotoCoreError as error:
+        raise UserError(
+            f"store {uri} {what}: {error}: correct the address, the AWS_* variables or the profile"
+        ) from None
+
+
+def _may_pass(error: ClientError) -> bool:
+    """Whether the same request may be answered otherwise later."""
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+    return (status >= 500 and status != 501) or status < 300 or status in (408, 409, 425, 429) or _code(error) in _BUSY

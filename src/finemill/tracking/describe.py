@@ -1,7 +1,6 @@
 """A step run in the words of MLflow: flat parameters, tags, and nothing secret. Imports no MLflow."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +8,13 @@ from urllib.parse import unquote, urlsplit
 
 from finemill.artifacts.manifest import Producer, Reference
 from finemill.artifacts.ports import BASE_MODEL
+from finemill.credentials import without_credentials
 
 RUN_ID_TAG = "finemill.run_id"
 STEP_TAG = "finemill.step"
 OUTPUT_TAG = "finemill.output"
 REUSED_TAG = "finemill.reused"
 WARNINGS_TAG = "finemill.warnings"
-
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,3 @@ def origin_tags(made_by: Producer) -> dict[str, str]:
         "finemill.version": made_by.version,
     }
     return {key: value for key, value in found.items() if value}
-
-
-def without_credentials(text: str) -> str:
-    """The text with `user:password@` cut out of every URI in it."""
-    return _CREDENTIALS.sub("", text)

@@ -5,8 +5,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from finemill.artifacts.manifest import Producer, Reference, new_manifest
+from finemill.credentials import without_credentials
 from finemill.storage.store import delete_artifact, fetch_artifact, publish_artifact, read_manifest, staging_folder
-from finemill.tracking.describe import RUN_ID_TAG, StepDescription, without_credentials
+from finemill.tracking.describe import RUN_ID_TAG, StepDescription
 from finemill.tracking.record import PARENT_TAG, StepRecord
 from finemill.tracking.server import find_experiment
 from finemill.tracking.settings import Tracking

@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 from finemill.artifacts.files import DECISION_FILE, DECISION_TEXT, METRICS_FILE, REPORT_PAGE, REPORT_TEXT
 from finemill.artifacts.manifest import Manifest, Reference
 from finemill.artifacts.metrics import is_total
+from finemill.credentials import without_credentials
 from finemill.storage.store import fetch_artifact
-from finemill.tracking.describe import OUTPUT_TAG, WARNINGS_TAG, StepDescription, without_credentials
+from finemill.tracking.describe import OUTPUT_TAG, WARNINGS_TAG, StepDescription
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -14,12 +14,12 @@ from contextlib import closing, contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
+from finemill.credentials import without_credentials
 from finemill.errors import TemporaryError, UserError
-from finemill.tracking.describe import without_credentials
 from finemill.tracking.settings import REGISTRY_VARIABLE, TRACKING_VARIABLE, Tracking
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def sqlite_path(uri: str) -> Path | None:
     """The file of an SQLite URI; None for a database in memory or of another kind."""
     if not uri.startswith("sqlite:///") or uri == "sqlite:///:memory:":
         return None
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])).absolute()
 
 
 def open_client(uri: str, registry_uri: str | None = None) -> "MlflowClient":

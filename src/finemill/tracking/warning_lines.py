@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from finemill.tracking.describe import without_credentials
+from finemill.credentials import without_credentials
 from finemill.tracking.progress import Progress
 
 _LOGGER = logging.getLogger("finemill")

@@ -1,0 +1,23 @@
+from pathlib import Path
+
+import pytest
+
+from finemill.errors import UserError
+from finemill.storage.base import local_path, normalize_uri
+
+
+@pytest.mark.parametrize("name", ["a b", "a#b", "what?", "My%20Data", "ü", "100%"])
+def test_a_folder_keeps_its_name(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    assert local_path(normalize_uri(str(folder))) == folder
+
+
+def test_a_file_s_address_has_no_query_and_no_fragment() -> None:
+    assert local_path("file:///a#b?c") == Path("/a#b?c")
+    assert local_path("file:/a/b%20c") == Path("/a/b c")
+
+
+@pytest.mark.parametrize("uri", ["", "  "])
+def test_an_empty_address_is_refused(uri: str) -> None:
+    with pytest.raises(UserError, match="address is empty"):
+        normalize_uri(uri)

@@ -1,0 +1,43 @@
+import pytest
+
+from finemill.credentials import clean_credentials, without_credentials
+from finemill.errors import UserError
+
+
+def test_a_line_break_behind_a_secret_is_cut_off() -> None:
+    environment = {"AWS_SESSION_TOKEN": "FQoGZXIv\n", "FINEMILL_MLFLOW_TRACKING_TOKEN": " tok\r\n", "OTHER": "x\n"}
+    clean_credentials(environment)
+    assert environment == {"AWS_SESSION_TOKEN": "FQoGZXIv", "FINEMILL_MLFLOW_TRACKING_TOKEN": "tok", "OTHER": "x\n"}
+
+
+def test_one_inside_is_refused_by_name_and_never_shown() -> None:
+    with pytest.raises(UserError, match="HF_TOKEN holds a line break") as error:
+        clean_credentials({"HF_TOKEN": "hf_SECRET\nhf_OTHER"})
+    assert "SECRET" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("at http://user:pass@host:5000/path", "at http://host:5000/path"),
+        ("at http://user:pa/ss@host/path", "at http://host/path"),
+        ("at http://user:p@ss@host", "at http://host"),
+        ("at https://TOKEN@host/x", "at https://host/x"),
+        ("s3://bucket/rows/key@sha256:00", "s3://bucket/rows/key@sha256:00"),
+        ("http://host:9000/models/name@main", "http://host:9000/models/name@main"),
+        ("hf://org/name@main", "hf://org/name@main"),
+        ("https://b.s3/x?X-Amz-Signature=abc&part=1", "https://b.s3/x?X-Amz-Signature=***&part=1"),
+        ("https://b/x?sv=1&sig=a%2Bb==", "https://b/x?sv=1&sig=***"),
+        ("Invalid header value b'FQoG-SECRET\\n'; x", "Invalid header value ***; x"),
+    ],
+)
+def test_what_an_address_holds_is_cut_out(text: str, shown: str) -> None:
+    assert without_credentials(text) == shown
+
+
+def test_the_environment_s_credentials_are_cut_out_however_they_are_spelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a/b+c=SECRET")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "finemill")
+    monkeypatch.setenv("HF_TOKEN", "abc")
+    text = "finemill: key a/b+c=SECRET, a%2Fb%2Bc%3DSECRET, a/b%2Bc%3DSECRET abc"
+    assert without_credentials(text) == "finemill: key ***, ***, *** abc"
