@@ -160,7 +160,12 @@ def tiny_dataset_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFact
                 DatasetRow(
                     id=f"{split}-{index}",
                     source="example:chat" if chat else "example:reasoning",
-                    messages=json.dumps([{"role": "user", "content": problem["problem"]}]),
+                    messages=json.dumps(
+                        [
+                            {"role": "user", "content": problem["problem"]},
+                            {"role": "assistant", "content": completion.removesuffix("<|im_end|>")},
+                        ]
+                    ),
                     tools=None,
                     chat_template_kwargs="{}",
                     input_ids=prompt_ids + completion_ids,

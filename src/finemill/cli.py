@@ -24,8 +24,9 @@ _GROUPS = {
         "replay": ("Check a decision's gates again and compare the verdicts.", "replay"),
         "gc": ("Delete artifacts that no registered version was made from.", "gc"),
     },
-    "ask a model": {
+    "ask models": {
         "chat": ("Ask a model, in a conversation or one question from a pipe.", "chat"),
+        "compare": ("Ask several models the same questions, side by side.", "compare"),
         "serve": ("Serve a model to OpenAI's clients.", "serve"),
     },
     "schemas and measurements": {

@@ -9,10 +9,10 @@ import threading
 from pathlib import Path
 from typing import NoReturn
 
+from finemill.asking.find_model import FoundModel
 from finemill.commands.model_argument import add_model_arguments, found_model
 from finemill.errors import UserError
 from finemill.models.adapter import read_adapter_config
-from finemill.registry.find_model import FoundModel
 
 
 def execute(name: str, arguments: list[str]) -> int:

@@ -1,7 +1,7 @@
 """A transformers model asked in a chat, its answer streamed while it is written."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -14,8 +14,13 @@ from finemill.artifacts.adapter import has_tokenizer
 from finemill.errors import UserError
 from finemill.models.adapter import load_adapter
 from finemill.models.causal_lm import load_causal_lm, suitable_threads
-from finemill.models.generation import generation_config, stop_token_ids, without_own_generation_config
-from finemill.models.reply import End, Piece, ThinkingSplitter
+from finemill.models.generation import (
+    generate_answers,
+    generation_config,
+    stop_token_ids,
+    without_own_generation_config,
+)
+from finemill.models.reply import End, Piece, Reply, ThinkingSplitter, collect
 from finemill.models.sampling import Sampling
 from finemill.rows.answers import THINK_OPEN
 
@@ -49,7 +54,7 @@ class LocalChat:
         prompt = self._prompt(messages, thinking)
         ids = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
         room = self._room(len(ids), max_new_tokens)
-        splitter = ThinkingSplitter(opened=prompt.rstrip().endswith(THINK_OPEN))
+        splitter = ThinkingSplitter(opened=_opened(prompt))
         tokens = _Tokens()
         writer = threading.Thread(target=self._write, args=(ids, sampling, room, tokens), daemon=True)
         writer.start()
@@ -70,6 +75,34 @@ class LocalChat:
         finally:
             tokens.stopped.set()
             writer.join()
+
+    def answers(
+        self,
+        chats: Sequence[Sequence[Mapping[str, str]]],
+        *,
+        sampling: Sampling,
+        max_new_tokens: int,
+        thinking: bool | None = None,
+        on_progress: Callable[[int], None] = lambda done: None,
+    ) -> list[Reply]:
+        """The answers to many chats, batch by batch. Raises: UserError: as `stream`."""
+        prompts = [self._prompt(chat, thinking) for chat in chats]
+        ids = [self._tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        room = min((self._room(len(prompt), max_new_tokens) for prompt in ids), default=max_new_tokens)
+        with suitable_threads(self._model):
+            found = generate_answers(
+                self._model,
+                self._tokenizer,
+                ids,
+                stop_token_ids=self._stops,
+                max_new_tokens=room,
+                sampling=sampling,
+                on_progress=on_progress,
+            )
+        return [
+            collect([*_split(answer.text, opened=_opened(prompt)), End(answer.finished, answer.num_tokens)])
+            for prompt, answer in zip(prompts, found, strict=True)
+        ]
 
     def _prompt(self, messages: Sequence[Mapping[str, str]], thinking: bool | None) -> str:
         from jinja2 import TemplateError
@@ -108,6 +141,17 @@ class LocalChat:
             tokens.fail(None)
         except Exception as error:
             tokens.fail(error)
+
+
+def _opened(prompt: str) -> bool:
+    """Whether the prompt has opened the thinking block."""
+    return prompt.rstrip().endswith(THINK_OPEN)
+
+
+def _split(text: str, *, opened: bool) -> Iterator[Piece]:
+    splitter = ThinkingSplitter(opened=opened)
+    yield from splitter.add(text)
+    yield from splitter.close()
 
 
 class _Tokens(BaseStreamer, StoppingCriteria):  # type: ignore[misc]

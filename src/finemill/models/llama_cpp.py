@@ -99,18 +99,26 @@ def serve(path: Path, num_threads: int, context_length: int) -> Iterator[LlamaSe
 
 @contextmanager
 def serve_chats(
-    path: Path, num_threads: int, context_length: int, *, host: str = "127.0.0.1", port: int = 0, name: str = ""
+    path: Path,
+    num_threads: int,
+    context_length: int,
+    *,
+    parallel: int = 1,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    name: str = "",
 ) -> Iterator[str]:
     """Load `path` into llama.cpp and answer OpenAI's requests, with the file's own chat template.
 
     Args:
         context_length: tokens that a chat may have.
+        parallel: chats that are answered at once.
         port: 0 takes a free one.
         name: what the server calls the model.
     Yields: the address, http://host:port.
     Raises: StepError: llama.cpp does not load the file.
     """
-    params = _params(path, num_threads, context_length, parallel=1)
+    params = _params(path, num_threads, context_length, parallel)
     params.hostnames = [host]
     params.port = port
     params.model_alias = {name or path.stem}

@@ -1,0 +1,168 @@
+"""`finemill compare MODEL... --rows WHERE`: several models on the same questions, side by side."""
+
+import argparse
+import json
+import re
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from finemill.artifacts.comparison import ComparedAnswer, Mode, write_answers
+from finemill.artifacts.files import METRICS_FILE
+from finemill.artifacts.records import write_json
+from finemill.asking.find_model import FORMS, FoundModel, find_model
+from finemill.asking.open_model import Preset, open_model
+from finemill.commands.model_argument import add_opening_arguments, add_sampling_arguments, read_overrides
+from finemill.comparison.ask import Plan, ask
+from finemill.comparison.questions import Questions, read_questions
+from finemill.comparison.summary import Line, Score, summarize, to_json
+from finemill.errors import UserError
+
+_NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<model>.+)")
+_MODES: dict[str, tuple[Mode, ...]] = {
+    "template": ("template",), "on": ("thinking",), "off": ("plain",), "both": ("thinking", "plain")
+}  # fmt: skip
+_Z95 = 1.96
+_PERCENT = ("exact_match", "cut_off", "rougeL", "chrf", "majority", "thinking_closed", "thinking_agrees")
+_COLUMNS = (*_PERCENT, "tokens", "thinking_characters")
+
+
+def execute(name: str, arguments: list[str]) -> int:
+    """Ask every model, print a line for each, write what was answered. Returns: the exit code."""
+    parsed = _parser(name).parse_args(arguments)
+    plan = _plan(parsed)
+    questions = read_questions(parsed.rows, parsed.split)
+    _say_left_out(questions, parsed.rows)
+    rows = questions.rows
+    if parsed.max_rows:
+        count = min(parsed.max_rows, len(rows))
+        rows = [rows[index * len(rows) // count] for index in range(count)]
+    # All are found before the first is asked, which may take an hour.
+    models = _named(parsed)
+    answers: list[ComparedAnswer] = []
+    for label, found in models.items():
+        with ExitStack() as stack:
+            model = stack.enter_context(
+                open_model(
+                    found,
+                    model_name=parsed.model_name,
+                    context_length=parsed.context_length,
+                    load_in_4bit=parsed.load_in_4bit,
+                    parallel=4,
+                )
+            )
+            answers += ask(model, label, rows, plan, _progress)
+    lines = summarize(answers)
+    if parsed.output:
+        _write(parsed.output, answers, lines)
+    print(json.dumps(to_json(lines), ensure_ascii=False) if parsed.json else table(lines))
+    return 0
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"finemill {name}",
+        description="Ask several models the same questions and compare their answers. Changes are those from the first "
+        "model. A row needs a question and an answer; rows with a known final answer are scored by it, others by "
+        "ROUGE-L and chrF.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("models", metavar="MODEL", nargs="+", help=f"NAME=MODEL or MODEL: {FORMS}")
+    parser.add_argument(
+        "--rows", required=True, metavar="WHERE", help="a dataset's reference or folder, or a file that data-prep reads"
+    )
+    parser.add_argument("--split", choices=("test", "validation", "train"), default="test", help="of a dataset")
+    parser.add_argument("--max-rows", type=int, metavar="N", help="at most this many rows, evenly spread")
+    parser.add_argument(
+        "--thinking",
+        choices=tuple(_MODES),
+        default="template",
+        help="modes to ask in (default: as the template has it)",
+    )
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers per question (default: 1)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write samples.parquet and metrics.json there")
+    parser.add_argument("--json", action="store_true", help="print the lines as JSON")
+    parser.add_argument("--load-in-4bit", action="store_true", help="quantize folders' weights to NF4")
+    add_opening_arguments(parser)
+    add_sampling_arguments(parser, preset=None)
+    return parser
+
+
+def _plan(parsed: argparse.Namespace) -> Plan:
+    """Greedy for one answer, drawn as the family recommends for several."""
+    overrides = read_overrides(parsed)
+    for option in ("samples", "max_rows"):
+        value = getattr(parsed, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} {value}: allowed is 1 or more")
+    preset: Preset = parsed.preset or ("recommended" if parsed.samples > 1 else "greedy")
+    if parsed.samples > 1 and preset == "greedy" and not overrides.get("temperature"):
+        raise UserError(
+            f"--samples {parsed.samples} with the greedy choice: all would be equal; use --preset recommended"
+        )
+    return Plan(_MODES[parsed.thinking], parsed.samples, preset, overrides, parsed.max_new_tokens)
+
+
+def _named(parsed: argparse.Namespace) -> dict[str, FoundModel]:
+    models: dict[str, FoundModel] = {}
+    for text in parsed.models:
+        match = _NAMED.fullmatch(text)
+        found = find_model(match["model"] if match else text, base_model=parsed.base_model, prefer=parsed.prefer)
+        label = match["name"] if match else found.name
+        if label in models:
+            raise UserError(f"two models are called {label}: write NAME=MODEL")
+        models[label] = found
+    return models
+
+
+def _say_left_out(questions: Questions, where: str) -> None:
+    if questions.left_out:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in questions.left_out.most_common())
+        total = questions.left_out.total() + len(questions.rows)
+        print(
+            f"finemill compare: {where}: {questions.left_out.total()} of {total} rows left out: {reasons}",
+            file=sys.stderr,
+        )
+
+
+def _progress(text: str) -> None:
+    print(f"finemill compare: {text}", file=sys.stderr)
+
+
+def _write(folder: Path, answers: list[ComparedAnswer], lines: list[Line]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_answers(folder, answers)
+    write_json(folder / METRICS_FILE, to_json(lines))
+
+
+def table(lines: list[Line]) -> str:
+    """A line per model and mode; a measure that no line has is left out."""
+    repeated = sorted({name for line in lines for name in line.scores if name.startswith("pass@")})
+    names = [name for name in (*_COLUMNS[:1], *repeated, *_COLUMNS[1:]) if any(name in line.scores for line in lines)]
+    changes = any(line.change for line in lines)
+    head = ["model", "mode", *names, *([f"{lines[0].compared} change"] if changes else [])]
+    body = [
+        [line.model, line.mode, *(_cell(name, line.scores.get(name)) for name in names)]
+        + ([_change(line.change)] if changes else [])
+        for line in lines
+    ]
+    widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [head, *body]
+    )
+
+
+def _cell(name: str, score: Score | None) -> str:
+    if score is None:
+        return ""
+    if name in _PERCENT or name.startswith("pass@"):
+        return f"{100 * score.mean:.1f} ± {100 * _Z95 * score.stderr:.1f}"
+    return f"{score.mean:.0f}"
+
+
+def _change(score: Score | None) -> str:
+    return f"{100 * score.mean:+.1f} ± {100 * _Z95 * score.stderr:.1f}" if score else ""
