@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,37 @@ from finemill.config import parse_config
 from finemill.pipelines.catalog import PIPELINES
 from finemill.pipelines.cluster import ClusterConfig
 from finemill.pipelines.parameters import with_optional_fields
+from finemill.pipelines.quantity import CPU_PATTERN, MEMORY_PATTERN
 from finemill.pipelines.render_argo import build_argo_template
+from finemill.pipelines.schedule import cron_pattern
 
 CHART = Path(__file__).parent / "finemill"
 CONFIGS = Path(__file__).parents[1] / "pipelines" / "configs"
-QUANTITY = {"pattern": r"^[0-9.]+(m|[kKMGT]i?)?$"}
+# --set gives numbers for what looks like one.
+CPU = {"type": ["string", "number"], "pattern": CPU_PATTERN}
+MEMORY = {"type": ["string", "integer"], "pattern": MEMORY_PATTERN}
+TEXTS = {"additionalProperties": {"type": "string"}}
+OBJECTS = {"items": {"type": "object"}}
+TOLERATIONS = {
+    "items": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            **{key: {"type": "string"} for key in ("key", "operator", "value", "effect")},
+            "tolerationSeconds": {"type": "integer"},
+        },
+    }
+}
+ENVIRONMENT = {
+    "items": {
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["name"],
+        "properties": {"name": {"type": "string"}, "value": {"type": "string"}, "valueFrom": {"type": "object"}},
+    }
+}
+SIZES = ("small", "large", "gpu")
+TIMEZONES = resources.files("tzdata").joinpath("zones").read_text().split()
 # What the default of a value cannot tell about the others that are allowed.
 RULES: dict[str, dict[str, Any]] = {
     "store": {"pattern": "^s3://[a-z0-9.-]+(/.*)?$"},
@@ -26,18 +53,31 @@ RULES: dict[str, dict[str, Any]] = {
     "images.pullSecrets": {"items": {"type": "string"}},
     "gpu.count": {"minimum": 0},
     "gpu.memoryGiB": {"type": "number", "minimum": 0},
-    "gpu.sharedMemory": QUANTITY,
-    "gpu.nodeSelector": {"additionalProperties": {"type": "string"}},
-    "gpu.tolerations": {"items": {"type": "object"}},
-    "schedule.cron": {"pattern": r"^\S+( \S+){4}$"},
+    "images.registry": {"pattern": r"^([^/\s]+(/[^/\s]+)*)?$"},
+    "gpu.sharedMemory": MEMORY,
+    "gpu.nodeSelector": TEXTS,
+    "gpu.tolerations": TOLERATIONS,
+    "extraEnv": ENVIRONMENT,
+    "extraVolumes": OBJECTS,
+    "extraVolumeMounts": OBJECTS,
+    "networkPolicy.extraEgress": OBJECTS,
+    "podLabels": TEXTS,
+    "podAnnotations": TEXTS,
+    "nodeSelector": TEXTS,
+    "tolerations": TOLERATIONS,
+    "workflow.namePrefix": {"pattern": "^([a-z0-9]([a-z0-9-]*))?$"},
+    "schedule.cron": {"pattern": cron_pattern()},
+    "schedule.timezone": {"enum": TIMEZONES},
     "serviceAccount.annotations": {"additionalProperties": {"type": "string"}},
     "workflow.terminationGracePeriodSeconds": {"minimum": 1},
     "workflow.ttlSeconds": {"minimum": 1},
     "trainingRuntime.numNodes": {"minimum": 1},
-    **{f"resources.{size}.{unit}": QUANTITY for size in ("small", "large", "gpu") for unit in ("cpu", "memory")},
+    **{f"resources.{size}.cpu": CPU for size in SIZES},
+    **{f"resources.{size}.memory": MEMORY for size in SIZES},
+    **{f"resources.{size}.ephemeralStorage": {**MEMORY, "pattern": f"^$|{MEMORY_PATTERN}"} for size in SIZES},
     **{
         f"networkPolicy.{name}Ports": {"items": {"type": "integer", "minimum": 1, "maximum": 65535}}
-        for name in ("apiServer", "s3", "mlflow", "hub")
+        for name in ("dns", "apiServer", "s3", "mlflow", "hub")
     },
 }
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
@@ -62,12 +102,34 @@ def read_comments(text: str) -> dict[str, str]:
 def schema_of(value: Any, path: str, comments: dict[str, str]) -> dict[str, Any]:
     """A strict JSON schema: a mapping with defaults knows its keys, an empty one is free."""
     described = {"description": comments[path]} if comments.get(path) else {}
+    if path == "config":
+        return {"type": "object", **described, "additionalProperties": False, "properties": config_properties()}
     if isinstance(value, dict):
         if not value:
             return {"type": "object", **described, **RULES.get(path, {})}
         properties = {key: schema_of(item, f"{path}.{key}".lstrip("."), comments) for key, item in value.items()}
         return {"type": "object", **described, "additionalProperties": False, "properties": properties}
     return {"type": TYPES[type(value)], **described, **RULES.get(path, {})}
+
+
+def config_properties() -> dict[str, Any]:
+    """The schema of each pipeline's parameters: texts, and the steps' own configurations."""
+    texts = {item.name for pipeline in PIPELINES.values() for item in pipeline.values}
+    sections = {name: task.step for pipeline in PIPELINES.values() for name, task in pipeline.sections.items()}
+    return {
+        **{name: {"type": "string", "minLength": 1} for name in sorted(texts)},
+        **{name: {"$ref": f"#/definitions/{step.section_class.__name__}"} for name, step in sorted(sections.items())},
+    }
+
+
+def definitions() -> dict[str, Any]:
+    """The schemas of the steps' configurations and of what they hold, by class."""
+    sections = {task.step.section_class for pipeline in PIPELINES.values() for task in pipeline.sections.values()}
+    found: dict[str, Any] = {}
+    for model in sections:
+        schema = model.model_json_schema(ref_template="#/definitions/{model}")
+        found |= {**schema.pop("$defs", {}), model.__name__: schema}
+    return dict(sorted(found.items()))
 
 
 def readme_rows(value: Any, path: str, comments: dict[str, str]) -> list[str]:
@@ -83,7 +145,8 @@ def generate() -> dict[Path, str]:
     values, comments = yaml.safe_load(values_text), read_comments(values_text)
     schema = {"$schema": "http://json-schema.org/draft-07/schema#", **schema_of(values, "", comments)}
     # Helm itself passes these down to charts that are parts of others.
-    schema["properties"]["global"] = {"type": "object"}
+    schema["properties"] |= {"global": {"type": "object"}, "enabled": {"type": "boolean"}}
+    schema["definitions"] = definitions()
     table = "\n".join(["| value | default | meaning |", "| --- | --- | --- |", *readme_rows(values, "", comments)])
     files = {
         CHART / "values.schema.json": json.dumps(schema, indent=2) + "\n",

@@ -224,6 +224,19 @@ def test_the_training_runtime_is_restricted_and_starts_torchrun() -> None:
         ("schedule.cron=hourly", "cron"),
         ("gpu.count=two", "count"),
         ("resources.small.memory=lots", "memory"),
+        ("resources.small.memory=2GB", "memory"),
+        ("resources.smal.memory=2Gi", "smal"),
+        ("schedule.cron=99 99 * * *", "cron"),
+        ("schedule.cron=", "cron"),
+        ("schedule.timezone=Mars/Base", "timezone"),
+        ("images.registry=r.example/", "registry"),
+        ("config.train_qlra.lora_r=64", "train_qlra"),
+        ("config.train_qlora.lora_rank=64", "lora_rank"),
+        ("config.train_qlora.lora_r=0", "lora_r"),
+        ("config.data_prep.sources[0].url=s3://b/rows", "url"),
+        ("config.base_model=5", "base_model"),
+        ("gpu.tolerations[0].keys=x", "keys"),
+        ("extraEnv[0].values=x", "values"),
     ],
 )
 def test_wrong_values_are_refused(setting: str, message: str) -> None:
@@ -240,3 +253,140 @@ def test_nodes_of_a_training_reach_each_other_and_nothing_else_of_the_release() 
     assert nodes["matchLabels"].items() <= pod["metadata"]["labels"].items()
     assert policy["spec"]["ingress"] == [{"from": [{"podSelector": nodes}]}]
     assert policy["spec"]["egress"] == [{"to": [{"podSelector": nodes}]}]
+
+
+PLATFORM = """
+extraEnv: [{name: HTTPS_PROXY, value: "http://proxy:3128"}]
+extraVolumes: [{name: extra, configMap: {name: extra}}]
+extraVolumeMounts: [{name: extra, mountPath: /etc/extra}]
+podLabels: {sidecar.istio.io/inject: "false"}
+podAnnotations: {cluster-autoscaler.kubernetes.io/safe-to-evict: "false"}
+priorityClassName: batch
+nodeSelector: {kubernetes.io/arch: amd64}
+tolerations: [{key: team, operator: Exists, effect: NoExecute, tolerationSeconds: 60}]
+affinity: {nodeAffinity: {}}
+caBundle: {configMap: corporate-ca}
+resources: {small: {ephemeralStorage: 20Gi}, gpu: {ephemeralStorage: 50Gi}}
+gpu: {nodeSelector: {accelerator: a100}}
+workflow: {podDisruptionBudget: true, namePrefix: team-a-}
+images: {pullSecrets: [regcred]}
+cache: {existingClaim: models}
+trainingRuntime: {enabled: true}
+schedule: {enabled: true}
+"""
+
+
+@pytest.fixture
+def platform(tmp_path: Path) -> list[dict[str, Any]]:
+    values = tmp_path / "platform.yaml"
+    values.write_text(PLATFORM)
+    return render("-f", str(values))
+
+
+@needs_helm
+def test_what_a_platform_adds_reaches_every_step(platform: list[dict[str, Any]]) -> None:
+    templates = workflows(platform)
+    assert set(templates) == {"team-a-finetune", "team-a-align", "team-a-retrain", "team-a-export"}
+    for template in templates.values():
+        spec = template["spec"]
+        assert spec["podMetadata"]["labels"] == {"sidecar.istio.io/inject": "false"}
+        assert spec["podMetadata"]["annotations"] == {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
+        assert (spec["podPriorityClassName"], spec["affinity"]) == ("batch", {"nodeAffinity": {}})
+        assert spec["nodeSelector"] == {"kubernetes.io/arch": "amd64"}
+        assert spec["podDisruptionBudget"]["minAvailable"] > 100
+        assert {"extra", "ca-bundle"} <= set(by_name(spec["volumes"]))
+        for step in steps(template).values():
+            variables = by_name(step["container"]["env"])
+            assert variables["HTTPS_PROXY"]["value"] == "http://proxy:3128"
+            assert variables["AWS_CA_BUNDLE"]["value"] == "/etc/finemill/ca/ca.crt"
+            mounts = by_name(step["container"]["volumeMounts"])
+            assert mounts["extra"]["mountPath"] == "/etc/extra"
+            assert mounts["ca-bundle"]["mountPath"] == "/etc/finemill/ca"
+    found = steps(templates["team-a-finetune"])
+    assert found["data-prep"]["container"]["resources"]["limits"]["ephemeral-storage"] == "20Gi"
+    assert "ephemeral-storage" not in found["merge"]["container"]["resources"]["limits"]
+    training = found["train-qlora"]
+    assert training["nodeSelector"] == {"accelerator": "a100", "kubernetes.io/arch": "amd64"}
+    assert [item["key"] for item in training["tolerations"]] == ["nvidia.com/gpu", "team"]
+    (cron,) = [item for item in platform if item["kind"] == "CronWorkflow"]
+    assert cron["spec"]["workflowSpec"]["workflowTemplateRef"] == {"name": "team-a-retrain"}
+
+
+@needs_helm
+def test_the_training_runtime_has_what_the_steps_have(platform: list[dict[str, Any]]) -> None:
+    (runtime,) = [item for item in platform if item["kind"] == "TrainingRuntime"]
+    template = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert template["metadata"]["labels"]["sidecar.istio.io/inject"] == "false"
+    assert template["metadata"]["annotations"]
+    pod = template["spec"]
+    assert pod["imagePullSecrets"] == [{"name": "regcred"}]
+    assert by_name(pod["volumes"])["cache"]["persistentVolumeClaim"] == {"claimName": "models"}
+    assert pod["priorityClassName"] == "batch"
+    (container,) = pod["containers"]
+    step = steps(workflows(platform)["team-a-finetune"])["train-qlora"]["container"]
+    variables, of_step = by_name(container["env"]), by_name(step["env"])
+    assert variables == {name: of_step[name] for name in variables}
+    assert set(of_step) - set(variables) == {"OMP_NUM_THREADS"}
+    assert by_name(container["volumeMounts"]) == by_name(step["volumeMounts"])
+
+
+def allowed_ports(objects: list[dict[str, Any]]) -> set[tuple[int, str]]:
+    (policy,) = [item for item in objects if item["kind"] == "NetworkPolicy"]
+    return {(item["port"], item["protocol"]) for rule in policy["spec"]["egress"] for item in rule.get("ports", [])}
+
+
+@needs_helm
+def test_the_network_policy_lets_through_what_the_values_name() -> None:
+    settings = [
+        "s3.endpointUrl=http://ceph.example.com:7480",
+        "mlflow.trackingUri=http://user@mlflow.mlops:8080/path",
+        "hub.endpoint=http://mirror",
+        "extraEnv[0].name=https_proxy",
+        "extraEnv[0].value=proxy:3128",
+    ]
+    ports = allowed_ports(render(*[part for setting in settings for part in ("--set-string", setting)]))
+    assert {(port, "TCP") for port in (7480, 8080, 80, 3128)} <= ports
+    # OpenShift's name service listens at 5353.
+    assert {(port, protocol) for port in (53, 5353) for protocol in ("UDP", "TCP")} <= ports
+
+
+@needs_helm
+def test_a_release_may_be_called_by_a_number() -> None:
+    result = helm("template", "123", str(CHART), "--kube-version", "1.34.0", "--set", "trainingRuntime.enabled=true")
+    for item in filter(None, yaml.safe_load_all(result.stdout)):
+        assert isinstance(item["metadata"]["name"], str)
+        assert all(isinstance(value, str) for value in item["metadata"]["labels"].values())
+
+
+@needs_helm
+def test_a_version_with_build_metadata_is_no_label_with_a_plus(tmp_path: Path) -> None:
+    """Flux appends a digest to a chart's version."""
+    helm("package", str(CHART), "--version", "0.1.0+g1234567", "-d", str(tmp_path))
+    result = helm("template", "mill", str(tmp_path / "finemill-0.1.0+g1234567.tgz"), "--kube-version", "1.34.0")
+    objects = [item for item in yaml.safe_load_all(result.stdout) if item]
+    assert {item["metadata"]["labels"]["helm.sh/chart"] for item in objects} == {"finemill-0.1.0_g1234567"}
+
+
+@needs_helm
+@pytest.mark.parametrize(("enabled", "count"), [("true", 10), ("false", 0)])
+def test_a_chart_that_holds_this_one_switches_it_on_and_off(enabled: str, count: int, tmp_path: Path) -> None:
+    shutil.copytree(CHART, tmp_path / "charts" / "finemill")
+    dependency = "{name: finemill, version: 0.1.0, condition: finemill.enabled}"
+    (tmp_path / "Chart.yaml").write_text(
+        f"apiVersion: v2\nname: platform\nversion: 1.0.0\ndependencies: [{dependency}]\n"
+    )
+    (tmp_path / "values.yaml").write_text(f"finemill: {{enabled: {enabled}, store: s3://models/finemill}}")
+    result = helm("template", "mill", str(tmp_path), "--kube-version", "1.34.0")
+    assert result.returncode == 0, result.stderr
+    assert len([item for item in yaml.safe_load_all(result.stdout) if item]) == count
+
+
+@needs_helm
+def test_texts_in_the_configuration_hold_nothing_for_argo_to_evaluate(tmp_path: Path) -> None:
+    prompt = 'Put $$\\boxed{}$$, {{=1+1}}, $(HOME) and "quotes"'
+    values = tmp_path / "values.yaml"
+    values.write_text(json.dumps({"config": {"chat_format": {"system_prompt": prompt}}}))
+    parameters = by_name(workflows(render("-f", str(values)))["finetune"]["spec"]["arguments"]["parameters"])
+    text = parameters["chat_format"]["value"]
+    assert "{{" not in text
+    assert json.loads(text) == {"system_prompt": prompt}

@@ -230,3 +230,11 @@ def test_what_no_pod_could_work_with_is_refused_before_anything_is_asked(
     assert main(["submit", "finetune", *ARGO, *options]) == 2
     assert said in capsys.readouterr().err
     assert not api.posted
+
+
+def test_another_release_in_the_namespace_is_named_by_its_prefix(api: Api) -> None:
+    api.answers["GET", f"{OBJECTS}/workflowtemplates/team-a-finetune"] = (200, {})
+    assert main(["submit", "finetune", *ARGO, "--prefix", "team-a-"]) == 0
+    workflow = api.posted[-1]
+    assert workflow["spec"]["workflowTemplateRef"] == {"name": "team-a-finetune"}
+    assert workflow["metadata"]["generateName"] == "team-a-finetune-"

@@ -5,10 +5,10 @@
 
 {{- define "finemill.labels" -}}
 app.kubernetes.io/name: finemill
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" | quote }}
 {{- end }}
 
 {{- define "finemill.serviceAccountName" -}}
@@ -26,13 +26,61 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- end }}
 
+{{/* Variables of every step besides those that the pipelines know: YAML of a list. */}}
+{{- define "finemill.env" -}}
+{{- $variables := list -}}
+{{- if .Values.caBundle.configMap -}}
+{{- $file := printf "/etc/finemill/ca/%s" .Values.caBundle.key -}}
+{{- range list "AWS_CA_BUNDLE" "REQUESTS_CA_BUNDLE" "SSL_CERT_FILE" -}}
+{{- $variables = append $variables (dict "name" . "value" $file) -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml (concat $variables .Values.extraEnv) -}}
+{{- end }}
+
+{{/* Volumes of every step's pod besides those of the pipelines: YAML of a list. */}}
+{{- define "finemill.volumes" -}}
+{{- $volumes := .Values.extraVolumes -}}
+{{- if .Values.caBundle.configMap -}}
+{{- $volumes = append $volumes (dict "name" "ca-bundle" "configMap" (dict "name" .Values.caBundle.configMap)) -}}
+{{- end -}}
+{{- toYaml $volumes -}}
+{{- end }}
+
+{{/* Where they are mounted: YAML of a list. */}}
+{{- define "finemill.volumeMounts" -}}
+{{- $mounts := .Values.extraVolumeMounts -}}
+{{- if .Values.caBundle.configMap -}}
+{{- $mounts = append $mounts (dict "name" "ca-bundle" "mountPath" "/etc/finemill/ca" "readOnly" true) -}}
+{{- end -}}
+{{- toYaml $mounts -}}
+{{- end }}
+
+{{/* Requests and limits of a container, given its size: YAML. */}}
+{{- define "finemill.quantities" -}}
+{{- $quantities := dict "cpu" (toString .cpu) "memory" (toString .memory) -}}
+{{- if .ephemeralStorage -}}
+{{- $_ := set $quantities "ephemeral-storage" (toString .ephemeralStorage) -}}
+{{- end -}}
+{{- toYaml $quantities -}}
+{{- end }}
+
+{{/* The port of a URL: its own, or its scheme's. Nothing for an empty text. */}}
+{{- define "finemill.port" -}}
+{{- if . -}}
+{{- $url := urlParse . -}}
+{{- $own := regexFind ":[0-9]+$" $url.host | trimPrefix ":" -}}
+{{- if $own }}{{ $own }}{{ else }}{{ eq $url.scheme "http" | ternary "80" "443" }}{{ end -}}
+{{- end -}}
+{{- end }}
+
 {{/* A step's container template, given dict "root" $ "step" the template: YAML of the same with the release's values. */}}
 {{- define "finemill.step" -}}
 {{- $values := .root.Values -}}
 {{- $step := .step -}}
 {{- $labels := $step.metadata.labels -}}
 {{- $size := index $values.resources (index $labels "finemill/size") -}}
-{{- $quantities := dict "cpu" $size.cpu "memory" $size.memory -}}
+{{- $quantities := include "finemill.quantities" $size | fromYaml -}}
 {{- $container := $step.container -}}
 {{- $_ := set $container "image" (include "finemill.image" (dict "root" .root "role" (index $labels "finemill/image"))) -}}
 {{- range $variable := $container.env -}}
@@ -40,6 +88,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $_ := set $variable "value" $container.image -}}
 {{- end -}}
 {{- end -}}
+{{- $_ := set $container "env" (concat $container.env (include "finemill.env" .root | fromYamlArray)) -}}
+{{- $_ := set $container "volumeMounts" (concat $container.volumeMounts (include "finemill.volumeMounts" .root | fromYamlArray)) -}}
 {{- $_ := set $container "imagePullPolicy" $values.images.pullPolicy -}}
 {{- $_ := set $container "resources" (dict "requests" $quantities "limits" $quantities) -}}
 {{- $sources := list (dict "configMapRef" (dict "name" (include "finemill.fullname" .root))) -}}
@@ -54,8 +104,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if eq (index $labels "finemill/size") "gpu" -}}
 {{- $limits := dict $values.gpu.resource "{{workflow.parameters.gpus}}" -}}
 {{- $_ := set $patch "containers" (list (dict "name" "main" "resources" (dict "limits" $limits))) -}}
-{{- $_ := set $step "nodeSelector" $values.gpu.nodeSelector -}}
-{{- $_ := set $step "tolerations" $values.gpu.tolerations -}}
+{{- $_ := set $step "nodeSelector" (merge dict $values.gpu.nodeSelector $values.nodeSelector) -}}
+{{- $_ := set $step "tolerations" (concat $values.gpu.tolerations $values.tolerations) -}}
 {{- if $values.gpu.queue -}}
 {{- $_ := set $labels "kueue.x-k8s.io/queue-name" $values.gpu.queue -}}
 {{- end -}}
@@ -74,7 +124,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $values.gpu.count -}}
 {{- else if hasKey $values.config $name -}}
 {{- $value := index $values.config $name -}}
-{{- if kindIs "map" $value }}{{ toJson $value }}{{ else }}{{ $value }}{{ end -}}
+{{- if kindIs "map" $value }}{{ toJson $value | replace "{{" "\\u007b\\u007b" }}{{ else }}{{ $value }}{{ end -}}
 {{- else if and (eq $name "preflight") $values.gpu.memoryGiB -}}
 {{- toJson (dict "gpu_memory_gib" $values.gpu.memoryGiB) -}}
 {{- else if hasKey .parameter "value" -}}

@@ -1,6 +1,7 @@
 """Runs on Argo Workflows: submitted to the chart's WorkflowTemplates through the Kubernetes API."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,18 +26,22 @@ _PHASES: Mapping[str, Phase] = {
 
 
 class ArgoEngine:
-    """Argo Workflows in one namespace of the cluster in KUBECONFIG."""
+    """Argo Workflows in one namespace of the cluster in KUBECONFIG.
 
-    def __init__(self, namespace: str) -> None:
+    `prefix` stands before the pipelines' names, as the chart's `workflow.namePrefix` does.
+    """
+
+    def __init__(self, namespace: str, prefix: str = "") -> None:
         self.namespace = namespace
+        self._prefix = prefix
         self._client = load_client()
         self._objects = self._client.CustomObjectsApi()
         self._logs: dict[str, PodLogs] = {}
 
     def submit(self, pipeline: Pipeline, parameters: Mapping[str, Any]) -> str:
         """Create a Workflow that refers to the installed WorkflowTemplate."""
-        self._check_template(pipeline.name)
-        with readable_errors(f"Workflow of {pipeline.name}", self.namespace):
+        installed = self._installed(pipeline)
+        with readable_errors(f"Workflow of {installed}", self.namespace):
             created = self._objects.create_namespaced_custom_object(
                 _GROUP,
                 _VERSION,
@@ -46,10 +51,10 @@ class ArgoEngine:
                     "apiVersion": f"{_GROUP}/{_VERSION}",
                     "kind": "Workflow",
                     "metadata": {
-                        "generateName": f"{pipeline.name}-",
+                        "generateName": f"{installed}-",
                         "labels": {"app.kubernetes.io/name": "finemill", "app.kubernetes.io/component": pipeline.name},
                     },
-                    "spec": _spec(pipeline, parameters),
+                    "spec": _spec(installed, parameters),
                 },
             )
         name: str = created["metadata"]["name"]
@@ -59,13 +64,13 @@ class ArgoEngine:
         """Create or replace the CronWorkflow of the pipeline's name."""
         from finemill.pipelines.render_argo import build_argo_schedule
 
-        self._check_template(pipeline.name)
-        body = build_argo_schedule(pipeline, cron, timezone).to_dict()
-        body["spec"]["workflowSpec"] = _spec(pipeline, parameters)
+        installed = self._installed(pipeline)
+        body = build_argo_schedule(replace(pipeline, name=installed), cron, timezone).to_dict()
+        body["spec"]["workflowSpec"] = _spec(installed, parameters)
         place = (_GROUP, _VERSION, self.namespace, "cronworkflows")
-        with readable_errors(f"CronWorkflow {pipeline.name}", self.namespace):
+        with readable_errors(f"CronWorkflow {installed}", self.namespace):
             try:
-                standing = self._objects.get_namespaced_custom_object(*place, pipeline.name)
+                standing = self._objects.get_namespaced_custom_object(*place, installed)
             except self._client.ApiException as error:
                 if error.status != 404:
                     raise
@@ -73,8 +78,8 @@ class ArgoEngine:
             else:
                 # Its labels say who else looks after it, the chart for instance.
                 body["metadata"] = standing["metadata"]
-                self._objects.replace_namespaced_custom_object(*place, pipeline.name, body)
-        return pipeline.name
+                self._objects.replace_namespaced_custom_object(*place, installed, body)
+        return installed
 
     def status(self, run: str) -> RunStatus:
         """The Workflow's own view of its nodes."""
@@ -92,9 +97,12 @@ class ArgoEngine:
         """The command that follows the run again."""
         return f"finemill watch {run} --engine argo --namespace {self.namespace}"
 
-    def _check_template(self, name: str) -> None:
+    def _installed(self, pipeline: Pipeline) -> str:
+        """The name of the pipeline's WorkflowTemplate. Raises: StepError: it is not there."""
+        name = f"{self._prefix}{pipeline.name}"
         with readable_errors(f"WorkflowTemplate {name}", self.namespace):
             self._objects.get_namespaced_custom_object(_GROUP, _VERSION, self.namespace, "workflowtemplates", name)
+        return name
 
 
 def _step_of(pod: Any) -> str:
@@ -102,9 +110,9 @@ def _step_of(pod: Any) -> str:
     return name
 
 
-def _spec(pipeline: Pipeline, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _spec(template: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     values = [{"name": name, "value": text} for name, text in for_argo(parameters).items()]
-    return {"workflowTemplateRef": {"name": pipeline.name}, "arguments": {"parameters": values}}
+    return {"workflowTemplateRef": {"name": template}, "arguments": {"parameters": values}}
 
 
 def read_workflow(workflow: Mapping[str, Any]) -> RunStatus:

@@ -55,7 +55,7 @@ def open_engine(parsed: argparse.Namespace) -> Engine:
     if parsed.engine == "argo":
         from finemill.commands.engine_argo import ArgoEngine, parse_namespace
 
-        return ArgoEngine(parse_namespace(parsed.namespace))
+        return ArgoEngine(parse_namespace(parsed.namespace), getattr(parsed, "prefix", None) or "")
     if not parsed.host:
         raise UserError("--engine kfp needs --host, the URL of KFP's API server")
     from finemill.commands.engine_kfp import KFPEngine
@@ -97,5 +97,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--wait", action="store_true", help="follow the run and end with its exit code")
     parser.add_argument("--schedule", metavar="CRON", help="run it on a schedule, five fields, '0 3 * * *'")
     parser.add_argument("--timezone", metavar="NAME", help="Argo: time zone of the schedule, 'Europe/Berlin'")
+    parser.add_argument("--prefix", metavar="TEXT", help="Argo: the release's workflow.namePrefix, 'team-a-'")
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="KFP: YAML file of `finemill schema cluster`")
     return parser
