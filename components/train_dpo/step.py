@@ -11,7 +11,7 @@ from finemill.artifacts.dataset import take_chat_template
 from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_dpo.rows import load_pairs
 from finemill.runtime.context import StepContext
-from finemill.training.adapter import check_target_modules, keep_adapters_in_float32, lora_config
+from finemill.training.adapter import keep_trained_in_float32, lora_config
 from finemill.training.quantized_base import load_base
 from finemill.training.trainer import cap_memory, choose_device, run_training, shared_arguments
 
@@ -26,7 +26,7 @@ def run(
     Raises: UserError: no preferences, a loss that is not finite, a checkpoint of another training.
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
     """
-    check_target_modules(base_model, config)
+    lora_config(base_model, config)  # refuses what the base has not, before anything is loaded
     device = choose_device()
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
     take_chat_template(dataset, tokenizer)
@@ -67,9 +67,9 @@ def build_trainer(
         train_dataset=train_dataset,
         eval_dataset=load_pairs(dataset, "validation", config.max_length) if config.eval_steps else None,
         processing_class=tokenizer,
-        peft_config=lora_config(config),
+        peft_config=lora_config(base_model, config),
     )
-    keep_adapters_in_float32(trainer.model)
+    keep_trained_in_float32(trainer.model)
     return trainer
 
 

@@ -21,8 +21,8 @@ def train_qlora(
     Args:
         store: folder or s3://bucket/prefix that gets the output.
         dataset: reference of the output of chat-format, made with the same base model.
-        base_model: the model that gets adapters; quantized to 4 bits while it is loaded: hf://org/name@revision, or the
-            reference of a merged model.
+        base_model: the model that gets adapters; quantized while it is loaded, as load_in_4bit and load_in_8bit say:
+            hf://org/name@revision, or the reference of a merged model.
         adapter: gets the reference, <uri>@sha256:<digest>, of PEFT's adapter_config.json and adapter_model.safetensors,
             tokenizer, chat template, training.json.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.

@@ -15,8 +15,8 @@ from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.rows import load_rows
 from finemill.errors import UserError
 from finemill.runtime.context import StepContext
-from finemill.training.adapter import check_target_modules, keep_adapters_in_float32, lora_config
-from finemill.training.memory import eight_bit_moments, must_stream
+from finemill.training.adapter import keep_trained_in_float32, lora_config
+from finemill.training.memory import eight_bit_moments, must_stream, not_on_kernels
 from finemill.training.quantized_base import compute_dtype, load_base
 from finemill.training.trainer import cap_memory, choose_device, memory_limit, run_training, shared_arguments
 
@@ -32,7 +32,7 @@ def run(
     Raises: UserError: unusable rows, a loss that is not finite, a checkpoint of another training.
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
     """
-    check_target_modules(base_model, config)
+    lora_config(base_model, config)  # refuses what the base has not, before anything is loaded
     device = choose_device()
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
     take_chat_template(dataset, tokenizer)
@@ -59,14 +59,14 @@ def build_trainer(
         train_dataset=load_rows(dataset, "train", config.max_length),
         eval_dataset=load_rows(dataset, "validation", config.max_length) if config.eval_steps else None,
         processing_class=tokenizer,
-        peft_config=lora_config(config),
+        peft_config=lora_config(base_model, config),
     )
     acceleration = getattr(trainer, "acceleration", None)
     if acceleration is None or not acceleration.active:
         if config.kernels == "on":
-            reason = acceleration.reason if acceleration else "there is no GPU"
+            reason = acceleration.reason if acceleration else not_on_kernels(config) or "there is no GPU"
             raise UserError(f"kernels: on, but they cannot run here ({reason}): use kernels: auto or off")
-        keep_adapters_in_float32(trainer.model)
+        keep_trained_in_float32(trainer.model)
     elif not config.gradient_checkpointing:
         logger.warning("gradient_checkpointing false has no effect on finemill's kernels: they plan it by memory_gb")
     return trainer
@@ -74,7 +74,10 @@ def build_trainer(
 
 def _load(base_model: Path, config: TrainQLoRAConfig, device: torch.device) -> tuple[Any, PreTrainedModel]:
     """TRL's trainer, or the one that runs its steps on finemill's kernels, and the base for it."""
-    if not config.uses_kernels or device.type != "cuda":
+    reason = not_on_kernels(config)
+    if reason or device.type != "cuda":
+        if config.uses_kernels and device.type == "cuda":
+            logger.warning("trains without finemill's kernels: %s", reason)
         cap_memory(config, device)
         return SFTTrainer, load_base(base_model, config, device)
     model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
@@ -82,6 +85,10 @@ def _load(base_model: Path, config: TrainQLoRAConfig, device: torch.device) -> t
     from finemill.kernels.trainer import FastSFTTrainer
 
     trainer_class = partial(FastSFTTrainer, memory_gb=config.memory_gb, eight_bit=eight_bit_moments(config))
+    if streamed and config.init_lora_weights == "loftq":
+        raise UserError(
+            "init_lora_weights 'loftq' needs the base on the card: give more in memory_gb, or use 'default'"
+        )
     if streamed:
         from finemill.kernels.streamed import load_streamed
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from finemill.errors import UserError
-from finemill.training.adapter import check_target_modules
+from finemill.training.adapter import lora_config
 from finemill.training.config import LoRATrainingConfig
 
 
@@ -11,7 +11,7 @@ from finemill.training.config import LoRATrainingConfig
     "targets", ["all-linear", ("q_proj", "down_proj"), ("embed_tokens",), ("model.layers.0.self_attn.q_proj",)]
 )
 def test_layers_that_there_are_may_be_named(targets: str | tuple[str, ...], tiny_model_dir: Path) -> None:
-    check_target_modules(tiny_model_dir, LoRATrainingConfig.model_validate({"target_modules": targets}))
+    lora_config(tiny_model_dir, LoRATrainingConfig.model_validate({"target_modules": targets}))
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_layers_that_there_are_may_be_named(targets: str | tuple[str, ...], tiny
         ),
         (("q_proj", "prooj"), "'prooj' fits no layer"),
         (("roj",), "'roj' fits no layer"),
-        (("mlp",), "'mlp' is no layer that takes an adapter"),
+        (("self_attn",), "'self_attn' is no layer that takes an adapter"),
         (("input_layernorm",), "'input_layernorm' is no layer that takes an adapter"),
     ],
 )
@@ -31,4 +31,4 @@ def test_a_name_that_fits_no_layer_is_refused_with_those_there_are(
     targets: tuple[str, ...], message: str, tiny_model_dir: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        check_target_modules(tiny_model_dir, LoRATrainingConfig(target_modules=targets))
+        lora_config(tiny_model_dir, LoRATrainingConfig(target_modules=targets))

@@ -5,6 +5,7 @@ import torch
 from peft import get_peft_model
 from transformers import PreTrainedModel, set_seed
 
+from finemill.models.base.resolve import BUILTIN_MODELS
 from finemill.training.adapter import lora_config
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.quantized_base import load_base
@@ -15,7 +16,7 @@ CPU = torch.device("cpu")
 def adapter_gradients(model: PreTrainedModel, *, evaluate_first: bool) -> dict[str, torch.Tensor]:
     """Gradients of one training step on fixed tokens and fixed, non-zero adapters."""
     set_seed(0)
-    model = get_peft_model(model, lora_config(LoRATrainingConfig(lora_r=4)))
+    model = get_peft_model(model, lora_config(BUILTIN_MODELS["builtin:tiny-qwen3"], LoRATrainingConfig(lora_r=4)))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)

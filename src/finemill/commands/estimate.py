@@ -26,7 +26,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "QLoRA": {},
     "LoRA, 16-bit": {"load_in_4bit": False},
     "QLoRA, plain": {"kernels": "off"},
+    "LoRA, 8-bit, plain": {"kernels": "off", "load_in_8bit": True},
     "LoRA, 16-bit, plain": {"kernels": "off", "load_in_4bit": False},
+    "full, plain": {"kernels": "off", "method": "full"},
 }
 """Columns of the table: on finemill's kernels the least they need, and what transformers' own layers take."""
 

@@ -1,55 +1,120 @@
-"""The adapters on the base, and the files they are saved in."""
+"""What is trained on the base: adapters, whole modules or all of it, and the files they are saved in."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from finemill.artifacts.adapter import TrainingRecord, write_training
 from finemill.errors import UserError
+from finemill.models.adapter import CONFIG_NAME, WEIGHTS_NAME
 from finemill.models.base.resolve import ResolvedBase
+from finemill.models.weights import read_header
 from finemill.training.config import LoRATrainingConfig
 
+TABLES = ("embed_tokens", "lm_head")
+"""What embeddings and output layer are called."""
+_GROUPS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn")}
+"""What the module above the linear layers of a group is called."""
 
-def lora_config(config: LoRATrainingConfig) -> LoraConfig:
-    """PEFT's description of the adapters."""
-    targets = config.target_modules
+
+def lora_config(base_model: Path, config: LoRATrainingConfig) -> LoraConfig | None:
+    """PEFT's description of the adapters; None where the whole model is trained.
+
+    Raises: UserError: a named module is none of the model in `base_model`.
+    """
+    if config.method == "full":
+        return None
+    model = _hollow_model(base_model)
+    tied = model.config.get_text_config().tie_word_embeddings
+    modules = _modules_to_save(model, config)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_dora=config.use_dora,
+        init_lora_weights="gaussian" if config.init_lora_weights == "gaussian" else True,
+        target_modules=_target_modules(model, config),
+        modules_to_save=modules or None,
+        # Else an embedding that is trained would leave its output matrix as it was.
+        ensure_weight_tying=tied and any(_fits(name, table) for name in modules for table in TABLES),
     )
 
 
-def check_target_modules(base_model: Path, config: LoRATrainingConfig) -> None:
-    """Compare the named layers with those of the model in `base_model`, without its weights.
+def _hollow_model(base_model: Path) -> PreTrainedModel:
+    """The model in a folder, without its weights."""
+    description = AutoConfig.from_pretrained(base_model, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(description)
+
+
+def _target_modules(model: PreTrainedModel, config: LoRATrainingConfig) -> str | list[str]:
+    """The layers that get adapters, as PEFT takes them.
 
     Raises: UserError: a name that fits no layer, or one that takes no adapter. PEFT passes by a name that fits nothing
         as long as another one fits something.
     """
-    if config.target_modules == "all-linear":
-        return
-    description = AutoConfig.from_pretrained(base_model, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(description)
     layers = {
         name: isinstance(module, nn.Linear | nn.Embedding) and module is not model.get_output_embeddings()
         for name, module in model.named_modules()
     }
+    if config.target_modules == "all-linear":
+        return "all-linear"
+    if isinstance(config.target_modules, str):
+        return _group(layers, config.target_modules)
     for target in config.target_modules:
-        fitting = [takes for name, takes in layers.items() if name == target or name.endswith(f".{target}")]
+        fitting = [takes for name, takes in layers.items() if _fits(name, target)]
         if not fitting or not all(fitting):
             problem = "is no layer that takes an adapter" if fitting else "fits no layer"
             there = dict.fromkeys(name.rpartition(".")[2] for name, takes in layers.items() if takes)
             raise UserError(f"target_modules: '{target}' {problem} of the base model; there are {', '.join(there)}")
+    return list(config.target_modules)
 
 
-def keep_adapters_in_float32(model: PeftModel) -> None:
+def _group(layers: dict[str, bool], group: str) -> list[str]:
+    """The last names of the linear layers of attention or of the MLPs."""
+    found: dict[str, None] = {}
+    for name, takes in layers.items():
+        *_, parent, own = ["", *name.split(".")]
+        if takes and any(part in parent for part in _GROUPS[group]):
+            found[own] = None
+    if not found:
+        raise UserError(f"target_modules: '{group}' fits no layer of the base model: name the layers")
+    return list(found)
+
+
+def _modules_to_save(model: PreTrainedModel, config: LoRATrainingConfig) -> list[str]:
+    """The modules that are trained as a whole. Raises: UserError: a name of none, or of one that gets an adapter."""
+    holders = {name: any(True for _ in module.parameters(recurse=False)) for name, module in model.named_modules()}
+    for module in config.modules_to_save:
+        fitting = [holds for name, holds in holders.items() if _fits(name, module)]
+        if not fitting or not all(fitting):
+            problem = "holds no weights itself" if fitting else "is no module of the base model"
+            there = dict.fromkeys(name.rpartition(".")[2] for name, holds in holders.items() if holds)
+            raise UserError(f"modules_to_save: '{module}' {problem}; there are {', '.join(there)}")
+    both = set(config.modules_to_save).intersection(
+        () if isinstance(config.target_modules, str) else config.target_modules
+    )
+    if both:
+        raise UserError(
+            f"'{min(both)}' is in target_modules and in modules_to_save: it can have an adapter or be saved"
+        )
+    return list(config.modules_to_save)
+
+
+def _fits(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def keep_trained_in_float32(model: nn.Module) -> None:
     """Undo TRL's cast of the adapters to bfloat16: at small learning rates AdamW's updates would round to nothing."""
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -61,14 +126,84 @@ def save_adapter(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output_di
 
     The adapter names its base as PEFT expects: the hub's name and commit where there is one, else the reference.
     """
-    adapter = trainer.model.peft_config["default"]
-    adapter.base_model_name_or_path = base.id.removeprefix("hf://").partition("@")[0] if base.revision else base.id
-    adapter.revision = base.revision
-    # Said outright: PEFT would ask the hub whether adapters were put on the embeddings' vocabulary.
-    trainer.model.save_pretrained(output_dir, safe_serialization=True, save_embedding_layers=False)
-    # PEFT's model card is an empty template with this machine's path to the base in it.
-    (output_dir / "README.md").unlink(missing_ok=True)
+    model = trainer.model
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PeftModel):
+        _name_base(model.peft_config["default"], base)
+        # Said outright: PEFT would ask the hub whether adapters were put on the embeddings' vocabulary.
+        model.save_pretrained(output_dir, safe_serialization=True, save_embedding_layers=False)
+        # PEFT's model card is an empty template with this machine's path to the base in it.
+        (output_dir / "README.md").unlink(missing_ok=True)
+    else:
+        _save_whole(model, output_dir, base)
     tokenizer.save_pretrained(output_dir)
     state = trainer.state
     record = TrainingRecord(max_steps=state.max_steps, log_history=tuple(state.log_history), base_digest=base.digest)
     write_training(output_dir, record)
+
+
+def _name_base(config: LoraConfig, base: ResolvedBase) -> None:
+    config.base_model_name_or_path = base.id.removeprefix("hf://").partition("@")[0] if base.revision else base.id
+    config.revision = base.revision
+
+
+def _save_whole(model: PreTrainedModel, output_dir: Path, base: ResolvedBase) -> None:
+    """Write every weight as PEFT saves modules that are trained as a whole, beside no adapter at all."""
+    weights = {f"base_model.model.{name}": weight.detach().contiguous() for name, weight in model.named_parameters()}
+    tied = model.config.get_text_config().tie_word_embeddings
+    if tied:  # a parameter once, but PEFT reads both
+        weights["base_model.model.lm_head.weight"] = model.get_output_embeddings().weight.detach().clone()
+    save_file(weights, output_dir / WEIGHTS_NAME, metadata={"format": "pt"})
+    holders = sorted({name.split(".")[-2] for name in weights})
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="dummy-target-modules", modules_to_save=holders)
+    config.ensure_weight_tying = tied
+    config.inference_mode = True
+    _name_base(config, base)
+    config.save_pretrained(output_dir)
+
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+"""A and B by the name of their layer."""
+
+
+def start_from_quantization_error(model: PeftModel, base_model: Path) -> Pairs:
+    """LoftQ: make each adapter the best rank-r approximation of what quantization lost of its layer.
+
+    Returns: the adapters as they begin, for `subtract_initial`.
+    """
+    import bitsandbytes as bnb
+
+    files = {tensor: file for file in base_model.glob("*.safetensors") for tensor in read_header(file)}
+    initial: Pairs = {}
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "lora_A") or not isinstance(layer.base_layer, bnb.nn.Linear4bit):
+            continue
+        a, b, scaling = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+        quantized = layer.base_layer.weight
+        kept = bnb.functional.dequantize_4bit(quantized.data, quantized.quant_state).float()
+        stored = name.removeprefix("base_model.model.") + ".weight"
+        with safe_open(files[stored], framework="pt") as file:
+            lost = file.get_tensor(stored).to(kept.device).float() - kept
+        left, values, right = torch.linalg.svd(lost, full_matrices=False)
+        root = values[: len(a)].sqrt()
+        with torch.no_grad():
+            a.copy_(root[:, None] * right[: len(a)] / scaling)
+            b.copy_(left[:, : len(a)] * root)
+        initial[name] = (a.detach().cpu().float().clone(), b.detach().cpu().float().clone())
+    return initial
+
+
+def subtract_initial(output_dir: Path, initial: Pairs) -> None:
+    """Make a saved adapter that of the unquantized base: B A less what it began with, which that base has itself."""
+    weights = load_file(output_dir / WEIGHTS_NAME)
+    for layer, (a, b) in initial.items():
+        name_a, name_b = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        weights[name_a] = torch.cat([weights[name_a].float(), a])
+        weights[name_b] = torch.cat([weights[name_b].float(), -b], dim=1)
+    save_file(weights, output_dir / WEIGHTS_NAME, metadata={"format": "pt"})
+    path = output_dir / CONFIG_NAME
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    # The factor of the product stays: lora_alpha / r, or lora_alpha / sqrt(r).
+    values["lora_alpha"] *= 2**0.5 if values["use_rslora"] else 2
+    values["r"] *= 2
+    path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The configuration that steps which train LoRA adapters share, in the words of transformers, PEFT, bitsandbytes."""
+"""The configuration that training steps share, in the words of transformers, PEFT, bitsandbytes."""
 
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
@@ -6,9 +6,25 @@ from pydantic import Field, model_validator
 
 from finemill.config import StepConfig
 
+_OF_ADAPTERS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "loraplus_lr_ratio",
+    "target_modules",
+    "modules_to_save",
+    "load_in_8bit",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+)
+"""Fields that say something about adapters or the frozen base below them."""
+
 
 class LoRATrainingConfig(StepConfig):
-    """LoRA adapters on a 4-bit base: what is adapted, how it is quantized, and the training schedule."""
+    """What is trained of the base, how it is quantized, and the training schedule."""
 
     not_in_key: ClassVar[frozenset[str]] = frozenset({"memory_gb", "resume", "save_steps", "save_total_limit"})
 
@@ -19,6 +35,10 @@ class LoRATrainingConfig(StepConfig):
     def uses_kernels(self) -> bool:
         """Whether the step asks for finemill's kernels."""
         return False
+
+    method: Literal["lora", "full"] = "lora"
+    """Train adapters on the frozen base, or every weight of it (`full`): in float32 with 16-bit products, 16 bytes per
+    weight with AdamW. The output is an adapter that holds whole weights, which every later step takes as any other."""
 
     lora_r: int = Field(default=16, gt=0)
     """Rank of the adapters: more capacity, more memory."""
@@ -32,11 +52,36 @@ class LoRATrainingConfig(StepConfig):
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(lora_r) instead, which keeps high ranks stable."""
 
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of the linear layers that get adapters; all but the output layer by default."""
+    use_dora: bool = False
+    """DoRA: a trained length for each row of a weight beside LoRA's change of its direction. Not on the kernels."""
+
+    init_lora_weights: Literal["default", "gaussian", "loftq"] = "default"
+    """How adapters begin: `default` and `gaussian` as no change; `loftq` as what 4 bits lose of the base, so that
+    training begins at the unquantized model. The saved adapter is for that one, and has twice the rank."""
+
+    loraplus_lr_ratio: float | None = Field(default=None, gt=0)
+    """LoRA+: B learns at learning_rate times this, A at learning_rate; its paper recommends 16."""
+
+    target_modules: Literal["all-linear", "attention", "mlp"] | tuple[str, ...] = "all-linear"
+    """Linear layers that get adapters: all but the output layer, those of attention, those of the MLPs, or by name."""
+
+    modules_to_save: tuple[str, ...] = ()
+    """Modules that are trained as a whole beside the adapters, as `embed_tokens` and `lm_head` for a new language;
+    saved with the adapter. Not on the kernels."""
+
+    embedding_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of embeddings and output layer where they are trained; for continued pre-training a tenth to
+    a half of learning_rate. By default learning_rate."""
+
+    neftune_noise_alpha: float | None = Field(default=None, gt=0)
+    """NEFTune: noise on embeddings during training, 5 to 15; answers of small sets get less literal. Not on the
+    kernels."""
 
     load_in_4bit: bool = True
     """Quantize the base to 4 bits. Without it this is LoRA on the base as it is: faster, four times its memory."""
+
+    load_in_8bit: bool = False
+    """Quantize the base to 8 bits (LLM.int8) in place of 4. Not on the kernels."""
 
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """The 4-bit data type."""
@@ -133,14 +178,28 @@ class LoRATrainingConfig(StepConfig):
             raise ValueError("lr_scheduler_type 'cosine_with_restarts' needs lr_num_cycles, 2 or more, or use 'cosine'")
         schedule = f"with lr_scheduler_type '{self.lr_scheduler_type}'"
         self._refuse(not restarts, schedule, lr_num_cycles="use 'cosine_with_restarts'")
-        self._refuse(constant, schedule, warmup_steps="use 'constant_with_warmup'")
+        self._refuse(constant and self.warmup_steps > 0, schedule, warmup_steps="use 'constant_with_warmup'")
         self._refuse(
-            not self.load_in_4bit,
-            "with load_in_4bit false",
-            bnb_4bit_quant_type="set load_in_4bit",
-            bnb_4bit_use_double_quant="set load_in_4bit",
+            self.bits != 4,
+            f"on a base of {self.bits} bits",
+            bnb_4bit_quant_type="quantize to 4",
+            bnb_4bit_use_double_quant="quantize to 4",
         )
+        self._refuse(self.method == "full", "with method 'full'", **dict.fromkeys(_OF_ADAPTERS, "use method 'lora'"))
+        if self.init_lora_weights == "loftq" and (self.bits != 4 or self.use_dora):
+            raise ValueError("init_lora_weights 'loftq' needs a 4-bit base, and LoRA without use_dora")
+        tables = self.method == "full" or {"embed_tokens", "lm_head"} & {
+            name.rpartition(".")[2] for name in self.modules_to_save
+        }
+        self._refuse(not tables, "on frozen embeddings", embedding_learning_rate="add embed_tokens to modules_to_save")
         return self
+
+    @property
+    def bits(self) -> Literal[4, 8, 16]:
+        """Bits per weight of the frozen base's linear layers."""
+        if self.method == "full":
+            return 16
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else 16
 
     def _refuse(self, idle: bool, where: str, **instead: str) -> None:
         """Refuse fields that differ from their defaults without effect; `instead` says what else to do, by field."""
@@ -153,11 +212,11 @@ class LoRATrainingConfig(StepConfig):
     def _has_targets(self) -> Self:
         if self.target_modules == ():
             raise ValueError("target_modules is empty: name at least one linear layer or use 'all-linear'")
-        names = () if self.target_modules == "all-linear" else self.target_modules
+        names = () if isinstance(self.target_modules, str) else self.target_modules
         if any(name.rpartition(".")[2] == "lm_head" for name in names):
             raise ValueError(
                 "target_modules has lm_head, whose adapter TRL's losses would pass by: name other layers, or use "
-                "'all-linear', which leaves it out"
+                "'all-linear', which leaves it out; modules_to_save trains it as a whole"
             )
         return self
 

@@ -58,14 +58,18 @@ def estimate_memory(model: Mapping[str, Any], config: LoRATrainingConfig) -> Mem
     linear = layers * sum(rows * columns for rows, columns in shapes)
     adapters = layers * config.lora_r * sum(rows + columns for rows, columns in shapes)
     tables = vocabulary * width * (1 if model.get("tie_word_embeddings") else 2)
-    bits = (NF4_DOUBLE_BITS if config.bnb_4bit_use_double_quant else NF4_BITS) if config.load_in_4bit else 16
+    nf4 = NF4_DOUBLE_BITS if config.bnb_4bit_use_double_quant else NF4_BITS
+    saved = sum(name.rpartition(".")[2] in ("embed_tokens", "lm_head") for name in config.modules_to_save)
+    bits, trained = {4: nf4, 8: 8, 16: 16}[config.bits], adapters + saved * vocabulary * width
+    if config.method == "full":
+        bits, trained = 0, linear + tables
     tokens = config.per_device_train_batch_size * config.sequences_per_row * config.max_length
     # Inside a layer: inputs of the norms and projections, queries, keys, values, and the MLP's three wide tensors.
     inside = tokens * (6 * width + 3 * queries + 2 * keys + 4 * inner) * 2
     kept = tokens * width * 2 * layers if config.gradient_checkpointing else inside * (layers - 1)
     return MemoryEstimate(
-        weights=(linear * bits / 8 + tables * 2) / GIB,
-        adapters=adapters * (ADAPTER_BYTES + _moment_bytes(config)) / GIB,
+        weights=(linear * bits / 8 + tables * (2 if bits else 0)) / GIB,
+        adapters=trained * (ADAPTER_BYTES + _moment_bytes(config)) / GIB,
         activations=(kept + inside) / GIB,
         logits=tokens * vocabulary * LOGIT_BYTES / GIB,
     )
@@ -81,7 +85,21 @@ def _moment_bytes(config: LoRATrainingConfig) -> int:
 
 def eight_bit_moments(config: LoRATrainingConfig) -> bool | None:
     """Whether the moments have 8 bits on the kernels, as `optim` names it; None where memory decides."""
-    return None if config.optim == "auto" else "8bit" in config.optim
+    return None if config.optim == "auto" and not config.loraplus_lr_ratio else "8bit" in config.optim
+
+
+def not_on_kernels(config: LoRATrainingConfig) -> str | None:
+    """What of the configuration the kernels do not cover; None if they run whatever it says."""
+    reasons = {
+        "kernels is 'off'": not config.uses_kernels,
+        "method is 'full'": config.method == "full",
+        "load_in_8bit is on": config.bits == 8,
+        "bnb_4bit_quant_type is 'fp4'": config.bits == 4 and config.bnb_4bit_quant_type != "nf4",
+        "use_dora is on": config.use_dora,
+        "modules_to_save are trained": bool(config.modules_to_save),
+        "neftune_noise_alpha is set": config.neftune_noise_alpha is not None,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
 
 
 def covered_workload(model: Mapping[str, Any], config: LoRATrainingConfig) -> Workload | None:
@@ -92,12 +110,12 @@ def covered_workload(model: Mapping[str, Any], config: LoRATrainingConfig) -> Wo
         config: what is trained, and how.
     """
     known = model.get("model_type") in FAMILIES and config.compute_dtype in ("auto", "bfloat16")
-    if not config.uses_kernels or not known or (config.load_in_4bit and config.bnb_4bit_quant_type != "nf4"):
+    if not known or not_on_kernels(config):
         return None
     row = config.max_length
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return workload_of_config(
-        model, rank=config.lora_r, quantized=config.load_in_4bit, tokens=rows * row, row=row, ragged=True
+        model, rank=config.lora_r, quantized=config.bits == 4, tokens=rows * row, row=row, ragged=True
     )
 
 

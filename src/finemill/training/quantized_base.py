@@ -1,4 +1,4 @@
-"""The 4-bit base that adapters are trained on."""
+"""The base that is trained, or that adapters are trained on, in 4, 8 or 16 bits."""
 
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,15 @@ def compute_dtype(config: LoRATrainingConfig, device: torch.device) -> torch.dty
 
 
 def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device) -> PreTrainedModel:
-    """Load the base on `device`, its linear layers but the output layer quantized if the configuration says so."""
+    """Load the base on `device`, its linear layers but the output layer quantized if the configuration says so.
+
+    Weights that are trained themselves are float32: bfloat16 would round small updates to nothing.
+    """
     dtype = compute_dtype(config, device)
     quantization: dict[str, Any] = {}
-    if config.load_in_4bit:
+    if config.bits == 8:
+        quantization["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if config.bits == 4:
         quantization["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=config.bnb_4bit_quant_type,
@@ -34,7 +39,7 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
     with no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
             base_model,
-            dtype=dtype,
+            dtype=torch.float32 if config.method == "full" else dtype,
             device_map={"": device},
             trust_remote_code=False,
             use_safetensors=True,

@@ -20,9 +20,10 @@ from finemill.errors import TemporaryError, UserError
 from finemill.models.base.resolve import read_again, resolve_base_model
 from finemill.runtime.context import StepContext
 from finemill.runtime.processes import is_main_process, num_processes
-from finemill.training.adapter import save_adapter
+from finemill.training.adapter import save_adapter, start_from_quantization_error, subtract_initial
 from finemill.training.checkpoint import CheckpointCallback, find_checkpoint
 from finemill.training.config import ConfigT, LoRATrainingConfig
+from finemill.training.optimizer import set_learning_rates
 from finemill.training.quantized_base import compute_dtype
 from finemill.training.record import METRIC_NAMES, RecordCallback
 
@@ -91,6 +92,7 @@ def shared_arguments(config: LoRATrainingConfig, scratch: Path, device: torch.de
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": "adamw_torch" if config.optim == "auto" else config.optim,
+        "neftune_noise_alpha": config.neftune_noise_alpha,
         "seed": config.seed,
         "logging_steps": config.logging_steps,
         "logging_first_step": True,
@@ -210,11 +212,16 @@ def _train(
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(RecordCallback(context.recorder, config.learning_rate))
         trainer.add_callback(checkpoints)
+        set_learning_rates(trainer, config)
+        loftq = config.init_lora_weights == "loftq"
+        initial = start_from_quantization_error(trainer.model, base.path) if loftq else {}
         with checkpoints:
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if checkpoints.stop_requested and trainer.state.global_step < trainer.state.max_steps:
         raise TemporaryError(f"stopped at step {trainer.state.global_step}; run again to continue from there")
     save_adapter(trainer, tokenizer, output_dir, base)
+    if initial:
+        subtract_initial(output_dir, initial)
     return _metrics(trainer, result.metrics["train_runtime"])
 
 

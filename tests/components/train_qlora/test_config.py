@@ -27,7 +27,7 @@ def test_how_it_is_checkpointed_does_not_change_where_output_and_checkpoints_are
         ({"lr_scheduler_type": "cosine_with_restarts"}, "needs lr_num_cycles"),
         ({"lr_num_cycles": 3}, "lr_num_cycles 3 has no effect with lr_scheduler_type 'linear'"),
         ({"load_in_4bit": False, "bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type 'fp4' has no effect"),
-        ({"load_in_4bit": False, "bnb_4bit_use_double_quant": False}, "has no effect with load_in_4bit false"),
+        ({"load_in_4bit": False, "bnb_4bit_use_double_quant": False}, "has no effect on a base of 16 bits"),
         ({"kernels": "on", "gradient_checkpointing": False}, "gradient_checkpointing False has no effect"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": ["q_proj", "lm_head"]}, "TRL's losses would pass by"),
