@@ -44,8 +44,8 @@ class ChatFormatConfig(StepConfig):
     max_length: int | None = Field(default=2048, ge=8)
     """Longest sequence in tokens; null for no limit."""
     truncation: Literal["drop", "truncate"] = "drop"
-    """Rows longer than `max_length`, with either answer of a preference: left out and counted, or cut at the end (they
-    then teach no end of turn)."""
+    """Conversations longer than `max_length`, with either answer of a preference: left out and counted, or cut at the
+    end (they then teach no end of turn). Texts are cut into pieces, of which none is lost."""
     rendered_text: Literal["drop", "tokens"] = "drop"
     """Text rows that a chat template wrote, markers of roles in them: left out and counted as `rendered_chat` (give
     messages instead, so that only answers are learned), or learned whole, their control tokens read as such."""

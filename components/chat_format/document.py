@@ -59,3 +59,27 @@ def document_text(text: str, tokenizer: ChatTokenizer, *, read_control_tokens: b
     if rendered:
         return first + text + ("" if text.rstrip().endswith(last) else last)
     return f"{first}{tokenizer.break_control_tokens(text.removesuffix(last))}{last}"
+
+
+def cut_document(text: str, limit: int, tokenizer: ChatTokenizer) -> list[str]:
+    """A text in pieces of at most `limit` tokens, all of about one length, cut where there is white space near by.
+
+    Together they are the text to the last character.
+    """
+    tokens = tokenizer.encode([text])[0]
+    if tokens is None or len(tokens.input_ids) <= limit:
+        return [text]
+    # At other places than the whole text's tokens a few more are needed.
+    number = -(-len(tokens.input_ids) * 102 // (limit * 100))
+    pieces, start = [], 0
+    for index in range(1, number):
+        end = _space_before(text, start + 1, index * len(text) // number, len(text) // number // 4)
+        pieces.append(text[start:end])
+        start = end
+    return [part for piece in (*pieces, text[start:]) for part in cut_document(piece, limit, tokenizer)]
+
+
+def _space_before(text: str, first: int, end: int, reach: int) -> int:
+    """Where the last white space in the `reach` characters before `end` begins, or `end` itself; not before `first`."""
+    spaces = [match.start() for match in re.finditer(r"\s+", text[max(first, end - reach) : end])]
+    return max(first, end - reach) + spaces[-1] if spaces else max(first, end)

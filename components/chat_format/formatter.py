@@ -11,7 +11,7 @@ import numpy as np
 from finemill.artifacts.dataset import IGNORE_INDEX
 from finemill.artifacts.rows import PreparedRow
 from finemill.components.chat_format.config import ChatFormatConfig
-from finemill.components.chat_format.document import begins_rendered_chat, document_text
+from finemill.components.chat_format.document import begins_rendered_chat, cut_document, document_text
 from finemill.components.chat_format.example import Draft, Example, Labelled, Rejected
 from finemill.components.chat_format.mask import Rendered, Turn, label_tokens, render_turns, without_broken
 from finemill.components.chat_format.named_templates import CONTROL_TOKENS
@@ -68,18 +68,26 @@ class Formatter:
         """
         conversation = to_conversation(row, record.shape)
         if conversation.text is not None:
-            return [self._draft_text(record, conversation, conversation.text)]
+            return self._document_drafts(record, conversation, conversation.text)
         if not isinstance(self._templates, ChatTemplates):
             raise self._templates
         chat = _Chat(record, conversation, self._templates.of(conversation.tools), self.tokenizer, self._config)
         return chat.drafts(unroll=unroll)
 
-    def _draft_text(self, record: PreparedRow, conversation: Conversation, text: str) -> Draft:
-        """A document for continued pre-training: everything is learned, the end-of-text token too."""
-        parsed = self._config.rendered_text == "tokens"
+    def _document_drafts(self, record: PreparedRow, conversation: Conversation, text: str) -> list[Draft]:
+        """A document for continued pre-training: everything is learned, the end-of-text token too.
+
+        One longer than `max_length` is several pieces, of which the last ends the text.
+        """
+        parsed, limit = self._config.rendered_text == "tokens", self._config.max_length
         text = document_text(text, self.tokenizer, read_control_tokens=parsed)
-        plain = text.replace(BROKEN, "")
-        return Draft(record, conversation, [], {}, text, "", plain, None, [(0, len(plain))], ())
+        pieces = [text] if limit is None else cut_document(text, limit, self.tokenizer)
+        drafts = []
+        for number, piece in enumerate(pieces):
+            own = record if len(pieces) == 1 else replace(record, id=f"{record.id}-{number}")
+            plain = piece.replace(BROKEN, "")
+            drafts.append(Draft(own, conversation, [], {}, piece, "", plain, None, [(0, len(plain))], ()))
+        return drafts
 
     def finish_all(self, drafts: Sequence[Draft]) -> Iterator[Example | DroppedRowError]:
         """Tokenize and label drafts, in order: an example each, or the reason why it is left out."""

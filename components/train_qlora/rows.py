@@ -1,4 +1,4 @@
-"""Tokenized rows for the trainer, cut to the maximum length."""
+"""Tokenized rows for the trainer, cut to the maximum length; texts, which are learned whole, into pieces of it."""
 
 import logging
 from pathlib import Path
@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from finemill.artifacts.dataset import IGNORE_INDEX, read_labelled
+from finemill.artifacts.dataset import IGNORE_INDEX, LabelledColumns, read_labelled
 from finemill.artifacts.splits import Split
 from finemill.errors import UserError
 
@@ -17,11 +17,12 @@ logger = logging.getLogger(__name__)
 def load_rows(dataset: Path, split: Split, max_length: int) -> Dataset:
     """`input_ids` and `labels` of a split, each row cut to `max_length` tokens.
 
-    Rows that have no label left after the cut are dropped; both counts are logged.
+    A row whose every token is learned, a text for continued pre-training, becomes several of which none is lost. Rows
+    that have no label left after the cut are dropped; both counts are logged.
 
     Raises: UserError: the file is missing or no row has a label.
     """
-    found = read_labelled(dataset, split)
+    found = _cut_texts(read_labelled(dataset, split), max_length)
     num_rows = len(found.input_ids)
     too_long = pc.sum(pc.greater(pc.list_value_length(found.input_ids), max_length)).as_py() or 0
     input_ids, labels = (pc.list_slice(column, 0, max_length) for column in (found.input_ids, found.labels))
@@ -35,3 +36,18 @@ def load_rows(dataset: Path, split: Split, max_length: int) -> Dataset:
     if rows.num_rows == 0:
         raise UserError(f"{split}: none of its {num_rows} rows has a label within max_length {max_length}")
     return Dataset(rows)
+
+
+def _cut_texts(found: LabelledColumns, max_length: int) -> LabelledColumns:
+    """The same rows, those that are learned from the first token to the last in pieces of `max_length`."""
+    too_long = pc.greater(pc.list_value_length(found.input_ids), max_length)
+    if not pc.any(too_long).as_py():
+        return found
+    columns: tuple[list[list[int]], list[list[int]]] = [], []
+    for input_ids, labels in zip(found.input_ids.to_pylist(), found.labels.to_pylist(), strict=True):
+        step = max_length if IGNORE_INDEX not in labels else len(labels)
+        for start in range(0, len(labels), step):
+            columns[0].append(input_ids[start : start + step])
+            columns[1].append(labels[start : start + step])
+    kinds = found.input_ids.type, found.labels.type
+    return LabelledColumns(*(pa.chunked_array([rows], kind) for rows, kind in zip(columns, kinds, strict=True)))

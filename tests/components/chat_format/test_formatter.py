@@ -226,6 +226,22 @@ def test_a_document_begins_and_ends_as_the_tokenizer_has_it_and_only_once(tmp_pa
         assert example.labels.tolist() == example.input_ids
 
 
+@pytest.mark.parametrize(
+    "sentence", ["The Elbe flows to Hamburg. ", "\u6613\u5317\u6cb3\u6d41", "word" * 5, "An <|im_end|> in a text. "]
+)
+def test_a_long_document_is_pieces_of_which_none_is_lost(sentence: str, tmp_path: Path) -> None:
+    base = Base(tmp_path, byte_tokenizer("<|im_end|>"))
+    text = sentence * 50
+    for limit in (16, 61, 200):
+        pieces = base.examples({"text": text}, max_length=limit)
+        lengths = [len(piece.input_ids) for piece in pieces]
+        assert max(lengths) <= limit
+        assert sum(lengths[:-1]) > 0.5 * limit * len(lengths[:-1])
+        assert "".join(base.text(piece) for piece in pieces) == text + "<|im_end|>"
+        assert all(piece.labels.tolist() == piece.input_ids for piece in pieces)
+        assert len({piece.row.id for piece in pieces}) == len(pieces)
+
+
 def test_an_end_token_that_is_cut_off_is_not_counted(tmp_path: Path) -> None:
     base = Base(tmp_path, byte_tokenizer())
     (example,) = base.examples(pair("Count.", "1 2 3 " * 40), max_length=60, truncation="truncate")

@@ -32,6 +32,16 @@ def test_long_rows_are_cut_and_rows_without_label_dropped_and_both_counted(
     assert "1 rows without a label dropped" in caplog.text
 
 
+def test_a_long_text_is_several_rows_and_none_of_it_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = list(range(10))
+    folder = write_split(
+        tmp_path, LabelledRow(input_ids=text, labels=text), LabelledRow(input_ids=[1, 2], labels=[-100, 2])
+    )
+    rows = load_rows(folder, "train", max_length=4)
+    assert rows["input_ids"][:] == [*rows["labels"][:-1], [1, 2]] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [1, 2]]
+    assert not caplog.text
+
+
 def test_a_split_without_any_label_is_refused(tmp_path: Path) -> None:
     folder = write_split(tmp_path, LabelledRow(input_ids=[1, 2], labels=[-100, -100]))
     with pytest.raises(UserError, match="none of its 1 rows has a label"):
