@@ -5,16 +5,13 @@ import logging
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finemill.artifacts.dataset import SourceAmounts, SourceReport
-from finemill.artifacts.files import DATASET_FILE
 from finemill.artifacts.metrics import metric_parts, mix_metric
-from finemill.artifacts.records import write_json
 from finemill.artifacts.rows import Mix, MixBy, RowsReport
 from finemill.artifacts.splits import Split
 from finemill.components.chat_format.example import Example
@@ -125,6 +122,11 @@ class SplitCounts:
         return int((self.sizes("tokens") * (self._taken() > 0)).max(initial=0))
 
     @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example that is taken, as often as it is."""
+        return np.repeat(self.sizes("tokens"), self._taken())
+
+    @property
     def ends(self) -> Counter[str | None]:
         """End-of-turn tokens of the learned turns; None for turns without one."""
         ends: Counter[str | None] = Counter()
@@ -140,7 +142,7 @@ class SplitCounts:
 
     def summary(self) -> dict[str, Any]:
         """The counts for dataset.json."""
-        lengths = np.repeat(self.sizes("tokens"), self._taken())
+        lengths = self.lengths
         median, most, longest = np.percentile(
             lengths if len(lengths) else [0], [50, 95, 100], method="nearest"
         ).tolist()
@@ -247,17 +249,13 @@ def warn_of_mix(counts: SplitCounts, mix: Mix) -> None:
         )
 
 
-def write_report(
-    folder: Path,
-    counts: Mapping[Split, SplitCounts],
-    asked: RowsReport,
-    tokenizer: ChatTokenizer,
-    template: ChatTemplate | None,
-) -> dict[str, float]:
-    """Write dataset.json; return the metrics."""
+def describe(
+    counts: Mapping[Split, SplitCounts], asked: RowsReport, tokenizer: ChatTokenizer, template: ChatTemplate | None
+) -> dict[str, Any]:
+    """What dataset.json says."""
     ends = sum((count.ends for count in counts.values()), start=Counter[str | None]())
     sources = counts["train"].source_reports([source.uri for source in asked.sources], asked.mix)
-    data = {
+    return {
         "tokenizer_sha256": tokenizer.digest,
         "chat_template_sha256": hashlib.sha256(template.source.encode()).hexdigest() if template else None,
         "eos_token": tokenizer.eos_token,
@@ -266,8 +264,12 @@ def write_report(
         "sources": [source.model_dump() for source in sources],
         "splits": {split: count.summary() for split, count in counts.items()},
     }
-    write_json(folder / DATASET_FILE, data)
+
+
+def report_metrics(counts: Mapping[Split, SplitCounts], asked: RowsReport) -> dict[str, float]:
+    """The step's metrics."""
     train = counts["train"]
+    sources = train.source_reports([source.uri for source in asked.sources], asked.mix)
     return {
         **{f"dataset/{split}_examples": count.examples for split, count in counts.items()},
         "dataset/rows_dropped": sum(count.rows_dropped.total() for count in counts.values()),

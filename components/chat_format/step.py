@@ -8,19 +8,22 @@ from typing import TextIO
 import pyarrow as pa
 
 from finemill.artifacts.dataset import CHAT_TEMPLATE_FILE
-from finemill.artifacts.files import CHAT_FILE, REJECTED_FILE
+from finemill.artifacts.files import CHAT_FILE, DATASET_FILE, REJECTED_FILE
+from finemill.artifacts.records import write_json
 from finemill.artifacts.rows import iterate_rows, num_rows, read_rows_report
 from finemill.artifacts.splits import SPLITS, Split
 from finemill.components.chat_format.batch import FormattedBatch
+from finemill.components.chat_format.card import write_card
 from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.chat_format.formatter import load_formatter
 from finemill.components.chat_format.report import (
     SplitCounts,
+    describe,
     list_reasons,
+    report_metrics,
     warn_of_losses,
     warn_of_missing_ends,
     warn_of_mix,
-    write_report,
 )
 from finemill.components.chat_format.workers import format_batches
 from finemill.components.chat_format.write import write_split
@@ -36,7 +39,7 @@ def run(
     """Turn rows into messages, render and tokenize them, and label what the assistant says.
 
     Writes a file of `DatasetRow`s per split, chat_template.jinja, chat.jsonl (the training conversations),
-    rejected.jsonl and dataset.json.
+    rejected.jsonl, dataset.json, and the data card: data_card.html, .md and .json.
     Raises: UserError: a base without tokenizer or template, or no training row is left.
     """
     formatter = load_formatter(base_model, config)
@@ -69,7 +72,10 @@ def run(
         warn_of_mix(train, asked.mix)
     if formatter.template is not None:
         (output_dir / CHAT_TEMPLATE_FILE).write_text(formatter.template.source, encoding="utf-8")
-    return write_report(output_dir, counts, asked, formatter.tokenizer, formatter.template)
+    described = describe(counts, asked, formatter.tokenizer, formatter.template)
+    write_json(output_dir / DATASET_FILE, described)
+    write_card(output_dir, rows, train, described, formatter.tokenizer, config.max_length)
+    return report_metrics(counts, asked)
 
 
 def _count(

@@ -113,6 +113,11 @@ class ChatTokenizer:
             return {key: self.break_control_tokens(item) for key, item in value.items()}
         return value
 
+    def decode(self, input_ids: Sequence[int]) -> str:
+        """The text of token ids, control tokens as they are written."""
+        text: str = self._backend.decode(list(input_ids), skip_special_tokens=False)
+        return text
+
     def encode(self, texts: Sequence[str]) -> list[Tokens | None]:
         """Encode texts as `tokenizer(text, add_special_tokens=False)` does, each `BROKEN` left out.
 

@@ -1,6 +1,8 @@
 """Batches formatted in several processes; their order, and so every byte, is that of one."""
 
-import multiprocessing
+import socket
+import subprocess
+import sys
 import traceback
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -15,6 +17,14 @@ from finemill.components.chat_format.formatter import Formatter, load_formatter
 from finemill.errors import StepError, TemporaryError
 
 Batches = Iterable[Sequence[PreparedRow]]
+_PROGRAM = """
+import sys
+from multiprocessing.connection import Connection
+connection = Connection(int(sys.argv[1]))
+sys.path[:] = connection.recv()
+from finemill.components.chat_format.workers import serve
+serve(connection)
+"""
 _DIED = "a process that formats rows was killed, most likely for want of memory: run it again, or with a lower num_proc"
 
 
@@ -52,21 +62,25 @@ def format_batches(
 
 
 def _start(stack: ExitStack, base_model: Path, config: ChatFormatConfig, *, unroll: bool) -> Connection:
-    """A process, as a connection to it; it ends when that is closed, or when this process is gone."""
-    # Spawned: a forked process would have this one's locks, but not its threads.
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_work, args=(there, base_model, config, unroll), daemon=True)
-    process.start()
-    there.close()
-    stack.callback(process.join)
-    stack.callback(here.close)
-    return here
+    """A process, as a connection to it; it ends when that is closed, or when this process is gone.
+
+    A new interpreter: a forked one would have this one's locks, but not its threads; multiprocessing's would import the
+    user's script once more.
+    """
+    ours, its = socket.socketpair()
+    process = subprocess.Popen([sys.executable, "-c", _PROGRAM, str(its.fileno())], pass_fds=[its.fileno()])
+    its.close()
+    connection = Connection(ours.detach())
+    stack.callback(process.wait)
+    stack.callback(connection.close)
+    connection.send(sys.path)
+    _send(connection, (base_model, config, unroll))
+    return connection
 
 
-def _send(worker: Connection, batch: Sequence[PreparedRow]) -> None:
+def _send(worker: Connection, message: object) -> None:
     try:
-        worker.send(batch)
+        worker.send(message)
     except (BrokenPipeError, ConnectionResetError):
         raise TemporaryError(_DIED) from None
 
@@ -82,10 +96,11 @@ def _receive(worker: Connection) -> FormattedBatch:
     return formatted
 
 
-def _work(connection: Connection, base_model: Path, config: ChatFormatConfig, unroll: bool) -> None:
-    """Format what comes until nothing more does."""
+def serve(connection: Connection) -> None:
+    """Format what comes, in a process of its own, until nothing more does."""
     formatter: Formatter | None = None
-    with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
+        base_model, config, unroll = connection.recv()
         while True:
             batch = connection.recv()
             try:

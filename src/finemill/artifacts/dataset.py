@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from finemill.artifacts.records import Record
 from finemill.artifacts.splits import Split, split_path
-from finemill.artifacts.tables import RowWriter, read_columns, read_rows
+from finemill.artifacts.tables import RowWriter, iterate_batches, read_columns, read_rows
 from finemill.errors import UserError
 
 IGNORE_INDEX = -100
@@ -127,6 +127,11 @@ def read_held_out(dataset: Path, split: Split, limit: int | None = None) -> list
     if not rows:
         raise UserError(f"{path} holds no rows: raise the share of the {split} split in data-prep")
     return rows
+
+
+def read_dataset_rows(dataset: Path, split: Split, limit: int) -> list[DatasetRow]:
+    """The first `limit` rows of a split with all that chat-format writes. Raises: UserError: the split is missing."""
+    return next(iterate_batches(split_path(dataset, split), DatasetRow, _WRITER, batch_rows=limit), [])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 DATA_FILE = "data.json"
 DATASET_FILE = "dataset.json"
+DATA_CARD_FILE = "data_card.json"
+DATA_CARD_PAGE = "data_card.html"
+DATA_CARD_TEXT = "data_card.md"
 CHAT_FILE = "chat.jsonl"
 REJECTED_FILE = "rejected.jsonl"
 TRAINING_FILE = "training.json"

@@ -1,6 +1,6 @@
 """The artifact `rows`: cleaned raw rows, a Parquet file per split."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,6 +61,11 @@ def rows_writer(folder: Path, split: Split) -> RowWriter[PreparedRow]:
 def iterate_rows(folder: Path, split: Split, *, batch_rows: int) -> Iterator[list[PreparedRow]]:
     """The rows of a split in order, `batch_rows` at a time. Raises: UserError: the split is missing."""
     return iterate_batches(split_path(folder, split), PreparedRow, _WRITER, batch_rows=batch_rows)
+
+
+def find_rows(folder: Path, split: Split, ids: Collection[str]) -> dict[str, PreparedRow]:
+    """The rows of a split that have these ids. Raises: UserError: the split is missing."""
+    return {row.id: row for batch in iterate_rows(folder, split, batch_rows=10_000) for row in batch if row.id in ids}
 
 
 def num_rows(folder: Path, split: Split) -> int:

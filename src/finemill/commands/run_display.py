@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO, get_args
 
 from finemill.artifacts.decision import read_decision
-from finemill.artifacts.files import REPORT_PAGE
+from finemill.artifacts.files import DATA_CARD_PAGE, REPORT_PAGE
 from finemill.artifacts.manifest import Manifest, Reference
 from finemill.artifacts.metrics import (
     BROKEN,
@@ -75,6 +75,7 @@ def print_results(references: Mapping[str, str], tracking_uri: str, stream: Text
         write(f"\n{score_table(manifests['eval'].metrics)}\n")
     write("\n")
     for label, step, name in (
+        ("data card", "chat-format", DATA_CARD_PAGE),
         ("adapter", "train-qlora", ""),
         ("adapter", "train-dpo", ""),
         ("merged model", "merge", ""),

@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from finemill.artifacts.files import DECISION_FILE, DECISION_TEXT, METRICS_FILE, REPORT_PAGE, REPORT_TEXT
+from finemill.artifacts.files import (
+    DATA_CARD_FILE,
+    DATA_CARD_PAGE,
+    DATA_CARD_TEXT,
+    DECISION_FILE,
+    DECISION_TEXT,
+    METRICS_FILE,
+    REPORT_PAGE,
+    REPORT_TEXT,
+)
 from finemill.artifacts.manifest import Manifest, Reference
 from finemill.artifacts.metrics import is_total
 from finemill.credentials import without_credentials
@@ -19,7 +28,16 @@ if TYPE_CHECKING:
 
 PARENT_TAG = "mlflow.parentRunId"
 # What people look at in MLflow's page of a run. Models never go through MLflow.
-ARTIFACT_NAMES = (REPORT_PAGE, REPORT_TEXT, METRICS_FILE, DECISION_TEXT, DECISION_FILE)
+ARTIFACT_NAMES = (
+    REPORT_PAGE,
+    REPORT_TEXT,
+    METRICS_FILE,
+    DECISION_TEXT,
+    DECISION_FILE,
+    DATA_CARD_PAGE,
+    DATA_CARD_TEXT,
+    DATA_CARD_FILE,
+)
 MAX_ARTIFACT_BYTES = 8 * 2**20
 _MAX_PARAMS_PER_BATCH = 100
 _MAX_METRICS_PER_BATCH = 1000

@@ -55,7 +55,7 @@ def test_a_process_that_is_killed_is_a_temporary_error(tmp_path: Path) -> None:
         next(found)
         children = [int(child) for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
         for child in children:
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+            if b"import serve" in Path(f"/proc/{child}/cmdline").read_bytes():
                 os.kill(child, signal.SIGKILL)
         with pytest.raises(TemporaryError, match="a process that formats rows was killed"):
             list(found)

@@ -1,0 +1,201 @@
+"""The data card: where the training set comes from, what became of it, what is in it, and what of it is learned.
+
+The facts are `data_card.json`; `data_card.html`, which needs nothing but itself, and `data_card.md` show them.
+"""
+
+import json
+import unicodedata
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+
+from finemill.artifacts.dataset import IGNORE_INDEX, DatasetRow, read_dataset_rows
+from finemill.artifacts.files import DATA_CARD_FILE, DATA_CARD_PAGE, DATA_CARD_TEXT, DATA_FILE
+from finemill.artifacts.records import write_json
+from finemill.artifacts.rows import find_rows
+from finemill.components.chat_format.report import SplitCounts
+from finemill.components.chat_format.tokenize import ChatTokenizer
+
+_NUM_EXAMPLES = 24
+_SHOWN_CHARACTERS = 6000
+_FIRST_ROWS = 2000
+_PACKED_ROWS = 20_000
+_BATCH = 8
+
+
+def write_card(
+    folder: Path,
+    rows: Path,
+    train: SplitCounts,
+    dataset: Mapping[str, Any],
+    tokenizer: ChatTokenizer,
+    max_length: int | None,
+) -> None:
+    """Write the three files.
+
+    Args:
+        folder: the dataset, its splits written.
+        rows: data-prep's output, with data.json.
+        train: the counts of the training rows.
+        dataset: what dataset.json says.
+        tokenizer: the base model's, which decodes examples.
+        max_length: longest sequence in tokens, which a pack of sequences is filled up to.
+    """
+    prepared = json.loads((rows / DATA_FILE).read_bytes())
+    lengths, first = train.lengths.tolist(), read_dataset_rows(folder, "train", _FIRST_ROWS)
+    facts = {
+        "sources": [_source(own, before) for own, before in zip(dataset["sources"], prepared["sources"], strict=True)],
+        "left_out": list(_left_out(prepared, dataset)),
+        "splits": dataset["splits"],
+        "mix": dataset["mix"],
+        "tokenizer_sha256": dataset["tokenizer_sha256"],
+        "chat_template_sha256": dataset["chat_template_sha256"],
+        "end_of_turn_tokens": dataset["end_of_turn_tokens"],
+        "lengths": histogram(lengths),
+        "packing": packing(lengths, max_length),
+        "scripts": _scripts(first),
+        "examples": list(_examples(_of_all_sources(first), rows, tokenizer)),
+    }
+    write_json(folder / DATA_CARD_FILE, facts)
+    (folder / DATA_CARD_PAGE).write_text(_render("data_card.html.jinja", facts, escape=True), encoding="utf-8")
+    (folder / DATA_CARD_TEXT).write_text(_render("data_card.md.jinja", facts, escape=False), encoding="utf-8")
+
+
+def _source(own: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """A source at each stage."""
+    return {
+        **own,
+        "read": before["read"],
+        "left_out_by_data_prep": sum(before["dropped"].values()),
+        "left_out_by_chat_format": sum(own["rows_dropped"].values()),
+        "shapes": before["shapes"],
+        "unread_columns": before["unread_columns"],
+        "digest": before["digest"],
+    }
+
+
+def _left_out(prepared: Mapping[str, Any], dataset: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows by source and reason, the commonest first; of chat-format's those of the training rows."""
+    stages = ("data-prep", prepared["sources"], "dropped"), ("chat-format", dataset["sources"], "rows_dropped")
+    for stage, sources, key in stages:
+        for source in sources:
+            for reason, number in sorted(source[key].items(), key=lambda item: -item[1]):
+                yield {"stage": stage, "source": source["uri"], "reason": reason, "rows": number}
+
+
+def histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
+    """How many sequences have how many tokens: from a power of two, or the half way to the next, up to the next."""
+    if not lengths:
+        return []
+    edges = [0]
+    while edges[-1] <= max(lengths):
+        edges.append(16 if edges[-1] < 16 else edges[-1] * 3 // 2 if edges[-1].bit_count() == 1 else edges[-1] * 4 // 3)
+    counts = np.histogram(lengths, edges)[0].tolist()
+    bins = [{"from": low, "to": high, "examples": n} for low, high, n in zip(edges, edges[1:], counts, strict=False)]
+    first = next(place for place, own in enumerate(bins) if own["examples"])
+    return bins[first:]
+
+
+def packing(lengths: Sequence[int], max_length: int | None) -> dict[str, float]:
+    """What padding costs: in batches of eight as they come, and in packs of the longest length, best fit first.
+
+    Of many sequences the first twenty thousand are counted, which stand in a random order.
+    """
+    lengths = lengths[:_PACKED_ROWS]
+    if not lengths:
+        return {}
+    room = max(max_length or 0, *lengths)
+    padded = sum(max(batch) * len(batch) for batch in (lengths[i : i + _BATCH] for i in range(0, len(lengths), _BATCH)))
+    packs = num_packs(lengths, room)
+    return {
+        "max_length": room,
+        "padding_in_batches_of_8": round(1 - sum(lengths) / padded, 4),
+        "padding_packed": round(1 - sum(lengths) / (packs * room), 4),
+        "sequences_per_pack": round(len(lengths) / packs, 2),
+    }
+
+
+def num_packs(lengths: Sequence[int], room: int) -> int:
+    """How many packs of `room` tokens hold the sequences, each pack filled with the longest that still fits."""
+    left, packs = sorted(lengths), 0
+    while left:
+        free, packs = room, packs + 1
+        while place := bisect_right(left, free):
+            free -= left.pop(place - 1)
+    return packs
+
+
+def _scripts(rows: Sequence[DatasetRow]) -> dict[str, float]:
+    """The share of letters by script in what is asked and said."""
+    letters: Counter[str] = Counter()
+    for row in rows:
+        said = [message["content"] for message in json.loads(row.messages)] or [row.completion]
+        letters.update(character for text in said for character in text if character.isalpha())
+    scripts: Counter[str] = Counter()
+    for letter, number in letters.items():
+        scripts[unicodedata.name(letter, "OTHER").split()[0].split("-")[0]] += number
+    # Names are capitals: LATIN, CJK.
+    return {
+        name if name == "CJK" else name.title(): round(number / letters.total(), 4)
+        for name, number in scripts.most_common(8)
+    }
+
+
+def _of_all_sources(rows: Sequence[DatasetRow]) -> list[DatasetRow]:
+    """Some of the rows, from every source the same number as far as there are."""
+    turns = Counter[str]()
+    ranked = []
+    for row in rows:
+        turns[row.source] += 1
+        ranked.append((turns[row.source], row))
+    return [row for _, row in sorted(ranked, key=lambda pair: pair[0])[:_NUM_EXAMPLES]]
+
+
+def _examples(shown: Sequence[DatasetRow], rows: Path, tokenizer: ChatTokenizer) -> Iterator[dict[str, Any]]:
+    """Examples as pieces that are learned or not, and the rows that they were made of."""
+    raw = find_rows(rows, "train", {row.id.partition("-")[0] for row in shown})
+    for row in shown:
+        record = raw[row.id.partition("-")[0]]
+        yield {
+            "id": row.id,
+            "source": row.source,
+            "row": record.number,
+            "shape": record.shape,
+            "tokens": len(row.input_ids),
+            "learned_tokens": sum(label != IGNORE_INDEX for label in row.labels),
+            "raw": record.row[:_SHOWN_CHARACTERS],
+            "pieces": _pieces(row, tokenizer),
+            "rejected": row.rejected,
+        }
+
+
+def _pieces(row: DatasetRow, tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
+    pieces, room = [], _SHOWN_CHARACTERS
+    pairs = zip(row.input_ids, row.labels, strict=True)
+    for learned, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
+        text = tokenizer.decode([token for token, _ in run])
+        pieces.append({"learned": learned, "text": text[:room] + ("\u2026" if len(text) > room else "")})
+        room -= len(text)
+        if room <= 0:
+            break
+    return pieces
+
+
+def _render(name: str, facts: Mapping[str, Any], *, escape: bool) -> str:
+    folder = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=escape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["share"] = lambda value: f"{value:.1%}"
+    environment.filters["number"] = lambda value: f"{value:,.0f}"
+    return environment.get_template(name).render(facts)
