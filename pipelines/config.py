@@ -67,7 +67,7 @@ class AlignConfig(StepConfig):
     """How rows become token ids and labels."""
 
     train_dpo: TrainDPOConfig = Field(default_factory=TrainDPOConfig)
-    """Direct preference optimization of LoRA adapters on a 4-bit base, which is its own reference."""
+    """Preference optimization of LoRA adapters on a 4-bit base, which is its own reference: DPO, ORPO, KTO."""
 
     eval: EvalConfig = Field(default_factory=EvalConfig)
     """Which held-out rows are scored, and how the answers are generated."""

@@ -34,11 +34,13 @@ def test_transformers() -> None:
 
 
 def test_trl() -> None:
-    """kernels/trainer.py adds to SFTTrainer's sums; components/train_dpo/step.py keeps DPOTrainer from tokenizing."""
+    """kernels/trainer.py adds to SFTTrainer's sums; components/train_dpo/trainers.py keeps TRL from tokenizing."""
     trl = pytest.importorskip("trl")
     written = inspect.getsource(trl.SFTTrainer)
     assert [name for name in ("_metrics", "_total_train_tokens") if f"self.{name}" not in written] == []
-    assert parameters(trl.DPOTrainer._prepare_dataset)[0] == "dataset"
+    for trainer in (trl.DPOTrainer, trl.KTOTrainer):
+        assert parameters(trainer._prepare_dataset)[0] == "dataset"
+    assert parameters(trl.DPOTrainer._compute_loss) == ["model", "inputs", "return_outputs"]
 
 
 def test_torch() -> None:

@@ -16,7 +16,7 @@ def train_dpo(
     config: dict = {},
     run_id: str = "",
 ):
-    """Train LoRA adapters on preferences, the 4-bit base as reference (DPO).
+    """Train LoRA adapters on preferences, the 4-bit base as reference (DPO, ORPO, KTO).
 
     Args:
         store: folder or s3://bucket/prefix that gets the output.

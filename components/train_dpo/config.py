@@ -6,24 +6,56 @@ from pydantic import Field, model_validator
 
 from finemill.training.config import LoRATrainingConfig
 
-_SMOOTHED = ("robust", "exo_pair")
+_SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+_UNPAIRED = ("kto", "apo_zero_unpaired")
 
 
 class TrainDPOConfig(LoRATrainingConfig):
-    """Direct preference optimization of LoRA adapters on a 4-bit base, which is its own reference."""
+    """Preference optimization of LoRA adapters on a 4-bit base, which is its own reference: DPO, ORPO, KTO."""
 
     sequences_per_row: ClassVar[int] = 2
 
     beta: float = Field(default=0.1, gt=0)
-    """How strongly the model is held to the reference: higher stays closer. With `ipo` the paper's tau."""
+    """How strongly the model is held to the reference: higher stays closer. With `ipo` the paper's tau, with `orpo` its
+    lambda, the weight of the odds ratio."""
 
-    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "exo_pair", "apo_zero", "apo_down"] = "sigmoid"
-    """`sigmoid` is DPO's own. `ipo` and `hinge` overfit less where preferences are certain, `robust` and `exo_pair`
-    expect wrong ones; `apo_zero` also raises the chosen answers, `apo_down` lowers them too, for models that are better
-    than the data."""
+    loss_type: Literal[
+        "sigmoid",
+        "sigmoid_norm",
+        "hinge",
+        "ipo",
+        "robust",
+        "exo_pair",
+        "nca_pair",
+        "bco_pair",
+        "sppo_hard",
+        "aot",
+        "aot_unpaired",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "orpo",
+        "kto",
+        "apo_zero_unpaired",
+    ] = "sigmoid"
+    """`sigmoid` is DPO's own, `sigmoid_norm` the same per token. `ipo` and `hinge` overfit less where preferences are
+    certain, `robust` and `exo_pair` expect wrong ones; `apo_zero` also raises the chosen answers, `apo_down` lowers
+    them too, for models that are better than the data; `aot` compares the sorted pairs of a batch. `orpo` learns the
+    chosen answers and the preference at once, without a reference. `kto` and `apo_zero_unpaired` take each answer by
+    itself, as good or bad. The rest are those of TRL's DPOTrainer."""
+
+    sft_weight: float = Field(default=0.0, ge=0)
+    """Adds the loss of the chosen answers with this weight, which keeps a preference from making them less likely."""
+
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """With `kto` and `apo_zero_unpaired`, what good answers count."""
+
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    """The same for bad answers; where there are fewer of one kind, both kinds should count about the same."""
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """With `robust` the share of preferences that are the wrong way round; with `exo_pair` its epsilon, about 1e-3."""
+    """With `robust` the share of preferences that are the wrong way round, `aot` and `aot_unpaired` likewise; with
+    `exo_pair` its epsilon, about 1e-3."""
 
     precompute_ref_log_probs: bool = False
     """Score all pairs with the reference before training instead of in every step: faster from the second epoch on."""
@@ -41,6 +73,11 @@ class TrainDPOConfig(LoRATrainingConfig):
     """Longer conversations, with either answer, are cut to this many tokens; pairs left without one of the answers are
     dropped and counted."""
 
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether the loss takes each answer by itself."""
+        return self.loss_type in _UNPAIRED
+
     @model_validator(mode="after")
     def _check_loss(self) -> Self:
         if self.label_smoothing and self.loss_type not in _SMOOTHED:
@@ -50,4 +87,19 @@ class TrainDPOConfig(LoRATrainingConfig):
             )
         if self.loss_type == "exo_pair" and not self.label_smoothing:
             raise ValueError("loss_type 'exo_pair' needs a label_smoothing above 0: its paper recommends 1e-3")
+        where = f"with loss_type '{self.loss_type}'"
+        self._refuse(
+            self.loss_type == "orpo",
+            where,
+            sft_weight="lower beta, as it learns the chosen answers itself",
+            precompute_ref_log_probs="choose a loss that has a reference",
+        )
+        self._refuse(self.is_unpaired, where, sft_weight="choose a loss of pairs")
+        kinds = {"desirable_weight": "use 'kto'", "undesirable_weight": "use 'kto'"}
+        self._refuse(not self.is_unpaired, where, **kinds)
+        if self.loss_type in ("kto", "aot", "aot_unpaired") and self.per_device_train_batch_size == 1:
+            raise ValueError(
+                f"loss_type '{self.loss_type}' compares the rows of a forward pass: set per_device_train_batch_size to "
+                "2 or more (4 to 16 are usual)"
+            )
         return self

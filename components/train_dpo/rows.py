@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
+from random import Random
 
 from datasets import Dataset
 
@@ -43,6 +44,30 @@ def load_pairs(dataset: Path, split: Split, max_length: int) -> Dataset:
     if not kept:
         raise UserError(f"{split}: none of its {len(pairs)} pairs has both answers within max_length {max_length}")
     return Dataset.from_list(kept)
+
+
+def load_answers(dataset: Path, split: Split, max_length: int, *, batch_size: int, seed: int) -> Dataset:
+    """Both answers of every pair by themselves, as KTO takes them, in an order that `seed` decides.
+
+    The columns are `prompt_ids`, `completion_ids`, `label`, true for the chosen answers, and `KL_completion_ids`, an
+    answer of another row of the same batch.
+
+    Raises: UserError: as `load_pairs`.
+    """
+    answers = [
+        {"prompt_ids": pair["prompt_ids"], "completion_ids": pair[name], "label": name == "chosen_ids"}
+        for pair in load_pairs(dataset, split, max_length)
+        for name in ("chosen_ids", "rejected_ids")
+    ]
+    Random(seed).shuffle(answers)
+    batches = [answers[start : start + batch_size] for start in range(0, len(answers), batch_size)]
+    return Dataset.from_list(
+        [
+            {**answer, "KL_completion_ids": batch[index - 1]["completion_ids"]}
+            for batch in batches
+            for index, answer in enumerate(batch)
+        ]
+    )
 
 
 def split_pair(chosen: LabelledRow, rejected: LabelledRow) -> Pair:

@@ -1,15 +1,20 @@
-"""Train LoRA adapters on preferences with TRL's DPO and PEFT: the 4-bit base with its adapters off is the reference."""
+"""Train LoRA adapters on preferences with TRL and PEFT: the 4-bit base with its adapters off is the reference."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from trl import DPOConfig, KTOConfig
 
 from finemill.artifacts.dataset import take_chat_template
+from finemill.artifacts.splits import Split
 from finemill.components.train_dpo.config import TrainDPOConfig
-from finemill.components.train_dpo.rows import load_pairs
+from finemill.components.train_dpo.rows import load_answers, load_pairs
+from finemill.components.train_dpo.trainers import ORPOTrainer, TokenizedDPOTrainer, TokenizedKTOTrainer
 from finemill.runtime.context import StepContext
 from finemill.training.adapter import keep_trained_in_float32, lora_config
 from finemill.training.quantized_base import load_base
@@ -33,21 +38,10 @@ def run(
 
     cap_memory(config, device)
 
-    def build(scratch: Path, config: TrainDPOConfig) -> DPOTrainer:
+    def build(scratch: Path, config: TrainDPOConfig) -> Trainer:
         return build_trainer(base_model, dataset, tokenizer, scratch, config, device)
 
     return run_training(build, tokenizer, output_dir, config, context)
-
-
-class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]
-    """TRL's trainer on pairs that are tokenized already.
-
-    Given texts, it would tokenize them anew: with a first token that the template has written already, and with control
-    tokens in what a user typed.
-    """
-
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        return dataset
 
 
 def build_trainer(
@@ -57,15 +51,23 @@ def build_trainer(
     scratch: Path,
     config: TrainDPOConfig,
     device: torch.device,
-) -> DPOTrainer:
+) -> Trainer:
     """TRL's trainer on chat-format's tokens, without a second model as reference."""
-    train_dataset = load_pairs(dataset, "train", config.max_length)
-    trainer = TokenizedDPOTrainer(
+    trainer_class, load = _trainer_and_rows(config)
+    train_dataset = load(dataset, "train", config.max_length)
+    shared: dict[str, Any] = {
+        **shared_arguments(config, scratch, device),
+        "beta": config.beta,
+        "precompute_ref_log_probs": config.precompute_ref_log_probs,
+        # TRL would switch off the adapters' own dropout too.
+        "disable_dropout": not config.lora_dropout,
+    }
+    trainer = trainer_class(
         model=load_base(base_model, config, device),
         ref_model=None,
-        args=_arguments(config, scratch, device),
+        args=_kto_arguments(config, shared) if config.is_unpaired else _dpo_arguments(config, shared),
         train_dataset=train_dataset,
-        eval_dataset=load_pairs(dataset, "validation", config.max_length) if config.eval_steps else None,
+        eval_dataset=load(dataset, "validation", config.max_length) if config.eval_steps else None,
         processing_class=tokenizer,
         peft_config=lora_config(base_model, config),
     )
@@ -73,13 +75,32 @@ def build_trainer(
     return trainer
 
 
-def _arguments(config: TrainDPOConfig, scratch: Path, device: torch.device) -> DPOConfig:
+def _trainer_and_rows(config: TrainDPOConfig) -> tuple[type[Trainer], Callable[[Path, Split, int], Dataset]]:
+    if config.is_unpaired:
+        batch = config.per_device_train_batch_size
+        return TokenizedKTOTrainer, partial(load_answers, batch_size=batch, seed=config.seed)
+    return (ORPOTrainer if config.loss_type == "orpo" else TokenizedDPOTrainer), load_pairs
+
+
+def _dpo_arguments(config: TrainDPOConfig, shared: dict[str, Any]) -> DPOConfig:
+    # ORPOTrainer takes no loss of these.
+    weights: dict[str, float] = {"sigmoid" if config.loss_type == "orpo" else config.loss_type: 1.0}
+    if config.sft_weight:
+        weights["sft"] = config.sft_weight
     return DPOConfig(
-        **shared_arguments(config, scratch, device),
-        beta=config.beta,
-        loss_type=[config.loss_type],
+        **shared,
+        loss_type=list(weights),
+        loss_weights=list(weights.values()),
         label_smoothing=config.label_smoothing,
-        precompute_ref_log_probs=config.precompute_ref_log_probs,
-        # TRL would switch off the adapters' own dropout too.
-        disable_dropout=not config.lora_dropout,
+    )
+
+
+def _kto_arguments(config: TrainDPOConfig, shared: dict[str, Any]) -> KTOConfig:
+    return KTOConfig(
+        **shared,
+        loss_type=config.loss_type,
+        desirable_weight=config.desirable_weight,
+        undesirable_weight=config.undesirable_weight,
+        # load_answers has shuffled the rows and chosen each one's partner in its batch.
+        train_sampling_strategy="sequential",
     )

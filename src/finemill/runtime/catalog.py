@@ -161,7 +161,7 @@ _ALL = (
     ),
     Step(
         "train-dpo",
-        "Train LoRA adapters on preferences, the 4-bit base as reference (DPO).",
+        "Train LoRA adapters on preferences, the 4-bit base as reference (DPO, ORPO, KTO).",
         inputs=("dataset", BASE_MODEL),
         output="adapter",
         config_name="TrainDPOConfig",

@@ -10,8 +10,15 @@ from finemill.errors import UserError
     [
         ({"packing": True}, "unknown key 'packing'"),
         ({"loss_type": "best"}, "'loss_type': .*'sigmoid'"),
-        ({"label_smoothing": 0.1}, "acts with loss_type robust or exo_pair only, not with 'sigmoid'"),
+        (
+            {"label_smoothing": 0.1},
+            "acts with loss_type robust or exo_pair or aot or aot_unpaired only, not with 'sigmoid'",
+        ),
         ({"loss_type": "robust", "label_smoothing": 0.5}, "'label_smoothing': .*less than 0.5"),
+        ({"loss_type": "orpo", "sft_weight": 1.0}, "sft_weight 1.0 has no effect with loss_type 'orpo'"),
+        ({"loss_type": "orpo", "precompute_ref_log_probs": True}, "precompute_ref_log_probs True has no effect"),
+        ({"loss_type": "kto"}, "compares the rows of a forward pass: set per_device_train_batch_size to 2 or more"),
+        ({"desirable_weight": 2.0}, "desirable_weight 2.0 has no effect with loss_type 'sigmoid': .* use 'kto'"),
         ({"loss_type": "exo_pair"}, "needs a label_smoothing above 0"),
         ({"target_modules": ["q_proj", "lm_head"]}, "TRL's losses would pass by"),
         ({"target_modules": []}, "target_modules is empty"),

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from finemill.artifacts.dataset import LabelledRow, PreferenceRow, read_held_out
 from finemill.artifacts.splits import split_path
 from finemill.artifacts.tables import write_rows
-from finemill.components.train_dpo.rows import load_pairs, split_pair
+from finemill.components.train_dpo.rows import load_answers, load_pairs, split_pair
 from finemill.errors import UserError
 
 PAIR = PreferenceRow(
@@ -77,3 +77,15 @@ def test_tokens_are_those_of_the_tokenizer_s_own_template(preferences: Path, tin
             assert pair["prompt_ids"] + ids == tokenizer(text, add_special_tokens=False)["input_ids"]
             assert ids[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert tokenizer.decode(pair["prompt_ids"]) == row.prompt
+
+
+def test_for_kto_both_answers_stand_alone_beside_an_answer_of_another_row_of_their_batch(preferences: Path) -> None:
+    pairs = load_pairs(preferences, "train", max_length=512)
+    answers = load_answers(preferences, "train", 512, batch_size=4, seed=0)
+    assert len(answers) == 2 * len(pairs)
+    assert sum(answers["label"]) == len(pairs)
+    good = {(tuple(pair["prompt_ids"]), tuple(pair["chosen_ids"])) for pair in pairs}
+    assert good == {(tuple(row["prompt_ids"]), tuple(row["completion_ids"])) for row in answers if row["label"]}
+    first = list(answers)[:4]
+    assert [row["KL_completion_ids"] for row in first] == [first[index - 1]["completion_ids"] for index in range(4)]
+    assert list(answers) != list(load_answers(preferences, "train", 512, batch_size=4, seed=1))

@@ -3,7 +3,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finemill.components.train_dpo.config import TrainDPOConfig
-from finemill.components.train_dpo.step import TokenizedDPOTrainer, build_trainer
+from finemill.components.train_dpo.step import build_trainer
 from finemill.components.train_dpo.step import run as train_dpo
+from finemill.components.train_dpo.trainers import TokenizedDPOTrainer
 from finemill.errors import TemporaryError, UserError
 from finemill.runtime.context import StepContext
 from tests.recorder import recorded
@@ -162,6 +163,42 @@ def test_out_of_gpu_memory_goes_on_with_fewer_pairs_per_pass(
         train_dpo(
             base_model=tiny_model_dir, dataset=preferences, output_dir=tmp_path, config=CONFIG, context=make_context()
         )
+
+
+@pytest.mark.parametrize("loss_type", get_args(TrainDPOConfig.model_fields["loss_type"].annotation))
+def test_every_loss_learns_and_its_adapter_opens_in_peft(
+    loss_type: str, make_context: MakeContext, tiny_model_dir: Path, preferences: Path, tmp_path: Path
+) -> None:
+    values = CONFIG.model_dump(exclude_unset=True) | {"loss_type": loss_type, "max_steps": 8, "eval_steps": 4}
+    values |= {"exo_pair": {"label_smoothing": 1e-3}, "sppo_hard": {"beta": 1.0}}.get(loss_type, {})
+    config, context = TrainDPOConfig.model_validate(values), make_context()
+    train_dpo(base_model=tiny_model_dir, dataset=preferences, output_dir=tmp_path, config=config, context=context)
+    points = [values for _, values in recorded(context).points]
+    # At small margins discopop's loss rises before it falls.
+    name, sign = ("rewards/margins", -1) if loss_type == "discopop" else ("loss", 1)
+    measured = [sign * values[f"validation/{name}"] for values in points if f"validation/{name}" in values]
+    assert measured[-1] < measured[0]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_an_sft_term_is_the_loss_of_the_chosen_answers_times_its_weight(
+    make_context: MakeContext, tiny_model_dir: Path, preferences: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for weight in (0.0, 1.0, 2.0):
+        context = make_context()
+        config = CONFIG.model_copy(update={"sft_weight": weight, "max_steps": 1})
+        train_dpo(
+            base_model=tiny_model_dir,
+            dataset=preferences,
+            output_dir=tmp_path / str(weight),
+            config=config,
+            context=context,
+        )
+        losses.append(recorded(context).points[0][1]["train/loss"])
+    assert losses[1] > losses[0]
+    assert losses[2] - losses[0] == pytest.approx(2 * (losses[1] - losses[0]), rel=1e-3)
 
 
 def _out_of_memory() -> torch.Tensor:
