@@ -192,7 +192,11 @@ def step_context(tmp_path_factory: pytest.TempPathFactory) -> "StepContext":
     return StepContext(
         store=store,
         key="test",
-        references={"base_model": "builtin:tiny-qwen3", "adapter": f"file:///adapter@sha256:{'a' * 64}"},
+        references={
+            "base_model": "builtin:tiny-qwen3",
+            "adapter": f"file:///adapter@sha256:{'a' * 64}",
+            "dataset": f"file:///dataset@sha256:{'d' * 64}",
+        },
         manifests={},
         checkpoints=Checkpoints(f"{store}/checkpoints/test", Producer(step="test", version="0", code="test")),
         recorder=ListRecorder(),

@@ -22,8 +22,7 @@ def gguf_quantize(
         store: folder or s3://bucket/prefix that gets the output.
         model: reference of the output of merge.
         dataset: reference of the output of chat-format: held-out rows to compare on.
-        gguf: gets the reference, <uri>@sha256:<digest>, of <name>-F16.gguf, <name>-Q8_0.gguf, <name>-Q4_K_M.gguf,
-            Modelfile, gguf.json.
+        gguf: gets the reference, <uri>@sha256:<digest>, of <name>-<type>.gguf for each type, Modelfile, gguf.json.
         manifest: gets the output's manifest: files, digests, parents, resolved configuration.
         metrics: gets the step's metrics.
         config: fields as in `finemill schema gguf-quantize`; the rest keep their defaults.

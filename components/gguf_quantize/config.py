@@ -1,16 +1,42 @@
 """Configuration of gguf-quantize."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from finemill.config import StepConfig
 
-Quantization = Literal["F16", "Q8_0", "Q4_K_M"]
+ALIASES: Mapping[str, str] = {
+    "NOT_QUANTIZED": "F16", "FAST_QUANTIZED": "Q8_0", "QUANTIZED": "Q4_K_M", "Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M",
+    "Q5_K": "Q5_K_M", "Q3_K_XS": "IQ3_XS", "FP16": "F16", "FP32": "F32",
+}  # fmt: skip
+"""Other names of quantizations: Unsloth's, and llama.cpp's short ones."""
 
-MAX_KL: Mapping[Quantization, float] = {"F16": 0.01, "Q8_0": 0.02, "Q4_K_M": 0.5}
-"""Nats per token by which a file may differ from the merged model where the configuration says nothing."""
+
+def _canonical(name: object) -> object:
+    """llama.cpp's spelling of a quantization's name."""
+    if not isinstance(name, str):
+        return name
+    upper = name.strip().upper().replace("-", "_")
+    return ALIASES.get(upper, upper)
+
+
+Quantization = Annotated[
+    Literal[
+        "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
+        "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K_L", "Q2_K",
+        "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
+    ],
+    BeforeValidator(_canonical),
+]  # fmt: skip
+
+NEED_IMATRIX = frozenset({"Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
+"""Quantizations that llama.cpp does not write without an importance matrix."""
+
+_MAX_KL = {32: 0.01, 16: 0.01, 8: 0.02, 6: 0.05, 5: 0.2, 4: 0.5, 3: 1.0, 2: 3.0, 1: 5.0}
+# Ternary types are for models that were trained with ternary weights: of those they lose nothing.
+_MAX_KL_TERNARY = 0.1
 
 
 class GGUFQuantizeConfig(StepConfig):
@@ -20,11 +46,12 @@ class GGUFQuantizeConfig(StepConfig):
     """First part of the file names, `<name>-Q4_K_M.gguf`. Default: the base model's name with `-tuned`."""
 
     quantizations: tuple[Quantization, ...] = Field(default=("F16", "Q8_0", "Q4_K_M"), min_length=1)
-    """Files to write: F16 keeps every weight, Q8_0 is half and Q4_K_M about a third of its size."""
+    """Files to write, in llama.cpp's names or Unsloth's, in any case: F16 keeps every weight, Q8_0 is half and Q4_K_M
+    about a third of its size. IQ types are smaller at the same error and slower; TQ types are for ternary models."""
 
     imatrix: bool = False
-    """Weigh each input channel by how strongly the training rows excite it when rounding to 4 and 6 bits: smaller
-    error on such text, for a forward pass over `imatrix_rows` rows."""
+    """Weigh each input channel by how strongly the training rows excite it when rounding: smaller error on such text,
+    for a forward pass over `imatrix_rows` rows. Always so where Q2_K_S or a type of one or two IQ bits is written."""
 
     imatrix_rows: int = Field(default=64, ge=1)
     """Training rows that the channel weights come from."""
@@ -48,7 +75,8 @@ class GGUFQuantizeConfig(StepConfig):
 
     max_kl: dict[Quantization, float] = Field(default_factory=dict)
     """Largest mean KL divergence, in nats per token, of a file from the merged model, by quantization; a file beyond
-    it ends the step. Default: F16 0.01, Q8_0 0.02, Q4_K_M 0.5, a few times what rounding costs small models."""
+    it ends the step. Default, a few times what rounding costs small models: 0.01 for 16 bits, 0.02 for 8, 0.05, 0.2,
+    0.5, 1, 3 for 6 to 2, 5 for 1, 0.1 for TQ types."""
 
     max_points_lost: float = Field(default=5.0, ge=0, le=100)
     """Percentage points of exact match that a file may lose against the merged model before that is said in a
@@ -63,7 +91,15 @@ class GGUFQuantizeConfig(StepConfig):
 
     def allowed_kl(self, quantization: Quantization) -> float:
         """Nats per token by which a file may differ from the merged model."""
-        return self.max_kl.get(quantization, MAX_KL[quantization])
+        if quantization in self.max_kl:
+            return self.max_kl[quantization]
+        bits = int("".join(char for char in quantization.partition("_")[0] if char.isdecimal()))
+        return _MAX_KL_TERNARY if quantization.startswith("TQ") else _MAX_KL[bits]
+
+    @property
+    def needs_imatrix(self) -> bool:
+        """Whether the importance of input channels is measured."""
+        return self.imatrix or not NEED_IMATRIX.isdisjoint(self.quantizations)
 
     @field_validator("quantizations")
     @classmethod

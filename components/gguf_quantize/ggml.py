@@ -1,7 +1,7 @@
 """Rounding float32 rows to a GGML type, by llama.cpp's own code.
 
 The `xllamacpp` wheel holds llama.cpp and exports its C function `ggml_quantize_chunk`. Where it does not, the types
-that the `gguf` package computes in NumPy still work; K-quants need the library.
+that the `gguf` package computes in NumPy still work; K-quants and IQ types need the library.
 """
 
 import ctypes
@@ -19,6 +19,8 @@ from finemill.errors import StepError
 Bytes = NDArray[np.uint8]
 # Float32 values that one call rounds: large enough to hide the call, small enough to share a matrix among threads.
 _CHUNK_VALUES = 1 << 20
+_UNROUNDED = (Type.F32, Type.F16, Type.BF16)
+_IN_NUMPY = (Type.Q8_0, Type.Q5_1, Type.Q5_0, Type.Q4_1, Type.Q4_0, Type.TQ1_0, Type.TQ2_0)
 
 
 def row_bytes(type_: Type, row_length: int) -> int:
@@ -34,10 +36,10 @@ def quantize(values: NDArray[np.float32], type_: Type, num_threads: int, weights
         values: shape (rows, row length), float32.
         weights: importance of each column, shape (row length,), float32, or None for llama.cpp's own default.
     Returns: shape (rows, bytes per row), uint8.
-    Raises: StepError: the type is a K-quant and this machine's llama.cpp does not export its quantizer.
+    Raises: StepError: only llama.cpp rounds to this type, and this machine's does not export its quantizer.
     """
     function = _ggml_quantize_chunk()
-    if type_ in (Type.F32, Type.F16) or (function is None and type_ not in (Type.Q4_K, Type.Q5_K, Type.Q6_K)):
+    if type_ in _UNROUNDED or (function is None and type_ in _IN_NUMPY):
         encoded = quants.quantize(values, type_)
         return np.ascontiguousarray(encoded).view(np.uint8).reshape(values.shape[0], -1)
     if function is None:

@@ -1,9 +1,11 @@
 """Importance of input channels: how much a rounding error in a weight's column would show in the output."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 
@@ -39,3 +41,26 @@ def channel_weights(stored: StoredModel, source: SourceModel, rows: Sequence[Seq
             stored.model(input_ids=batch.input_ids, use_cache=False)
     num_tokens = sum(len(row) for row in rows)
     return {name: (total / num_tokens).cpu().numpy().astype(np.float32) for name, total in sums.items()}
+
+
+def write_imatrix(path: Path, weights: Mapping[str, Array], rows: Sequence[Sequence[int]], dataset: str) -> None:
+    """Write the weights of `channel_weights` as llama.cpp keeps them, for `llama-quantize --imatrix`.
+
+    Args:
+        rows: what the weights were computed on.
+        dataset: a name for them.
+    """
+    num_tokens = sum(len(row) for row in rows)
+    writer = gguf.GGUFWriter(path, "imatrix")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [dataset])
+    writer.add_uint32("imatrix.chunk_count", len(rows))
+    writer.add_uint32("imatrix.chunk_size", max(len(row) for row in rows))
+    for name, mean in weights.items():
+        # Sums and numbers of tokens, so that files of several data sets can be added up.
+        writer.add_tensor(f"{name}.in_sum2", (mean * num_tokens).astype(np.float32)[None])
+        writer.add_tensor(f"{name}.counts", np.array([[num_tokens]], dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

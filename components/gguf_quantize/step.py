@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from finemill.artifacts.dataset import prompt_ids, read_held_out, spread
-from finemill.artifacts.files import GGUF_FILE
+from finemill.artifacts.files import GGUF_FILE, IMATRIX_FILE
 from finemill.artifacts.model import read_merge
 from finemill.artifacts.records import write_json
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig, Quantization
 from finemill.components.gguf_quantize.convert import Array, SourceModel
-from finemill.components.gguf_quantize.imatrix import channel_weights
+from finemill.components.gguf_quantize.imatrix import channel_weights, write_imatrix
 from finemill.components.gguf_quantize.modelfile import modelfile
 from finemill.components.gguf_quantize.verify import Reference, compare, compared_positions
 from finemill.components.gguf_quantize.vocabulary import check_vocabulary, load_tokenizer
@@ -60,7 +60,7 @@ def run(
     output_dir.mkdir(parents=True, exist_ok=True)
     size = sum(size_bytes(source, quantization) for quantization in config.quantizations)
     require_space(output_dir, size, "writing the GGUF files")
-    imatrix = _imatrix(stored, source, dataset, config, context)
+    imatrix = _imatrix(stored, source, dataset, output_dir, config, context)
     files: dict[str, WrittenFile] = {}
     for quantization in config.quantizations:
         context.recorder.log_progress(f"writing {quantization}")
@@ -95,13 +95,21 @@ def default_name(model: Path) -> str:
 
 
 def _imatrix(
-    stored: StoredModel, source: SourceModel, dataset: Path, config: GGUFQuantizeConfig, context: StepContext
+    stored: StoredModel,
+    source: SourceModel,
+    dataset: Path,
+    output_dir: Path,
+    config: GGUFQuantizeConfig,
+    context: StepContext,
 ) -> dict[str, Array] | None:
-    if not config.imatrix:
+    """The importance of input channels, which is published beside the files, or None where nothing asks for it."""
+    if not config.needs_imatrix:
         return None
     context.recorder.log_progress(f"importance of input channels on {config.imatrix_rows} training rows")
-    rows = spread(read_held_out(dataset, "train"), config.imatrix_rows)
-    return channel_weights(stored, source, [row.input_ids for row in rows])
+    rows = [row.input_ids for row in spread(read_held_out(dataset, "train"), config.imatrix_rows)]
+    weights = channel_weights(stored, source, rows)
+    write_imatrix(output_dir / IMATRIX_FILE, weights, rows, context.references["dataset"])
+    return weights
 
 
 def _reference(

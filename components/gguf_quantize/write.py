@@ -13,14 +13,9 @@ from gguf import GGMLQuantizationType as Type
 from finemill.components.gguf_quantize.config import Quantization
 from finemill.components.gguf_quantize.convert import Array, SourceModel, add_hyperparameters
 from finemill.components.gguf_quantize.ggml import quantize, row_bytes
-from finemill.components.gguf_quantize.mixture import TensorType, tensor_type
+from finemill.components.gguf_quantize.mixture import ModelShape, TensorType, tensor_type
 from finemill.components.gguf_quantize.vocabulary import add_vocabulary
 
-_FILE_TYPES = {
-    "F16": gguf.LlamaFileType.MOSTLY_F16,
-    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "Q4_K_M": gguf.LlamaFileType.MOSTLY_Q4_K_M,
-}
 # Values rounded at once: a whole embedding would be in memory thrice.
 _CHUNK_VALUES = 1 << 24
 # Half of the distance between neighbours in bfloat16, relative to them.
@@ -49,9 +44,21 @@ class WrittenFile:
 def size_bytes(model: SourceModel, quantization: Quantization) -> int:
     """Bytes of all tensors in a file of `quantization`."""
     return sum(
-        math.prod(shape[:-1]) * row_bytes(_chosen(model, name, shape, quantization).type, shape[-1])
+        math.prod(shape[:-1]) * row_bytes(tensor_type(name, shape, quantization, _shape(model)).type, shape[-1])
         for name, shape in model.shapes()
     )
+
+
+def _shape(model: SourceModel, *, has_imatrix: bool = False) -> ModelShape:
+    heads = int(model.config["num_attention_heads"])
+    shared = heads // int(model.config.get("num_key_value_heads") or heads)
+    return ModelShape(model.num_layers, shared, model.ties_embeddings, has_imatrix)
+
+
+def _file_type(quantization: Quantization) -> gguf.LlamaFileType:
+    if quantization == "F32":
+        return gguf.LlamaFileType.ALL_F32
+    return gguf.LlamaFileType[f"MOSTLY_{'Q2_K' if quantization == 'Q2_K_L' else quantization}"]
 
 
 def write_gguf(
@@ -73,11 +80,12 @@ def write_gguf(
     add_hyperparameters(writer, model, name)
     add_vocabulary(writer, model.folder, model.num_tokens)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(_FILE_TYPES[quantization])
+    writer.add_file_type(_file_type(quantization))
+    model_shape = _shape(model, has_imatrix=imatrix is not None)
     types: dict[str, TensorType] = {}
     num_parameters = 0
     for tensor_name, shape in model.shapes():
-        chosen = _chosen(model, tensor_name, shape, quantization)
+        chosen = tensor_type(tensor_name, shape, quantization, model_shape)
         types[tensor_name] = chosen
         num_parameters += math.prod(shape)
     halves = {tensor_name for tensor_name, chosen in types.items() if chosen.type == Type.F16}
@@ -104,10 +112,6 @@ def write_gguf(
             if chosen.fell_back
         },
     )
-
-
-def _chosen(model: SourceModel, name: str, shape: tuple[int, ...], quantization: Quantization) -> TensorType:
-    return tensor_type(name, shape, quantization, model.num_layers, ties_embeddings=model.ties_embeddings)
 
 
 def holds_in_float16(values: Array) -> bool:

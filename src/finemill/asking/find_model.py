@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from finemill.artifacts.files import IMATRIX_FILE
 from finemill.artifacts.manifest import Reference
 from finemill.errors import UserError
 from finemill.models.adapter import CONFIG_NAME, check_base, read_adapter_config
@@ -106,7 +107,8 @@ def _folder(name: str, folder: Path, base_model: str | None, parents: dict[str, 
         resolved = resolve_base_model(base)
         check_base(folder, parents or {}, resolved)
         return FoundModel(name, folder=resolved.path, adapter=folder)
-    files = sorted(folder.glob("*.gguf"), key=lambda file: (file.stat().st_size, file.name))
+    found = (file for file in folder.glob("*.gguf") if file.name != IMATRIX_FILE)
+    files = sorted(found, key=lambda file: (file.stat().st_size, file.name))
     if files and not (folder / "config.json").is_file():
         preferred = [file for kind in _PREFERRED for file in files if file.stem.endswith(kind)]
         file = [*preferred, *files][0]

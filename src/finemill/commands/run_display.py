@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO, get_args
 
 from finemill.artifacts.decision import read_decision
-from finemill.artifacts.files import DATA_CARD_PAGE, REPORT_PAGE
+from finemill.artifacts.files import DATA_CARD_PAGE, IMATRIX_FILE, REPORT_PAGE
 from finemill.artifacts.manifest import Manifest, Reference
 from finemill.artifacts.metrics import (
     BROKEN,
@@ -85,7 +85,8 @@ def print_results(references: Mapping[str, str], tracking_uri: str, stream: Text
             write(f"{label:<14}{_place(parsed[step], manifests[step], name)}\n")
     if "gguf-quantize" in parsed:
         for name in _names(manifests["gguf-quantize"], ".gguf"):
-            write(f"{'GGUF':<14}{_place(parsed['gguf-quantize'], manifests['gguf-quantize'], name)}\n")
+            if name != IMATRIX_FILE:
+                write(f"{'GGUF':<14}{_place(parsed['gguf-quantize'], manifests['gguf-quantize'], name)}\n")
     if "promote" in manifests:
         write(f"{'registry':<14}{_registry_line(parsed['promote'])}\n")
     warned = [(step, line) for step, manifest in manifests.items() for line in manifest.warnings]

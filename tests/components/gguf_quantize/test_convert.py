@@ -15,14 +15,16 @@ from transformers import AutoTokenizer
 
 from finemill.components.gguf_quantize import ggml
 from finemill.components.gguf_quantize.config import Quantization
-from finemill.components.gguf_quantize.convert import SourceModel
-from finemill.components.gguf_quantize.mixture import tensor_type
+from finemill.components.gguf_quantize.convert import Array, SourceModel
+from finemill.components.gguf_quantize.imatrix import channel_weights
+from finemill.components.gguf_quantize.mixture import ModelShape, tensor_type
 from finemill.components.gguf_quantize.verify import check_tokenization, kl_divergence
 from finemill.components.gguf_quantize.vocabulary import pre_tokenizer_name
 from finemill.components.gguf_quantize.write import WrittenFile, write_gguf
 from finemill.errors import StepError, UserError
 from finemill.models.causal_lm import load_causal_lm
 from finemill.models.llama_cpp import serve
+from finemill.models.stored_model import StoredModel
 
 TEXT = "Ann has 12 apples and gives 345 away; how many are left of 1000000? It's fine."
 
@@ -79,6 +81,77 @@ def test_q4_k_m_of_the_small_base_needs_no_fallback(tiny_model_dir: Path, tmp_pa
     assert mean_kl(tiny_model_dir, tmp_path / "q4.gguf") < 0.1
 
 
+@pytest.fixture(scope="module")
+def weights(tiny_model_dir: Path) -> dict[str, Array]:
+    rows = [AutoTokenizer.from_pretrained(tiny_model_dir)(TEXT * 4)["input_ids"]]
+    return channel_weights(StoredModel(tiny_model_dir), SourceModel(tiny_model_dir), rows)
+
+
+# llama.cpp's types, by the number of bits and the largest divergence that they may cost here.
+SIZES: tuple[tuple[Quantization, float, float], ...] = (
+    ("F32", 32.2, 1e-5), ("BF16", 16.2, 1e-3), ("Q6_K", 6.7, 0.01), ("Q5_K_M", 5.9, 0.02), ("Q5_K_S", 5.8, 0.02),
+    ("Q5_1", 6.2, 0.02), ("Q5_0", 5.8, 0.02), ("Q4_K_S", 4.9, 0.1), ("Q4_1", 5.3, 0.1), ("Q4_0", 4.9, 0.2),
+    ("IQ4_NL", 4.9, 0.1), ("IQ4_XS", 4.7, 0.1), ("Q3_K_L", 4.7, 0.2), ("Q3_K_M", 4.3, 0.2), ("Q3_K_S", 3.9, 0.2),
+    ("IQ3_M", 4.1, 0.2), ("IQ3_S", 3.9, 0.2), ("IQ3_XS", 3.8, 0.2), ("Q2_K_L", 3.7, 1.0), ("Q2_K", 3.5, 1.0),
+    ("Q2_K_S", 3.2, 2.0), ("IQ2_XXS", 2.6, 2.0), ("TQ2_0", 2.7, 20.0), ("TQ1_0", 2.4, 20.0),
+)  # fmt: skip
+SLOW: tuple[tuple[Quantization, float, float], ...] = (
+    ("IQ3_XXS", 3.5, 1.0), ("IQ2_M", 3.2, 1.0), ("IQ2_S", 3.0, 1.0), ("IQ2_XS", 2.8, 1.0), ("IQ1_M", 2.4, 2.0),
+    ("IQ1_S", 2.3, 2.0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bits", "kl"), [*SIZES, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)]
+)
+def test_every_type_is_written_and_run(
+    quantization: Quantization, bits: float, kl: float, tiny_model_dir: Path, tmp_path: Path, weights: dict[str, Array]
+) -> None:
+    path = tmp_path / "x.gguf"
+    written = write_gguf(SourceModel(tiny_model_dir), path, quantization, "test", 2, weights)
+    assert not written.fallbacks
+    assert bits - 0.2 < written.bits_per_weight < bits
+    file_type = gguf.LlamaFileType(gguf.GGUFReader(path).fields["general.file_type"].contents())
+    assert file_type.name.partition("_")[2] == quantization.replace("Q2_K_L", "Q2_K")
+    assert mean_kl(tiny_model_dir, path) < kl
+
+
+@pytest.mark.parametrize(
+    ("quantization", "name", "expected"),
+    [
+        # Four heads share a value matrix.
+        ("Q2_K", "blk.5.attn_v.weight", Type.Q4_K), ("Q2_K", "blk.5.ffn_down.weight", Type.Q3_K),
+        ("Q2_K_L", "token_embd.weight", Type.Q8_0), ("Q3_K_M", "blk.1.attn_v.weight", Type.Q5_K),
+        ("Q3_K_M", "blk.2.attn_v.weight", Type.Q4_K), ("Q3_K_L", "blk.2.attn_output.weight", Type.Q5_K),
+        ("IQ3_XXS", "blk.2.attn_q.weight", Type.IQ2_S), ("IQ3_XS", "blk.0.ffn_up.weight", Type.IQ3_S),
+        ("IQ3_XS", "blk.5.ffn_up.weight", Type.IQ3_XXS), ("IQ4_XS", "blk.5.attn_v.weight", Type.Q5_K),
+        ("IQ2_M", "output.weight", Type.Q5_K), ("IQ2_S", "token_embd.weight", Type.IQ3_S),
+        ("IQ1_S", "blk.5.attn_output.weight", Type.IQ2_XXS), ("IQ1_S", "blk.0.ffn_down.weight", Type.Q2_K),
+        ("Q4_0", "blk.0.ffn_down.weight", Type.Q4_1), ("Q5_0", "blk.2.ffn_down.weight", Type.Q5_0),
+        ("TQ1_0", "token_embd.weight", Type.Q4_K), ("BF16", "output.weight", Type.BF16),
+        ("Q8_0", "output.weight", Type.Q8_0), ("Q5_K_S", "output.weight", Type.Q6_K),
+    ],
+)  # fmt: skip
+def test_every_mixture_is_llama_cpps(quantization: Quantization, name: str, expected: Type) -> None:
+    model = ModelShape(16, heads_per_kv_head=4, ties_embeddings=False, has_imatrix=True)
+    assert tensor_type(name, (512, 512), quantization, model).type == expected
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        ("IQ2_XXS", Type.IQ4_NL),
+        ("Q3_K_S", Type.IQ4_NL),
+        ("Q5_K_S", Type.Q5_1),
+        ("Q6_K", Type.Q8_0),
+        ("TQ1_0", Type.Q4_0),
+    ],
+)
+def test_rows_of_96_have_a_type_in_every_mixture(quantization: Quantization, expected: Type) -> None:
+    model = ModelShape(16, heads_per_kv_head=1, ties_embeddings=False)
+    assert tensor_type("blk.5.ffn_gate.weight", (512, 96), quantization, model).type == expected
+
+
 def test_metadata_names_template_end_of_turn_and_pre_tokenizer(tiny_model_dir: Path, tmp_path: Path) -> None:
     write(tiny_model_dir, tmp_path / "m.gguf", "F16")
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
@@ -121,12 +194,14 @@ def test_a_first_token_is_declared(llama_dir: Path, tmp_path: Path) -> None:
     ],
 )
 def test_q4_k_m_mixes_types_as_llama_cpp_does(name: str, shape: tuple[int, ...], layers: int, expected: Type) -> None:
-    assert tensor_type(name, shape, "Q4_K_M", layers, ties_embeddings=True).type == expected
+    model = ModelShape(layers, heads_per_kv_head=1, ties_embeddings=True)
+    assert tensor_type(name, shape, "Q4_K_M", model).type == expected
 
 
 def test_an_output_matrix_of_its_own_leaves_the_embedding_to_four_bits() -> None:
-    assert tensor_type("token_embd.weight", (9, 256), "Q4_K_M", 8, ties_embeddings=False).type == Type.Q4_K
-    assert tensor_type("output.weight", (9, 256), "Q4_K_M", 8, ties_embeddings=False).type == Type.Q6_K
+    model = ModelShape(8, heads_per_kv_head=1, ties_embeddings=False)
+    assert tensor_type("token_embd.weight", (9, 256), "Q4_K_M", model).type == Type.Q4_K
+    assert tensor_type("output.weight", (9, 256), "Q4_K_M", model).type == Type.Q6_K
 
 
 @pytest.mark.parametrize(("type_", "bits"), [(Type.Q4_K, 4), (Type.Q6_K, 6), (Type.Q8_0, 8), (Type.Q5_0, 5)])

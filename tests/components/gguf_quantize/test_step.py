@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -55,7 +57,7 @@ def quantized(
 
 def test_every_file_is_written_run_and_recorded(quantized: tuple[Path, Mapping[str, float]]) -> None:
     folder, metrics = quantized
-    names = {"small-F16.gguf", "small-Q8_0.gguf", "small-Q4_K_M.gguf", "Modelfile", "gguf.json"}
+    names = {"small-F16.gguf", "small-Q8_0.gguf", "small-Q4_K_M.gguf", "Modelfile", "gguf.json", "imatrix.gguf"}
     assert {path.name for path in folder.iterdir()} == names
     record = json.loads((folder / "gguf.json").read_text())
     assert record["files"]["Q4_K_M"]["kl"] == metrics["gguf/q4_k_m/kl"]
@@ -179,6 +181,46 @@ def test_channel_weights_are_the_mean_square_of_each_input(tiny_model_dir: Path,
     expected = torch.cat(inputs).square().mean(0)
     torch.testing.assert_close(torch.from_numpy(weights["blk.1.ffn_down.weight"]), expected)
     assert len(weights) == 6 * 7
+
+
+def test_channel_weights_are_published_as_llama_cpp_reads_them(
+    quantized: tuple[Path, Mapping[str, float]], tiny_model_dir: Path, tiny_dataset_dir: Path
+) -> None:
+    rows = [row.input_ids for row in spread(read_held_out(tiny_dataset_dir, "train"), 64)]
+    weights = channel_weights(StoredModel(tiny_model_dir), SourceModel(tiny_model_dir), rows)
+    reader = gguf.GGUFReader(quantized[0] / "imatrix.gguf")
+    assert reader.fields["general.type"].contents() == "imatrix"
+    assert reader.fields["imatrix.chunk_count"].contents() == len(rows)
+    assert reader.fields["imatrix.chunk_size"].contents() == max(len(row) for row in rows)
+    assert isinstance(reader.fields["imatrix.datasets"].contents(), list)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    for name, expected in weights.items():
+        sums, counts = tensors.pop(f"{name}.in_sum2"), tensors.pop(f"{name}.counts")
+        assert list(sums.shape) == [len(expected), 1]
+        assert list(counts.shape) == [1, 1]
+        np.testing.assert_allclose(sums.data[0] / counts.data[0], expected, rtol=1e-6)
+    assert not tensors
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("q4_k_m", "Q4_K_M"), ("iq2-xxs", "IQ2_XXS"), ("quantized", "Q4_K_M"), ("fast_quantized", "Q8_0"),
+     ("not_quantized", "F16"), ("q5_k", "Q5_K_M"), ("bf16", "BF16")],
+)  # fmt: skip
+def test_names_of_any_case_and_aliases_mean_llama_cpps_types(given: str, meant: str) -> None:
+    config = GGUFQuantizeConfig.model_validate({"quantizations": [given], "max_kl": {given: 0.125}})
+    assert config.quantizations == (meant,)
+    assert config.allowed_kl(config.quantizations[0]) == 0.125
+
+
+def test_one_type_under_two_names_is_refused() -> None:
+    with pytest.raises(ValueError, match="each quantization once, found Q4_K_M, Q4_K_M"):
+        GGUFQuantizeConfig.model_validate({"quantizations": ["q4_k_m", "quantized"]})
+
+
+def test_a_type_that_needs_an_imatrix_gets_one() -> None:
+    assert GGUFQuantizeConfig.model_validate({"quantizations": ["Q8_0", "IQ2_XS"]}).needs_imatrix
+    assert not GGUFQuantizeConfig().needs_imatrix
 
 
 def test_divergence_over_all_tokens_and_with_a_rest() -> None:
