@@ -52,6 +52,7 @@ def write_card(
     facts = {
         "sources": [_source(own, before) for own, before in zip(dataset["sources"], prepared["sources"], strict=True)],
         "left_out": list(_left_out(prepared, dataset)),
+        "advice": prepared["advice"],
         "splits": dataset["splits"],
         "mix": dataset["mix"],
         "tokenizer_sha256": dataset["tokenizer_sha256"],
@@ -76,6 +77,7 @@ def _source(own: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]
         "left_out_by_chat_format": sum(own["rows_dropped"].values()),
         "shapes": before["shapes"],
         "unread_columns": before["unread_columns"],
+        "flags": before["flags"],
         "digest": before["digest"],
     }
 

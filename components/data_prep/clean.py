@@ -6,12 +6,13 @@ import logging
 import re
 import tempfile
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 from finemill.components.data_prep.config import DataPrepConfig, Source
+from finemill.components.data_prep.quality import flags_of
 from finemill.components.data_prep.read import Damaged, Row
 from finemill.errors import UserError
 from finemill.rows.conversation import Conversation, first_question, num_characters, whole_text
@@ -45,12 +46,16 @@ class Record:
 
 @dataclass
 class SourceCounts:
-    """What became of a source's rows; `rejected` holds number, reason and field of those left out."""
+    """What became of a source's rows.
+
+    `rejected` holds number, reason and field of those left out, `flags` the numbers of doubtful ones by flag.
+    """
 
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
+    flags: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     rejected: list[tuple[int, str, str]] = field(default_factory=list)
 
     def drop(self, number: int, reason: str, where: str = "") -> None:
@@ -113,6 +118,13 @@ def clean_rows(
             counts.drop(counts.read, str(reason), reason.field)
             continue
         counts.unread.update(conversation.unread)
+        flags = flags_of(conversation)
+        for flag in flags:
+            counts.flags[flag].append(counts.read)
+        unwanted = next((flag for flag in flags if flag in config.drop_flagged), None)
+        if unwanted is not None:
+            counts.drop(counts.read, unwanted)
+            continue
         said = normalize_text(whole_text(conversation))
         record = Record(
             source=number,

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from finemill.artifacts.rows import Mix, MixBy, MixPolicy
 from finemill.artifacts.splits import Split
+from finemill.components.data_prep.quality import Flag
 from finemill.config import StepConfig
 from finemill.rows.shapes import ShapeName
 
@@ -61,9 +62,17 @@ class DataPrepConfig(StepConfig):
     """Share of prompts held out for the loss during training."""
     dedup: Literal["none", "exact", "normalized", "minhash"] = "normalized"
     """Which rows count as repeated: the same content; the same text but for case, width and spaces; or also an
-    estimated word-triple overlap of `minhash_threshold`. The first one read is kept."""
+    estimated overlap of word triples (of letters in scripts without spaces) of `minhash_threshold`, within and across
+    splits. The first one read is kept."""
     minhash_threshold: float = Field(default=0.8, gt=0, lt=1)
     """Share of word triples (Jaccard) from which `dedup: minhash` takes two rows for near-duplicates."""
+    benchmarks: list[str] = Field(default_factory=list)
+    """Files of benchmarks (URIs as in `sources`): a row that shares a run of `benchmark_ngram` words with one of their
+    questions or answers is left out as `benchmark`; of shorter ones of eight words and more the whole counts."""
+    benchmark_ngram: int = Field(default=13, ge=5)
+    """Words, or letters in scripts without spaces, that a row may not share in a run with a benchmark."""
+    drop_flagged: list[Flag] = Field(default_factory=list)
+    """Which doubtful rows are left out; all are counted by name in data.json, report.md and the data card."""
     min_characters: int = Field(default=1, ge=0)
     """Shortest row kept, prompt and answer together, in characters."""
     max_characters: int | None = Field(default=None, ge=1)

@@ -1,21 +1,25 @@
 """Repeated rows: the same content, the same text, or nearly the same text by MinHash."""
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finemill.components.data_prep.clean import Record
 from finemill.components.data_prep.config import DataPrepConfig
+from finemill.components.data_prep.units import runs_of, units_of
+from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
 
 # 128 hash functions estimate a Jaccard index of 0.8 to +-0.035; 32 bands of 4 find a pair of 0.8 with 99.999999 %.
 _NUM_HASHES = 128
-_BAND_ROWS = 4
-# The largest prime below 2^32: 32-bit hashes times 32-bit factors wrap around it often and fit in 64 bits.
-_PRIME = np.uint64(2**32 - 5)
-_SHINGLE_WORDS = 3
+_BAND_HASHES = 4
+_SHINGLE_UNITS = 3
+# Fixed: which rows are near-duplicates must not depend on a seed.
+_SEED = 42
+# Of rows that share a band, so many are compared with all others; more are boilerplate that other bands tell apart.
+_MOST_LEADERS = 64
 
 
 class Deduplicator:
@@ -35,8 +39,16 @@ class Deduplicator:
         first = self._seen.setdefault(key, (record.source, record.number))
         if first != (record.source, record.number):
             raise DroppedRowError("duplicate", self._place(first, record))
-        if self._mode == "minhash" and self._near.seen(text):
-            raise DroppedRowError("near_duplicate")
+        if self._mode == "minhash":
+            self._near.add(text)
+
+    def near_duplicates(self, records: list[Record]) -> dict[int, str]:
+        """Which of the rows that were checked are near-duplicates, by their place, and what each nearly repeats."""
+        found = self._near.repeats() if self._mode == "minhash" else {}
+        return {
+            later: self._place((records[first].source, records[first].number), records[later])
+            for later, first in found.items()
+        }
 
     def _place(self, place: tuple[int, int], record: Record) -> str:
         source, number = place
@@ -44,42 +56,57 @@ class Deduplicator:
 
 
 class NearDuplicates:
-    """MinHash signatures (Broder 1997) with banded lookup (Leskovec, Mining of Massive Datasets, section 3.4)."""
+    """MinHash signatures (Broder 1997) with banded lookup (Leskovec, Mining of Massive Datasets, section 3.4).
+
+    Memory holds 512 bytes a text.
+    """
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
-        self._signatures: list[NDArray[np.uint32]] = []
-        self._bands: dict[bytes, list[int]] = {}
-        # Fixed: which rows are near-duplicates must not depend on a seed.
-        generator = np.random.Generator(np.random.PCG64(0))
-        self._factors = generator.integers(1, _PRIME, _NUM_HASHES, dtype=np.uint64)
-        self._offsets = generator.integers(0, _PRIME, _NUM_HASHES, dtype=np.uint64)
+        self._signatures = array("I")
 
-    def seen(self, text: str) -> bool:
-        """Whether a text like this one was given before; if not, it is remembered."""
-        signature = self._signature(text)
-        keys = [b"%d:" % band + part.tobytes() for band, part in enumerate(signature.reshape(-1, _BAND_ROWS))]
-        candidates = {index for key in keys for index in self._bands.get(key, ())}
-        if any(np.mean(self._signatures[index] == signature) >= self._threshold for index in candidates):
-            return True
-        for key in keys:
-            self._bands.setdefault(key, []).append(len(self._signatures))
-        self._signatures.append(signature)
-        return False
+    def add(self, text: str) -> None:
+        """Remember a text: the smallest hashes of its triples of words, or of letters in scripts without spaces.
 
-    def _signature(self, text: str) -> NDArray[np.uint32]:
-        """The smallest value of every hash function over the text's word triples, shape (128,)."""
-        hashes = np.fromiter(_shingle_hashes(text), dtype=np.uint64)
-        values = (self._factors[:, None] * hashes + self._offsets[:, None]) % _PRIME
-        minima: NDArray[np.uint32] = values.min(axis=1).astype(np.uint32)
-        return minima
+        Raises: UserError: rensa is not installed.
+        """
+        try:
+            from rensa import RMinHash
+        except ImportError:
+            raise UserError("dedup minhash needs rensa: pip install 'finemill[data]'") from None
+        sketch = RMinHash(_NUM_HASHES, _SEED)
+        sketch.update(list(runs_of(units_of(text), _SHINGLE_UNITS)))
+        self._signatures.extend(sketch.digest())
+
+    def repeats(self) -> dict[int, int]:
+        """For each text that is nearly one before it, that one, as numbers in the order in which they were added."""
+        signatures = np.frombuffer(self._signatures, dtype=np.uint32).reshape(-1, _NUM_HASHES)
+        found: dict[int, int] = {}
+        for band in range(0, _NUM_HASHES, _BAND_HASHES):
+            for group in _groups(signatures[:, band : band + _BAND_HASHES]):
+                self._compare(signatures, group, found)
+        return found
+
+    def _compare(self, signatures: NDArray[np.uint32], group: NDArray[np.int64], found: dict[int, int]) -> None:
+        """Add those of a group that are nearly one before them. Texts that are found already decide nothing."""
+        left = [number for number in group.tolist() if number not in found]
+        for _ in range(_MOST_LEADERS):
+            if len(left) < 2:
+                return
+            leader, others = left[0], np.array(left[1:])
+            near = (signatures[others] == signatures[leader]).mean(axis=1) >= self._threshold
+            found.update(dict.fromkeys(others[near].tolist(), leader))
+            left = others[~near].tolist()
 
 
-def _shingle_hashes(text: str) -> Iterable[int]:
-    for shingle in set(_shingles(text.split())):
-        yield int.from_bytes(hashlib.blake2b(shingle.encode(), digest_size=4).digest(), "big")
-
-
-def _shingles(words: list[str]) -> Iterator[str]:
-    for start in range(max(1, len(words) - _SHINGLE_WORDS + 1)):
-        yield " ".join(words[start : start + _SHINGLE_WORDS])
+def _groups(band: NDArray[np.uint32]) -> Iterator[NDArray[np.int64]]:
+    """Numbers of the texts that agree in a band, where there are several, each group in order."""
+    keys = np.zeros(len(band), dtype=np.uint64)
+    for column in range(band.shape[1]):
+        # An odd factor, so that no hash is lost; two bands that meet by chance are told apart by their signatures.
+        keys = keys * np.uint64(0x9E3779B97F4A7C15) + band[:, column]
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] + np.uint64(1)))
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
+        if end - start > 1:
+            yield order[start:end]

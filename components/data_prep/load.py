@@ -41,12 +41,14 @@ def source_digests(inputs: Mapping[str, str], config: DataPrepConfig, tracking: 
     Raises: UserError: a source is missing, empty or out of reach.
     """
     digests = {}
-    for number, source in enumerate(config.sources):
+    named = [(f"sources.{number} {source.uri}", source) for number, source in enumerate(config.sources)]
+    named += [(f"benchmarks.{number} {uri}", Source(uri=uri)) for number, uri in enumerate(config.benchmarks)]
+    for name, source in named:
         try:
             lines = [f"{file.digest()} {file.name}\n" for file in locate_files(source, config.seed)]
         except OSError as error:
             raise UserError(f"source '{source.uri}' cannot be read: {error.strerror} ({error.filename})") from None
-        digests[f"sources.{number} {source.uri}"] = hashlib.sha256("".join(lines).encode()).hexdigest()
+        digests[name] = hashlib.sha256("".join(lines).encode()).hexdigest()
     return digests
 
 

@@ -12,8 +12,11 @@ from finemill.artifacts.records import write_json
 from finemill.artifacts.splits import Split
 from finemill.components.data_prep.clean import Record, SourceCounts
 from finemill.components.data_prep.config import DataPrepConfig
+from finemill.components.data_prep.quality import advice_for
 
 logger = logging.getLogger(__name__)
+
+_FIRST = 5
 
 Counts = dict[str, dict[str, Any]]
 
@@ -70,12 +73,16 @@ def write_report(
             "dropped": dict(sorted(count.dropped.items())),
             "first_unknown_rows": count.first("unknown_shape"),
             "unread_columns": dict(sorted(count.unread.items())),
+            "flags": {
+                name: {"rows": len(numbers), "first": numbers[:_FIRST]} for name, numbers in sorted(count.flags.items())
+            },
             "digest": digests.get(f"sources.{number} {source.uri}"),
         }
         for number, (name, source, count) in enumerate(zip(config.source_names, config.sources, counts, strict=True))
     ]
     mix = config.mix
-    data = {"sources": sources, "mix": mix.model_dump() if mix else None, "splits": splits}
+    advice = advice_for(splits["train"]["rows"])
+    data = {"sources": sources, "mix": mix.model_dump() if mix else None, "splits": splits, "advice": advice}
     write_json(folder / DATA_FILE, data)
     (folder / REPORT_TEXT).write_text(_markdown(data), encoding="utf-8")
     _write_rejected(folder / REJECTED_FILE, config, counts)
@@ -114,6 +121,8 @@ def _markdown(data: Mapping[str, Any]) -> str:
         cells = source["uri"], source["read"], _listed(source["shapes"]), _listed(source["dropped"]) + note
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     lines += _unread_lines(data["sources"])
+    lines += _flag_lines(data["sources"])
+    lines += ["", data["advice"]] if data["advice"] else []
     lines += ["", _mix_line(data["mix"]), ""]
     lines += [
         "| split | source | rows | share | characters | share | weight |",
@@ -141,6 +150,13 @@ def _unread_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     unread = [(s["uri"], name, number) for s in sources for name, number in s["unread_columns"].items()]
     table = ["", "| source | column that is not read | rows |", "| --- | --- | ---: |"]
     return [*table, *(f"| {uri} | {name} | {number} |" for uri, name, number in unread)] if unread else []
+
+
+def _flag_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    flagged = [(s["uri"], name, flag["rows"], flag["first"]) for s in sources for name, flag in s["flags"].items()]
+    table = ["", "| source | doubtful | rows | first |", "| --- | --- | ---: | --- |"]
+    lines = (f"| {uri} | {name} | {number} | {', '.join(map(str, first))} |" for uri, name, number, first in flagged)
+    return [*table, *lines] if flagged else []
 
 
 def _listed(counts: Mapping[str, int]) -> str:

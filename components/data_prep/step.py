@@ -6,6 +6,7 @@ from pathlib import Path
 
 from finemill.artifacts.rows import PreparedRow, rows_writer
 from finemill.artifacts.splits import SPLITS, Split
+from finemill.components.data_prep.benchmark import Benchmarks
 from finemill.components.data_prep.clean import Record, SourceCounts, Spool, clean_rows
 from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.data_prep.dedup import Deduplicator
@@ -47,12 +48,18 @@ def _read_splits(
     config: DataPrepConfig, spool: Spool, counts: list[SourceCounts], context: StepContext
 ) -> dict[Split, list[Record]]:
     """The usable rows of each split, in a random order that is always the same."""
-    dedup = Deduplicator(config)
-    splits: dict[Split, list[Record]] = {split: [] for split in SPLITS}
+    checks = (Deduplicator(config), Benchmarks(config))
+    read: list[Record] = []
     # A row that is held out and elsewhere, too, stays held out.
     numbers = sorted(range(len(config.sources)), key=lambda number: config.sources[number].into in (None, "train"))
     for number in numbers:
-        for record in _read_source(number, config, spool, counts[number], dedup, context):
+        read += _read_source(number, config, spool, counts[number], checks, context)
+    near = checks[0].near_duplicates(read)
+    splits: dict[Split, list[Record]] = {split: [] for split in SPLITS}
+    for place, record in enumerate(read):
+        if place in near:
+            counts[record.source].drop(record.number, "near_duplicate", near[place])
+        else:
             splits[_split_of(record, config)].append(record)
     _leave_out_held_out(splits, counts)
     for records in splits.values():
@@ -65,7 +72,7 @@ def _read_source(
     config: DataPrepConfig,
     spool: Spool,
     counts: SourceCounts,
-    dedup: Deduplicator,
+    checks: tuple[Deduplicator, Benchmarks],
     context: StepContext,
 ) -> Iterator[Record]:
     """The usable rows of a source that no row before them repeats."""
@@ -78,7 +85,8 @@ def _read_source(
                 counts.dropped["not_sampled"] += 1
                 continue
             try:
-                dedup.check(record, text)
+                for check in reversed(checks):
+                    check.check(record, text)
             except DroppedRowError as reason:
                 counts.drop(record.number, str(reason), reason.field)
             else:

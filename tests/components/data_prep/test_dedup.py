@@ -39,8 +39,14 @@ def reasons(mode: str, *texts: str) -> list[str | None]:
     config = parse_config(DataPrepConfig, {"sources": [{"uri": "a"}], "dedup": mode}, "data-prep")
     dedup = Deduplicator(config)
     with closing(Spool()) as spool:
-        cleaned = clean_rows(({"text": text} for text in texts), 0, config, spool, SourceCounts())
-        return [reason_of(dedup, record, text) for record, text in cleaned]
+        cleaned = list(clean_rows(({"text": text} for text in texts), 0, config, spool, SourceCounts()))
+    found = [reason_of(dedup, record, text) for record, text in cleaned]
+    kept = [record for (record, _), reason in zip(cleaned, found, strict=True) if reason is None]
+    near = {kept[place].number for place in dedup.near_duplicates(kept)}
+    return [
+        "near_duplicate" if record.number in near else reason
+        for (record, _), reason in zip(cleaned, found, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -73,11 +79,34 @@ def test_minhash_decides_by_the_overlap_of_word_triples() -> None:
         first, second = ({tuple(text[i : i + 3]) for i in range(58)} for text in (words, other))
         overlap = len(first & second) / len(first | second)
         near = NearDuplicates(threshold=0.6)
-        near.seen(" ".join(words))
+        near.add(" ".join(words))
+        near.add(" ".join(other))
         # The estimate has a standard deviation of 0.04.
-        right += abs(overlap - 0.6) < 0.12 or near.seen(" ".join(other)) == (overlap >= 0.6)
+        right += abs(overlap - 0.6) < 0.12 or near.repeats() == ({1: 0} if overlap >= 0.6 else {})
     assert right == 100
 
 
 def test_texts_shorter_than_a_triple_are_compared_whole() -> None:
     assert reasons("minhash", "one two", "one three", "x") == [None, None, None]
+
+
+CHINESE = (
+    "\u6cb3\u6d41\u5728\u57ce\u5e02\u4e4b\u95f4\u7f13\u7f13\u5730\u6d41\u6dcc\u7740\u6e05"
+    "\u6f88\u7684\u6c34\u58f0\u548c\u98ce\u4e00\u8d77\u5531\u6b4c\u76f4\u5230\u591c\u665a"
+    "\u964d\u4e34"
+)
+
+
+def test_near_duplicates_are_found_in_scripts_without_spaces() -> None:
+    """Word triples alone see such a text as one word, of which every other one is another."""
+    changed = CHINESE * 2 + CHINESE.replace("\u57ce", "\u6751")
+    other = "".join(Random(0).sample(CHINESE * 3, len(CHINESE) * 3))
+    assert reasons("minhash", CHINESE * 3, changed, other) == [None, "near_duplicate", None]
+
+
+def test_of_many_near_duplicates_the_first_stays_and_is_named() -> None:
+    near, rng = NearDuplicates(threshold=0.8), Random(0)
+    words = text_of(rng)
+    for number in range(300):
+        near.add(" ".join([*words[:59], f"end{number}"] if number % 3 else text_of(rng)))
+    assert near.repeats() == {number: 1 for number in range(2, 300) if number % 3}

@@ -1,0 +1,99 @@
+"""What is doubtful about a row that can be learned: named and counted, left out only if the user says so."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from finemill.rows.conversation import Conversation
+from finemill.rows.thinking import split_thinking
+
+Flag = Literal[
+    "control_tokens",
+    "damaged_encoding",
+    "language_mix",
+    "placeholder",
+    "refusal",
+    "repeated_turn",
+    "truncated_answer",
+]
+
+_CONTROL = re.compile(
+    r"<\|[a-z_0-9]+\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|<\uff5c[^\uff5c]{1,40}\uff5c>", re.IGNORECASE
+)
+# UTF-8 read as Latin-1 or Windows-1252, and what a decoder puts where it cannot go on.
+_DAMAGED = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00e2\u20ac[\u2122\u0153\u201c\u009d\u00a6]|\u00c2[\u00a0-\u00bf]")
+_PLACEHOLDER = re.compile(
+    r"\[(?:insert|your|enter|add|todo)\b[^\]\n]{0,60}\]|<(?:insert|your)\b[^>\n]{0,60}>|\blorem ipsum\b|\bTODO\b"
+    r"|\{\{[^}\n]{1,60}\}\}",
+    re.IGNORECASE,
+)
+_REFUSAL = re.compile(
+    r"\s*(?:(?:i['\u2019]?m|i am) (?:really |very )?sorry,? (?:but )?(?:i|as an)\b.{0,40}?\b(?:can(?:no|['\u2019])t"
+    r"|unable)"
+    r"|(?:sorry, )?i (?:can(?:no|['\u2019])t|am unable to|won['\u2019]t) (?:assist|help|provide|fulfil|comply|answer)"
+    r"|as an ai(?: language)? model\b|\u62b1\u6b49|\u5bf9\u4e0d\u8d77|\u5f88\u62b1\u6b49)",
+    re.IGNORECASE,
+)
+# An answer of more characters than this that ends within a word or after a comma was cut.
+_CUT_LENGTH = 200
+_CUT = re.compile(r"[^\W\d_]\Z|[,;(]\s*\Z")
+# Fewer letters say nothing about a text's language.
+_FEWEST_LETTERS = 20
+
+
+def flags_of(conversation: Conversation) -> list[Flag]:
+    """What is doubtful about a conversation, in the order of the names."""
+    if conversation.text is not None:
+        return [name for name in ("control_tokens", "damaged_encoding") if _IN_TEXT[name](conversation.text)]
+    spoken = [m for m in conversation.messages if m["role"] in ("user", "assistant")]
+    texts = [split_thinking(m["content"])[1] if m["role"] == "assistant" else m["content"] for m in spoken]
+    answer = texts[-1]
+    question = next((text for text, m in zip(texts, spoken, strict=True) if m["role"] == "user"), "")
+    found: dict[Flag, bool] = {name: any(map(test, texts)) for name, test in _IN_TEXT.items()}
+    found["refusal"] = _REFUSAL.match(answer) is not None
+    found["truncated_answer"] = len(answer) > _CUT_LENGTH and _CUT.search(answer.rstrip("\n ")) is not None
+    found["language_mix"] = _script(question) != _script(answer) and None not in (_script(question), _script(answer))
+    found["repeated_turn"] = _repeats([" ".join(text.split()).casefold() for text in texts])
+    return sorted(name for name, holds in found.items() if holds)
+
+
+_IN_TEXT: Mapping[Flag, Callable[[str], bool]] = {
+    "control_tokens": lambda text: _CONTROL.search(text) is not None,
+    "damaged_encoding": lambda text: not text.isascii() and _DAMAGED.search(text) is not None,
+    "placeholder": lambda text: _PLACEHOLDER.search(text) is not None,
+}
+
+
+def _repeats(texts: list[str]) -> bool:
+    """Whether somebody says the same again: users' turns and answers alternate."""
+    said = [text for text in texts if len(text) > _FEWEST_LETTERS]
+    return len(set(said)) < len(said)
+
+
+def _script(text: str) -> bool | None:
+    """Whether most letters are Latin ones; None for too few letters, or for a text with much of both."""
+    letters = [letter for letter in text[:2000] if letter.isalpha()]
+    if len(letters) < _FEWEST_LETTERS:
+        return None
+    latin = sum(letter < "\u0250" for letter in letters) / len(letters)
+    return latin > 0.5 if not 0.1 < latin < 0.9 else None
+
+
+def advice_for(num_rows: int) -> str | None:
+    """What a training set of this size is good for, None where there is nothing to say."""
+    if num_rows < 100:
+        return (
+            f"{num_rows} training rows: enough for a tone or a format, hardly for knowledge; take a base that is tuned "
+            "for chat, two or three epochs and a low rank, and collect at least 100 rows"
+        )
+    if num_rows < 300:
+        return (
+            f"{num_rows} training rows: take a base that is tuned for chat and keeps its chat template; a base model "
+            "that was only pre-trained needs about 300 rows to learn to answer"
+        )
+    if num_rows < 1000:
+        return (
+            f"{num_rows} training rows: either kind of base may do; from about 1000 rows on a base model that was only "
+            "pre-trained is the better start for a style of its own"
+        )
+    return None
