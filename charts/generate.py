@@ -129,7 +129,18 @@ def definitions() -> dict[str, Any]:
     for model in sections:
         schema = model.model_json_schema(ref_template="#/definitions/{model}")
         found |= {**schema.pop("$defs", {}), model.__name__: schema}
-    return dict(sorted(found.items()))
+    return dict(sorted((name, _without_texts(schema)) for name, schema in found.items()))
+
+
+def _without_texts(schema: Any) -> Any:
+    """A schema without titles and descriptions, which `finemill schema` has; a field of such a name is a mapping."""
+    if isinstance(schema, dict):
+        return {
+            key: _without_texts(value)
+            for key, value in schema.items()
+            if key not in ("title", "description") or not isinstance(value, str)
+        }
+    return [_without_texts(item) for item in schema] if isinstance(schema, list) else schema
 
 
 def readme_rows(value: Any, path: str, comments: dict[str, str]) -> list[str]:

@@ -58,17 +58,24 @@ def build_container(task: Task, checks: Iterable[Parameter], cluster: ClusterCon
             *(EnvVar(name=name, value=value) for name, value in CACHE_VARIABLES.items()),
             # Libraries count the node's cores, not the container's: too many threads only get in each other's way.
             EnvVar(name=THREADS_VARIABLE, value_from=_CPU_LIMIT),
+            *(EnvVar(name=name, value=value) for name, value in cluster.variables.items()),
         ],
         env_from=_environment(cluster),
         inputs=[ArgoParameter(name=port) for port, source in task.inputs.items() if isinstance(source, Task)],
         outputs=outputs,
         resources=ArgoResources(
-            cpu_request=size.cpu, cpu_limit=size.cpu, memory_request=size.memory, memory_limit=size.memory
+            cpu_request=size.cpu,
+            cpu_limit=size.cpu,
+            memory_request=size.memory,
+            memory_limit=size.memory,
+            ephemeral_request=size.ephemeral_storage,
+            ephemeral_limit=size.ephemeral_storage,
         ),
         volume_mounts=[
             VolumeMount(name="tmp", mount_path="/tmp"),
             VolumeMount(name="cache", mount_path=CACHE_PATH),
             *([VolumeMount(name="shared-memory", mount_path=SHARED_MEMORY_PATH)] if gpu else []),
+            *(VolumeMount(name=f"mount-{at}", mount_path=item.path) for at, item in enumerate(cluster.all_mounts)),
         ],
         pod_spec_patch=_pod_spec_patch(task, cluster),
         retry_strategy=RetryStrategy(
@@ -77,8 +84,13 @@ def build_container(task: Task, checks: Iterable[Parameter], cluster: ClusterCon
             expression=RETRY_EXPRESSION,
             backoff=Backoff(duration="10", factor=2, cap="5m"),
         ),
-        node_selector=dict(cluster.gpu_node_selector) or None if gpu else None,
-        tolerations=[Toleration(**item) for item in cluster.gpu_tolerations] if gpu else None,
+        annotations=dict(cluster.pod_annotations) or None,
+        node_selector={**cluster.node_selector, **(cluster.gpu_node_selector if gpu else {})} or None,
+        tolerations=[
+            Toleration(**item.model_dump(exclude_none=True))
+            for item in (*cluster.tolerations, *(cluster.gpu_tolerations if gpu else ()))
+        ]
+        or None,
         # The step itself takes a lock in the store, which also keeps other clusters out; this spares a pod that waits.
         synchronization=Synchronization(mutexes=[Mutex(name="finemill-promote")]) if task.name == "promote" else None,
         security_context=SecurityContext(
@@ -93,6 +105,7 @@ def build_container(task: Task, checks: Iterable[Parameter], cluster: ClusterCon
 def _labels(task: Task, cluster: ClusterConfig) -> dict[str, str]:
     queue = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue and task.resources.gpu else {}
     return {
+        **cluster.pod_labels,
         "app.kubernetes.io/name": "finemill",
         "app.kubernetes.io/component": task.name,
         "finemill/image": task.step.image,

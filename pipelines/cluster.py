@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from finemill.config import StepConfig
 from finemill.pipelines.graph import Resources
@@ -23,6 +23,9 @@ CACHE_VARIABLES = {
 }
 """Models and compiled kernels."""
 
+_CA_PATH = "/etc/finemill/ca"
+_CA_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+
 # Keys that a step reads from each object. All are optional: a pod identity may stand in for keys, a hub may be open.
 CONFIG_KEYS = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI", "HF_ENDPOINT")
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -39,10 +42,54 @@ class ContainerSize(StepConfig):
     memory: Memory
     """Memory, `16Gi`. Shared memory counts into it."""
 
+    ephemeral_storage: Memory | None = None
+    """Disk, /tmp and the cache in it, `50Gi`; none leaves it to the node. Argo only."""
+
     @property
     def threads(self) -> int:
         """Whole cores, rounded up."""
         return math.ceil(int(self.cpu[:-1]) / 1000) if self.cpu.endswith("m") else int(self.cpu)
+
+
+class Toleration(StepConfig):
+    """A taint that pods tolerate, as Kubernetes spells it."""
+
+    key: str | None = None
+    """The taint's key; none tolerates all."""
+
+    operator: Literal["Exists", "Equal"] = "Equal"
+    """Whether `value` has to be the taint's."""
+
+    value: str | None = None
+    """The taint's value, for `Equal`."""
+
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """The taint's effect; none tolerates all."""
+
+    toleration_seconds: int | None = Field(default=None, alias="tolerationSeconds")
+    """Seconds after which a taint with `NoExecute` ends the pod all the same."""
+
+
+class Mount(StepConfig):
+    """A folder of every step's container; exactly one of the other fields says what is in it."""
+
+    path: str = Field(pattern="^/[^:]*$")
+    """Where it is, `/etc/certificates`."""
+
+    config_map: str | None = None
+    """Name of a ConfigMap whose keys are the files."""
+
+    secret: str | None = None
+    """Name of a Secret whose keys are the files."""
+
+    claim: str | None = None
+    """Name of a PersistentVolumeClaim."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if sum(source is not None for source in (self.config_map, self.secret, self.claim)) != 1:
+            raise ValueError(f"{self.path}: give one of config_map, secret and claim")
+        return self
 
 
 class ClusterConfig(StepConfig):
@@ -84,8 +131,32 @@ class ClusterConfig(StepConfig):
     gpu_node_selector: Mapping[str, str] = Field(default_factory=dict)
     """Labels of the nodes that GPU steps run on."""
 
-    gpu_tolerations: tuple[Mapping[str, str], ...] = ({"key": "nvidia.com/gpu", "operator": "Exists"},)
+    gpu_tolerations: tuple[Toleration, ...] = (Toleration(key="nvidia.com/gpu", operator="Exists"),)
     """Taints that GPU steps tolerate."""
+
+    node_selector: Mapping[str, str] = Field(default_factory=dict)
+    """Labels of the nodes that all steps run on."""
+
+    tolerations: tuple[Toleration, ...] = ()
+    """Taints that all steps tolerate."""
+
+    env: Mapping[str, str] = Field(default_factory=dict)
+    """Environment variables of all steps: proxies, MLFLOW_TRACKING_INSECURE_TLS. No secrets: they are written out."""
+
+    mounts: tuple[Mount, ...] = ()
+    """Folders of every step's container."""
+
+    ca_config_map: str | None = None
+    """Name of a ConfigMap with the certificates of all authorities to trust under `ca.crt`; none trusts the image's."""
+
+    pod_labels: Mapping[str, str] = Field(default_factory=dict)
+    """Labels of all steps' pods."""
+
+    pod_annotations: Mapping[str, str] = Field(default_factory=dict)
+    """Annotations of all steps' pods."""
+
+    priority_class: str | None = None
+    """Name of the PriorityClass of all steps' pods. Argo only."""
 
     queue: str | None = None
     """Kueue's LocalQueue that GPU steps wait in."""
@@ -104,6 +175,18 @@ class ClusterConfig(StepConfig):
 
     ttl_s: int = Field(default=7 * 24 * 3600, gt=0)
     """Seconds after which a finished Argo workflow is deleted; artifacts, MLflow and logs in them stay."""
+
+    @property
+    def all_mounts(self) -> tuple[Mount, ...]:
+        """The folders, that of the certificates among them."""
+        ca = (Mount(path=_CA_PATH, config_map=self.ca_config_map),) if self.ca_config_map else ()
+        return (*self.mounts, *ca)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables of all steps, those for the certificates among them; the kubelet expands nothing."""
+        ca = dict.fromkeys(_CA_VARIABLES, f"{_CA_PATH}/ca.crt") if self.ca_config_map else {}
+        return {**ca, **{name: value.replace("$", "$$") for name, value in self.env.items()}}
 
     def image(self, role: str) -> str:
         """The image of a role in `src/finemill/runtime/images.py`."""

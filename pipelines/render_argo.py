@@ -4,21 +4,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hera.workflows import DAG, Container, CronWorkflow, EmptyDirVolume, ExistingVolume, WorkflowTemplate
+from hera.workflows import (
+    DAG,
+    Container,
+    CronWorkflow,
+    EmptyDirVolume,
+    ExistingVolume,
+    WorkflowTemplate,
+)
 from hera.workflows import Parameter as ArgoParameter
 from hera.workflows import Task as ArgoTask
 from hera.workflows.models import (
+    ConfigMapVolumeSource,
     LocalObjectReference,
+    PersistentVolumeClaimVolumeSource,
     PodGC,
     PodSecurityContext,
     Quantity,
     SeccompProfile,
+    SecretVolumeSource,
     TTLStrategy,
+    Volume,
     WorkflowTemplateRef,
 )
 
 from finemill.pipelines.argo_container import build_container
-from finemill.pipelines.cluster import CACHE_PATH, ClusterConfig
+from finemill.pipelines.cluster import CACHE_PATH, ClusterConfig, Mount
 from finemill.pipelines.graph import Parameter, Pipeline, Task
 from finemill.pipelines.parameters import for_argo
 
@@ -59,6 +70,7 @@ def build_argo_template(pipeline: Pipeline, defaults: Mapping[str, Any], cluster
             run_as_non_root=True, seccomp_profile=SeccompProfile(type="RuntimeDefault")
         ),
         volumes=_volumes(cluster),
+        pod_priority_class_name=cluster.priority_class,
         ttl_strategy=TTLStrategy(seconds_after_completion=cluster.ttl_s),
         # Pods of failed steps stay as long as the workflow does: they hold the log that tells why.
         pod_gc=PodGC(strategy="OnPodSuccess", delete_delay_duration="10m"),
@@ -106,7 +118,15 @@ def _volumes(cluster: ClusterConfig) -> list[Any]:
     shared = EmptyDirVolume(
         name="shared-memory", mount_path="/dev/shm", medium="Memory", size_limit=Quantity(cluster.shared_memory)
     )
-    return [temporary, cache, shared]
+    return [temporary, cache, shared, *(_mounted(f"mount-{at}", item) for at, item in enumerate(cluster.all_mounts))]
+
+
+def _mounted(name: str, mount: Mount) -> Volume:
+    if mount.config_map:
+        return Volume(name=name, config_map=ConfigMapVolumeSource(name=mount.config_map))
+    if mount.secret:
+        return Volume(name=name, secret=SecretVolumeSource(secret_name=mount.secret))
+    return Volume(name=name, persistent_volume_claim=PersistentVolumeClaimVolumeSource(claim_name=str(mount.claim)))
 
 
 def _add_task(task: Task, container: Container) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from kfp import compiler, dsl, kubernetes
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
+from finemill.errors import UserError
 from finemill.pipelines.cluster import (
     CACHE_PATH,
     CACHE_VARIABLES,
@@ -55,7 +56,9 @@ def build_kfp_pipeline(pipeline: Pipeline, defaults: Mapping[str, Any], cluster:
         pipeline: the graph.
         defaults: parameter values that replace the graph's own defaults.
         cluster: images, secrets by name, sizes, placement.
+    Raises: UserError: the settings ask for what KFP cannot do, or a default is too long.
     """
+    _refuse_argo_s(cluster)
 
     def body(*values: Any) -> None:
         arguments = dict(zip(signature.parameters, values, strict=True))
@@ -130,6 +133,7 @@ def _set_execution(call: Any, task: Task, arguments: Mapping[str, Any], cluster:
         kubernetes.set_image_pull_secrets(call, list(cluster.image_pull_secrets))
     kubernetes.set_security_context(call, run_as_non_root=True)
     _set_environment(call, cluster)
+    _set_pod(call, cluster)
     if task.resources.gpu:
         _set_gpu(call, arguments[GPUS.name], cluster)
 
@@ -148,6 +152,34 @@ def _set_environment(call: Any, cluster: ClusterConfig) -> None:
             call.set_env_variable(name, value)
 
 
+def _set_pod(call: Any, cluster: ClusterConfig) -> None:
+    """What a platform adds to every pod."""
+    for name, value in cluster.variables.items():
+        call.set_env_variable(name, value)
+    for mount in cluster.all_mounts:
+        if mount.config_map:
+            kubernetes.use_config_map_as_volume(call, mount.config_map, mount.path)
+        elif mount.secret:
+            kubernetes.use_secret_as_volume(call, mount.secret, mount.path)
+        elif mount.claim:
+            kubernetes.mount_pvc(call, mount.claim, mount.path)
+    for label, value in cluster.node_selector.items():
+        kubernetes.add_node_selector(call, label, value)
+    for toleration in cluster.tolerations:
+        kubernetes.add_toleration(call, **toleration.model_dump(exclude_none=True))
+    for label, value in cluster.pod_labels.items():
+        kubernetes.add_pod_label(call, label, value)
+    for name, value in cluster.pod_annotations.items():
+        kubernetes.add_pod_annotation(call, name, value)
+
+
+def _refuse_argo_s(cluster: ClusterConfig) -> None:
+    sized = [f"sizes.{name}.ephemeral_storage" for name, size in cluster.sizes.items() if size.ephemeral_storage]
+    given = [*sized, *(["priority_class"] if cluster.priority_class else [])]
+    if given:
+        raise UserError(f"cluster settings: {', '.join(given)}: KFP's pods have no such field, leave it out")
+
+
 def _variables(keys: Iterable[str]) -> dict[str, str]:
     """The environment variable of each key."""
     return {key: f"{TRACKING_PREFIX}{key}" if key.startswith("MLFLOW_") else key for key in keys}
@@ -163,6 +195,6 @@ def _set_gpu(call: Any, gpus: Any, cluster: ClusterConfig) -> None:
     for label, value in cluster.gpu_node_selector.items():
         kubernetes.add_node_selector(call, label, value)
     for toleration in cluster.gpu_tolerations:
-        kubernetes.add_toleration(call, **toleration)
+        kubernetes.add_toleration(call, **toleration.model_dump(exclude_none=True))
     if cluster.queue:
         kubernetes.add_pod_label(call, "kueue.x-k8s.io/queue-name", cluster.queue)

@@ -8,7 +8,10 @@ from typing import Any
 
 import yaml
 
+from finemill.pipelines.cluster import CACHE_VARIABLES
 from finemill.runtime.catalog import STEPS
+
+OWN_LABEL = re.compile(r"app\.kubernetes\.io/|finemill/|kueue\.x-k8s\.io/")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,10 @@ class CompiledTask:
     node_selector: tuple[tuple[str, str], ...]
     tolerations: tuple[str, ...]
     queue: str | None
+    variables: dict[str, str]
+    mounts: dict[str, str]
+    labels: dict[str, str]
+    annotations: dict[str, str]
 
 
 def read_argo(path: Path) -> tuple[dict[str, Any], dict[str, CompiledTask]]:
@@ -36,7 +43,7 @@ def read_argo(path: Path) -> tuple[dict[str, Any], dict[str, CompiledTask]]:
     spec = template["spec"]
     containers = {item["name"]: item for item in spec["templates"] if "container" in item}
     (dag,) = [item["dag"] for item in spec["templates"] if "dag" in item]
-    volumes = {item["name"]: item.get("emptyDir") for item in spec["volumes"]}
+    volumes = {item["name"]: item for item in spec["volumes"]}
     parameters = {item["name"]: _argo_value(item.get("value")) for item in spec["arguments"]["parameters"]}
     return parameters, {item["name"]: _argo_task(item, containers[item["template"]], volumes) for item in dag["tasks"]}
 
@@ -51,6 +58,7 @@ def _argo_task(task: dict[str, Any], template: dict[str, Any], volumes: dict[str
     gpus = patch.get("containers", [{}])[0].get("resources", {}).get("limits", {}).get("nvidia.com/gpu")
     mounts = {item["name"]: item["mountPath"] for item in container["volumeMounts"]}
     environment = container["envFrom"]
+    sources = {name: _argo_volume(volume) for name, volume in volumes.items()}
     given = task.get("arguments", {}).get("parameters", [])
     inputs = {item["name"]: _argo_source(item["value"]) for item in given}
     for argument in container["args"]:
@@ -66,14 +74,29 @@ def _argo_task(task: dict[str, Any], template: dict[str, Any], volumes: dict[str
         cpu=container["resources"]["limits"]["cpu"],
         memory=container["resources"]["limits"]["memory"],
         gpus=re.sub(r"{{workflow\.parameters\.(\w+)}}", r"\1", gpus) if gpus else None,
-        shared_memory=volumes["shared-memory"]["sizeLimit"] if mounts.get("shared-memory") == "/dev/shm" else None,
+        shared_memory=volumes["shared-memory"]["emptyDir"]["sizeLimit"]
+        if mounts.get("shared-memory") == "/dev/shm"
+        else None,
         secrets=frozenset(item["secretRef"]["name"] for item in environment if "secretRef" in item),
         config_map=next(item["configMapRef"]["name"] for item in environment if "configMapRef" in item),
         pull_policy=container["imagePullPolicy"],
         node_selector=tuple(sorted(template.get("nodeSelector", {}).items())),
         tolerations=tuple(json.dumps(item, sort_keys=True) for item in template.get("tolerations", [])),
         queue=template["metadata"]["labels"].get("kueue.x-k8s.io/queue-name"),
+        variables={
+            item["name"]: item["value"]
+            for item in container["env"]
+            if "value" in item and item["name"] not in ("FINEMILL_IMAGE", *CACHE_VARIABLES)
+        },
+        mounts={path: sources[name] for name, path in mounts.items() if name.startswith("mount-")},
+        labels={key: value for key, value in template["metadata"]["labels"].items() if not OWN_LABEL.match(key)},
+        annotations=template["metadata"].get("annotations", {}),
     )
+
+
+def _argo_volume(volume: dict[str, Any]) -> str:
+    kinds = {"configMap": "name", "secret": "secretName", "persistentVolumeClaim": "claimName"}
+    return next((f"{kind} {volume[kind][key]}" for kind, key in kinds.items() if kind in volume), "")
 
 
 def _argo_source(value: str) -> str:
@@ -130,9 +153,39 @@ def _kfp_task(
         config_map=kubernetes["configMapAsEnv"][0]["configMapName"],
         pull_policy=kubernetes["imagePullPolicy"],
         node_selector=tuple(sorted(kubernetes.get("nodeSelector", {}).get("labels", {}).items())),
-        tolerations=tuple(json.dumps(item, sort_keys=True) for item in kubernetes.get("tolerations", [])),
+        tolerations=tuple(
+            json.dumps(_with_numbers(item), sort_keys=True) for item in kubernetes.get("tolerations", [])
+        ),
         queue=kubernetes.get("podMetadata", {}).get("labels", {}).get("kueue.x-k8s.io/queue-name"),
+        variables={
+            item["name"]: item["value"]
+            for item in container["env"]
+            if item["name"] not in ("FINEMILL_IMAGE", "OMP_NUM_THREADS", *CACHE_VARIABLES)
+        },
+        mounts={
+            **{
+                item["mountPath"]: f"configMap {item['configMapName']}"
+                for item in kubernetes.get("configMapAsVolume", [])
+            },
+            **{item["mountPath"]: f"secret {item['secretName']}" for item in kubernetes.get("secretAsVolume", [])},
+            **{
+                item["mountPath"]: f"persistentVolumeClaim {item['constant']}"
+                for item in kubernetes.get("pvcMount", [])
+                if item["mountPath"] != "/cache"
+            },
+        },
+        labels={
+            key: value
+            for key, value in kubernetes.get("podMetadata", {}).get("labels", {}).items()
+            if not OWN_LABEL.match(key)
+        },
+        annotations=kubernetes.get("podMetadata", {}).get("annotations", {}),
     )
+
+
+def _with_numbers(toleration: dict[str, Any]) -> dict[str, Any]:
+    """Protobuf's JSON writes whole numbers of 64 bits as texts."""
+    return {key: int(value) if key == "tolerationSeconds" else value for key, value in toleration.items()}
 
 
 def _kfp_source(value: dict[str, Any], outer: dict[str, str]) -> str:

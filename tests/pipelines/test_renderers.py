@@ -255,3 +255,69 @@ def test_defaults_that_an_engine_would_change_are_packed_for_kfp_and_braceless_f
     assert unpack(kfp["chat_format"]) == argo["chat_format"] == expected
     assert "{{=1" not in (tmp_path / "kfp.yaml").read_text() + (tmp_path / "argo.yaml").read_text()
     assert "$(HOME)" not in (tmp_path / "kfp.yaml").read_text()
+
+
+PLATFORM = """
+env: {HTTPS_PROXY: "http://proxy:3128", PRICE: "$$5 $(HOME)"}
+mounts:
+  - {path: /etc/extra, secret: extra}
+  - {path: /data, claim: shared}
+ca_config_map: corporate-ca
+pod_labels: {sidecar.istio.io/inject: "false"}
+pod_annotations: {cluster-autoscaler.kubernetes.io/safe-to-evict: "false"}
+node_selector: {kubernetes.io/arch: amd64}
+tolerations: [{key: team, operator: Exists, effect: NoExecute, tolerationSeconds: 60}]
+"""
+
+
+def test_what_a_platform_adds_reaches_every_step_on_both_engines(tmp_path: Path) -> None:
+    settings = tmp_path / "cluster.yaml"
+    settings.write_text(PLATFORM)
+    (_, kfp), (_, argo) = compile_both("finetune", tmp_path, "--cluster", str(settings))
+    assert kfp["data-prep"] == argo["data-prep"]
+    assert kfp == argo
+    for task in argo.values():
+        assert task.variables["HTTPS_PROXY"] == "http://proxy:3128"
+        assert task.variables["PRICE"] == "$$$$5 $$(HOME)"
+        assert task.variables["AWS_CA_BUNDLE"] == "/etc/finemill/ca/ca.crt"
+        assert task.mounts == {
+            "/etc/extra": "secret extra",
+            "/data": "persistentVolumeClaim shared",
+            "/etc/finemill/ca": "configMap corporate-ca",
+        }
+        assert task.labels == {"sidecar.istio.io/inject": "false"}
+        assert task.annotations == {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
+        assert ("kubernetes.io/arch", "amd64") in task.node_selector
+        assert '"tolerationSeconds": 60' in task.tolerations[0]
+
+
+@pytest.mark.parametrize(
+    "settings", ["priority_class: batch", "sizes: {gpu: {cpu: 1, memory: 1Gi, ephemeral_storage: 50Gi}}"]
+)
+def test_what_kfp_s_pods_do_not_have_is_for_argo_and_refused_for_kfp(
+    settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "cluster.yaml", tmp_path / "out.yaml"
+    file.write_text(settings)
+    assert main(["compile", "finetune", "--engine", "argo", "--cluster", str(file), "-o", str(out)]) == 0
+    assert re.search("podPriorityClassName: batch|ephemeral-storage: 50Gi", out.read_text())
+    assert main(["compile", "finetune", "--engine", "kfp", "--cluster", str(file), "-o", str(out)]) == 2
+    assert "KFP's pods have no such field" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("mounts: [{path: /x}]", "give one of config_map, secret and claim"),
+        ("mounts: [{path: /x, claim: a, secret: b}]", "give one of config_map, secret and claim"),
+        ("tolerations: [{keys: x}]", "unknown key 'tolerations.0.keys'"),
+        ("gpu_nodeselector: {}", "unknown key 'gpu_nodeselector'"),
+    ],
+)
+def test_wrong_cluster_settings_name_the_key(
+    settings: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(settings)
+    assert main(["compile", "finetune", "--engine", "kfp", "--cluster", str(file), "-o", str(tmp_path / "x")]) == 2
+    assert message in capsys.readouterr().err
