@@ -27,7 +27,7 @@ from finemill.errors import UserError
 from finemill.rows.conversation import Conversation
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.shapes import to_conversation
-from finemill.rows.thinking import with_thinking, without_thinking
+from finemill.rows.thinking import switch_of, thinking_of, with_thinking, without_thinking
 from finemill.rows.turns import Message
 
 
@@ -187,7 +187,24 @@ class _Chat:
             return [without_thinking(message) for message in messages]
         if self._config.enable_thinking is True and self._template.opens_thinking:
             return [with_thinking(message) for message in messages]
-        return list(messages)
+        return self._obeying(messages) if self._template.takes_enable_thinking else list(messages)
+
+    def _obeying(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages in which an answer after `/no_think` has the empty block that the model is to write then.
+
+        Raises: DroppedRowError: a learned answer thinks, or does not, against what its question asks for.
+        """
+        obeying, asked = [], None
+        for number, message in enumerate(messages, start=1):
+            if message["role"] == "user":
+                asked = switch_of(message["content"])
+            elif message["role"] == "assistant" and asked is not None and message.get("weight") != 0:
+                thinks = bool(thinking_of(message))
+                if thinks != asked and not message.get("tool_calls"):
+                    raise DroppedRowError("thinking_switch_disobeyed", f"turn {number}")
+                message = message if asked else with_thinking(message)
+            obeying.append(message)
+        return obeying
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         if self._config.system_prompt is not None and messages[0]["role"] != "system":
@@ -277,6 +294,8 @@ class _Chat:
 
     def _thinks(self, messages: Sequence[Message]) -> bool:
         asked = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=0)
+        if switch_of(messages[asked]["content"]) is not None:
+            return True
         return any(self._template.thinking_of(m) for m in messages[asked:] if m["role"] == "assistant")
 
 

@@ -33,7 +33,8 @@ class Source(StepConfig):
     name: str | None = None
     """Only files in the folder of this name: a data set's configuration on the Hugging Face hub."""
     split: str | None = None
-    """Only files of this split, by their path: `train` takes train.jsonl, train-00000-of-00002.parquet, train/x.csv."""
+    """Only files of this split, by their path: `train` takes train.jsonl, train-00000-of-00002.parquet, train/x.csv.
+    A part of its rows in `datasets`' way: `train[:30%]`, `train[1000:2000]`, `[-10%:]`."""
     max_rows: int | None = Field(default=None, ge=1)
     """Read at most so many rows, from the first; for `example:` the number of rows made (default 2000)."""
     sample: float | None = Field(default=None, gt=0, le=1)

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from finemill.tracking.settings import Tracking
 EXAMPLE_ROWS = 2000
 """Rows of an `example:` source without `max_rows`."""
 
+_PART = re.compile(r"[^\[\]]*\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]")
 # What `datasets`, the hub and LLaMA-Factory write beside the rows.
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -60,8 +61,15 @@ def load_source(source: Source, seed: int) -> Generator[Row | Damaged, None, Non
     named, row = set(source.columns.values()) | set(source.remove_columns), Row()
     with TemporaryDirectory(prefix="finemill-source-") as folder:
         files = locate_files(source, seed)
-        rows = (row for file in files for row in read_rows(file.fetch(Path(folder)), source.format, file.name))
-        for read in islice(rows, source.max_rows):
+        paths: dict[int, Path] = {}
+
+        def rows() -> Iterator[Row | Damaged]:
+            for number, file in enumerate(files):
+                path = paths[number] if number in paths else paths.setdefault(number, file.fetch(Path(folder)))
+                yield from read_rows(path, source.format, file.name)
+
+        start, stop = row_range(source, lambda: sum(1 for _ in rows()))
+        for read in islice(islice(rows(), start, stop), source.max_rows):
             if isinstance(read, Damaged):
                 yield read
             else:
@@ -71,6 +79,37 @@ def load_source(source: Source, seed: int) -> Generator[Row | Damaged, None, Non
     if named and row:
         columns = ", ".join(map(repr, sorted(named)))
         raise UserError(f"{source.uri}: columns: no column {columns}; the rows have {', '.join(sorted(row))}")
+
+
+def split_name(split: str | None) -> str | None:
+    """A split without the part of it that is asked for: `train` of `train[:30%]`; None for all files."""
+    return None if split is None else split.partition("[")[0] or None
+
+
+def row_range(source: Source, count: Callable[[], int]) -> tuple[int, int | None]:
+    """The first row that a source's `split` asks for and the one after the last, None for the end.
+
+    Args:
+        source: the source.
+        count: counts its rows, which shares and places from the end need.
+    Raises: UserError: not a part in `datasets`' way.
+    """
+    split = source.split or ""
+    if "[" not in split:
+        return 0, None
+    match = _PART.fullmatch(split)
+    if match is None:
+        raise UserError(f"{source.uri}: split '{split}': write a part as train[:30%], train[1000:2000] or train[-10%:]")
+    if not any(edge and (edge.endswith("%") or edge.startswith("-")) for edge in match.groups()):
+        return int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
+    total = count()
+    return _place(match["start"] or "0", total), _place(match["stop"], total) if match["stop"] else total
+
+
+def _place(edge: str, total: int) -> int:
+    """A place as `datasets` finds it: shares to the nearest row, places before the begin from the end."""
+    place = round(total * int(edge[:-1]) / 100) if edge.endswith("%") else int(edge)
+    return max(0, place + total if place < 0 else min(place, total))
 
 
 def name_columns(row: Row, source: Source) -> Row:
@@ -109,7 +148,7 @@ def locate_files(source: Source, seed: int) -> list[DataFile]:
 
         files = {name: DataFile(f.uri, f.digest, f.download) for name, f in list_s3_files(source.uri).items()}
     elif scheme == "hf":
-        files = _local_files(snapshot_dataset(source.uri, source.name, source.split), source.uri)
+        files = _local_files(snapshot_dataset(source.uri, source.name, split_name(source.split)), source.uri)
     elif scheme in ("", "file"):
         files = _local_files(local_path(source.uri).expanduser(), source.uri)
     else:
@@ -127,8 +166,8 @@ def _select_files(files: dict[str, DataFile], source: Source) -> list[DataFile]:
     chosen = [name for name in sorted(files) if is_data_file(name) and not _is_beside_data(name)]
     if source.name is not None:
         chosen = [name for name in chosen if source.name in name.split("/")[:-1]]
-    if source.split is not None:
-        word = re.compile(rf"(?:^|[/._-]){re.escape(source.split)}(?:[/._-]|$)", re.IGNORECASE)
+    if (split := split_name(source.split)) is not None:
+        word = re.compile(rf"(?:^|[/._-]){re.escape(split)}(?:[/._-]|$)", re.IGNORECASE)
         chosen = [name for name in chosen if word.search(name)]
     if not chosen:
         asked = "".join(f" of {key} '{getattr(source, key)}'" for key in ("name", "split") if getattr(source, key))

@@ -33,7 +33,7 @@ def load_pairs(dataset: Path, split: Split, max_length: int) -> Dataset:
         )
     if len(preferences) < num_rows:
         logger.warning("%s: %d rows without a rejected answer left out", split, num_rows - len(preferences))
-    pairs = [split_pair(chosen, rejected) for chosen, rejected in preferences]
+    pairs = with_learned([(split_pair(*both), both) for both in preferences])
     cut = [cut_pair(pair, max_length) for pair in pairs]
     kept = [pair for pair in cut if pair["chosen_ids"] and pair["rejected_ids"]]
     if cut != pairs:
@@ -86,8 +86,27 @@ def split_pair(chosen: LabelledRow, rejected: LabelledRow) -> Pair:
     }
 
 
+def with_learned(pairs: Sequence[tuple[Pair, tuple[LabelledRow, LabelledRow]]]) -> list[Pair]:
+    """Pairs with `chosen_learned` and `rejected_learned`, 0 for tokens that the model does not write, if there are any.
+
+    Answers of several messages have such: what a tool gave back, and the headers of turns.
+    """
+    learned = []
+    for pair, rows in pairs:
+        starts = len(pair["prompt_ids"])
+        masks = {
+            f"{name}_learned": [int(label != IGNORE_INDEX) for label in row.labels[starts:][: len(pair[f"{name}_ids"])]]
+            for name, row in zip(("chosen", "rejected"), rows, strict=True)
+        }
+        # The answers begin with the token that joins them with the prompt, learned or not.
+        learned.append({name: [1, *mask[1:]] for name, mask in masks.items()})
+    if all(all(mask) for masks in learned for mask in masks.values()):
+        return [pair for pair, _ in pairs]
+    return [{**pair, **masks} for (pair, _), masks in zip(pairs, learned, strict=True)]
+
+
 def _answer_range(labels: Sequence[int]) -> range:
-    """From the first label to the last: a preference is learned in its last turn only."""
+    """From the first label to the last."""
     learned = [position for position, label in enumerate(labels) if label != IGNORE_INDEX]
     return range(learned[0], learned[-1] + 1)
 

@@ -10,6 +10,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from trl import DPOTrainer, KTOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+
+class PairCollator(DataCollatorForPreference):  # type: ignore[misc]
+    """TRL's, with `chosen_learned` and `rejected_learned` where the answers hold what the model does not write."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Padded pairs, the chosen conversations first; `completion_mask` is 0 where nothing is learned."""
+        batch: dict[str, Any] = super().torch_call(examples)
+        if "chosen_learned" in examples[0]:
+            masks = [example[name] for name in ("chosen_learned", "rejected_learned") for example in examples]
+            starts = [len(example["prompt_ids"]) for example in examples] * 2
+            for row, start, mask in zip(batch["completion_mask"], starts, masks, strict=True):
+                learned = torch.tensor(mask, dtype=row.dtype)[: len(row) - start]
+                row[start : start + len(learned)] *= learned
+        return batch
 
 
 class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]
@@ -17,6 +33,20 @@ class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
+
+    @property
+    def data_collator(self) -> PairCollator:
+        """TRL's collator, which also reads what is learned of the answers."""
+        return self._data_collator
+
+    @data_collator.setter
+    def data_collator(self, collator: DataCollatorForPreference) -> None:
+        self._data_collator = PairCollator(**vars(collator))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = dict.fromkeys((*vars(self)["_signature_columns"], "chosen_learned", "rejected_learned"))
+        self._signature_columns = list(columns)
 
 
 class TokenizedKTOTrainer(KTOTrainer):  # type: ignore[misc]

@@ -1,7 +1,7 @@
 import pytest
 
 from finemill.rows.reasons import DroppedRowError
-from finemill.rows.thinking import split_thinking, with_thinking, without_thinking
+from finemill.rows.thinking import split_thinking, switch_of, with_thinking, without_thinking
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,19 @@ def test_thinking_is_taken_out_or_put_in_of_assistants_only() -> None:
         assert without_thinking(thinking) == spoken
         assert with_thinking(thinking) == thinking
     assert with_thinking(spoken) == {**spoken, "reasoning_content": ""}
+
+
+@pytest.mark.parametrize(
+    ("question", "asked"),
+    [
+        ("2+2? /no_think", False),
+        ("2+2? /think\n", True),
+        ("/no_think 2+2?", False),
+        ("/think 2+2? /no_think", False),
+        ("What does /no_think do?", None),
+        ("see path/think", None),
+        ("", None),
+    ],
+)
+def test_a_switch_counts_at_an_end_of_the_question(question: str, asked: bool | None) -> None:
+    assert switch_of(question) is asked

@@ -9,6 +9,8 @@ from finemill.rows.reasons import DroppedRowError
 _BLOCK = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>(?P<content>.*)", re.DOTALL)
 # Without `<think>`, which some models' prompts end with, only a line of its own can be told from a mention.
 _CLOSED = re.compile(r"(?P<reasoning>(?:(?!</?think>).)*)\n[ \t]*</think>[ \t]*\r?\n(?P<content>.*)", re.DOTALL)
+# At an end, where Qwen3's users write it; one within the text is mentioned.
+_SWITCH = re.compile(r"(?:\A\s*/(no_)?think(?=\s|\Z))|(?:(?<=\s)/(no_)?think\s*\Z)")
 
 
 def split_thinking(text: str) -> tuple[str | None, str]:
@@ -30,6 +32,12 @@ def split_thinking(text: str) -> tuple[str | None, str]:
     if match["content"].lstrip().startswith("<think>"):
         raise DroppedRowError("two_thinking_blocks")
     return match["reasoning"].strip("\r\n"), match["content"].lstrip("\r\n")
+
+
+def switch_of(question: str) -> bool | None:
+    """What `/think` or `/no_think` at an end of a question asks for: the last of them; None where there is neither."""
+    found = [first or last for first, last in _SWITCH.findall(question)] if "think" in question else []
+    return not found[-1] if found else None
 
 
 def thinking_of(message: Mapping[str, Any]) -> str:

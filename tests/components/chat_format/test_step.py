@@ -471,3 +471,17 @@ def test_of_a_long_conversation_the_turns_that_get_an_example_are_limited_and_sp
     ]
     assert summary(result)["examples_dropped"] == {"max_unrolled_turns": 35}
     assert "train: 35 turns are not learned (max_unrolled_turns 35)" in capsys.readouterr().err
+
+
+def test_an_answer_obeys_the_switch_of_its_question(tmp_path: Path) -> None:
+    thought, bare = "<think>\nhm\n</think>\n\n4", "4"
+    rows = [
+        {"prompt": f"2+2? {switch}", "completion": answer}
+        for switch in ("/no_think", "/think")
+        for answer in (thought, bare)
+    ]
+    result, formatted = format_rows(tmp_path, rows)
+    # The model writes the empty block itself, after the prompt of a row that may think.
+    assert [learned(row) for row in formatted] == ["<think>\n\n</think>\n\n4<|im_end|>", f"{thought}<|im_end|>"]
+    assert [json.loads(row["chat_template_kwargs"]) for row in formatted] == [{"enable_thinking": True}] * 2
+    assert summary(result)["rows_dropped"] == {"thinking_switch_disobeyed": 2}

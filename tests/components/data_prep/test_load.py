@@ -5,7 +5,7 @@ from typing import Any
 import boto3
 import pytest
 
-from finemill.components.data_prep.config import DataPrepConfig
+from finemill.components.data_prep.config import DataPrepConfig, Source
 from finemill.components.data_prep.hub import snapshot_dataset
 from finemill.components.data_prep.load import load_source, name_columns, source_digests
 from finemill.components.data_prep.read import Damaged
@@ -214,3 +214,26 @@ def test_only_files_that_may_be_wanted_are_downloaded(monkeypatch: pytest.Monkey
     for (name, split), wanted in expected.items():
         snapshot_dataset("hf://datasets/org/name", name, split)
         assert set(filter_repo_objects(names, allow_patterns=asked)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("split", "numbers"),
+    [
+        ("train[:30%]", range(3)),
+        ("train[-20%:]", range(8, 10)),
+        ("train[2:5]", range(2, 5)),
+        ("train[-3:]", range(7, 10)),
+        ("[25%:75%]", range(2, 8)),
+        ("train[:]", range(10)),
+    ],
+)
+def test_a_part_of_a_split_is_taken_in_datasets_way(tmp_path: Path, split: str, numbers: range) -> None:
+    (tmp_path / "train.jsonl").write_text("".join(f'{{"text": "{number}"}}\n' for number in range(10)))
+    rows = list(load_source(Source(uri=str(tmp_path), split=split), 0))
+    assert rows == [{"text": str(number)} for number in numbers]
+
+
+def test_another_way_to_write_a_part_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match=r"write a part as train\[:30%\]"):
+        list(load_source(Source(uri=str(tmp_path), split="train[:30%]+train[-1:]"), 0))

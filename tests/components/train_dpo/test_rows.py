@@ -7,7 +7,8 @@ from transformers import AutoTokenizer
 from finemill.artifacts.dataset import LabelledRow, PreferenceRow, read_held_out
 from finemill.artifacts.splits import split_path
 from finemill.artifacts.tables import write_rows
-from finemill.components.train_dpo.rows import load_answers, load_pairs, split_pair
+from finemill.components.train_dpo.rows import load_answers, load_pairs, split_pair, with_learned
+from finemill.components.train_dpo.trainers import PairCollator
 from finemill.errors import UserError
 
 PAIR = PreferenceRow(
@@ -89,3 +90,19 @@ def test_for_kto_both_answers_stand_alone_beside_an_answer_of_another_row_of_the
     first = list(answers)[:4]
     assert [row["KL_completion_ids"] for row in first] == [first[index - 1]["completion_ids"] for index in range(4)]
     assert list(answers) != list(load_answers(preferences, "train", 512, batch_size=4, seed=1))
+
+
+def test_what_a_tool_gave_back_is_not_learned() -> None:
+    chosen = LabelledRow(input_ids=[1, 2, 3, 4, 5, 6], labels=[-100, -100, 3, -100, -100, 6])
+    rejected = LabelledRow(input_ids=[1, 2, 7], labels=[-100, -100, 7])
+    (pair,) = with_learned([(split_pair(chosen, rejected), (chosen, rejected))])
+    assert pair["chosen_ids"] == [3, 4, 5, 6]
+    assert (pair["chosen_learned"], pair["rejected_learned"]) == ([1, 0, 0, 1], [1])
+    batch = PairCollator(pad_token_id=0)([{name: list(ids) for name, ids in pair.items()}])
+    assert batch["completion_mask"].tolist() == [[0, 0, 1, 0, 0, 1], [0, 0, 1, 0, 0, 0]]
+
+
+def test_pairs_of_which_all_is_learned_say_nothing_of_it() -> None:
+    chosen = LabelledRow(input_ids=[1, 2, 3], labels=[-100, 2, 3])
+    rejected = LabelledRow(input_ids=[1, 5], labels=[-100, 5])
+    assert with_learned([(split_pair(chosen, rejected), (chosen, rejected))]) == [split_pair(chosen, rejected)]
