@@ -161,6 +161,13 @@ class LoRATrainingConfig(StepConfig):
     eval_steps: int | None = Field(default=None, gt=0)
     """Steps between two measurements of the loss on the validation rows; none by default."""
 
+    early_stopping_patience: int | None = Field(default=None, gt=0)
+    """Evaluations without a lower validation loss after which training stops; the output has the weights of the best
+    evaluation then, also if training comes to its end."""
+
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    """How much lower a validation loss has to be to count."""
+
     save_steps: Annotated[int, Field(gt=0)] | Literal["auto"] | None = "auto"
     """Steps between two checkpoints in the store; `auto` writes the first after half a minute and then as many as take
     2 % of the time; `null` writes them only when the run is told to stop."""
@@ -184,6 +191,12 @@ class LoRATrainingConfig(StepConfig):
             f"on a base of {self.bits} bits",
             bnb_4bit_quant_type="quantize to 4",
             bnb_4bit_use_double_quant="quantize to 4",
+        )
+        self._refuse(self.eval_steps is None, "without eval_steps", early_stopping_patience="set eval_steps")
+        self._refuse(
+            self.early_stopping_patience is None,
+            "without early_stopping_patience",
+            early_stopping_threshold="set early_stopping_patience",
         )
         self._refuse(self.method == "full", "with method 'full'", **dict.fromkeys(_OF_ADAPTERS, "use method 'lora'"))
         if self.init_lora_weights == "loftq" and (self.bits != 4 or self.use_dora):

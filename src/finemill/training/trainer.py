@@ -21,8 +21,10 @@ from finemill.models.base.resolve import read_again, resolve_base_model
 from finemill.runtime.context import StepContext
 from finemill.runtime.processes import is_main_process, num_processes
 from finemill.training.adapter import save_adapter, start_from_quantization_error, subtract_initial
+from finemill.training.advice import warn_of_fit
 from finemill.training.checkpoint import CheckpointCallback, find_checkpoint
 from finemill.training.config import ConfigT, LoRATrainingConfig
+from finemill.training.early_stopping import EarlyStopping
 from finemill.training.optimizer import set_learning_rates
 from finemill.training.quantized_base import compute_dtype
 from finemill.training.record import METRIC_NAMES, RecordCallback
@@ -211,18 +213,34 @@ def _train(
         # It prints every log entry as a dictionary; RecordCallback says the same in a line.
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(RecordCallback(context.recorder, config.learning_rate))
+        best = EarlyStopping(config, scratch, checkpoint) if config.early_stopping_patience else None
+        if best:
+            trainer.add_callback(best)  # before what publishes checkpoints
         trainer.add_callback(checkpoints)
         set_learning_rates(trainer, config)
         loftq = config.init_lora_weights == "loftq"
         initial = start_from_quantization_error(trainer.model, base.path) if loftq else {}
         with checkpoints:
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if best and not checkpoints.stop_requested:
+            best.restore(trainer.model)
     if checkpoints.stop_requested and trainer.state.global_step < trainer.state.max_steps:
         raise TemporaryError(f"stopped at step {trainer.state.global_step}; run again to continue from there")
     save_adapter(trainer, tokenizer, output_dir, base)
     if initial:
         subtract_initial(output_dir, initial)
-    return _metrics(trainer, result.metrics["train_runtime"])
+    _warn_of_fit(trainer)
+    metrics = _metrics(trainer, result.metrics["train_runtime"])
+    if best:
+        metrics |= {"validation/best_loss": best.best_loss, "train/best_step": float(best.best_step)}
+    return metrics
+
+
+def _warn_of_fit(trainer: Trainer) -> None:
+    """Advise by the loss curve of demonstrations: a preference's begins at 0.69 and means something else."""
+    history = trainer.state.log_history
+    if is_main_process() and not any("rewards/margins" in entry for entry in history):
+        warn_of_fit(*([entry[name] for entry in history if name in entry] for name in ("loss", "eval_loss")))
 
 
 def _metrics(trainer: Trainer, seconds: float) -> dict[str, float]:
