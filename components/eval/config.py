@@ -20,7 +20,7 @@ class EvalConfig(StepConfig):
     """Longest answer, in tokens. An answer cut here counts as unfinished; a thinking model needs thousands."""
 
     batch_size: int | None = Field(default=None, ge=1)
-    """Rows answered at once. Default: 64; lower it if the GPU runs out of memory."""
+    """Answers written at once, of base and tuned together. Default: what fits, at most 256 on a GPU, 64 on a CPU."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the model runs; `auto` takes the GPU if there is one."""

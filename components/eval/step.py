@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from finemill.artifacts.adapter import has_tokenizer
 from finemill.artifacts.dataset import HeldOutRow, prompt_ids, read_held_out, spread
 from finemill.artifacts.evaluation import Sample, write_metrics, write_samples
 from finemill.artifacts.metrics import ModelName
+from finemill.components.eval.answer import answer_both, switches
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.loss import assistant_losses
 from finemill.components.eval.metrics import summarize
@@ -23,7 +23,7 @@ from finemill.metrics.rules import keeps_pattern, read_schema
 from finemill.models.adapter import check_base, load_adapter
 from finemill.models.base.resolve import resolve_base_model
 from finemill.models.causal_lm import load_causal_lm, suitable_threads
-from finemill.models.generation import generate_answers, stop_token_ids
+from finemill.models.generation import Answer, stop_token_ids
 from finemill.models.sampling import Sampling
 from finemill.runtime.context import StepContext
 
@@ -51,11 +51,21 @@ def run(
     )
     tuned = load_adapter(_load_base(base_model, config), adapter)
     stops = stop_token_ids(tokenizer, base_model)
+    answers = answer_both(
+        tuned,
+        adapter,
+        tokenizer,
+        [prompt_ids(row, tokenizer) for row in rows],
+        stop_token_ids=stops,
+        max_new_tokens=config.max_new_tokens,
+        sampling=Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.seed),
+        batch_size=config.batch_size,
+        on_progress=context.recorder.log_progress,
+    )
     samples: dict[ModelName, list[Sample]] = {}
-    switches: dict[ModelName, AbstractContextManager[Any]] = {"base": tuned.disable_adapter(), "tuned": nullcontext()}
-    for name, switch in switches.items():
-        with switch, suitable_threads(tuned):
-            samples[name] = score_rows(tuned, tokenizer, rows, name, stops, config, context)
+    for name, switch in switches(tuned).items():
+        with switch(), suitable_threads(tuned):
+            samples[name] = score_rows(tuned, tokenizer, rows, answers[name], name, stops, config)
     metrics = summarize(samples["base"], samples["tuned"])
     write_metrics(output_dir, metrics)
     write_samples(output_dir, [*samples["base"], *samples["tuned"]])
@@ -98,26 +108,16 @@ def score_rows(
     model: Any,
     tokenizer: Any,
     rows: Sequence[HeldOutRow],
+    answers: Sequence[Answer],
     name: ModelName,
     stops: Sequence[int],
     config: EvalConfig,
-    context: StepContext,
 ) -> list[Sample]:
-    """Answer and score every row with `model`, which the samples call `name`."""
+    """Score the `answers` of `model`, which the samples call `name`, and its losses on the references."""
     losses = assistant_losses(model, rows)
     _check_finite(losses, rows, name)
     worse = {index: other for index, row in enumerate(rows) if (other := row.with_rejected)}
     rejected_losses = dict(zip(worse, assistant_losses(model, list(worse.values())), strict=True))
-    answers = generate_answers(
-        model,
-        tokenizer,
-        [prompt_ids(row, tokenizer) for row in rows],
-        stop_token_ids=stops,
-        max_new_tokens=config.max_new_tokens,
-        sampling=Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.seed),
-        batch_size=config.batch_size,
-        on_progress=lambda done: context.recorder.log_progress(f"{name}: {done} of {len(rows)} rows"),
-    )
     stop_texts = tokenizer.convert_ids_to_tokens(list(stops))
     schema = read_schema(config.json_schema) if config.json_schema else None
     return [

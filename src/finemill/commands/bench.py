@@ -1,4 +1,4 @@
-"""`finemill bench kernels|step|moe|loss|data`: the measuring programs."""
+"""`finemill bench kernels|step|moe|loss|eval|data`: the measuring programs."""
 
 import argparse
 
@@ -7,6 +7,7 @@ _PROGRAMS = {
     "step": "a whole QLoRA training step",
     "moe": "a training step of a mixture of experts, and the tiles of its products",
     "loss": "training losses over several seeds against Hugging Face's",
+    "eval": "answers of base and tuned in one pass, beside the plain batched loop",
     "data": "raw rows to labelled tokens, beside the usual way with datasets.map",
 }
 
@@ -24,6 +25,8 @@ def execute(name: str, arguments: list[str]) -> int:
         from finemill.kernels.bench.loss import main
     elif what == "data":
         from finemill.commands.bench_data import main
+    elif what == "eval":
+        from finemill.commands.bench_eval import main
     elif what == "moe":
         from finemill.kernels.bench.moe import main
     else:

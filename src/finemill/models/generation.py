@@ -93,7 +93,7 @@ def generate_answers(
             model, tokenizer, [prompts[index] for index in batch], stop_token_ids, max_new_tokens, sampling, start
         )
         for index, new_ids_T in zip(batch, new_ids_BT.tolist(), strict=True):
-            answers[index] = _read_answer(tokenizer, new_ids_T, stop_token_ids)
+            answers[index] = read_answer(tokenizer, new_ids_T, stop_token_ids)
         on_progress(len(answers))
     return [answers[index] for index in range(len(prompts))]
 
@@ -160,7 +160,7 @@ def without_own_generation_config(model: Any) -> Iterator[None]:
         inner.generation_config = own
 
 
-def _read_answer(tokenizer: Any, new_ids: Sequence[int], stop_token_ids: Sequence[int]) -> Answer:
+def read_answer(tokenizer: Any, new_ids: Sequence[int], stop_token_ids: Sequence[int]) -> Answer:
     """The answer that the generated ids spell, up to the first stop token."""
     stops = set(stop_token_ids)
     end = next((position for position, token_id in enumerate(new_ids) if token_id in stops), None)
