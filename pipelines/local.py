@@ -81,7 +81,14 @@ def run_locally(
         events, request = Path(scratch, "events.jsonl"), Path(scratch, "request.json")
         events.touch()
         request.write_text(
-            json.dumps({"pipeline": pipeline.name, "parameters": dict(parameters), "root": f"{scratch}/kfp"})
+            json.dumps(
+                {
+                    "pipeline": pipeline.name,
+                    "parameters": dict(parameters),
+                    "root": f"{scratch}/kfp",
+                    "caller": os.getpid(),
+                }
+            )
         )
         # The working folder is the user's: a `tokenizers.py` there is not the library.
         child_environment = {**os.environ, **environment, EVENTS_VARIABLE: str(events), "PYTHONSAFEPATH": "1"}

@@ -23,13 +23,6 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finemill"
 
 
-def staging_root() -> Path:
-    """Where outputs are prepared before they are uploaded; on the cache's file system."""
-    folder = cache_root() / "staging"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 @contextmanager
 def cached_folder(digest: str) -> Iterator[tuple[Path, bool]]:
     """Lock the cache entry of `digest` and yield its folder and whether its files are those that were verified.

@@ -11,6 +11,7 @@ from finemill.artifacts.manifest import MANIFEST_NAME, Manifest, unlisted_files,
 from finemill.errors import UserError
 from finemill.storage.base import StoredFile, local_path, normalize_uri
 from finemill.storage.lock import folder_lock
+from finemill.storage.rights import follow_umask
 
 _STAGING = ".staging"
 
@@ -48,9 +49,9 @@ def publish(folder: Path, uri: str, manifest: Manifest) -> Manifest:
     """Write the manifest, flush everything to disk, rename the folder to its place."""
     target = local_path(uri)
     (folder / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    follow_umask(folder)
     for path in folder.rglob("*"):
         _flush(path)
-    folder.chmod(0o755)
     try:
         folder.rename(target)
     except OSError:

@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,9 +33,11 @@ from botocore.session import get_session
 from finemill.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, check_links, unlisted_files
 from finemill.errors import TemporaryError, UserError
 from finemill.storage.base import StoredFile
-from finemill.storage.cache import cached_folder, staging_root
+from finemill.storage.cache import cached_folder
 from finemill.storage.download import download_file, fetch_missing_parts
 from finemill.storage.lock import object_lock
+from finemill.storage.rights import follow_umask
+from finemill.storage.staging import new_staging_folder
 from finemill.storage.upload import sha256_base64, upload_file
 
 PART_BYTES = 64 * 2**20
@@ -83,7 +84,7 @@ def check_writable(uri: str) -> None:
 
 def staging_folder(uri: str) -> Path:
     """A new folder on the cache's file system, so that a published artifact can be kept there by a rename."""
-    return Path(tempfile.mkdtemp(prefix=f"{uri.rsplit('/', 1)[-1]}-", dir=staging_root()))
+    return new_staging_folder(f"{uri.rsplit('/', 1)[-1]}-")
 
 
 def read_manifest(uri: str) -> Manifest | None:
@@ -109,6 +110,7 @@ def publish(folder: Path, uri: str, manifest: Manifest) -> Manifest:
             shutil.rmtree(folder)
         else:
             shutil.rmtree(target, ignore_errors=True)
+            follow_umask(folder)
             folder.rename(target)
     return standing
 
