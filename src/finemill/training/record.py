@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finemill.errors import UserError
 from finemill.runtime.context import Recorder
+from finemill.training.pace import Pace, describe, duration
 
 _REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 # The trainer's names and ours.
@@ -25,15 +26,17 @@ METRIC_NAMES = {
 class RecordCallback(TrainerCallback):  # type: ignore[misc]
     """Sends what the trainer logs to the recorder, and stops a training whose loss is no number any more."""
 
-    def __init__(self, recorder: Recorder, learning_rate: float) -> None:
+    def __init__(self, recorder: Recorder, learning_rate: float, pace: Pace) -> None:
         self._recorder = recorder
         self._learning_rate = learning_rate
+        self._pace = pace
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock."""
         self._started = time.monotonic()
+        self._pace.start(state)
 
     def on_log(
         self,
@@ -53,13 +56,16 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
                     f"{name} is {value} at step {state.global_step}: lower learning_rate (now {self._learning_rate:g}) "
                     "or lengthen warmup_steps"
                 )
-        self._recorder.log_metrics(metrics, state.global_step)
-        if "train/loss" in metrics:
-            tokens = int((logs or {}).get("num_tokens", 0))
-            seconds = time.monotonic() - self._started
-            accuracy = metrics.get("train/rewards/accuracies")
-            self._recorder.log_progress(
-                f"step {state.global_step}/{state.max_steps}, epoch {state.epoch or 0:.2f}, {tokens} tokens, "
-                f"{seconds:.0f} s, loss {metrics['train/loss']:.4f}"
-                + (f", rewards/accuracies {accuracy:.2f}" if accuracy is not None else "")
-            )
+        if "train/loss" not in metrics:
+            self._recorder.log_metrics(metrics, state.global_step)
+            return
+        tokens = (logs or {}).get("num_tokens", 0)
+        measured = self._pace.measure(state, tokens)
+        self._recorder.log_metrics(metrics | measured, state.global_step)
+        accuracy = metrics.get("train/rewards/accuracies")
+        self._recorder.log_progress(
+            f"step {state.global_step}/{state.max_steps}, epoch {state.epoch or 0:.2f}, {tokens:,.0f} tokens, "
+            f"{duration(time.monotonic() - self._started)}, loss {metrics['train/loss']:.4f}"
+            + (f", rewards/accuracies {accuracy:.2f}, " if accuracy is not None else ", ")
+            + describe(measured)
+        )

@@ -26,6 +26,7 @@ from finemill.training.checkpoint import CheckpointCallback, find_checkpoint
 from finemill.training.config import ConfigT, LoRATrainingConfig
 from finemill.training.early_stopping import EarlyStopping
 from finemill.training.optimizer import set_learning_rates
+from finemill.training.pace import Card, Pace, summary
 from finemill.training.quantized_base import compute_dtype
 from finemill.training.record import METRIC_NAMES, RecordCallback
 
@@ -206,13 +207,15 @@ def _train(
     """Train once; checkpoints are those of what was asked, whatever the size of a forward pass."""
     checkpoint = find_checkpoint(asked, context)
     base = resolve_base_model(context.references[BASE_MODEL])
+    card = Card.of(choose_device())
     with _scratch_folder() as scratch, _without_renaming_warnings():
         with read_again(base) if is_main_process() else nullcontext():
             trainer = build_trainer(scratch, config)
         checkpoints = CheckpointCallback(asked, context)
         # It prints every log entry as a dictionary; RecordCallback says the same in a line.
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(RecordCallback(context.recorder, config.learning_rate))
+        pace = Pace(trainer.model, card, trainer.args.world_size)
+        trainer.add_callback(RecordCallback(context.recorder, config.learning_rate, pace))
         best = EarlyStopping(config, scratch, checkpoint) if config.early_stopping_patience else None
         if best:
             trainer.add_callback(best)  # before what publishes checkpoints
@@ -231,6 +234,10 @@ def _train(
         subtract_initial(output_dir, initial)
     _warn_of_fit(trainer)
     metrics = _metrics(trainer, result.metrics["train_runtime"])
+    peak, seconds, tokens = (metrics[f"train/{name}"] for name in ("peak_memory_bytes", "seconds", "num_tokens"))
+    context.recorder.log_progress(summary(card, peak=peak, seconds=seconds, num_tokens=tokens))
+    if card is not None:
+        metrics |= {"train/memory_before_bytes": float(card.before), "train/memory_share": peak / card.total}
     if best:
         metrics |= {"validation/best_loss": best.best_loss, "train/best_step": float(best.best_step)}
     return metrics
