@@ -52,13 +52,15 @@ def flags_of(conversation: Conversation) -> list[Flag]:
     found: dict[Flag, bool] = {name: any(map(test, texts)) for name, test in _IN_TEXT.items()}
     found["refusal"] = _REFUSAL.match(answer) is not None
     found["truncated_answer"] = len(answer) > _CUT_LENGTH and _CUT.search(answer.rstrip("\n ")) is not None
-    found["language_mix"] = _script(question) != _script(answer) and None not in (_script(question), _script(answer))
+    found["language_mix"] = not (question.isascii() and answer.isascii()) and _differ(
+        _script(question), _script(answer)
+    )
     found["repeated_turn"] = _repeats([" ".join(text.split()).casefold() for text in texts])
     return sorted(name for name, holds in found.items() if holds)
 
 
 _IN_TEXT: Mapping[Flag, Callable[[str], bool]] = {
-    "control_tokens": lambda text: _CONTROL.search(text) is not None,
+    "control_tokens": lambda text: ("<" in text or "[" in text) and _CONTROL.search(text) is not None,
     "damaged_encoding": lambda text: not text.isascii() and _DAMAGED.search(text) is not None,
     "placeholder": lambda text: _PLACEHOLDER.search(text) is not None,
 }
@@ -68,6 +70,10 @@ def _repeats(texts: list[str]) -> bool:
     """Whether somebody says the same again: users' turns and answers alternate."""
     said = [text for text in texts if len(text) > _FEWEST_LETTERS]
     return len(set(said)) < len(said)
+
+
+def _differ(one: bool | None, other: bool | None) -> bool:
+    return one is not None and other is not None and one != other
 
 
 def _script(text: str) -> bool | None:

@@ -144,6 +144,9 @@ def test_more_context_follows_the_question() -> None:
     assert messages_of({"question": "How many?", "context": "CREATE TABLE a", "answer": "b"})[0]["content"] == (
         "How many?\n\nCREATE TABLE a"
     )
+    assert (
+        messages_of({"question": "Who?", "document": "A letter.", "answer": "b"})[0]["content"] == "Who?\n\nA letter."
+    )
     assert messages_of({"instruction": "Double it.", "input": 21, "output": "42"})[0]["content"] == "Double it.\n\n21"
     assert messages_of({"instruction": "Say hi.", "input": float("nan"), "output": "Hi"}) == pair("Say hi.", "Hi")
 
@@ -243,6 +246,7 @@ def test_earlier_turns_stay_before_both_answers_of_a_preference() -> None:
         ({"prompt": "a", "completion": "b", "label": False}, "labelled_bad"),
         ({"messages": pair("a", "b"), "label": "false"}, "labelled_bad"),
         ({"instruction": "a", "output": "b", "kto_tag": 0}, "labelled_bad"),
+        ({"problem": "a", "solution": "b", "is_correct": False}, "labelled_bad"),
         ({"messages": pair("a", "b"), "images": ["1.jpg"]}, "not_text"),
         ({"question": "a", "answer": "b", "image": {"bytes": b"", "path": "1.jpg"}}, "not_text"),
         ({"instruction": "a", "input": ["b"], "output": "c"}, "not_text"),
