@@ -19,6 +19,7 @@ import jinja2
 from jinja2 import nodes
 
 from finemill.components.chat_format.environment import chat_environment
+from finemill.components.chat_format.limit import OutOfTimeError, time_limit
 from finemill.components.chat_format.named_templates import CONTROL_TOKENS, TemplateName, read_named_template
 from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
@@ -27,6 +28,9 @@ from finemill.rows.tools import split_call_text, split_response_text
 from finemill.rows.turns import Message
 from finemill.tracking.settings import Tracking
 
+RENDER_TIMEOUT_S = 10.0
+"""Seconds in which a template has to render one conversation: an endless one ends the step."""
+_ROW_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
 BROKEN = "\ufdd2"
 """Stands within a control token that is text, and is taken out once it is encoded."""
 NONCHARACTERS = re.compile("[\ufdd0-\ufdd2]")
@@ -197,12 +201,18 @@ class ChatTemplate:
         try:
             given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
             variables = {**self._variables, **kwargs, **given}
-            return "".join(template.root_render_func(template.new_context(variables, shared=True)))
+            with time_limit(RENDER_TIMEOUT_S):
+                return "".join(template.root_render_func(template.new_context(variables, shared=True)))
         except jinja2.TemplateError as error:
             raise DroppedRowError(f"template refuses: {str(error)[:80]}") from None
-        except TypeError as error:
-            # Templates that join None or an object with text where this row has no text.
-            raise DroppedRowError(f"template fails: {str(error)[:80]}") from None
+        except OutOfTimeError:
+            raise UserError(
+                f"the chat template needs more than {RENDER_TIMEOUT_S:g} s for one conversation: choose another with "
+                "chat_template_path"
+            ) from None
+        except _ROW_ERRORS as error:
+            # Templates that join None or an object with text, divide or look up what this row does not have.
+            raise DroppedRowError(f"template fails: {str(error)[:80] or type(error).__name__}") from None
 
 
 def _probe_call(arguments: Any) -> list[Message]:

@@ -72,6 +72,12 @@ def run(
             f"{context.references['evaluation']}: pass the one that register got"
         )
     expected = _compared_with(model, challenger)
+    # The decision is kept under a key that names the champion of when the step began.
+    bound_to = context.state.get("champion", expected)
+    if expected != bound_to:
+        raise TemporaryError(
+            f"promote: the champion of {model.name} changed from version {bound_to} to {expected} meanwhile: try again"
+        )
     decision = _decide(model, challenger, expected, Scores(evaluation), config, context)
     client = open_client(model.registry_uri)
     with readable_errors(model.registry_uri), locked(client, model, context.store):

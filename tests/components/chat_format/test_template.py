@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from finemill.components.chat_format import template as template_module
 from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.chat_format.template import ChatTemplate, load_templates, template_state
 from finemill.errors import UserError
@@ -139,3 +140,27 @@ def test_a_bad_template_of_ones_own_is_named(base: Path, tmp_path: Path, text: s
     with pytest.raises(UserError, match=message):
         load_templates(base, str(path), {})
     shutil.rmtree(base)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 1 / 0 }}",
+        "{{ messages[0].content.encode('ascii', 'x') }}{{ 10 ** 400 * 1.0 }}",
+        "{{ '%d' % 'x' }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ messages[0].content.index('zz') }}",
+        "{{ {}['x'].y }}",
+    ],
+)
+def test_whatever_a_template_raises_leaves_the_row_out(source: str) -> None:
+    with pytest.raises(DroppedRowError, match=r"template (fails|refuses)"):
+        ChatTemplate(source, {}, "test").render([{"role": "user", "content": "é"}], None, {})
+
+
+def test_a_template_without_an_end_ends_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_module, "RENDER_TIMEOUT_S", 0.2)
+    rows = "{% for i in range(99999) %}"
+    endless = ChatTemplate(f"{rows}{rows}{rows}{{% endfor %}}{{% endfor %}}{{% endfor %}}", {}, "test")
+    with pytest.raises(UserError, match=r"needs more than 0\.2 s for one conversation"):
+        endless.render([], None, {})

@@ -126,6 +126,26 @@ def test_new_champion_means_a_new_decision(folder_store: str, registered: Line) 
     assert (again.reused, decision(again).champion_before) == (False, 3)
 
 
+def test_a_decision_is_kept_under_the_champion_that_it_was_made_against(
+    folder_store: str, registered: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 3 beats 1 and not 2, which becomes champion while 3's promotion starts and is rolled back after it."""
+    promote(folder_store, registered("one", loss=0.5))
+    second, third = registered("two", loss=0.3), registered("three", loss=0.4)
+
+    def overtaken(store: str) -> None:
+        patch.undo()
+        promote(folder_store, second)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finemill.runtime.run.check_writable", overtaken)
+        with pytest.raises(TemporaryError, match="changed from version 1 to 2 meanwhile"):
+            promote(folder_store, third)
+    rollback(RollbackConfig(registered_model_name="finemill"), Tracking.of_environment().registry)
+    again = promote(folder_store, third)
+    assert (again.reused, decision(again).promoted, decision(again).champion_before) == (False, True, 1)
+
+
 @pytest.mark.parametrize("crash_after", range(6))
 def test_interrupted_promotion_is_finished_by_the_next_attempt(
     crash_after: int, folder_store: str, registered: Line, monkeypatch: pytest.MonkeyPatch
