@@ -8,6 +8,8 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import RawIOBase
 from pathlib import Path
 
 import torch
@@ -25,7 +27,10 @@ def total_bytes(shapes: Shapes) -> int:
 
 
 def write_model(folder: Path, shapes: Shapes, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_size: str) -> None:
-    """Write `tensors`, which come in the order of `shapes`, as one file or as several with an index."""
+    """Write `tensors`, which come in the order of `shapes`, as one file or as several with an index.
+
+    While one is written, the next is computed: two are in memory.
+    """
     shards = _shards(shapes, max_shard_size)
     names = [
         f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
@@ -33,18 +38,27 @@ def write_model(folder: Path, shapes: Shapes, tensors: Iterable[tuple[str, torch
     ]
     source = iter(tensors)
     for name, shard in zip(names, shards, strict=True):
-        with (folder / name).open("wb") as file:
-            file.write(_header(shard))
+        with (folder / name).open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer:
+            written: Future[None] = writer.submit(_write_all, file, memoryview(_header(shard)))
             for expected, (shape, dtype) in shard.items():
                 key, tensor = next(source)
                 assert (key, tuple(tensor.shape), tensor.dtype) == (expected, shape, dtype), (key, expected)
-                file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+                written.result()
+                written = writer.submit(_write_all, file, tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+                del tensor
+            written.result()
     # The source checks, at its end, that nothing was left out.
     assert next(source, None) is None
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": total_bytes(shapes)}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_all(file: RawIOBase, values: memoryview) -> None:
+    """One call of the system writes 2 GiB at most."""
+    while values:
+        values = values[file.write(values) or 0 :]
 
 
 def _shards(shapes: Shapes, max_shard_size: str) -> list[dict[str, tuple[tuple[int, ...], torch.dtype]]]:

@@ -1,4 +1,4 @@
-"""`finemill bench kernels|step|moe|loss|eval|data`: the measuring programs."""
+"""`finemill bench kernels|step|moe|loss|eval|data|export`: the measuring programs."""
 
 import argparse
 
@@ -9,6 +9,7 @@ _PROGRAMS = {
     "loss": "training losses over several seeds against Hugging Face's",
     "eval": "answers of base and tuned in one pass, beside the plain batched loop",
     "data": "raw rows to labelled tokens, beside the usual way with datasets.map",
+    "export": "merging a model of a published shape: seconds and peak memory",
 }
 
 
@@ -27,6 +28,8 @@ def execute(name: str, arguments: list[str]) -> int:
         from finemill.commands.bench_data import main
     elif what == "eval":
         from finemill.commands.bench_eval import main
+    elif what == "export":
+        from finemill.commands.bench_export import main
     elif what == "moe":
         from finemill.kernels.bench.moe import main
     else:

@@ -1,0 +1,184 @@
+"""`finemill bench export`: a model of a published shape with random weights, merged with an adapter.
+
+Its own process, so that the peak of host memory is the step's alone; seconds are said per part of the step.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finemill.components.merge.write import total_bytes, write_model
+from finemill.errors import StepError
+from finemill.kernels.planning.model_shapes import SHAPES, ModelShape
+from finemill.storage.space import require_space
+
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_RANK = 16
+
+
+@dataclass
+class Export:
+    """What a merge took; `peak_gib` is resident host memory, files that are mapped included."""
+
+    shape: str
+    size_gb: float
+    wall_s: float
+    peak_gib: float
+    parts_s: dict[str, float] = field(default_factory=dict)
+
+
+class _Clock:
+    """A recorder that notes when each part began."""
+
+    def __init__(self) -> None:
+        self.began: list[tuple[str, float]] = []
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Not asked for here."""
+
+    def log_progress(self, text: str) -> None:
+        """A part begins."""
+        self.began.append((text, time.perf_counter()))
+
+
+def main(argv: list[str]) -> int:
+    """Measure and print. Returns: the exit code."""
+    parser = argparse.ArgumentParser(prog="finemill bench export", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="qwen3-8b", choices=sorted(SHAPES))
+    parser.add_argument("--folder", type=Path, help="disk that is measured; needs room for two models. Default: TMPDIR")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch. Default: its own choice")
+    parser.add_argument("--json", action="store_true", help="an object instead of lines")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="finemill-bench-", dir=args.folder) as folder:
+        base, adapter = Path(folder) / "base", Path(folder) / "adapter"
+        size = write_random_base(base, SHAPES[args.shape])
+        write_random_adapter(adapter, SHAPES[args.shape], base)
+        export = _measure(args.shape, size, base, adapter, Path(folder) / "merged", args.threads)
+    if args.json:
+        print(json.dumps(asdict(export)))
+        return 0
+    print(f"merge {args.shape}: {export.size_gb:.1f} GB in {export.wall_s:.1f} s, peak {export.peak_gib:.2f} GiB")
+    for part, seconds in export.parts_s.items():
+        print(f"{seconds:8.1f} s  {part}")
+    return 0
+
+
+def write_random_base(folder: Path, shape: ModelShape) -> int:
+    """A model folder of `shape` in bfloat16, random weights, with the shipped tokenizer. Returns: bytes of weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder.mkdir(parents=True)
+    config = AutoConfig.for_model(
+        shape.family, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied, rms_norm_eps=shape.eps,
+        max_position_embeddings=shape.max_positions, rope_theta=shape.rope_theta, dtype="bfloat16",
+        pad_token_id=None, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    from finemill.models.base.resolve import resolve_base_model
+
+    source = resolve_base_model("builtin:tiny-qwen3").path
+    for name in _TOKENIZER:
+        shutil.copyfile(source / name, folder / name)
+    shapes = {
+        name: (tuple(parameter.shape), torch.bfloat16)
+        for name, parameter in model.named_parameters(remove_duplicate=True)
+    }
+    require_space(folder, 2 * total_bytes(shapes), "a base model and the merged one")
+    write_model(folder, shapes, _random({name: size for name, (size, _) in shapes.items()}), "4GB")
+    return total_bytes(shapes)
+
+
+def write_random_adapter(folder: Path, shape: ModelShape, base: Path) -> None:
+    """LoRA on all seven matrices of each layer, of the size that training leaves."""
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    widths = {
+        "self_attn.q_proj": (queries, shape.hidden), "self_attn.k_proj": (keys, shape.hidden),
+        "self_attn.v_proj": (keys, shape.hidden), "self_attn.o_proj": (shape.hidden, queries),
+        "mlp.gate_proj": (shape.intermediate, shape.hidden), "mlp.up_proj": (shape.intermediate, shape.hidden),
+        "mlp.down_proj": (shape.hidden, shape.intermediate),
+    }  # fmt: skip
+    targets = sorted(name.split(".")[1] for name in widths)
+    LoraConfig(
+        r=_RANK, lora_alpha=_RANK, target_modules=targets, task_type="CAUSAL_LM", base_model_name_or_path=str(base)
+    ).save_pretrained(folder)
+    shapes = {}
+    for layer in range(shape.layers):
+        for name, (rows, columns) in widths.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            shapes[f"{prefix}.lora_A.weight"] = (_RANK, columns)
+            shapes[f"{prefix}.lora_B.weight"] = (rows, _RANK)
+    save_file(dict(_random(shapes)), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _random(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Drawn once and taken from there: numbers of which no two tensors have the same would take longer than merging."""
+    drawn = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0), dtype=torch.float32).bfloat16()
+    for number, (name, size) in enumerate(shapes.items()):
+        if len(size) == 1:
+            yield name, torch.ones(size, dtype=torch.bfloat16)
+            continue
+        count = size[0] * size[1]
+        values = drawn.roll(number).repeat(-(-count // len(drawn)))[:count].view(size)
+        yield name, values * size[1] ** -0.5 if "lora" not in name else values * 0.02
+
+
+def _measure(shape: str, size: int, base: Path, adapter: Path, merged: Path, threads: int | None) -> Export:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_merge, args=(base, adapter, merged, threads, sender))
+    process.start()
+    # Of a process that ends without a word, the other end is closed.
+    sender.close()
+    try:
+        wall_s, parts = receiver.recv()
+    except EOFError:
+        raise StepError("bench export: the merge failed; its own message stands above") from None
+    process.join()
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    return Export(shape, size / 1e9, wall_s, peak, parts)
+
+
+def _merge(base: Path, adapter: Path, merged: Path, threads: int | None, sender: Any) -> None:
+    from finemill.artifacts.manifest import Producer
+    from finemill.components.merge.config import MergeConfig
+    from finemill.components.merge.step import run
+    from finemill.runtime.context import Checkpoints, StepContext
+
+    if threads:
+        torch.set_num_threads(threads)
+    clock = _Clock()
+    store = merged.parent.as_uri()
+    context = StepContext(
+        store=store,
+        key="bench",
+        references={"base_model": str(base), "adapter": str(adapter)},
+        manifests={},
+        checkpoints=Checkpoints(f"{store}/checkpoints", Producer(step="merge", version="0", code="bench")),
+        recorder=clock,
+    )
+    start = time.perf_counter()
+    run(base_model=base, adapter=adapter, output_dir=merged, config=MergeConfig(force=True), context=context)
+    end = time.perf_counter()
+    began = [("opening base and adapter", start), *clock.began, ("", end)]
+    parts = {text: nxt - now for (text, now), (_, nxt) in pairwise(began)}
+    sender.send((end - start, parts))
