@@ -48,6 +48,10 @@ def summarize(base: Sequence[Sample], tuned: Sequence[Sample]) -> dict[str, floa
             of_source = [sample for sample in samples if sample.source == source]
             metrics |= {model_metric(model, f"{part}/{name}"): value for name, value in score(of_source).items()}
     metrics |= {delta_metric(name): value for name, value in _deltas(base, tuned).items()}
+    for source, part in metric_parts(sources(base)).items():
+        pairs = [pair for pair in zip(base, tuned, strict=True) if pair[0].source == source]
+        changes = _deltas(*zip(*pairs, strict=True))
+        metrics |= {delta_metric(f"{part}/{name}"): value for name, value in changes.items()}
     return metrics | _changes(base, tuned)
 
 

@@ -1,12 +1,26 @@
-// Show the samples of one kind; without JavaScript all are shown.
+// Show the samples of one kind that hold a text; without JavaScript all are shown.
 const filters = document.querySelector(".filters");
+const search = filters.querySelector("input");
+const samples = [...document.querySelectorAll(".sample")];
+const texts = new Map();
+let chosen = {};
 filters.hidden = false;
+
+function show() {
+  const wanted = search.value.trim().toLowerCase();
+  for (const sample of samples) {
+    if (wanted && !texts.has(sample)) texts.set(sample, sample.textContent.toLowerCase());
+    const { change, source } = chosen;
+    sample.hidden = (change && sample.dataset.change !== change) || (source && sample.dataset.source !== source)
+      || (wanted && !texts.get(sample).includes(wanted));
+  }
+}
+
+search.addEventListener("input", show);
 filters.addEventListener("click", ({ target }) => {
   const button = target.closest("button");
   if (!button) return;
-  for (const other of filters.children) other.setAttribute("aria-pressed", other === button);
-  const { change, source } = button.dataset;
-  for (const sample of document.querySelectorAll(".sample")) {
-    sample.hidden = (change && sample.dataset.change !== change) || (source && sample.dataset.source !== source);
-  }
+  for (const other of filters.querySelectorAll("button")) other.setAttribute("aria-pressed", other === button);
+  chosen = button.dataset;
+  show();
 });

@@ -26,6 +26,7 @@ from finemill.artifacts.metrics import (
 from finemill.components.eval.chart import training_chart
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.metrics import sources
+from finemill.components.eval.overview import change, heat_map, short_name, verdict, worst_first
 from finemill.runtime.context import StepContext
 
 _MINUS = "\N{MINUS SIGN}"
@@ -94,9 +95,12 @@ def write_reports(
 ) -> None:
     """Write report.html and report.md."""
     training = read_training(adapter)
-    shown = list(zip(base, tuned, strict=True))[: config.report_rows]
+    shown = worst_first(list(zip(base, tuned, strict=True)))[: config.report_rows]
     page = _template().render(
         title=_title(context),
+        verdict=verdict(metrics),
+        heat=heat_map(tuned),
+        short_name=short_name,
         **{model: metrics_of(metrics, model) for model in MODELS},
         fixed=metrics.get(FIXED),
         fixed_rate=metrics.get(FIXED_RATE),
@@ -129,7 +133,7 @@ def _table_row(measure: Measure, metrics: Mapping[str, float], source: str) -> T
     base, tuned = (metrics[name] for name in names)
     errors = [metrics.get(stderr_of(name)) for name in names]
     delta = tuned - base
-    paired = metrics.get(stderr_of(delta_metric(measure.key))) if not source else None
+    paired = metrics.get(stderr_of(delta_metric(f"{source}{measure.key}")))
     margin = _Z95 * paired if paired is not None else None
     clear = margin is not None and abs(delta) > margin
     improved = (delta < 0) == measure.lower_is_better
@@ -178,16 +182,8 @@ def _shown_sample(base: Sample, tuned: Sample) -> dict[str, Any]:
         "answer": base.answer,
         "source": base.source,
         "id": base.id,
-        "change": _change(base.exact_match, tuned.exact_match),
+        "change": change(base.exact_match, tuned.exact_match),
     }
-
-
-def _change(base: bool | None, tuned: bool | None) -> str:
-    if base is None or tuned is None:
-        return "unscored"
-    return {(False, True): "fixed", (True, False): "broken", (True, True): "right", (False, False): "wrong"}[
-        base, tuned
-    ]
 
 
 _SEGMENT = re.compile(
@@ -259,6 +255,8 @@ def _markdown(metrics: Mapping[str, float], context: StepContext) -> str:
     lines = [
         f"# {_title(context)}: base against tuned, {metrics[ROWS]:.0f} held-out rows",
         "",
+        verdict(metrics),
+        "",
         "| | base | tuned | change (95 %) |",
         "| --- | ---: | ---: | ---: |",
     ]
@@ -266,8 +264,6 @@ def _markdown(metrics: Mapping[str, float], context: StepContext) -> str:
         f"| {row.title} | {row.base} {row.base_error} | {row.tuned} {row.tuned_error} | {row.delta} {row.interval} |"
         for row in headline_rows(metrics)
     ]
-    if FIXED in metrics:
-        lines += ["", f"{metrics[FIXED]:.0f} problems fixed, {metrics[BROKEN]:.0f} broken."]
     return "\n".join(re.sub(r" +\|", " |", line) for line in lines) + "\n"
 
 

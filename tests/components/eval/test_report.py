@@ -85,7 +85,7 @@ def test_a_fixed_problem_is_marked_as_such(page: str) -> None:
     elements = Elements()
     elements.feed(page)
     changes = [value for name, value in elements.attributes if name == "data-change"]
-    assert changes == ["fixed", "right", "wrong", "fixed", "wrong", "right"]
+    assert changes == ["fixed", "right", "wrong", "wrong", "fixed", "right"]
 
 
 def test_the_page_has_the_training_curve(page: str) -> None:
