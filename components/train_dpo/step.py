@@ -41,7 +41,7 @@ def run(
     def build(scratch: Path, config: TrainDPOConfig) -> Trainer:
         return build_trainer(base_model, dataset, tokenizer, scratch, config, device)
 
-    return run_training(build, tokenizer, output_dir, config, context)
+    return run_training(build, dataset, tokenizer, output_dir, config, context)
 
 
 def build_trainer(

@@ -42,5 +42,5 @@ def test_training_ends_before_its_first_step_on_a_base_that_is_not_what_was_reme
         return object()
 
     with pytest.raises(TemporaryError, match=r"model\.safetensors has changed without another size or time"):
-        run_training(build, None, tmp_path / "output", LoRATrainingConfig(), context)
+        run_training(build, tmp_path, None, tmp_path / "output", LoRATrainingConfig(), context)
     assert loaded

@@ -4,15 +4,18 @@ Each class of rows adds columns to the one above it, so that a step reads what i
 tokens, a preference training both answers' tokens, what measures models the texts too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from finemill.artifacts.records import Record
 from finemill.artifacts.splits import Split, split_path
-from finemill.artifacts.tables import RowWriter, iterate_batches, read_columns, read_rows
+from finemill.artifacts.tables import RowWriter, iterate_batches, iterate_record_batches, read_columns, read_rows
 from finemill.errors import UserError
 
 IGNORE_INDEX = -100
@@ -165,6 +168,29 @@ def take_chat_template(dataset: Path, tokenizer: Any) -> None:
     path = dataset / CHAT_TEMPLATE_FILE
     if path.is_file() and not isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = path.read_text(encoding="utf-8")
+
+
+def find_rows(dataset: Path, split: Split, sequences: Sequence[Sequence[int]]) -> list[str]:
+    """What the rows are called that hold any of these token sequences, in either of their answers, in the file's order.
+
+    Rows of a file without the column `id` are called by their place, the first being 1.
+    """
+    path = split_path(dataset, split)
+    wanted = {np.asarray(ids, dtype=np.int32).tobytes() for ids in sequences}
+    there = set(pq.read_schema(path).names)
+    found, place = [], 0
+    for batch in iterate_record_batches(path, batch_rows=1024, columns=[name for name in _NAMED if name in there]):
+        names = batch["id"].to_pylist() if "id" in there else [str(place + row + 1) for row in range(batch.num_rows)]
+        place += batch.num_rows
+        tokens = [batch[name] for name in _NAMED[1:] if name in there]
+        for row, name in enumerate(names):
+            texts = [column[row].values.to_numpy().tobytes() for column in tokens if column[row].is_valid]
+            if any(ids in text for text in texts for ids in wanted):
+                found.append(name)
+    return found
+
+
+_NAMED = ("id", "input_ids", "rejected_input_ids")
 
 
 def spread(rows: list[HeldOutRow], count: int) -> list[HeldOutRow]:

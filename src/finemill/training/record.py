@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finemill.errors import UserError
 from finemill.runtime.context import Recorder
+from finemill.training.batches import BatchWatch
 from finemill.training.pace import Pace, describe, duration
 
 _REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
@@ -26,8 +27,9 @@ METRIC_NAMES = {
 class RecordCallback(TrainerCallback):  # type: ignore[misc]
     """Sends what the trainer logs to the recorder, and stops a training whose loss is no number any more."""
 
-    def __init__(self, recorder: Recorder, learning_rate: float, pace: Pace) -> None:
+    def __init__(self, recorder: Recorder, learning_rate: float, pace: Pace, batches: BatchWatch) -> None:
         self._recorder = recorder
+        self._batches = batches
         self._learning_rate = learning_rate
         self._pace = pace
 
@@ -53,8 +55,8 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise UserError(
-                    f"{name} is {value} at step {state.global_step}: lower learning_rate (now {self._learning_rate:g}) "
-                    "or lengthen warmup_steps"
+                    f"{name} is {value} at step {state.global_step}{self._batches.where()}: lower learning_rate (now "
+                    f"{self._learning_rate:g}), lengthen warmup_steps, or look at these rows"
                 )
         if "train/loss" not in metrics:
             self._recorder.log_metrics(metrics, state.global_step)

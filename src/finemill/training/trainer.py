@@ -22,6 +22,7 @@ from finemill.runtime.context import StepContext
 from finemill.runtime.processes import is_main_process, num_processes
 from finemill.training.adapter import save_adapter, start_from_quantization_error, subtract_initial
 from finemill.training.advice import warn_of_fit
+from finemill.training.batches import BatchWatch
 from finemill.training.checkpoint import CheckpointCallback, find_checkpoint
 from finemill.training.config import ConfigT, LoRATrainingConfig
 from finemill.training.early_stopping import EarlyStopping
@@ -142,6 +143,7 @@ def _without_renaming_warnings() -> Iterator[None]:
 
 def run_training(
     build_trainer: Callable[[Path, ConfigT], Trainer],
+    dataset: Path,
     tokenizer: PreTrainedTokenizerBase,
     output_dir: Path,
     config: ConfigT,
@@ -154,6 +156,7 @@ def run_training(
 
     Args:
         build_trainer: makes the trainer, given the folder that its own checkpoints go to, and the configuration.
+        dataset: whose rows are named where a loss is no number, or a spike.
     Returns: the last logged loss (and rewards), tokens and steps, seconds, tokens per second, peak memory in bytes.
     Raises: UserError: a loss that is not finite, a checkpoint of another training.
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it. Or the
@@ -162,7 +165,7 @@ def run_training(
     smaller: ConfigT | None = config
     while smaller is not None:
         try:
-            return _train(build_trainer, tokenizer, output_dir, smaller, config, context)
+            return _train(build_trainer, dataset, tokenizer, output_dir, smaller, config, context)
         except torch.OutOfMemoryError as error:
             line = " ".join(str(error).split())
             smaller = _with_smaller_batches(smaller) if num_processes() == 1 and not _is_ours(error) else None
@@ -198,6 +201,7 @@ def _with_smaller_batches(config: ConfigT) -> ConfigT | None:
 
 def _train(
     build_trainer: Callable[[Path, ConfigT], Trainer],
+    dataset: Path,
     tokenizer: PreTrainedTokenizerBase,
     output_dir: Path,
     config: ConfigT,
@@ -214,8 +218,10 @@ def _train(
         checkpoints = CheckpointCallback(asked, context)
         # It prints every log entry as a dictionary; RecordCallback says the same in a line.
         trainer.remove_callback(PrinterCallback)
+        batches = BatchWatch(dataset)
+        batches.attach(trainer)
         pace = Pace(trainer.model, card, trainer.args.world_size)
-        trainer.add_callback(RecordCallback(context.recorder, config.learning_rate, pace))
+        trainer.add_callback(RecordCallback(context.recorder, config.learning_rate, pace, batches))
         best = EarlyStopping(config, scratch, checkpoint) if config.early_stopping_patience else None
         if best:
             trainer.add_callback(best)  # before what publishes checkpoints

@@ -126,7 +126,9 @@ def test_a_loss_that_is_no_number_stops_the_training(
     make_context: MakeContext, tiny_model_dir: Path, preferences: Path, tmp_path: Path
 ) -> None:
     config = CONFIG.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0.0})
-    with pytest.raises(UserError, match=r"lower learning_rate \(now 1e\+30\)") as error:
+    with pytest.raises(
+        UserError, match=r"\(step [12], rows .* of train\): lower learning_rate \(now 1e\+30\)"
+    ) as error:
         train_dpo(
             base_model=tiny_model_dir, dataset=preferences, output_dir=tmp_path, config=config, context=make_context()
         )

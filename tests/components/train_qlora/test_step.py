@@ -163,7 +163,7 @@ def test_a_loss_that_is_no_number_stops_the_training(
     make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
 ) -> None:
     config = CONFIG.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0.0})
-    with pytest.raises(UserError, match=r"lower learning_rate \(now 1e\+30\)"):
+    with pytest.raises(UserError, match=r"\(step [12], rows .* of train\): lower learning_rate \(now 1e\+30\)"):
         train_qlora(
             base_model=base_model, dataset=dataset, output_dir=tmp_path / "a", config=config, context=make_context()
         )
