@@ -1,4 +1,4 @@
-"""The KFP component `data-prep`; `make components` writes it from the catalogue and metadata.yaml."""
+"""The KFP component `data-prep`; `make components` writes it from the catalogue and ports.yaml."""
 
 from kfp import dsl
 

@@ -1,4 +1,4 @@
-"""The KFP component `promote`; `make components` writes it from the catalogue and metadata.yaml."""
+"""The KFP component `promote`; `make components` writes it from the catalogue and ports.yaml."""
 
 from kfp import dsl
 

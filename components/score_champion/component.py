@@ -1,4 +1,4 @@
-"""The KFP component `score-champion`; `make components` writes it from the catalogue and metadata.yaml."""
+"""The KFP component `score-champion`; `make components` writes it from the catalogue and ports.yaml."""
 
 from kfp import dsl
 

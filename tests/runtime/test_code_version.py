@@ -100,6 +100,7 @@ def test_what_a_step_imports_or_reads_changes_its_key(
         "components/eval/README.md",
         "components/eval/OWNERS",
         "components/eval/metadata.yaml",
+        "components/eval/ports.yaml",
         "components/eval/component.py",
     ],
 )

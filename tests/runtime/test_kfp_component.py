@@ -24,13 +24,13 @@ LARGEST = Step(
 )
 
 
-def write_metadata(folder: Path, ports: tuple[str, ...]) -> None:
+def write_ports(folder: Path, ports: tuple[str, ...]) -> None:
     described = [{"name": port, "description": f"what is called {port} " + "and more " * 12} for port in ports]
-    folder.joinpath("metadata.yaml").write_text(yaml.safe_dump({"inputs": described, "outputs": []}))
+    folder.joinpath("ports.yaml").write_text(yaml.safe_dump({"inputs": described, "outputs": []}))
 
 
 @pytest.mark.parametrize("name", list(STEPS))
-def test_the_component_is_what_the_catalogue_and_the_metadata_say(name: str) -> None:
+def test_the_component_is_what_the_catalogue_and_the_ports_say(name: str) -> None:
     """`make components` writes them anew."""
     step = STEPS[name]
     assert (component_folder(step) / "component.py").read_text() == component_source(step)
@@ -40,7 +40,7 @@ def test_a_component_of_every_feature_is_formatted_and_is_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kfp_component, "component_folder", lambda step: tmp_path)
-    write_metadata(tmp_path, (*LARGEST.inputs, *LARGEST.outputs))
+    write_ports(tmp_path, (*LARGEST.inputs, *LARGEST.outputs))
     text = component_source(LARGEST)
     compile(text, "component.py", "exec")
     root = Path(__file__).parents[2]
@@ -52,8 +52,8 @@ def test_a_component_of_every_feature_is_formatted_and_is_python(
 
 def test_a_port_without_a_description_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kfp_component, "component_folder", lambda step: tmp_path)
-    write_metadata(tmp_path, LARGEST.inputs)
-    with pytest.raises(UserError, match=r"metadata\.yaml does not describe comparison, is_better, page, table: add"):
+    write_ports(tmp_path, LARGEST.inputs)
+    with pytest.raises(UserError, match=r"ports\.yaml does not describe comparison, is_better, page, table: add"):
         component_source(LARGEST)
 
 

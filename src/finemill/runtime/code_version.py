@@ -42,8 +42,8 @@ _BROUGHT_ALONG = {"transformers": ("tokenizers",), "trl": ("accelerate",)}
 _DISTRIBUTIONS = {"cudnn": "nvidia-cudnn-frontend", "flash_attn": "flash-attn-4", "yaml": "PyYAML"}
 """Distributions that are not called as their module."""
 _DATA_SUFFIXES = frozenset({".css", ".html", ".jinja", ".js", ".json", ".jsonl", ".txt", ".yaml"})
-_DESCRIPTION = "metadata.yaml"
-"""Name of the file that describes a step to people."""
+_DESCRIPTIONS = ("metadata.yaml", "ports.yaml")
+"""Names of the files that describe a step to people."""
 _IMPORT_BY_NAME = re.compile(rb'\bimport_module\("([\w.]+)"\)')
 
 
@@ -145,7 +145,7 @@ def _data_files(folder: Path) -> Iterator[Path]:
         if path.is_dir():
             if not any(path.rglob("*.py")) and not any(path.glob("*.safetensors")):
                 yield from _data_files(path)
-        elif path.suffix in _DATA_SUFFIXES and path.name != _DESCRIPTION:
+        elif path.suffix in _DATA_SUFFIXES and path.name not in _DESCRIPTIONS:
             yield path
 
 

@@ -1,4 +1,4 @@
-"""The source of each step's KFP component, `component.py`, from the catalogue and the step's `metadata.yaml`.
+"""The source of each step's KFP component, `component.py`, from the catalogue and the step's `ports.yaml`.
 
 KFP ships a component's function as source text, so that the wrappers are files. `make components` writes them anew.
 """
@@ -20,7 +20,7 @@ from finemill.runtime.catalog import SECTIONS, STEPS, Step
 LINE_LENGTH = 120
 _ARTIFACT_CLASSES = {".html": "HTML", ".md": "Markdown"}
 _TEMPLATE = '''\
-"""The KFP component `{{ step.name }}`; `make components` writes it from the catalogue and metadata.yaml."""
+"""The KFP component `{{ step.name }}`; `make components` writes it from the catalogue and ports.yaml."""
 
 from kfp import dsl
 
@@ -109,7 +109,7 @@ def {{ step.module_name }}(
 def component_source(step: Step) -> str:
     """The text of the step's `component.py`, formatted.
 
-    Raises: UserError: its `metadata.yaml`, which describes the ports, lacks one.
+    Raises: UserError: its `ports.yaml` lacks one.
     """
     ports = _read_ports(step)
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
@@ -126,9 +126,9 @@ def component_source(step: Step) -> str:
 
 def _read_ports(step: Step) -> dict[str, str]:
     """The description of each port, an input's with the form of its value."""
-    file = component_folder(step) / "metadata.yaml"
-    metadata: dict[str, Any] = yaml.safe_load(file.read_text())
-    ports = {port["name"]: port["description"] for port in metadata["inputs"] + metadata["outputs"]}
+    file = component_folder(step) / "ports.yaml"
+    described: dict[str, Any] = yaml.safe_load(file.read_text())
+    ports = {port["name"]: port["description"] for port in described["inputs"] + described["outputs"]}
     missing = {*step.inputs, *step.outputs} - set(ports)
     if missing:
         raise UserError(f"{file} does not describe {', '.join(sorted(missing))}: add it to inputs or outputs")
