@@ -20,6 +20,7 @@ from finemill.components.eval.report import write_reports
 from finemill.components.eval.sample import score_answer
 from finemill.errors import UserError
 from finemill.metrics.rules import keeps_pattern, read_schema
+from finemill.metrics.statistics import detectable_change
 from finemill.models.adapter import check_base, load_adapter
 from finemill.models.base.resolve import resolve_base_model
 from finemill.models.causal_lm import load_causal_lm, suitable_threads
@@ -46,6 +47,10 @@ def run(
     rows = read_held_out(dataset, config.split)
     rows = spread(rows, config.max_rows or len(rows))
     context.recorder.log_progress(f"loading the model for {len(rows)} rows")
+    num_problems = sum(row.answer is not None for row in rows)
+    if num_problems:
+        points = 100 * detectable_change(num_problems)
+        context.recorder.log_progress(f"{num_problems} rows with a known answer can show {points:.0f} points")
     tokenizer = AutoTokenizer.from_pretrained(
         adapter if has_tokenizer(adapter) else base_model, trust_remote_code=False
     )
