@@ -25,6 +25,7 @@ from finemill.models.causal_lm import SMALL_MODEL, load_causal_lm, suitable_thre
 from finemill.models.cores import available_cores
 from finemill.models.generation import Answer, generate_answers, stop_token_ids
 from finemill.models.llama_cpp import serve
+from finemill.models.model_card import llama_cpp_command, write_card
 from finemill.models.sampling import read_generation_defaults
 from finemill.models.stored_model import StoredModel
 from finemill.runtime.context import StepContext
@@ -37,6 +38,7 @@ _SAMPLING = {
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
 }  # fmt: skip
+_CARD_RATES = {"top1_agreement": "same likeliest token", "exact_match": "exact match"}
 
 
 def run(
@@ -81,6 +83,7 @@ def run(
     default_file = files[config.quantizations[-1]].path.name
     (output_dir / "Modelfile").write_text(_modelfile(default_file, tokenizer, model), encoding="utf-8")
     _write_record(output_dir, name, files, comparisons, reference, [*fallbacks, *lost])
+    _write_card(output_dir, name, model, files, comparisons)
     metrics = _metrics(files, comparisons, reference)
     if lost and config.strict:
         raise GateFailedError(f"gguf-quantize: {'; '.join(lost)}")
@@ -218,17 +221,56 @@ def _fallbacks(quantization: str, file: WrittenFile) -> list[str]:
 
 
 def _modelfile(gguf_name: str, tokenizer: Any, model: Path) -> str:
+    stops = tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer, model))
+    return modelfile(gguf_name, tokenizer, stops, _sampling(model))
+
+
+def _sampling(model: Path) -> dict[str, float]:
+    """The model's recommended values, by the names of llama.cpp and Ollama."""
     generation = read_generation_defaults(model)
-    sampling = {
-        ollama: float(generation[name])
-        for name, ollama in _SAMPLING.items()
+    # Both draw tokens unless they are told not to.
+    if generation.get("do_sample") is False:
+        return {"temperature": 0.0}
+    return {
+        theirs: float(generation[name])
+        for name, theirs in _SAMPLING.items()
         if isinstance(generation.get(name), int | float)
     }
-    # Ollama draws tokens unless it is told not to.
-    if generation.get("do_sample") is False:
-        sampling = {"temperature": 0.0}
-    stops = tokenizer.convert_ids_to_tokens(stop_token_ids(tokenizer, model))
-    return modelfile(gguf_name, tokenizer, stops, sampling)
+
+
+def _write_card(
+    output_dir: Path,
+    name: str,
+    model: Path,
+    files: Mapping[str, WrittenFile],
+    comparisons: Mapping[str, Mapping[str, float]],
+) -> None:
+    merge = read_merge(model)
+    default_file = list(files.values())[-1].path.name
+    write_card(
+        output_dir,
+        title=name,
+        base_model=merge.base_model if merge else "",
+        quantized=True,
+        summary="GGUF files for llama.cpp, Ollama and LM Studio, each compared with the merged model by finemill.",
+        commands=[
+            ("llama.cpp", llama_cpp_command(default_file, _sampling(model))),
+            ("Ollama", f"ollama create {name.lower()} -f Modelfile"),
+        ],
+        table={
+            file.path.name: {
+                "GB": f"{file.size_bytes / 1e9:.3g}",
+                "bits per weight": f"{file.bits_per_weight:.2f}",
+                "KL, nats per token": f"{comparisons[quantization]['kl']:.2g}",
+                **{
+                    title: f"{comparisons[quantization][metric]:.1%}"
+                    for metric, title in _CARD_RATES.items()
+                    if metric in comparisons[quantization]
+                },
+            }
+            for quantization, file in files.items()
+        },
+    )
 
 
 def _write_record(

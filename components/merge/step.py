@@ -18,6 +18,7 @@ from finemill.errors import StepError, UserError
 from finemill.models.adapter import check_base, load_adapter
 from finemill.models.base.resolve import resolve_base_model
 from finemill.models.generation import stop_token_ids
+from finemill.models.model_card import serve_commands, write_card
 from finemill.models.stored_model import StoredModel
 from finemill.runtime.context import StepContext
 from finemill.storage.space import require_space
@@ -80,6 +81,7 @@ def run(
         tensors=tuple(merged.landed),
     )
     write_merge(output_dir, record)
+    _write_card(output_dir, record, tokenizer.chat_template)
     if parity["kl"] > config.max_kl or parity["top1_agreement"] < config.min_top1_agreement:
         raise StepError(
             f"merge: the written model differs from base and adapter: KL {parity['kl']:.3g} nats per token (allowed "
@@ -90,6 +92,25 @@ def run(
         **{f"merge/{name}": value for name, value in {**parity, **landed}.items()},
         "merge/size_bytes": sum(path.stat().st_size for path in output_dir.glob("*.safetensors")),
     }
+
+
+def _write_card(output_dir: Path, record: MergeRecord, chat_template: object) -> None:
+    write_card(
+        output_dir,
+        title="Merged model",
+        base_model=record.base_model,
+        quantized=False,
+        summary=f"The base model `{record.base_model}` with the adapter `{record.adapter}`, merged in {record.dtype} "
+        "by finemill.",
+        commands=serve_commands(chat_template),
+        table={
+            "merged, against base and adapter": {
+                "KL, nats per token": f"{record.kl:.2g}",
+                "same likeliest token": f"{record.top1_agreement:.1%}",
+                "change that rounding left": f"{record.share_landed:.1%}",
+            }
+        },
+    )
 
 
 def refuse_quantized(base_model: Path) -> None:

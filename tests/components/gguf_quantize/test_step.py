@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from finemill.artifacts.dataset import read_held_out, spread
@@ -57,12 +58,32 @@ def quantized(
 
 def test_every_file_is_written_run_and_recorded(quantized: tuple[Path, Mapping[str, float]]) -> None:
     folder, metrics = quantized
-    names = {"small-F16.gguf", "small-Q8_0.gguf", "small-Q4_K_M.gguf", "Modelfile", "gguf.json", "imatrix.gguf"}
+    names = {
+        "small-F16.gguf",
+        "small-Q8_0.gguf",
+        "small-Q4_K_M.gguf",
+        "Modelfile",
+        "gguf.json",
+        "imatrix.gguf",
+        "README.md",
+    }
     assert {path.name for path in folder.iterdir()} == names
     record = json.loads((folder / "gguf.json").read_text())
     assert record["files"]["Q4_K_M"]["kl"] == metrics["gguf/q4_k_m/kl"]
     assert record["files"]["Q8_0"]["size_bytes"] == (folder / "small-Q8_0.gguf").stat().st_size
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_the_model_card_has_metadata_lines_to_run_and_a_row_per_file(
+    quantized: tuple[Path, Mapping[str, float]],
+) -> None:
+    text = (quantized[0] / "README.md").read_text()
+    data = ModelCard(text).data.to_dict()
+    assert (data["library_name"], data["pipeline_tag"]) == ("gguf", "text-generation")
+    assert "llama-server -m small-Q4_K_M.gguf --jinja" in text
+    assert "ollama create small -f Modelfile" in text
+    for quantization in ("F16", "Q8_0", "Q4_K_M"):
+        assert f"| small-{quantization}.gguf |" in text
 
 
 def test_fewer_bits_are_smaller_and_further_from_the_merged_model(

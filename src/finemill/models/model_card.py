@@ -1,0 +1,87 @@
+"""The model card: README.md with the metadata that the Hugging Face hub reads, and how to run what lies beside it."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from finemill.models.base.resolve import hub_name
+
+CARD_FILE = "README.md"
+# What a chat template writes -> the parsers of vLLM and SGLang that read it.
+_REASONING = {"<think>": ("qwen3", "qwen3")}
+_TOOLS = {
+    "<function=": ("qwen3_coder", "qwen3_coder"), "<tool_call>": ("hermes", "qwen25"),
+    "[TOOL_CALLS]": ("mistral", "mistral"), "<|python_tag|>": ("llama3_json", "llama3"),
+}  # fmt: skip
+
+
+def write_card(
+    folder: Path,
+    *,
+    title: str,
+    base_model: str,
+    quantized: bool,
+    summary: str,
+    commands: Sequence[tuple[str, str]],
+    table: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Write README.md.
+
+    Args:
+        base_model: reference of the base; named in the metadata if it is on the hub.
+        quantized: whether this is a smaller form of a model rather than a model of its own.
+        commands: (program, command line) of each way to run it.
+        table: measured values, by row and column.
+    """
+    from huggingface_hub import ModelCardData
+
+    on_hub = hub_name(base_model)
+    data = ModelCardData(
+        base_model=on_hub[0] if on_hub else None,
+        base_model_relation=("quantized" if quantized else "finetune") if on_hub else None,
+        library_name="gguf" if quantized else "transformers",
+        pipeline_tag="text-generation",
+        tags=["finemill", "gguf" if quantized else "safetensors", "conversational"],
+        model_name=None,
+    )
+    parts = [f"---\n{data.to_yaml()}\n---", f"# {title}", summary]
+    parts += ["## Run", *(f"{program}:\n\n```sh\n{line}\n```" for program, line in commands)]
+    if table:
+        parts += ["## Measured", _table(table)]
+    (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def serve_commands(chat_template: object) -> list[tuple[str, str]]:
+    """Lines that serve the folder in vLLM and SGLang, with parsers for the template's thinking and tools."""
+    text = chat_template if isinstance(chat_template, str) else json.dumps(chat_template, ensure_ascii=False)
+    vllm, sglang = ["vllm serve ."], ["python -m sglang.launch_server --model-path ."]
+    if reasoning := _parsers(text, _REASONING):
+        vllm.append(f"--reasoning-parser {reasoning[0]}")
+        sglang.append(f"--reasoning-parser {reasoning[1]}")
+    if tools := _parsers(text, _TOOLS):
+        vllm.append(f"--enable-auto-tool-choice --tool-call-parser {tools[0]}")
+        sglang.append(f"--tool-call-parser {tools[1]}")
+    return [("vLLM", " ".join(vllm)), ("SGLang", " ".join(sglang))]
+
+
+def llama_cpp_command(file: str, sampling: Mapping[str, float]) -> str:
+    """The line that serves a GGUF file in llama.cpp with the chat template inside it.
+
+    Args:
+        sampling: values by llama.cpp's names (`repeat_penalty`).
+    """
+    flags = {"temperature": "temp"}
+    values = [f"--{flags.get(name, name).replace('_', '-')} {value:g}" for name, value in sampling.items()]
+    return " ".join([f"llama-server -m {file} --jinja", *values])
+
+
+def _parsers(template: str, known: Mapping[str, tuple[str, str]]) -> tuple[str, str] | None:
+    return next((parsers for mark, parsers in known.items() if mark in template), None)
+
+
+def _table(rows: Mapping[str, Mapping[str, str]]) -> str:
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(row.get(column, "") for column in columns)] for name, row in rows.items()]
+    return "\n".join(re.sub(r" +", " ", f"| {' | '.join(line)} |") for line in lines)
