@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # Threads that wait would spin: where other processes keep the cores busy, a step takes five times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # What is run here is nobody else's business; who wants to tell the hub sets it to 0.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     silence_progress_bars()
     name, rest = arguments[0], arguments[1:]
     try:

@@ -1,10 +1,12 @@
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from finemill.cli import main
 from finemill.runtime.catalog import STEPS
@@ -121,3 +123,19 @@ def test_a_pipeline_that_could_never_run_is_not_compiled(options: list[str], tmp
     file = tmp_path / "x.yaml"
     assert main(["compile", "retrain", "--engine", "argo", "-o", str(file), *options]) == 2
     assert not file.exists()
+
+
+@pytest.mark.parametrize("engine", ["kfp", "argo"])
+def test_a_dash_is_standard_output(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compile", "export", "--engine", engine, "-o", "-"]) == 0
+    assert next(iter(yaml.safe_load_all(capsys.readouterr().out)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_hub_is_told_nothing_unless_somebody_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
+    assert main(["schema", "merge"]) == 0
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"

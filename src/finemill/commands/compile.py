@@ -2,7 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from finemill.commands.config_flags import add_config_flags, read_config
 from finemill.commands.pipeline_argument import check_chosen, choose_pipeline, default_config_file
@@ -11,6 +12,9 @@ from finemill.pipelines.graph import Pipeline
 from finemill.pipelines.parameters import check_shared_store, run_parameters, with_optional_fields
 from finemill.pipelines.schedule import check_schedule
 from finemill.runtime.images import IMAGES
+
+if TYPE_CHECKING:
+    from finemill.pipelines.cluster import ClusterConfig
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -25,17 +29,29 @@ def execute(name: str, arguments: list[str]) -> int:
 
     cluster = read_cluster_config(parsed.cluster, image_cpu=parsed.image_cpu, image_train=parsed.image_train)
     defaults = read_defaults(parsed, pipeline)
+    if str(parsed.output) == "-":
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "pipeline.yaml")
+            _compile(parsed, pipeline, defaults, cluster, file)
+            print(file.read_text(encoding="utf-8"), end="")
+        return 0
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
+    _compile(parsed, pipeline, defaults, cluster, parsed.output)
+    print(parsed.output)
+    return 0
+
+
+def _compile(
+    parsed: argparse.Namespace, pipeline: Pipeline, defaults: dict[str, Any], cluster: "ClusterConfig", output: Path
+) -> None:
     if parsed.engine == "kfp":
         from finemill.pipelines.render_kfp import compile_kfp
 
-        compile_kfp(pipeline, defaults, cluster, parsed.output, manifests=parsed.manifests)
+        compile_kfp(pipeline, defaults, cluster, output, manifests=parsed.manifests)
     else:
         from finemill.pipelines.render_argo import compile_argo
 
-        compile_argo(pipeline, defaults, cluster, parsed.output, schedule=parsed.schedule, timezone=parsed.timezone)
-    print(parsed.output)
-    return 0
+        compile_argo(pipeline, defaults, cluster, output, schedule=parsed.schedule, timezone=parsed.timezone)
 
 
 def read_defaults(parsed: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
@@ -66,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="finemill compile", description="Write a pipeline as KFP or Argo YAML.", allow_abbrev=False
     )
     parser.add_argument("--engine", choices=["kfp", "argo"], required=True, help="which system will run it")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="YAML file to write")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="YAML file to write; - for standard output"
+    )
     parser.add_argument("--store", metavar="URI", help="default of the run's store parameter, s3://bucket/prefix")
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="YAML file of `finemill schema cluster`")
     parser.add_argument("--image-cpu", metavar="IMAGE", help=f"default: {IMAGES['cpu']}")
