@@ -103,6 +103,12 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     assert process.returncode == 141
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_output_is_no_fault(closed: str) -> None:
+    command = f'"{sys.executable}" -m finemill schema merge {closed}'
+    assert subprocess.run(command, shell=True, capture_output=True, check=False).returncode == 0
+
+
 def test_options_may_stand_before_the_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "finetune"
     config.write_text("data_prep: {sources: [{uri: 'example:chat'}]}")

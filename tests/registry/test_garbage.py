@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,7 +14,7 @@ import pytest
 from finemill.artifacts.manifest import Producer, Reference, new_manifest
 from finemill.cli import main
 from finemill.errors import UserError
-from finemill.registry.garbage import find_garbage
+from finemill.registry.garbage import find_garbage, find_leftovers
 from finemill.storage.base import local_path
 from finemill.storage.store import delete_artifact, list_artifacts, publish_artifact, staging_folder
 
@@ -94,12 +96,34 @@ def test_a_clock_that_is_ahead_makes_nothing_old(folder_store: str) -> None:
 def test_attempts_that_died_are_garbage_and_other_things_in_a_store_are_not(folder_store: str) -> None:
     put(folder_store, "merge/a")
     root = local_path(folder_store)
-    (staging_folder(f"{folder_store}/merge/b") / "half").write_text("x")
     (root / "logs").mkdir()
     (root / "logs" / "finetune.log").write_text("x")
     (root / "mlflow.db").write_text("x")
-    (died,) = places(folder_store, [], ANY_AGE) - {"merge/a"}
-    assert died.startswith("merge/.staging/b-")
+    half = root / "merge" / ".staging" / "b-0123" / "half"
+    half.parent.mkdir(parents=True)
+    half.write_text("x")
+    assert places(folder_store, [], ANY_AGE) == {"merge/a"}
+    (died,) = find_leftovers(folder_store, ANY_AGE)
+    assert (died.place, died.size_bytes) == ("merge/.staging/b-0123", 1)
+    assert find_leftovers(folder_store, timedelta(days=1)) == []
+
+
+def test_what_a_living_process_prepares_is_no_leftover(folder_store: str) -> None:
+    staging_folder(f"{folder_store}/merge/b")
+    assert find_leftovers(folder_store, ANY_AGE) == []
+
+
+def test_leftovers_of_killed_steps_go_without_a_registry(folder_store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = "import sys; from finemill.storage.store import staging_folder; staging_folder(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", script, f"{folder_store}/merge/b"], check=True)
+    published = local_path(put(folder_store, "data-prep/a").partition("@")[0])
+    age(folder_store, 40)
+    assert main(["gc", "--store", folder_store]) == 2
+    shown = capsys.readouterr()
+    assert "(unfinished)" in shown.out
+    assert "there is no registry" in shown.err
+    assert list((local_path(folder_store) / "merge" / ".staging").iterdir()) == []
+    assert published.is_dir()
 
 
 def test_unfinished_upload_is_garbage(s3_store: str) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from finemill.commands.run import local_tracking_uri
 from finemill.errors import UserError
@@ -9,6 +10,9 @@ from finemill.storage.base import normalize_uri
 from finemill.storage.store import delete_artifact
 from finemill.tracking.server import sqlite_path
 from finemill.tracking.settings import TRACKING_VARIABLE, Tracking
+
+if TYPE_CHECKING:
+    from finemill.registry.garbage import StoredArtifact
 
 _GIB = 2**30
 
@@ -19,19 +23,26 @@ def execute(name: str, arguments: list[str]) -> int:
     if parsed.older_than_days < 1:
         raise UserError(f"--older-than-days {parsed.older_than_days}: a run may take a day, give 1 or more")
     store = normalize_uri(parsed.store)
-    registry = _registry(store)
-    from finemill.registry.garbage import find_garbage
+    older_than = timedelta(days=parsed.older_than_days)
+    from finemill.registry.garbage import find_garbage, find_leftovers
     from finemill.registry.snapshot import registered_artifacts
 
-    garbage = find_garbage(store, registered_artifacts(registry), timedelta(days=parsed.older_than_days))
-    for artifact in garbage:
+    leftovers = find_leftovers(store, older_than)
+    _delete(leftovers, parsed.dry_run)
+    garbage = find_garbage(store, registered_artifacts(_registry(store)), older_than)
+    _delete(garbage, parsed.dry_run)
+    size = sum(artifact.size_bytes for artifact in leftovers + garbage) / _GIB
+    done = "would be" if parsed.dry_run else "are"
+    print(f"{len(leftovers) + len(garbage)} artifacts, {size:.3f} GiB, {done} deleted")
+    return 0
+
+
+def _delete(artifacts: "list[StoredArtifact]", dry_run: bool) -> None:
+    for artifact in artifacts:
         state = "" if artifact.complete else "  (unfinished)"
         print(f"{artifact.modified:%Y-%m-%d} {artifact.size_bytes / _GIB:9.3f} GiB  {artifact.uri}{state}")
-        if not parsed.dry_run:
+        if not dry_run:
             delete_artifact(artifact.uri)
-    size = sum(artifact.size_bytes for artifact in garbage) / _GIB
-    print(f"{len(garbage)} artifacts, {size:.3f} GiB, {'would be' if parsed.dry_run else 'are'} deleted")
-    return 0
 
 
 def _registry(store: str) -> str:

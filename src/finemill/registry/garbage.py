@@ -8,11 +8,13 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from finemill.artifacts.manifest import MANIFEST_NAME, Reference
 from finemill.errors import UserError
 from finemill.runtime.catalog import STEPS
-from finemill.storage.base import StoredFile
+from finemill.storage.base import StoredFile, local_path
+from finemill.storage.folder import abandoned_folders
 from finemill.storage.store import list_stored_files, read_manifest
 
 # How many parts an artifact's place under the store has. Nothing else in a store is looked at.
@@ -74,12 +76,36 @@ def find_garbage(store_uri: str, registered: Collection[Reference], older_than: 
     return sorted(garbage, key=lambda artifact: (artifact.modified, artifact.place))
 
 
+def find_leftovers(store_uri: str, older_than: timedelta) -> list[StoredArtifact]:
+    """What steps that were killed had begun to write in a folder store, unchanged for `older_than`, oldest first.
+
+    No registry names any of it, and no process of this machine holds it. In front of a bucket, outputs are prepared in
+    the cache.
+    """
+    if not store_uri.startswith("file:"):
+        return []
+    root, limit = local_path(store_uri), datetime.now(UTC) - older_than
+    found = [_leftover(path, path.relative_to(root).as_posix(), store_uri) for path in abandoned_folders(store_uri)]
+    return sorted((item for item in found if item.modified <= limit), key=lambda item: (item.modified, item.place))
+
+
+def _leftover(folder: Path, place: str, store_uri: str) -> StoredArtifact:
+    stats = [path.lstat() for path in (folder, *folder.rglob("*"))]
+    return StoredArtifact(
+        place,
+        f"{store_uri}/{place}",
+        sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()),
+        datetime.fromtimestamp(max(stat.st_mtime for stat in stats), UTC),
+        complete=False,
+    )
+
+
 def _artifacts(store_uri: str) -> list[StoredArtifact]:
     groups: dict[str, list[StoredFile]] = defaultdict(list)
     for file in list_stored_files(store_uri):
         parts = file.name.split("/")
-        depth = _DEPTHS.get(parts[0], 0) + (_STAGING in parts[:3])
-        if depth and len(parts) > depth:
+        depth = _DEPTHS.get(parts[0], 0)
+        if depth and len(parts) > depth and _STAGING not in parts[:depth]:
             groups["/".join(parts[:depth])].append(file)
     return [
         StoredArtifact(

@@ -1,5 +1,6 @@
 """Artifacts in a local folder: prepared in a sibling, made visible by one rename."""
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -33,7 +34,31 @@ def staging_folder(uri: str) -> Path:
     """A new folder on the same file system as `uri`, so that a rename publishes it."""
     parent = local_path(uri).parent / _STAGING
     parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=f"{local_path(uri).name}-", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=f"{local_path(uri).name}-", dir=parent))
+    # Held until this process ends, however it ends: what nobody holds has been left by one that was killed.
+    with suppress(OSError):
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return folder
+
+
+def abandoned_folders(uri: str) -> list[Path]:
+    """The staging folders under `uri` that no process of this machine holds."""
+    places = (pattern for depth in ("*", "*/*") for pattern in local_path(uri).glob(f"{depth}/{_STAGING}/*"))
+    return sorted(path for path in places if path.is_dir() and not _is_held(path))
+
+
+def _is_held(folder: Path) -> bool:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        # A file system without such locks: the folder's age has to do.
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def read_manifest(uri: str) -> Manifest | None:
