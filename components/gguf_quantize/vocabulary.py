@@ -1,6 +1,7 @@
-"""A byte-level BPE tokenizer as GGUF metadata, so that llama.cpp splits text into the same tokens."""
+"""A BPE tokenizer, byte-level or of SentencePiece, as GGUF metadata: llama.cpp splits text into the same tokens."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,17 @@ from finemill.models.generation import stop_token_ids
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+)
 # The split pattern in tokenizer.json -> llama.cpp's name of the same pre-tokenizer.
 PRE_TOKENIZERS = {
     rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}": "qwen2",
     rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
+    rf"{_TEKKEN_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -38,11 +45,10 @@ def pre_tokenizer_name(definition: dict[str, Any]) -> str:
 
     Raises: UserError: not a byte-level BPE tokenizer, or a split rule that has no name here.
     """
-    if definition["model"]["type"] != "BPE" or definition["model"].get("byte_fallback"):
+    if definition["model"]["type"] != "BPE":
         raise UserError(
-            f"gguf-quantize: the tokenizer is {definition['model']['type']}"
-            f"{' with byte fallback (SentencePiece)' if definition['model'].get('byte_fallback') else ''}; "
-            "supported is byte-level BPE, as in Qwen2, Qwen3 and Llama 3"
+            f"gguf-quantize: the tokenizer is {definition['model']['type']}; supported is BPE, byte-level as in Qwen2, "
+            "Qwen3 and Llama 3, or of SentencePiece as in Mistral 7B and Llama 2"
         )
     pre_tokenizer = definition.get("pre_tokenizer") or {}
     parts = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
@@ -70,15 +76,43 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, num_embeddings: int) -
     """
     tokenizer = load_tokenizer(folder)
     definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(definition))
     tokens, types = _tokens(definition, num_embeddings)
+    if definition["model"].get("byte_fallback"):
+        _add_sentencepiece(writer, definition, tokens)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre_tokenizer_name(definition))
+        merges = definition["model"]["merges"]
+        writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    merges = definition["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     _add_special_tokens(writer, tokenizer, folder)
     _add_chat_templates(writer, tokenizer.chat_template)
+
+
+def _add_sentencepiece(writer: gguf.GGUFWriter, definition: dict[str, Any], tokens: list[str]) -> None:
+    """llama.cpp merges the pair whose whole has the highest score: the merge that comes first has it.
+
+    Raises: UserError: text is changed before it is split, by more than a mark for spaces.
+    """
+    normalizer = definition.get("normalizer") or {}
+    changes = [part for part in normalizer.get("normalizers") or [normalizer] if part]
+    pre_tokenizer = definition.get("pre_tokenizer") or {}
+    known = all(part["type"] in ("Prepend", "Replace") for part in changes)
+    if not known or pre_tokenizer.get("type") not in (None, "Metaspace", "Split"):
+        found = [part["type"] for part in (*changes, *([pre_tokenizer] if pre_tokenizer else []))]
+        raise UserError(
+            f"gguf-quantize: the SentencePiece tokenizer changes text by {', '.join(found)}; llama.cpp only marks "
+            "spaces"
+        )
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(definition["model"]["merges"]):
+        ranks.setdefault(merge.replace(" ", "") if isinstance(merge, str) else "".join(merge), rank)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores([-float(ranks.get(token, len(ranks))) for token in tokens])
+    prepends = any(part["type"] == "Prepend" for part in changes)
+    writer.add_add_space_prefix(prepends or pre_tokenizer.get("prepend_scheme") in ("always", "first"))
 
 
 def _add_chat_templates(writer: gguf.GGUFWriter, template: str | dict[str, str] | None) -> None:
@@ -97,9 +131,13 @@ def _tokens(definition: dict[str, Any], num_embeddings: int) -> tuple[list[str],
     """Text and type of every id below `num_embeddings`."""
     texts = {index: text for text, index in definition["model"]["vocab"].items()}
     types = dict.fromkeys(texts, gguf.TokenType.NORMAL)
+    if definition["model"].get("byte_fallback"):
+        types |= {index: gguf.TokenType.BYTE for index, text in texts.items() if _BYTE.fullmatch(text)}
     for added in definition["added_tokens"]:
         texts[added["id"]] = added["content"]
         types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    unknown = definition["model"].get("unk_token")
+    types |= {index: gguf.TokenType.UNKNOWN for index, text in texts.items() if unknown and text == unknown}
     if max(texts) >= num_embeddings:
         raise UserError(
             f"gguf-quantize: the tokenizer has token id {max(texts)}, the model only {num_embeddings} embeddings"

@@ -1,5 +1,6 @@
 """Small models of the families that gguf-quantize converts."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -75,6 +76,65 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     fast.save_pretrained(folder)
     return _save(LlamaForCausalLM(config), None, folder)
+
+
+@pytest.fixture(scope="session")
+def mistral_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mistral 7B's shape: SentencePiece's BPE with a token for each byte, spaces as marks."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
+    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+    marked = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    learned = Tokenizer(models.BPE())
+    learned.normalizer = marked
+    text = ["Ann has 12 apples and gives 345 away; how many are left of 1000000?", "It's fine, isn't it?"]
+    learned.train_from_iterator(
+        [word for line in text * 4 for word in line.split(" ")],
+        trainers.BpeTrainer(vocab_size=200, show_progress=False),
+    )
+    model = json.loads(learned.to_str())["model"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    names += [name for name, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = marked
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(mark, normalized=False, special=True) for mark in ("<unk>", "<s>", "</s>")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(vocabulary), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, sliding_window=None,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("mistral")
+    fast.save_pretrained(folder)
+    return _save(MistralForCausalLM(config), None, folder)
+
+
+@pytest.fixture(scope="session")
+def nemo_dir(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mistral Nemo's split rule, Tekken, on the same tokens."""
+    folder = tmp_path_factory.mktemp("nemo") / "m"
+    shutil.copytree(llama_dir, folder)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    return folder
 
 
 def _save(model: "torch.nn.Module", tokenizer_from: Path | None, folder: Path) -> Path:

@@ -55,7 +55,7 @@ def mean_kl(folder: Path, path: Path) -> float:
         )
 
 
-@pytest.mark.parametrize("family", ["tiny_model_dir", "qwen2_dir", "llama_dir"])
+@pytest.mark.parametrize("family", ["tiny_model_dir", "qwen2_dir", "llama_dir", "mistral_dir", "nemo_dir"])
 def test_llama_cpp_computes_what_transformers_does(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder = request.getfixturevalue(family)
     write(folder, tmp_path / "f16.gguf", "F16")
@@ -237,7 +237,7 @@ def test_an_unknown_split_or_tokenizer_is_named(tiny_model_dir: Path) -> None:
     definition["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\w+"
     with pytest.raises(UserError, match="splits text by"):
         pre_tokenizer_name(definition)
-    with pytest.raises(UserError, match="WordPiece; supported is byte-level BPE"):
+    with pytest.raises(UserError, match="WordPiece; supported is BPE, byte-level"):
         pre_tokenizer_name({"model": {"type": "WordPiece"}})
 
 
