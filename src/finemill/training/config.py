@@ -26,7 +26,9 @@ _OF_ADAPTERS = (
 class LoRATrainingConfig(StepConfig):
     """What is trained of the base, how it is quantized, and the training schedule."""
 
-    not_in_key: ClassVar[frozenset[str]] = frozenset({"memory_gb", "resume", "save_steps", "save_total_limit"})
+    not_in_key: ClassVar[frozenset[str]] = frozenset(
+        {"memory_gb", "report_to", "resume", "save_steps", "save_total_limit"}
+    )
 
     sequences_per_row: ClassVar[int] = 1
     """Sequences that one row of a batch is."""
@@ -157,6 +159,10 @@ class LoRATrainingConfig(StepConfig):
 
     logging_steps: int = Field(default=10, gt=0)
     """Steps between two points of the loss curve."""
+
+    report_to: tuple[Literal["mlflow", "wandb", "tensorboard"], ...] = ("mlflow",)
+    """Where the curves go while training runs. Weights & Biases reads WANDB_API_KEY, WANDB_PROJECT and WANDB_MODE
+    (`offline`), TensorBoard TENSORBOARD_LOGGING_DIR (default `runs`)."""
 
     eval_steps: int | None = Field(default=None, gt=0)
     """Steps between two measurements of the loss on the validation rows; none by default."""

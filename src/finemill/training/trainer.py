@@ -30,6 +30,7 @@ from finemill.training.optimizer import set_learning_rates
 from finemill.training.pace import Card, Pace, summary
 from finemill.training.quantized_base import compute_dtype
 from finemill.training.record import METRIC_NAMES, RecordCallback
+from finemill.training.report_to import reporting
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +213,7 @@ def _train(
     checkpoint = find_checkpoint(asked, context)
     base = resolve_base_model(context.references[BASE_MODEL])
     card = Card.of(choose_device())
-    with _scratch_folder() as scratch, _without_renaming_warnings():
+    with _scratch_folder() as scratch, _without_renaming_warnings(), reporting(config, context) as recorder:
         with read_again(base) if is_main_process() else nullcontext():
             trainer = build_trainer(scratch, config)
         checkpoints = CheckpointCallback(asked, context)
@@ -221,7 +222,7 @@ def _train(
         batches = BatchWatch(dataset)
         batches.attach(trainer)
         pace = Pace(trainer.model, card, trainer.args.world_size)
-        trainer.add_callback(RecordCallback(context.recorder, config.learning_rate, pace, batches))
+        trainer.add_callback(RecordCallback(recorder, config.learning_rate, pace, batches))
         best = EarlyStopping(config, scratch, checkpoint) if config.early_stopping_patience else None
         if best:
             trainer.add_callback(best)  # before what publishes checkpoints

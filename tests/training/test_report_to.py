@@ -1,0 +1,74 @@
+"""Curves arrive where they were asked for, read back from the files that the libraries write."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from finemill.artifacts.manifest import Producer
+from finemill.errors import UserError
+from finemill.runtime.context import Checkpoints, StepContext
+from finemill.training.config import LoRATrainingConfig
+from finemill.training.report_to import reporting
+from tests.recorder import ListRecorder, recorded
+
+POINTS = {1: {"train/loss": 2.5}, 2: {"train/loss": 2.25, "train/mfu": 0.5}}
+
+
+@pytest.fixture
+def context(folder_store: str) -> StepContext:
+    producer = Producer(step="train-qlora", version="0", code="test")
+    return StepContext(
+        store=folder_store,
+        key="0123456789abcdef",
+        references={"base_model": "builtin:tiny-qwen3"},
+        manifests={},
+        checkpoints=Checkpoints(f"{folder_store}/checkpoints", producer),
+        recorder=ListRecorder(),
+    )
+
+
+def report(context: StepContext, *report_to: str) -> None:
+    config = LoRATrainingConfig.model_validate({"report_to": report_to})
+    with reporting(config, context) as recorder:
+        for step, metrics in POINTS.items():
+            recorder.log_metrics(metrics, step)
+        recorder.log_progress("half")
+
+
+@pytest.mark.parametrize(("report_to", "points"), [(("mlflow",), 2), ((), 0)])
+def test_mlflow_gets_the_points_if_it_is_named(report_to: tuple[str, ...], points: int, context: StepContext) -> None:
+    report(context, *report_to)
+    assert len(recorded(context).points) == points
+    assert recorded(context).lines == ["half"]
+
+
+def test_tensorboard_holds_every_point(context: StepContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    report(context, "mlflow", "tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "runs" / "train-qlora-0123456789ab"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.5), (2, 2.25)]
+    assert [event.value for event in events.Scalars("train/mfu")] == [0.5]
+    assert len(recorded(context).points) == 2
+
+
+def test_wandb_writes_a_run_offline(context: StepContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    report(context, "wandb")
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    written = file.read_bytes()
+    assert b"train-qlora-0123456789ab" in written
+    assert written.count(b"train/loss") >= 2
+
+
+@pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_a_missing_package_is_one_line(
+    name: str, module: str, context: StepContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"report_to {name} needs it: pip install 'finemill\[report\]'"):
+        report(context, name)
