@@ -44,6 +44,8 @@ def test_models_are_compared_on_a_file_of_the_users_own(
         (["--samples", "0"], "allowed is 1 or more"),
         ([BASE], f"two models are called {BASE}"),
         (["other=http://127.0.0.1:9/v1"], "out of reach"),
+        (["--judge", "http://127.0.0.1:9/v1", "--judge-name", "j"], "name a second one"),
+        ([f"other={BASE}", "--judge", "http://127.0.0.1:9/v1"], "out of reach"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], said: str, rows: str, capsys: pytest.CaptureFixture[str]) -> None:

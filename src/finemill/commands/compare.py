@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 from finemill.artifacts.comparison import ComparedAnswer, Mode, write_answers
@@ -14,9 +15,11 @@ from finemill.asking.find_model import FORMS, FoundModel, find_model
 from finemill.asking.open_model import Preset, open_model
 from finemill.commands.model_argument import add_opening_arguments, add_sampling_arguments, read_overrides
 from finemill.comparison.ask import Plan, ask
+from finemill.comparison.judge import WinRate, judge_all, write_verdicts
 from finemill.comparison.questions import Questions, read_questions
 from finemill.comparison.summary import Line, Score, summarize, to_json
 from finemill.errors import UserError
+from finemill.models.endpoint import Endpoint
 
 _NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<model>.+)")
 _MODES: dict[str, tuple[Mode, ...]] = {
@@ -39,6 +42,9 @@ def execute(name: str, arguments: list[str]) -> int:
         rows = [rows[index * len(rows) // count] for index in range(count)]
     # All are found before the first is asked, which may take an hour.
     models = _named(parsed)
+    judge = Endpoint(parsed.judge, parsed.judge_name) if parsed.judge else None
+    if judge and len(models) * len(plan.modes) < 2:
+        raise UserError("--judge compares with the first model: name a second one, or --thinking both")
     answers: list[ComparedAnswer] = []
     for label, found in models.items():
         with ExitStack() as stack:
@@ -53,9 +59,15 @@ def execute(name: str, arguments: list[str]) -> int:
             )
             answers += ask(model, label, rows, plan, _progress)
     lines = summarize(answers)
+    verdicts, rates = judge_all(judge, answers) if judge else ([], [])
     if parsed.output:
         _write(parsed.output, answers, lines)
-    print(json.dumps(to_json(lines), ensure_ascii=False) if parsed.json else table(lines))
+        if verdicts:
+            write_verdicts(parsed.output, verdicts)
+    if parsed.json:
+        print(json.dumps([*to_json(lines), *map(asdict, rates)], ensure_ascii=False))
+    else:
+        print("\n".join([table(lines), *map(_judged, rates)]))
     return 0
 
 
@@ -80,6 +92,8 @@ def _parser(name: str) -> argparse.ArgumentParser:
         help="modes to ask in (default: as the template has it)",
     )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers per question (default: 1)")
+    parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible judge that compares with the first model")
+    parser.add_argument("--judge-name", metavar="NAME", help="the judge's name on its server (default: its first)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write samples.parquet and metrics.json there")
     parser.add_argument("--json", action="store_true", help="print the lines as JSON")
     parser.add_argument("--load-in-4bit", action="store_true", help="quantize folders' weights to NF4")
@@ -127,6 +141,15 @@ def _say_left_out(questions: Questions, where: str) -> None:
 
 def _progress(text: str) -> None:
     print(f"finemill compare: {text}", file=sys.stderr)
+
+
+def _judged(rate: WinRate) -> str:
+    asked = f"{rate.judged} of {rate.judged + rate.missing} rows"
+    if rate.rate is None or rate.stderr is None:
+        return f"judge: {rate.model}, {rate.mode}: no verdict on {asked}"
+    bias = "" if rate.position_bias is None else f", {100 * rate.position_bias:.0f} % swayed by the order"
+    wins = f"{100 * rate.rate:.1f} ± {100 * _Z95 * rate.stderr:.1f} % against the first model"
+    return f"judge: {rate.model}, {rate.mode}: wins {wins}, on {asked}{bias}"
 
 
 def _write(folder: Path, answers: list[ComparedAnswer], lines: list[Line]) -> None:
