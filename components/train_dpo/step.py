@@ -17,6 +17,7 @@ from finemill.components.train_dpo.rows import load_answers, load_pairs
 from finemill.components.train_dpo.trainers import ORPOTrainer, TokenizedDPOTrainer, TokenizedKTOTrainer
 from finemill.runtime.context import StepContext
 from finemill.training.adapter import keep_trained_in_float32, lora_config
+from finemill.training.positions import check_positions
 from finemill.training.quantized_base import load_base
 from finemill.training.trainer import cap_memory, choose_device, run_training, shared_arguments
 
@@ -54,7 +55,10 @@ def build_trainer(
 ) -> Trainer:
     """TRL's trainer on chat-format's tokens, without a second model as reference."""
     trainer_class, load = _trainer_and_rows(config)
-    train_dataset = load(dataset, "train", config.max_length)
+    rows = load(dataset, "train", config.max_length)
+    answers = [name for name in rows.column_names if name.endswith("_ids") and name != "prompt_ids"]
+    longest = max(len(row["prompt_ids"]) + max(len(row[name]) for name in answers) for row in rows)
+    check_positions(base_model, min(longest, config.max_length), config.max_length)
     shared: dict[str, Any] = {
         **shared_arguments(config, scratch, device),
         "beta": config.beta,
@@ -66,7 +70,7 @@ def build_trainer(
         model=load_base(base_model, config, device),
         ref_model=None,
         args=_kto_arguments(config, shared) if config.is_unpaired else _dpo_arguments(config, shared),
-        train_dataset=train_dataset,
+        train_dataset=rows,
         eval_dataset=load(dataset, "validation", config.max_length) if config.eval_steps else None,
         processing_class=tokenizer,
         peft_config=lora_config(base_model, config),

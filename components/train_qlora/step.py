@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
@@ -17,6 +18,7 @@ from finemill.errors import UserError
 from finemill.runtime.context import StepContext
 from finemill.training.adapter import keep_trained_in_float32, lora_config
 from finemill.training.memory import eight_bit_moments, must_stream, not_on_kernels
+from finemill.training.positions import check_positions
 from finemill.training.quantized_base import compute_dtype, load_base
 from finemill.training.trainer import cap_memory, choose_device, memory_limit, run_training, shared_arguments
 
@@ -52,11 +54,14 @@ def build_trainer(
     device: torch.device,
 ) -> SFTTrainer:
     """TRL's trainer on rows that are tokenized and labelled already."""
+    rows = load_rows(dataset, "train", config.max_length)
+    longest = pc.max(pc.list_value_length(rows.data.column("input_ids"))).as_py()
+    check_positions(base_model, longest, config.max_length)
     trainer_class, model = _load(base_model, config, device)
     trainer = trainer_class(
         model=model,
         args=_arguments(config, scratch, device),
-        train_dataset=load_rows(dataset, "train", config.max_length),
+        train_dataset=rows,
         eval_dataset=load_rows(dataset, "validation", config.max_length) if config.eval_steps else None,
         processing_class=tokenizer,
         peft_config=lora_config(base_model, config),

@@ -47,12 +47,13 @@ def find_checkpoint(config: LoRATrainingConfig, context: StepContext) -> Path | 
         return None
     written = json.loads((folder / IDENTITY_NAME).read_text(encoding="utf-8"))
     expected = training_identity(config, context)
-    changed = sorted(_flat(written).items() ^ _flat(expected).items())
+    before, now = _flat(written), _flat(expected)
+    changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
     if changed:
-        names = ", ".join(sorted({name for name, _ in changed}))
+        values = ", ".join(f"{name} (then {before.get(name, 'none')}, now {now.get(name, 'none')})" for name in changed)
         raise UserError(
-            f"checkpoint {folder.name} was written by another training, different in {names}: "
-            "restore these, or start over with resume: never"
+            f"checkpoint {folder.name} was written by another training, different in {values}: "
+            "restore what was then, or start over with resume: never"
         )
     return folder
 

@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finemill.artifacts.adapter import read_training
+from finemill.artifacts.dataset import LabelledRow
+from finemill.artifacts.splits import split_path
+from finemill.artifacts.tables import write_rows
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.step import run as train_qlora
 from finemill.errors import TemporaryError, UserError
@@ -127,7 +130,9 @@ def test_a_checkpoint_of_another_training_is_refused(
     train_qlora(**arguments, output_dir=tmp_path / "a", config=with_checkpoint, context=context)
     assert [line for line in recorded(context).lines if "checkpoint" in line] == ["checkpoint at step 1"]
     other = with_checkpoint.model_copy(update={"learning_rate": 5e-4})
-    with pytest.raises(UserError, match=r"another training, different in config\.learning_rate"):
+    with pytest.raises(
+        UserError, match=r"another training, different in config\.learning_rate \(then 0\.001, now 0\.0005\)"
+    ):
         train_qlora(**arguments, output_dir=tmp_path / "b", config=other, context=make_context())
 
 
@@ -234,3 +239,15 @@ def test_the_learning_rate_follows_its_schedule(
     train_qlora(base_model=base_model, dataset=dataset, output_dir=tmp_path / "a", config=config, context=context)
     rates = [point["train/learning_rate"] for _, point in recorded(context).points if "train/learning_rate" in point]
     assert rates == pytest.approx([share * CONFIG.learning_rate for share in shares], rel=1e-3)
+
+
+def test_rows_that_the_base_has_no_positions_for_are_refused_before_it_is_loaded(
+    make_context: MakeContext, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finemill.components.train_qlora.step.load_base", lambda *_: pytest.fail("loaded"))
+    ids = [5] * 1100
+    write_rows(split_path(tmp_path, "train"), LabelledRow, [LabelledRow(input_ids=ids, labels=ids)])
+    with pytest.raises(UserError, match=r"a row has 1100 tokens, and the base model has positions for 1024"):
+        train_qlora(
+            base_model=base_model, dataset=tmp_path, output_dir=tmp_path / "a", config=CONFIG, context=make_context()
+        )
