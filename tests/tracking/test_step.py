@@ -19,6 +19,7 @@ from finemill.errors import StepError, TemporaryError, UserError
 from finemill.runtime.context import StepContext
 from finemill.runtime.run import StepResult, run_step
 from finemill.storage.store import fetch_artifact
+from finemill.tracking.abandoned import PROCESS_TAG
 from finemill.tracking.describe import StepDescription, base_model_tags, flatten, origin_tags
 from finemill.tracking.parent import start_step
 from finemill.tracking.pipeline import parent_run
@@ -64,6 +65,17 @@ def training(*, output_dir: Path, config: StepConfig, context: StepContext) -> M
         context.recorder.log_metrics({"train/loss": 1 / step, "train/learning_rate": 1e-4}, step)
     (output_dir / "report.html").write_text("<p>report</p>")
     return {"train/loss": 0.2, "train/seconds": 3.0}
+
+
+def test_the_next_step_ends_the_run_of_a_killed_one(tracking_uri: str, prepare: Prepare) -> None:
+    prepare(seed=1)
+    client = MlflowClient(tracking_uri)
+    (first,) = runs(tracking_uri)
+    killed = f"{first.data.tags[PROCESS_TAG].rpartition(' ')[0]} 1"
+    client.set_tag(first.info.run_id, PROCESS_TAG, killed)
+    client.update_run(first.info.run_id, status="RUNNING")
+    prepare(seed=2)
+    assert [run.info.status for run in runs(tracking_uri)] == ["KILLED", "FINISHED"]
 
 
 def test_step_of_a_run_is_nested_under_its_parent(tracking_uri: str, prepare: Prepare) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from finemill.artifacts.manifest import Producer, Reference, new_manifest
 from finemill.credentials import without_credentials
 from finemill.storage.store import delete_artifact, fetch_artifact, publish_artifact, read_manifest, staging_folder
+from finemill.tracking.abandoned import end_abandoned_runs
 from finemill.tracking.describe import RUN_ID_TAG, StepDescription
 from finemill.tracking.record import PARENT_TAG, StepRecord
 from finemill.tracking.server import find_experiment
@@ -37,6 +38,7 @@ def start_step(
             return record
         return StepRecord.start(client, run.info.experiment_id, adopted, step)
     experiment = find_experiment(client, tracking)
+    end_abandoned_runs(client, experiment)
     parent = _find_or_create(client, experiment, tracking.runs, store, made_by, step) if step.run_id else None
     return StepRecord.start(client, experiment, parent, step)
 

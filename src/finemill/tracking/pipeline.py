@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finemill.artifacts.manifest import Reference
 from finemill.config import StepConfig
 from finemill.storage.store import read_artifact
+from finemill.tracking.abandoned import end_abandoned_runs, process_tags
 from finemill.tracking.describe import REUSED_TAG, RUN_ID_TAG, STEP_TAG, StepDescription, flatten
 from finemill.tracking.server import check_reachable, find_experiment, open_client, readable_errors
 from finemill.tracking.settings import Tracking
@@ -95,11 +96,12 @@ class _Writer:
 
         self._client = client
         self._experiment = find_experiment(client, tracking)
+        end_abandoned_runs(client, self._experiment)
         run = client.create_run(
             self._experiment,
             start_time=start_time,
             run_name=name,
-            tags={"pipeline.name": name, "mlflow.source.name": f"finemill run {name}"},
+            tags={"pipeline.name": name, "mlflow.source.name": f"finemill run {name}", **process_tags()},
         )
         self._parent: str = run.info.run_id
         self._open: dict[str, StepRecord] = {}

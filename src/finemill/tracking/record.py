@@ -21,6 +21,7 @@ from finemill.artifacts.manifest import Manifest, Reference
 from finemill.artifacts.metrics import is_total
 from finemill.credentials import without_credentials
 from finemill.storage.store import fetch_artifact
+from finemill.tracking.abandoned import process_tags
 from finemill.tracking.describe import OUTPUT_TAG, WARNINGS_TAG, StepDescription
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ class StepRecord:
     ) -> "StepRecord":
         """Start a run for `step`, nested under `parent_id` if there is one; times in milliseconds, now by default."""
         parent = {PARENT_TAG: parent_id} if parent_id else {}
-        run = client.create_run(experiment_id, run_name=step.name, tags={**step.tags, **parent}, start_time=start_time)
+        tags = {**step.tags, **parent, **process_tags()}
+        run = client.create_run(experiment_id, run_name=step.name, tags=tags, start_time=start_time)
         record = cls(client, run.info.run_id, parent_id)
         record.log_params(step.params)
         log_dataset(client, record.run_id, step)
