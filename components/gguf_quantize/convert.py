@@ -8,6 +8,7 @@ import math
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ _YARN_DEFAULTS = {
 }  # fmt: skip
 
 
+_OPTIONAL_WIDTHS = ("num_key_value_heads", "head_dim")
+_WIDTHS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    *_OPTIONAL_WIDTHS,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SourceModel:
     """A model folder with safetensors weights, read one tensor at a time.
@@ -57,7 +65,8 @@ class SourceModel:
     @cached_property
     def architecture(self) -> gguf.MODEL_ARCH:
         """Raises: UserError: a model family that this step does not convert."""
-        names = self.config.get("architectures") or ["(none)"]
+        found = self.config.get("architectures")
+        names = found if isinstance(found, list) and found else ["(none)"]
         if names[0] not in ARCHITECTURES:
             raise UserError(
                 f"gguf-quantize: architecture {names[0]} in {self.folder / 'config.json'} is not supported; "
@@ -92,7 +101,7 @@ class SourceModel:
 
     def check(self) -> None:
         """Raises: UserError: the model computes something that llama.cpp has no counterpart for."""
-        problem = next(_not_in_llama_cpp(self), None)
+        problem = next(chain(_no_numbers(self.config), _not_in_llama_cpp(self)), None)
         if problem:
             raise UserError(f"gguf-quantize: {self.folder / 'config.json'}: {problem}")
         self.names()
@@ -162,6 +171,14 @@ class SourceModel:
         smooth = np.clip((old_length / wavelengths - low) / (high - low), 0, 1)
         factors: Array = (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
         return factors
+
+
+def _no_numbers(config: Mapping[str, Any]) -> Iterator[str]:
+    """Widths that are none."""
+    for key in _WIDTHS:
+        value = config.get(key)
+        if not (isinstance(value, int) and value > 0) and not (value is None and key in _OPTIONAL_WIDTHS):
+            yield f"{key} is {value!r}, and a whole number above 0 is needed: download or copy the model again"
 
 
 def _not_in_llama_cpp(model: SourceModel) -> Iterator[str]:

@@ -3,16 +3,15 @@
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finemill.artifacts.dataset import prompt_ids, read_held_out, spread
-from finemill.artifacts.files import GGUF_FILE, IMATRIX_FILE
+from finemill.artifacts.files import IMATRIX_FILE
+from finemill.artifacts.gguf import GGUFFileRecord, GGUFRecord, write_gguf_record
 from finemill.artifacts.model import read_merge
-from finemill.artifacts.records import write_json
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig, Quantization
 from finemill.components.gguf_quantize.convert import Array, SourceModel
 from finemill.components.gguf_quantize.imatrix import channel_weights, write_imatrix
@@ -281,23 +280,26 @@ def _write_record(
     reference: Reference,
     warnings: list[str],
 ) -> None:
-    record = {
-        "name": name,
-        "merged": {"exact_match": reference.exact_match},
-        "kl_positions": len(reference.kl_prompts),
-        "answers": len(reference.prompts),
-        "files": {
-            quantization: {
-                **asdict(file),
-                "path": file.path.name,
-                "bits_per_weight": round(file.bits_per_weight, 4),
-                **comparisons[quantization],
-            }
+    record = GGUFRecord(
+        name=name,
+        merged_exact_match=reference.exact_match,
+        kl_positions=len(reference.kl_prompts),
+        answers=len(reference.prompts),
+        files={
+            quantization: GGUFFileRecord(
+                path=file.path.name,
+                size_bytes=file.size_bytes,
+                num_parameters=file.num_parameters,
+                bits_per_weight=round(file.bits_per_weight, 4),
+                tensor_types=dict(file.tensor_types),
+                fallbacks=dict(file.fallbacks),
+                metrics=dict(comparisons[quantization]),
+            )
             for quantization, file in files.items()
         },
-        "warnings": warnings,
-    }
-    write_json(output_dir / GGUF_FILE, record)
+        warnings=tuple(warnings),
+    )
+    write_gguf_record(output_dir, record)
 
 
 def _metrics(

@@ -187,7 +187,7 @@ def read_model_config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         line = " ".join(str(error).split())
         raise UserError(f"{folder / 'config.json'} is not a model that transformers can build: {line:.300}") from None
 
@@ -201,7 +201,7 @@ def _hollow_model(folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
         line = " ".join(str(error).split())
         raise UserError(f"{folder / 'config.json'} is not a causal language model: {line:.300}") from None
     model.tie_weights()

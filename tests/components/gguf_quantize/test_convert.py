@@ -286,6 +286,27 @@ def test_what_llama_cpp_does_not_compute_is_named(
 @pytest.mark.parametrize(
     "values",
     [
+        {"hidden_size": -1}, {"intermediate_size": -1}, {"max_position_embeddings": -1}, {"head_dim": -1},
+        {"num_key_value_heads": -1}, {"num_attention_heads": 0}, {"dtype": [1, 2]}, {"dtype": []},
+        {"architectures": -1}, {"vocab_size": 0}, {"rope_parameters": []}, {"rms_norm_eps": [1]},
+    ],
+)  # fmt: skip
+def test_a_configuration_of_no_model_is_one_line(
+    values: dict[str, object], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    source = configured(tiny_model_dir, tmp_path / "m", **values)
+
+    def open_it() -> StoredModel:
+        source.check()
+        return StoredModel(source.folder)
+
+    with pytest.raises(UserError, match=r"config\.json"):
+        open_it()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
         {"rope_parameters": YARN},
         {"rope_parameters": {**YARN, "beta_fast": 32.0, "attention_factor": 0.1 * math.log(4) + 1}},
         # Every layer is below the first one that slides.

@@ -1,4 +1,3 @@
-import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
 from finemill.artifacts.dataset import read_held_out, spread
+from finemill.artifacts.gguf import read_gguf_record
 from finemill.artifacts.model import MergeRecord, write_merge
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.gguf_quantize.convert import SourceModel
@@ -68,9 +68,9 @@ def test_every_file_is_written_run_and_recorded(quantized: tuple[Path, Mapping[s
         "README.md",
     }
     assert {path.name for path in folder.iterdir()} == names
-    record = json.loads((folder / "gguf.json").read_text())
-    assert record["files"]["Q4_K_M"]["kl"] == metrics["gguf/q4_k_m/kl"]
-    assert record["files"]["Q8_0"]["size_bytes"] == (folder / "small-Q8_0.gguf").stat().st_size
+    record = read_gguf_record(folder)
+    assert record.files["Q4_K_M"].metrics["kl"] == metrics["gguf/q4_k_m/kl"]
+    assert record.files["Q8_0"].size_bytes == (folder / "small-Q8_0.gguf").stat().st_size
     assert all(math.isfinite(value) for value in metrics.values())
 
 
