@@ -14,6 +14,7 @@ from finemill.components.gguf_quantize.config import Quantization
 from finemill.components.gguf_quantize.convert import Array, SourceModel, add_hyperparameters
 from finemill.components.gguf_quantize.ggml import quantize, row_bytes
 from finemill.components.gguf_quantize.mixture import ModelShape, TensorType, tensor_type
+from finemill.components.gguf_quantize.origin import add_origin
 from finemill.components.gguf_quantize.vocabulary import add_vocabulary
 
 # Values rounded at once: a whole embedding would be in memory thrice.
@@ -78,6 +79,7 @@ def write_gguf(
     """
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[model.architecture])
     add_hyperparameters(writer, model, name)
+    add_origin(writer, model.folder)
     add_vocabulary(writer, model.folder, model.num_tokens)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(_file_type(quantization))
