@@ -28,8 +28,11 @@ class Tracking:
     experiment_name: str = DEFAULT_EXPERIMENT
 
     @classmethod
-    def of_environment(cls, variables: Mapping[str, str] = os.environ, *, default_uri: str | None = None) -> "Tracking":
+    def of_environment(
+        cls, variables: Mapping[str, str] | None = None, *, default_uri: str | None = None
+    ) -> "Tracking":
         """What the variables `MLFLOW_...` say, empty ones like absent ones; `default_uri` where they name no place."""
+        variables = os.environ if variables is None else variables
         return cls(
             uri=variables.get(TRACKING_VARIABLE) or default_uri,
             registry_uri=variables.get(REGISTRY_VARIABLE) or None,
