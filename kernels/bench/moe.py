@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finemill.kernels.bench.case import rand
-from finemill.kernels.bench.runs import environment
+from finemill.kernels.bench.runs import MixtureRun, Quantiles, add_record_argument, environment, header, record_runs
 from finemill.kernels.bench.step import check_device
 from finemill.kernels.engine.graphs import GraphRunner
 from finemill.kernels.engine.load import LoraSettings, load_model
@@ -75,6 +75,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--warmup", type=int, default=3, help="steps left out of the timing")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the checkpoint is found or made")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    add_record_argument(parser)
     args = parser.parse_args(argv)
     if args.warmup >= args.steps:
         parser.error(f"--warmup {args.warmup} must be smaller than --steps {args.steps}")
@@ -88,6 +89,8 @@ def main(argv: list[str]) -> int:
     else:
         record = run_step(args)
         print("BENCH " + json.dumps(record | environment()), flush=True)
+        if args.record:
+            record_runs(args.record, [_mixture_run(args, argv, record)])
     return 0
 
 
@@ -158,6 +161,20 @@ def run_step(args: argparse.Namespace) -> dict[str, Any]:
             "checkpoint_s": round(made - started, 1),
             "load_s": round(loaded - made, 1),
         }
+    )
+
+
+def _mixture_run(args: argparse.Namespace, argv: list[str], record: dict[str, Any]) -> MixtureRun:
+    """Put a record into a line of results."""
+    same = ("layers", "quant", "rank", "seq", "rows", "skew", "losses")
+    return MixtureRun(
+        **header("moe", argv),
+        kind="mixture",
+        implementation="finemill",
+        tokens_per_s=record["tok_s"],
+        step_s=Quantiles.of(record["times"][args.warmup :]),
+        peak_bytes=round(record["peak_gib"] * 2**30),
+        **{name: record[name] for name in same},
     )
 
 

@@ -134,6 +134,30 @@ class StepRun(_Run):
     plan: PlanRecord | None = None
 
 
+class MixtureRun(_Run):
+    """A training step of a mixture of experts on Qwen3-30B-A3B's widths: ours (moe.py) or a peer's.
+
+    Args:
+        layers: of the model's 48.
+        seq: tokens per row.
+        rows: per optimizer step.
+        skew: whether one expert takes a fifth of all tokens.
+    """
+
+    kind: Literal["mixture"]
+    implementation: str
+    layers: int
+    quant: str
+    rank: int
+    seq: int
+    rows: int
+    skew: bool = False
+    tokens_per_s: float
+    step_s: Quantiles
+    peak_bytes: int
+    losses: list[float]
+
+
 class SeedLosses(_Model):
     """One seed of two trainings on the same rows: means over the last steps, and mean difference of a step's loss."""
 
@@ -199,7 +223,7 @@ class OpRun(_Run):
     copy_tb_per_s: float
 
 
-Run = StepRun | LossRun | GradientRun | OpRun
+Run = StepRun | MixtureRun | LossRun | GradientRun | OpRun
 _LINE: TypeAdapter[Run] = TypeAdapter(Annotated[Run, Field(discriminator="kind")])
 
 
