@@ -113,6 +113,15 @@ def _block_scale(
 
 
 @triton.jit
+def _decode_words(words, scale, codebook_ptr, WORDS: tl.constexpr):
+    # Little-endian: code c lies in byte c // 2, the even one in the high nibble. Eight codes make a 16-byte store.
+    codes = (words[:, None] >> ((tl.arange(0, 8) ^ 1) * 4)[None, :]) & 15
+    codebook = tl.load(codebook_ptr + tl.arange(0, 16))
+    levels = tl.gather(codebook, tl.reshape(codes, (WORDS * 8,)), 0)
+    return tl.reshape(levels, (WORDS, 8)) * scale[:, None]
+
+
+@triton.jit
 def _dequantize_nf4_kernel(
     words_ptr,  # packed as int32: eight codes each
     absmax_ptr,
@@ -138,16 +147,11 @@ def _dequantize_nf4_kernel(
         block, in_range, absmax_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr, NESTED, NESTED_BLOCKSIZE
     )
     words = tl.load(words_ptr + word, mask=in_range, other=0)
-    # Little-endian: code c lies in byte c // 2, the even one in the high nibble. Eight codes make a 16-byte store.
-    code = tl.arange(0, 8)
-    codes = (words[:, None] >> ((code ^ 1) * 4)[None, :]) & 15
-    codebook = tl.load(codebook_ptr + tl.arange(0, 16))
-    levels = tl.gather(codebook, tl.reshape(codes, (BLOCKS * BLOCKSIZE,)), 0)
-    weight = tl.reshape(levels, (BLOCKS * WORDS, 8)) * scale[:, None]
+    weight = _decode_words(words, scale, codebook_ptr, BLOCKS * WORDS)
     row = word // (BLOCKS_PER_ROW * WORDS)
     column = (word - row * (BLOCKS_PER_ROW * WORDS)) * 8
     # int64: a vocabulary-sized matrix passes 2**31 elements.
-    out_ptrs = out_ptr + (row.to(tl.int64) * out_stride + column)[:, None] + code[None, :]
+    out_ptrs = out_ptr + (row.to(tl.int64) * out_stride + column)[:, None] + tl.arange(0, 8)[None, :]
     tl.store(out_ptrs, weight.to(out_ptr.dtype.element_ty), mask=in_range[:, None])
 
 

@@ -19,7 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from finemill.kernels.ops.launch import use_kernel
-from finemill.kernels.ops.nf4 import BLOCKS_PER_PROGRAM, NF4Tensor, _block_scale, dequantize_nf4_reference
+from finemill.kernels.ops.nf4 import (
+    BLOCKS_PER_PROGRAM,
+    NF4Tensor,
+    _block_scale,
+    _decode_words,
+    dequantize_nf4_reference,
+)
 
 # M matrices, N rows, K columns
 
@@ -127,13 +133,8 @@ def _dequantize_nf4_stack_kernel(
         NESTED_BLOCKSIZE,
     )
     words = tl.load(words_ptr + matrix * num_blocks * WORDS + word, mask=in_range, other=0)
-    # Little-endian: code c lies in byte c // 2, the even one in the high nibble. Eight codes make a 16-byte store.
-    code = tl.arange(0, 8)
-    codes = (words[:, None] >> ((code ^ 1) * 4)[None, :]) & 15
-    codebook = tl.load(codebook_ptr + tl.arange(0, 16))
-    levels = tl.gather(codebook, tl.reshape(codes, (BLOCKS * BLOCKSIZE,)), 0)
-    weight = tl.reshape(levels, (BLOCKS * WORDS, 8)) * scale[:, None]
-    out_ptrs = out_ptr + matrix * num_blocks * BLOCKSIZE + (word * 8)[:, None] + code[None, :]
+    weight = _decode_words(words, scale, codebook_ptr, BLOCKS * WORDS)
+    out_ptrs = out_ptr + matrix * num_blocks * BLOCKSIZE + (word * 8)[:, None] + tl.arange(0, 8)[None, :]
     tl.store(out_ptrs, weight.to(out_ptr.dtype.element_ty), mask=in_range[:, None])
 
 
