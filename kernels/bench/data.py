@@ -108,19 +108,8 @@ def _write_shards(
 
 
 def _config(shape: ModelShape) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocabulary,
-        "tie_word_embeddings": shape.tied,
-        "rope_theta": shape.rope_theta,
+    config = shape.config() | {
         "rope_scaling": None,
-        "rms_norm_eps": shape.eps,
-        "max_position_embeddings": shape.max_positions,
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -132,10 +121,9 @@ def _config(shape: ModelShape) -> dict[str, Any]:
     }
     if shape.family == "qwen3":
         window = {"sliding_window": None, "use_sliding_window": False, "max_window_layers": shape.layers}
-        return config | window | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        return config | window | {"architectures": ["Qwen3ForCausalLM"]}
     return config | {
         "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         "mlp_bias": False,
         "pretraining_tp": 1,
     }

@@ -1,6 +1,7 @@
 """Widths of published models by name: what `finemill estimate` and the benchmarks know without a configuration file."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,23 @@ class ModelShape:
     rope_theta: float
     eps: float
     max_positions: int
+
+    def config(self) -> dict[str, Any]:
+        """The widths by their names in a config.json."""
+        return {
+            "model_type": self.family,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": self.tied,
+            "rope_theta": self.rope_theta,
+            "rms_norm_eps": self.eps,
+            "max_position_embeddings": self.max_positions,
+        }
 
 
 SHAPES = {

@@ -58,19 +58,7 @@ def _model(name: str, device: torch.device) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = SHAPES[name]
-    config = AutoConfig.for_model(
-        shape.family,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=shape.max_positions,
-    )
+    config = AutoConfig.for_model(**SHAPES[name].config())
     torch.manual_seed(0)
     with device:
         base = AutoModelForCausalLM.from_config(

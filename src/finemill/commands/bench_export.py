@@ -81,12 +81,8 @@ def write_random_base(folder: Path, shape: ModelShape) -> int:
 
     folder.mkdir(parents=True)
     config = AutoConfig.for_model(
-        shape.family, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
-        vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied, rms_norm_eps=shape.eps,
-        max_position_embeddings=shape.max_positions, rope_theta=shape.rope_theta, dtype="bfloat16",
-        pad_token_id=None, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+        **shape.config(), dtype="bfloat16", pad_token_id=None, bos_token_id=None, eos_token_id=0
+    )
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]

@@ -14,7 +14,7 @@ from typing import Any
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.errors import UserError
 from finemill.kernels.engine.plan import Plan
-from finemill.kernels.planning.model_shapes import SHAPES, ModelShape
+from finemill.kernels.planning.model_shapes import SHAPES
 from finemill.kernels.planning.planner import plan_step, workload_under
 from finemill.kernels.planning.rates import RATES
 from finemill.kernels.planning.workload import FAMILIES, Workload, workload_of_config
@@ -103,25 +103,10 @@ def workload(model: str, *, rank: int, quantized: bool, rows: int, row: int) -> 
 
 def _config(model: str) -> Mapping[str, Any]:
     if (shape := SHAPES.get(model)) is not None:
-        return _config_of(shape)
+        return shape.config()
     folder = resolve_base_model(model, "config").path
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config
-
-
-def _config_of(shape: ModelShape) -> Mapping[str, Any]:
-    return {
-        "model_type": shape.family,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "rms_norm_eps": shape.eps,
-        "num_hidden_layers": shape.layers,
-        "vocab_size": shape.vocabulary,
-        "tie_word_embeddings": shape.tied,
-    }
 
 
 def table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -140,7 +125,7 @@ def table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         for method, choice in METHODS.items():
             config = TrainQLoRAConfig(**settings, **choice)
             plain = config.kernels == "off"
-            model = _config_of(shape)
+            model = shape.config()
             gib = estimate_memory(model, config).total if plain else needed_gib(model, config)
             needed[name][method] = round(gib, 1)
     return needed
