@@ -20,6 +20,7 @@ from finemill.kernels.engine.expert_layout import EXPERT_FAMILIES, EXPERT_STACKS
 from finemill.kernels.engine.host_memory import gather_rows, pin
 from finemill.kernels.engine.model import FastModel, LayerParts, ModelLoss, assemble_model
 from finemill.kernels.engine.plan import LayerShape, Plan
+from finemill.kernels.engine.quantized_experts import quantized_stacks
 from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.nf4_stack import NF4Stack
 from finemill.kernels.ops.packing import length_classes, pack_rows, splittable
@@ -389,9 +390,9 @@ def _expert_stacks(layer: Any) -> dict[str, Any]:
 
 
 def _stack_weight(name: str, holder: Any) -> NF4Stack | Tensor:
-    module = holder.get_base_layer() if _is_lora(holder) else holder
-    weight: NF4Stack | Tensor = getattr(module, name.removeprefix("experts."))
-    return weight.detach() if isinstance(weight, Tensor) else weight
+    module, parameter = holder.get_base_layer() if _is_lora(holder) else holder, name.removeprefix("experts.")
+    weight: Tensor = getattr(module, parameter).detach()
+    return quantized_stacks(module).get(parameter, weight)
 
 
 def _base(linear: Any) -> Any:

@@ -97,6 +97,7 @@ def not_on_kernels(config: LoRATrainingConfig) -> str | None:
         "bnb_4bit_quant_type is 'fp4'": config.bits == 4 and config.bnb_4bit_quant_type != "nf4",
         "use_dora is on": config.use_dora,
         "modules_to_save are trained": bool(config.modules_to_save),
+        "train_router is on": config.train_router,
         "neftune_noise_alpha is set": config.neftune_noise_alpha is not None,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
