@@ -5,6 +5,7 @@ dropped, parked in host memory or fetched back, and when each weight is decoded.
 decisions; every plan gives bitwise equal gradients.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -106,7 +107,7 @@ class FastModel:
     _tables: tuple[Tensor, Tensor] | None = None
     _head_mean: Tensor | None = None
     _scratch: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    _stack_scratch: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _stack_scratch: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -125,10 +126,11 @@ class FastModel:
         return self._scratch[group.layout]
 
     def stack_scratch(self, shape: tuple[int, ...]) -> Tensor:
-        """Return the decode buffer of experts' stacks of a shape, made at its first use."""
-        if shape not in self._stack_scratch:
-            self._stack_scratch[shape] = torch.empty(shape, dtype=self.final_norm.dtype, device=self.device)
-        return self._stack_scratch[shape]
+        """Return memory to decode experts' stacks of a shape into, the same for all of them."""
+        if self._stack_scratch is None:
+            largest = max(math.prod(stack_shape(name, self.layers[0].shape)) for name in EXPERT_STACKS)
+            self._stack_scratch = torch.empty(largest, dtype=self.final_norm.dtype, device=self.device)
+        return self._stack_scratch[: math.prod(shape)].view(shape)
 
     def apply_plan(self, plan: Plan) -> None:
         """Adopt a plan: keep or free decoded weights, begin to lock host memory for what is parked."""
@@ -143,7 +145,7 @@ class FastModel:
                     group.drop_cache()
         if plan.cached_layers == len(self.layers):
             self._scratch.clear()
-            self._stack_scratch.clear()
+            self._stack_scratch = None
         if plan.stream_weights and self.weight_stream is None:
             self.stream_weights()
         self.arena = begin_arena(plan, self.device, self.arena)
