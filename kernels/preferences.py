@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Trainer
 from trl import DPOTrainer, KTOTrainer
 
 from finemill.kernels.accelerate import Acceleration, accelerate_model, is_mixture, leave_unchanged, workload_of
@@ -34,9 +35,6 @@ class PreferenceSteps(EngineTrainer):
             short.
         kwargs: the trainer's own arguments.
     """
-
-    sequences_per_row: int
-    """Sequences that a loss is taken of for each row of a batch."""
 
     def __init__(
         self, *args: Any, memory_gb: float | None = None, eight_bit: bool | None = None, **kwargs: Any
@@ -88,7 +86,8 @@ class PreferenceSteps(EngineTrainer):
         if engine.device.type != "cuda":
             return Plan.everything(len(engine.layers))
         longest = args.max_length or 2048
-        tokens = args.per_device_train_batch_size * self.sequences_per_row * longest
+        sequences = 1 if isinstance(self, KTOTrainer) else 2
+        tokens = args.per_device_train_batch_size * sequences * longest
         work = workload_of(engine, tokens=tokens, row=longest, whole=True)
         budget = free_bytes(engine.device) if self._memory_gb is None else int(self._memory_gb * 2**30)
         plan = plan_step(
@@ -124,10 +123,11 @@ class PreferenceSteps(EngineTrainer):
 class FastDPOTrainer(PreferenceSteps, DPOTrainer):  # type: ignore[misc]
     """DPOTrainer whose model runs on finemill's kernels; the arguments are DPOTrainer's and `PreferenceSteps`'."""
 
-    sequences_per_row = 2
-
 
 class FastKTOTrainer(PreferenceSteps, KTOTrainer):  # type: ignore[misc]
     """KTOTrainer whose model runs on finemill's kernels; the arguments are KTOTrainer's and `PreferenceSteps`'."""
 
-    sequences_per_row = 1
+
+def on_engine(trainer_class: type[Trainer]) -> type[Trainer]:
+    """Make the same of another trainer that asks its model for log probabilities, as subclasses of TRL's do."""
+    return type(f"Fast{trainer_class.__name__}", (PreferenceSteps, trainer_class), {})

@@ -31,13 +31,13 @@ class LoRATrainingConfig(StepConfig):
         {"memory_gb", "report_to", "resume", "save_steps", "save_total_limit"}
     )
 
-    sequences_per_row: ClassVar[int] = 1
-    """Sequences that one row of a batch is."""
+    whole_passes: ClassVar[bool] = False
+    """Whether a loss compares the rows of a forward pass, so that it can be neither cut nor merged with others."""
 
     @property
-    def uses_kernels(self) -> bool:
-        """Whether the step asks for finemill's kernels."""
-        return False
+    def sequences_per_row(self) -> int:
+        """Sequences that one row of a batch is."""
+        return 1
 
     method: Literal["lora", "full"] = "lora"
     """Train adapters on the frozen base, or every weight of it (`full`): in float32 with 16-bit products, 16 bytes per
@@ -163,6 +163,10 @@ class LoRATrainingConfig(StepConfig):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: much less memory, about a quarter more time."""
 
+    kernels: Literal["auto", "on", "off"] = "auto"
+    """Run steps on finemill's own kernels: on a GPU wherever they cover the model, or fail where they do not, or never.
+    They plan recomputation by themselves, so gradient_checkpointing does not apply to them."""
+
     seed: int = 42
     """Seed of the adapters' initialization and of the rows' order."""
 
@@ -214,6 +218,11 @@ class LoRATrainingConfig(StepConfig):
             early_stopping_threshold="set early_stopping_patience",
         )
         self._refuse(self.method == "full", "with method 'full'", **dict.fromkeys(_OF_ADAPTERS, "use method 'lora'"))
+        self._refuse(
+            self.kernels == "on",
+            "with kernels 'on', which plan recomputation by memory_gb",
+            gradient_checkpointing="use kernels 'auto' or 'off'",
+        )
         if self.init_lora_weights == "loftq" and (self.bits != 4 or self.use_dora):
             raise ValueError("init_lora_weights 'loftq' needs a 4-bit base, and LoRA without use_dora")
         self._refuse(not self.train_router, "on frozen routers", router_aux_loss_coef="set train_router")
