@@ -48,13 +48,13 @@ class Draft:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Token ids and labels of a conversation, both of length T.
+    """Token ids and labels of a conversation, both of shape (T,).
 
     `ends` says of each learned span whether its last character's token is learned; `truncated`, whether the
     conversation was cut at the longest length.
     """
 
-    input_ids: list[int]
+    input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
     ends: list[bool]
     truncated: bool
@@ -76,7 +76,8 @@ class Example:
     @property
     def input_ids(self) -> list[int]:
         """Token ids, length T."""
-        return self.chosen.input_ids
+        ids: list[int] = self.chosen.input_ids.tolist()
+        return ids
 
     @property
     def labels(self) -> NDArray[np.int32]:
@@ -119,7 +120,7 @@ class Example:
             prompt=draft.prompt,
             completion=draft.completion,
             rejected=draft.rejected.answer if draft.rejected else None,
-            rejected_input_ids=worse.input_ids if worse else None,
+            rejected_input_ids=worse.input_ids.tolist() if worse else None,
             rejected_labels=worse.labels.tolist() if worse else None,
             answer=draft.conversation.answer,
         )

@@ -22,7 +22,8 @@ from finemill.components.chat_format.template import (
     NoTemplateError,
     load_templates,
 )
-from finemill.components.chat_format.tokenize import ChatTokenizer, Tokens, load_tokenizer
+from finemill.components.chat_format.tokenize import ChatTokenizer, load_tokenizer
+from finemill.components.chat_format.tokens import Tokens
 from finemill.errors import UserError
 from finemill.rows.conversation import Conversation
 from finemill.rows.reasons import DroppedRowError
@@ -113,6 +114,7 @@ class Formatter:
     def _label(self, tokens: Tokens | None, text: str, spans: Sequence[tuple[int, int]]) -> Labelled:
         if tokens is None:
             raise DroppedRowError("control_tokens_in_text")
+        spans = tokens.places(text, spans)
         labels = label_tokens(tokens.input_ids, tokens.offsets, spans)
         input_ids, limit = tokens.input_ids, self._config.max_length
         truncated = limit is not None and len(input_ids) > limit

@@ -63,13 +63,17 @@ def render_turns(
         control: matches the tokenizer's control tokens.
     Raises: DroppedRowError: the template refuses the conversation, or does not show a turn as it is.
     """
-    text, chunks = _find_chunks(template.render_marked(messages, tools, kwargs))
+    known = template.render_from_skeleton(messages, tools, kwargs)
+    marked = known[0] if known else template.render_marked(messages, tools, kwargs)
+    text, chunks = _find_chunks(marked)
     if template.keeps_text and text != template.render(messages, tools, kwargs):
         raise DroppedRowError("template_cannot_be_marked")
     numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if any(number not in chunks for number in numbers):
         raise DroppedRowError("template_without_loop_over_messages")
-    prompt = template.render(messages[:-1], tools, kwargs, prompt=True)
+    prompt = known[1] if known else template.render(messages[:-1], tools, kwargs, prompt=True)
+    if known is None:
+        template.learn_skeleton(messages, tools, kwargs, (marked, prompt))
     last = chunks[numbers[-1]]
     if text.startswith(prompt):
         header = prompt[last.start :]
@@ -188,7 +192,7 @@ def _shown_content(written: str, message: Message) -> str:
 
 
 def label_tokens(
-    input_ids: Sequence[int], offsets: NDArray[np.int64], spans: Sequence[tuple[int, int]]
+    input_ids: NDArray[np.int32], offsets: NDArray[np.int64], spans: Sequence[tuple[int, int]]
 ) -> NDArray[np.int32]:
     """Labels that train on the spans only.
 
@@ -197,16 +201,18 @@ def label_tokens(
     A token without characters is learned if it stands within a span or at its start.
 
     Args:
-        input_ids: token ids, length T.
-        offsets: characters [start, end) of each token, shape (T, 2).
-        spans: half-open character ranges, in order.
+        input_ids: token ids, int32, shape (T,).
+        offsets: characters, or bytes, [start, end) of each token in order, shape (T, 2).
+        spans: half-open ranges of them, in order.
     Returns: labels, shape (T,), int32: the ids of the tokens of the spans, `IGNORE_INDEX` elsewhere.
     """
+    labels = np.full(len(input_ids), IGNORE_INDEX, np.int32)
     starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
-    inside = np.zeros(len(offsets), dtype=bool)
-    for start, end in spans:
-        inside |= (starts < end) & (ends > start)
-    return np.where(inside, np.asarray(input_ids, dtype=np.int32), IGNORE_INDEX).astype(np.int32)
+    firsts = np.searchsorted(ends, [start for start, _ in spans], side="right").tolist()
+    lasts = np.searchsorted(starts, [end for _, end in spans]).tolist()
+    for first, last in zip(firsts, lasts, strict=True):
+        labels[first:last] = input_ids[first:last]
+    return labels
 
 
 def without_broken(text: str, positions: Sequence[int]) -> list[int]:

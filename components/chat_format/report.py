@@ -45,7 +45,7 @@ class SplitCounts:
         """Count one example."""
         worse = example.rejected
         self._sources.append(self._names.setdefault(example.draft.record.source, len(self._names)))
-        self._tokens.append(len(example.input_ids) + (len(worse.input_ids) if worse else 0))
+        self._tokens.append(len(example.labels) + (len(worse.labels) if worse else 0))
         self._learned.append(example.num_labels + (worse.num_labels if worse else 0))
         self._truncated.append(example.truncated)
         self._unrolled.append(example.draft.unrolled)

@@ -21,6 +21,7 @@ from jinja2 import nodes
 from finemill.components.chat_format.environment import chat_environment
 from finemill.components.chat_format.limit import OutOfTimeError, time_limit
 from finemill.components.chat_format.named_templates import CONTROL_TOKENS, TemplateName, read_named_template
+from finemill.components.chat_format.skeleton import Skeletons, notes_texts
 from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.thinking import split_thinking
@@ -33,7 +34,7 @@ RENDER_TIMEOUT_S = 10.0
 _ROW_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
 BROKEN = "\ufdd2"
 """Stands within a control token that is text, and is taken out once it is encoded."""
-NONCHARACTERS = re.compile("[\ufdd0-\ufdd2]")
+NONCHARACTERS = re.compile("[\ufdd0-\ufdd3]")
 # Blocks whose text a template gets as a value, marks in it.
 _KEEPING_BLOCKS = (nodes.AssignBlock, nodes.FilterBlock, nodes.Macro, nodes.CallBlock)
 # The names under which templates read a message's thinking block.
@@ -51,7 +52,9 @@ class ChatTemplate:
         self._variables = {**marking.globals, **special_tokens}
         try:
             self._plain = chat_environment(marks_turns=False).from_string(source)
-            tree = _mark_loops(marking.parse(source))
+            tree = marking.parse(source)
+            self._skeletons = Skeletons() if notes_texts(tree) else None
+            tree = _mark_loops(tree)
             self.keeps_text = any(next(block.find_all(nodes.For), None) for block in tree.find_all(_KEEPING_BLOCKS))
             self._marked = jinja2.Template.from_code(marking, marking.compile(tree), {})
             # Globals are given with the variables, which is quicker.
@@ -194,6 +197,26 @@ class ChatTemplate:
         """The same with `MARK_OPEN <index> MARK_CLOSE` before each message and marks around generation blocks."""
         self._marking.numbers = {id(message): number for number, message in enumerate(messages)}
         return self._render(self._marked, messages, tools, kwargs, prompt)
+
+    def render_from_skeleton(
+        self, messages: list[Message], tools: Any, kwargs: Mapping[str, Any]
+    ) -> tuple[str, str] | None:
+        """The marked text and the prompt before the last message, None where they have to be rendered."""
+        if self._skeletons is None or tools is not None:
+            return None
+        return self._skeletons.fill(messages, kwargs)
+
+    def learn_skeleton(
+        self, messages: list[Message], tools: Any, kwargs: Mapping[str, Any], rendered: tuple[str, str]
+    ) -> None:
+        """Make the skeleton for conversations like this one, whose marked text and prompt are known."""
+
+        def render(recorded: list[Message]) -> tuple[str, str]:
+            marked = self.render_marked(recorded, None, kwargs)
+            return marked, self.render(recorded[:-1], None, kwargs, prompt=True)
+
+        if self._skeletons is not None and tools is None:
+            self._skeletons.learn(messages, kwargs, rendered, render)
 
     def _render(
         self, template: jinja2.Template, messages: list[Message], tools: Any, kwargs: Mapping[str, Any], prompt: bool

@@ -3,39 +3,32 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from finemill.artifacts.manifest import sha256_file
+from finemill.components.chat_format.byte_level import ByteLevelEncoder, byte_level_encoder
 from finemill.components.chat_format.template import BROKEN, NONCHARACTERS
+from finemill.components.chat_format.tokens import Tokens
 from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
 
 _NEVER = re.compile(r"(?!)")
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Token ids, length T, and the characters [start, end) of each, shape (T, 2)."""
-
-    input_ids: list[int]
-    offsets: NDArray[np.int64]
-
-
 class ChatTokenizer:
     """Encodes rendered conversations; control tokens are recognized only where the template wrote them."""
 
-    def __init__(self, backend: Tokenizer, named_tokens: dict[str, str], digest: str) -> None:
+    def __init__(self, source: str, named_tokens: dict[str, str], digest: str) -> None:
+        self._source = source
+        self._backend = backend = Tokenizer.from_str(source)
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
         self.named_tokens = named_tokens
         self.digest = digest
         added = backend.get_added_tokens_decoder().values()
@@ -58,11 +51,19 @@ class ChatTokenizer:
         return "".join(names[token].content for token, _ in special)
 
     @cached_property
+    def _parts(self) -> dict[str, Any]:
+        """What tokenizer.json says."""
+        parts: dict[str, Any] = json.loads(self._source)
+        return parts
+
+    @cached_property
+    def _byte_level(self) -> ByteLevelEncoder | None:
+        return byte_level_encoder(self._backend, self._parts)
+
+    @cached_property
     def longest_token(self) -> int | None:
         """Characters of a text that one token may hold at most, None if there is no such limit."""
-        model = json.loads(self._backend.to_str())
-        kinds = _normalizers(model["normalizer"])
-        model = model["model"]
+        kinds, model = _normalizers(self._parts["normalizer"]), self._parts["model"]
         may_be_unknown = model.get("unk_token") is not None and not model.get("byte_fallback")
         if model["type"] != "BPE" or may_be_unknown or not kinds <= {"NFC", "Prepend", "Replace"}:
             return None
@@ -123,8 +124,16 @@ class ChatTokenizer:
 
         Returns: None for a text in which `BROKEN` has no tokens of its own.
         """
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [_tokens(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
+        found: list[Tokens | None] = [None] * len(texts)
+        if self._byte_level is not None:
+            plain = [number for number, text in enumerate(texts) if BROKEN not in text]
+            for number, tokens in zip(plain, self._byte_level.encode([texts[n] for n in plain]), strict=True):
+                found[number] = tokens
+        rest = [number for number, tokens in enumerate(found) if tokens is None]
+        encodings = self._backend.encode_batch([texts[n] for n in rest], add_special_tokens=False) if rest else ()
+        for number, encoding in zip(rest, encodings, strict=True):
+            found[number] = _tokens(encoding, texts[number])
+        return found
 
 
 def _normalizers(normalizer: Any) -> set[str]:
@@ -143,7 +152,7 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def _tokens(encoding: Encoding, text: str) -> Tokens | None:
-    input_ids: list[int] = encoding.ids
+    input_ids = np.array(encoding.ids, np.int32)
     offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
     if BROKEN not in text:
         return Tokens(input_ids, offsets)
@@ -153,7 +162,7 @@ def _tokens(encoding: Encoding, text: str) -> Tokens | None:
         return None
     kept = offsets[~touched]
     moved = kept - (positions[None, :] < kept.reshape(-1, 1)).sum(axis=1).reshape(-1, 2)
-    return Tokens([token for token, drop in zip(input_ids, touched.tolist(), strict=True) if not drop], moved)
+    return Tokens(input_ids[~touched], moved)
 
 
 def check_characters(text: str) -> None:
@@ -172,7 +181,7 @@ def load_tokenizer(base_dir: Path) -> ChatTokenizer:
         )
     # Trimmed offsets leave tokens of white space without characters, and so without labels; ids are the same.
     source = re.sub(r'("trim_offsets"\s*:\s*)true', r"\1false", path.read_text(encoding="utf-8"))
-    return ChatTokenizer(Tokenizer.from_str(source), _named_tokens(base_dir), sha256_file(path))
+    return ChatTokenizer(source, _named_tokens(base_dir), sha256_file(path))
 
 
 def _named_tokens(base_dir: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, Self, TypeVar, Union, get_args, get_or
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from finemill.artifacts.columns import to_column
 from finemill.errors import UserError
 
 RowT = TypeVar("RowT")
@@ -42,7 +43,7 @@ def _without_none(hint: Any) -> Any:
 def to_record_batch(row_type: type[RowT], rows: Sequence[RowT]) -> pa.RecordBatch:
     """Rows as Arrow holds them, with the columns of their class."""
     schema = schema_of(row_type)
-    return pa.record_batch([pa.array([getattr(row, f.name) for row in rows], f.type) for f in schema], schema=schema)
+    return pa.record_batch([to_column([getattr(row, f.name) for row in rows], f.type) for f in schema], schema=schema)
 
 
 class RowWriter(Generic[RowT]):

@@ -196,14 +196,14 @@ def test_the_last_answer_follows_the_prompt_where_answered_questions_are_written
 
 
 def test_labels_are_the_ids_inside_the_spans_and_ignored_elsewhere() -> None:
-    ids = [5, 6, 7, 8, 9]
+    ids = np.array([5, 6, 7, 8, 9], np.int32)
     offsets = np.array([[0, 2], [2, 3], [3, 6], [6, 6], [6, 8]])
     assert label_tokens(ids, offsets, [(2, 6)]).tolist() == [-100, 6, 7, -100, -100]
     assert label_tokens(ids, offsets, []).tolist() == [-100] * 5
 
 
 def test_a_token_across_the_edge_of_a_span_is_learned_and_so_is_an_empty_one_inside() -> None:
-    ids = [5, 6, 7, 8, 9]
+    ids = np.array([5, 6, 7, 8, 9], np.int32)
     offsets = np.array([[0, 2], [2, 3], [3, 6], [6, 6], [6, 8]])
     assert label_tokens(ids, offsets, [(1, 2), (4, 7)]).tolist() == [5, -100, 7, 8, 9]
     assert label_tokens(ids, offsets, [(6, 8)]).tolist() == [-100, -100, -100, 8, 9]
@@ -236,9 +236,9 @@ def test_masks_decode_to_exactly_what_the_assistant_says(
         edges = without_broken(rendered.text, [edge for turn in rendered.turns for edge in (turn.start, turn.end)])
         plain = rendered.text.replace(BROKEN, "")
         for start, end in zip(edges[::2], edges[1::2], strict=True):
-            labels = label_tokens(tokens.input_ids, tokens.offsets, [(start, end)])
+            labels = label_tokens(tokens.input_ids, tokens.offsets, tokens.places(plain, [(start, end)]))
             learned = labels != IGNORE_INDEX
-            assert (labels[learned] == np.array(tokens.input_ids)[learned]).all()
+            assert (labels[learned] == tokens.input_ids[learned]).all()
             text = decoder.decode(labels[learned].tolist(), skip_special_tokens=False)
             # The tokenizer composes é from e and its accent.
             assert text.replace("é", "e\u0301") == plain[start:end].replace("é", "e\u0301")

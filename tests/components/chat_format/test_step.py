@@ -404,7 +404,7 @@ def test_an_unsuitable_base_is_one_clear_line(tmp_path: Path, missing: str, mess
     assert "\n" not in str(error.value)
 
 
-def test_torch_and_transformers_are_not_needed(tmp_path: Path) -> None:
+def test_torch_transformers_and_pandas_are_not_needed(tmp_path: Path) -> None:
     program = """
 import sys
 for name in ("torch", "transformers", "datasets"):
@@ -414,6 +414,7 @@ store = sys.argv[1]
 rows = run_step("data-prep", store=store, inputs={}, config={"sources": [{"uri": "example:chat", "max_rows": 80}]})
 inputs = {"rows": str(rows.reference), "base_model": "builtin:tiny-qwen3"}
 print(run_step("chat-format", store=store, inputs=inputs, config={}).manifest.metrics["dataset/train_examples"])
+assert "pandas" not in sys.modules
 """
     result = subprocess.run(
         [sys.executable, "-c", program, tmp_path.as_uri()], capture_output=True, text=True, check=False
