@@ -5,6 +5,7 @@ The `gguf` package owns the names of keys and tensors; the mapping of values fol
 """
 
 import math
+import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,9 +28,15 @@ Array = NDArray[np.float32]
 ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
     "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "MixtralForCausalLM": gguf.MODEL_ARCH.LLAMA,
     "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
+    "Qwen2MoeForCausalLM": gguf.MODEL_ARCH.QWEN2MOE,
     "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
+    "Qwen3MoeForCausalLM": gguf.MODEL_ARCH.QWEN3MOE,
 }
+# Whether llama.cpp divides the weights of the chosen experts by their sum.
+_NORMALIZES = {gguf.MODEL_ARCH.QWEN2MOE: False, gguf.MODEL_ARCH.QWEN3MOE: True}
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -90,6 +97,11 @@ class SourceModel:
         return int(self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"])
 
     @property
+    def num_experts(self) -> int:
+        """Experts of a layer; 0 in a dense model."""
+        return int(self.config.get("num_experts") or self.config.get("num_local_experts") or 0)
+
+    @property
     def ties_embeddings(self) -> bool:
         """Whether the output matrix is the token embedding."""
         return bool(self.config.get("tie_word_embeddings"))
@@ -109,42 +121,66 @@ class SourceModel:
     def _tied(self) -> set[str]:
         return {"lm_head.weight"} if self.ties_embeddings else set()
 
-    def names(self) -> dict[str, str]:
-        """GGUF name of every tensor that is written. Raises: UserError: a tensor that llama.cpp has no name for."""
+    @cached_property
+    def sources(self) -> Mapping[str, tuple[str, ...]]:
+        """The stored tensors of every tensor that is written, by its GGUF name: one, or one of each expert.
+
+        Raises: UserError: a tensor that llama.cpp has no name for.
+        """
         tensor_map = gguf.get_tensor_name_map(self.architecture, self.num_layers)
-        names: dict[str, str] = {}
+        found: dict[str, dict[int, str]] = {}
         for key, tensor in self.files.items():
             # A tied output matrix is the embedding; some folders hold it twice. Old ones hold the rotary frequencies.
             if key in self._tied() or key.endswith("rotary_emb.inv_freq"):
                 continue
-            name = tensor_map.get_name(key, try_suffixes=(".weight", ".bias"))
+            name = tensor_map.get_name(_EXPERT.sub(".experts.", key), try_suffixes=(".weight", ".bias"))
             if name is None:
-                raise UserError(f"gguf-quantize: no GGUF name for tensor {key} of {tensor.path}")
+                stacked = ": merge writes a tensor for each expert" if ".experts." in key else ""
+                raise UserError(f"gguf-quantize: no GGUF name for tensor {key} of {tensor.path}{stacked}")
             if not tensor.is_float:
                 raise UserError(
                     f"gguf-quantize: {tensor.path}: {key} has type {tensor.dtype}: pass the unquantized model, as "
                     "merge writes it"
                 )
-            names[key] = name
-        return names
+            expert = _EXPERT.search(key)
+            found.setdefault(name, {})[int(expert[1]) if expert else 0] = key
+        for name, keys in found.items():
+            wanted = set(range(self.num_experts)) if _EXPERT.search(next(iter(keys.values()))) else {0}
+            if keys.keys() != wanted:
+                raise UserError(
+                    f"gguf-quantize: {self.folder} has {len(keys)} experts of {name}, config.json says {len(wanted)}: "
+                    "download or copy the model again"
+                )
+        return {name: tuple(keys[number] for number in sorted(keys)) for name, keys in found.items()}
+
+    def names(self) -> dict[str, str]:
+        """GGUF name of every stored tensor that is written. Raises: UserError: as `sources`."""
+        return {key: name for name, keys in self.sources.items() for key in keys}
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(GGUF name, shape) of every tensor, in the order of `tensors`, without reading values."""
-        for key, name in self.names().items():
-            yield name, self.files[key].shape
+        for name, keys in self.sources.items():
+            shape = self.files[keys[0]].shape
+            yield name, (len(keys), *shape) if _EXPERT.search(keys[0]) else shape
         if self.rope_factors is not None:
             yield ROPE_FACTORS, self.rope_factors.shape
 
     def tensors(self, only: Container[str] | None = None) -> Iterator[tuple[str, Array]]:
         """(GGUF name, float32 values) of every tensor, or of those in `only`, read one at a time."""
-        for key, name in self.names().items():
+        for name, keys in self.sources.items():
             if only is not None and name not in only:
                 continue
-            with safe_open(self.files[key].path, framework="pt") as file:
-                values = file.get_tensor(key).to(torch.float32, copy=True).numpy()
-            yield name, self._reorder(key, values)
+            if _EXPERT.search(keys[0]):
+                yield name, np.stack([self._read(key) for key in keys])
+            else:
+                yield name, self._reorder(keys[0], self._read(keys[0]))
         if self.rope_factors is not None and (only is None or ROPE_FACTORS in only):
             yield ROPE_FACTORS, self.rope_factors
+
+    def _read(self, key: str) -> Array:
+        with safe_open(self.files[key].path, framework="pt") as file:
+            values: Array = file.get_tensor(key).to(torch.float32, copy=True).numpy()
+        return values
 
     def _reorder(self, key: str, values: Array) -> Array:
         """llama.cpp rotates neighbours of a head in the llama family; Hugging Face rotates its two halves."""
@@ -188,8 +224,11 @@ def _not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
         yield "the weights are quantized: pass the unquantized model, as merge writes it"
     if config["hidden_act"] not in ("silu", "swish"):
         yield f"hidden_act '{config['hidden_act']}' is not supported; llama.cpp computes silu for this family"
-    if model.architecture == gguf.MODEL_ARCH.QWEN3 and config.get("attention_bias"):
+    qwen3 = (gguf.MODEL_ARCH.QWEN3, gguf.MODEL_ARCH.QWEN3MOE)
+    if model.architecture in qwen3 and config.get("attention_bias"):
         yield "attention_bias true is not supported; llama.cpp's Qwen3 has no biases"
+    if model.num_experts:
+        yield from _experts_not_in_llama_cpp(model)
     window = config.get("sliding_window")
     # Where layers have types, those say which of them look back no further than the window.
     slides = "sliding_attention" in (config.get("layer_types") or ["sliding_attention"])
@@ -207,6 +246,17 @@ def _not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
         for key, default in _YARN_DEFAULTS.items():
             if rope.get(key) not in (None, default) and rope.get(key) != _yarn_attention_factor(key, rope):
                 yield f"YaRN's {key} {rope[key]} is not supported; llama.cpp computes with its default"
+
+
+def _experts_not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
+    config, normalizes = model.config, _NORMALIZES.get(model.architecture)
+    if normalizes is not None and bool(config.get("norm_topk_prob")) != normalizes:
+        yield (
+            f"norm_topk_prob {config.get('norm_topk_prob')} is not supported; llama.cpp computes as with {normalizes} "
+            "in this family"
+        )
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        yield "layers without experts (mlp_only_layers, decoder_sparse_step) are not supported; llama.cpp wants none"
 
 
 def _yarn_attention_factor(key: str, rope: Mapping[str, Any]) -> float | None:
@@ -231,7 +281,19 @@ def add_hyperparameters(writer: gguf.GGUFWriter, model: SourceModel, name: str) 
     writer.add_rope_dimension_count(model.head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(model.num_tokens)
+    if model.num_experts:
+        _add_experts(writer, model)
     _add_rope(writer, config["rope_parameters"])
+
+
+def _add_experts(writer: gguf.GGUFWriter, model: SourceModel) -> None:
+    config = model.config
+    writer.add_expert_count(model.num_experts)
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if "moe_intermediate_size" in config:
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if "shared_expert_intermediate_size" in config:
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
 
 
 def _add_rope(writer: gguf.GGUFWriter, rope: Mapping[str, Any]) -> None:

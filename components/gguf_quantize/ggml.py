@@ -1,7 +1,7 @@
-"""Rounding float32 rows to a GGML type, by llama.cpp's own code.
+"""Rounding float32 rows to a GGML type, and reading them, by llama.cpp's own code.
 
-The `xllamacpp` wheel holds llama.cpp and exports its C function `ggml_quantize_chunk`. Where it does not, the types
-that the `gguf` package computes in NumPy still work; K-quants and IQ types need the library.
+The `xllamacpp` wheel holds llama.cpp and exports its C functions `ggml_quantize_chunk` and `dequantize_row_*`. Where it
+does not, the types that the `gguf` package computes in NumPy still work; K-quants and IQ types need the library.
 """
 
 import ctypes
@@ -62,14 +62,52 @@ def quantize(values: NDArray[np.float32], type_: Type, num_threads: int, weights
     return encoded
 
 
+def dequantize(encoded: Bytes, type_: Type, row_length: int, num_threads: int) -> NDArray[np.float32]:
+    """The values of a matrix of `type_`, as llama.cpp reads them.
+
+    Args:
+        encoded: shape (rows, bytes per row), uint8; of F32 and F16 the values themselves.
+    Returns: shape (rows, row length), float32.
+    """
+    function = _dequantize_row(type_)
+    if function is None:
+        return np.asarray(quants.dequantize(np.ascontiguousarray(encoded), type_), dtype=np.float32)
+    encoded = np.ascontiguousarray(encoded)
+    values = np.empty((encoded.shape[0], row_length), dtype=np.float32)
+    step = max(1, _CHUNK_VALUES // row_length)
+
+    def decode(first_row: int) -> None:
+        num_rows = min(step, len(values) - first_row)
+        function(
+            encoded.ctypes.data + first_row * encoded.shape[1],
+            values.ctypes.data + first_row * row_length * values.itemsize,
+            num_rows * row_length,
+        )
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(decode, range(0, len(values), step)))
+    return values
+
+
+@cache
+def _dequantize_row(type_: Type) -> Callable[..., None] | None:
+    """`void dequantize_row_q4_K(const void * x, float * y, int64_t k)` and so on of ggml-quants.h, if it is there."""
+    name = type_.name.lower().replace("_k", "_K")
+    library = _library()
+    function = getattr(library, f"dequantize_row_{name}", None) if library and type_ not in _UNROUNDED else None
+    if function is None:
+        return None
+    function.restype = None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    found: Callable[..., None] = function
+    return found
+
+
 @cache
 def _ggml_quantize_chunk() -> Callable[..., int] | None:
     """`size_t ggml_quantize_chunk(type, src, dst, start, nrows, n_per_row, imatrix)` of ggml.h, if it is there."""
-    try:
-        from xllamacpp import xllamacpp
-
-        function = ctypes.CDLL(xllamacpp.__file__).ggml_quantize_chunk
-    except (ImportError, OSError, AttributeError):
+    function = getattr(_library(), "ggml_quantize_chunk", None)
+    if function is None:
         return None
     function.restype = ctypes.c_size_t
     function.argtypes = [
@@ -77,3 +115,14 @@ def _ggml_quantize_chunk() -> Callable[..., int] | None:
     ]  # fmt: skip
     found: Callable[..., int] = function
     return found
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """llama.cpp, inside the `xllamacpp` wheel."""
+    try:
+        from xllamacpp import xllamacpp
+
+        return ctypes.CDLL(xllamacpp.__file__)
+    except (ImportError, OSError):
+        return None

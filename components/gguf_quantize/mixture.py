@@ -34,6 +34,10 @@ _BASE: Mapping[Quantization, Type] = {
     "TQ2_0": Type.TQ2_0, "TQ1_0": Type.TQ1_0,
 }  # fmt: skip
 _UNROUNDED = ("F32", "F16", "BF16")
+_WITH_EIGHT_EXPERTS = (
+    "Q2_K", "Q2_K_L", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M", "IQ4_XS",
+)  # fmt: skip
+"""Quantizations in which the attention's output has five bits, where a layer has eight experts."""
 _SMALLEST = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ1_S", "IQ1_M")
 
 
@@ -45,6 +49,7 @@ class ModelShape:
     heads_per_kv_head: int
     ties_embeddings: bool
     has_imatrix: bool = False
+    num_experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class TensorType:
 
 def tensor_type(name: str, shape: tuple[int, ...], quantization: Quantization, model: ModelShape) -> TensorType:
     """The type of the tensor `name` (GGUF name; `shape` as in PyTorch, rows first) in a file of `quantization`."""
-    if len(shape) < 2 or name.endswith("_norm.weight"):
+    # Routers are small, and an error there sends tokens to other experts.
+    if len(shape) < 2 or name.endswith("_norm.weight") or "ffn_gate_inp" in name:
         return TensorType(Type.F32, Type.F32)
     wanted = _wanted(name, quantization, model)
     return TensorType(_allowed(wanted, shape[-1]), wanted)
@@ -76,7 +82,9 @@ def _wanted(name: str, quantization: Quantization, model: ModelShape) -> Type:
         return _output(quantization, base)
     if name == "token_embd.weight":
         return _embedding(quantization, base)
-    block = re.match(r"blk\.(\d+)\.(attn_v|attn_k|attn_q|attn_output|ffn_down|ffn_gate|ffn_up)\b.*\.?weight$", name)
+    block = re.match(
+        r"blk\.(\d+)\.(attn_v|attn_k|attn_q|attn_output|ffn_down|ffn_gate|ffn_up)(_exps|_shexp)?\.weight$", name
+    )
     if block is None:
         return base
     if quantization in _SMALLEST:
@@ -102,7 +110,9 @@ def _in_smallest(part: str, layer: int, quantization: Quantization, model: Model
     """The rules for files of one and two bits."""
     more = Type.IQ3_S if quantization in ("IQ2_S", "IQ2_M") else Type.Q2_K
     if part == "attn_v":
-        return Type.Q4_K if model.heads_per_kv_head >= 4 else more
+        return Type.Q4_K if model.heads_per_kv_head >= 4 or model.num_experts >= 4 else more
+    if model.num_experts == 8 and part in ("attn_k", "attn_output"):
+        return {"attn_k": Type.Q4_K, "attn_output": Type.Q5_K}[part]
     if part == "ffn_down" and layer < model.num_layers // 8:
         return more
     if part == "attn_output" and quantization in ("IQ1_S", "IQ1_M"):
@@ -114,6 +124,11 @@ def _in_smallest(part: str, layer: int, quantization: Quantization, model: Model
 
 def _in_block(part: str, layer: int, quantization: Quantization, model: ModelShape) -> Type:
     base = _BASE[quantization]
+    # Beside eight large experts, attention is so small that more bits cost next to nothing.
+    if model.num_experts == 8 and part in ("attn_v", "attn_k"):
+        return Type.Q8_0
+    if model.num_experts == 8 and part == "attn_output" and quantization in _WITH_EIGHT_EXPERTS:
+        return Type.Q5_K
     if part == "attn_v":
         return _value(layer, quantization, model)
     if part == "ffn_down":

@@ -14,7 +14,8 @@ from finemill.artifacts.gguf import GGUFFileRecord, GGUFRecord, write_gguf_recor
 from finemill.artifacts.model import read_merge
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig, Quantization
 from finemill.components.gguf_quantize.convert import Array, SourceModel
-from finemill.components.gguf_quantize.imatrix import channel_weights, write_imatrix
+from finemill.components.gguf_quantize.decoded import check_decoded
+from finemill.components.gguf_quantize.imatrix import channel_importance, write_imatrix
 from finemill.components.gguf_quantize.modelfile import modelfile
 from finemill.components.gguf_quantize.verify import Reference, compare, compared_positions
 from finemill.components.gguf_quantize.vocabulary import check_vocabulary, load_tokenizer
@@ -67,6 +68,8 @@ def run(
         context.recorder.log_progress(f"writing {quantization}")
         path = output_dir / f"{name}-{quantization}.gguf"
         files[quantization] = write_gguf(source, path, quantization, name, num_threads, imatrix)
+    context.recorder.log_progress("comparing every tensor of the files with the merged model's")
+    errors = check_decoded(source, files, num_threads)
     fallbacks = [
         line for quantization in config.quantizations for line in _fallbacks(quantization, files[quantization])
     ]
@@ -75,7 +78,7 @@ def run(
     for quantization in config.quantizations:
         compared = _compare(files[quantization], quantization, reference, tokenizer, model, config, context)
         _check_divergence(quantization, compared["kl"], config)
-        comparisons[quantization] = compared
+        comparisons[quantization] = {**compared, "max_tensor_error": errors[quantization]}
     lost = _points_lost(reference.exact_match, comparisons, config)
     for line in lost:
         logger.warning(line)
@@ -109,9 +112,9 @@ def _imatrix(
         return None
     context.recorder.log_progress(f"importance of input channels on {config.imatrix_rows} training rows")
     rows = [row.input_ids for row in spread(read_held_out(dataset, "train"), config.imatrix_rows)]
-    weights = channel_weights(stored, source, rows)
-    write_imatrix(output_dir / IMATRIX_FILE, weights, rows, context.references["dataset"])
-    return weights
+    importance = channel_importance(stored, source, rows)
+    write_imatrix(output_dir / IMATRIX_FILE, importance, rows, context.references["dataset"])
+    return {name: found.weights for name, found in importance.items()}
 
 
 def _reference(

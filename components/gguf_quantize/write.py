@@ -53,7 +53,7 @@ def size_bytes(model: SourceModel, quantization: Quantization) -> int:
 def _shape(model: SourceModel, *, has_imatrix: bool = False) -> ModelShape:
     heads = int(model.config["num_attention_heads"])
     shared = heads // int(model.config.get("num_key_value_heads") or heads)
-    return ModelShape(model.num_layers, shared, model.ties_embeddings, has_imatrix)
+    return ModelShape(model.num_layers, shared, model.ties_embeddings, has_imatrix, model.num_experts)
 
 
 def _file_type(quantization: Quantization) -> gguf.LlamaFileType:
@@ -74,7 +74,7 @@ def write_gguf(
 
     Args:
         name: the model's name in the file's metadata.
-        imatrix: importance of each input channel by GGUF tensor name, float32, or None.
+        imatrix: importance of each input channel, of a stack for each expert, by GGUF tensor name, float32; or None.
     Raises: UserError: architecture, tokenizer or tensor that llama.cpp has no counterpart for.
     """
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[model.architecture])
@@ -118,6 +118,7 @@ def write_gguf(
 
 def holds_in_float16(values: Array) -> bool:
     """Whether float16 keeps every row as closely as bfloat16 would: no value too large, and not all too small."""
+    values = values.reshape(-1, values.shape[-1])
     for first in range(0, len(values), rows := max(1, _CHUNK_VALUES // values.shape[-1])):
         part = values[first : first + rows]
         with np.errstate(over="ignore", invalid="ignore"):
@@ -141,4 +142,7 @@ def _encode(values: Array, type_: Type, num_threads: int, weights: Array | None)
         return values
     if type_ == Type.F16:
         return values.astype(np.float16)
+    if values.ndim == 3:
+        experts = weights if weights is not None else [None] * len(values)
+        return np.stack([quantize(part, type_, num_threads, own) for part, own in zip(values, experts, strict=True)])
     return quantize(values, type_, num_threads, weights)

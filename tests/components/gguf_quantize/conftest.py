@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,46 @@ def qwen2_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
     return _save(model, tiny_model_dir, tmp_path_factory.mktemp("qwen2"))
+
+
+_MIXTURE: dict[str, Any] = {
+    "vocab_size": 1536, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 512, "tie_word_embeddings": False, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def qwen3_moe_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3-30B-A3B's shape: experts narrower than a dense layer, weights that sum to one."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        **_MIXTURE, intermediate_size=160, moe_intermediate_size=64, num_experts=6, head_dim=32, norm_topk_prob=True
+    )
+    return _save(Qwen3MoeForCausalLM(config), tiny_model_dir, tmp_path_factory.mktemp("qwen3_moe"))
+
+
+@pytest.fixture(scope="session")
+def qwen2_moe_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen1.5-MoE's shape: an expert that every token goes to beside the chosen ones."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        **_MIXTURE, intermediate_size=160, moe_intermediate_size=64, num_experts=4, shared_expert_intermediate_size=128
+    )
+    return _save(Qwen2MoeForCausalLM(config), tiny_model_dir, tmp_path_factory.mktemp("qwen2_moe"))
+
+
+@pytest.fixture(scope="session")
+def mixtral_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mixtral's shape: eight experts as wide as a dense layer."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(**_MIXTURE, intermediate_size=64, num_local_experts=8)
+    return _save(MixtralForCausalLM(config), tiny_model_dir, tmp_path_factory.mktemp("mixtral"))
 
 
 @pytest.fixture(scope="session")
@@ -140,8 +181,8 @@ def nemo_dir(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _save(model: "torch.nn.Module", tokenizer_from: Path | None, folder: Path) -> Path:
     # Weights as small as those of a fresh model say next to nothing: sharper ones make errors show.
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.5 if "embed" in name else 2.0 / parameter.shape[1] ** 0.5)
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.5 if "embed" in name else 2.0 / parameter.shape[-1] ** 0.5)
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
     if tokenizer_from is not None:
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

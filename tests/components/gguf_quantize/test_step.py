@@ -16,7 +16,7 @@ from finemill.artifacts.gguf import read_gguf_record
 from finemill.artifacts.model import MergeRecord, write_merge
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.gguf_quantize.convert import SourceModel
-from finemill.components.gguf_quantize.imatrix import channel_weights
+from finemill.components.gguf_quantize.imatrix import channel_importance
 from finemill.components.gguf_quantize.step import default_name
 from finemill.components.gguf_quantize.step import run as quantize_gguf
 from finemill.components.gguf_quantize.verify import check_tokenization, exact_match, kl_divergence
@@ -125,6 +125,19 @@ def test_llama_cpp_answers_what_the_merged_model_answers(
     assert counts == [1, 2]
 
 
+def test_a_mixture_of_experts_answers_in_llama_cpp_as_it_does_here(
+    qwen3_moe_dir: Path, tiny_dataset_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"quantizations": ["F32", "Q4_K_M"], "imatrix": True, "max_kl": {"Q4_K_M": 5}}
+    metrics = run(qwen3_moe_dir, tiny_dataset_dir, tmp_path, step_context, **options)
+    assert metrics["gguf/f32/same_answer_rate"] == 1.0
+    assert metrics["gguf/f32/kl"] < 1e-5 < metrics["gguf/q4_k_m/kl"]
+    assert metrics["gguf/f32/max_tensor_error"] == 0 < metrics["gguf/q4_k_m/max_tensor_error"] < 0.1
+    shapes = {tensor.name: list(tensor.shape) for tensor in gguf.GGUFReader(tmp_path / "imatrix.gguf").tensors}
+    assert shapes["blk.1.ffn_down_exps.weight.in_sum2"] == [64, 6]
+    assert shapes["blk.1.ffn_down_exps.weight.counts"] == [1, 6]
+
+
 def test_probabilities_are_the_models_own_even_where_the_likeliest_token_is_half_a_character(
     quantized: tuple[Path, Mapping[str, float]], tiny_model_dir: Path
 ) -> None:
@@ -198,9 +211,9 @@ def test_channel_weights_are_the_mean_square_of_each_input(tiny_model_dir: Path,
     for row in rows:
         model(torch.tensor([row]))
     handle.remove()
-    weights = channel_weights(StoredModel(tiny_model_dir), SourceModel(tiny_model_dir), rows)
+    weights = channel_importance(StoredModel(tiny_model_dir), SourceModel(tiny_model_dir), rows)
     expected = torch.cat(inputs).square().mean(0)
-    torch.testing.assert_close(torch.from_numpy(weights["blk.1.ffn_down.weight"]), expected)
+    torch.testing.assert_close(torch.from_numpy(weights["blk.1.ffn_down.weight"].weights), expected)
     assert len(weights) == 6 * 7
 
 
@@ -208,15 +221,15 @@ def test_channel_weights_are_published_as_llama_cpp_reads_them(
     quantized: tuple[Path, Mapping[str, float]], tiny_model_dir: Path, tiny_dataset_dir: Path
 ) -> None:
     rows = [row.input_ids for row in spread(read_held_out(tiny_dataset_dir, "train"), 64)]
-    weights = channel_weights(StoredModel(tiny_model_dir), SourceModel(tiny_model_dir), rows)
+    importance = channel_importance(StoredModel(tiny_model_dir), SourceModel(tiny_model_dir), rows)
     reader = gguf.GGUFReader(quantized[0] / "imatrix.gguf")
     assert reader.fields["general.type"].contents() == "imatrix"
     assert reader.fields["imatrix.chunk_count"].contents() == len(rows)
     assert reader.fields["imatrix.chunk_size"].contents() == max(len(row) for row in rows)
     assert isinstance(reader.fields["imatrix.datasets"].contents(), list)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    for name, expected in weights.items():
-        sums, counts = tensors.pop(f"{name}.in_sum2"), tensors.pop(f"{name}.counts")
+    for name, found in importance.items():
+        sums, counts, expected = tensors.pop(f"{name}.in_sum2"), tensors.pop(f"{name}.counts"), found.weights
         assert list(sums.shape) == [len(expected), 1]
         assert list(counts.shape) == [1, 1]
         np.testing.assert_allclose(sums.data[0] / counts.data[0], expected, rtol=1e-6)
@@ -272,5 +285,5 @@ def test_files_are_named_after_the_base(tmp_path: Path) -> None:
 def test_a_failed_measurement_leaves_no_hook_on_the_model(tiny_model_dir: Path) -> None:
     stored = StoredModel(tiny_model_dir)
     with pytest.raises(IndexError):
-        channel_weights(stored, SourceModel(tiny_model_dir), [[10**6]])
+        channel_importance(stored, SourceModel(tiny_model_dir), [[10**6]])
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in stored.model.modules())
