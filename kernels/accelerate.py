@@ -20,16 +20,20 @@ from finemill.kernels.engine.expert_layout import EXPERT_FAMILIES, EXPERT_STACKS
 from finemill.kernels.engine.host_memory import gather_rows, pin
 from finemill.kernels.engine.model import FastModel, LayerParts, ModelLoss, assemble_model
 from finemill.kernels.engine.plan import LayerShape, Plan
+from finemill.kernels.engine.quantized_experts import quantized_stacks
 from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.nf4_stack import NF4Stack
 from finemill.kernels.ops.packing import length_classes, pack_rows, splittable
 from finemill.kernels.planning.workload import FAMILIES, Workload
 from finemill.kernels.streamed import attach_stream, detach_stream, weight_stream_of
+from finemill.kernels.token_scores import TokenScorer
 
 logger = logging.getLogger(__name__)
 
 _COVERED = {"input_ids", "labels", "attention_mask", "position_ids", "num_items_in_batch", "use_cache", "return_dict"}
 """Arguments of a forward that the fast path understands; with any other the model's own forward runs."""
+_SCORED = {"input_ids", "labels", "attention_mask", "use_cache", "fused_lm_head"}
+"""Those of a forward that is asked for each token's log probability."""
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Frequencies that do not depend on the length of the sequences at hand: one table serves all of them."""
 
@@ -71,6 +75,7 @@ def accelerate_model(model: nn.Module, *, plan: Plan | None = None) -> Accelerat
     except UnsupportedModelError as error:
         return leave_unchanged(model, str(error))
     causal._finemill_engine = engine
+    causal._finemill_scorer = TokenScorer(engine)
     adopt_plan(model, plan or Plan.everything(len(engine.layers)))
     # What libraries put in place of the class's forward (TRL's fused head), to come back to.
     causal._finemill_original = causal.__dict__.get("forward")
@@ -91,6 +96,17 @@ def _forward(causal: Any, *args: Any, **kwargs: Any) -> Any:
     trains = causal.training and torch.is_grad_enabled() and kwargs.get("labels") is not None
     # PeftModelForCausalLM names every argument it knows, most of them None.
     given = {name: value for name, value in kwargs.items() if value is not None}
+    if given.get("fused_lm_head") and not args and _scores(causal, given):
+        with torch.autocast(causal._finemill_engine.device.type, enabled=False):
+            scorer: TokenScorer = causal._finemill_scorer
+            off = _first_lora(causal).disable_adapters
+            return scorer.score(
+                given["input_ids"],
+                given["labels"],
+                given.get("attention_mask"),
+                adapters=not off,
+                train=causal.training and torch.is_grad_enabled() and not off,
+            )
     if (
         not trains
         or args
@@ -109,15 +125,26 @@ def _forward(causal: Any, *args: Any, **kwargs: Any) -> Any:
         return _training_loss(causal._finemill_engine, **given)
 
 
+def _scores(causal: Any, given: dict[str, Any]) -> bool:
+    """Whether the engine answers a forward that asks for log probabilities, of the adapter or of the base alone."""
+    asked = _SCORED.issuperset(given) and splittable(given.get("attention_mask"), None)
+    return asked and (_as_built(causal) or bool(_first_lora(causal).disable_adapters))
+
+
 def _as_built(causal: Any) -> bool:
     """Whether PEFT would use, and train, the adapter that the engine was built with."""
-    holders = (h for layer in causal.model.layers for h in (_linears(layer) | _expert_stacks(layer)).values())
-    first = next(holder for holder in holders if _is_lora(holder))
+    first = _first_lora(causal)
     active = list(first.active_adapters)
     if first.disable_adapters or first.merged or len(active) != 1 or active[0] not in first.lora_A:
         return False
     weight, ours = first.lora_A[active[0]].weight, causal._finemill_engine.adapters.parameters
     return bool(weight.requires_grad) and any(weight is parameter for parameter in ours)
+
+
+def _first_lora(causal: Any) -> Any:
+    """A layer with adapters: what PEFT does with one, it does with all."""
+    holders = (h for layer in causal.model.layers for h in (_linears(layer) | _expert_stacks(layer)).values())
+    return next(holder for holder in holders if _is_lora(holder))
 
 
 def _is_lora(linear: Any) -> bool:
@@ -160,7 +187,9 @@ def adopt_plan(model: nn.Module, plan: Plan) -> None:
     engine.embedding = embedding.weight.detach()
 
 
-def workload_of(engine: FastModel, *, tokens: int, row: int, typical: int | None = None) -> Workload:
+def workload_of(
+    engine: FastModel, *, tokens: int, row: int, typical: int | None = None, whole: bool = False
+) -> Workload:
     """Describe an engine and a trainer's step, of sequences of many lengths, to the planner.
 
     Args:
@@ -168,6 +197,7 @@ def workload_of(engine: FastModel, *, tokens: int, row: int, typical: int | None
         tokens: per optimizer step.
         row: longest sequence.
         typical: length of the sequence that a token is in, on average, if it is known.
+        whole: whether the step is one micro-batch.
     """
     layer = engine.layers[0]
     groups = [group for layer in engine.layers for group in layer.projections]
@@ -183,6 +213,7 @@ def workload_of(engine: FastModel, *, tokens: int, row: int, typical: int | None
         row=row,
         ragged=True,
         typical=typical,
+        whole=whole,
         fa4=engine.attention_backend(bound) == "fa4",
     )
 
@@ -200,7 +231,7 @@ def restore_model(model: nn.Module) -> None:
         return
     adopt_plan(model, Plan.everything(len(engine.layers)))
     original = causal._finemill_original
-    del causal.forward, causal._finemill_engine, causal._finemill_original
+    del causal.forward, causal._finemill_engine, causal._finemill_scorer, causal._finemill_original
     if original is not None:
         causal.forward = original
     engine.adapters.restore()
@@ -359,9 +390,9 @@ def _expert_stacks(layer: Any) -> dict[str, Any]:
 
 
 def _stack_weight(name: str, holder: Any) -> NF4Stack | Tensor:
-    module = holder.get_base_layer() if _is_lora(holder) else holder
-    weight: NF4Stack | Tensor = getattr(module, name.removeprefix("experts."))
-    return weight.detach() if isinstance(weight, Tensor) else weight
+    module, parameter = holder.get_base_layer() if _is_lora(holder) else holder, name.removeprefix("experts.")
+    weight: Tensor = getattr(module, parameter).detach()
+    return quantized_stacks(module).get(parameter, weight)
 
 
 def _base(linear: Any) -> Any:

@@ -10,18 +10,14 @@ What differs from the stock trainer, and why (measured in bench/results.md):
   all labels.
 - Evaluation takes its loss from the engine, too: no logits of whole batches, and nothing beyond the plan's memory.
 - A step that runs out of memory is begun again with half the micro-batch: the same sequences, the same gradient.
-- `adamw_torch` and `adamw_torch_fused` are FlatAdamW with fp32 moments, or with 8-bit ones where memory is short and
-  `eight_bit` allows it; `adamw_8bit` is FlatAdamW with 8-bit ones. Any other optimizer, paged ones among them, or the
-  caller's own, steps as it would, on gradients that are views of the flat one.
+- The optimizer is the flat one where it covers what the arguments name (engine_trainer.py).
 
 A model the engine does not cover, or arguments that change the loss, train as SFTTrainer does: `trainer.fast` is False
 and `trainer.acceleration.reason` says why.
 """
 
-import json
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,19 +25,11 @@ from datasets import Dataset
 from torch import Tensor
 from trl import SFTTrainer
 
-from finemill.kernels.accelerate import (
-    Acceleration,
-    accelerate_model,
-    adopt_plan,
-    is_mixture,
-    leave_unchanged,
-    workload_of,
-)
+from finemill.kernels.accelerate import Acceleration, accelerate_model, is_mixture, leave_unchanged, workload_of
 from finemill.kernels.engine.graphs import GraphRunner
-from finemill.kernels.engine.model import FastModel
-from finemill.kernels.engine.optimizer import FlatAdamW
 from finemill.kernels.engine.plan import Plan
 from finemill.kernels.engine.shapes import Buckets, Shapes
+from finemill.kernels.engine_trainer import EAGER_BUCKET, EngineTrainer, free_bytes
 from finemill.kernels.ops.packing import IGNORE_INDEX, PackedBatch, pack_budget, send, split_rows
 from finemill.kernels.planning.planner import MARGIN, plan_graphed_step, plan_step
 from finemill.kernels.planning.rates import rates_of
@@ -51,17 +39,13 @@ logger = logging.getLogger(__name__)
 _COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"}
 _COLUMNS |= {"max_length_k", "seq_idx", "seq_lengths"}
 """Columns that a batch may hold: rows, and their boundaries once more."""
-FLAT_ADAMW = {"adamw_torch": None, "adamw_torch_fused": None, "adamw_8bit": True, "adamw_bnb_8bit": True}
-"""Names of `optim` that FlatAdamW is, and whether they ask for 8-bit moments; None where the caller chooses."""
 BUCKETS_PER_BATCH = 8
 """Token and label counts of graphs are rounded up to this share of the token budget."""
 SAMPLED_ROWS = 1000
 """Rows of the data whose lengths are looked at before planning."""
-EAGER_BUCKET = 128
-"""Token and label counts are rounded up to this without graphs, for the tiles of matrix products."""
 
 
-class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
+class FastSFTTrainer(EngineTrainer, SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose training step runs on finemill's kernels.
 
     Args:
@@ -82,14 +66,11 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        asked = FLAT_ADAMW.get(self._optimizer_name, False)
-        self._eight_bit = eight_bit if asked is None else asked
-        """As `plan_step` takes it; another optimizer's moments have 4 bytes each at most."""
+        self._choose_moments(eight_bit)
         reason = self._other_training()
         self.acceleration: Acceleration = (
             accelerate_model(self.model) if reason is None else leave_unchanged(self.model, reason)
         )
-        self._shapes: Shapes | None = None
         self._runner: GraphRunner | None = None
         self._sequences: list[tuple[Tensor, Tensor]] = []
         """Token ids and labels of the optimizer step at hand, on the CPU."""
@@ -100,29 +81,10 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         """Labelled tokens of the step at hand, in this process."""
         self._counts = torch.zeros(2)
         """Labels and tokens of the step, on the device."""
-        self._parameters: int | None = None
         if self.acceleration.engine is None:
             return
         self._adopt(*self._make_plan(memory_gb, use_graphs))
-        if self.args.world_size > 1:
-            torch.distributed.broadcast(self._engine.adapters.master, src=0)
-        # The model is where it belongs (an embedding in host memory would come back to the device), and
-        # DistributedDataParallel would wait for gradients that no hook sees.
-        prepare = self.accelerator.prepare_model
-        self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
-        # Replacing a NaN loss by an average needs the loss on the host after every micro-batch.
-        self.args.logging_nan_inf_filter = False
-
-    @property
-    def _engine(self) -> FastModel:
-        engine = self.acceleration.engine
-        assert engine is not None
-        return engine
-
-    @property
-    def fast(self) -> bool:
-        """Whether steps run on the engine."""
-        return self.acceleration.active
+        self._hold_model()
 
     def _other_training(self) -> str | None:
         """Say what in the arguments asks for another step than the engine's, None if nothing does."""
@@ -146,39 +108,6 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         if self.fast and hasattr(loader, "device"):
             loader.device = None
         return loader
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build FlatAdamW if the arguments ask for an AdamW that it is; otherwise what SFTTrainer would."""
-        engine, args = self.acceleration.engine, self.args
-        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
-        if engine is not None and not given and self._optimizer_name not in FLAT_ADAMW:
-            logger.warning("optim %s steps as in transformers: the kernels compute its gradient", self._optimizer_name)
-        if engine is None or given or self._optimizer_name not in FLAT_ADAMW:
-            return super().create_optimizer()  # type: ignore[no-any-return]
-        if self._eight_bit is None:
-            self._eight_bit = self._plan.eight_bit
-        optimizer = FlatAdamW(
-            engine.adapters,
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            max_norm=args.max_grad_norm if args.max_grad_norm > 0 else None,
-            bits=8 if self._eight_bit else 32,
-        )
-        self.optimizer: Any = optimizer
-        return optimizer
-
-    @property
-    def _optimizer_name(self) -> str:
-        """What the arguments name as `optim`."""
-        return str(getattr(self.args.optim, "value", self.args.optim))
-
-    @property
-    def _flat_optimizer(self) -> FlatAdamW | None:
-        """The engine's optimizer, if it is the one that steps."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return optimizer if isinstance(optimizer, FlatAdamW) else None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Fetch an optimizer step's micro-batches and pack them, while the device still works on the step before."""
@@ -258,7 +187,7 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         budget = before.peak
         if engine.device.type == "cuda":
             torch.cuda.empty_cache()
-            budget = min(budget, _free_bytes(engine.device))
+            budget = min(budget, free_bytes(engine.device))
         work = replace(self._workload, tokens=max(self._longest, tokens // 2))
         plan = plan_step(
             work, int(budget / MARGIN), allow_stream=True, streamed=self._streamed, eight_bit=self._eight_bit
@@ -279,20 +208,12 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         total = torch.zeros(3, dtype=torch.float64, device=engine.device)
         with torch.no_grad():
             for batch in self._pack(sequences):
-                result, _ = engine.forward(batch, 1.0 / count, train=False)
+                result = engine.score(batch)
                 total += torch.stack((result.loss, result.entropy, result.correct))
         loss, entropy, correct = (total / count).tolist()
         self._metrics["eval"]["entropy"].append(entropy)
         self._metrics["eval"]["mean_token_accuracy"].append(correct)
         return torch.tensor(loss, device=engine.device), None, None
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Estimate a micro-batch's operations as SFTTrainer does, without counting the parameters each time."""
-        if not self.fast:
-            return int(super().floating_point_ops(inputs))
-        if self._parameters is None:
-            self._parameters = int(self.model.num_parameters(exclude_embeddings=True))
-        return int(6 * inputs["input_ids"].numel() * self._parameters)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Fetch the sums kept on the device, then log as SFTTrainer does."""
@@ -305,37 +226,12 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
             self._sums = None
         super().log(logs, start_time)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save the slots of batches seen beside the random numbers: with others, attention might round otherwise."""
-        super()._save_rng_state(output_dir)
-        if self._shapes is not None:
-            self._shapes_file(output_dir).write_text(json.dumps(self._shapes.state()))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._shapes is not None and checkpoint is not None and (file := self._shapes_file(checkpoint)).is_file():
-            self._shapes.restore(json.loads(file.read_text()))
-
-    def _shapes_file(self, checkpoint: str) -> Path:
-        """Each process has its own: it sees other batches."""
-        return Path(checkpoint) / f"finemill_slots_{self.args.process_index}.json"
-
     def _pack(self, sequences: list[tuple[Tensor, Tensor]]) -> list[PackedBatch]:
         """Batches of at most the plan's tokens, on their way to the device."""
         budget = self._plan.micro_batch or sum(ids.numel() for ids, _ in sequences)
         batches = pack_budget(sequences, budget)
         shapes, device = self._shapes, self._engine.device
         return [(batch if shapes is None else shapes.prepare(batch)).to(device) for batch in batches]
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        """FlatAdamW clips inside its step; its norm is reported."""
-        optimizer = self._flat_optimizer
-        return super()._clip_grad_norm(model) if optimizer is None else optimizer.measure_norm()
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if self._flat_optimizer is None:
-            return super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 
     def _typical_length(self) -> int | None:
         """Length of the sequence that a token is in, on average over the first rows; None for a stream of rows."""
@@ -351,8 +247,7 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _adopt(self, plan: Plan, patience: int | None) -> None:
         """Take on a plan; `patience` as `_make_plan` returns it."""
-        self._plan = plan
-        adopt_plan(self.model, plan)
+        self._adopt_plan(plan)
         self._runner = None if patience is None else GraphRunner(self._engine, patience)
         if (micro_batch := plan.micro_batch) is not None:
             step = EAGER_BUCKET if self._runner is None else max(256, micro_batch // BUCKETS_PER_BATCH)
@@ -371,7 +266,7 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         work = self._workload = workload_of(engine, tokens=rows * longest, row=longest, typical=self._typical_length())
         if engine.device.type != "cuda":
             return Plan.everything(len(engine.layers)), None
-        card = _free_bytes(engine.device)
+        card = free_bytes(engine.device)
         budget = card if memory_gb is None else int(memory_gb * 2**30)
         rates = rates_of(torch.cuda.get_device_name(engine.device))
         if engine.attention_backend(longest) == "plain":
@@ -388,12 +283,6 @@ class FastSFTTrainer(SFTTrainer):  # type: ignore[misc]
         )
         logger.info("plan: %s tokens per micro-batch, %.2f GiB", plan.micro_batch, plan.peak / 2**30)
         return plan, patience
-
-
-def _free_bytes(device: torch.device) -> int:
-    """What this process may allocate on the card; a twentieth is left for fragments and other processes."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return int((free + torch.cuda.memory_allocated(device)) * 0.95)
 
 
 def _sequences(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:

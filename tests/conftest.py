@@ -91,6 +91,40 @@ def tiny_model_dir() -> Path:
     return BUILTIN_MODELS["builtin:tiny-qwen3"]
 
 
+@pytest.fixture(scope="session")
+def tiny_mixture_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-MoE of random weights, two layers of four experts, with that model's tokenizer, as on the hub."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    folder = tmp_path_factory.mktemp("mixture")
+    copied = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+    for name in copied:
+        shutil.copy(tiny_model_dir / name, folder / name)
+    like = json.loads((tiny_model_dir / "config.json").read_text(encoding="utf-8"))
+    config = Qwen3MoeConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        vocab_size=like["vocab_size"],
+        eos_token_id=like["eos_token_id"],
+        pad_token_id=like["pad_token_id"],
+        max_position_embeddings=like["max_position_embeddings"],
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def add_to_hub(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Fill a hub cache of the test's own: `add_to_hub(commit, branch)` puts that commit at the head of the branch.

@@ -24,7 +24,7 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 
 
 def test_transformers() -> None:
-    """kernels/trainer.py overrides these methods of Trainer."""
+    """kernels/engine_trainer.py and kernels/trainer.py override these methods of Trainer."""
     trainer = pytest.importorskip("transformers").Trainer
     assert parameters(trainer._save_rng_state) == ["output_dir"]
     assert parameters(trainer._load_optimizer_and_scheduler) == ["checkpoint"]
@@ -34,12 +34,17 @@ def test_transformers() -> None:
 
 
 def test_trl() -> None:
-    """kernels/trainer.py adds to SFTTrainer's sums; components/train_dpo/trainers.py keeps TRL from tokenizing."""
+    """kernels/trainer.py adds to SFTTrainer's sums; components/train_dpo/trainers.py keeps TRL from tokenizing.
+
+    kernels/accelerate.py answers the call that asks for log probabilities.
+    """
     trl = pytest.importorskip("trl")
     written = inspect.getsource(trl.SFTTrainer)
     assert [name for name in ("_metrics", "_total_train_tokens") if f"self.{name}" not in written] == []
     for trainer in (trl.DPOTrainer, trl.KTOTrainer):
         assert parameters(trainer._prepare_dataset)[0] == "dataset"
+        assert "labels=labels, fused_lm_head=True" in inspect.getsource(trainer).replace("completion_labels", "labels")
+        assert parameters(trainer._precompute_ref_logps) == ["dataset", "name", "batch_size"]
     assert parameters(trl.DPOTrainer._compute_loss) == ["model", "inputs", "return_outputs"]
 
 

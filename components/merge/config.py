@@ -28,4 +28,5 @@ class MergeConfig(StepConfig):
     """Smallest share of tokens at which both find the same next token likeliest."""
 
     force: bool = False
-    """Merge although nothing shows that the base is the one the adapter was trained on. The result says so."""
+    """Merge although nothing shows that the base is the one the adapter was trained on, which the result says, or
+    although it has LoRA on a mixture's routers."""

@@ -1,12 +1,11 @@
 """The merged model's tensors, one after the other: base plus adapter in float32, rounded once."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from finemill.artifacts.model import LandedTensor
 from finemill.errors import StepError, UserError
 from finemill.models.stored_model import Group, StoredModel
 from finemill.models.weights import DTYPES
@@ -27,7 +26,7 @@ class MergedModel:
         self._model = tuned.get_base_model()
         self._modules = _adapted_modules(self._model)
         self._path_of = {
-            f"{path}.{name}": path for path, module in self._modules.items() for name in _original_names(module)
+            f"{path}.{name}": path for path, module in self._modules.items() for name in _changed_names(module, stored)
         }
         # Whole tensors that the adapter brings, such as an embedding with new tokens.
         self._replaced = {
@@ -36,7 +35,9 @@ class MergedModel:
             if stored.name_of(parameter) is None and not name.startswith(tuple(f"{path}." for path in self._modules))
         }
         self._last: tuple[str, Mapping[str, torch.Tensor]] = ("", {})
-        self.landed: list[LandedTensor] = []
+        for parameter in self._model.parameters():
+            if stored.name_of(parameter) is None:
+                parameter.data = parameter.data.float()
         _check_biases(self._modules)
 
     @property
@@ -72,8 +73,8 @@ class MergedModel:
         shapes = {}
         for group in self._groups():
             replaced = self._replaced.get(group.names[0]) if group.names else None
-            for key in group.keys:
-                shape = tuple(replaced.shape) if replaced is not None else self._stored.tensors[key].shape
+            for key, stored in self._stored.layout(group).items():
+                shape = tuple(replaced.shape) if replaced is not None else stored
                 shapes[key] = (shape, self._type_of(group, key))
         if self.unties_embeddings:
             embedding = shapes[next(iter(self._stored.group_of[self._stored.embedding_name].keys))]
@@ -103,11 +104,11 @@ class MergedModel:
 
     def _type_of(self, group: Group, key: str) -> torch.dtype:
         """What the model has no use for, and what is no floating-point number, stays as it is."""
-        own = DTYPES[self._stored.tensors[key].dtype]
+        own = DTYPES[self._stored.tensors[key if key in group.keys else next(iter(group.keys))].dtype]
         return (self._dtype or own) if group.names and own.is_floating_point else own
 
     def _tensors(self, group: Group) -> Iterator[tuple[str, torch.Tensor]]:
-        if self.changed.isdisjoint(group.names):
+        if self.changed.isdisjoint(group.names) and self._stored.layout(group).keys() == group.keys.keys():
             for key in group.keys:
                 yield key, _round(key, self._stored.read_stored(key), self._type_of(group, key))
             return
@@ -115,19 +116,55 @@ class MergedModel:
         values = {name: self._rounded(name, dtype) for name in group.names}
         yield from self._stored.restore(group, values).items()
 
+    def base_parts(self, name: str) -> Iterator[torch.Tensor]:
+        """The base's own values, float32: of a stack, expert by expert; any other parameter, all at once."""
+        return self._stored.parts(self._name_in_base(name))
+
+    def _name_in_base(self, name: str) -> str:
+        """The embedding, for an output matrix that becomes one of its own."""
+        return name if name in self._stored.group_of else self._stored.embedding_name
+
+    def expected_parts(self, name: str) -> Iterator[torch.Tensor]:
+        """Base plus adapter before rounding, in the parts of `base_parts`.
+
+        LoRA is added here, factor by factor; what is more than a sum, as PEFT merges it.
+        """
+        if name not in self.changed:
+            return self.base_parts(name)
+        factors = self._factors(name)
+        if factors is None:
+            value = self._value(name)
+            return iter(value if value.dim() == 3 else (value,))
+        return (
+            torch.addmm(base, b, a, alpha=scaling)
+            for base, (b, a, scaling) in zip(self.base_parts(name), factors, strict=True)
+        )
+
+    def _factors(self, name: str) -> Sequence[tuple[torch.Tensor, torch.Tensor, float]] | None:
+        """B, A and the factor of each part; None where the change is more than their product."""
+        from peft.tuners.lora.layer import Linear
+
+        path = self._path_of.get(name)
+        # A module that PEFT has merged has no factors left.
+        if path is None or path == self._last[0]:
+            return None
+        stack = _wrapped(self._modules[path]).get(name.removeprefix(f"{path}."))
+        if stack is not None and stack.num_experts > 1:
+            b, a, scaling = stack.get_delta_factors("default")
+            return [(*pair, scaling) for pair in zip(b, a, strict=True)]
+        module = stack or self._modules[path]
+        is_plain = stack is not None or (type(module) is Linear and name == f"{path}.weight")
+        if not is_plain or module.lora_variant or any(module.lora_bias.values()):
+            return None
+        return [(module.lora_B["default"].weight, module.lora_A["default"].weight, module.scaling["default"])]
+
     def _rounded(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One parameter as it is written."""
-        base = self._stored.read(name if name in self._stored.group_of else self._stored.embedding_name)
-        if name not in self.changed:
-            return _round(name, base, dtype)
-        value = self._value(name)
-        rounded = _round(name, value, dtype)
-        if value.shape == base.shape and not torch.equal(value, base):
-            self.landed.append(_compare(name, value - base, rounded.float() - base))
-        return rounded
+        value = self._value(name) if name in self.changed else self._stored.read(self._name_in_base(name))
+        return _round(name, value, dtype)
 
     def _value(self, name: str) -> torch.Tensor:
-        """A changed parameter in float32."""
+        """A changed parameter in float32, merged by PEFT."""
         if name in self._replaced:
             whole: torch.Tensor = self._replaced[name].detach()
             return whole.float()
@@ -157,8 +194,29 @@ def _original_module(module: Any) -> torch.nn.Module:
     return original
 
 
-def _original_names(module: Any) -> list[str]:
-    return [name for name, _ in _original_module(module).named_parameters()]
+def _changed_names(module: Any, stored: StoredModel) -> Iterator[str]:
+    """Which parameters of an adapted module the adapter changes."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    stacks = _wrapped(module)
+    for name, parameter in _original_module(module).named_parameters():
+        is_own = stored.name_of(parameter) is not None
+        if is_own and (stacks and name not in stacks):
+            continue
+        if is_own and name == "bias" and isinstance(module, LoraLayer) and not any(module.lora_bias.values()):
+            continue
+        yield name
+
+
+def _wrapped(module: Any) -> dict[str, Any]:
+    """The adapters of single parameters, such as stacks of experts, around a module, by the parameter's name."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    found = {}
+    while isinstance(module, ParamWrapper):
+        found[module.parameter_name] = module
+        module = module.base_layer
+    return found
 
 
 @torch.inference_mode()
@@ -199,9 +257,3 @@ def _round(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             "bfloat16 (dtype)"
         )
     return rounded
-
-
-def _compare(name: str, meant: torch.Tensor, found: torch.Tensor) -> LandedTensor:
-    meant, found = meant.flatten(), found.flatten()
-    size = float(meant.norm())
-    return LandedTensor(name=name, meant=size, lost=float((found - meant).norm()), share=float(meant @ found) / size**2)

@@ -11,6 +11,7 @@ import torch
 from finemill.artifacts.model import LandedTensor, MergeRecord, write_merge
 from finemill.components.merge.config import MergeConfig
 from finemill.components.merge.files import copy_tokenizer, write_config, write_generation_config
+from finemill.components.merge.landed import check_written
 from finemill.components.merge.merged import MergedModel
 from finemill.components.merge.parity import compare_logits, logits_of, probe_prompts
 from finemill.components.merge.write import total_bytes, write_model
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Share of the adapter's whole change below which rounding is worth a word.
 _MIN_SHARE = 0.9
+# What mixtures of experts call the layer that chooses among them.
+_ROUTERS = ("gate", "router")
 
 
 def run(
@@ -47,10 +50,8 @@ def run(
     require_space(output_dir, stored.num_elements * dtype.itemsize, "the merged model")
     tokenizer = copy_tokenizer(adapter, base_model, output_dir)
     prompts = probe_prompts(tokenizer)
-    tuned = load_adapter(stored.model, adapter, assign=True)
-    scale_adapter(tuned, config.scale)
-    # A 16-bit base may keep a few tensors in 32 bits on purpose.
-    merged = MergedModel(stored, tuned, dtype if config.dtype or dtype != stored.dtype else None)
+    tuned, merged = put_adapter_on(stored, adapter, config)
+    refuse_router(tuned, config)
     context.recorder.log_progress("what base and adapter say to the probes")
     expected = logits_of(tuned, stored, prompts)
     write_config(
@@ -67,7 +68,9 @@ def run(
     context.recorder.log_progress("comparing the written model with base and adapter")
     written = StoredModel(output_dir)
     parity = compare_logits(expected, logits_of(written.model, written, prompts))
-    landed = summarize(merged.landed)
+    context.recorder.log_progress("comparing every written tensor with base and adapter")
+    tensors = check_written(written, put_adapter_on(StoredModel(base_model), adapter, config)[1])
+    landed = summarize(tensors)
     record = MergeRecord(
         base_model=context.references["base_model"],
         base_known_by=known_by,
@@ -78,7 +81,7 @@ def run(
         max_kl=config.max_kl,
         min_top1_agreement=config.min_top1_agreement,
         **landed,
-        tensors=tuple(merged.landed),
+        tensors=tuple(tensors),
     )
     write_merge(output_dir, record)
     _write_card(output_dir, record, tokenizer.chat_template)
@@ -92,6 +95,18 @@ def run(
         **{f"merge/{name}": value for name, value in {**parity, **landed}.items()},
         "merge/size_bytes": sum(path.stat().st_size for path in output_dir.glob("*.safetensors")),
     }
+
+
+def put_adapter_on(stored: StoredModel, adapter: Path, config: MergeConfig) -> tuple[Any, MergedModel]:
+    """PEFT's model of base and adapter, and what is written for it.
+
+    Raises: UserError: the adapter does not fit the base, or takes no `scale`.
+    """
+    tuned = load_adapter(stored.model, adapter, assign=True)
+    scale_adapter(tuned, config.scale)
+    dtype = output_dtype(stored, config)
+    # A 16-bit base may keep a few tensors in 32 bits on purpose.
+    return tuned, MergedModel(stored, tuned, dtype if config.dtype or dtype != stored.dtype else None)
 
 
 def _write_card(output_dir: Path, record: MergeRecord, chat_template: object) -> None:
@@ -135,6 +150,23 @@ def base_known_by(adapter: Path, config: MergeConfig, context: StepContext) -> s
             raise UserError(f"merge: {error}; --force true merges them all the same, and says so") from None
         logger.warning("forced: %s", error)
         return f"forced: {error}"
+
+
+def refuse_router(tuned: Any, config: MergeConfig) -> None:
+    """Raises: UserError: LoRA on a mixture's routers, and `force` is off."""
+    from peft.tuners.lora import LoraLayer
+
+    routers = [
+        name.removeprefix("base_model.model.")
+        for name, module in tuned.named_modules()
+        if isinstance(module, LoraLayer) and name.rpartition(".")[2] in _ROUTERS
+    ]
+    if routers and not config.force:
+        raise UserError(
+            f"merge: the adapter has LoRA on the router, {routers[0]} for one of {len(routers)}: PEFT's all-linear "
+            "puts it there unasked, and without the auxiliary loss some experts fall out of use; leave it out of "
+            "target_modules, or train routers as a whole (modules_to_save); --force true merges it all the same"
+        )
 
 
 def scale_adapter(tuned: Any, scale: float) -> None:

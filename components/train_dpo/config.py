@@ -13,7 +13,7 @@ _UNPAIRED = ("kto", "apo_zero_unpaired")
 class TrainDPOConfig(LoRATrainingConfig):
     """Preference optimization of LoRA adapters on a 4-bit base, which is its own reference: DPO, ORPO, KTO."""
 
-    sequences_per_row: ClassVar[int] = 2
+    whole_passes: ClassVar[bool] = True
 
     beta: float = Field(default=0.1, gt=0)
     """How strongly the model is held to the reference: higher stays closer. With `ipo` the paper's tau, with `orpo` its
@@ -72,6 +72,11 @@ class TrainDPOConfig(LoRATrainingConfig):
     max_length: int = Field(default=2048, gt=0)
     """Longer conversations, with either answer, are cut to this many tokens; pairs left without one of the answers are
     dropped and counted."""
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Sequences that one row of a batch is: both answers of a pair, or one answer."""
+        return 1 if self.is_unpaired else 2
 
     @property
     def is_unpaired(self) -> bool:

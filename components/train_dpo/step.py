@@ -16,10 +16,10 @@ from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_dpo.rows import load_answers, load_pairs
 from finemill.components.train_dpo.trainers import ORPOTrainer, TokenizedDPOTrainer, TokenizedKTOTrainer
 from finemill.runtime.context import StepContext
-from finemill.training.adapter import keep_trained_in_float32, lora_config
+from finemill.training.adapter import lora_config
+from finemill.training.kernels import check_kernels, open_trainer
 from finemill.training.positions import check_positions
-from finemill.training.quantized_base import load_base
-from finemill.training.trainer import cap_memory, choose_device, run_training, shared_arguments
+from finemill.training.trainer import choose_device, run_training, shared_arguments
 
 
 def run(
@@ -36,8 +36,6 @@ def run(
     device = choose_device()
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
     take_chat_template(dataset, tokenizer)
-
-    cap_memory(config, device)
 
     def build(scratch: Path, config: TrainDPOConfig) -> Trainer:
         return build_trainer(base_model, dataset, tokenizer, scratch, config, device)
@@ -66,8 +64,9 @@ def build_trainer(
         # TRL would switch off the adapters' own dropout too.
         "disable_dropout": not config.lora_dropout,
     }
-    trainer = trainer_class(
-        model=load_base(base_model, config, device),
+    make_trainer, model = open_trainer(base_model, config, device, trainer_class, partial(_on_kernels, trainer_class))
+    trainer = make_trainer(
+        model=model,
         ref_model=None,
         args=_kto_arguments(config, shared) if config.is_unpaired else _dpo_arguments(config, shared),
         train_dataset=rows,
@@ -75,8 +74,14 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=lora_config(base_model, config),
     )
-    keep_trained_in_float32(trainer.model)
+    check_kernels(trainer, config)
     return trainer
+
+
+def _on_kernels(trainer_class: type[Trainer]) -> type[Trainer]:
+    from finemill.kernels.preferences import on_engine
+
+    return on_engine(trainer_class)
 
 
 def _trainer_and_rows(config: TrainDPOConfig) -> tuple[type[Trainer], Callable[[Path, Split, int], Dataset]]:

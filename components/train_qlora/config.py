@@ -16,15 +16,6 @@ class TrainQLoRAConfig(LoRATrainingConfig):
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
     """Order of the rows; group_by_length puts rows of like length into a batch, which saves padding."""
 
-    kernels: Literal["auto", "on", "off"] = "auto"
-    """Run steps on finemill's own kernels: on a GPU wherever they cover the model, or fail where they do not, or never.
-    They plan recomputation by themselves, so gradient_checkpointing does not apply to them."""
-
-    @property
-    def uses_kernels(self) -> bool:
-        """Whether the step asks for finemill's kernels."""
-        return self.kernels != "off"
-
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         if self.packing and self.train_sampling_strategy == "group_by_length":
@@ -32,9 +23,4 @@ class TrainQLoRAConfig(LoRATrainingConfig):
                 "packing fills every sequence, so train_sampling_strategy 'group_by_length' has nothing to group: "
                 "use 'random' or turn packing off"
             )
-        self._refuse(
-            self.kernels == "on",
-            "with kernels 'on', which plan recomputation by memory_gb",
-            gradient_checkpointing="use kernels 'auto' or 'off'",
-        )
         return self

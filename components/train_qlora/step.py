@@ -1,28 +1,20 @@
 """Train LoRA adapters on the 4-bit base with TRL and PEFT."""
 
-import json
-import logging
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from finemill.artifacts.dataset import take_chat_template
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.rows import load_rows
-from finemill.errors import UserError
 from finemill.runtime.context import StepContext
-from finemill.training.adapter import keep_trained_in_float32, lora_config
-from finemill.training.memory import eight_bit_moments, must_stream, not_on_kernels
+from finemill.training.adapter import lora_config
+from finemill.training.kernels import check_kernels, open_trainer
 from finemill.training.positions import check_positions
-from finemill.training.quantized_base import compute_dtype, load_base
-from finemill.training.trainer import cap_memory, choose_device, memory_limit, run_training, shared_arguments
-
-logger = logging.getLogger(__name__)
+from finemill.training.trainer import choose_device, run_training, shared_arguments
 
 
 def run(
@@ -57,8 +49,8 @@ def build_trainer(
     rows = load_rows(dataset, "train", config.max_length)
     longest = pc.max(pc.list_value_length(rows.data.column("input_ids"))).as_py()
     check_positions(base_model, longest, config.max_length)
-    trainer_class, model = _load(base_model, config, device)
-    trainer = trainer_class(
+    trainer_class, model = open_trainer(base_model, config, device, SFTTrainer, _fast_trainer)
+    trainer: SFTTrainer = trainer_class(
         model=model,
         args=_arguments(config, scratch, device),
         train_dataset=rows,
@@ -66,40 +58,14 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=lora_config(base_model, config),
     )
-    acceleration = getattr(trainer, "acceleration", None)
-    if acceleration is None or not acceleration.active:
-        if config.kernels == "on":
-            reason = acceleration.reason if acceleration else not_on_kernels(config) or "there is no GPU"
-            raise UserError(f"kernels: on, but they cannot run here ({reason}): use kernels: auto or off")
-        keep_trained_in_float32(trainer.model)
-    elif not config.gradient_checkpointing:
-        logger.warning("gradient_checkpointing false has no effect on finemill's kernels: they plan it by memory_gb")
+    check_kernels(trainer, config)
     return trainer
 
 
-def _load(base_model: Path, config: TrainQLoRAConfig, device: torch.device) -> tuple[Any, PreTrainedModel]:
-    """TRL's trainer, or the one that runs its steps on finemill's kernels, and the base for it."""
-    reason = not_on_kernels(config)
-    if reason or device.type != "cuda":
-        if config.uses_kernels and device.type == "cuda":
-            logger.warning("trains without finemill's kernels: %s", reason)
-        cap_memory(config, device)
-        return SFTTrainer, load_base(base_model, config, device)
-    model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
-    streamed = must_stream(model, config, memory_limit(config, device))
+def _fast_trainer() -> type[SFTTrainer]:
     from finemill.kernels.trainer import FastSFTTrainer
 
-    trainer_class = partial(FastSFTTrainer, memory_gb=config.memory_gb, eight_bit=eight_bit_moments(config))
-    if streamed and config.init_lora_weights == "loftq":
-        raise UserError(
-            "init_lora_weights 'loftq' needs the base on the card: give more in memory_gb, or use 'default'"
-        )
-    if streamed:
-        from finemill.kernels.streamed import load_streamed
-
-        dtype, double_quant = compute_dtype(config, device), config.bnb_4bit_use_double_quant
-        return trainer_class, load_streamed(base_model, device=device, dtype=dtype, double_quant=double_quant)
-    return trainer_class, load_base(base_model, config, device)
+    return FastSFTTrainer
 
 
 def _arguments(config: TrainQLoRAConfig, scratch: Path, device: torch.device) -> SFTConfig:

@@ -85,7 +85,7 @@ class ExpertProjection:
         self.cached = None
 
     def decoded(self) -> Tensor:
-        """Return the weight (E, N, K); one in scratch is valid until another stack of this shape is decoded."""
+        """Return the weight (E, N, K); one in scratch is valid until another stack is decoded."""
         if isinstance(self.weight, Tensor):
             return self.weight
         if self.cached is not None:
@@ -164,8 +164,9 @@ class ExpertMLP:
         mid, rstd_mid = normalize(x, delta, self.norm, self.shape, normed, sum_out=delta)
         routing = self._route(normed)
         rows = routing.rows
-        gathered, low = self._gather(normed, rows)
-        gate_up = self._project_gate_up(gathered, low, rows)
+        factors = self.gate_up.factors()
+        gathered, low = self._gather(normed, rows, factors)
+        gate_up = self._project_gate_up(gathered, low, rows, factors)
         del gathered, low
         hidden = self._empty_rows(rows, self.experts.intermediate)
         swiglu_forward(gate_up, hidden)
@@ -197,13 +198,14 @@ class ExpertMLP:
         if saved.normed_mid is None or saved.rstd_mid is None:
             saved.normed_mid = self.extended_input(mid.shape[0])
             _, saved.rstd_mid = normalize(mid, None, self.norm, self.shape, saved.normed_mid)
-        gathered, low = self._gather(saved.normed_mid, rows)
+        factors = self.gate_up.factors()
+        gathered, low = self._gather(saved.normed_mid, rows, factors)
         saved.normed_mid = None
         if saved.gate_up is None:
-            saved.gate_up = self._project_gate_up(gathered, low, rows)
+            saved.gate_up = self._project_gate_up(gathered, low, rows, factors)
         d_weights = self._backward_down(stream, saved.gate_up, saved, routing)
         grad_gate_up, saved.gate_up = saved.gate_up, None
-        factors, dy_b = self.gate_up.factors(), self.gate_up.empty_low(rows)
+        dy_b = self.gate_up.empty_low(rows)
         if factors is not None and dy_b is not None:
             project(grad_gate_up, factors.b, rows, dy_b, transposed=True)
         self.gate_up.add_grad_b(low, grad_gate_up, rows)
@@ -258,18 +260,15 @@ class ExpertMLP:
         weights = routing.weights
         return weights.new_empty(1).expand(weights.shape[0], self.experts.count)
 
-    def _gather(self, normed: Tensor, rows: ExpertRows) -> tuple[Tensor, Tensor | None]:
+    def _gather(self, normed: Tensor, rows: ExpertRows, factors: Factors | None) -> tuple[Tensor, Tensor | None]:
         """Return the rows' inputs (R, H), and their products with gate|up's A."""
-        gathered, low, factors = (
-            self._empty_rows(rows, self.shape.hidden),
-            self.gate_up.empty_low(rows),
-            self.gate_up.factors(),
-        )
+        gathered, low = self._empty_rows(rows, self.shape.hidden), self.gate_up.empty_low(rows)
         gather_project(normed, None if factors is None else factors.a, rows, gathered, low)
         return gathered, low
 
-    def _project_gate_up(self, gathered: Tensor, low: Tensor | None, rows: ExpertRows) -> Tensor:
-        factors = self.gate_up.factors()
+    def _project_gate_up(
+        self, gathered: Tensor, low: Tensor | None, rows: ExpertRows, factors: Factors | None
+    ) -> Tensor:
         gate_up = self._empty_rows(rows, 2 * self.experts.intermediate)
         b = None if factors is None else factors.b
         return grouped_gemm(gathered, self.gate_up.decoded(), rows, gate_up, low, b)

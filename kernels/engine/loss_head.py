@@ -31,7 +31,8 @@ GATHER_BELOW = 7 / 8
 class HeadResult:
     """Sums over the labelled tokens, each a scalar fp32 tensor on the device, and the gradient of the residual stream.
 
-    `grad` is (T, H + pad) with the gradient in its first H columns, None without `pad`.
+    `grad` is (T, H + pad) with the gradient in its first H columns, None without `pad`. `by_row` has the terms of the
+    sums, of the rows that were scored: (3, M), or (4, M) with each row's mean logit.
     """
 
     loss: Tensor
@@ -39,6 +40,16 @@ class HeadResult:
     correct: Tensor
     num_labels: int
     grad: Tensor | None
+    by_row: Tensor
+    rows: Tensor | None
+    """(M,) tokens that `by_row` is of; None for all of them."""
+
+    def by_token(self, tokens: int) -> Tensor:
+        """Return `by_row` as (3 or 4, T), 0 for tokens that were not scored."""
+        if self.rows is None:
+            return self.by_row
+        spread = self.by_row.new_zeros((len(self.by_row), tokens))
+        return spread.index_copy_(1, self.rows, self.by_row)
 
 
 def loss_head(
@@ -52,6 +63,7 @@ def loss_head(
     *,
     chunk: int,
     pad: int | None,
+    mean_head: Tensor | None = None,
 ) -> HeadResult:
     """Compute the summed loss, and the gradient of `scale` times it.
 
@@ -65,6 +77,7 @@ def loss_head(
         scale: 1 / number of labelled tokens in the whole step, as a rule.
         chunk: rows of logits held at a time.
         pad: spare columns of the gradient; None computes no gradient.
+        mean_head: (H, 1), mean of the head's rows, where mean logits are asked for.
     """
     rows = batch.loss_rows
     if rows is not None and rows.numel() >= GATHER_BELOW * x.shape[0]:
@@ -74,23 +87,25 @@ def loss_head(
         x, delta = x.index_select(0, rows), delta.index_select(0, rows)
     total, normed, rstd = add_rms_norm_forward(x, delta, norm_weight, eps, sum_out=delta)
     num_rows, vocabulary = total.shape[0], head_weight.shape[0]
-    sums = torch.zeros((3, max(1, num_rows)), dtype=torch.float32, device=x.device)
+    terms = torch.zeros((3 if mean_head is None else 4, num_rows), dtype=torch.float32, device=x.device)
+    if mean_head is not None:
+        terms[3] = torch.mm(normed, mean_head).flatten()
     logits = block = torch.empty((min(chunk, num_rows), vocabulary), dtype=x.dtype, device=x.device)
     for begin in range(0, num_rows, chunk):
         part = slice(begin, min(begin + chunk, num_rows))
         block = logits[: part.stop - begin]
         torch.mm(normed[part], head_weight.t(), out=block)
-        sums[0, part] = cross_entropy_inplace(
-            block, labels[part], scale, grad=pad is not None, entropy_out=sums[1, part], correct_out=sums[2, part]
+        terms[0, part] = cross_entropy_inplace(
+            block, labels[part], scale, grad=pad is not None, entropy_out=terms[1, part], correct_out=terms[2, part]
         )
         if pad is not None:
             torch.mm(block, head_weight, out=normed[part])
     del logits, block
-    loss, entropy, correct = sums.sum(dim=1)
+    loss, entropy, correct = terms[:3].sum(dim=1)
     grad = None
     if pad is not None:
         grad = _scatter_grad(normed, total, norm_weight, rstd, rows, batch.num_tokens, pad)
-    return HeadResult(loss, entropy, correct, num_rows, grad)
+    return HeadResult(loss, entropy, correct, num_rows, grad, terms, rows)
 
 
 def _scatter_grad(

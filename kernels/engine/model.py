@@ -5,6 +5,7 @@ dropped, parked in host memory or fetched back, and when each weight is decoded.
 decisions; every plan gives bitwise equal gradients.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -104,8 +105,9 @@ class FastModel:
     arena: HostArena | None = None
     weight_stream: WeightStream | None = None
     _tables: tuple[Tensor, Tensor] | None = None
+    _head_mean: Tensor | None = None
     _scratch: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    _stack_scratch: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _stack_scratch: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -124,10 +126,11 @@ class FastModel:
         return self._scratch[group.layout]
 
     def stack_scratch(self, shape: tuple[int, ...]) -> Tensor:
-        """Return the decode buffer of experts' stacks of a shape, made at its first use."""
-        if shape not in self._stack_scratch:
-            self._stack_scratch[shape] = torch.empty(shape, dtype=self.final_norm.dtype, device=self.device)
-        return self._stack_scratch[shape]
+        """Return memory to decode experts' stacks of a shape into, the same for all of them."""
+        if self._stack_scratch is None:
+            largest = max(math.prod(stack_shape(name, self.layers[0].shape)) for name in EXPERT_STACKS)
+            self._stack_scratch = torch.empty(largest, dtype=self.final_norm.dtype, device=self.device)
+        return self._stack_scratch[: math.prod(shape)].view(shape)
 
     def apply_plan(self, plan: Plan) -> None:
         """Adopt a plan: keep or free decoded weights, begin to lock host memory for what is parked."""
@@ -142,7 +145,7 @@ class FastModel:
                     group.drop_cache()
         if plan.cached_layers == len(self.layers):
             self._scratch.clear()
-            self._stack_scratch.clear()
+            self._stack_scratch = None
         if plan.stream_weights and self.weight_stream is None:
             self.stream_weights()
         self.arena = begin_arena(plan, self.device, self.arena)
@@ -169,8 +172,37 @@ class FastModel:
         """Memory that a longer batch may replace: a captured graph keeps what it was captured with."""
         return [*(self._tables or ()), *([] if self.arena is None else [self.arena.slab])]
 
+    def score(self, batch: PackedBatch, *, adapters: bool = True, mean_logits: bool = False) -> HeadResult:
+        """Compute the losses of a batch alone, without dropout.
+
+        Args:
+            batch: on this device.
+            adapters: False for those of the frozen base, which is a preference's reference.
+            mean_logits: as in `forward`.
+        """
+        groups = [group for layer in self.layers for group in layer.projections]
+        stacks = [stack for layer in self.layers for stack in layer.mlp.stacks]
+        dropouts = [group.dropout for group in groups]
+        parts: list[Projection | ExpertProjection] = [*groups, *stacks]
+        found = [part.adapter for part in parts if part.adapter is not None]
+        scalings = [adapter.scaling for adapter in found]
+        for group in groups:
+            group.dropout = None
+        for adapter in found:
+            adapter.scaling *= adapters
+        try:
+            return self.forward(batch, 1.0, train=False, mean_logits=mean_logits)[0]
+        finally:
+            for group, dropout in zip(groups, dropouts, strict=True):
+                group.dropout = dropout
+            for adapter, scaling in zip(found, scalings, strict=True):
+                adapter.scaling = scaling
+            if not adapters:  # a pass that is still to be differentiated reads the kept weights again
+                for group in groups:
+                    group.refresh()
+
     def forward(
-        self, batch: PackedBatch, scale: Tensor | float, *, train: bool
+        self, batch: PackedBatch, scale: Tensor | float, *, train: bool, mean_logits: bool = False
     ) -> tuple[HeadResult, ForwardState | None]:
         """Compute the summed loss of a batch and, in training, everything its backward needs.
 
@@ -178,6 +210,7 @@ class FastModel:
             batch: on this device.
             scale: factor of the gradient.
             train: keep what the backward needs.
+            mean_logits: also give the mean logit of each row.
         """
         rope = self._rope(batch)
         x, delta = gather_rows(self.embedding, batch.input_ids), None
@@ -209,6 +242,7 @@ class FastModel:
             scale,
             chunk=self.plan.head_chunk,
             pad=self.grad_pad if train else None,
+            mean_head=self._mean_head() if mean_logits else None,
         )
         del x, delta
         if result.grad is None:
@@ -222,7 +256,8 @@ class FastModel:
 
         Args:
             state: from `forward`; used up.
-            factor: scalar the gradient is multiplied with (what autograd sends in), None for one.
+            factor: what the gradient is multiplied with, a scalar or (T, 1); None for one. The head and the norm before
+                it take each token by itself, so that a loss of each has a factor of each.
         """
         grad: Tensor | None = state.grad
         state.grad = torch.empty(0)
@@ -287,6 +322,11 @@ class FastModel:
             self._tables = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
         return Rope(*self._tables, batch.position_ids)
 
+    def _mean_head(self) -> Tensor:
+        if self._head_mean is None:
+            self._head_mean = self.head.mean(0, dtype=torch.float32).to(self.head.dtype)[:, None]
+        return self._head_mean
+
     def _arena_for(self, batch: PackedBatch) -> HostArena:
         if self.arena is None:
             self.arena = HostArena(self.device)
@@ -348,6 +388,32 @@ class ModelLoss(torch.autograd.Function):
         state, ctx.state = ctx.state, None
         ctx.model.backward(state, grad_loss)
         return None, None, None, None
+
+
+class TokenLosses(torch.autograd.Function):
+    """Autograd node of the whole model that gives each token's loss: any function of them is differentiated.
+
+    The gradient of every row is made in the forward for a factor of one, and multiplied by the row's in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, model: FastModel, batch: PackedBatch) -> tuple[Tensor, ...]:
+        """Return loss, entropy, whether the label is the most likely token, and mean logit, (T,) fp32 each."""
+        result, ctx.state = model.forward(batch, 1.0, train=True, mean_logits=True)
+        ctx.model = model
+        loss, *others = result.by_token(batch.num_tokens).unbind()
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[None, None, None]:
+        """Run the model's backward; a second call would need a second forward."""
+        if ctx.state is None:
+            raise RuntimeError("these losses were differentiated already: run forward again")
+        ctx.model.adapters.attach_grads()
+        state, ctx.state = ctx.state, None
+        ctx.model.backward(state, grad_loss[:, None])
+        return None, None, None
 
 
 def assemble_model(

@@ -76,15 +76,17 @@ def dynamic_codebook(device: torch.device) -> Tensor:
     return torch.tensor(sorted(levels), dtype=torch.float32).to(device)
 
 
-def quantize_nf4(weight: Tensor) -> NF4Tensor:
-    """Quantize a matrix (N, K) to NF4 with double-quantized scales, code for code as bitsandbytes does.
+def quantize_nf4(weight: Tensor, *, double_quant: bool = True) -> NF4Tensor:
+    """Quantize a matrix (N, K) to NF4, by default with scales in 8 bits, code for code as bitsandbytes does.
 
     On a GPU bitsandbytes' library is called directly; on the CPU through its Python package.
     """
     if not weight.is_cuda:
         import bitsandbytes
 
-        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            weight, quant_type="nf4", compress_statistics=double_quant
+        )
         parameter = nn.Parameter(packed, requires_grad=False)
         parameter.quant_state = state  # type: ignore[attr-defined]
         return NF4Tensor.from_bitsandbytes(parameter)
@@ -92,9 +94,12 @@ def quantize_nf4(weight: Tensor) -> NF4Tensor:
     scales = torch.empty(-(-weight.numel() // BLOCKSIZE), dtype=torch.float32, device=weight.device)
     packed = torch.empty((weight.numel() + 1) // 2, dtype=torch.uint8, device=weight.device)
     _quantize(weight, scales, packed)
+    n, k = weight.shape
+    if not double_quant:
+        codebook = nf4_codebook(weight.device)
+        return NF4Tensor(packed, scales, codebook, None, None, None, (n, k), weight.dtype, BLOCKSIZE, NESTED_BLOCKSIZE)
     offset = scales.mean()
     absmax, nested_absmax = _quantize_scales(scales - offset)
-    n, k = weight.shape
     return NF4Tensor(
         packed,
         absmax,
@@ -139,12 +144,12 @@ def _quantize_scales(centred: Tensor) -> tuple[Tensor, Tensor]:
     return absmax, nested_absmax
 
 
-def quantize_nf4_stack(weight: Tensor) -> NF4Stack:
+def quantize_nf4_stack(weight: Tensor, *, double_quant: bool = True) -> NF4Stack:
     """Quantize matrices (M, N, K), each as `quantize_nf4` does, a few calls for all of them on a GPU."""
     count, n, k = weight.shape
     blocks = n * k // BLOCKSIZE
-    if not weight.is_cuda or blocks * BLOCKSIZE != n * k or blocks % NESTED_BLOCKSIZE:
-        return NF4Stack.of([quantize_nf4(matrix) for matrix in weight])
+    if not double_quant or not weight.is_cuda or blocks * BLOCKSIZE != n * k or blocks % NESTED_BLOCKSIZE:
+        return NF4Stack.of([quantize_nf4(matrix, double_quant=double_quant) for matrix in weight])
     step = max(1, LARGEST // (n * k))
     parts = [_quantize_some(some) for some in weight.contiguous().split(step)]
     packed, absmax, nested_absmax, offset = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

@@ -247,6 +247,22 @@ def pack_rows(
     return pack_sequences(split_rows(input_ids, labels, attention_mask, position_ids))
 
 
+def pack_longest_first(
+    input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+) -> tuple[PackedBatch, Tensor]:
+    """Pack a trainer's batch, the longest rows first, so that few classes are needed; arguments as `split_rows`.
+
+    Returns: the batch on the CPU, and (T,) where each of its tokens stands in (B, S), counted row by row.
+    """
+    rows, length = input_ids.shape
+    kept = torch.ones((rows, length), dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
+    order = torch.argsort(kept.sum(1), descending=True, stable=True)
+    masks = kept[order]
+    pairs = split_rows(input_ids.cpu()[order], labels.cpu()[order], masks)
+    places = torch.arange(rows * length).view(rows, length)[order][masks]
+    return pack_sequences(pairs), places
+
+
 def pack_budget(sequences: Sequence[tuple[Tensor, Tensor]], budget: int) -> list[PackedBatch]:
     """Pack sequences into few batches of at most `budget` tokens (a longer sequence gets a batch of its own).
 

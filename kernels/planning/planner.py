@@ -167,6 +167,8 @@ def plan_step(
     if work.fa4 and not work.ragged:  # takes all heads in little memory
         heads = heads[-1:]
     micro_batches = [pieces * work.row for pieces in reversed(divisors(rows))]
+    if work.whole:
+        micro_batches = micro_batches[:1]
     leanest_and_fastest = candidates(sorted({heads[0], heads[-1]}, reverse=True), micro_batches)
     fitting = [candidate for candidate in leanest_and_fastest if candidate.peak <= budget]
     if not fitting:

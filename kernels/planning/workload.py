@@ -80,6 +80,7 @@ class Workload:
         quantized: NF4 base, else 16-bit.
         tokens: per optimizer step.
         row: tokens per row; micro-batches are whole rows.
+        whole: whether the step is one micro-batch, as that of a loss that compares its rows.
         ragged: whether batches are a trainer's: sequences shorter than `row`, whose attention is padded, and an eighth
             of the tokens or more without label, so that the head gathers the others.
         optimizer_bytes: per adapter parameter, states only.
@@ -100,6 +101,7 @@ class Workload:
     tokens: int
     row: int
     ragged: bool = False
+    whole: bool = False
     typical: int | None = None
     optimizer_bytes: float = 8.0
     embedding_on_host: bool = False
@@ -211,7 +213,14 @@ class Workload:
 
 
 def workload_of_config(
-    config: Mapping[str, Any], *, rank: int, quantized: bool, tokens: int, row: int, ragged: bool = False
+    config: Mapping[str, Any],
+    *,
+    rank: int,
+    quantized: bool,
+    tokens: int,
+    row: int,
+    ragged: bool = False,
+    whole: bool = False,
 ) -> Workload:
     """Describe a model and a step to the planner, from a Hugging Face configuration.
 
@@ -222,6 +231,7 @@ def workload_of_config(
         tokens: per optimizer step.
         row: tokens per row.
         ragged: as in `Workload`.
+        whole: as in `Workload`.
     Raises: KeyError: the configuration lacks a field.
     """
     heads = config["num_attention_heads"]
@@ -243,6 +253,7 @@ def workload_of_config(
         tokens=tokens,
         row=row,
         ragged=ragged,
+        whole=whole,
         fa4=fa4_suits(row, shape.head_dim),
     )
 

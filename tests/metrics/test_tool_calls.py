@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from finemill.metrics.tool_calls import ToolCall, ToolCallScores, read_tool_calls, score_tool_calls
+from finemill.metrics.tool_calls import ToolCallScores, read_tool_calls, score_tool_calls
+from finemill.metrics.tool_notations import ToolCall
 
 WEATHER = ToolCall("weather", {"city": "Paris", "days": 2})
 TIME = ToolCall("time", {"zone": "CET"})
@@ -24,6 +25,44 @@ OPENAI = [{"type": "function", "function": {**call, "arguments": json.dumps(call
 )
 def test_calls_are_read_in_the_notations_of_chat_templates(text: str) -> None:
     assert read_tool_calls(text) == [WEATHER, TIME]
+
+
+F = ToolCall("f", {"a": 1})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
+        '<minimax:tool_call>\n<invoke name="f">\n<parameter name="a">1</parameter>\n</invoke>\n</minimax:tool_call>',
+        "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+        '<function=f>{"a": 1}</function>',
+        '[TOOL_CALLS]f[ARGS]{"a":1}',
+        '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a":1}<|tool_call_end|>',
+        '<\uff5ctool\u2581call\u2581begin\uff5c>function<\uff5ctool\u2581sep\uff5c>f\n```json\n{"a":1}\n```',
+        '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a":1}<|call|>',
+        'Thought: I call it.\nAction: f\nAction Input: {"a": 1}',
+        "[f(a=1)]",
+        "<|tool_call_start|>[f(a=1)]<|tool_call_end|>",
+        "```tool_code\nf(a=1)\n```",
+        'Sure, here is the call:\n{"name":"f","arguments":{"a":1}}',
+        '{"tool":"f","args":{"a":1}}',
+    ],
+)
+def test_calls_of_every_family_are_read(text: str) -> None:
+    assert score_tool_calls([F], read_tool_calls(text)).exact
+
+
+def test_a_mark_inside_an_argument_is_text() -> None:
+    call = ToolCall("f", {"text": "<tool_call>no</tool_call>"})
+    text = f"<tool_call>{json.dumps({'name': call.name, 'arguments': call.arguments})}</tool_call>"
+    assert read_tool_calls(text) == [call]
+
+
+def test_xml_says_no_types_but_a_wrong_value_is_wrong() -> None:
+    said = read_tool_calls("<function=f><parameter=a>1</parameter></function>")
+    assert score_tool_calls([ToolCall("f", {"a": "1"})], said).exact
+    assert not score_tool_calls([ToolCall("f", {"a": 2})], said).exact
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import MixtralConfig, PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from finemill.errors import UserError
 from finemill.training.adapter import lora_config
@@ -32,3 +34,75 @@ def test_a_name_that_fits_no_layer_is_refused_with_those_there_are(
 ) -> None:
     with pytest.raises(UserError, match=message):
         lora_config(tiny_model_dir, LoRATrainingConfig(target_modules=targets))
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 64,
+    "vocab_size": 64,
+}
+QWEN3_MOE = Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=64)
+MIXTURES: dict[str, PretrainedConfig] = {
+    "qwen3_moe": QWEN3_MOE,
+    "one dense layer": Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=64, mlp_only_layers=[0]),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
+    "shared expert": Qwen2MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=64),
+}
+ATTENTION, HALVES = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "modules", "parameters"),
+    [
+        ("qwen3_moe", "all-linear", ATTENTION, STACKS),
+        ("mixtral", "all-linear", ATTENTION, STACKS),
+        ("one dense layer", "all-linear", [*HALVES, *ATTENTION], STACKS),
+        ("shared expert", "all-linear", [*ATTENTION, *HALVES], STACKS),
+        ("qwen3_moe", "attention", ATTENTION, None),
+        ("qwen3_moe", "mlp", [], STACKS),
+        ("shared expert", "mlp", HALVES, STACKS),
+        ("qwen3_moe", ("q_proj", "mlp.experts.down_proj"), ["q_proj"], STACKS[1:]),
+        ("qwen3_moe", (*ATTENTION, *HALVES), ATTENTION, STACKS),
+    ],
+)
+def test_experts_get_adapters_and_routers_do_not(
+    name: str, targets: Any, modules: list[str], parameters: list[str] | None, tmp_path: Path
+) -> None:
+    MIXTURES[name].save_pretrained(tmp_path)
+    config = lora_config(tmp_path, LoRATrainingConfig(target_modules=targets))
+    assert config is not None
+    assert sorted(config.target_modules or ()) == sorted(modules)
+    assert config.target_parameters == parameters
+    assert config.modules_to_save is None
+
+
+def test_routers_are_trained_on_request(tmp_path: Path) -> None:
+    MIXTURES["shared expert"].save_pretrained(tmp_path)
+    config = lora_config(tmp_path, LoRATrainingConfig(train_router=True))
+    assert config is not None
+    assert config.modules_to_save == ["mlp.gate", "mlp.shared_expert_gate"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ("gate",)}, "'gate' is a router, which train_router trains as a whole"),
+        ({"target_modules": ("gate_proj",)}, "'gate_proj' fits no layer .*o_proj, gate_up_proj, down_proj$"),
+        ({"lora_dropout": 0.1}, r"lora_dropout 0\.1 is not for adapters of experts"),
+        ({"use_dora": True}, "use_dora True is not for adapters of experts"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq' is not for adapters of experts"),
+    ],
+)
+def test_what_experts_do_not_take_is_one_line(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    QWEN3_MOE.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        lora_config(tmp_path, LoRATrainingConfig(**settings))
+
+
+def test_a_dense_base_has_no_routers(tiny_model_dir: Path) -> None:
+    with pytest.raises(UserError, match="train_router: the base model is dense"):
+        lora_config(tiny_model_dir, LoRATrainingConfig(train_router=True))

@@ -17,6 +17,8 @@ class LandedTensor(Record):
     share: float
     """How much of the change is in the written tensor, along its own direction: 1 is all of it. Changes smaller than a
     rounding step vanish."""
+    experts: tuple[float, ...] = ()
+    """Norm of each expert's change, of a stack: 0 for one that no token of the training came to."""
 
 
 class MergeRecord(Record):

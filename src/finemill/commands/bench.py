@@ -1,10 +1,11 @@
-"""`finemill bench kernels|step|moe|loss|eval|data|export`: the measuring programs."""
+"""`finemill bench kernels|step|dpo|moe|loss|eval|data|export`: the measuring programs."""
 
 import argparse
 
 _PROGRAMS = {
     "kernels": "single ops against their references, share of the card's bandwidth",
     "step": "a whole QLoRA training step",
+    "dpo": "DPO and KTO on the engine, beside TRL's own trainer",
     "moe": "a training step of a mixture of experts, and the tiles of its products",
     "loss": "training losses over several seeds against Hugging Face's",
     "eval": "answers of base and tuned in one pass, beside the plain batched loop",
@@ -30,6 +31,8 @@ def execute(name: str, arguments: list[str]) -> int:
         from finemill.commands.bench_eval import main
     elif what == "export":
         from finemill.commands.bench_export import main
+    elif what == "dpo":
+        from finemill.kernels.bench.preferences import main
     elif what == "moe":
         from finemill.kernels.bench.moe import main
     else:

@@ -1,19 +1,25 @@
 """Choices and labels: which of the known ones a text gives, accuracy per row, and the F1 of all rows."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from finemill.metrics.letters import read_letter
 from finemill.rows.answers import after_thinking, find_answer
 from finemill.rows.formulas import tidy
 
+_DENIED = re.compile(r"(?:\b(?:not|never|neither|nor|cannot be|rather than)|n['\u2019]t|不是|并非|不)(?:\s+be)?\s*$")
 _LETTER = re.compile(r"\(?([A-Za-z])(?:\)|[.:)](?=\s|$)|$)")
 
 
 def read_label(text: str, labels: Sequence[str]) -> str | None:
     """The one of `labels` that `text` gives as its answer, without regard to case; None if it gives none or several.
 
-    Looked for in the final answer, then at the start; otherwise it is the only label that occurs as a word.
+    Letters by `read_letter`. Other labels are looked for in the final answer, then at the start; otherwise it is the
+    only one that occurs as a word and is not denied.
     """
+    if all(re.fullmatch("[A-J]", label) for label in labels):
+        choice = read_letter(text)
+        return choice if choice in labels else None
     by_name = {_plain(label): label for label in labels}
     found = find_answer(text)
     body = _plain(after_thinking(text))
@@ -22,10 +28,22 @@ def read_label(text: str, labels: Sequence[str]) -> str | None:
         for name in (said, letter[1] if letter else said):
             if name in by_name:
                 return by_name[name]
-    # A letter alone is as often an article or a name as a choice.
-    words = [name for name in by_name if len(name) > 1 and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", body)]
-    longest = [name for name in words if not any(name != other and name in other for other in words)]
-    return by_name[longest[0]] if len(longest) == 1 else None
+    words = _said_names(by_name, body)
+    return by_name[words[0]] if len(words) == 1 else None
+
+
+def _said_names(names: Iterable[str], body: str) -> list[str]:
+    """The names that occur in `body` outside longer ones and without being denied."""
+    # A letter alone is as often an article or a name as a choice. Longer names first, and then not seen again.
+    found = []
+    for name in sorted((name for name in names if len(name) > 1), key=len, reverse=True):
+        # Words of scripts without spaces end anywhere.
+        edges = (r"(?<!\w)", r"(?!\w)") if name.isascii() else ("", "")
+        pattern = re.compile(f"{edges[0]}{re.escape(name)}{edges[1]}")
+        said = [match for match in pattern.finditer(body) if not _DENIED.search(body[: match.start()])]
+        found += [name] if said else []
+        body = pattern.sub(" ", body)
+    return found
 
 
 def _plain(text: str) -> str:

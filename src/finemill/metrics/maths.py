@@ -9,20 +9,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finemill.artifacts.evaluation import Outcome
+from finemill.metrics.intervals import as_interval
+from finemill.metrics.letters import read_letter
 from finemill.metrics.quantities import read_quantity, same_quantity
 from finemill.metrics.symbolic import proven_equal
-from finemill.rows.answers import find_answer, with_opening
+from finemill.rows.answers import after_thinking, find_answer, with_opening
 from finemill.rows.characters import plain_characters
 from finemill.rows.formulas import strip_delimiters, tidy
+from finemill.rows.numerals import in_digits
 
 _CHOICE = re.compile(r"\(?(?P<letter>[A-J])\)?[.:]?")
 _SAID_CHOICE = re.compile(r"(?:\((?P<inside>[A-Ja-j])\)|(?P<plain>[A-J])(?=[.:)]|$))[.:)]?(?:\s.*)?", re.DOTALL)
-_TIME = re.compile(r"(?P<h>\d{1,2}):(?P<m>\d{2})(?::(?P<s>\d{2}))?\s*(?P<half>[ap]\.?\s?m\.?)?", re.IGNORECASE)
+_TIME = re.compile(
+    r"(?P<h>\d{1,2})(?::(?P<m>\d{2})(?::(?P<s>\d{2}))?\s*(?P<half>[ap]\.?\s?m\.?)?|\s*(?P<whole>[ap]\.?\s?m\.?))",
+    re.IGNORECASE,
+)
+_RATIO = re.compile(r"\d[\d.]*(?:\s*:\s*\d[\d.]*)+")
+_IN_A_BASE = re.compile(r"\(?(?P<digits>[0-9A-F]+)\)?_\{?\d+\}?")
 _NAME = re.compile(r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([^()]*\))?|[A-Za-z][A-Za-z ]*)")
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '\u2019-][^\W\d_]+)*")
 _EMPTY = ("\\emptyset", "\\varnothing", "\\{\\}", "\u2205", "empty set")
 _SEPARATOR = r",\s*(?:\\text\{\s*)?(?:and|or)\b(?:\s*\})?|[,;]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b"
 _THOUSANDS = re.compile(r"[-+]?\s*\\?\$?\s*\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,]*,\d)\D*")
+_PAIRS = (("yes", "no"), ("true", "false"))
 _OPEN, _CLOSE = "([{", ")]}"
 _LONGEST = 1000
 """Characters of an answer; a longer one is a text, equal where it is spelled alike."""
@@ -44,11 +53,26 @@ def judge(gold: str, answer: str, *, prompt: str = "", finished: bool = True) ->
         finished: whether the model ended its turn. A text that was cut may have lost digits: of one only a closed box
             counts.
     """
-    found = find_answer(with_opening(prompt, answer))
+    text = with_opening(prompt, answer)
+    found = find_answer(text)
     if not finished and not (found and found.boxed):
         return Verdict(None, "cut_off")
     said = found.text if found else None
-    return Verdict(tidy(said) if said else None, "right" if equal_answers(gold, said) else "wrong")
+    if equal_answers(gold, said):
+        return Verdict(tidy(said) if said else None, "right")
+    label = _said_label(gold, text)
+    said = label or said
+    return Verdict(tidy(said) if said else None, "right" if label and equal_answers(gold, label) else "wrong")
+
+
+def _said_label(gold: str, text: str) -> str | None:
+    """The choice, or the yes or no, that a sentence gives where the right answer is one."""
+    plain = tidy(gold)
+    if _CHOICE.fullmatch(plain):
+        return read_letter(text)
+    pair = next((pair for pair in _PAIRS if plain.casefold() in pair), None)
+    opening = re.match(r"\W*(\w+)", after_thinking(text)) if pair else None
+    return opening[1] if pair and opening and opening[1].casefold() in pair else None
 
 
 @dataclass(frozen=True)
@@ -75,8 +99,9 @@ def equal_answers(gold: str, said: str | None) -> bool:
 
 
 def _prepared(text: str) -> str:
-    text = strip_delimiters(plain_characters(text))
+    text = in_digits(strip_delimiters(plain_characters(text)))
     text = re.sub(r"\\(?:left|right|displaystyle|big|Big|bigg|Bigg)(?![A-Za-z])|\\!", "", text)
+    text = re.sub(r"\\[,;:]", " ", text)
     text = re.sub(r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda match: "\\{" if match[0] == "\\lbrace" else "\\}", text)
     text = re.sub(r"(?<=[^.])\.$", "", text.strip()).strip()
     return text.replace("{,}", ",")
@@ -92,6 +117,9 @@ def _equal(gold: str, said: str) -> bool:
     gold_union, said_union = (_split(text, r"\\cup(?![A-Za-z])") for text in (gold, said))
     if len(gold_union) > 1 or len(said_union) > 1:
         return _match(gold_union, said_union)
+    intervals = as_interval(gold), as_interval(said)
+    if any(intervals) and not all(intervals):
+        gold, said = intervals[0] or gold, intervals[1] or said
     collections = _collection(gold), _collection(said)
     if any(collections):
         return _same_collection(*collections)
@@ -117,7 +145,9 @@ def _right_sides(gold: str, said: str) -> tuple[str, str]:
 
 def _same_time(gold: re.Match[str] | None, said: re.Match[str] | None) -> bool:
     def parts(time: re.Match[str]) -> tuple[int, int, int, str]:
-        return int(time["h"]), int(time["m"]), int(time["s"] or 0), (time["half"] or "").lower()[:1]
+        hour, half = int(time["h"]), (time["half"] or time["whole"] or "").lower()[:1]
+        hour, half = (hour - 12, "p") if hour > 12 and half in ("", "p") else (hour, half)
+        return hour, int(time["m"] or 0), int(time["s"] or 0), half
 
     if gold is None or said is None:
         return False
@@ -202,6 +232,12 @@ def _equal_formulas(gold: str, said: str) -> bool:
         return True
     if any(_WORDS.fullmatch(text) and len(text) > 1 for text in plain):
         return _same_words(*map(_words, plain))
+    if all(_RATIO.fullmatch(text) for text in plain):
+        return "".join(plain[0].split()) == "".join(plain[1].split())
+    # The base that a question asks for may be left out, but a number in another one is not the same digits in ten.
+    based = _IN_A_BASE.fullmatch(plain[0])
+    if based and based["digits"] == plain[1]:
+        return True
     # A ratio is no quotient, and Math-Verify drops the base of 10_2.
     if any(":" in text or re.search(r"\d\}?_", text) for text in plain):
         return False

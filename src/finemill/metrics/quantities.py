@@ -53,7 +53,50 @@ _ALIASES = {
     "mph": "mile per hour",
     "kph": "kilometer per hour",
     "sq": "square",
+    "美元": "dollar",
+    "元": "yuan",
+    "円": "yen",
+    "日元": "yen",
+    "米": "meter",
+    "厘米": "centimeter",
+    "毫米": "millimeter",
+    "千米": "kilometer",
+    "公里": "kilometer",
+    "克": "gram",
+    "千克": "kilogram",
+    "公斤": "kilogram",
+    "升": "liter",
+    "毫升": "milliliter",
+    "小时": "hour",
+    "时间": "hour",
+    "時間": "hour",
+    "分钟": "minute",
+    "秒": "second",
+    "天": "day",
+    "度": "degree",
 }
+_SCALES: dict[str, tuple[str, Fraction]] = {
+    "kilometer": ("meter", Fraction(1000)),
+    "centimeter": ("meter", Fraction(1, 100)),
+    "millimeter": ("meter", Fraction(1, 1000)),
+    "inch": ("meter", Fraction(254, 10_000)),
+    "foot": ("meter", Fraction(3048, 10_000)),
+    "yard": ("meter", Fraction(9144, 10_000)),
+    "mile": ("meter", Fraction(1_609_344, 1000)),
+    "kilogram": ("gram", Fraction(1000)),
+    "milligram": ("gram", Fraction(1, 1000)),
+    "milliliter": ("liter", Fraction(1, 1000)),
+    "minute": ("second", Fraction(60)),
+    "hour": ("second", Fraction(3600)),
+    "day": ("second", Fraction(86_400)),
+    "week": ("second", Fraction(604_800)),
+    "cent": ("dollar", Fraction(1, 100)),
+}
+"""Units that are a number of others."""
+# Without a meaning of their own: 12 of a thing.
+_COUNTERS = ("个", "個", "只", "名", "人", "つ", "개", "명")
+_SENTENCE_ENDS = ("です", "である", "입니다", "이다", "だ")
+_SPACELESS = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]{1,10}")
 # Words after a number that make it another number, or no number at all.
 _NO_UNIT = frozenset(
     """and or to not than less minus plus times over divided by half halves quarter quarters third thirds fourth fourths
@@ -70,11 +113,14 @@ _WRAPPED = re.compile(
     r"\{(?P<unit>[^{}]*[A-Za-z][^{}]*)\}(?P<power>\^\{?[23]\}?)?\s*\.?"
 )
 _CURRENCY = re.compile("(?P<sign>[-+]?)\\s*(?:\\\\?(?P<dollar>\\$)|(?P<other>[\u20ac\u00a3\u00a5]))\\s*")
-_NUMERIC = re.compile(r"(?:\\(?:frac|times|cdot|div)(?![A-Za-z])|[-+*/^().{}\d\s]|(?<=[\d)}])\s*x\s*(?=\d))+")
+_NUMERIC = re.compile(
+    r"(?:\\(?:frac|times|cdot|div|overline|dot|bar)(?![A-Za-z])|[-+*/^().{}\d\s]|(?<=[\d)}])\s*x\s*(?=\d))+"
+)
 _SCIENTIFIC = re.compile(r"(?P<mantissa>[-+]?(?:\d+\.?\d*|\.\d+))[eE](?P<exponent>[-+]?\d+)")
 _GROUPED = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?: \d{3})+(?![\d/]| ?\d)")
 # A word after a slash is a unit, a letter or two may be variables.
 _PER = re.compile(r"^\s*/\s*(?=[A-Za-z]{3})")
+_REPEATING = re.compile(r"(?P<whole>\d+)\.(?P<fixed>\d*)\\(?:overline|dot|bar)\s*\{?(?P<repeated>\d+)\}?")
 _TOKEN = re.compile(r"\s*(?:(?P<number>\d+\.?\d*|\.\d+)|(?P<sign>[-+*/^()]))")
 
 
@@ -123,11 +169,25 @@ def same_quantity(gold: Quantity, said: Quantity) -> bool:
     percentage; of 1 % and less only the first, since 1 may be all of something.
     """
     if gold.unit and said.unit:
-        return gold.unit == said.unit and gold.value == said.value
+        if PERCENT in (gold.unit, said.unit):
+            return gold == said
+        return _in_base_units(gold) == _in_base_units(said)
     if PERCENT in (gold.unit, said.unit):
         percent, other = (gold, said) if gold.unit == PERCENT else (said, gold)
         return other.value == percent.value / 100 or (other.value == percent.value and abs(percent.value) > 1)
     return gold.value == said.value and gold.certain and said.certain
+
+
+def _in_base_units(quantity: Quantity) -> tuple[Fraction, str]:
+    """Value and unit in meters, grams, liters, seconds and dollars, as far as the unit is made of those."""
+    value, units = quantity.value, []
+    for place, part in enumerate(quantity.unit.split(" per ")):
+        name, _, power = part.partition(" ^")
+        unit, factor = _SCALES.get(name, (name, Fraction(1)))
+        factor **= int(power or 1)
+        value = value / factor if place else value * factor
+        units.append(f"{unit} ^{power}" if power else unit)
+    return value, " per ".join(units)
 
 
 def _with_unit(value: Fraction | None, text: str, *, wrapped: bool) -> Quantity | None:
@@ -143,6 +203,8 @@ def _with_unit(value: Fraction | None, text: str, *, wrapped: bool) -> Quantity 
         return Quantity(value, f"degree {scale.lower()}".strip()) if scale in ("", "C", "F") else None
     if text == PERCENT:
         return Quantity(value, PERCENT)
+    if _SPACELESS.fullmatch(text):
+        return Quantity(value, _spaceless_unit(text))
     if not re.fullmatch(r"[A-Za-z][A-Za-z\s.,/'-]*(?:\^\{?[23]\}?)?", text):
         return None
     words = re.sub(r"\^\{?([23])\}?", r" ^\1", text.replace("/", " per ").replace(".", "").replace(",", " ")).split()
@@ -159,6 +221,14 @@ def _with_unit(value: Fraction | None, text: str, *, wrapped: bool) -> Quantity 
     return Quantity(value, _unit_name(" ".join(lowered)), certain)
 
 
+def _spaceless_unit(text: str) -> str:
+    """A unit in a script without spaces, without a sentence's end."""
+    for end in _SENTENCE_ENDS:
+        text = text.removesuffix(end)
+    counted = next((text.removeprefix(counter) for counter in _COUNTERS if text.startswith(counter)), text)
+    return _ALIASES.get(counted, counted)
+
+
 def _unit_name(text: str) -> str:
     words = []
     for word in text.split():
@@ -172,6 +242,7 @@ def _unit_name(text: str) -> str:
 def _value(text: str) -> Fraction | None:
     """The value of a sum, product, fraction or mixed number."""
     text = _GROUPED.sub(lambda match: match[0].replace(" ", ""), text.strip())
+    text = _REPEATING.sub(_spell_repeating, text)
     for _ in range(8):
         spelled = re.sub(
             r"(?P<whole>\d*)\s*\\frac\s*(?:\{(?P<a>[^{}]*)\}|(?P<c>\d))\s*(?:\{(?P<b>[^{}]*)\}|(?P<d>\d))",
@@ -192,6 +263,13 @@ def _value(text: str) -> Fraction | None:
     except (ArithmeticError, IndexError, ValueError):
         return None
     return value if end == len(tokens) else None
+
+
+def _spell_repeating(match: re.Match[str]) -> str:
+    r"""`0.1\overline{6}` as the fraction that it is: (16 - 1) / 90."""
+    fixed, repeated = match["fixed"], match["repeated"]
+    above = int(match["whole"] + fixed + repeated) - int(match["whole"] + fixed)
+    return f"({above}/{'9' * len(repeated)}{'0' * len(fixed)})"
 
 
 def _spell_fraction(match: re.Match[str]) -> str:

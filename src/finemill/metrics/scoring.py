@@ -1,6 +1,7 @@
 """Predictions that exist already, scored row by row by any of the metrics, and the means of the scores."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,9 +121,19 @@ def _chrf(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
 
 
 def _choice(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
-    labels = sorted({row.gold for row in rows})
+    golds = [_label_of(row) for row in rows]
+    labels = sorted(set(golds))
+    if all(re.fullmatch("[A-J]", label) for label in labels):
+        # A choice that is never the right one may still be said.
+        labels = list("ABCDEFGHIJ")
     found = [read_label(row.text, labels) if row.finished else None for row in rows]
-    return [{"accuracy": label == row.gold, "label": label} for row, label in zip(rows, found, strict=True)]
+    return [{"accuracy": label == gold, "label": label} for gold, label in zip(golds, found, strict=True)]
+
+
+def _label_of(row: Prediction) -> str:
+    """The right label: of `(B)` or `b.` the letter."""
+    letter = re.fullmatch(r"\s*\(?([A-Ja-j])[).]?\s*", row.gold)
+    return letter[1].upper() if letter else row.gold.strip()
 
 
 def _json(rows: Sequence[Prediction], schema: str | None) -> list[dict[str, Value]]:
@@ -188,6 +199,6 @@ def means(rows: Sequence[Prediction], scores: Sequence[Mapping[str, Value]]) -> 
             error = rate_error if all(isinstance(value, bool) for value in values) else standard_error
             found[name] = Mean(mean(numbers), error(numbers), len(numbers))
     if "accuracy" in found:
-        labels = [row.gold for row in rows], [_as_text(score["label"]) for score in scores]
+        labels = [_label_of(row) for row in rows], [_as_text(score["label"]) for score in scores]
         found["macro_f1"] = Mean(macro_f1(*labels), standard_error(macro_f1_rows(*labels)), len(rows))
     return found

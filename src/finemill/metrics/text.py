@@ -5,6 +5,7 @@ punctuation: rouge-score's own keep nothing but a to z and digits.
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
@@ -38,6 +39,7 @@ def words(text: str, tokenizer: Tokenizer) -> list[str]:
 
 def rouge_scores(reference: str, prediction: str) -> Mapping[str, float]:
     """F1 of ROUGE-1, ROUGE-2 and ROUGE-L, without stemming (Lin, 2004)."""
+    reference, prediction = _normal(reference), _normal(prediction)
     tokenizer = tokenizer_for(reference)
     parted = [" ".join(words(text, tokenizer)) for text in (reference, prediction)]
     return {name: float(score.fmeasure) for name, score in _rouge_scorer().score(*parted).items()}
@@ -50,6 +52,7 @@ def bleu(reference: str, prediction: str) -> float:
     """
     if not prediction.strip() or not reference.strip():
         return 0.0
+    reference, prediction = _normal(reference), _normal(prediction)
     return float(_bleu(tokenizer_for(reference)).sentence_score(prediction, [reference]).score) / 100
 
 
@@ -57,7 +60,12 @@ def chrf(reference: str, prediction: str) -> float:
     """Sentence chrF, 0 to 1: F2 of characters in groups of one to six, spaces left out (Popović, 2015)."""
     if not prediction.strip() or not reference.strip():
         return 0.0
-    return float(_chrf().sentence_score(prediction, [reference]).score) / 100
+    return float(_chrf().sentence_score(_normal(prediction), [_normal(reference)]).score) / 100
+
+
+def _normal(text: str) -> str:
+    """Composed: a letter with its accent is one sign, however it was typed."""
+    return unicodedata.normalize("NFC", text)
 
 
 class _Spaces:

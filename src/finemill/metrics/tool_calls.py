@@ -1,27 +1,13 @@
-"""Tool calls in an answer, in the notations that chat templates write them in, against the right ones."""
+"""The tool calls of an answer against the right ones: names, arguments, order."""
 
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finemill.metrics.tool_notations import ToolCall, Untyped, read_calls
 from finemill.rows.answers import after_thinking
-
-# Hermes' and Qwen's, and Mistral's; others write the JSON alone.
-_TAGGED = re.compile(r"<(tool_call|function_call)>\s*(?P<call>.*?)\s*(?:</\1>|\Z)", re.DOTALL)
-_MARKED = re.compile(r"\[TOOL_CALLS\]\s*(?P<calls>.*)", re.DOTALL)
-_FENCE = re.compile(r"```(?:json)?\s*\n(?P<inside>.*?)\n?\s*```", re.DOTALL | re.IGNORECASE)
-_PYTHON_TAG = "<|python_tag|>"
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A function's name and its arguments, None where they are no JSON object."""
-
-    name: str
-    arguments: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -40,16 +26,7 @@ class ToolCallScores:
 
 def read_tool_calls(text: str) -> list[ToolCall]:
     """The calls in `text` after the thinking block, in order; of a broken one its name, if that can be read."""
-    text = after_thinking(text)
-    tagged = [match["call"] for match in _TAGGED.finditer(text)]
-    if tagged:
-        return [call for part in tagged for call in _read(part)]
-    marked = _MARKED.search(text)
-    if marked:
-        return list(_read(marked["calls"]))
-    fence = _FENCE.fullmatch(text)
-    text = (fence["inside"] if fence else text).removeprefix(_PYTHON_TAG).strip()
-    return list(_read(text)) if text[:1] in ("{", "[") else []
+    return read_calls(after_thinking(text))
 
 
 def score_tool_calls(gold: Sequence[ToolCall], said: Sequence[ToolCall]) -> ToolCallScores:
@@ -74,49 +51,14 @@ def score_tool_calls(gold: Sequence[ToolCall], said: Sequence[ToolCall]) -> Tool
     )
 
 
-def _read(text: str) -> Iterator[ToolCall]:
-    """Calls in JSON text: one object, a list, or several one after another."""
-    decoder = json.JSONDecoder()
-    position = 0
-    while position < len(text):
-        start = re.compile(r"[\s;,]*").match(text, position)
-        position = start.end() if start else position
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):
-            name = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"]+)"').match(text, position)
-            if name:
-                yield ToolCall(name[1], None)
-            return
-        for item in value if isinstance(value, list) else [value]:
-            call = _call_of(item)
-            if call:
-                yield call
-
-
-def _call_of(item: Any) -> ToolCall | None:
-    """A call from OpenAI's, Hermes' or Llama's object."""
-    if not isinstance(item, Mapping):
-        return None
-    item = item["function"] if isinstance(item.get("function"), Mapping) else item
-    name = item.get("name")
-    if not isinstance(name, str):
-        return None
-    arguments = item.get("arguments", item.get("parameters", {}))
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            arguments = None
-    return ToolCall(name, arguments if isinstance(arguments, Mapping) else None)
-
-
 def _same(gold: ToolCall, said: ToolCall) -> bool:
     return gold.name == said.name and gold.arguments is not None and _same_value(gold.arguments, said.arguments)
 
 
 def _same_value(gold: Any, said: Any) -> bool:
-    """Equality as JSON has it: keys in any order, 1 is 1.0, and true is not 1."""
+    """Equality as JSON has it: keys in any order, 1 is 1.0, and true is not 1; without types, equality of either."""
+    if isinstance(said, Untyped) or isinstance(gold, Untyped):
+        return str(gold) == str(said) or _typed(gold) == _typed(said)
     if isinstance(gold, bool) or isinstance(said, bool):
         return gold is said
     if isinstance(gold, Mapping) and isinstance(said, Mapping):
@@ -124,6 +66,16 @@ def _same_value(gold: Any, said: Any) -> bool:
     if isinstance(gold, list) and isinstance(said, list):
         return len(gold) == len(said) and all(_same_value(*pair) for pair in zip(gold, said, strict=True))
     return bool(gold == said)
+
+
+def _typed(value: Any) -> str:
+    """A value as JSON; an untyped one as the value that it spells, if it spells one."""
+    if isinstance(value, Untyped):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = {"true": True, "false": False, "none": None}.get(value.lower(), str(value))
+    return json.dumps(value, sort_keys=True)
 
 
 def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:

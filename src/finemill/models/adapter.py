@@ -21,6 +21,11 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Their factors are differences from a base that PEFT changes first: added to the base itself they are noise.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Of what is refused anyway, of what cannot be merged in place, as nobody does, and of patterns that PEFT itself makes.
+_PEFT_WARNINGS = (
+    "Found missing adapter keys", "Model has `tie_word_embeddings", "`lora_bias=True`",
+    r"The following (rank|alpha)_pattern keys", "target_parameters=.* were set but no parameter",
+)  # fmt: skip
 
 
 class AdapterConfig(BaseModel):
@@ -97,10 +102,10 @@ def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
 
     read_adapter_config(folder)
     check_adapter_weights(folder)
+    _check_kind(folder, base)
     try:
         with warnings.catch_warnings():
-            # PEFT warns of what is refused below, and of what cannot be merged in place, as nobody does.
-            for message in ("Found missing adapter keys", "Model has `tie_word_embeddings", "`lora_bias=True`"):
+            for message in _PEFT_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             config = PeftConfig.from_pretrained(folder)
             config.inference_mode = True
@@ -114,6 +119,28 @@ def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
     if assign and base.config.get_text_config().tie_word_embeddings:
         _tie_again(base)
     return tuned.eval()
+
+
+def _check_kind(folder: Path, base: Any) -> None:
+    """Raises: UserError: an adapter of a dense model on a mixture of experts, or the reverse."""
+    places = {name for name, _ in base.named_modules()}
+    names = (
+        name.removeprefix("base_model.model.").partition(".lora_")[0] for name in read_header(folder / WEIGHTS_NAME)
+    )
+    strangers = [name for name in names if ".mlp." in name and name.removesuffix(".weight") not in places]
+    model, of_mixture = type(base).__name__, any(name.endswith(".experts") for name in places)
+    of_experts = [name for name in strangers if "expert" in name]
+    if of_experts and not of_mixture:
+        raise UserError(
+            f"the adapter in {folder} changes experts ({of_experts[0]}), and the base ({model}) is a dense model: pass "
+            "the base that it was trained on"
+        )
+    if of_mixture and len(of_experts) < len(strangers):
+        dense = next(name for name in strangers if "expert" not in name)
+        raise UserError(
+            f"the adapter in {folder} is of a dense model ({dense}), and the base ({model}) is a mixture of experts: "
+            "pass the base that it was trained on"
+        )
 
 
 def _resize_embeddings(base: Any, folder: Path) -> None:
@@ -153,14 +180,15 @@ def _check_keys(folder: Path, tuned: Any, missing: Sequence[str], unexpected: Se
     if not missing and not unexpected:
         return
     total = len(read_header(folder / WEIGHTS_NAME))
+    model = type(tuned.get_base_model()).__name__
     examples = [
         f"{keys[0].replace('.default', '')} is {problem}"
         for keys, problem in ((unexpected, "not in the base"), (missing, "not in the adapter"))
         if keys
     ]
     raise UserError(
-        f"{total - len(unexpected)} of {total} tensors of the adapter in {folder} fit the base model "
-        f"({type(tuned.get_base_model()).__name__}): {'; '.join(examples)}; was it trained on another architecture?"
+        f"{total - len(unexpected)} of {total} tensors of the adapter in {folder} fit the base model ({model}): "
+        f"{'; '.join(examples)}; was it trained on another architecture?"
     )
 
 

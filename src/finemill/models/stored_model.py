@@ -2,8 +2,11 @@
 
 import json
 import math
+import operator
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +19,9 @@ from safetensors import safe_open
 
 from finemill.errors import UserError
 from finemill.models.weights import DTYPES, StoredTensor, stored_tensors
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class StoredModel:
         # By identity, which only holds while nothing else takes a parameter's address.
         self._parameters = dict(self.model.named_parameters())
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._shapes = {name: tuple(values.shape) for name, values in self.model.state_dict().items()}
         paths = {id(module): path for path, module in self.model.named_modules()}
         embedding, output = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         self.embedding_name = f"{paths[id(embedding)]}.weight"
@@ -106,35 +113,86 @@ class StoredModel:
         """The name under which `parameter` is stored; None for one that is not the model's own."""
         return self._names.get(id(parameter))
 
-    def read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The values of one parameter."""
+    def read(self, name: str) -> torch.Tensor:
+        """The values of one parameter or buffer, float32."""
         group = self.group_of[name]
-        if group.converter is None:
-            return self.read_stored(next(iter(group.keys))).to(dtype)
+        with self._opened(group.keys) as read:
+            if group.converter is None:
+                return _float32(read(next(iter(group.keys))))
+            return self._converted(name, {key: _float32(read(key)) for key in group.keys})
+
+    def parts(self, name: str) -> Iterator[torch.Tensor]:
+        """The values of one parameter, float32: of a stack, expert by expert; any other, all at once."""
+        group = self.group_of[name]
+        if len(self._shapes[name]) != 3:
+            yield self.read(name)
+            return
+        experts = _by_expert(group.keys)
+        with self._opened(group.keys) as read:
+            if group.converter is None:
+                yield from map(_float32, read(next(iter(group.keys))))
+            elif experts:
+                for keys in experts:
+                    yield self._converted(name, {key: _float32(read(key)) for key in keys})[0]
+            else:
+                yield from self.read(name)
+
+    def _converted(self, name: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What transformers' rule makes of stored tensors."""
         from transformers.core_model_loading import dot_natural_key
 
+        group = self.group_of[name]
         converter = deepcopy(group.converter)
-        for key in sorted(group.keys, key=dot_natural_key):
-            converter.add_tensor(group.names[0], key, group.keys[key], self.read_stored(key).to(dtype))
+        for key in sorted(values, key=dot_natural_key):
+            converter.add_tensor(group.names[0], key, group.keys[key], values[key])
         converted = converter.convert(group.names[0], model=self.model, config=self.model.config)[name]
         tensor: torch.Tensor = converted[0] if isinstance(converted, list) else converted
         return tensor
 
+    @cached_property
+    def is_stacked(self) -> bool:
+        """Whether the files hold a layer's experts as transformers does, in one tensor, and not as the hub does."""
+        stacks = (group for group in self.groups if group.names and group.converter is None)
+        return any(
+            len(self.shape_of(group.names[0])) > 2 and len(self._hub_shapes(group.names)) > 1 for group in stacks
+        )
+
+    def layout(self, group: Group) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of `group` in the hub's layout, the files' own but where experts are stacked."""
+        if group.names and group.converter is None and self.is_stacked:
+            return self._hub_shapes(group.names)
+        return {key: self.tensors[key].shape for key in group.keys}
+
+    def _hub_shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """What transformers would save these parameters and buffers as."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        values = {name: torch.empty(self._shapes[name], device="meta") for name in names}
+        return {key: tuple(part.shape) for key, part in revert_weight_conversion(self.model, values).items()}
+
     def read_stored(self, key: str) -> torch.Tensor:
-        """A stored tensor as it is. The file is closed again, so that its pages do not count as this process's."""
-        with safe_open(self.tensors[key].path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(key)
-            return tensor.clone()
+        """A stored tensor as it is."""
+        with self._opened([key]) as read:
+            return read(key).clone()
+
+    @contextmanager
+    def _opened(self, keys: Iterable[str]) -> Iterator[Callable[[str], torch.Tensor]]:
+        """Read stored tensors. The files are closed again, so that their pages do not count as this process's."""
+        with ExitStack() as stack:
+            paths = {self.tensors[key].path for key in keys}
+            files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
+            yield lambda key: files[self.tensors[key].path].get_tensor(key)
 
     def restore(self, group: Group, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of `group` as they are stored, from the values of all its parameters."""
-        if group.converter is None:
+        """The tensors of `group` in the hub's layout, from the values of all its parameters."""
+        layout = self.layout(group)
+        if group.converter is None and layout.keys() == group.keys.keys():
             return {next(iter(group.keys)): values[group.names[0]]}
         from transformers.core_model_loading import revert_weight_conversion
 
         restored = revert_weight_conversion(self.model, dict(values))
-        assert restored.keys() == group.keys.keys(), (restored.keys(), group.keys)
-        return {key: restored[key].contiguous() for key in group.keys}
+        assert restored.keys() == layout.keys(), (restored.keys(), group.keys)
+        return {key: restored[key].contiguous() for key in layout}
 
     def _check(self) -> None:
         """Raises: UserError: a parameter is not in the files, or has another shape or no floating-point type there."""
@@ -158,13 +216,30 @@ class StoredModel:
                     f"{stored[0].path}: {next(iter(group.keys))} has shape {list(stored[0].shape)}, config.json means "
                     f"{list(parameter.shape)}: the two are not of one model"
                 )
+            if group.converter is not None:
+                self._check_parts(group)
+
+    def _check_parts(self, group: Group) -> None:
+        """Raises: UserError: not the tensors that a stack of experts consists of."""
+        wanted = self._hub_shapes(group.names)
+        if missing := [key for key in wanted if key not in group.keys]:
+            raise UserError(
+                f"{self.folder} lacks {len(missing)} of the {len(wanted)} experts' tensors of {group.names[0]}, "
+                f"{missing[0]} for one: download or copy the model again"
+            )
+        for key, shape in wanted.items():
+            if self.tensors[key].shape != shape:
+                raise UserError(
+                    f"{self.tensors[key].path}: {key} has shape {list(self.tensors[key].shape)}, config.json means "
+                    f"{list(shape)}: the two are not of one model"
+                )
 
     def _load_buffers(self) -> None:
         """Buffers that the files hold are few and small."""
         stored = self.model.state_dict().keys() & self.group_of.keys()
         for name, buffer in self.model.named_buffers():
             if name in stored:
-                buffer.copy_(self.read(name, buffer.dtype))
+                buffer.copy_(self.read_stored(next(iter(self.group_of[name].keys))))
 
 
 def _targets(
@@ -196,7 +271,7 @@ def _hollow_model(folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    _check_num_layers(folder, tensors)
+    _check_counts(folder, tensors)
     config = read_model_config(folder)
     try:
         with init_empty_weights(include_buffers=False):
@@ -219,24 +294,55 @@ def _hollow_model(folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
     return model.eval()
 
 
-def _check_num_layers(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """A wrong number would build a model for hours. Raises: UserError: the files hold fewer layers than config.json."""
+def _check_counts(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """A wrong number would build a model for hours.
+
+    Raises: UserError: the files hold fewer layers, or another number of experts, than config.json.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        wanted = (config.get("text_config") or config).get("num_hidden_layers")
-    except (OSError, ValueError, AttributeError) as error:
+        config = config.get("text_config") or config
+        layers = config.get("num_hidden_layers")
+        experts = next((config[key] for key in _NUM_EXPERTS if key in config), None)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{folder / 'config.json'} cannot be read ({error}): download or copy the model again"
         ) from None
-    found = _num_layers(list(tensors))
-    if isinstance(wanted, int) and found and wanted > found:
-        raise UserError(
-            f"{folder / 'config.json'} says {wanted} layers, the weights beside it have {found}: download or copy the "
-            "model again"
-        )
+    for what, wanted, found, wrong in (
+        ("layers", layers, _num_layers(list(tensors)), operator.gt),
+        ("experts", experts, _num_experts(tensors), operator.ne),
+    ):
+        if isinstance(wanted, int) and found and wrong(wanted, found):
+            raise UserError(
+                f"{folder / 'config.json'} says {wanted} {what}, the weights beside it have {found}: download or copy "
+                "the model again"
+            )
 
 
 def _num_layers(keys: Sequence[str]) -> int:
     """One more than the highest number that comes first in a tensor's name."""
     first = (next((int(part) for part in key.split(".") if part.isdecimal()), -1) for key in keys)
     return max(first, default=-1) + 1
+
+
+def _by_expert(keys: Iterable[str]) -> list[list[str]]:
+    """The tensors of each expert, in the order of their numbers; empty if one is no expert's."""
+    found: dict[int, list[str]] = {}
+    for key in keys:
+        number = _EXPERT.search(key)
+        if not number:
+            return []
+        found.setdefault(int(number[1]), []).append(key)
+    return [found[number] for number in sorted(found)]
+
+
+def _float32(values: torch.Tensor) -> torch.Tensor:
+    """A copy: what is read from a file is a view of it."""
+    return values.to(torch.float32, copy=True)
+
+
+def _num_experts(tensors: Mapping[str, StoredTensor]) -> int:
+    """Experts of a layer, a tensor for each or one for all; 0 in a dense model."""
+    numbers = (_EXPERT.search(key) for key in tensors)
+    stacks = (tensor.shape[0] for key, tensor in tensors.items() if key.endswith(".experts.down_proj"))
+    return max((*(int(number[1]) + 1 for number in numbers if number), *stacks), default=0)

@@ -3,6 +3,8 @@
 import re
 import unicodedata
 
+from finemill.rows.numerals import signs_in_digits
+
 _SIGNS = str.maketrans(
     {
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d", "-"),
@@ -49,7 +51,7 @@ def plain_characters(text: str) -> str:
     text = _RAISED.sub(lambda match: "^{" + _lowered(match[0]) + "}", text)
     text = _ROOT.sub(lambda match: f"\\sqrt{{{match['plain']}}}" if match["plain"] else r"\sqrt", text)
     text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
-    return text.translate(_SIGNS)
+    return signs_in_digits(text.translate(_SIGNS))
 
 
 def _spell_fraction(match: re.Match[str]) -> str:

@@ -29,7 +29,7 @@ _GROUPS = (
     r"\d{1,3}(?:(?:\{,\}|,?\\!)\d{3})+(?!\d)",
     r"[1-9]\d{0,2}(?:[ ]\d{3})+(?![ ,.]?\d)",
 )
-_NUMBER = rf"(?:{'|'.join(_GROUPS)}|\d+)(?:\.\d+)?|(?<![\d.])\.\d+"
+_NUMBER = rf"\d+\.\d*(?=\\(?:overline|dot|bar)(?![A-Za-z]))|(?:{'|'.join(_GROUPS)}|\d+)(?:\.\d+)?|(?<![\d.])\.\d+"
 _EXPONENT = r"(?:[eE][-+]?\d+(?![A-Za-z]))?"
 _RELATIONS = r"le|leq|ge|geq|lt|gt|ne|neq|approx|in|to|cup|cap|setminus|equiv"
 _OPERATORS = r"times|cdot|div|pm|mp|ast|land|lor"
@@ -37,7 +37,7 @@ _TOKEN = re.compile(
     rf"""(?x)
     (?P<delimiter> \\[()\[\],;:!\ ] | \\(?:left|right|q?quad|displaystyle|[bB]igg?|limits)(?![A-Za-z]) | \$ | ~ )
     | (?P<bracket> \\[{{}}|] | [()\[\]{{}}|] | \\(?:lbrace|rbrace|langle|rangle|lvert|rvert)(?![A-Za-z]) )
-    | (?P<operator> [-+*/^=<>_,;&!'] | :(?=\d) | \\(?:{_OPERATORS}|{_RELATIONS})(?![A-Za-z]) )
+    | (?P<operator> [-+*/^=<>_,;&!'] | :(?=\d) | (?<=\d[ ]):(?=[ ]\d) | \\(?:{_OPERATORS}|{_RELATIONS})(?![A-Za-z]) )
     | (?P<number> (?:{_NUMBER}){_EXPONENT} (?:\s?\\?%)? )
     | (?P<command> \\[A-Za-z]+ | \\% )
     | (?P<join> (?<![A-Za-z])(?:and|or)(?![A-Za-z]) )

@@ -17,10 +17,11 @@ from finemill.models.adapter import CONFIG_NAME, WEIGHTS_NAME
 from finemill.models.base.resolve import ResolvedBase
 from finemill.models.weights import read_header
 from finemill.training.config import LoRATrainingConfig
+from finemill.training.mixture import Mixture
 
 TABLES = ("embed_tokens", "lm_head")
 """What embeddings and output layer are called."""
-_GROUPS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn")}
+_GROUPS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "expert")}
 """What the module above the linear layers of a group is called."""
 
 
@@ -32,8 +33,10 @@ def lora_config(base_model: Path, config: LoRATrainingConfig) -> LoraConfig | No
     if config.method == "full":
         return None
     model = _hollow_model(base_model)
+    mixture = Mixture.of(model)
     tied = model.config.get_text_config().tie_word_embeddings
-    modules = _modules_to_save(model, config)
+    targets, experts = _target_modules(model, config, mixture), _target_parameters(config, mixture)
+    modules = [*_modules_to_save(model, config), *_routers(config, mixture)]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
@@ -42,7 +45,8 @@ def lora_config(base_model: Path, config: LoRATrainingConfig) -> LoraConfig | No
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights="gaussian" if config.init_lora_weights == "gaussian" else True,
-        target_modules=_target_modules(model, config),
+        target_modules=targets,
+        target_parameters=experts or None,
         modules_to_save=modules or None,
         # Else an embedding that is trained would leave its output matrix as it was.
         ensure_weight_tying=tied and any(_fits(name, table) for name in modules for table in TABLES),
@@ -56,37 +60,75 @@ def _hollow_model(base_model: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(description)
 
 
-def _target_modules(model: PreTrainedModel, config: LoRATrainingConfig) -> str | list[str]:
-    """The layers that get adapters, as PEFT takes them.
+def _target_modules(model: PreTrainedModel, config: LoRATrainingConfig, mixture: Mixture) -> str | list[str]:
+    """The layers that get adapters, as PEFT takes them; experts and routers are not among them.
 
     Raises: UserError: a name that fits no layer, or one that takes no adapter. PEFT passes by a name that fits nothing
         as long as another one fits something.
     """
     layers = {
-        name: isinstance(module, nn.Linear | nn.Embedding) and module is not model.get_output_embeddings()
+        name: isinstance(module, nn.Linear | nn.Embedding)
+        and module is not model.get_output_embeddings()
+        and not mixture.is_router(name)
         for name, module in model.named_modules()
     }
-    if config.target_modules == "all-linear":
-        return "all-linear"
-    if isinstance(config.target_modules, str):
-        return _group(layers, config.target_modules)
-    for target in config.target_modules:
+    targets = config.target_modules
+    if targets == "all-linear":
+        linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        # PEFT's own choice would take linear layers that choose or weigh experts, too.
+        return _own_names({n: takes and n in linear for n, takes in layers.items()}) if mixture.experts else targets
+    if isinstance(targets, str):
+        return _group(layers, targets, mixture)
+    for target in targets:
         fitting = [takes for name, takes in layers.items() if _fits(name, target)]
-        if not fitting or not all(fitting):
+        if mixture.is_router(target):
+            raise UserError(f"target_modules: '{target}' is a router, which train_router trains as a whole")
+        if not (fitting and all(fitting)) and not mixture.holds(target, targets):
             problem = "is no layer that takes an adapter" if fitting else "fits no layer"
-            there = dict.fromkeys(name.rpartition(".")[2] for name, takes in layers.items() if takes)
+            there = [*_own_names(layers), *(stack.rpartition(".")[2] for stack in mixture.experts)]
             raise UserError(f"target_modules: '{target}' {problem} of the base model; there are {', '.join(there)}")
-    return list(config.target_modules)
+    return [target for target in targets if any(_fits(name, target) for name in layers)]
 
 
-def _group(layers: dict[str, bool], group: str) -> list[str]:
-    """The last names of the linear layers of attention or of the MLPs."""
+def _target_parameters(config: LoRATrainingConfig, mixture: Mixture) -> list[str]:
+    """The experts that get adapters, one for each expert.
+
+    Raises: UserError: with a setting that PEFT has not for them.
+    """
+    if isinstance(config.target_modules, str):
+        experts = [] if config.target_modules == "attention" else list(mixture.experts)
+    else:
+        experts = mixture.named(config.target_modules)
+    unfit = {"lora_dropout": config.lora_dropout > 0, "use_dora": config.use_dora}
+    unfit["init_lora_weights"] = config.init_lora_weights == "loftq"
+    for name in [name for name, is_set in unfit.items() if is_set and experts]:
+        raise UserError(
+            f"{name} {getattr(config, name)!r} is not for adapters of experts, which PEFT adds to their weights: leave "
+            "it out, or set target_modules to 'attention'"
+        )
+    return experts
+
+
+def _routers(config: LoRATrainingConfig, mixture: Mixture) -> tuple[str, ...]:
+    """The routers, if they are trained. Raises: UserError: the base has none."""
+    if config.train_router and not mixture.routers:
+        raise UserError("train_router: the base model is dense, it has no routers: leave it out")
+    return mixture.routers if config.train_router else ()
+
+
+def _own_names(layers: dict[str, bool]) -> list[str]:
+    """The last names of what takes an adapter, each once."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name, takes in layers.items() if takes))
+
+
+def _group(layers: dict[str, bool], group: str, mixture: Mixture) -> list[str]:
+    """The last names of the linear layers of attention or of the MLPs; none where experts are all there is of these."""
     found: dict[str, None] = {}
     for name, takes in layers.items():
         *_, parent, own = ["", *name.split(".")]
         if takes and any(part in parent for part in _GROUPS[group]):
             found[own] = None
-    if not found:
+    if not found and not (mixture.experts and group == "mlp"):
         raise UserError(f"target_modules: '{group}' fits no layer of the base model: name the layers")
     return list(found)
 

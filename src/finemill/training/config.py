@@ -16,6 +16,7 @@ _OF_ADAPTERS = (
     "loraplus_lr_ratio",
     "target_modules",
     "modules_to_save",
+    "train_router",
     "load_in_8bit",
     "bnb_4bit_quant_type",
     "bnb_4bit_use_double_quant",
@@ -30,13 +31,13 @@ class LoRATrainingConfig(StepConfig):
         {"memory_gb", "report_to", "resume", "save_steps", "save_total_limit"}
     )
 
-    sequences_per_row: ClassVar[int] = 1
-    """Sequences that one row of a batch is."""
+    whole_passes: ClassVar[bool] = False
+    """Whether a loss compares the rows of a forward pass, so that it can be neither cut nor merged with others."""
 
     @property
-    def uses_kernels(self) -> bool:
-        """Whether the step asks for finemill's kernels."""
-        return False
+    def sequences_per_row(self) -> int:
+        """Sequences that one row of a batch is."""
+        return 1
 
     method: Literal["lora", "full"] = "lora"
     """Train adapters on the frozen base, or every weight of it (`full`): in float32 with 16-bit products, 16 bytes per
@@ -65,11 +66,19 @@ class LoRATrainingConfig(StepConfig):
     """LoRA+: B learns at learning_rate times this, A at learning_rate; its paper recommends 16."""
 
     target_modules: Literal["all-linear", "attention", "mlp"] | tuple[str, ...] = "all-linear"
-    """Linear layers that get adapters: all but the output layer, those of attention, those of the MLPs, or by name."""
+    """Linear layers that get adapters: all but the output layer, those of attention, those of the MLPs, or by name. Of
+    a mixture every expert gets one of its own, with `all-linear` and `mlp`, and routers never do."""
 
     modules_to_save: tuple[str, ...] = ()
     """Modules that are trained as a whole beside the adapters, as `embed_tokens` and `lm_head` for a new language;
     saved with the adapter. Not on the kernels."""
+
+    train_router: bool = False
+    """Train a mixture's routers as well, as a whole and with the auxiliary loss that keeps all experts in use. They are
+    frozen by default. Not on the kernels."""
+
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
+    """Weight of the routers' auxiliary loss where they are trained; the base's own by default."""
 
     embedding_learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of embeddings and output layer where they are trained; for continued pre-training a tenth to
@@ -154,6 +163,10 @@ class LoRATrainingConfig(StepConfig):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: much less memory, about a quarter more time."""
 
+    kernels: Literal["auto", "on", "off"] = "auto"
+    """Run steps on finemill's own kernels: on a GPU wherever they cover the model, or fail where they do not, or never.
+    They plan recomputation by themselves, so gradient_checkpointing does not apply to them."""
+
     seed: int = 42
     """Seed of the adapters' initialization and of the rows' order."""
 
@@ -205,8 +218,14 @@ class LoRATrainingConfig(StepConfig):
             early_stopping_threshold="set early_stopping_patience",
         )
         self._refuse(self.method == "full", "with method 'full'", **dict.fromkeys(_OF_ADAPTERS, "use method 'lora'"))
+        self._refuse(
+            self.kernels == "on",
+            "with kernels 'on', which plan recomputation by memory_gb",
+            gradient_checkpointing="use kernels 'auto' or 'off'",
+        )
         if self.init_lora_weights == "loftq" and (self.bits != 4 or self.use_dora):
             raise ValueError("init_lora_weights 'loftq' needs a 4-bit base, and LoRA without use_dora")
+        self._refuse(not self.train_router, "on frozen routers", router_aux_loss_coef="set train_router")
         tables = self.method == "full" or {"embed_tokens", "lm_head"} & {
             name.rpartition(".")[2] for name in self.modules_to_save
         }

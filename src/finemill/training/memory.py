@@ -91,12 +91,13 @@ def eight_bit_moments(config: LoRATrainingConfig) -> bool | None:
 def not_on_kernels(config: LoRATrainingConfig) -> str | None:
     """What of the configuration the kernels do not cover; None if they run whatever it says."""
     reasons = {
-        "kernels is 'off'": not config.uses_kernels,
+        "kernels is 'off'": config.kernels == "off",
         "method is 'full'": config.method == "full",
         "load_in_8bit is on": config.bits == 8,
         "bnb_4bit_quant_type is 'fp4'": config.bits == 4 and config.bnb_4bit_quant_type != "nf4",
         "use_dora is on": config.use_dora,
         "modules_to_save are trained": bool(config.modules_to_save),
+        "train_router is on": config.train_router,
         "neftune_noise_alpha is set": config.neftune_noise_alpha is not None,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
@@ -113,9 +114,17 @@ def covered_workload(model: Mapping[str, Any], config: LoRATrainingConfig) -> Wo
     if not known or not_on_kernels(config):
         return None
     row = config.max_length
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rows = config.per_device_train_batch_size * config.sequences_per_row
+    if not config.whole_passes:
+        rows *= config.gradient_accumulation_steps
     return workload_of_config(
-        model, rank=config.lora_r, quantized=config.bits == 4, tokens=rows * row, row=row, ragged=True
+        model,
+        rank=config.lora_r,
+        quantized=config.bits == 4,
+        tokens=rows * row,
+        row=row,
+        ragged=True,
+        whole=config.whole_passes,
     )
 
 

@@ -1,5 +1,6 @@
 """The base that is trained, or that adapters are trained on, in 4, 8 or 16 bits."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,12 @@ import bitsandbytes as bnb
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from finemill.kernels.engine.quantized_experts import quantize_experts
 from finemill.models.causal_lm import no_progress_bar
 from finemill.training.config import LoRATrainingConfig
+from finemill.training.mixture import EXPERTS
+
+logger = logging.getLogger(__name__)
 
 
 def compute_dtype(config: LoRATrainingConfig, device: torch.device) -> torch.dtype:
@@ -21,7 +26,7 @@ def compute_dtype(config: LoRATrainingConfig, device: torch.device) -> torch.dty
 
 
 def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device) -> PreTrainedModel:
-    """Load the base on `device`, its linear layers but the output layer quantized if the configuration says so.
+    """Load the base on `device`, linear layers but the output layer, and experts, quantized if that is asked for.
 
     Weights that are trained themselves are float32: bfloat16 would round small updates to nothing.
     """
@@ -47,7 +52,25 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
             **quantization,
         )
     keep_trainable_on_cpu(model)
+    _quantize_experts(model, config)
     return model
+
+
+def _quantize_experts(model: torch.nn.Module, config: LoRATrainingConfig) -> None:
+    """Quantize a mixture's experts, which bitsandbytes leaves as they are, or say why they stay."""
+    layers = [module for name, module in model.named_modules() if name.endswith(f".{EXPERTS}")]
+    if config.bits == 16 or not layers:
+        return
+    kind = config.bnb_4bit_quant_type if config.bits == 4 else "LLM.int8"
+    reason = f"{kind} is for linear layers, and transformers keeps a layer's experts as one parameter"
+    if kind == "nf4":
+        try:
+            for experts in layers:
+                quantize_experts(experts, double_quant=config.bnb_4bit_use_double_quant)
+            return
+        except ValueError as error:
+            reason = str(error)
+    logger.warning("the base's experts stay as they are, unquantized: %s", reason)
 
 
 def keep_trainable_on_cpu(model: torch.nn.Module) -> None:

@@ -98,6 +98,8 @@ def shared_arguments(config: LoRATrainingConfig, scratch: Path, device: torch.de
         "max_grad_norm": config.max_grad_norm,
         "optim": "adamw_torch" if config.optim == "auto" else config.optim,
         "neftune_noise_alpha": config.neftune_noise_alpha,
+        # TRL would add a mixture's auxiliary loss by itself, which moves adapters only where routers are frozen.
+        "router_aux_loss_coef": config.router_aux_loss_coef if config.train_router else 0.0,
         "seed": config.seed,
         "logging_steps": config.logging_steps,
         "logging_first_step": True,

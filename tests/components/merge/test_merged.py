@@ -1,8 +1,10 @@
 """Every kind of LoRA, merged one module at a time, against PEFT's own merge of the whole model."""
 
+import dataclasses
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +12,50 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)  # fmt: skip
 
+from finemill.components.merge import step
 from finemill.components.merge.config import MergeConfig
 from finemill.components.merge.step import run
-from finemill.errors import UserError
+from finemill.components.merge.write import write_model
+from finemill.errors import StepError, UserError
 from finemill.runtime.context import StepContext
 
 SMALL: dict[str, Any] = {
     "vocab_size": 1536, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
-MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FAMILIES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "qwen2": lambda shape: Qwen2ForCausalLM(Qwen2Config(**shape)),
+    "qwen3": lambda shape: Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16)),
+    "qwen3_moe": lambda shape: Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **MOE, head_dim=16)),
+    "qwen2_moe": lambda shape: Qwen2MoeForCausalLM(Qwen2MoeConfig(**shape, **MOE, shared_expert_intermediate_size=48)),
+    "mixtral": lambda shape: MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=4)),
+}
 
 
 def base_dir(family: str, tiny_model_dir: Path, folder: Path, *, tied: bool = True) -> Path:
     """A random model with the tiny model's tokenizer, bfloat16."""
     torch.manual_seed(0)
     shape = {**SMALL, "tie_word_embeddings": tied, "initializer_range": 0.1}
-    model = (
-        Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **MOE))
-        if family == "qwen3_moe"
-        else Qwen2ForCausalLM(Qwen2Config(**shape))
-    )
+    model = FAMILIES[family.removesuffix(", stacked")](shape)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder, save_original_format="stacked" not in family)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(tiny_model_dir / name, folder / name)
     return folder
@@ -63,7 +82,8 @@ def adapter_dir(base: Path, folder: Path, config: LoraConfig, num_tokens: int | 
 
 
 def merge(base: Path, adapter: Path, output: Path, context: StepContext, **config: Any) -> Path:
-    run(base_model=base, adapter=adapter, output_dir=output, config=MergeConfig(force=True, **config), context=context)
+    values = MergeConfig(**{"force": True, **config})
+    run(base_model=base, adapter=adapter, output_dir=output, config=values, context=context)
     return output
 
 
@@ -126,6 +146,102 @@ def test_each_kind_is_what_peft_merges(
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor.bfloat16()), name
     assert any(not torch.equal(found[name], before[name]) for name in found)
+
+
+TO_EXPERTS: dict[str, Any] = {
+    "r": 2, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}  # fmt: skip
+EXPERTS = LoraConfig(**TO_EXPERTS)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe, stacked", "qwen2_moe", "mixtral", "mixtral, stacked"])
+def test_experts_of_each_family_are_written_as_the_hub_has_them(
+    family: str, tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = base_dir(family, tiny_model_dir, tmp_path / "base", tied=False)
+    adapter = adapter_dir(base, tmp_path / "adapter", LoraConfig(**TO_EXPERTS, modules_to_save=["gate"]))
+    merged = merge(base, adapter, tmp_path / "merged", step_context)
+    as_on_hub = base_dir(family.removesuffix(", stacked"), tiny_model_dir, tmp_path / "hub", tied=False)
+    written, hub = (load_file(folder / "model.safetensors") for folder in (merged, as_on_hub))
+    assert {name: values.shape for name, values in written.items()} == {name: hub[name].shape for name in hub}
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16)
+    for name, tensor in peft_merge(base, adapter).items():
+        assert torch.equal(model.state_dict()[name], tensor.bfloat16()), name
+    with torch.no_grad():
+        ids = torch.arange(5, 60)[None]
+        tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+        # Weights that were rounded now and then send a token to another expert.
+        assert (model.float()(ids).logits - tuned(ids).logits).abs().mean() < 0.01
+    record = json.loads((merged / "merge.json").read_text())
+    stacks = [tensor["experts"] for tensor in record["tensors"] if "experts" in tensor["name"]]
+    assert [len(experts) for experts in stacks] == [4] * 4
+    assert min(map(min, stacks)) > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "named"),
+    [
+        (
+            "qwen3_moe",
+            "model.layers.1.mlp.experts.2.down_proj.weight",
+            r"layers\.1\.mlp\.experts\.down_proj, expert 2,",
+        ),
+        ("qwen3_moe", "model.layers.0.mlp.experts.3.up_proj.weight", r"experts\.gate_up_proj, expert 3,"),
+        ("qwen3_moe", "model.layers.0.mlp.gate.weight", r"mlp\.gate\.weight was changed"),
+        ("qwen2", "model.layers.1.self_attn.q_proj.weight", r"layers\.1\.self_attn\.q_proj\.weight is not written"),
+    ],
+)
+def test_a_tensor_or_expert_that_lost_its_change_on_the_way_to_the_disk_is_named(
+    family: str,
+    key: str,
+    named: str,
+    tiny_model_dir: Path,
+    step_context: StepContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = base_dir(family, tiny_model_dir, tmp_path / "base")
+    config = EXPERTS if family == "qwen3_moe" else LoraConfig(r=2, target_modules=["q_proj"])
+    adapter = adapter_dir(base, tmp_path / "adapter", config)
+
+    def write_and_lose(folder: Path, *args: Any) -> None:
+        write_model(folder, *args)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[key] = load_file(base / "model.safetensors")[key] + ("gate.weight" in key)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(step, "write_model", write_and_lose)
+    with pytest.raises(StepError, match=named):
+        merge(base, adapter, tmp_path / "merged", step_context, max_kl=100, min_top1_agreement=1e-9)
+
+
+def test_a_change_of_the_experts_is_no_change_of_a_dense_model_and_the_reverse(
+    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    bases = {name: base_dir(name, tiny_model_dir, tmp_path / name) for name in ("qwen3", "qwen3_moe")}
+    dense = adapter_dir(bases["qwen3"], tmp_path / "of_dense", LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    experts = adapter_dir(bases["qwen3_moe"], tmp_path / "of_experts", EXPERTS)
+    with pytest.raises(UserError, match=r"is of a dense model .*up_proj\), and the base \(Qwen3MoeForCausalLM\) is"):
+        merge(bases["qwen3_moe"], dense, tmp_path / "merged", step_context)
+    with pytest.raises(UserError, match=r"changes experts .*, and the base \(Qwen3ForCausalLM\) is a dense model"):
+        merge(bases["qwen3"], experts, tmp_path / "merged", step_context)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["gate.weight"]),
+        LoraConfig(r=2, target_modules="all-linear"),
+    ],
+)
+def test_an_adapter_on_the_router_is_refused(
+    config: LoraConfig, tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = base_dir("qwen3_moe", tiny_model_dir, tmp_path / "base")
+    adapter = adapter_dir(base, tmp_path / "adapter", config)
+    context = dataclasses.replace(step_context, references={**step_context.references, "base_model": str(base)})
+    with pytest.raises(UserError, match=r"LoRA on the router, model\.layers\.0\.mlp\.gate for one of 2"):
+        merge(base, adapter, tmp_path / "merged", context, force=False)
 
 
 def test_tokens_trained_in_a_tied_embedding_keep_it_tied(

@@ -101,8 +101,22 @@ def test_a_wrong_merge_is_caught(
         return model._stored.read(name) if lost else correct(model, name)
 
     monkeypatch.setattr(MergedModel, "_value", drop_one_matrix)
-    with pytest.raises(StepError, match="differs from base and adapter"):
+    with pytest.raises(StepError, match=r"layers\.0\.mlp\.down_proj\.weight is not written as base and adapter"):
         merge(tiny_model_dir, tiny_adapter_dir, tmp_path, step_context)
+
+
+def test_other_logits_than_base_and_adapter_have_are_caught(
+    tiny_model_dir: Path, tiny_adapter_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    config = MergeConfig(max_kl=1e-9)
+    with pytest.raises(StepError, match="differs from base and adapter"):
+        merge_adapter(
+            base_model=tiny_model_dir,
+            adapter=tiny_adapter_dir,
+            output_dir=tmp_path,
+            config=config,
+            context=step_context,
+        )
 
 
 def test_a_quantized_base_is_refused(

@@ -1,0 +1,210 @@
+"""`finemill bench dpo`: preferences on the engine beside TRL's own trainer, on one base, in one call.
+
+Rows are pairs of `--seq` tokens each, a prompt and two answers of random ids; the base is a random checkpoint in NF4,
+its own reference. TRL's trainer runs first, with its fused head and checkpointed activations as it comes; then ours,
+twice: within `--share` of the memory that TRL's took, and with what the card has. Prints a line of JSON for each:
+tokens_per_s (of both answers, median after warm-up), peak_bytes, losses; and the ratios to TRL's.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+from finemill.errors import UserError
+from finemill.kernels.accelerate import restore_model
+from finemill.kernels.bench.data import ensure_checkpoint
+from finemill.kernels.bench.runs import environment
+from finemill.kernels.bench.step import check_device
+from finemill.kernels.engine.model import LINEARS
+from finemill.kernels.planning.model_shapes import SHAPES
+from finemill.kernels.preferences import FastDPOTrainer, FastKTOTrainer
+
+TRAINERS: dict[str, tuple[Any, Any, Any]] = {
+    "dpo": (DPOTrainer, FastDPOTrainer, DPOConfig),
+    "kto": (KTOTrainer, FastKTOTrainer, KTOConfig),
+}
+"""By loss: TRL's trainer, ours, and their arguments."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark. Returns: exit code."""
+    args = _parse(argv)
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
+    path = ensure_checkpoint(args.shape, args.layers, device)
+    base = load_base(path, device)
+    theirs = measure(base, path, args, device, None)
+    _print(theirs)
+    limits = [args.share * theirs["peak_bytes"] / 2**30] if device.type == "cuda" else []
+    for memory_gb in (*limits, 0.0):
+        ours = measure(base, path, args, device, memory_gb)
+        ours["speed_ratio"] = round(ours["tokens_per_s"] / theirs["tokens_per_s"], 3)
+        ours["memory_ratio"] = round(ours["peak_bytes"] / max(1, theirs["peak_bytes"]), 3)
+        _print(ours)
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="finemill bench dpo", description=__doc__)
+    parser.add_argument("--shape", default="qwen3-8b", choices=sorted(SHAPES))
+    parser.add_argument("--layers", type=int, default=0, help="cut the model to this many layers (0: all)")
+    parser.add_argument("--loss", default="dpo", choices=sorted(TRAINERS))
+    parser.add_argument("--seq", type=int, default=2048, help="tokens of a prompt with an answer")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
+    parser.add_argument("--bs", type=int, default=2, help="pairs (kto: answers) per micro-batch")
+    parser.add_argument("--accum", type=int, default=4, help="micro-batches per optimizer step")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2, help="steps left out of the timing")
+    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--share", type=float, default=0.6, help="of TRL's memory that ours may take")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    args = parser.parse_args(argv)
+    if args.warmup >= args.steps:
+        parser.error(f"--warmup {args.warmup} must be smaller than --steps {args.steps}")
+    if not 0 < args.prompt < args.seq:
+        parser.error(f"--prompt {args.prompt} must be smaller than --seq {args.seq}")
+    check_device(parser, args.device)
+    return args
+
+
+def load_base(path: Path, device: torch.device) -> Any:
+    """Load a checkpoint with transformers, its linear layers in NF4."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        path, device_map={"": device}, dtype=dtype, quantization_config=quantization
+    )
+
+
+def make_rows(args: argparse.Namespace) -> Dataset:
+    """Draw random pairs, or for KTO answers that are good and bad in turn."""
+    generator = torch.Generator().manual_seed(99)
+    limit = SHAPES[args.shape].vocabulary - 16
+
+    def draw(size: int) -> list[int]:
+        return torch.randint(0, limit, (size,), generator=generator).tolist()
+
+    answer = args.seq - args.prompt
+    columns = ("prompt_ids", "completion_ids", "KL_completion_ids")
+    if args.loss == "dpo":
+        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows: list[dict[str, Any]] = []
+    for index in range(args.bs * args.accum * args.steps):
+        sizes = (args.prompt, answer, answer)
+        row: dict[str, Any] = dict(zip(columns, map(draw, sizes), strict=True))
+        rows.append(row if args.loss == "dpo" else row | {"label": index % 2 == 0})
+    return Dataset.from_list(rows)
+
+
+class StepTimer(TrainerCallback):  # type: ignore[misc]
+    """Times optimizer steps with the device idle before and after, and the peak after the warm-up."""
+
+    def __init__(self, warmup: int, device: torch.device) -> None:
+        self.warmup, self.device = warmup, device
+        self.seconds: list[float] = []
+        self._begin = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock."""
+        if self.device.type == "cuda":
+            if state.global_step == self.warmup:
+                torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        self._begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop the clock."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._begin)
+
+
+def measure(
+    base: Any, path: Path, args: argparse.Namespace, device: torch.device, memory_gb: float | None
+) -> dict[str, Any]:
+    """Train fresh adapters on the base, and take them off it.
+
+    Args:
+        base: loaded model.
+        path: where its tokenizer is.
+        args: the command line.
+        device: where the base is.
+        memory_gb: GiB that ours may take, 0 for the card's; None for TRL's trainer.
+    """
+    plain, fast, arguments = TRAINERS[args.loss]
+    kind = type("Tokenized", (plain if memory_gb is None else fast,), {"_prepare_dataset": lambda _, rows, *__: rows})
+    timer = StepTimer(args.warmup, device)
+    trainer = kind(
+        model=base,
+        args=arguments(**_settings(args, device)),
+        train_dataset=make_rows(args),
+        processing_class=AutoTokenizer.from_pretrained(path),
+        peft_config=LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(LINEARS), task_type="CAUSAL_LM"),
+        callbacks=[timer],
+        **({"memory_gb": memory_gb} if memory_gb else {}),
+    )
+    record: dict[str, Any] = {"implementation": "trl" if memory_gb is None else "finemill", "memory_gb": memory_gb}
+    if memory_gb is not None:
+        if not trainer.fast:
+            raise UserError(f"the engine does not run this model: {trainer.acceleration.reason}")
+        record |= {"predicted_peak_bytes": trainer._plan.peak, "levels": [level.name for level in trainer._plan.levels]}
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    median = statistics.median(timer.seconds[args.warmup :])
+    sequences = args.bs * args.accum * (2 if args.loss == "dpo" else 1)
+    record |= {
+        "loss": args.loss,
+        "shape": args.shape,
+        "seq": args.seq,
+        "pairs_per_pass": args.bs,
+        "step_s": [round(seconds, 4) for seconds in timer.seconds],
+        "tokens_per_s": round(sequences * args.seq / median, 1),
+        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+        "losses": [round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry],
+    }
+    if memory_gb is not None:
+        restore_model(trainer.model)
+    trainer.model.unload()
+    del trainer
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return record
+
+
+def _settings(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    settings = {
+        "output_dir": "/tmp/bench_out",
+        "use_cpu": device.type == "cpu",
+        "bf16": device.type == "cuda",
+        "per_device_train_batch_size": args.bs,
+        "gradient_accumulation_steps": args.accum,
+        "max_steps": args.steps,
+        "learning_rate": args.lr,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "max_length": args.seq,
+        "disable_tqdm": True,
+    }
+    return settings | ({"train_sampling_strategy": "sequential"} if args.loss == "kto" else {})
+
+
+def _print(record: dict[str, Any]) -> None:
+    print("BENCH " + json.dumps(record | environment()), flush=True)

@@ -1,0 +1,68 @@
+"""The letter of a choice in an answer, said in any of the ways that models say it."""
+
+import re
+import unicodedata
+
+from finemill.rows.answers import after_thinking
+from finemill.rows.formulas import boxed, tidy
+
+# Words before a letter, in the languages that questions with choices are most often in.
+_ANSWER = (
+    "answer|respuesta|réponse|antwort|risposta|resposta|ответ|الجواب|الإجابة|उत्तर|cevap|odpowiedź|đáp án|jawaban|"
+    "答案|答え|解答|正解|정답|답"
+)
+_LETTER = r"(?<![A-Za-z0-9'\u2019])(?P<letter>[A-J])(?![A-Za-z0-9'\u2019])"
+_AFTER_ANSWER = re.compile(rf"(?i:{_ANSWER})(?P<rest>[^\w\n]{{0,4}}\n\s*[^\n]{{0,20}}|[^\n]{{0,60}})")
+_IN_REST = re.compile(_LETTER)
+_NAMED = (
+    # B is the correct answer; option B is best
+    re.compile(rf"{_LETTER}\W{{0,4}}\s*(?i:is|are)\s+(?:the\s+|most\s+)*(?i:correct|right|best|true|answer)"),
+    re.compile(
+        rf"(?i:\b(?:choose|chose|pick|select|go with|opt for|choice is|option is)\b|[选選])[^\w\n]{{0,4}}{_LETTER}"
+    ),
+    re.compile(rf"(?i:\b(?:option|choice|letter))\s+\W{{0,3}}{_LETTER}"),
+)
+_AT_START = re.compile(r"\W{0,5}(?P<letter>[A-Ja-j])(?:[)\]}>]|[.:,](?=\s|$)|\W{0,5}$)")
+_AT_END = re.compile(rf"(?:\b(?:is|be|was)\b|['\u2019]s\b|[:=]|->|\u2192)[\s*_(\[\"'`$]{{0,5}}{_LETTER}[^\w]*$")
+_NEGATED = re.compile(
+    r"(?i)(?:\b(?:not|never|neither|nor|isn['\u2019]t|rather than|except)\b|n['\u2019]t|不是|不选)\W*(?:\w+\s+)?\W*$"
+)
+_JOINED = re.compile(r"\W{0,3}\s*(?:\bor\b|\band\b|或|和|/|&|,)\W{0,3}[A-J](?![A-Za-z0-9'\u2019])")
+
+
+def read_letter(text: str) -> str | None:
+    """The letter, A to J, that `text` gives as its answer; None if it gives none, or several.
+
+    A box counts first, then what follows the word for answer, then other phrases; a letter alone in a sentence is as
+    often an article or a name.
+    """
+    body = unicodedata.normalize("NFKC", after_thinking(text))
+    box = boxed(body)
+    if box is not None:
+        return _alone(tidy(box))
+    for mark in reversed(list(_AFTER_ANSWER.finditer(body))):
+        found = _first_said(mark["rest"])
+        if found is not None:
+            return found or None
+    for pattern in _NAMED:
+        said = [match for match in pattern.finditer(body) if not _NEGATED.search(body[: match.start("letter")])]
+        if said and not _JOINED.match(body, said[-1].end("letter")):
+            return said[-1]["letter"]
+    return _alone(body) or next((match["letter"] for match in [_AT_END.search(body)] if match), None)
+
+
+def _alone(text: str) -> str | None:
+    """The letter that a text is or begins with, as a list's mark is written."""
+    match = _AT_START.match(text.strip())
+    return match["letter"].upper() if match and not _JOINED.match(text.strip(), match.end("letter")) else None
+
+
+def _first_said(rest: str) -> str | None:
+    """The first letter that is not denied; "" for several in a row, None for none."""
+    for match in _IN_REST.finditer(rest):
+        if _JOINED.match(rest, match.end()):
+            return ""
+        article = match["letter"] in "AI" and re.match(r"\s+[a-z]", rest[match.end() :])
+        if not article and not _NEGATED.search(rest[: match.start()]):
+            return match["letter"]
+    return None

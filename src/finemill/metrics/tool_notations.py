@@ -1,0 +1,197 @@
+"""Tool calls as the chat templates of each model family write them: JSON in tags, XML, Python, and channels."""
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Hermes' and Qwen's, Nemotron's, Granite's, Phi's, Llama's, Mistral's, Functionary's.
+_JSON_MARK = re.compile(
+    r"<(?:tool_call|function_call|TOOLCALL)>|<\|tool_call(?:_start)?\|>|\[TOOL_CALLS\]|<\|python_tag\|>|\bfunctools(?=\[)"
+)
+# `[TOOL_CALLS]name[ARGS]{...}`, Kimi's, DeepSeek's, gpt-oss's, Llama's: a name and then its arguments.
+_NAMED_MARK = re.compile(
+    r"\[TOOL_CALLS\]\s*(?P<mistral>[\w.-]+)\s*(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\])?(?=\s*\{)"
+    r"|(?:functions\.)?(?P<kimi>[\w.-]+):\d+\s*<\|tool_call_argument_begin\|>"
+    "|(?:<\uff5ctool\u2581call\u2581begin\uff5c>)(?:function)?(?:<\uff5ctool\u2581sep\uff5c>)?(?P<deepseek>[\\w.-]+)"
+    "(?:<\uff5ctool\u2581sep\uff5c>|\\s*```json)"
+    r"|to=functions\.(?P<gpt_oss>[\w.-]+)[^{]*?<\|message\|>"
+    r"|<function=(?P<llama>[\w.-]+)>(?=\s*\{)"
+    r"|\bAction:\s*(?P<react>[\w.-]+)\s*\n\s*Action Input:"
+)
+# Qwen3-Coder's and Seed's; MiniMax's; GLM's.
+_XML_CALLS: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = (
+    (
+        re.compile(r"<function=(?P<name>[\w.-]+)>(?P<body>(?!\s*\{).*?)(?:</function>|\Z)", re.DOTALL),
+        re.compile(r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>", re.DOTALL),
+    ),
+    (
+        re.compile(r"<invoke name=\"(?P<name>[^\"]+)\">(?P<body>.*?)(?:</invoke>|\Z)", re.DOTALL),
+        re.compile(r"<parameter name=\"(?P<key>[^\"]+)\"[^>]*>(?P<value>.*?)</parameter>", re.DOTALL),
+    ),
+    (
+        re.compile(r"<tool_call>\s*(?P<name>[\w.-]+)\s*(?P<body>(?:<arg_key>.*?)?)(?:</tool_call>|\Z)", re.DOTALL),
+        re.compile(r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>", re.DOTALL),
+    ),
+)
+_FENCE = re.compile(r"```(?:json|python|tool_code|tool_call|tool_calls)?[ \t]*\n(?P<inside>.*?)\n?[ \t]*```", re.DOTALL)
+_NAME = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"]+)"')
+_GAP = re.compile(r"[\s;,]*")
+_NAMES = ("name", "tool_name", "tool", "function")
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+
+
+class Untyped(str):
+    """An argument in XML, which says no type: `3` may be a number or a text."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function's name and its arguments, None where they are no JSON object."""
+
+    name: str
+    arguments: Mapping[str, Any] | None
+
+
+def read_calls(text: str) -> list[ToolCall]:
+    """The calls in `text`, which has no thinking, in order; of a broken one its name, if that can be read."""
+    readers: tuple[Callable[[str], list[ToolCall]], ...] = (_marked, _xml, _named, _whole, _fenced, _at_line_start)
+    return next((calls for reader in readers if (calls := reader(text))), [])
+
+
+def _xml(text: str) -> list[ToolCall]:
+    for call, parameter in _XML_CALLS:
+        found = [
+            ToolCall(
+                match["name"],
+                {one["key"].strip(): Untyped(one["value"]) for one in parameter.finditer(match["body"])},
+            )
+            for match in call.finditer(text)
+        ]
+        if found:
+            return found
+    return []
+
+
+def _named(text: str) -> list[ToolCall]:
+    found = []
+    for match in _NAMED_MARK.finditer(text):
+        name = next(part for part in match.groups() if part)
+        inside = re.compile(r"\s*(?:```json)?\s*").match(text, match.end())
+        value, _ = _decode(text, inside.end() if inside else match.end())
+        found.append(ToolCall(name, value if isinstance(value, Mapping) else None))
+    return found
+
+
+def _marked(text: str) -> list[ToolCall]:
+    found: list[ToolCall] = []
+    end = 0
+    for mark in _JSON_MARK.finditer(text):
+        # A mark inside a call's own argument is text.
+        if mark.start() >= end:
+            calls, end = _json_calls(text, mark.end())
+            found += calls or _python_calls(re.split(r"<[|/]|</s>", text[mark.end() :])[0])
+    return found
+
+
+def _whole(text: str) -> list[ToolCall]:
+    if text[:1] in ("{", "["):
+        calls, end = _json_calls(text, 0)
+        if calls and not text[end:].strip():
+            return calls
+        if calls and calls[-1].arguments is None:
+            return calls
+    return _python_calls(text)
+
+
+def _fenced(text: str) -> list[ToolCall]:
+    found: list[ToolCall] = []
+    for fence in _FENCE.finditer(text):
+        calls, _ = _json_calls(fence["inside"], 0)
+        found += calls or _python_calls(fence["inside"])
+    return found
+
+
+def _at_line_start(text: str) -> list[ToolCall]:
+    """JSON calls on lines of their own in a text that says more."""
+    found: list[ToolCall] = []
+    end = 0
+    for line in re.finditer(r"^[ \t]*(?=[\[{])", text, re.MULTILINE):
+        if line.end() >= end:
+            calls, end = _json_calls(text, line.end())
+            found += calls
+    return found
+
+
+def _json_calls(text: str, position: int) -> tuple[list[ToolCall], int]:
+    """Calls in JSON from `position` on, one object, a list, or several one after another; and where they end."""
+    found: list[ToolCall] = []
+    while position < len(text):
+        gap = _GAP.match(text, position)
+        start = gap.end() if gap else position
+        if text[start : start + 1] not in ("{", "["):
+            break
+        value, end = _decode(text, start)
+        if end is None:
+            name = _NAME.match(text, start)
+            return ([*found, ToolCall(name[1], None)] if name else found), len(text)
+        found += _calls_of(value)
+        position = end
+    return found, position
+
+
+def _decode(text: str, position: int) -> tuple[Any, int | None]:
+    """A JSON value at `position` and its end; the end is None where there is none."""
+    try:
+        return json.JSONDecoder().raw_decode(text, position)
+    except (ValueError, RecursionError):
+        return None, None
+
+
+def _calls_of(value: Any) -> Iterator[ToolCall]:
+    """Calls in OpenAI's, Hermes' or Llama's objects."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _calls_of(item)
+        return
+    if not isinstance(value, Mapping):
+        return
+    if isinstance(value.get("tool_calls"), list):
+        yield from _calls_of(value["tool_calls"])
+        return
+    item = value["function"] if isinstance(value.get("function"), Mapping) else value
+    name = next((item[key] for key in _NAMES if isinstance(item.get(key), str)), None)
+    if name is None or ("name" not in item and not any(key in item for key in _ARGUMENTS)):
+        return
+    arguments: Any = next((item[key] for key in _ARGUMENTS if key in item), {})
+    if isinstance(arguments, str):
+        arguments = _decode(arguments.strip(), 0)[0]
+    yield ToolCall(name, {} if arguments is None and "arguments" in item else _object(arguments))
+
+
+def _object(value: Any) -> Mapping[str, Any] | None:
+    return value if isinstance(value, Mapping) else None
+
+
+def _python_calls(text: str) -> list[ToolCall]:
+    """Calls as Llama 3.2, Llama 4 and LFM2 write them: `[weather(city="Paris"), time()]`, or one of them alone."""
+    if not re.match(r"\s*\[?\s*[A-Za-z_][\w.]*\(", text):
+        return []
+    try:
+        expression = ast.parse(text.strip(), mode="eval").body
+        items = expression.elts if isinstance(expression, ast.List) else [expression]
+        return [_python_call(item) for item in items]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+
+
+def _python_call(node: ast.expr) -> ToolCall:
+    """Raises: ValueError: `node` is no call of a name with constants by name."""
+    if not isinstance(node, ast.Call) or node.args or any(word.arg is None for word in node.keywords):
+        raise ValueError("no call with arguments by name")
+    arguments = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
+    return ToolCall(ast.unparse(node.func), arguments)

@@ -1,0 +1,73 @@
+"""Which trainer takes a training: the one that runs its steps on finemill's kernels, or TRL's as it comes."""
+
+import json
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Trainer
+
+from finemill.errors import UserError
+from finemill.training.adapter import keep_trained_in_float32
+from finemill.training.config import LoRATrainingConfig
+from finemill.training.memory import eight_bit_moments, must_stream, not_on_kernels
+from finemill.training.quantized_base import compute_dtype, load_base
+from finemill.training.trainer import cap_memory, memory_limit
+
+logger = logging.getLogger(__name__)
+
+
+def open_trainer(
+    base_model: Path,
+    config: LoRATrainingConfig,
+    device: torch.device,
+    plain: type[Trainer],
+    fast: Callable[[], Callable[..., Trainer]],
+) -> tuple[Callable[..., Trainer], PreTrainedModel]:
+    """Choose a trainer, and load the base as it needs it.
+
+    Args:
+        base_model: folder of the base.
+        config: what is trained, and how.
+        device: where.
+        plain: TRL's trainer.
+        fast: imports and returns the one on the kernels.
+    Returns: what makes the trainer, and the base for it.
+    Raises: UserError: not even the leanest plan fits into `memory_gb`, or LoftQ with a base that waits in host memory.
+    """
+    reason = not_on_kernels(config)
+    if reason or device.type != "cuda":
+        if config.kernels != "off" and device.type == "cuda":
+            logger.warning("trains without finemill's kernels: %s", reason)
+        cap_memory(config, device)
+        return plain, load_base(base_model, config, device)
+    model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    streamed = must_stream(model, config, memory_limit(config, device))
+    trainer = partial(fast(), memory_gb=config.memory_gb, eight_bit=eight_bit_moments(config))
+    if not streamed:
+        return trainer, load_base(base_model, config, device)
+    if config.init_lora_weights == "loftq":
+        raise UserError(
+            "init_lora_weights 'loftq' needs the base on the card: give more in memory_gb, or use 'default'"
+        )
+    from finemill.kernels.streamed import load_streamed
+
+    dtype, double_quant = compute_dtype(config, device), config.bnb_4bit_use_double_quant
+    return trainer, load_streamed(base_model, device=device, dtype=dtype, double_quant=double_quant)
+
+
+def check_kernels(trainer: Trainer, config: LoRATrainingConfig) -> None:
+    """Hold a trainer to what `kernels` asks for, and its adapters to float32.
+
+    Raises: UserError: `kernels` is on, and they cannot run.
+    """
+    acceleration = getattr(trainer, "acceleration", None)
+    if acceleration is None or not acceleration.active:
+        if config.kernels == "on":
+            reason = acceleration.reason if acceleration else not_on_kernels(config) or "there is no GPU"
+            raise UserError(f"kernels: on, but they cannot run here ({reason}): use kernels: auto or off")
+        keep_trained_in_float32(trainer.model)
+    elif not config.gradient_checkpointing:
+        logger.warning("gradient_checkpointing false has no effect on finemill's kernels: they plan it by memory_gb")
