@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
 from finemill.errors import UserError
@@ -24,7 +24,12 @@ from finemill.kernels.ops.nf4 import NF4Tensor
 
 
 def load_streamed(
-    path: Path, *, device: torch.device, dtype: torch.dtype = torch.bfloat16, double_quant: bool = True
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    double_quant: bool = True,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """Load a checkpoint of the Llama family, its seven linear layers in NF4 and in host memory.
 
@@ -33,9 +38,11 @@ def load_streamed(
         device: where to compute; embedding, norms and output layer go there.
         dtype: of what is not quantized, and of products.
         double_quant: quantize the quantization constants too.
+        config: in place of the folder's own.
     Raises: UserError: the checkpoint lacks a tensor of the model.
     """
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    if config is None:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     config.dtype = dtype
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from finemill.errors import UserError
+from finemill.models.rope import scaled_limit
 from finemill.models.stored_model import read_model_config
 from finemill.models.weights import StoredTensor, stored_tensors
 
@@ -232,7 +233,7 @@ def _not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
     window = config.get("sliding_window")
     # Where layers have types, those say which of them look back no further than the window.
     slides = "sliding_attention" in (config.get("layer_types") or ["sliding_attention"])
-    length = model.context_length or config["max_position_embeddings"]
+    length = _context_length(model)
     if window and slides and window < length:
         yield (
             f"sliding_window {window} is not supported: llama.cpp looks back over the whole context in this family. "
@@ -259,6 +260,13 @@ def _experts_not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
         yield "layers without experts (mlp_only_layers, decoder_sparse_step) are not supported; llama.cpp wants none"
 
 
+def _context_length(model: SourceModel) -> int:
+    """Positions that a client of the file may use, those of a scaling included."""
+    return model.context_length or scaled_limit(
+        model.config["max_position_embeddings"], model.config["rope_parameters"]
+    )
+
+
 def _yarn_attention_factor(key: str, rope: Mapping[str, Any]) -> float | None:
     """The factor by which YaRN sharpens attention, where nothing else is said."""
     return 0.1 * math.log(rope["factor"]) + 1 if key == "attention_factor" and rope["factor"] > 1 else None
@@ -270,7 +278,7 @@ def add_hyperparameters(writer: gguf.GGUFWriter, model: SourceModel, name: str) 
     heads = int(config["num_attention_heads"])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_context_length(model.context_length or config["max_position_embeddings"])
+    writer.add_context_length(_context_length(model))
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(model.num_layers)
     writer.add_feed_forward_length(config["intermediate_size"])

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from finemill.artifacts.adapter import has_tokenizer
 from finemill.artifacts.records import write_json
 from finemill.errors import UserError
+from finemill.models.rope import scale_json
 from finemill.models.sampling import read_generation_defaults
 
 logger = logging.getLogger(__name__)
@@ -55,12 +56,19 @@ def load_tokenizer(folder: Path, named: Path) -> Any:
 
 
 def write_config(
-    base_model: Path, output_dir: Path, dtype: torch.dtype, *, unties_embeddings: bool, vocab_size: int | None
+    base_model: Path,
+    output_dir: Path,
+    dtype: torch.dtype,
+    *,
+    unties_embeddings: bool,
+    vocab_size: int | None,
+    rope_parameters: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the base's config.json with what merging changed.
 
     Args:
         vocab_size: rows of the embedding, if the adapter brought another number.
+        rope_parameters: if the adapter was trained on positions that were scaled.
     """
     config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
@@ -71,6 +79,8 @@ def write_config(
             part["tie_word_embeddings"] = False
         if vocab_size and "vocab_size" in part:
             part["vocab_size"] = vocab_size
+        if rope_parameters and "max_position_embeddings" in part:
+            scale_json(part, rope_parameters)
     write_json(output_dir / "config.json", config)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from finemill.artifacts.adapter import read_training
 from finemill.artifacts.model import LandedTensor, MergeRecord, write_merge
 from finemill.components.merge.config import MergeConfig
 from finemill.components.merge.files import copy_tokenizer, write_config, write_generation_config
@@ -60,6 +61,7 @@ def run(
         dtype,
         unties_embeddings=merged.unties_embeddings,
         vocab_size=merged.vocab_size,
+        rope_parameters=_rope_parameters(adapter),
     )
     write_generation_config(base_model, output_dir, stop_token_ids(tokenizer, base_model))
     shapes = merged.shapes()
@@ -95,6 +97,11 @@ def run(
         **{f"merge/{name}": value for name, value in {**parity, **landed}.items()},
         "merge/size_bytes": sum(path.stat().st_size for path in output_dir.glob("*.safetensors")),
     }
+
+
+def _rope_parameters(adapter: Path) -> Mapping[str, Any] | None:
+    training = read_training(adapter)
+    return training.rope_parameters if training else None
 
 
 def put_adapter_on(stored: StoredModel, adapter: Path, config: MergeConfig) -> tuple[Any, MergedModel]:

@@ -56,7 +56,7 @@ def build_trainer(
     rows = load(dataset, "train", config.max_length)
     answers = [name for name in rows.column_names if name.endswith("_ids") and name != "prompt_ids"]
     longest = max(len(row["prompt_ids"]) + max(len(row[name]) for name in answers) for row in rows)
-    check_positions(base_model, min(longest, config.max_length), config.max_length)
+    check_positions(base_model, min(longest, config.max_length), config.max_length, config.rope_scaling)
     shared: dict[str, Any] = {
         **shared_arguments(config, scratch, device),
         "beta": config.beta,

@@ -48,7 +48,7 @@ def build_trainer(
     """TRL's trainer on rows that are tokenized and labelled already."""
     rows = load_rows(dataset, "train", config.max_length)
     longest = pc.max(pc.list_value_length(rows.data.column("input_ids"))).as_py()
-    check_positions(base_model, longest, config.max_length)
+    check_positions(base_model, longest, config.max_length, config.rope_scaling)
     trainer_class, model = open_trainer(base_model, config, device, SFTTrainer, _fast_trainer)
     trainer: SFTTrainer = trainer_class(
         model=model,

@@ -1,20 +1,10 @@
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from finemill.errors import UserError
-from finemill.training.positions import check_positions, position_limit
-
-
-def base(folder: Path, tiny_model_dir: Path, **changes: Any) -> Path:
-    """The tiny model's configuration, of 1024 positions, with changes."""
-    config = json.loads((tiny_model_dir / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-    shutil.copy(tiny_model_dir / "tokenizer.json", folder)
-    return folder
+from finemill.models.rope import RopeScaling
+from finemill.training.positions import base_config, check_positions
 
 
 def test_a_row_longer_than_the_model_has_positions_is_refused(tiny_model_dir: Path) -> None:
@@ -24,16 +14,11 @@ def test_a_row_longer_than_the_model_has_positions_is_refused(tiny_model_dir: Pa
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("changes", "limit"),
-    [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}, 4096),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, 2048),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, 2048),
-        ({"max_position_embeddings": 32}, 32),
-    ],
-)
-def test_positions_count_those_of_the_scaling(
-    changes: dict[str, Any], limit: int, tmp_path: Path, tiny_model_dir: Path
-) -> None:
-    assert position_limit(base(tmp_path, tiny_model_dir, **changes)) == limit
+def test_the_scaling_that_would_do_is_named(tiny_model_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"or rope_scaling to \{rope_type: yarn, factor: 4\}"):
+        check_positions(tiny_model_dir, 3500, 8192)
+    doubled = RopeScaling(rope_type="linear", factor=2.0)
+    check_positions(tiny_model_dir, 2048, 8192, doubled)
+    with pytest.raises(UserError, match=r"positions for 2048: .* or rope_scaling to \{rope_type: linear, factor: 4\}"):
+        check_positions(tiny_model_dir, 3500, 8192, doubled)
+    assert base_config(tiny_model_dir, doubled).rope_parameters["factor"] == 2.0

@@ -17,6 +17,8 @@ class TrainingRecord(Record):
     log_history: tuple[dict[str, Any], ...]
     base_digest: str | None = None
     """Digest of the base model, as `models/base/resolve.py` computes it."""
+    rope_parameters: dict[str, Any] | None = None
+    """The base's positions where the training scaled them, as transformers' configuration has them."""
 
     @property
     def num_steps(self) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import shlex
 import signal
@@ -9,6 +10,7 @@ import threading
 from pathlib import Path
 from typing import NoReturn
 
+from finemill.artifacts.adapter import read_training
 from finemill.asking.find_model import FoundModel
 from finemill.commands.model_argument import add_model_arguments, found_model
 from finemill.errors import UserError
@@ -69,6 +71,9 @@ def _vllm(found: FoundModel, parsed: argparse.Namespace) -> list[str]:
         rank = max([config.r, *(config.rank_pattern or {}).values()])
         command += ["--enable-lora", "--max-lora-rank", str(_allowed_rank(rank))]
         command += ["--lora-modules", f"{name}={found.adapter}", "--tokenizer", str(found.adapter)]
+        training = read_training(found.adapter)
+        if training and training.rope_parameters:
+            command += ["--hf-overrides", json.dumps({"rope_parameters": training.rope_parameters})]
     return command + (["--max-model-len", str(parsed.context_length)] if parsed.context_length else [])
 
 

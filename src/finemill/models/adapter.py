@@ -14,6 +14,7 @@ from finemill.artifacts.ports import BASE_MODEL
 from finemill.config import parse_config
 from finemill.errors import StepError, UserError
 from finemill.models.base.resolve import ResolvedBase, base_digest, hub_name, is_commit
+from finemill.models.rope import scale_model
 from finemill.models.weights import read_header
 
 CONFIG_NAME = "adapter_config.json"
@@ -91,7 +92,7 @@ def check_adapter_weights(folder: Path) -> None:
 
 
 def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
-    """`base` with the LoRA adapter in `folder`, as one PEFT model in evaluation mode.
+    """`base` with the LoRA adapter in `folder`, as one PEFT model in evaluation mode, with the positions it trained on.
 
     Args:
         assign: put the adapter's tensors in the place of parameters instead of copying them there, as a base whose
@@ -103,6 +104,9 @@ def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
     read_adapter_config(folder)
     check_adapter_weights(folder)
     _check_kind(folder, base)
+    training = read_training(folder)
+    if training and training.rope_parameters:
+        scale_model(base, training.rope_parameters)
     try:
         with warnings.catch_warnings():
             for message in _PEFT_WARNINGS:

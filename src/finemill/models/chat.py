@@ -21,6 +21,7 @@ from finemill.models.generation import (
     without_own_generation_config,
 )
 from finemill.models.reply import End, Piece, Reply, ThinkingSplitter, collect
+from finemill.models.rope import position_limit
 from finemill.models.sampling import Sampling
 from finemill.rows.answers import THINK_OPEN
 
@@ -117,7 +118,7 @@ class LocalChat:
         return text
 
     def _room(self, num_prompt_tokens: int, max_new_tokens: int) -> int:
-        limit: int | None = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        limit = position_limit(self._model.config)
         if limit is None:
             return max_new_tokens
         if num_prompt_tokens >= limit:

@@ -15,6 +15,7 @@ from finemill.artifacts.adapter import TrainingRecord, write_training
 from finemill.errors import UserError
 from finemill.models.adapter import CONFIG_NAME, WEIGHTS_NAME
 from finemill.models.base.resolve import ResolvedBase
+from finemill.models.rope import RopeScaling
 from finemill.models.weights import read_header
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.mixture import Mixture
@@ -163,10 +164,18 @@ def keep_trained_in_float32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def save_adapter(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path, base: ResolvedBase) -> None:
+def save_adapter(
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path,
+    base: ResolvedBase,
+    *,
+    rope_scaling: RopeScaling | None,
+) -> None:
     """Write adapter, tokenizer with its chat template, and the training's log history.
 
-    The adapter names its base as PEFT expects: the hub's name and commit where there is one, else the reference.
+    The adapter names its base as PEFT expects: the hub's name and commit where there is one, else the reference. Its
+    record has the positions, if `rope_scaling` changed them.
     """
     model = trainer.model
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -180,7 +189,12 @@ def save_adapter(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, output_di
         _save_whole(model, output_dir, base)
     tokenizer.save_pretrained(output_dir)
     state = trainer.state
-    record = TrainingRecord(max_steps=state.max_steps, log_history=tuple(state.log_history), base_digest=base.digest)
+    record = TrainingRecord(
+        max_steps=state.max_steps,
+        log_history=tuple(state.log_history),
+        base_digest=base.digest,
+        rope_parameters=dict(model.config.get_text_config().rope_parameters) if rope_scaling else None,
+    )
     write_training(output_dir, record)
 
 

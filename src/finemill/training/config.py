@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from finemill.config import StepConfig
+from finemill.models.rope import RopeScaling
 
 _OF_ADAPTERS = (
     "lora_r",
@@ -159,6 +160,10 @@ class LoRATrainingConfig(StepConfig):
 
     max_length: int = Field(default=2048, gt=0)
     """Longer rows are cut to this many tokens; rows left without a label are dropped and counted."""
+
+    rope_scaling: RopeScaling | None = None
+    """More positions than the base was made with, as `{rope_type: yarn, factor: 4}`: the adapter remembers them, and
+    the config.json of the merged model has them, where vLLM and llama.cpp read them."""
 
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: much less memory, about a quarter more time."""

@@ -13,6 +13,7 @@ from finemill.errors import UserError
 from finemill.training.adapter import keep_trained_in_float32
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.memory import eight_bit_moments, must_stream, not_on_kernels
+from finemill.training.positions import base_config
 from finemill.training.quantized_base import compute_dtype, load_base
 from finemill.training.trainer import cap_memory, memory_limit
 
@@ -55,7 +56,8 @@ def open_trainer(
     from finemill.kernels.streamed import load_streamed
 
     dtype, double_quant = compute_dtype(config, device), config.bnb_4bit_use_double_quant
-    return trainer, load_streamed(base_model, device=device, dtype=dtype, double_quant=double_quant)
+    described = base_config(base_model, config.rope_scaling)
+    return trainer, load_streamed(base_model, device=device, dtype=dtype, double_quant=double_quant, config=described)
 
 
 def check_kernels(trainer: Trainer, config: LoRATrainingConfig) -> None:

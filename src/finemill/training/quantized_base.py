@@ -12,6 +12,7 @@ from finemill.kernels.engine.quantized_experts import quantize_experts
 from finemill.models.causal_lm import no_progress_bar
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.mixture import EXPERTS
+from finemill.training.positions import base_config
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
     with no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
             base_model,
+            config=base_config(base_model, config.rope_scaling),
             dtype=torch.float32 if config.method == "full" else dtype,
             device_map={"": device},
             trust_remote_code=False,

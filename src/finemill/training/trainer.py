@@ -238,7 +238,7 @@ def _train(
             best.restore(trainer.model)
     if checkpoints.stop_requested and trainer.state.global_step < trainer.state.max_steps:
         raise TemporaryError(f"stopped at step {trainer.state.global_step}; run again to continue from there")
-    save_adapter(trainer, tokenizer, output_dir, base)
+    save_adapter(trainer, tokenizer, output_dir, base, rope_scaling=config.rope_scaling)
     if initial:
         subtract_initial(output_dir, initial)
     _warn_of_fit(trainer)

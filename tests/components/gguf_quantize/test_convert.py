@@ -414,6 +414,15 @@ def test_what_comes_to_the_same_is_converted(values: dict[str, object], qwen2_di
     assert mean_kl(tmp_path / "m", tmp_path / "f16.gguf") < 1e-4
 
 
+@pytest.mark.parametrize("stated", [32, 128])
+def test_the_context_length_is_that_of_the_scaled_positions(stated: int, qwen2_dir: Path, tmp_path: Path) -> None:
+    values = {"rope_parameters": YARN, "max_position_embeddings": stated}
+    write_gguf(configured(qwen2_dir, tmp_path / "m", **values), tmp_path / "f16.gguf", "F16", "test", 2)
+    fields = gguf.GGUFReader(tmp_path / "f16.gguf").fields
+    found = [fields[f"qwen2.{name}"].contents() for name in ("context_length", "rope.scaling.original_context_length")]
+    assert found == [128, 32]
+
+
 def test_up_to_its_window_a_sliding_model_is_the_same(qwen2_dir: Path, tmp_path: Path) -> None:
     values = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1, "layer_types": None}
     folder = configured(qwen2_dir, tmp_path / "m", **values).folder

@@ -50,6 +50,7 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "whole modules": ({"load_in_4bit": False, **TABLES}, 1e-4),
     "embedding alone": ({"load_in_4bit": False, "modules_to_save": ("embed_tokens",)}, 1e-4),
     "full": (FULL, 1e-4),
+    "YaRN": ({"load_in_4bit": False, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 1e-4),
 }
 MakeContext = Callable[[], StepContext]
 
