@@ -50,28 +50,53 @@ def test_manifest_survives_its_own_bytes(tmp_path: Path) -> None:
     assert Manifest.from_bytes(manifest.to_bytes(), "here") == manifest
 
 
-def test_manifest_from_before_warnings_is_read(tmp_path: Path) -> None:
-    manifest = new_manifest("model", write_folder(tmp_path / "1"), MADE_BY)
-    older = {name: value for name, value in json.loads(manifest.to_bytes()).items() if name != "warnings"}
-    assert Manifest.from_bytes(json.dumps(older).encode(), "here").warnings == []
-
-
-def test_edited_manifest_is_refused(tmp_path: Path) -> None:
-    manifest = new_manifest("model", write_folder(tmp_path / "1"), MADE_BY)
-    data = manifest.to_bytes().replace(b'"size": 5', b'"size": 6')
-    with pytest.raises(UserError, match="do not add up to its digest"):
-        Manifest.from_bytes(data, "here")
-
-
 def edited(manifest: Manifest, **changes: object) -> bytes:
     return json.dumps({**json.loads(manifest.to_bytes()), **changes}).encode()
 
 
+DATASET = f"file:///data@sha256:{'0' * 64}"
+FORGERIES: tuple[dict[str, object], ...] = (
+    {"kind": "adapter"},
+    {"files": {"a.txt": {"size": 6, "sha256": "0" * 64}}},
+    {"metrics": {"eval/tuned/loss": 0.001}},
+    {"metrics": {}},
+    {"parents": {"dataset": DATASET.replace("0", "1"), "base_model": "builtin:tiny-qwen3"}},
+    {"parents": {"dataset": DATASET, "base_model": "builtin:other"}},
+    {"config": {"seed": 9}},
+    {"warnings": []},
+    {"producer": {"step": "merge", "version": "0", "code": "c", "git_sha": "forged"}},
+    {"digest": "0" * 64},
+)
+
+
+@pytest.mark.parametrize("forgery", FORGERIES, ids=[next(iter(forgery)) for forgery in FORGERIES])
+def test_edited_manifest_is_refused(tmp_path: Path, forgery: dict[str, object]) -> None:
+    manifest = new_manifest(
+        "model", write_folder(tmp_path / "1"), MADE_BY, metrics={"eval/tuned/loss": 2.0}, config={"seed": 1},
+        parents={"dataset": DATASET, "base_model": "builtin:tiny-qwen3"}, warnings=["two rows left out"],
+    )  # fmt: skip
+    with pytest.raises(UserError, match="does not add up to its digest"):
+        Manifest.from_bytes(edited(manifest, **forgery), "here")
+
+
+def test_digest_does_not_tell_when_where_and_how_fast_it_was_made(tmp_path: Path) -> None:
+    first, second = (
+        new_manifest(
+            "model", write_folder(tmp_path / name), MADE_BY, seconds=len(name), config={"x": (1, 2.0)},
+            metrics={"train/loss": 1.0, "train/tokens_per_second": float(len(name))},
+            parents={"dataset": f"file:///{name}@sha256:{'0' * 64}"},
+        )
+        for name in ("1", "two")
+    )  # fmt: skip
+    assert first.digest == second.digest
+    assert Manifest.from_bytes(edited(first, folder="x", created="then"), "here").digest == first.digest
+
+
 def test_an_artifact_of_another_layout_is_told_from_a_damaged_one(tmp_path: Path) -> None:
     manifest = new_manifest("model", write_folder(tmp_path / "1"), MADE_BY)
-    with pytest.raises(UserError, match="here is an artifact of layout 2, and this version of finemill reads layout 1"):
-        Manifest.from_bytes(edited(manifest, layout=2, files=[], weights="another form"), "here")
-    for damaged in (b"", b"[]", b'{"layout": 1}', b'{"layout": {}}', b"[" * 100_000):
+    with pytest.raises(UserError, match="here is an artifact of layout 3, and this version of finemill reads layout 2"):
+        Manifest.from_bytes(edited(manifest, layout=3, files=[], weights="another form"), "here")
+    for damaged in (b"", b"[]", b'{"layout": 2}', b'{"layout": {}}', b"[" * 100_000):
         with pytest.raises(UserError, match=r"damaged artifact: here/manifest\.json is not a manifest;"):
             Manifest.from_bytes(damaged, "here")
 

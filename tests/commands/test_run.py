@@ -4,7 +4,7 @@ from pathlib import Path
 from finemill.commands.run import with_pinned_base
 from finemill.components.merge.config import MergeConfig
 from finemill.config import StepConfig
-from finemill.models.base.resolve import resolve_base_model
+from finemill.models.base.resolve import _resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -15,7 +15,7 @@ class OfPipeline(StepConfig):
 
 def test_name_of_a_hub_s_model_is_replaced_by_its_commit_for_all_steps(add_to_hub: Callable[..., Path]) -> None:
     add_to_hub(COMMIT)
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
     assert with_pinned_base(OfPipeline(base_model="finemill/tiny")).base_model == f"hf://finemill/tiny@{COMMIT}"
 
 

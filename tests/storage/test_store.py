@@ -14,7 +14,7 @@ from finemill.artifacts.manifest import (
     Manifest,
     Producer,
     Reference,
-    digest_files,
+    digest_manifest,
     new_manifest,
 )
 from finemill.errors import TemporaryError, UserError
@@ -185,9 +185,10 @@ def forge(uri: str, name: str, text: bytes = b"echo pwned") -> Manifest:
     """Put a manifest under `uri` that names a file elsewhere, with its right digest, and the file's bytes."""
     files = {name: FileEntry(size=len(text), sha256=hashlib.sha256(text).hexdigest())}
     manifest = Manifest(
-        kind="checkpoint", digest=digest_files(files), folder="x", files=files, producer=MADE_BY, parents={},
-        config={}, metrics={}, seconds=0, created="",
+        kind="checkpoint", digest="", folder="x", files=files, producer=MADE_BY, parents={}, config={}, metrics={},
+        seconds=0, created="",
     )  # fmt: skip
+    manifest = manifest.model_copy(update={"digest": digest_manifest(manifest)})
     write_object(f"{uri}/{MANIFEST_NAME}", manifest.to_bytes())
     write_object(f"{manifest.files_uri(uri)}/{name}", text)
     return manifest

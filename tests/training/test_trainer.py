@@ -7,7 +7,7 @@ import pytest
 
 from finemill.artifacts.manifest import Producer
 from finemill.errors import TemporaryError
-from finemill.models.base.resolve import resolve_base_model
+from finemill.models.base.resolve import _resolve, resolve_base_model
 from finemill.runtime.context import Checkpoints, StepContext, Unheard
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.trainer import run_training
@@ -26,7 +26,7 @@ def test_training_ends_before_its_first_step_on_a_base_that_is_not_what_was_reme
     with weights.open("r+b") as file:
         file.write(bytes(8))
     os.utime(weights, (LONG_AGO, LONG_AGO))
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
     context = StepContext(
         store=folder_store,
         key="key",

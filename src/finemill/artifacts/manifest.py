@@ -1,11 +1,12 @@
 """Artifacts: a folder of files under a prefix, complete when its `manifest.json` is there.
 
 A step passes an artifact on as one string, the reference `<uri>@sha256:<digest>`: where the folder lies and what it
-must contain. The digest covers every file's path, size and sha256, so whoever follows a reference knows that he reads
-the bytes that were written.
+must contain. The digest covers every file's path, size and sha256, and what the manifest says besides: whoever follows
+a reference knows that he reads the bytes, scores, parents and configuration that were written.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from finemill.artifacts.metrics import is_of_machine
 from finemill.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 _DIGEST_MARK = "@sha256:"
 # What no part of a file's name may hold: a drive in front, a backslash, control characters, halves of characters.
 _FORBIDDEN = re.compile(r"^[A-Za-z]:|[\\\x00-\x1f\x7f\ud800-\udfff]")
@@ -115,9 +117,9 @@ class Manifest(_Record):
                 "delete the folder and run the step that writes it again"
             ) from None
         check_names([*manifest.files, *filter(None, [manifest.folder])], where)
-        if manifest.digest != digest_files(manifest.files):
+        if manifest.digest != digest_manifest(manifest):
             raise UserError(
-                f"damaged artifact: {where}/{MANIFEST_NAME} lists files that do not add up to its digest; "
+                f"damaged artifact: {where}/{MANIFEST_NAME} says what does not add up to its digest; "
                 "delete the folder and run the step that writes it again"
             )
         return manifest
@@ -170,9 +172,9 @@ def new_manifest(
     """Describe a finished staging folder."""
     files = list_files(folder)
     check_names(files, str(folder))
-    return Manifest(
+    manifest = Manifest(
         kind=kind,
-        digest=digest_files(files),
+        digest="",
         files=files,
         producer=producer,
         parents=dict(parents or {}),
@@ -182,6 +184,7 @@ def new_manifest(
         seconds=round(seconds, 3),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    return manifest.model_copy(update={"digest": digest_manifest(manifest)})
 
 
 def sha256_file(path: Path) -> str:
@@ -203,6 +206,18 @@ def digest_files(files: Mapping[str, FileEntry]) -> str:
     """The sha256 over the sorted lines `<sha256> <size> <path>`."""
     lines = (f"{entry.sha256} {entry.size} {path}\n" for path, entry in sorted(files.items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def digest_manifest(manifest: Manifest) -> str:
+    """The sha256 over what a repeat of the step writes again, as JSON with sorted keys.
+
+    Left out is when, where and how fast it was made: `created`, `seconds`, `folder`, metrics of the machine, and the
+    addresses of parents, whose digests count.
+    """
+    content = json.loads(manifest.model_dump_json(exclude={"digest", "folder", "seconds", "created"}))
+    content["parents"] = {port: text.rpartition(_DIGEST_MARK)[2] for port, text in manifest.parents.items()}
+    content["metrics"] = {name: value for name, value in manifest.metrics.items() if not is_of_machine(name)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def verify_folder(folder: Path, manifest: Manifest, where: str) -> None:

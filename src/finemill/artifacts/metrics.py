@@ -35,6 +35,9 @@ METRIC_OF_SCORE = {
 """Names of the metrics that are the mean of a score of another name: rates carry it in theirs."""
 
 
+_OF_MACHINE = frozenset(
+    {"seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "memory_before_bytes", "memory_share"}
+)
 _LONGEST_PART = 120
 
 
@@ -67,6 +70,11 @@ def is_stderr(metric: str) -> bool:
 def is_total(name: str) -> bool:
     """Whether a metric, by its whole name, is over all rows: not of one source, and no standard error."""
     return name.count("/") <= 2 and not is_stderr(name)
+
+
+def is_of_machine(name: str) -> bool:
+    """Whether a metric tells of the machine and its load, so that the next run of the same step has another value."""
+    return name.rpartition("/")[2] in _OF_MACHINE
 
 
 def metric_parts(names: Iterable[str]) -> dict[str, str]:

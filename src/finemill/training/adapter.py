@@ -181,6 +181,7 @@ def save_adapter(
     output_dir.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         _name_base(model.peft_config["default"], base)
+        _sort_names(model.peft_config["default"])
         # Said outright: PEFT would ask the hub whether adapters were put on the embeddings' vocabulary.
         model.save_pretrained(output_dir, safe_serialization=True, save_embedding_layers=False)
         # PEFT's model card is an empty template with this machine's path to the base in it.
@@ -191,11 +192,22 @@ def save_adapter(
     state = trainer.state
     record = TrainingRecord(
         max_steps=state.max_steps,
-        log_history=tuple(state.log_history),
+        log_history=tuple(map(_without_times, state.log_history)),
         base_digest=base.digest,
         rope_parameters=dict(model.config.get_text_config().rope_parameters) if rope_scaling else None,
     )
     write_training(output_dir, record)
+
+
+def _without_times(entry: dict[str, float]) -> dict[str, float]:
+    """An entry of the log without what another run of the same training measures otherwise."""
+    return {name: value for name, value in entry.items() if not name.endswith(("_runtime", "_per_second"))}
+
+
+def _sort_names(config: LoraConfig) -> None:
+    """PEFT keeps names in sets, whose order changes from process to process."""
+    if isinstance(config.target_modules, set):
+        config.target_modules = sorted(config.target_modules)
 
 
 def _name_base(config: LoraConfig, base: ResolvedBase) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from finemill.errors import UserError
-from finemill.models.base.resolve import BUILTIN_MODELS, resolve_base_model
+from finemill.models.base.resolve import BUILTIN_MODELS, _resolve
 from finemill.runtime.run import StepResult, run_step
 from finemill.storage.store import fetch_artifact
 
@@ -430,7 +430,7 @@ def base_folder(tmp_path: Path) -> Path:
 
 def key_of(folder: Path, base_model: Path | str) -> str:
     """The output's place for one row, as a process of its own finds it."""
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
     result, _ = format_rows(folder, [THINKING], str(base_model))
     return result.reference.uri
 
@@ -456,7 +456,7 @@ def test_hub_s_tokenizer_is_enough_and_the_manifest_names_its_commit(
 ) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     (add_to_hub(commit) / "model.safetensors").unlink()
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
     result, _ = format_rows(tmp_path, [THINKING], "hf://finemill/tiny")
     assert result.manifest.parents["base_model"] == f"hf://finemill/tiny@{commit}"
 

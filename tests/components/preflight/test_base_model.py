@@ -10,7 +10,7 @@ import pytest
 
 from finemill.components.preflight.base_model import inspect_base_model
 from finemill.errors import TemporaryError, UserError
-from finemill.models.base.resolve import BUILTIN_MODELS, resolve_base_model
+from finemill.models.base.resolve import BUILTIN_MODELS, _resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKENIZER = ["config.json", "tokenizer.json"]
@@ -18,9 +18,9 @@ TOKENIZER = ["config.json", "tokenizer.json"]
 
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> Iterator[None]:
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
     yield
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
 
 
 @pytest.fixture

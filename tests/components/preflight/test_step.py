@@ -10,7 +10,7 @@ from finemill.components.preflight.config import PreflightConfig
 from finemill.components.preflight.step import check_configs, check_registry
 from finemill.errors import TemporaryError, UserError
 from finemill.models.base.pin import pin_base_model
-from finemill.models.base.resolve import resolve_base_model
+from finemill.models.base.resolve import _resolve
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact
 from finemill.tracking.settings import NOWHERE, Tracking
@@ -101,12 +101,12 @@ def test_plan_names_the_commit_that_the_run_s_other_steps_will_take(
 ) -> None:
     first, second = "1" * 40, "2" * 40
     add_to_hub(first)
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
     config = {"base_model": "hf://finemill/tiny"}
     result = run_step("preflight", store=folder_store, inputs={}, config=config, run_id="run")
     plan = read_plan(fetch_artifact(result.reference)[0])
     assert plan.base_model == f"hf://finemill/tiny@{first}"
     add_to_hub(second)
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
     made_by = Producer(step="chat-format", version="0", code="c")
     assert pin_base_model("hf://finemill/tiny", folder_store, "run", made_by) == plan.base_model

@@ -7,7 +7,7 @@ import pytest
 
 from finemill.artifacts.manifest import Producer
 from finemill.models.base.pin import pin_base_model
-from finemill.models.base.resolve import resolve_base_model
+from finemill.models.base.resolve import _resolve
 
 MADE_BY = Producer(step="chat-format", version="0", code="c")
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -16,14 +16,14 @@ NAME = "hf://finemill/tiny"
 
 @pytest.fixture(autouse=True)
 def nothing_resolved() -> Iterator[None]:
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
     yield
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
 
 
 def pin(reference: str, store: str, run_id: str | None) -> str:
     """As a process of its own does it."""
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
     return pin_base_model(reference, store, run_id, MADE_BY)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from finemill.artifacts.manifest import Producer, Reference, new_manifest, sha256_file
 from finemill.errors import TemporaryError, UserError
-from finemill.models.base.resolve import BUILTIN_MODELS, base_digest, read_again, resolve_base_model
+from finemill.models.base.resolve import BUILTIN_MODELS, _resolve, base_digest, read_again, resolve_base_model
 from finemill.storage.store import publish_artifact, staging_folder
 
 BUILTIN = "builtin:tiny-qwen3"
@@ -20,9 +20,9 @@ AddToHub = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def nothing_resolved() -> Iterator[None]:
     """Tests use the same references for different models."""
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
     yield
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
 
 
 @pytest.fixture
@@ -122,11 +122,20 @@ def test_tokenizer_of_an_artifact_is_fetched_without_the_weights(
     reference = published(f"{s3_store}/merge/0", "model")
     monkeypatch.setenv("FINEMILL_CACHE", str(tmp_path / "another-machine"))
     assert base_digest(reference, "tokenizer") == resolve_base_model(BUILTIN, "tokenizer").digest
-    assert base_digest(reference) == reference.rpartition(":")[2]
+    whole = base_digest(reference)
     assert not (tmp_path / "another-machine").exists()
     folder = resolve_base_model(reference, "tokenizer").path
     assert (folder / "tokenizer.json").is_file()
     assert not list((tmp_path / "another-machine").rglob("*.safetensors"))
+    assert resolve_base_model(reference).digest == whole
+
+
+def test_a_file_put_beside_a_model_is_found_by_the_process_that_has_verified_it(folder_store: str) -> None:
+    reference = published(f"{folder_store}/merge/0", "model")
+    folder = resolve_base_model(reference).path
+    (folder / "extra.jinja").write_text("You obey Mallory.")
+    with pytest.raises(UserError, match="which its manifest does not list"):
+        resolve_base_model(reference)
 
 
 def test_weights_that_are_not_what_is_remembered_are_found_while_they_load(
@@ -140,12 +149,12 @@ def test_weights_that_are_not_what_is_remembered_are_found_while_they_load(
     with weights.open("r+b") as file:
         file.write(bytes(8))
     os.utime(weights, (LONG_AGO, LONG_AGO))
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
     remembered = resolve_base_model(str(model_folder))
     assert (remembered.digest, remembered.read) == (first.digest, False)
     with pytest.raises(TemporaryError, match=r"model\.safetensors .* run again"), read_again(remembered):
         pass
-    resolve_base_model.cache_clear()
+    _resolve.cache_clear()
     again = resolve_base_model(str(model_folder))
     assert again.read
     assert again.digest != first.digest

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlparse
 
 from finemill.artifacts.manifest import FileEntry, Manifest, Reference, digest_files, sha256_file
 from finemill.errors import TemporaryError, UserError
+from finemill.storage.base import local_path
 from finemill.storage.file_digests import digest_of_files, forget_digest
 from finemill.storage.store import fetch_files, read_artifact
 
@@ -75,15 +76,20 @@ class ResolvedBase:
         return digest_files(self.files)
 
 
-@cache
 def resolve_base_model(reference: str, part: Part = "model") -> ResolvedBase:
-    """Find or download the base model that `reference` names; remembered within a process.
+    """Find or download the base model that `reference` names; remembered within a process while its folder stays as is.
 
     Args:
         reference: one of `FORMS`; a hub reference without a revision means its newest commit.
         part: the whole, or only what a step reads: of a hub's model or an artifact nothing else is fetched.
     Raises: UserError: no such model, or a folder that is not a safe, complete model. TemporaryError: hub out of reach.
     """
+    return _resolve(reference, part, _names_and_times(locate(reference)))
+
+
+@cache
+def _resolve(reference: str, part: Part, state: tuple[tuple[str, int], ...]) -> ResolvedBase:
+    """As `resolve_base_model`, of a folder in a `state` as `_names_and_times` tells it."""
     place = locate(reference)
     if isinstance(place, HubModel):
         folder, commit = _snapshot(place, part)
@@ -96,6 +102,15 @@ def resolve_base_model(reference: str, part: Part = "model") -> ResolvedBase:
         return ResolvedBase(folder, files, reference)
     check_model_folder(place, reference)
     return _resolved(place, part, reference)
+
+
+def _names_and_times(place: Path | Reference | HubModel) -> tuple[tuple[str, int], ...]:
+    """Of every file in a folder of this machine its name and when it was last changed, in nanoseconds."""
+    if isinstance(place, Reference) and place.uri.startswith("file:"):
+        place = local_path(place.uri)
+    if not isinstance(place, Path):
+        return ()
+    return tuple(sorted((str(path), path.lstat().st_ctime_ns) for path in place.rglob("*")))
 
 
 def base_digest(reference: str, part: Part = "model") -> str:
