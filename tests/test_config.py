@@ -1,6 +1,6 @@
 import re
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import pytest
 from pydantic import Field, field_validator, model_validator
@@ -52,6 +52,33 @@ def test_every_problem_is_named_with_key_value_and_way_out(values: dict[str, obj
     with pytest.raises(UserError) as error:
         parse_config(Config, values, "c.yaml")
     assert str(error.value) == line
+
+
+class Numbers(StepConfig):
+    rank: int = 1
+    rate: float | None = None
+    sizes: tuple[int, ...] = ()
+    gates: dict[str, float] | None = None
+    steps: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
+    verbose: bool | int = False
+    layer: Layer | None = None
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"rank": True}, "rank"),
+        ({"rate": False}, "rate"),
+        ({"sizes": [1, True]}, "sizes"),
+        ({"gates": {"kl": True}}, "gates"),
+        ({"steps": True}, "steps"),
+        ({"layer": {"rank": True}}, "layer.rank"),
+    ],
+)
+def test_yes_and_no_are_no_numbers(values: dict[str, object], key: str) -> None:
+    with pytest.raises(UserError, match=f"'{key}': true, false, yes, no, on and off are no number"):
+        parse_config(Numbers, values, "c.yaml")
+    assert parse_config(Numbers, {"verbose": True, "rank": 2}, "c.yaml").verbose is True
 
 
 class Size(StepConfig):

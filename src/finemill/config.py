@@ -1,9 +1,10 @@
 """The base of every step's configuration: frozen, typed, unknown keys refused."""
 
+from collections.abc import Iterator, Mapping
 from reprlib import Repr
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from finemill.errors import UserError
 
@@ -22,6 +23,15 @@ class StepConfig(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic, as Python, takes true for 1, and YAML reads true where somebody wrote yes or on."""
+        kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
+        if kinds & {int, float} and not kinds & {bool, Any, object} and _holds_boolean(value):
+            raise ValueError("true, false, yes, no, on and off are no number: give a number")
+        return value
 
 
 _brief = Repr()
@@ -58,6 +68,25 @@ def describe_validation_error(error: ValidationError, model: type[BaseModel]) ->
             found = "" if item["type"] == "missing" else f" (found {_brief.repr(item['input']):.160})"
             problems.append(f"'{key}': {item['msg']}{found}")
     return "; ".join(problems)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """What an annotation is made of; nested models count as anything, since they look at their own fields."""
+    if get_origin(annotation) is Literal:
+        yield from map(type, get_args(annotation))
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield Any
+    elif arguments := get_args(annotation):
+        for argument in arguments:
+            yield from _kinds(argument)
+    else:
+        yield annotation
+
+
+def _holds_boolean(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_holds_boolean, value)))
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
