@@ -1,8 +1,8 @@
 """Configuration of eval."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from finemill.config import StepConfig
 
@@ -50,6 +50,15 @@ class EvalConfig(StepConfig):
     seed: int = 0
     """With a temperature: seed of the draws."""
 
+    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")], str] = Field(default_factory=dict)
+    """Further models that answer the same rows, by a name each: a merged model, a GGUF file, an adapter, the champion
+    (`models:/name@champion`), the address of an OpenAI-compatible server. They are asked in chats, with their own
+    templates, and stand beside base and tuned in every table; no gate of promote looks at them."""
+
+    regression: bool = False
+    """Also ask base and tuned 45 questions that come with the project (instructions, arithmetic, reading): whether
+    tuning forgot what the base knew. A gate of promote on `regression/accuracy` guards it."""
+
     json_schema: dict[str, Any] | None = None
     """JSON schema that every answer should keep; `schema_ok_rate` counts those that do."""
 
@@ -58,3 +67,10 @@ class EvalConfig(StepConfig):
 
     report_rows: int = Field(default=200, ge=0)
     """Rows whose answers the report shows side by side; samples.parquet has them all."""
+
+    @model_validator(mode="after")
+    def _has_names_of_its_own(self) -> Self:
+        taken = sorted({"base", "tuned", "delta", "rows", "fixed", "broken"} & self.models.keys())
+        if taken:
+            raise ValueError(f"models: {', '.join(taken)} has a meaning already: give the model another name")
+        return self

@@ -47,10 +47,10 @@ def summarize(base: Sequence[Sample], tuned: Sequence[Sample]) -> dict[str, floa
         for source, part in metric_parts(sources(samples)).items():
             of_source = [sample for sample in samples if sample.source == source]
             metrics |= {model_metric(model, f"{part}/{name}"): value for name, value in score(of_source).items()}
-    metrics |= {delta_metric(name): value for name, value in _deltas(base, tuned).items()}
+    metrics |= {delta_metric(name): value for name, value in deltas(base, tuned).items()}
     for source, part in metric_parts(sources(base)).items():
         pairs = [pair for pair in zip(base, tuned, strict=True) if pair[0].source == source]
-        changes = _deltas(*zip(*pairs, strict=True))
+        changes = deltas(*zip(*pairs, strict=True))
         metrics |= {delta_metric(f"{part}/{name}"): value for name, value in changes.items()}
     return metrics | _changes(base, tuned)
 
@@ -89,7 +89,7 @@ def _loss(samples: Sequence[Sample]) -> dict[str, float]:
     }
 
 
-def _deltas(base: Sequence[Sample], tuned: Sequence[Sample]) -> Mapping[str, float]:
+def deltas(base: Sequence[Sample], tuned: Sequence[Sample]) -> Mapping[str, float]:
     """Tuned less base, from row-by-row differences: both share what makes a row hard, so that the error is smaller."""
     deltas: dict[str, float] = {}
     for name in (*MEANS, "loss"):

@@ -27,6 +27,7 @@ from finemill.components.eval.chart import training_chart
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.metrics import sources
 from finemill.components.eval.overview import change, heat_map, short_name, verdict, worst_first
+from finemill.components.eval.think_lengths import think_lengths
 from finemill.runtime.context import StepContext
 
 _MINUS = "\N{MINUS SIGN}"
@@ -61,10 +62,15 @@ MEASURES = (
     Measure("perplexity", "Perplexity", "exp of the loss", as_percent=False, lower_is_better=True),
     Measure("format_ok_rate", "Well-formed", "turn ended, thinking block as in the reference", as_percent=True),
     Measure("think_closed_rate", "Thinking closed", "of the thinking blocks opened", as_percent=True),
+    Measure("regression/accuracy", "Kept abilities", "45 questions that are not of this data", as_percent=True),
+    Measure("regression/instructions", "... instructions", "", as_percent=True),
+    Measure("regression/arithmetic", "... arithmetic", "", as_percent=True),
+    Measure("regression/reading", "... reading", "", as_percent=True),
     Measure("generated_tokens", "Answer length", "tokens, the end of turn included", as_percent=False),
 )
 
 
+_OF_OTHERS = ("exact_match", "cut_off_rate", "rougeL", "chrf", "tool_calls", "format_ok_rate", "generated_tokens")
 _BY_SOURCE = ("exact_match", "rougeL", "preference_accuracy", "loss", "format_ok_rate")
 
 
@@ -88,13 +94,15 @@ def write_reports(
     output_dir: Path,
     base: Sequence[Sample],
     tuned: Sequence[Sample],
+    others: Mapping[str, Sequence[Sample]],
     metrics: Mapping[str, float],
     adapter: Path,
     config: EvalConfig,
     context: StepContext,
 ) -> None:
-    """Write report.html and report.md."""
+    """Write report.html and report.md; `others` holds further models' samples by name, of some of the same rows."""
     training = read_training(adapter)
+    by_id = {name: {sample.id: sample for sample in samples} for name, samples in others.items()}
     shown = worst_first(list(zip(base, tuned, strict=True)))[: config.report_rows]
     page = _template().render(
         title=_title(context),
@@ -108,14 +116,19 @@ def write_reports(
         rows=headline_rows(metrics),
         by_source=[(name, headline_rows(metrics, f"{part}/")) for name, part in metric_parts(sources(base)).items()],
         chart=training_chart(training) if training else None,
-        samples=[_shown_sample(one, other) for one, other in shown],
+        others=other_models(metrics, others),
+        thinking=think_lengths({"base": base, "tuned": tuned, **others}),
+        samples=[
+            _shown_sample(one, other, {name: rows[one.id] for name, rows in by_id.items() if one.id in rows})
+            for one, other in shown
+        ],
         num_rows=len(base),
         sources=sources(base),
         facts=facts(training, config, context),
         number=_number,
     )
     (output_dir / REPORT_PAGE).write_text(page, encoding="utf-8")
-    (output_dir / REPORT_TEXT).write_text(_markdown(metrics, context), encoding="utf-8")
+    (output_dir / REPORT_TEXT).write_text(_markdown(metrics, others, context), encoding="utf-8")
 
 
 def headline_rows(metrics: Mapping[str, float], source: str = "") -> list[TableRow]:
@@ -126,6 +139,62 @@ def headline_rows(metrics: Mapping[str, float], source: str = "") -> list[TableR
         if not (source and measure.key not in _BY_SOURCE)
         and all(model_metric(model, f"{source}{measure.key}") in metrics for model in MODELS)
     ]
+
+
+@dataclass(frozen=True)
+class OtherCell:
+    """A further model's value of a measure, and its change from base on the same rows."""
+
+    value: str
+    error: str
+    change: str
+    interval: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class OtherLine:
+    """A further model: its name, how many rows it answered, a cell per measure."""
+
+    name: str
+    rows: int
+    cells: tuple[OtherCell, ...]
+
+
+@dataclass(frozen=True)
+class OtherModels:
+    """The table of further models."""
+
+    titles: tuple[str, ...]
+    lines: tuple[OtherLine, ...]
+
+
+def other_models(metrics: Mapping[str, float], others: Mapping[str, Sequence[Sample]]) -> OtherModels | None:
+    """A line per further model, a column per measure that any of them has; None where there is none."""
+    shown = [
+        measure
+        for measure in MEASURES
+        if measure.key in _OF_OTHERS and any(model_metric(name, measure.key) in metrics for name in others)
+    ]
+    lines = [
+        OtherLine(name, len(samples), tuple(_other_cell(measure, metrics, name) for measure in shown))
+        for name, samples in others.items()
+    ]
+    return OtherModels(tuple(measure.title for measure in shown), tuple(lines)) if lines else None
+
+
+def _other_cell(measure: Measure, metrics: Mapping[str, float], name: str) -> OtherCell:
+    value = metrics.get(model_metric(name, measure.key))
+    delta = metrics.get(model_metric(name, f"delta/{measure.key}"))
+    if value is None:
+        return OtherCell("", "", "", "", "")
+    error = _error(measure, metrics.get(stderr_of(model_metric(name, measure.key))))
+    if delta is None:
+        return OtherCell(_value(measure, value), error, "", "", "")
+    margin = _Z95 * metrics.get(stderr_of(model_metric(name, f"delta/{measure.key}")), 0.0)
+    better = (delta < 0) == measure.lower_is_better
+    said = ("better" if better else "worse") if abs(delta) > margin else ""
+    return OtherCell(_value(measure, value), error, _signed(measure, delta), _error(measure, margin), said)
 
 
 def _table_row(measure: Measure, metrics: Mapping[str, float], source: str) -> TableRow:
@@ -173,12 +242,13 @@ def _signed(measure: Measure, delta: float) -> str:
     return _number(delta, "+").replace("-", _MINUS)
 
 
-def _shown_sample(base: Sample, tuned: Sample) -> dict[str, Any]:
+def _shown_sample(base: Sample, tuned: Sample, others: Mapping[str, Sample]) -> dict[str, Any]:
+    named = {"base": base, "tuned": tuned, **others}
     return {
         "prompt": segments(base.prompt),
         "reference": segments(base.reference),
         "rejected": segments(base.rejected or ""),
-        "answers": [("base", base, segments(base.completion)), ("tuned", tuned, segments(tuned.completion))],
+        "answers": [(name, sample, segments(sample.completion)) for name, sample in named.items()],
         "answer": base.answer,
         "source": base.source,
         "id": base.id,
@@ -251,7 +321,7 @@ def _title(context: StepContext) -> str:
     return base.split("/")[-1].removeprefix("builtin:") or "base model"
 
 
-def _markdown(metrics: Mapping[str, float], context: StepContext) -> str:
+def _markdown(metrics: Mapping[str, float], others: Mapping[str, Sequence[Sample]], context: StepContext) -> str:
     lines = [
         f"# {_title(context)}: base against tuned, {metrics[ROWS]:.0f} held-out rows",
         "",
@@ -264,6 +334,19 @@ def _markdown(metrics: Mapping[str, float], context: StepContext) -> str:
         f"| {row.title} | {row.base} {row.base_error} | {row.tuned} {row.tuned_error} | {row.delta} {row.interval} |"
         for row in headline_rows(metrics)
     ]
+    further = other_models(metrics, others)
+    if further:
+        lines += [
+            "",
+            "| model | rows | " + " | ".join(further.titles) + " |",
+            "| --- |" + " ---: |" * (1 + len(further.titles)),
+        ]
+        lines += [
+            f"| {line.name} | {line.rows} | "
+            + " | ".join(f"{cell.value} ({cell.change} {cell.interval})" for cell in line.cells)
+            + " |"
+            for line in further.lines
+        ]
     return "\n".join(re.sub(r" +\|", " |", line) for line in lines) + "\n"
 
 

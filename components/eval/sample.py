@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from finemill.artifacts.dataset import HeldOutRow
 from finemill.artifacts.evaluation import Sample
-from finemill.artifacts.metrics import ModelName
 from finemill.metrics.maths import judge
 from finemill.metrics.rules import keeps_pattern, keeps_schema
 from finemill.metrics.text import bleu, chrf, rouge_scores
@@ -15,7 +14,7 @@ from finemill.rows.answers import THINK_CLOSE, THINK_OPEN, after_thinking, with_
 
 def score_answer(
     row: HeldOutRow,
-    model: ModelName,
+    model: str,
     answer: Answer,
     loss: tuple[float, int],
     stops: Sequence[str],
@@ -27,7 +26,7 @@ def score_answer(
     """Compare a model's `answer` to `row` with the reference.
 
     Args:
-        model: `base` or `tuned`.
+        model: `base`, `tuned`, or the name of another one.
         loss: sum of negative log-likelihoods and number of tokens.
         stops: texts of the tokens that end a turn, which a reference ends with and an answer does not.
         rejected_loss: as `loss`, with the row's worse answer; None if it has none.

@@ -1,5 +1,6 @@
 """The step eval: base and tuned model answer the same held-out rows."""
 
+import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from finemill.components.eval.answer import answer_both, switches
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.loss import assistant_losses
 from finemill.components.eval.metrics import summarize
+from finemill.components.eval.others import ask_others, find_others, summarize_others
+from finemill.components.eval.regression import read_regression_set, score_regression
 from finemill.components.eval.report import write_reports
 from finemill.components.eval.sample import score_answer
 from finemill.errors import UserError
@@ -44,6 +47,7 @@ def run(
 
     _check_rules(config)
     _check_base(adapter, config, context)
+    further = find_others(config, context.references["base_model"])
     rows = read_held_out(dataset, config.split)
     rows = spread(rows, config.max_rows or len(rows))
     context.recorder.log_progress(f"loading the model for {len(rows)} rows")
@@ -54,13 +58,14 @@ def run(
     tokenizer = AutoTokenizer.from_pretrained(
         adapter if has_tokenizer(adapter) else base_model, trust_remote_code=False
     )
+    questions = read_regression_set(tokenizer) if config.regression else None
     tuned = load_adapter(_load_base(base_model, config), adapter)
     stops = stop_token_ids(tokenizer, base_model)
     answers = answer_both(
         tuned,
         adapter,
         tokenizer,
-        [prompt_ids(row, tokenizer) for row in rows],
+        [*(prompt_ids(row, tokenizer) for row in rows), *(questions.token_ids if questions else ())],
         stop_token_ids=stops,
         max_new_tokens=config.max_new_tokens,
         sampling=Sampling(config.temperature, config.top_p, config.top_k, config.min_p, config.seed),
@@ -70,11 +75,17 @@ def run(
     samples: dict[ModelName, list[Sample]] = {}
     for name, switch in switches(tuned).items():
         with switch(), suitable_threads(tuned):
-            samples[name] = score_rows(tuned, tokenizer, rows, answers[name], name, stops, config)
-    metrics = summarize(samples["base"], samples["tuned"])
+            samples[name] = score_rows(tuned, tokenizer, rows, answers[name][: len(rows)], name, stops, config)
+    # A model at a time: the memory of this one is needed.
+    del tuned, switch
+    stop_texts = tokenizer.convert_ids_to_tokens(list(stops))
+    others = ask_others(further, dataset, config, stop_texts, context.recorder.log_progress)
+    metrics = summarize(samples["base"], samples["tuned"]) | summarize_others(samples["base"], others)
+    if questions:
+        metrics |= score_regression(questions, {name: found[len(rows) :] for name, found in answers.items()})
     write_metrics(output_dir, metrics)
-    write_samples(output_dir, [*samples["base"], *samples["tuned"]])
-    write_reports(output_dir, samples["base"], samples["tuned"], metrics, adapter, config, context)
+    write_samples(output_dir, [*samples["base"], *samples["tuned"], *itertools.chain(*others.values())])
+    write_reports(output_dir, samples["base"], samples["tuned"], others, metrics, adapter, config, context)
     return metrics
 
 

@@ -125,6 +125,7 @@ def test_a_wrong_answer_is_never_right(gold: str, said: str) -> None:
         ("B", "Answer: A or B", True, "wrong"),
         ("Yes", "Yes, it does.", True, "right"),
         ("Yes", "No, yes is wrong.", True, "wrong"),
+        ("No", "No idea what you mean.", True, "wrong"),
         ("3", "[THINK]It is 3", False, "cut_off"),
         ("3", "<|channel|>analysis<|message|>5<|end|><|start|>assistant<|channel|>final<|message|>3", True, "right"),
     ],

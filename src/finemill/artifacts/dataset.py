@@ -7,7 +7,7 @@ tokens, a preference training both answers' tokens, what measures models the tex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ IGNORE_INDEX = -100
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """The template that the conversations are written with, under transformers' name for it; there is none for texts."""
 _WRITER = "chat-format"
+RowType = TypeVar("RowType", bound="HeldOutRow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +133,12 @@ def read_held_out(dataset: Path, split: Split, limit: int | None = None) -> list
     return rows
 
 
-def read_dataset_rows(dataset: Path, split: Split, limit: int) -> list[DatasetRow]:
+def read_dataset_rows(dataset: Path, split: Split, limit: int | None = None) -> list[DatasetRow]:
     """The first `limit` rows of a split with all that chat-format writes. Raises: UserError: the split is missing."""
-    return next(iterate_batches(split_path(dataset, split), DatasetRow, _WRITER, batch_rows=limit), [])
+    path = split_path(dataset, split)
+    if limit is None:
+        return read_rows(path, DatasetRow, _WRITER)
+    return next(iterate_batches(path, DatasetRow, _WRITER, batch_rows=limit), [])
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ def find_rows(dataset: Path, split: Split, sequences: Sequence[Sequence[int]]) -
 _NAMED = ("id", "input_ids", "rejected_input_ids")
 
 
-def spread(rows: list[HeldOutRow], count: int) -> list[HeldOutRow]:
+def spread(rows: list[RowType], count: int) -> list[RowType]:
     """At most `count` rows, evenly spaced, so that every part of the file has its share."""
     if count >= len(rows):
         return rows

@@ -9,7 +9,6 @@ import pyarrow as pa
 from pydantic import FiniteFloat, RootModel, ValidationError
 
 from finemill.artifacts.files import METRICS_FILE, SAMPLES_FILE
-from finemill.artifacts.metrics import ModelName
 from finemill.artifacts.records import write_json
 from finemill.artifacts.tables import read_rows, schema_of, write_rows
 from finemill.errors import UserError
@@ -28,7 +27,8 @@ class SampleScores:
 
     id: str
     source: str
-    model: ModelName
+    model: str
+    """`base`, `tuned`, or the name of another model that was asked."""
     exact_match: bool | None = None
     rouge1: float | None = None
     """F1 of common words, without case; rouge2 of common word pairs, rougeL of the longest common subsequence. On rows

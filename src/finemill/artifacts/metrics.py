@@ -41,8 +41,8 @@ _OF_MACHINE = frozenset(
 _LONGEST_PART = 120
 
 
-def model_metric(model: ModelName, metric: str) -> str:
-    """The name of a metric of one of the two models; `metric` may begin with a source."""
+def model_metric(model: str, metric: str) -> str:
+    """The name of a metric of one model; `metric` may begin with a source."""
     return f"eval/{model}/{metric}"
 
 
@@ -56,7 +56,7 @@ def stderr_of(metric: str) -> str:
     return f"{metric}_stderr"
 
 
-def metrics_of(metrics: Mapping[str, float], model: ModelName) -> dict[str, float]:
+def metrics_of(metrics: Mapping[str, float], model: str) -> dict[str, float]:
     """One model's metrics of all, by what follows the model's name."""
     prefix = model_metric(model, "")
     return {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}

@@ -49,7 +49,7 @@ def find_model(text: str, *, base_model: str | None = None, prefer: str | None =
     if text.startswith(("http://", "https://")):
         return FoundModel(text, url=text)
     if text.startswith("models:/"):
-        reference = _registered(text, prefer)
+        reference = registered_artifact(text, prefer)
         return _artifact(text, reference, base_model)
     if "@sha256:" in text:
         return _artifact(
@@ -67,7 +67,11 @@ def find_model(text: str, *, base_model: str | None = None, prefer: str | None =
     return FoundModel(text, folder=resolve_base_model(text).path)
 
 
-def _registered(text: str, prefer: str | None) -> Reference:
+def registered_artifact(text: str, prefer: str | None = None) -> Reference:
+    """The artifact of the registered version that `text` names: its merged model, adapter or GGUF files.
+
+    Raises: UserError: there is no such version, or it has none of them.
+    """
     match = _REGISTERED.fullmatch(text)
     if match is None:
         raise UserError(f"'{text}' names no registered version: write models:/name@champion or models:/name/3")

@@ -10,7 +10,7 @@ from finemill.comparison.questions import Question
 from finemill.metrics.maths import equal_answers, judge
 from finemill.metrics.text import chrf, rouge_scores
 from finemill.models.reply import Reply
-from finemill.rows.answers import THINK_CLOSE, THINK_OPEN, final_answer
+from finemill.rows.answers import final_answer
 
 THINKING: dict[Mode, bool | None] = {"template": None, "thinking": True, "plain": False}
 """What each mode asks a chat template for."""
@@ -91,7 +91,7 @@ def score_reply(question: Question, reply: Reply, model: str, mode: Mode, sample
     """Compare a model's reply with what the row has."""
     verdict = None
     if question.answer is not None:
-        verdict = judge(question.answer, _whole(reply), finished=reply.finished)
+        verdict = judge(question.answer, reply.text, finished=reply.finished)
     text = None if verdict else reply.answer
     inner = final_answer(reply.thinking) if reply.thinking and reply.answer else None
     said = verdict.final_answer if verdict else None
@@ -122,12 +122,4 @@ def score_reply(question: Question, reply: Reply, model: str, mode: Mode, sample
 def _state(reply: Reply) -> ThinkingState:
     if not reply.thinking:
         return "none"
-    return "closed" if reply.answer or reply.finished else "cut"
-
-
-def _whole(reply: Reply) -> str:
-    """The reply as the model wrote it, so that what was cut inside its thinking has no answer."""
-    if not reply.thinking:
-        return reply.answer
-    opened = f"{THINK_OPEN}\n{reply.thinking}"
-    return opened if _state(reply) == "cut" else f"{opened}\n{THINK_CLOSE}\n\n{reply.answer}"
+    return "cut" if reply.is_cut else "closed"

@@ -32,6 +32,10 @@ _EMPTY = ("\\emptyset", "\\varnothing", "\\{\\}", "\u2205", "empty set")
 _SEPARATOR = r",\s*(?:\\text\{\s*)?(?:and|or)\b(?:\s*\})?|[,;]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b"
 _THOUSANDS = re.compile(r"[-+]?\s*\\?\$?\s*\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,]*,\d)\D*")
 _PAIRS = (("yes", "no"), ("true", "false"))
+# Without "no idea" and "no one".
+_YES_OR_NO = re.compile(
+    r"\W*((?i:yes|true|false)\b|(?i:no)(?=\W*$|\s*[,.;:!]|\s+(?:it|they|he|she|there|this|because)\b))"
+)
 _OPEN, _CLOSE = "([{", ")]}"
 _LONGEST = 1000
 """Characters of an answer; a longer one is a text, equal where it is spelled alike."""
@@ -71,7 +75,7 @@ def _said_label(gold: str, text: str) -> str | None:
     if _CHOICE.fullmatch(plain):
         return read_letter(text)
     pair = next((pair for pair in _PAIRS if plain.casefold() in pair), None)
-    opening = re.match(r"\W*(\w+)", after_thinking(text)) if pair else None
+    opening = _YES_OR_NO.match(after_thinking(text)) if pair else None
     return opening[1] if pair and opening and opening[1].casefold() in pair else None
 
 

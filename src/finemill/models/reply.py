@@ -31,6 +31,19 @@ class Reply:
     finished: bool
     num_tokens: int | None
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether it ends inside its thinking."""
+        return bool(self.thinking) and not self.answer and not self.finished
+
+    @property
+    def text(self) -> str:
+        """As the model wrote it, so that what was cut inside its thinking has no answer."""
+        if not self.thinking:
+            return self.answer
+        opened = f"{THINK_OPEN}\n{self.thinking}"
+        return opened if self.is_cut else f"{opened}\n{THINK_CLOSE}\n\n{self.answer}"
+
 
 def collect(stream: Iterable[Piece | End]) -> Reply:
     """The whole of a stream. A block that closes without having been opened is thinking all the same."""

@@ -20,8 +20,8 @@ from finemill.storage.store import fetch_artifact, read_artifact
 from finemill.tracking.server import open_client, readable_errors
 from finemill.tracking.settings import ADOPT_VARIABLE, TRACKING_VARIABLE
 
-# Settings of `eval` that change its speed and its report only.
-_NOT_SCORED = ("batch_size", "report_rows", "device", "force")
+# Settings of `eval` that change nothing that base and tuned score.
+_NOT_SCORED = ("batch_size", "report_rows", "device", "force", "models")
 
 
 def comparable_evaluation(
@@ -87,7 +87,8 @@ def _score_again(model: RegisteredModel, champion: Version, evaluation: Manifest
         "base_model": read_artifact(adapter).parents["base_model"],
         "adapter": str(adapter),
     }
-    reference = _run_eval(inputs, context.store, evaluation.config, who)
+    config = {key: value for key, value in evaluation.config.items() if key != "models"}
+    reference = _run_eval(inputs, context.store, config, who)
     with readable_errors(model.registry_uri):
         tag = _tag(_test_of(evaluation))
         open_client(model.registry_uri).set_model_version_tag(model.name, str(champion.number), tag, str(reference))

@@ -175,6 +175,7 @@ _ALL = (
         output="evaluation",
         config_name="EvalConfig",
         image="train",
+        state_name="model_state:model_state",
         shown={"report": REPORT_PAGE, "summary": REPORT_TEXT},
     ),
     Step(

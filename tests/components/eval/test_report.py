@@ -13,6 +13,7 @@ from finemill.artifacts.metrics import ModelName
 from finemill.components.eval.chart import nice_ticks, training_chart
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.metrics import summarize
+from finemill.components.eval.others import summarize_others
 from finemill.components.eval.report import segments, write_reports
 from finemill.runtime.context import StepContext
 
@@ -41,7 +42,8 @@ def page(tmp_path: Path, step_context: StepContext) -> str:
         tmp_path,
         base,
         tuned,
-        summarize(base, tuned),
+        {"merged-q4": base[1:]},
+        summarize(base, tuned) | summarize_others(base, {"merged-q4": base[1:]}),
         tmp_path,
         EvalConfig(),
         replace(step_context, references=references),

@@ -19,7 +19,7 @@ from finemill.errors import UserError
 from finemill.models.adapter import load_adapter
 from finemill.runtime.context import StepContext
 
-CONFIG = EvalConfig(max_new_tokens=24)
+CONFIG = EvalConfig(max_new_tokens=24, models={"again": "builtin:tiny-qwen3"}, regression=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,21 @@ def test_samples_hold_every_row_for_both_models(
 ) -> None:
     samples = read_samples(evaluated[0])
     ids = [row.id for row in read_held_out(tiny_dataset_dir, "test")]
-    assert [sample.id for sample in samples] == ids * 2
-    assert [sample.model for sample in samples] == ["base"] * 8 + ["tuned"] * 8
+    assert [sample.id for sample in samples] == ids * 3
+    assert [sample.model for sample in samples] == ["base"] * 8 + ["tuned"] * 8 + ["again"] * 8
     assert [sample.exact_match is None for sample in samples[:8]] == [False, False, False, True] * 2
+
+
+def test_a_further_model_stands_beside_both(evaluated: tuple[Path, Mapping[str, float]]) -> None:
+    folder, metrics = evaluated
+    # The same model again, asked in chats: the same answers.
+    assert metrics["eval/again/exact_match"] == metrics["eval/base/exact_match"]
+    assert metrics["eval/again/delta/rougeL"] == 0.0
+    assert "eval/again/loss" not in metrics
+    assert {"eval/tuned/regression/accuracy", "eval/delta/regression/reading_stderr"} <= metrics.keys()
+    assert "| Kept abilities |" in (folder / "report.md").read_text()
+    assert "| again | 8 |" in (folder / "report.md").read_text()
+    assert "Other models on the same rows" in (folder / "report.html").read_text()
 
 
 def test_base_is_the_base_and_tuned_is_base_with_adapter(
