@@ -27,6 +27,7 @@ _GROUPS = {
     "ask models": {
         "chat": ("Ask a model, in a conversation or one question from a pipe.", "chat"),
         "compare": ("Ask several models the same questions, side by side.", "compare"),
+        "vote": ("Vote on pairs of answers, blind, on a page of this machine.", "vote"),
         "serve": ("Serve a model to OpenAI's clients.", "serve"),
     },
     "schemas and measurements": {

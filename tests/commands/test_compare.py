@@ -34,6 +34,9 @@ def test_models_are_compared_on_a_file_of_the_users_own(
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics[1]["scores"]["exact_match"]["rows"] == 4
     assert metrics[1]["scores"]["exact_match"]["mean"] > 0
+    page = (output / "report.html").read_text()
+    assert "base, tuned" in page
+    assert page.count("<article") == 4
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 from finemill.artifacts.comparison import ComparedAnswer
 from finemill.comparison.judge import VERDICTS_FILE, WinRate, judge_all, write_verdicts
+from finemill.comparison.pointwise import SCORES_FILE, mean_scores, score_all, write_scores
 from finemill.errors import TemporaryError
 from finemill.models.endpoint import Endpoint
 from finemill.models.reply import End, Piece
@@ -83,3 +84,28 @@ def test_verdicts_are_kept_with_their_reasons(tmp_path: Path) -> None:
     write_verdicts(tmp_path, verdicts)
     (line,) = (tmp_path / VERDICTS_FILE).read_text().splitlines()
     assert '"winner": "other", "reason": "judged"' in line
+
+
+@pytest.mark.parametrize(
+    ("judge", "score", "reason"),
+    [
+        (Judge('Good. {"score": 7}'), 7.0, "judged"),
+        (Judge('{"score": 11}'), None, "unreadable"),
+        (Judge("seven"), None, "unreadable"),
+        (Judge('{"score": 7}', finished=False), None, "unreadable"),
+        (Judge("", error=TemporaryError("out of reach")), None, "out of reach"),
+    ],
+)
+def test_a_score_is_what_the_judge_said_or_missing(judge: Judge, score: float | None, reason: str) -> None:
+    (found,) = score_all(cast(Endpoint, judge), [answer("base", "an answer")])
+    assert (found.score, found.reason) == (score, reason)
+    assert mean_scores([found]) == {} or mean_scores([found])["base", "template"].mean == score
+
+
+def test_an_empty_answer_has_the_lowest_score_and_scores_are_stored(tmp_path: Path) -> None:
+    judge = Judge('{"score": 9}')
+    found = score_all(cast(Endpoint, judge), [answer("base", ""), answer("base", "an answer", 1)])
+    assert judge.asked == 1
+    assert mean_scores(found)["base", "template"].mean == 5.0
+    write_scores(tmp_path, found)
+    assert len((tmp_path / SCORES_FILE).read_text().splitlines()) == 2

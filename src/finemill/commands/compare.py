@@ -15,9 +15,12 @@ from finemill.asking.find_model import FORMS, FoundModel, find_model
 from finemill.asking.open_model import Preset, open_model
 from finemill.commands.model_argument import add_opening_arguments, add_sampling_arguments, read_overrides
 from finemill.comparison.ask import Plan, ask
-from finemill.comparison.judge import WinRate, judge_all, write_verdicts
+from finemill.comparison.judge import judge_all, write_verdicts
+from finemill.comparison.page import write_page
+from finemill.comparison.pointwise import mean_scores, score_all, write_scores
 from finemill.comparison.questions import Questions, read_questions
-from finemill.comparison.summary import Line, Score, summarize, to_json
+from finemill.comparison.summary import Line, summarize, to_json
+from finemill.comparison.table import Opinions, notes, table
 from finemill.errors import UserError
 from finemill.models.endpoint import Endpoint
 
@@ -25,9 +28,6 @@ _NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<model>.+)")
 _MODES: dict[str, tuple[Mode, ...]] = {
     "template": ("template",), "on": ("thinking",), "off": ("plain",), "both": ("thinking", "plain")
 }  # fmt: skip
-_Z95 = 1.96
-_PERCENT = ("exact_match", "cut_off", "rougeL", "chrf", "majority", "thinking_closed", "thinking_agrees")
-_COLUMNS = (*_PERCENT, "tokens", "thinking_characters")
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -43,8 +43,10 @@ def execute(name: str, arguments: list[str]) -> int:
     # All are found before the first is asked, which may take an hour.
     models = _named(parsed)
     judge = Endpoint(parsed.judge, parsed.judge_name) if parsed.judge else None
-    if judge and len(models) * len(plan.modes) < 2:
-        raise UserError("--judge compares with the first model: name a second one, or --thinking both")
+    if judge and parsed.judge_mode != "pointwise" and len(models) * len(plan.modes) < 2:
+        raise UserError(
+            "--judge compares with the first model: name a second one, --thinking both, or --judge-mode pointwise"
+        )
     answers: list[ComparedAnswer] = []
     for label, found in models.items():
         with ExitStack() as stack:
@@ -59,15 +61,25 @@ def execute(name: str, arguments: list[str]) -> int:
             )
             answers += ask(model, label, rows, plan, _progress)
     lines = summarize(answers)
-    verdicts, rates = judge_all(judge, answers) if judge else ([], [])
+    pairwise = judge is not None and parsed.judge_mode != "pointwise"
+    pointwise = judge is not None and parsed.judge_mode != "pairwise"
+    verdicts, rates = judge_all(judge, answers) if judge and pairwise else ([], [])
+    scores = score_all(judge, answers) if judge and pointwise else []
+    opinions = Opinions(judge=tuple(rates), scores=mean_scores(scores))
     if parsed.output:
-        _write(parsed.output, answers, lines)
+        _write(parsed.output, answers, lines, opinions)
         if verdicts:
             write_verdicts(parsed.output, verdicts)
+        if scores:
+            write_scores(parsed.output, scores)
     if parsed.json:
-        print(json.dumps([*to_json(lines), *map(asdict, rates)], ensure_ascii=False))
+        means = [
+            {"model": model, "mode": mode, "judge_score": asdict(score)}
+            for (model, mode), score in opinions.scores.items()
+        ]
+        print(json.dumps([*to_json(lines), *map(asdict, rates), *means], ensure_ascii=False))
     else:
-        print("\n".join([table(lines), *map(_judged, rates)]))
+        print("\n".join([table(lines, opinions), *notes(opinions)]))
     return 0
 
 
@@ -93,8 +105,16 @@ def _parser(name: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers per question (default: 1)")
     parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible judge that compares with the first model")
+    parser.add_argument(
+        "--judge-mode",
+        choices=("pairwise", "pointwise", "both"),
+        default="pairwise",
+        help="which of two answers is better, in both orders, or a score of 1 to 10 for each answer",
+    )
     parser.add_argument("--judge-name", metavar="NAME", help="the judge's name on its server (default: its first)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write samples.parquet and metrics.json there")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="write report.html, samples.parquet, metrics.json there"
+    )
     parser.add_argument("--json", action="store_true", help="print the lines as JSON")
     parser.add_argument("--load-in-4bit", action="store_true", help="quantize folders' weights to NF4")
     add_opening_arguments(parser)
@@ -143,49 +163,8 @@ def _progress(text: str) -> None:
     print(f"finemill compare: {text}", file=sys.stderr)
 
 
-def _judged(rate: WinRate) -> str:
-    asked = f"{rate.judged} of {rate.judged + rate.missing} rows"
-    if rate.rate is None or rate.stderr is None:
-        return f"judge: {rate.model}, {rate.mode}: no verdict on {asked}"
-    bias = "" if rate.position_bias is None else f", {100 * rate.position_bias:.0f} % swayed by the order"
-    wins = f"{100 * rate.rate:.1f} ± {100 * _Z95 * rate.stderr:.1f} % against the first model"
-    return f"judge: {rate.model}, {rate.mode}: wins {wins}, on {asked}{bias}"
-
-
-def _write(folder: Path, answers: list[ComparedAnswer], lines: list[Line]) -> None:
+def _write(folder: Path, answers: list[ComparedAnswer], lines: list[Line], opinions: Opinions) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_answers(folder, answers)
+    write_page(folder, answers, lines, opinions)
     write_json(folder / METRICS_FILE, to_json(lines))
-
-
-def table(lines: list[Line]) -> str:
-    """A line per model and mode; a measure that no line has is left out."""
-    repeated = sorted({name for line in lines for name in line.scores if name.startswith("pass@")})
-    names = [name for name in (*_COLUMNS[:1], *repeated, *_COLUMNS[1:]) if any(name in line.scores for line in lines)]
-    changes = any(line.change for line in lines)
-    head = ["model", "mode", *names, *([f"{lines[0].compared} change"] if changes else [])]
-    body = [
-        [line.model, line.mode, *(_cell(name, line.scores.get(name)) for name in names)]
-        + ([_change(line.change)] if changes else [])
-        for line in lines
-    ]
-    widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [head, *body]
-    )
-
-
-def _cell(name: str, score: Score | None) -> str:
-    if score is None:
-        return ""
-    if name in _PERCENT or name.startswith("pass@"):
-        return f"{100 * score.mean:.1f} ± {100 * _Z95 * score.stderr:.1f}"
-    return f"{score.mean:.0f}"
-
-
-def _change(score: Score | None) -> str:
-    return f"{100 * score.mean:+.1f} ± {100 * _Z95 * score.stderr:.1f}" if score else ""

@@ -17,8 +17,10 @@ from finemill.models.sampling import GREEDY
 
 Winner = Literal["first", "other", "tie"]
 VERDICTS_FILE = "verdicts.jsonl"
-_PARALLEL = 8
-_MAX_NEW_TOKENS = 2048
+JUDGE_PARALLEL = 8
+"""Questions that a judge is asked at once."""
+JUDGE_TOKENS = 2048
+"""Longest verdict, its thinking included."""
 _SHORTEST = 2
 """Characters of an answer; a shorter one cannot win."""
 _VERDICT = re.compile(r'\{\s*"better"\s*:\s*"(A|B|tie)"\s*\}', re.IGNORECASE)
@@ -68,7 +70,7 @@ def judge_all(judge: Endpoint, answers: Sequence[ComparedAnswer]) -> tuple[list[
             groups.setdefault((answer.model, answer.mode), {})[answer.id] = answer
     (_, first), *others = groups.items()
     pairs = [(first[key], other) for _, group in others for key, other in group.items() if key in first]
-    with ThreadPoolExecutor(_PARALLEL) as pool:
+    with ThreadPoolExecutor(JUDGE_PARALLEL) as pool:
         verdicts = list(pool.map(lambda pair: compare(judge, *pair), pairs))
     rates = [
         win_rate(model, mode, [one for one in verdicts if (one.model, one.mode) == (model, mode)])
@@ -77,13 +79,18 @@ def judge_all(judge: Endpoint, answers: Sequence[ComparedAnswer]) -> tuple[list[
     return verdicts, rates
 
 
+def is_said(answer: ComparedAnswer) -> bool:
+    """Whether an answer says anything."""
+    return len(answer.completion.strip()) >= _SHORTEST
+
+
 def compare(judge: Endpoint, first: ComparedAnswer, other: ComparedAnswer) -> Verdict:
     """Who answers better. An answer that is empty or nearly so never wins, and no judge is asked about it."""
 
     def verdict(shown_first: Winner | None, shown_last: Winner | None, winner: Winner | None, reason: str) -> Verdict:
         return Verdict(other.id, other.model, other.mode, shown_first, shown_last, winner, reason)
 
-    said = [len(answer.completion.strip()) >= _SHORTEST for answer in (first, other)]
+    said = [is_said(answer) for answer in (first, other)]
     if not all(said):
         winner: Winner = "tie" if not any(said) else "first" if said[0] else "other"
         return verdict(None, None, winner, "empty answer")
@@ -122,7 +129,7 @@ def write_verdicts(folder: Path, verdicts: Sequence[Verdict]) -> None:
 def _ask(judge: Endpoint, question: str, a: str, b: str, names: Mapping[str, Winner]) -> Winner | None:
     content = f"<question>\n{question}\n</question>\n\n<answer_a>\n{a}\n</answer_a>\n\n<answer_b>\n{b}\n</answer_b>"
     messages = [{"role": "system", "content": _INSTRUCTIONS}, {"role": "user", "content": content}]
-    reply = collect(judge.stream(messages, sampling=GREEDY, max_new_tokens=_MAX_NEW_TOKENS))
+    reply = collect(judge.stream(messages, sampling=GREEDY, max_new_tokens=JUDGE_TOKENS))
     found = _VERDICT.findall(reply.answer)
     if not reply.finished or not found:
         return None
