@@ -85,7 +85,7 @@ def run(
     default_file = files[config.quantizations[-1]].path.name
     (output_dir / "Modelfile").write_text(_modelfile(default_file, tokenizer, model), encoding="utf-8")
     _write_record(output_dir, name, files, comparisons, reference, [*fallbacks, *lost])
-    _write_card(output_dir, name, model, files, comparisons)
+    _write_card(output_dir, name, model, files, comparisons, is_mixture=bool(source.num_experts))
     metrics = _metrics(files, comparisons, reference)
     if lost and config.strict:
         raise GateFailedError(f"gguf-quantize: {'; '.join(lost)}")
@@ -246,9 +246,14 @@ def _write_card(
     model: Path,
     files: Mapping[str, WrittenFile],
     comparisons: Mapping[str, Mapping[str, float]],
+    *,
+    is_mixture: bool,
 ) -> None:
     merge = read_merge(model)
     default_file = list(files.values())[-1].path.name
+    serve = llama_cpp_command(default_file, _sampling(model))
+    # Attention stays on the GPU: a card of a few GB runs a mixture of many.
+    in_host_memory = [("llama.cpp, experts in host memory", f"{serve} --cpu-moe")]
     write_card(
         output_dir,
         title=name,
@@ -256,7 +261,8 @@ def _write_card(
         quantized=True,
         summary="GGUF files for llama.cpp, Ollama and LM Studio, each compared with the merged model by finemill.",
         commands=[
-            ("llama.cpp", llama_cpp_command(default_file, _sampling(model))),
+            ("llama.cpp", serve),
+            *(in_host_memory if is_mixture else []),
             ("Ollama", f"ollama create {name.lower()} -f Modelfile"),
         ],
         table={

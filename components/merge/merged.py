@@ -108,13 +108,30 @@ class MergedModel:
         return (self._dtype or own) if group.names and own.is_floating_point else own
 
     def _tensors(self, group: Group) -> Iterator[tuple[str, torch.Tensor]]:
-        if self.changed.isdisjoint(group.names) and self._stored.layout(group).keys() == group.keys.keys():
-            for key in group.keys:
+        is_as_stored = self._stored.layout(group).keys() == group.keys.keys()
+        if self.changed.isdisjoint(group.names) and is_as_stored:
+            for key in self._stored.layout(group):
                 yield key, _round(key, self._stored.read_stored(key), self._type_of(group, key))
             return
         dtype = self._type_of(group, next(iter(group.keys)))
+        if self._stored.is_split(group):
+            name = group.names[0]
+            for number, part in enumerate(self._merged_parts(name)):
+                yield from self._stored.restore_expert(group, number, _round(name, part, dtype)).items()
+            return
         values = {name: self._rounded(name, dtype) for name in group.names}
         yield from self._stored.restore(group, values).items()
+
+    def _merged_parts(self, name: str) -> Iterator[torch.Tensor]:
+        """A stack as it is written, before rounding: expert by expert, with PEFT's own factors where it has some."""
+        path = self._path_of.get(name, "")
+        wrapper = _wrapped(self._modules[path]).get(name.removeprefix(f"{path}.")) if path else None
+        if wrapper is None:
+            yield from self._value(name) if name in self.changed else self.base_parts(name)
+            return
+        b, a, scaling = wrapper.get_delta_factors("default")
+        for base, *factors in zip(self.base_parts(name), b, a, strict=True):
+            yield torch.addmm(base, *factors, alpha=scaling)
 
     def base_parts(self, name: str) -> Iterator[torch.Tensor]:
         """The base's own values, float32: of a stack, expert by expert; any other parameter, all at once."""
@@ -150,8 +167,7 @@ class MergedModel:
             return None
         stack = _wrapped(self._modules[path]).get(name.removeprefix(f"{path}."))
         if stack is not None and stack.num_experts > 1:
-            b, a, scaling = stack.get_delta_factors("default")
-            return [(*pair, scaling) for pair in zip(b, a, strict=True)]
+            return _by_expert(stack)
         module = stack or self._modules[path]
         is_plain = stack is not None or (type(module) is Linear and name == f"{path}.weight")
         if not is_plain or module.lora_variant or any(module.lora_bias.values()):
@@ -206,6 +222,15 @@ def _changed_names(module: Any, stored: StoredModel) -> Iterator[str]:
         if is_own and name == "bias" and isinstance(module, LoraLayer) and not any(module.lora_bias.values()):
             continue
         yield name
+
+
+def _by_expert(stack: Any) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+    """B, A and the factor of each expert, as PEFT lays them out: in A one expert's rows after the other's, in B each
+    expert's columns as many apart as there are experts.
+    """
+    a, b = (factors["default"].weight for factors in (stack.lora_A, stack.lora_B))
+    count, rank, scaling = stack.num_experts, stack.r["default"], stack.scaling["default"]
+    return [(b[:, expert::count], a[expert * rank : (expert + 1) * rank], scaling) for expert in range(count)]
 
 
 def _wrapped(module: Any) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def run(
         tensors=tuple(tensors),
     )
     write_merge(output_dir, record)
-    _write_card(output_dir, record, tokenizer.chat_template)
+    _write_card(output_dir, record, tokenizer.chat_template, written.num_experts)
     if parity["kl"] > config.max_kl or parity["top1_agreement"] < config.min_top1_agreement:
         raise StepError(
             f"merge: the written model differs from base and adapter: KL {parity['kl']:.3g} nats per token (allowed "
@@ -116,7 +116,7 @@ def put_adapter_on(stored: StoredModel, adapter: Path, config: MergeConfig) -> t
     return tuned, MergedModel(stored, tuned, dtype if config.dtype or dtype != stored.dtype else None)
 
 
-def _write_card(output_dir: Path, record: MergeRecord, chat_template: object) -> None:
+def _write_card(output_dir: Path, record: MergeRecord, chat_template: object, num_experts: int) -> None:
     write_card(
         output_dir,
         title="Merged model",
@@ -124,7 +124,7 @@ def _write_card(output_dir: Path, record: MergeRecord, chat_template: object) ->
         quantized=False,
         summary=f"The base model `{record.base_model}` with the adapter `{record.adapter}`, merged in {record.dtype} "
         "by finemill.",
-        commands=serve_commands(chat_template),
+        commands=serve_commands(chat_template, num_experts=num_experts),
         table={
             "merged, against base and adapter": {
                 "KL, nats per token": f"{record.kl:.2g}",

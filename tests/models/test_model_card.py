@@ -53,6 +53,12 @@ def test_a_template_without_thinking_or_tools_needs_no_parser() -> None:
     assert serve_commands(None)[0] == ("vLLM", "vllm serve .")
 
 
+def test_a_mixture_has_lines_that_spread_its_experts() -> None:
+    lines = dict(serve_commands("<think>", num_experts=128))
+    assert lines["vLLM, experts on two GPUs"] == f"{lines['vLLM']} --tensor-parallel-size 2 --enable-expert-parallel"
+    assert lines["SGLang, experts on two GPUs"] == f"{lines['SGLang']} --tp-size 2 --ep-size 2"
+
+
 def test_llama_cpp_gets_the_models_sampling() -> None:
     line = llama_cpp_command("a.gguf", {"temperature": 0.6, "top_p": 0.95, "repeat_penalty": 1.1})
     assert line == "llama-server -m a.gguf --jinja --temp 0.6 --top-p 0.95 --repeat-penalty 1.1"

@@ -52,8 +52,12 @@ def write_card(
     (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def serve_commands(chat_template: object) -> list[tuple[str, str]]:
-    """Lines that serve the folder in vLLM and SGLang, with parsers for the template's thinking and tools."""
+def serve_commands(chat_template: object, *, num_experts: int = 0) -> list[tuple[str, str]]:
+    """Lines that serve the folder in vLLM and SGLang, with parsers for the template's thinking and tools.
+
+    Args:
+        num_experts: of a layer; 0 for a dense model. Experts can be spread over several GPUs.
+    """
     text = chat_template if isinstance(chat_template, str) else json.dumps(chat_template, ensure_ascii=False)
     vllm, sglang = ["vllm serve ."], ["python -m sglang.launch_server --model-path ."]
     if reasoning := _parsers(text, _REASONING):
@@ -62,7 +66,14 @@ def serve_commands(chat_template: object) -> list[tuple[str, str]]:
     if tools := _parsers(text, _TOOLS):
         vllm.append(f"--enable-auto-tool-choice --tool-call-parser {tools[0]}")
         sglang.append(f"--tool-call-parser {tools[1]}")
-    return [("vLLM", " ".join(vllm)), ("SGLang", " ".join(sglang))]
+    lines = [("vLLM", " ".join(vllm)), ("SGLang", " ".join(sglang))]
+    if num_experts:
+        spread = (["--tensor-parallel-size 2 --enable-expert-parallel"], ["--tp-size 2 --ep-size 2"])
+        lines += [
+            (f"{program}, experts on two GPUs", " ".join([line, *flags]))
+            for (program, line), flags in zip(lines, spread, strict=True)
+        ]
+    return lines
 
 
 def llama_cpp_command(file: str, sampling: Mapping[str, float]) -> str:

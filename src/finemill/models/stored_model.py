@@ -97,6 +97,11 @@ class StoredModel:
             math.prod(self.shape_of(self.embedding_name)) if self.is_tied else 0
         )
 
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer; 0 in a dense model."""
+        return _num_experts(self.tensors)
+
     @cached_property
     def dtype(self) -> torch.dtype:
         """The type that most of the floating-point values have."""
@@ -157,11 +162,35 @@ class StoredModel:
             len(self.shape_of(group.names[0])) > 2 and len(self._hub_shapes(group.names)) > 1 for group in stacks
         )
 
-    def layout(self, group: Group) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors of `group` in the hub's layout, the files' own but where experts are stacked."""
-        if group.names and group.converter is None and self.is_stacked:
-            return self._hub_shapes(group.names)
-        return {key: self.tensors[key].shape for key in group.keys}
+    def layout(self, group: Group) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the tensors of `group` in the hub's layout, the files' own but where experts are stacked.
+
+        Those of an expert lie together.
+        """
+        return self._layouts[next(iter(group.keys))]
+
+    @cached_property
+    def _layouts(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        layouts = {}
+        for group in self.groups:
+            shapes = {key: self.tensors[key].shape for key in group.keys}
+            if group.names and (group.converter or self.is_stacked):
+                shapes = self._hub_shapes(group.names)
+            layouts[next(iter(group.keys))] = {
+                key: shapes[key] for expert in _by_expert(shapes) or [[*shapes]] for key in expert
+            }
+        return layouts
+
+    def is_split(self, group: Group) -> bool:
+        """Whether `group` is one stack of experts, of each of which the hub's layout has tensors of its own."""
+        return len(group.names) == 1 and len(self._shapes[group.names[0]]) == 3 and bool(_by_expert(self.layout(group)))
+
+    def restore_expert(self, group: Group, number: int, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors of one expert of `group`, a split stack, in the hub's layout."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        parts = revert_weight_conversion(self.model, {group.names[0]: values[None]})
+        return {_EXPERT.sub(f".experts.{number}.", key): part.contiguous() for key, part in parts.items()}
 
     def _hub_shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """What transformers would save these parameters and buffers as."""

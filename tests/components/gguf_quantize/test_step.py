@@ -136,6 +136,7 @@ def test_a_mixture_of_experts_answers_in_llama_cpp_as_it_does_here(
     shapes = {tensor.name: list(tensor.shape) for tensor in gguf.GGUFReader(tmp_path / "imatrix.gguf").tensors}
     assert shapes["blk.1.ffn_down_exps.weight.in_sum2"] == [64, 6]
     assert shapes["blk.1.ffn_down_exps.weight.counts"] == [1, 6]
+    assert "--jinja --cpu-moe" in (tmp_path / "README.md").read_text()
 
 
 def test_probabilities_are_the_models_own_even_where_the_likeliest_token_is_half_a_character(

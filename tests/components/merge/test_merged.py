@@ -176,6 +176,7 @@ def test_experts_of_each_family_are_written_as_the_hub_has_them(
     stacks = [tensor["experts"] for tensor in record["tensors"] if "experts" in tensor["name"]]
     assert [len(experts) for experts in stacks] == [4] * 4
     assert min(map(min, stacks)) > 0
+    assert "--enable-expert-parallel" in (merged / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
