@@ -19,7 +19,8 @@ from finemill.runtime.context import StepContext
 from finemill.training.adapter import lora_config
 from finemill.training.kernels import check_kernels, open_trainer
 from finemill.training.positions import check_positions
-from finemill.training.trainer import choose_device, run_training, shared_arguments
+from finemill.training.strategy import check_strategy
+from finemill.training.trainer import choose_device, run_training, settle, shared_arguments
 
 
 def run(
@@ -32,8 +33,10 @@ def run(
     Raises: UserError: no preferences, a loss that is not finite, a checkpoint of another training.
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
     """
+    check_strategy(config)
     lora_config(base_model, config)  # refuses what the base has not, before anything is loaded
     device = choose_device()
+    config = settle(config, base_model, device)
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
     take_chat_template(dataset, tokenizer)
 
@@ -65,6 +68,7 @@ def build_trainer(
         "disable_dropout": not config.lora_dropout,
     }
     make_trainer, model = open_trainer(base_model, config, device, trainer_class, partial(_on_kernels, trainer_class))
+    adapters = lora_config(base_model, config)  # before the arguments: with them DeepSpeed would cut its empty model
     trainer = make_trainer(
         model=model,
         ref_model=None,
@@ -72,7 +76,7 @@ def build_trainer(
         train_dataset=rows,
         eval_dataset=load(dataset, "validation", config.max_length) if config.eval_steps else None,
         processing_class=tokenizer,
-        peft_config=lora_config(base_model, config),
+        peft_config=adapters,
     )
     check_kernels(trainer, config)
     return trainer

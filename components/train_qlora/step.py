@@ -14,7 +14,8 @@ from finemill.runtime.context import StepContext
 from finemill.training.adapter import lora_config
 from finemill.training.kernels import check_kernels, open_trainer
 from finemill.training.positions import check_positions
-from finemill.training.trainer import choose_device, run_training, shared_arguments
+from finemill.training.strategy import check_strategy
+from finemill.training.trainer import choose_device, run_training, settle, shared_arguments
 
 
 def run(
@@ -26,8 +27,10 @@ def run(
     Raises: UserError: unusable rows, a loss that is not finite, a checkpoint of another training.
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
     """
+    check_strategy(config)
     lora_config(base_model, config)  # refuses what the base has not, before anything is loaded
     device = choose_device()
+    config = settle(config, base_model, device)
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
     take_chat_template(dataset, tokenizer)
 
@@ -50,13 +53,14 @@ def build_trainer(
     longest = pc.max(pc.list_value_length(rows.data.column("input_ids"))).as_py()
     check_positions(base_model, longest, config.max_length, config.rope_scaling)
     trainer_class, model = open_trainer(base_model, config, device, SFTTrainer, _fast_trainer)
+    adapters = lora_config(base_model, config)  # before the arguments: with them DeepSpeed would cut its empty model
     trainer: SFTTrainer = trainer_class(
         model=model,
         args=_arguments(config, scratch, device),
         train_dataset=rows,
         eval_dataset=load_rows(dataset, "validation", config.max_length) if config.eval_steps else None,
         processing_class=tokenizer,
-        peft_config=lora_config(base_model, config),
+        peft_config=adapters,
     )
     check_kernels(trainer, config)
     return trainer

@@ -1,6 +1,7 @@
 """What is trained on the base: adapters, whole modules or all of it, and the files they are saved in."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from finemill.models.rope import RopeScaling
 from finemill.models.weights import read_header
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.mixture import Mixture
+from finemill.training.whole_state import trained_weights
 
 TABLES = ("embed_tokens", "lm_head")
 """What embeddings and output layer are called."""
@@ -174,20 +176,21 @@ def save_adapter(
 ) -> None:
     """Write adapter, tokenizer with its chat template, and the training's log history.
 
-    The adapter names its base as PEFT expects: the hub's name and commit where there is one, else the reference. Its
-    record has the positions, if `rope_scaling` changed them.
+    A collective of all processes that share the model, of which the main one's files are kept. The adapter names its
+    base as PEFT expects: the hub's name and commit where there is one, else the reference. Its record has the
+    positions, if `rope_scaling` changed them.
     """
-    model = trainer.model
+    model, weights = trainer.model, trained_weights(trainer.model)
     output_dir.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         _name_base(model.peft_config["default"], base)
         _sort_names(model.peft_config["default"])
         # Said outright: PEFT would ask the hub whether adapters were put on the embeddings' vocabulary.
-        model.save_pretrained(output_dir, safe_serialization=True, save_embedding_layers=False)
+        model.save_pretrained(output_dir, state_dict=weights, safe_serialization=True, save_embedding_layers=False)
         # PEFT's model card is an empty template with this machine's path to the base in it.
         (output_dir / "README.md").unlink(missing_ok=True)
     else:
-        _save_whole(model, output_dir, base)
+        _save_whole(model, weights, output_dir, base)
     tokenizer.save_pretrained(output_dir)
     state = trainer.state
     record = TrainingRecord(
@@ -215,16 +218,13 @@ def _name_base(config: LoraConfig, base: ResolvedBase) -> None:
     config.revision = base.revision
 
 
-def _save_whole(model: PreTrainedModel, output_dir: Path, base: ResolvedBase) -> None:
+def _save_whole(model: PreTrainedModel, trained: Mapping[str, Tensor], output_dir: Path, base: ResolvedBase) -> None:
     """Write every weight as PEFT saves modules that are trained as a whole, beside no adapter at all."""
-    weights = {f"base_model.model.{name}": weight.detach().contiguous() for name, weight in model.named_parameters()}
-    tied = model.config.get_text_config().tie_word_embeddings
-    if tied:  # a parameter once, but PEFT reads both
-        weights["base_model.model.lm_head.weight"] = model.get_output_embeddings().weight.detach().clone()
+    weights = {f"base_model.model.{name}": weight for name, weight in trained.items()}
     save_file(weights, output_dir / WEIGHTS_NAME, metadata={"format": "pt"})
     holders = sorted({name.split(".")[-2] for name in weights})
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="dummy-target-modules", modules_to_save=holders)
-    config.ensure_weight_tying = tied
+    config.ensure_weight_tying = model.config.get_text_config().tie_word_embeddings
     config.inference_mode = True
     _name_base(config, base)
     config.save_pretrained(output_dir)

@@ -18,21 +18,46 @@ from finemill.errors import UserError
 from finemill.models.base.resolve import resolve_base_model
 from finemill.runtime.context import StepContext
 from finemill.runtime.processes import num_processes
-from finemill.training.config import LoRATrainingConfig
+from finemill.training.config import ConfigT, LoRATrainingConfig
 
 logger = logging.getLogger(__name__)
 
 IDENTITY_NAME = "training_identity.json"
+BATCH_NAME = "global_batch.json"
 
 
 def training_identity(config: LoRATrainingConfig, context: StepContext) -> dict[str, Any]:
-    """Everything that must be the same for a checkpoint to be continued."""
+    """Everything that must be the same for a checkpoint to be continued, by however many processes."""
     return {
         "config": config.model_dump(mode="json", exclude=set(config.not_in_key)),
         "inputs": {port: manifest.digest for port, manifest in context.manifests.items()},
         "base_model": resolve_base_model(context.references[BASE_MODEL]).digest,
-        "world_size": num_processes(),
     }
+
+
+def global_batch(config: LoRATrainingConfig) -> int:
+    """Rows of an optimizer step in all processes together."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * num_processes()
+
+
+def keep_global_batch(config: ConfigT, checkpoint: Path) -> ConfigT:
+    """The configuration whose steps have as many rows as those before the checkpoint, in the processes there are.
+
+    Raises: UserError: they cannot be shared evenly.
+    """
+    rows: int = json.loads((checkpoint / BATCH_NAME).read_text(encoding="utf-8"))
+    if rows == global_batch(config):
+        return config
+    processes = num_processes()
+    sizes = range(config.per_device_train_batch_size, 0, -1)
+    size = next((size for size in sizes if rows % (size * processes) == 0), None)
+    if size is None:
+        raise UserError(
+            f"the checkpoint's training has {rows} rows per step, which {processes} processes cannot share evenly: "
+            "continue with a number that divides it, or start over with resume: never"
+        )
+    passes = rows // (size * processes)
+    return config.model_copy(update={"per_device_train_batch_size": size, "gradient_accumulation_steps": passes})
 
 
 def find_checkpoint(config: LoRATrainingConfig, context: StepContext) -> Path | None:
@@ -78,10 +103,16 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     """Publishes each checkpoint, and turns SIGTERM into one last checkpoint and the end of training.
 
     Used as a context manager around `Trainer.train`; the previous signal handler is put back afterwards.
+
+    Args:
+        config: what was asked for.
+        context: of the step, with the store.
+        rows: of an optimizer step in all processes.
     """
 
-    def __init__(self, config: LoRATrainingConfig, context: StepContext) -> None:
+    def __init__(self, config: LoRATrainingConfig, context: StepContext, rows: int) -> None:
         self._config = config
+        self._rows = rows
         self._context = context
         self.stop_requested = False
         self._told_to_stop = False
@@ -141,6 +172,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     def _publish(self, folder: Path, training_step: int) -> None:
         identity = training_identity(self._config, self._context)
         (folder / IDENTITY_NAME).write_text(json.dumps(identity, indent=2), encoding="utf-8")
+        (folder / BATCH_NAME).write_text(json.dumps(self._rows), encoding="utf-8")
         self._context.checkpoints.save(folder, training_step)
         self._context.checkpoints.keep_only(self._config.save_total_limit)
         self._context.recorder.log_progress(f"checkpoint at step {training_step}")

@@ -1,11 +1,17 @@
 """The configuration that training steps share, in the words of transformers, PEFT, bitsandbytes."""
 
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from finemill.config import StepConfig
+from finemill.config_file import read_mapping
+from finemill.errors import UserError
 from finemill.models.rope import RopeScaling
+
+SHARDED = ("fsdp2", "zero2", "zero3")
+"""Strategies that cut the model, or its optimizer, into shards."""
 
 _OF_ADAPTERS = (
     "lora_r",
@@ -25,11 +31,31 @@ _OF_ADAPTERS = (
 """Fields that say something about adapters or the frozen base below them."""
 
 
+def read_settings(value: Any) -> Any:
+    """The mapping that a file holds where a file is named; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return read_mapping(Path(value), "strategy_config")
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
 class LoRATrainingConfig(StepConfig):
     """What is trained of the base, how it is quantized, and the training schedule."""
 
     not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"memory_gb", "report_to", "resume", "save_steps", "save_total_limit"}
+        {
+            "ddp_timeout",
+            "memory_gb",
+            "offload",
+            "report_to",
+            "resume",
+            "save_steps",
+            "save_total_limit",
+            "strategy",
+            "strategy_config",
+        }
     )
 
     whole_passes: ClassVar[bool] = False
@@ -107,6 +133,21 @@ class LoRATrainingConfig(StepConfig):
     memory_gb: float | None = Field(default=None, gt=0)
     """GiB of GPU memory that training may allocate; all that is free by default. On finemill's kernels it decides what
     is recomputed, what waits in host memory, and how large micro-batches are: speed, never the global batch."""
+
+    strategy: Literal["auto", "ddp", "fsdp2", "zero2", "zero3"] = "auto"
+    """How several processes share the training: copies of the model (`ddp`), shards of all of it by PyTorch's FSDP2
+    (`fsdp2`) or DeepSpeed (`zero3`), or shards of gradients and moments alone (`zero2`). `auto` takes copies where one
+    fits a card, else fsdp2. Shards do not run on finemill's kernels."""
+
+    offload: bool = False
+    """Shards wait in host memory while they are not needed: the largest models, at the speed of PCIe."""
+
+    strategy_config: Annotated[dict[str, Any] | None, BeforeValidator(read_settings)] = None
+    """Settings of your own in the place of finemill's, or the YAML or JSON file that holds them: with fsdp2 the
+    `fsdp_config` of transformers, with zero2 and zero3 DeepSpeed's configuration."""
+
+    ddp_timeout: int = Field(default=1800, gt=0)
+    """Seconds that a process waits for the others, before the training ends with exit code 75."""
 
     num_train_epochs: float = Field(default=1.0, gt=0)
     """Passes over the training rows."""
@@ -236,6 +277,33 @@ class LoRATrainingConfig(StepConfig):
         }
         self._refuse(not tables, "on frozen embeddings", embedding_learning_rate="add embed_tokens to modules_to_save")
         return self
+
+    @model_validator(mode="after")
+    def _can_be_shared(self) -> Self:
+        if (reason := self.not_sharded_because()) and self.strategy in SHARDED:
+            raise ValueError(f"strategy '{self.strategy}' cannot share this training: {reason}; or use strategy 'ddp'")
+        if self.kernels == "on" and self.strategy in SHARDED:
+            raise ValueError(f"kernels 'on' train no shards: use strategy 'ddp' or 'auto' instead of '{self.strategy}'")
+        whole = self.strategy not in ("auto", *SHARDED)
+        self._refuse(whole, f"with strategy '{self.strategy}'", offload="use 'fsdp2' or 'zero3'")
+        plain = self.strategy not in SHARDED
+        self._refuse(plain, f"with strategy '{self.strategy}'", strategy_config="name 'fsdp2', 'zero2' or 'zero3'")
+        self._refuse(self.strategy_config is not None, "beside strategy_config", offload="say there where shards wait")
+        return self
+
+    def not_sharded_because(self) -> str | None:
+        """What of the configuration keeps the model from being cut into shards, with what to do; None for nothing."""
+        whole_base = self.strategy != "zero2"
+        reasons = {
+            "optim must be AdamW, 'auto' or 'adamw_torch'": self.optim
+            not in ("auto", "adamw_torch", "adamw_torch_fused"),
+            "LLM.int8 keeps a weight in one piece, use load_in_4bit": self.bits == 8 and whole_base,
+            "use_dora needs the norms of whole weights": self.use_dora and whole_base,
+            "a learning rate per kind of weight (loraplus_lr_ratio, embedding_learning_rate)": not (
+                self.loraplus_lr_ratio is None and self.embedding_learning_rate is None
+            ),
+        }
+        return next((reason for reason, applies in reasons.items() if applies), None)
 
     @property
     def bits(self) -> Literal[4, 8, 16]:

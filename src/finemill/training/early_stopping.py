@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finemill.training.config import LoRATrainingConfig
+from finemill.training.whole_state import set_trained_weights, trained_weights
 
 WEIGHTS = "finemill_best.safetensors"
 PROGRESS = "finemill_best.json"
@@ -56,8 +56,9 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
         loss = metrics["eval_loss"]
         if loss < self.best_loss - self._threshold:
             self.best_loss, self.best_step, self.worse = loss, state.global_step, 0
+            weights = trained_weights(model)
             if state.is_world_process_zero:
-                save_file(_trained(model), self._scratch / WEIGHTS)
+                save_file(weights, self._scratch / WEIGHTS)
         else:
             self.worse += 1
         if self.worse >= self._patience:
@@ -75,16 +76,4 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
         """Give the model its best weights back, in the memory that its parameters have."""
         if not self.best_step:
             return
-        best = load_file(self._scratch / WEIGHTS)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(best[name])
-
-
-def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: parameter.detach().cpu().contiguous().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+        set_trained_weights(model, load_file(self._scratch / WEIGHTS))

@@ -13,7 +13,7 @@ from typing import Any
 from finemill.errors import UserError
 from finemill.kernels.planning.planner import NoPlanError, least_bytes, plan_step
 from finemill.kernels.planning.workload import FAMILIES, Workload, workload_of_config
-from finemill.training.config import LoRATrainingConfig
+from finemill.training.config import SHARDED, LoRATrainingConfig
 
 GIB = 2.0**30
 # Bits per weight: 4, and a float32 constant per 64 weights; doubly quantized 8 bits per 64 and 32 per 16384.
@@ -92,6 +92,7 @@ def not_on_kernels(config: LoRATrainingConfig) -> str | None:
     """What of the configuration the kernels do not cover; None if they run whatever it says."""
     reasons = {
         "kernels is 'off'": config.kernels == "off",
+        f"strategy is '{config.strategy}'": config.strategy in SHARDED,
         "method is 'full'": config.method == "full",
         "load_in_8bit is on": config.bits == 8,
         "bnb_4bit_quant_type is 'fp4'": config.bits == 4 and config.bnb_4bit_quant_type != "nf4",
@@ -136,6 +137,14 @@ def needed_gib(model: Mapping[str, Any], config: LoRATrainingConfig) -> float:
         return plain
     least = least_bytes(work, allow_stream=work.quantized, eight_bit=eight_bit_moments(config))
     return min(plain, least / GIB)
+
+
+def sharded_gib(model: Mapping[str, Any], config: LoRATrainingConfig, processes: int) -> float:
+    """GiB that a card must have where weights, gradients and moments are cut into shards, on the plain path."""
+    part = estimate_memory(model, config)
+    # Of the base a layer is whole at a time, and the next one on its way.
+    share = min(1.0, 1 / processes + 2 / int(model["num_hidden_layers"]))
+    return part.weights * share + part.adapters / processes + part.activations + part.logits
 
 
 def must_stream(model: Mapping[str, Any], config: LoRATrainingConfig, limit: float) -> bool:

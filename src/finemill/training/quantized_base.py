@@ -29,9 +29,11 @@ def compute_dtype(config: LoRATrainingConfig, device: torch.device) -> torch.dty
 def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device) -> PreTrainedModel:
     """Load the base on `device`, linear layers but the output layer, and experts, quantized if that is asked for.
 
-    Weights that are trained themselves are float32: bfloat16 would round small updates to nothing.
+    Weights that are trained themselves are float32: bfloat16 would round small updates to nothing. A base that is cut
+    into shards waits for it in host memory, and 4-bit weights lie in words of the dtype that all shards have.
     """
     dtype = compute_dtype(config, device)
+    sharded = config.strategy in ("fsdp2", "zero3")
     quantization: dict[str, Any] = {}
     if config.bits == 8:
         quantization["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
@@ -41,13 +43,14 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
             bnb_4bit_quant_type=config.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
         )
     with no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
             base_model,
             config=base_config(base_model, config.rope_scaling),
             dtype=torch.float32 if config.method == "full" else dtype,
-            device_map={"": device},
+            device_map={"": "cpu" if sharded else device},
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,

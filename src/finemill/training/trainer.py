@@ -23,14 +23,16 @@ from finemill.runtime.processes import is_main_process, num_processes
 from finemill.training.adapter import save_adapter, start_from_quantization_error, subtract_initial
 from finemill.training.advice import warn_of_fit
 from finemill.training.batches import BatchWatch
-from finemill.training.checkpoint import CheckpointCallback, find_checkpoint
-from finemill.training.config import ConfigT, LoRATrainingConfig
+from finemill.training.checkpoint import CheckpointCallback, find_checkpoint, global_batch, keep_global_batch
+from finemill.training.config import SHARDED, ConfigT, LoRATrainingConfig
 from finemill.training.early_stopping import EarlyStopping
 from finemill.training.optimizer import set_learning_rates
 from finemill.training.pace import Card, Pace, summary
 from finemill.training.quantized_base import compute_dtype
 from finemill.training.record import METRIC_NAMES, RecordCallback
 from finemill.training.report_to import reporting
+from finemill.training.strategy import prepare_on_cpu, settle_strategy, strategy_arguments, write_strategy
+from finemill.training.whole_state import WholeState
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,11 @@ def choose_device() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def settle(config: ConfigT, base_model: Path, device: torch.device) -> ConfigT:
+    """The configuration with the strategy that `auto` stands for here."""
+    return settle_strategy(config, base_model, memory_limit(config, device) if device.type == "cuda" else None)
 
 
 def memory_limit(config: LoRATrainingConfig, device: torch.device) -> float:
@@ -116,7 +123,9 @@ def shared_arguments(config: LoRATrainingConfig, scratch: Path, device: torch.de
         "dataloader_pin_memory": device.type == "cuda",
         # Every adapter takes part in every step.
         "ddp_find_unused_parameters": False,
-        _CHECKPOINTING_FIELD: config.gradient_checkpointing,
+        # FSDP2 has its own, among the strategy's arguments.
+        _CHECKPOINTING_FIELD: config.gradient_checkpointing and config.strategy != "fsdp2",
+        **strategy_arguments(config),
     }
 
 
@@ -213,12 +222,13 @@ def _train(
 ) -> dict[str, float]:
     """Train once; checkpoints are those of what was asked, whatever the size of a forward pass."""
     checkpoint = find_checkpoint(asked, context)
+    config = keep_global_batch(config, checkpoint) if checkpoint else config
     base = resolve_base_model(context.references[BASE_MODEL])
     card = Card.of(choose_device())
     with _scratch_folder() as scratch, _without_renaming_warnings(), reporting(config, context) as recorder:
         with read_again(base) if is_main_process() else nullcontext():
             trainer = build_trainer(scratch, config)
-        checkpoints = CheckpointCallback(asked, context)
+        checkpoints = CheckpointCallback(asked, context, global_batch(config))
         # It prints every log entry as a dictionary; RecordCallback says the same in a line.
         trainer.remove_callback(PrinterCallback)
         batches = BatchWatch(dataset)
@@ -230,6 +240,9 @@ def _train(
             trainer.add_callback(best)  # before what publishes checkpoints
         trainer.add_callback(checkpoints)
         set_learning_rates(trainer, config)
+        prepare_on_cpu(trainer)
+        if config.strategy in SHARDED:
+            WholeState(trainer)
         loftq = config.init_lora_weights == "loftq"
         initial = start_from_quantization_error(trainer.model, base.path) if loftq else {}
         with checkpoints:
@@ -239,6 +252,8 @@ def _train(
     if checkpoints.stop_requested and trainer.state.global_step < trainer.state.max_steps:
         raise TemporaryError(f"stopped at step {trainer.state.global_step}; run again to continue from there")
     save_adapter(trainer, tokenizer, output_dir, base, rope_scaling=config.rope_scaling)
+    if num_processes() > 1:
+        write_strategy(output_dir, config, trainer)
     if initial:
         subtract_initial(output_dir, initial)
     _warn_of_fit(trainer)

@@ -1,0 +1,144 @@
+"""How several processes share a training: copies of the model, or shards by PyTorch's FSDP2 or DeepSpeed's ZeRO."""
+
+import json
+import logging
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import Trainer
+
+from finemill.errors import UserError
+from finemill.runtime.processes import num_processes
+from finemill.training.config import SHARDED, ConfigT, LoRATrainingConfig
+from finemill.training.memory import GIB, needed_gib, sharded_gib
+
+logger = logging.getLogger(__name__)
+
+ACCELERATE_FILE = "accelerate_config.yaml"
+"""What `accelerate launch --config_file` would need for the same training."""
+DEEPSPEED_FILE = "deepspeed_config.json"
+"""DeepSpeed's own configuration, which that file names."""
+
+
+def check_strategy(config: LoRATrainingConfig) -> None:
+    """Refuse what cannot run here. Raises: UserError: DeepSpeed is asked for and not installed."""
+    if config.strategy.startswith("zero") and find_spec("deepspeed") is None:
+        raise UserError(
+            f"strategy '{config.strategy}' needs DeepSpeed: install it with pip install 'finemill[deepspeed]', or use "
+            "strategy 'fsdp2'"
+        )
+
+
+def settle_strategy(config: ConfigT, base_model: Path, limit: float | None) -> ConfigT:
+    """The configuration with a strategy that is not `auto`.
+
+    Args:
+        config: as it was asked for.
+        base_model: whose config.json says how large it is.
+        limit: bytes that training may allocate on a card; None on a CPU, where copies are made.
+    """
+    processes = num_processes()
+    if processes == 1:
+        if config.strategy in SHARDED:
+            logger.warning("strategy '%s' has nothing to share in one process: trains without shards", config.strategy)
+        return config.model_copy(update={"strategy": "ddp", "offload": False, "strategy_config": None})
+    if config.strategy != "auto":
+        return config
+    model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    if limit is None or config.not_sharded_because() or needed_gib(model, config) * GIB <= limit:
+        return config.model_copy(update={"strategy": "ddp", "offload": False})
+    offload = config.offload or sharded_gib(model, config, processes) * GIB > limit
+    logger.warning(
+        "%.1f GiB do not fit a card: strategy 'fsdp2'%s", needed_gib(model, config), " with offload" if offload else ""
+    )
+    return config.model_copy(update={"strategy": "fsdp2", "offload": offload})
+
+
+def strategy_arguments(config: LoRATrainingConfig) -> dict[str, Any]:
+    """The arguments of transformers' trainer that a settled strategy is."""
+    shared: dict[str, Any] = {"ddp_timeout": config.ddp_timeout}
+    if config.strategy == "fsdp2":
+        return shared | {"fsdp": True, "fsdp_config": _fsdp_config(config)}
+    if config.strategy in SHARDED:
+        return shared | {"deepspeed": _deepspeed_config(config)}
+    return shared
+
+
+def _fsdp_config(config: LoRATrainingConfig) -> dict[str, Any]:
+    """FSDP2 on whole decoder layers; recomputation is its own, which gathers a layer once for it."""
+    settings: dict[str, Any] = {
+        "reshard_after_forward": True,
+        "cpu_offload": config.offload,
+        "activation_checkpointing": config.gradient_checkpointing,
+    }
+    # Checkpoints are written from whole tensors, whatever a file says.
+    return (config.strategy_config or settings) | {"version": 2, "state_dict_type": "FULL_STATE_DICT"}
+
+
+def _deepspeed_config(config: LoRATrainingConfig) -> dict[str, Any]:
+    """ZeRO with the trainer's own AdamW and schedule; what says "auto" follows the trainer's arguments."""
+    if config.strategy_config is not None:
+        return dict(config.strategy_config)
+    zero: dict[str, Any] = {"stage": int(config.strategy[-1]), "overlap_comm": True, "contiguous_gradients": True}
+    if config.offload:
+        place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero |= {"offload_optimizer": place} | ({"offload_param": place} if zero["stage"] == 3 else {})
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {
+        "zero_optimization": zero,
+        # DeepSpeed's own AdamW for CPUs is compiled when it is first used: no image has a compiler.
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        **dict.fromkeys(names, "auto"),
+    }
+
+
+def prepare_on_cpu(trainer: Trainer) -> None:
+    """Have Accelerate shard on a CPU, too: PyTorch's FSDP2 does, over gloo, but Accelerate asks for GPUs."""
+    if not trainer.args.fsdp or trainer.args.device.type != "cpu":
+        return
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    state = trainer.accelerator.state
+    state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    trainer.is_fsdp_enabled = True
+
+
+def write_strategy(output_dir: Path, config: LoRATrainingConfig, trainer: Trainer) -> None:
+    """Write what `accelerate launch` needs to share a training in the same way, beside the adapter."""
+    args = trainer.args
+    launch: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU",
+        "mixed_precision": args.mixed_precision,
+        "num_machines": 1,
+        "num_processes": args.world_size,
+    }
+    if config.strategy == "fsdp2":
+        plugin = trainer.accelerator.state.fsdp_plugin
+        launch |= {"distributed_type": "FSDP", "fsdp_config": _launch_settings(plugin, args.fsdp_config)}
+    elif config.strategy in SHARDED:
+        used: Mapping[str, Any] = trainer.accelerator.deepspeed_config
+        (output_dir / DEEPSPEED_FILE).write_text(json.dumps(dict(used), indent=2) + "\n", encoding="utf-8")
+        launch |= {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": DEEPSPEED_FILE}}
+    (output_dir / ACCELERATE_FILE).write_text(yaml.safe_dump(launch), encoding="utf-8")
+
+
+def _launch_settings(plugin: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that `accelerate launch` reads, which are the trainer's with `fsdp_` before them."""
+    layers = sorted(plugin.transformer_cls_names_to_wrap or ())
+    return {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_transformer_layer_cls_to_wrap": ",".join(layers),
+        "fsdp_reshard_after_forward": bool(settings.get("reshard_after_forward", True)),
+        "fsdp_offload_params": bool(settings.get("cpu_offload", False)),
+        "fsdp_activation_checkpointing": bool(settings.get("activation_checkpointing", False)),
+        "fsdp_state_dict_type": settings["state_dict_type"],
+    }

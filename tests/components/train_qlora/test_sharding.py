@@ -1,0 +1,93 @@
+"""Shards train what one process trains, over gloo on a CPU, and leave the same files."""
+
+import os
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.multiprocessing.spawn import spawn
+
+from finemill.artifacts.manifest import Producer
+from finemill.components.train_qlora.config import TrainQLoRAConfig
+from finemill.components.train_qlora.step import run as train_qlora
+from finemill.runtime.context import Checkpoints, StepContext, Unheard
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs over gloo on a CPU"),
+]
+SETTINGS: dict[str, Any] = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "save_steps": 1,
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "QLoRA": {"lora_r": 4},
+    "full": {"method": "full"},
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def context(folder: Path) -> StepContext:
+    producer = Producer(step="train-qlora", version="0", code="test")
+    return StepContext(
+        store=folder.as_uri(),
+        key="test",
+        references={"base_model": "builtin:tiny-qwen3"},
+        manifests={},
+        checkpoints=Checkpoints(f"{folder.as_uri()}/checkpoints", producer),
+        recorder=Unheard(),
+    )
+
+
+def train(base_model: Path, dataset: Path, folder: Path, output: str, values: dict[str, Any]) -> None:
+    config = TrainQLoRAConfig(**SETTINGS | values)
+    train_qlora(
+        base_model=base_model, dataset=dataset, output_dir=folder / output, config=config, context=context(folder)
+    )
+
+
+def train_as(rank: int, port: int, strategy: str, base_model: Path, dataset: Path, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    for name, method in METHODS.items():
+        values = method | {"strategy": strategy, "gradient_accumulation_steps": 1}
+        train(base_model, dataset, folder / name, f"shared-{rank}", values)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["fsdp2", pytest.param("zero2", marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="no DeepSpeed"))],
+)
+def test_shards_equal_one_process_and_it_continues_their_checkpoint(
+    strategy: str, base_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    spawn(train_as, args=(free_port(), strategy, base_model, dataset, tmp_path), nprocs=2)
+    for name, method in METHODS.items():
+        folder = tmp_path / name
+        # From the checkpoint of step 1 to the end, with twice the accumulation and without shards.
+        train(base_model, dataset, folder, "continued", method | {"gradient_accumulation_steps": 1, "resume": "must"})
+        train(base_model, dataset, folder, "alone", method | {"resume": "never"})
+        expected = load_file(folder / "alone" / "adapter_model.safetensors")
+        for output in ("shared-0", "continued"):
+            found = load_file(folder / output / "adapter_model.safetensors")
+            assert found.keys() == expected.keys()
+            for weight, values in expected.items():
+                torch.testing.assert_close(found[weight], values, rtol=0, atol=1e-5, msg=f"{output} {name} {weight}")
+        launch = yaml.safe_load((folder / "shared-0" / "accelerate_config.yaml").read_text())
+        assert launch["distributed_type"] == {"fsdp2": "FSDP"}.get(strategy, "DEEPSPEED")

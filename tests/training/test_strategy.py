@@ -1,0 +1,88 @@
+"""How a training is shared: what is chosen, refused, and kept when there are fewer processes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finemill.components.train_qlora.config import TrainQLoRAConfig
+from finemill.config import parse_config
+from finemill.errors import UserError
+from finemill.models.base.resolve import BUILTIN_MODELS
+from finemill.training.checkpoint import global_batch, keep_global_batch
+from finemill.training.memory import GIB, needed_gib
+from finemill.training.strategy import check_strategy, settle_strategy
+
+BASE = BUILTIN_MODELS["builtin:tiny-qwen3"]
+
+
+def test_auto_takes_copies_where_one_fits_and_shards_where_none_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = TrainQLoRAConfig(method="full")
+    needed = needed_gib(json.loads((BASE / "config.json").read_text()), config) * GIB
+    chosen = [settle_strategy(config, BASE, limit) for limit in (None, needed, 0.9 * needed, 0.1 * needed)]
+    assert [(one.strategy, one.offload) for one in chosen] == [
+        ("ddp", False),
+        ("ddp", False),
+        ("fsdp2", False),
+        ("fsdp2", True),
+    ]
+
+
+def test_one_process_has_nothing_to_share(caplog: pytest.LogCaptureFixture) -> None:
+    config = TrainQLoRAConfig(strategy="fsdp2", offload=True)
+    assert settle_strategy(config, BASE, None).strategy == "ddp"
+    assert "nothing to share in one process" in caplog.text
+
+
+@pytest.mark.parametrize(("processes", "size", "passes"), [("1", 4, 6), ("3", 4, 2), ("4", 3, 2), ("8", 3, 1)])
+def test_fewer_processes_or_more_keep_the_rows_of_a_step(
+    processes: str, size: int, passes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "global_batch.json").write_text("24")
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    config = TrainQLoRAConfig(per_device_train_batch_size=4, gradient_accumulation_steps=3)
+    kept = keep_global_batch(config, tmp_path)
+    assert (kept.per_device_train_batch_size, kept.gradient_accumulation_steps) == (size, passes)
+    assert global_batch(kept) == 24
+
+
+def test_processes_that_cannot_share_the_rows_of_a_step_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "global_batch.json").write_text("24")
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(UserError, match="24 rows per step, which 5 processes cannot share"):
+        keep_global_batch(TrainQLoRAConfig(), tmp_path)
+
+
+def test_deepspeed_that_is_not_installed_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finemill.training.strategy.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'finemill\[deepspeed\]'"):
+        check_strategy(TrainQLoRAConfig(strategy="zero3"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"strategy": "fsdp2", "load_in_8bit": True}, "LLM.int8 keeps a weight in one piece"),
+        ({"strategy": "zero3", "use_dora": True}, "use_dora needs the norms of whole weights"),
+        ({"strategy": "zero2", "optim": "lion_8bit"}, "optim must be AdamW"),
+        ({"strategy": "fsdp2", "kernels": "on"}, "kernels 'on' train no shards"),
+        ({"strategy": "ddp", "offload": True}, "offload True has no effect with strategy 'ddp'"),
+        ({"strategy_config": {"a": 1}}, "has no effect with strategy 'auto'"),
+        ({"strategy": "zero3", "strategy_config": "nowhere.json"}, "strategy_config nowhere.json: No such file"),
+    ],
+)
+def test_a_combination_that_cannot_run_is_refused_in_one_line(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        parse_config(TrainQLoRAConfig, values, "train-qlora")
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_the_users_own_are_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    config = TrainQLoRAConfig(strategy="zero3", strategy_config=str(file))
+    assert config.strategy_config == {"zero_optimization": {"stage": 3}}
