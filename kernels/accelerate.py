@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from finemill.errors import UserError
 from finemill.kernels.engine.adapters import LoraPair
-from finemill.kernels.engine.expert_layout import EXPERT_FAMILIES, EXPERT_STACKS, expert_shape
+from finemill.kernels.engine.expert_layout import EXPERT_FAMILIES, EXPERT_STACKS, expert_shape, has_dense_layers
 from finemill.kernels.engine.host_memory import gather_rows, pin
 from finemill.kernels.engine.model import FastModel, LayerParts, ModelLoss, assemble_model
 from finemill.kernels.engine.plan import LayerShape, Plan
@@ -24,6 +24,7 @@ from finemill.kernels.engine.quantized_experts import quantized_stacks
 from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.nf4_stack import NF4Stack
 from finemill.kernels.ops.packing import length_classes, pack_rows, splittable
+from finemill.kernels.planning.mixture import MixtureWorkload
 from finemill.kernels.planning.workload import FAMILIES, Workload
 from finemill.kernels.streamed import attach_stream, detach_stream, weight_stream_of
 from finemill.kernels.token_scores import TokenScorer
@@ -201,26 +202,30 @@ def workload_of(
     """
     layer = engine.layers[0]
     groups = [group for layer in engine.layers for group in layer.projections]
+    stacks = [stack for layer in engine.layers for stack in layer.mlp.stacks]
     ((_, _, bound),) = length_classes([row])
-    return Workload(
-        shape=layer.shape,
-        num_layers=len(engine.layers),
-        vocabulary=engine.head.shape[0],
-        tied=engine.head.data_ptr() == engine.embedding.data_ptr(),
-        rank=max(group.rank // len(group.weights) for group in groups),
-        quantized=layer.qkv.scratch is not None,
-        tokens=tokens,
-        row=row,
-        ragged=True,
-        typical=typical,
-        whole=whole,
-        fa4=engine.attention_backend(bound) == "fa4",
-    )
+    settings: dict[str, Any] = {
+        "shape": layer.shape,
+        "num_layers": len(engine.layers),
+        "vocabulary": engine.head.shape[0],
+        "tied": engine.head.data_ptr() == engine.embedding.data_ptr(),
+        "rank": max(group.rank // len(group.weights) for group in groups),
+        "quantized": layer.qkv.scratch is not None,
+        "tokens": tokens,
+        "row": row,
+        "ragged": True,
+        "typical": typical,
+        "whole": whole,
+        "fa4": engine.attention_backend(bound) == "fa4",
+    }
+    if stacks:
+        return MixtureWorkload(**settings, expert_rank=max(stack.rank for stack in stacks))
+    return Workload(**settings)
 
 
-def is_mixture(model: nn.Module) -> bool:
-    """Whether a model is a mixture of experts that the engine trains."""
-    return getattr(_causal_model(model).config, "model_type", None) in EXPERT_FAMILIES
+def has_unequal_layers(model: nn.Module) -> bool:
+    """Whether some layers of a model have experts and others have none, so that no plan of equal layers fits."""
+    return has_dense_layers(_causal_model(model).config.to_dict())
 
 
 def restore_model(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Trainer
 from trl import DPOTrainer, KTOTrainer
 
-from finemill.kernels.accelerate import Acceleration, accelerate_model, is_mixture, leave_unchanged, workload_of
+from finemill.kernels.accelerate import Acceleration, accelerate_model, has_unequal_layers, leave_unchanged, workload_of
 from finemill.kernels.engine.plan import Plan
 from finemill.kernels.engine.shapes import Buckets, Shapes
 from finemill.kernels.engine_trainer import EAGER_BUCKET, EngineTrainer, free_bytes
@@ -75,7 +75,7 @@ class PreferenceSteps(EngineTrainer):
         reasons = {
             "DeepSpeed or FSDP own the model": self.is_deepspeed_enabled or self.is_fsdp_enabled,
             "fp16 scales its loss, bf16 and float32 are covered": args.fp16,
-            "no plan of memory covers a mixture of experts": is_mixture(self.model),
+            "only some layers have experts, and plans are of equal layers": has_unequal_layers(self.model),
             f"neftune_noise_alpha is {args.neftune_noise_alpha}": args.neftune_noise_alpha is not None,
             "use_weighting asks for more than log probabilities": getattr(args, "use_weighting", False),
         }

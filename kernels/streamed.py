@@ -1,12 +1,15 @@
 """Load a transformers model whose NF4 weights wait in pinned host memory, for cards that cannot hold the base.
 
-`load_streamed` gives the same model as `from_pretrained` with a `BitsAndBytesConfig`: the same modules, the same codes.
-But a weight goes to the host as soon as it is quantized, so that the device never holds more than two layers of the
-base, and each `Linear4bit` looks at the slot that its layer visits (engine/weight_stream.py). Before a layer's own
+`load_streamed` gives the same model as `from_pretrained` with a `BitsAndBytesConfig`: the same modules, the same codes;
+experts of a mixture are quantized, too (engine/quantized_experts.py), a layer at a time, so that they need not fit the
+card in 16 bits. A layer goes to the host as soon as it is quantized: the device never holds more than two of them, and
+each `Linear4bit` looks at the slot that its layer visits (engine/weight_stream.py). Before a layer's own
 forward a hook fetches its weights: evaluation and generation run as ever, a layer's copy behind the layer before.
 Training is the engine's: autograd of the model's own layers would read slots that hold other layers by then.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.quantizers import AutoHfQuantizer
 
 from finemill.errors import UserError
+from finemill.kernels.engine.expert_layout import EXPERT_STACKS, expert_shape
 from finemill.kernels.engine.load import stream_tensors
-from finemill.kernels.engine.model import LINEARS
+from finemill.kernels.engine.load_experts import ExpertReader
+from finemill.kernels.engine.model import ATTENTION, LINEARS
+from finemill.kernels.engine.quantized_experts import attach_stacks, quantized_stacks
 from finemill.kernels.engine.weight_stream import WeightStream
 from finemill.kernels.ops.nf4 import NF4Tensor
+from finemill.kernels.ops.nf4_stack import NF4Stack
 
 
 def load_streamed(
@@ -29,17 +36,19 @@ def load_streamed(
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
     double_quant: bool = True,
+    resident: bool = False,
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """Load a checkpoint of the Llama family, its seven linear layers in NF4 and in host memory.
+    """Load a checkpoint of the Llama family, its linear layers and experts in NF4 and in host memory.
 
     Args:
         path: folder with config.json and safetensors files.
         device: where to compute; embedding, norms and output layer go there.
         dtype: of what is not quantized, and of products.
         double_quant: quantize the quantization constants too.
+        resident: leave the weights on the device.
         config: in place of the folder's own.
-    Raises: UserError: the checkpoint lacks a tensor of the model.
+    Raises: UserError: the checkpoint lacks a tensor of the model, or has experts that config.json has not.
     """
     if config is None:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -56,7 +65,7 @@ def load_streamed(
         quantizer.preprocess_model(model=model, device_map={"": device})
     # Its frequencies are computed, not loaded.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
-    _load_tensors(model, path, device, dtype)
+    _load_tensors(model, path, device, dtype, double_quant=double_quant, resident=resident)
     model.tie_weights()
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
@@ -72,21 +81,20 @@ def weight_stream_of(causal: Any) -> WeightStream | None:
     return stream
 
 
-def attach_stream(causal: Any, stream: WeightStream, layers: list[list[NF4Tensor]]) -> None:
+def attach_stream(causal: Any, stream: WeightStream, layers: list[list[NF4Tensor | NF4Stack]]) -> None:
     """Let every quantized layer of a model look at its slot, and fetch it before the layer's own forward.
 
     Args:
         causal: the transformers model.
         stream: holds the weights.
-        layers: what its `put` returned, the seven of each layer in the order of `LINEARS`.
+        layers: what its `put` returned, of each layer in the order of `layer_weights`.
     """
     causal._finemill_stream = stream
     causal._finemill_hooks = [
         layer.register_forward_pre_hook(_fetch(stream, index)) for index, layer in enumerate(causal.model.layers)
     ]
     for layer, weights in zip(causal.model.layers, layers, strict=True):
-        for linear, weight in zip(quantized_linears(layer), weights, strict=True):
-            point_at(linear.weight, weight)
+        point_layer_at(layer, weights)
 
 
 def detach_stream(causal: Any) -> None:
@@ -95,20 +103,41 @@ def detach_stream(causal: Any) -> None:
     if stream is None:
         return
     for index, layer in enumerate(causal.model.layers):
-        linears = quantized_linears(layer)
-        weights = stream.take(index, [NF4Tensor.from_bitsandbytes(linear.weight) for linear in linears])
-        for linear, weight in zip(linears, weights, strict=True):
-            point_at(linear.weight, weight)
+        point_layer_at(layer, stream.take(index, layer_weights(layer)))
     for hook in causal._finemill_hooks:
         hook.remove()
     del causal._finemill_stream, causal._finemill_hooks
 
 
 def quantized_linears(layer: nn.Module) -> list[Any]:
-    """A decoder layer's seven linear layers below their adapters, in the order of `LINEARS`."""
+    """A decoder layer's linear layers below their adapters, in the order of `LINEARS`: of a mixture, attention's."""
     attention, mlp = layer.self_attn, layer.mlp
-    found = (getattr(attention, name, None) or getattr(mlp, name) for name in LINEARS)
+    names = ATTENTION if hasattr(mlp, "experts") else LINEARS
+    found = (getattr(attention, name, None) or getattr(mlp, name) for name in names)
     return [getattr(linear, "base_layer", linear) for linear in found]
+
+
+def layer_weights(layer: nn.Module) -> list[NF4Tensor | NF4Stack]:
+    """All NF4 weights of a decoder layer, in the order of the engine's."""
+    linears = [NF4Tensor.from_bitsandbytes(linear.weight) for linear in quantized_linears(layer)]
+    return [*linears, *_stacks(layer).values()]
+
+
+def point_layer_at(layer: nn.Module, weights: Sequence[NF4Tensor | NF4Stack]) -> None:
+    """Let a decoder layer share the memory of such weights."""
+    linears, stacks = quantized_linears(layer), _stacks(layer)
+    for linear, weight in zip(linears, weights, strict=False):
+        assert isinstance(weight, NF4Tensor)
+        point_at(linear.weight, weight)
+    for name, stack in zip(stacks, weights[len(linears) :], strict=True):
+        assert isinstance(stack, NF4Stack)
+        stacks[name] = stack
+
+
+def _stacks(layer: Any) -> dict[str, NF4Stack]:
+    """The NF4 matrices of a layer's experts by parameter."""
+    experts = getattr(layer.mlp, "experts", None)
+    return {} if experts is None else quantized_stacks(getattr(experts, "get_base_layer", lambda: experts)())
 
 
 def point_at(parameter: Any, weight: NF4Tensor) -> None:
@@ -130,38 +159,60 @@ def _fetch(stream: WeightStream, index: int) -> Any:
     return fetch
 
 
-def _load_tensors(model: Any, path: Path, device: torch.device, dtype: torch.dtype) -> None:
+def _load_tensors(
+    model: Any, path: Path, device: torch.device, dtype: torch.dtype, *, double_quant: bool, resident: bool
+) -> None:
     """Fill the model, layer by layer: quantize what is quantized, and send a layer to the host when it is complete."""
     from bitsandbytes.nn import Linear4bit
 
-    waiting: dict[int, dict[str, Any]] = {}
-    stream: WeightStream | None = None
-    visits: dict[int, list[NF4Tensor]] = {}
+    layers, mixture = model.model.layers, expert_shape(model.config.to_dict())
+    hidden = model.config.hidden_size
+    reader = ExpertReader(mixture, hidden, device, dtype, quantize=True, double_quant=double_quant) if mixture else None
+    done, stream, visits = Counter[int](), None, {}
     # A tied output layer is not among them.
     missing = {name for name, _ in model.named_parameters()}
     for name, tensor in stream_tensors(path, device, order=_layer_first):
-        if name not in missing:
-            continue
-        missing.remove(name)
         module_name, _, leaf = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        if leaf == "weight" and isinstance(module, Linear4bit):
-            module.weight = _quantize(module.weight, tensor.to(dtype))
-            layer = int(name.split(".")[2])
-            waiting.setdefault(layer, {})[module_name.rpartition(".")[2]] = module.weight
-            if len(waiting[layer]) == len(LINEARS):
-                done = waiting.pop(layer)
-                weights = [NF4Tensor.from_bitsandbytes(done[linear]) for linear in LINEARS]
-                stream = stream or WeightStream(weights, len(model.model.layers), device)
-                visits[layer] = stream.put(layer, weights)
-                for linear, weight in zip(LINEARS, visits[layer], strict=True):
-                    point_at(done[linear], weight)
+        if reader is not None and reader.take(name, tensor):
+            if not reader.is_complete(layer := _layer_first(name)[0]):
+                continue
+            missing -= _put_mixture(layers[layer].mlp, f"model.layers.{layer}.mlp.", reader)
+        elif name not in missing:
+            continue
         else:
-            set_module_tensor_to_device(model, name, device, value=tensor.to(dtype))
+            missing.remove(name)
+            module = model.get_submodule(module_name)
+            if not (leaf == "weight" and isinstance(module, Linear4bit)):
+                set_module_tensor_to_device(model, name, device, value=tensor.to(dtype))
+                continue
+            module.weight = _quantize(module.weight, tensor.to(dtype))
+            layer = _layer_first(name)[0]
+        done[layer] += 1
+        if done[layer] == len(quantized_linears(layers[layer])) + (reader is not None) and not resident:
+            weights = layer_weights(layers[layer])
+            stream = stream or WeightStream(weights, len(layers), device)
+            visits[layer] = stream.put(layer, weights)
+            point_layer_at(layers[layer], visits[layer])
+    if reader is not None:
+        reader.check_complete()
     if missing:
         raise UserError(f"the checkpoint in {path} lacks {len(missing)} tensors, {min(missing)} for one")
     if stream is not None:
         attach_stream(model, stream, [visits[layer] for layer in range(len(visits))])
+
+
+def _put_mixture(mlp: Any, prefix: str, reader: ExpertReader) -> set[str]:
+    """Fill a layer's experts and router. Returns: the names of their parameters."""
+    mixture = reader.layer(int(prefix.split(".")[2]))
+    assert mixture is not None
+    stacks = {
+        name.rpartition(".")[2]: stack
+        for name, stack in zip(EXPERT_STACKS, mixture.stacks, strict=True)
+        if isinstance(stack, NF4Stack)
+    }
+    attach_stacks(mlp.experts, stacks)
+    mlp.gate.weight = nn.Parameter(mixture.router, requires_grad=False)
+    return {prefix + name for name in (*EXPERT_STACKS, "gate.weight")}
 
 
 def _quantize(old: Any, tensor: Tensor) -> Any:

@@ -25,7 +25,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl import SFTTrainer
 
-from finemill.kernels.accelerate import Acceleration, accelerate_model, is_mixture, leave_unchanged, workload_of
+from finemill.kernels.accelerate import Acceleration, accelerate_model, has_unequal_layers, leave_unchanged, workload_of
 from finemill.kernels.engine.graphs import GraphRunner
 from finemill.kernels.engine.plan import Plan
 from finemill.kernels.engine.shapes import Buckets, Shapes
@@ -93,7 +93,7 @@ class FastSFTTrainer(EngineTrainer, SFTTrainer):  # type: ignore[misc]
         reasons = {
             "DeepSpeed or FSDP own the model": self.is_deepspeed_enabled or self.is_fsdp_enabled,
             "fp16 scales its loss, bf16 and float32 are covered": args.fp16,
-            "no plan of memory covers a mixture of experts": is_mixture(self.model),
+            "only some layers have experts, and plans are of equal layers": has_unequal_layers(self.model),
             f"loss_type is {loss_type!r}": loss_type not in ("nll", "chunked_nll"),
             f"label_smoothing_factor is {args.label_smoothing_factor}": args.label_smoothing_factor > 0,
             f"neftune_noise_alpha is {args.neftune_noise_alpha}": args.neftune_noise_alpha is not None,

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from finemill.kernels.bench.case import Call, Case, rand
 from finemill.kernels.ops.combine_experts import combine_experts
+from finemill.kernels.ops.division import choose_block
 from finemill.kernels.ops.expert_lora import expert_gradient, gather_project, project
-from finemill.kernels.ops.expert_rows import ExpertRows, choose_block, sort_by_expert
+from finemill.kernels.ops.expert_rows import ExpertRows, sort_by_expert
 from finemill.kernels.ops.grouped_gemm import grouped_gemm
 from finemill.kernels.ops.nf4_stack import NF4Stack, dequantize_nf4_stack
 from finemill.kernels.ops.routing import route

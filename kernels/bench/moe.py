@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ from finemill.kernels.engine.shapes import Shapes
 from finemill.kernels.ops.expert_rows import ExpertRows, sort_by_expert
 from finemill.kernels.ops.grouped_gemm import Tile, grouped_gemm
 from finemill.kernels.ops.packing import PackedBatch, pack_rows
+from finemill.kernels.planning.from_config import workload_of_config
+from finemill.kernels.planning.model_shapes import MIXTURES
+from finemill.kernels.planning.planner import peak_bytes, plan_step, step_seconds, workload_under
+from finemill.kernels.planning.rates import rates_of
 
 HIDDEN, INTERMEDIATE, EXPERTS, PER_TOKEN = 2048, 768, 128, 8
 HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 32, 4, 128, 151936
@@ -55,27 +60,7 @@ TILES = {
 
 def main(argv: list[str]) -> int:
     """Run the benchmark. Returns: exit code."""
-    parser = argparse.ArgumentParser(prog="finemill bench moe", description=__doc__)
-    parser.add_argument("what", choices=["step", "tiles"])
-    parser.add_argument("--layers", type=int, default=12, help="of Qwen3-30B-A3B's 48")
-    parser.add_argument("--rows", type=int, default=8, help="per optimizer step")
-    parser.add_argument("--seq", type=int, default=2048, help="tokens per row")
-    parser.add_argument("--micro-rows", type=int, default=8, help="rows per micro-batch")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--quant", default="nf4", choices=["nf4", "bf16"])
-    parser.add_argument("--level", default="GATE_UP", choices=[level.name for level in Level], help="what layers keep")
-    parser.add_argument("--cached", type=int, default=0, help="leading layers whose decoded weights are kept")
-    parser.add_argument("--head-chunk", type=int, default=1024, help="rows of logits at a time")
-    parser.add_argument("--eight-bit", action="store_true", help="8-bit optimizer states")
-    parser.add_argument("--stream", action="store_true", help="NF4 weights wait in host memory")
-    parser.add_argument("--skew", action="store_true", help="one expert takes a fifth of all tokens")
-    parser.add_argument("--eager", action="store_true", help="launch kernel by kernel instead of by CUDA graph")
-    parser.add_argument("--profile", action="store_true", help="list the kernels of one eager step by time")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--warmup", type=int, default=3, help="steps left out of the timing")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the checkpoint is found or made")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    add_record_argument(parser)
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.warmup >= args.steps:
         parser.error(f"--warmup {args.warmup} must be smaller than --steps {args.steps}")
@@ -94,6 +79,33 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """What the command line takes."""
+    parser = argparse.ArgumentParser(prog="finemill bench moe", description=__doc__)
+    parser.add_argument("what", choices=["step", "tiles"])
+    parser.add_argument("--layers", type=int, default=12, help="of Qwen3-30B-A3B's 48")
+    parser.add_argument("--rows", type=int, default=8, help="per optimizer step")
+    parser.add_argument("--seq", type=int, default=2048, help="tokens per row")
+    parser.add_argument("--micro-rows", type=int, default=8, help="rows per micro-batch")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--quant", default="nf4", choices=["nf4", "bf16"])
+    parser.add_argument("--level", default="GATE_UP", choices=[level.name for level in Level], help="what layers keep")
+    parser.add_argument("--cached", type=int, default=0, help="leading layers whose decoded weights are kept")
+    parser.add_argument("--head-chunk", type=int, default=1024, help="rows of logits at a time")
+    parser.add_argument("--eight-bit", action="store_true", help="8-bit optimizer states")
+    parser.add_argument("--stream", action="store_true", help="NF4 weights wait in host memory")
+    parser.add_argument("--memory-gb", type=float, help="let the planner choose all of that within so many GiB")
+    parser.add_argument("--skew", action="store_true", help="one expert takes a fifth of all tokens")
+    parser.add_argument("--eager", action="store_true", help="launch kernel by kernel instead of by CUDA graph")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of one eager step by time")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=3, help="steps left out of the timing")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the checkpoint is found or made")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    add_record_argument(parser)
+    return parser
+
+
 def run_step(args: argparse.Namespace) -> dict[str, Any]:
     """Load, train, time. Returns: the record."""
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
@@ -103,15 +115,14 @@ def run_step(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(7)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     lora = LoraSettings(args.rank, args.rank)
-    model, _ = load_model(path, device=device, dtype=dtype, quantize=args.quant == "nf4", lora=lora)
-    levels = (Level[args.level],) * args.layers
-    plan = Plan(
-        levels,
-        (None,) * args.layers,
-        args.cached,
-        args.head_chunk,
-        eight_bit=args.eight_bit,
-        stream_weights=args.stream,
+    plan = make_plan(args, torch.cuda.get_device_name() if device.type == "cuda" else "")
+    model, _ = load_model(
+        path,
+        device=device,
+        dtype=dtype,
+        quantize=args.quant == "nf4",
+        lora=lora,
+        embedding_on_host=plan.embedding_on_host,
     )
     model.apply_plan(plan)
     if args.skew:
@@ -119,13 +130,13 @@ def run_step(args: argparse.Namespace) -> dict[str, Any]:
             layer.mlp.router[0] *= SKEW  # type: ignore[union-attr]
     _sync(device)
     loaded = time.time()
-    optimizer = FlatAdamW(model.adapters, lr=5e-4, weight_decay=0.01, max_norm=1.0, bits=8 if args.eight_bit else 32)
+    optimizer = FlatAdamW(model.adapters, lr=5e-4, weight_decay=0.01, max_norm=1.0, bits=8 if plan.eight_bit else 32)
     static = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     runner = None if args.eager or device.type == "cpu" else GraphRunner(model, patience=1)
     generator, shapes, scale = torch.Generator().manual_seed(9), Shapes(), 1.0 / (args.rows * (args.seq - 1))
     times, losses, norms = [], [], []
     for step in range(args.steps):
-        batches = next_batches(args, generator, shapes, device)
+        batches = next_batches(args, plan, generator, shapes, device)
         if step == args.warmup and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         _sync(device)
@@ -140,12 +151,16 @@ def run_step(args: argparse.Namespace) -> dict[str, Any]:
         norms.append(round(float(norm[0]), 4))
         print(f"step {step}: {times[-1]:.4f} s, loss {losses[-1]}, grad norm {norms[-1]}", flush=True)
     if args.profile and device.type == "cuda":
-        profile_step(model, next_batches(args, generator, shapes, device), scale)
+        profile_step(model, next_batches(args, plan, generator, shapes, device), scale)
     median = statistics.median(times[args.warmup :])
     peak = 0
     if device.type == "cuda":
         peak = max(torch.cuda.max_memory_allocated(), runner.peak_bytes if runner else 0)
-    names = ("layers", "rows", "seq", "micro_rows", "rank", "quant", "level", "cached", "eight_bit", "stream", "skew")
+    names = ["layers", "rows", "seq", "rank", "quant", "skew", "memory_gb"]
+    if args.memory_gb is None:
+        names += ["micro_rows", "level", "cached", "eight_bit", "stream"]
+    else:
+        print(f"plan: {plan}", flush=True)
     return (
         {"kind": "moe-step", "impl": "finemill"}
         | {name: getattr(args, name) for name in (*names, "eager")}
@@ -154,6 +169,8 @@ def run_step(args: argparse.Namespace) -> dict[str, Any]:
             "step_s": round(median, 4),
             "times": [round(t, 4) for t in times],
             "peak_gib": round(peak / 2**30, 2),
+            "predicted_gib": round(plan.peak / 2**30, 2),
+            "predicted_s": round(plan.seconds, 4),
             "static_gib": round(static / 2**30, 2),
             "losses": losses,
             "grad_norms": norms,
@@ -162,6 +179,32 @@ def run_step(args: argparse.Namespace) -> dict[str, Any]:
             "load_s": round(loaded - made, 1),
         }
     )
+
+
+def make_plan(args: argparse.Namespace, gpu: str) -> Plan:
+    """The plan that the arguments spell, with what the planner predicts of it on a card, or the planner's own."""
+    work = workload_of_config(
+        configuration(args.layers),
+        rank=args.rank,
+        quantized=args.quant == "nf4",
+        tokens=args.rows * args.seq,
+        row=args.seq,
+    )
+    rates = rates_of(gpu)
+    if args.memory_gb is not None:
+        return plan_step(work, int(args.memory_gb * 2**30), rates=rates, allow_stream=args.quant == "nf4")
+    plan = Plan(
+        (Level[args.level],) * args.layers,
+        (None,) * args.layers,
+        args.cached,
+        args.head_chunk,
+        work.host_bytes_per_token(),
+        micro_batch=args.micro_rows * args.seq,
+        eight_bit=args.eight_bit,
+        stream_weights=args.stream,
+    )
+    work = workload_under(work, plan)
+    return replace(plan, peak=peak_bytes(work, plan), seconds=step_seconds(work, rates, plan))
 
 
 def _mixture_run(args: argparse.Namespace, argv: list[str], record: dict[str, Any]) -> MixtureRun:
@@ -179,13 +222,13 @@ def _mixture_run(args: argparse.Namespace, argv: list[str], record: dict[str, An
 
 
 def next_batches(
-    args: argparse.Namespace, generator: torch.Generator, shapes: Shapes, device: torch.device
+    args: argparse.Namespace, plan: Plan, generator: torch.Generator, shapes: Shapes, device: torch.device
 ) -> list[PackedBatch]:
     """Draw an optimizer step's rows, as a step of two micro-batches would, and pack them into micro-batches."""
     half = max(1, args.rows // 2)
     drawn = [torch.randint(0, VOCABULARY - 16, (half, args.seq), generator=generator) for _ in range(args.rows // half)]
     rows = torch.cat(drawn)
-    pieces = rows.split(args.micro_rows)
+    pieces = rows.split((plan.micro_batch or len(rows) * args.seq) // args.seq)
     return [shapes.prepare(pack_rows(piece, piece)).to(device) for piece in pieces]
 
 
@@ -308,26 +351,11 @@ def ensure_checkpoint(folder: Path, layers: int, device: torch.device) -> Path:
 
 def configuration(layers: int) -> dict[str, Any]:
     """config.json of Qwen3-30B-A3B with so many layers."""
-    return {
+    return MIXTURES["qwen3-30b-a3b"] | {
         "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "hidden_size": HIDDEN,
-        "intermediate_size": 3 * HIDDEN,
-        "moe_intermediate_size": INTERMEDIATE,
-        "num_experts": EXPERTS,
-        "num_experts_per_tok": PER_TOKEN,
-        "norm_topk_prob": True,
+        "num_hidden_layers": layers,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "vocab_size": VOCABULARY,
-        "tie_word_embeddings": False,
-        "rope_theta": 1e6,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 40960,
         "hidden_act": "silu",
         "attention_bias": False,
         "torch_dtype": "bfloat16",

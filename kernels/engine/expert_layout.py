@@ -26,3 +26,8 @@ def expert_shape(config: Mapping[str, Any]) -> ExpertShape | None:
         normalize = bool(config.get("norm_topk_prob", False))
         return ExpertShape(count, config["num_experts_per_tok"], config["moe_intermediate_size"], normalize)
     return None
+
+
+def has_dense_layers(config: Mapping[str, Any]) -> bool:
+    """Whether a mixture has layers without experts between the others."""
+    return bool(config.get("mlp_only_layers")) or config.get("decoder_sparse_step", 1) > 1

@@ -23,8 +23,9 @@ from finemill.kernels.engine.plan import ExpertShape, LayerShape, Level
 from finemill.kernels.engine.projection import Projection, mm_fp32
 from finemill.kernels.engine.saved import Routing, Saved
 from finemill.kernels.ops.combine_experts import combine_experts
+from finemill.kernels.ops.division import choose_block
 from finemill.kernels.ops.expert_lora import expert_gradient, gather_project, project
-from finemill.kernels.ops.expert_rows import ExpertRows, choose_block, sort_by_expert
+from finemill.kernels.ops.expert_rows import ExpertRows, sort_by_expert
 from finemill.kernels.ops.grouped_gemm import grouped_gemm
 from finemill.kernels.ops.nf4_stack import NF4Stack, dequantize_nf4_stack
 from finemill.kernels.ops.rms_norm import rms_norm_backward

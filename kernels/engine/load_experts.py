@@ -25,6 +25,11 @@ class Mixture:
     gate_up: NF4Stack | Tensor
     down: NF4Stack | Tensor
 
+    @property
+    def stacks(self) -> tuple[NF4Stack | Tensor, NF4Stack | Tensor]:
+        """Both, in the order of `EXPERT_STACKS`."""
+        return self.gate_up, self.down
+
 
 @dataclass
 class _Layer:
@@ -45,6 +50,7 @@ class ExpertReader:
         device: where they go.
         dtype: 16-bit dtype.
         quantize: to NF4, a layer as soon as it is complete.
+        double_quant: quantize the scales too.
     """
 
     shape: ExpertShape
@@ -52,6 +58,7 @@ class ExpertReader:
     device: torch.device
     dtype: torch.dtype
     quantize: bool
+    double_quant: bool = True
     _layers: dict[int, _Layer] = field(default_factory=dict)
 
     def take(self, name: str, tensor: Tensor) -> bool:
@@ -79,9 +86,19 @@ class ExpertReader:
         layer.seen.add((expert, place))
         if self.quantize and len(layer.seen) == 3 * count:
             matrices = layer.gate_up.view(2 * count, width, hidden)
-            layer.quantized = quantize_nf4_stack(matrices), quantize_nf4_stack(layer.down)
+            layer.quantized = self._quantize(matrices), self._quantize(layer.down)
             layer.gate_up = layer.down = None
         return True
+
+    def is_complete(self, number: int) -> bool:
+        """Whether all of a layer's experts and its router are there."""
+        layer = self._layers[number]
+        return layer.router is not None and len(layer.seen) == 3 * self.shape.count
+
+    def check_complete(self) -> None:
+        """Raises: UserError: a layer that was not handed over lacks something."""
+        for number in sorted(self._layers):
+            self.layer(number)
 
     def layer(self, number: int) -> Mixture | None:
         """Hand over a layer's mixture, None of a layer that has no experts.
@@ -103,6 +120,9 @@ class ExpertReader:
         assert gate_up is not None
         assert down is not None
         return Mixture(layer.router, gate_up, down)
+
+    def _quantize(self, matrices: Tensor) -> NF4Stack:
+        return quantize_nf4_stack(matrices, double_quant=self.double_quant)
 
     def _check(self, name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
         if tuple(tensor.shape) != shape:

@@ -48,6 +48,17 @@ def rank_block(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
+def choose_block(tokens: int, per_token: int, num_experts: int) -> int:
+    """Rows of expert_rows.py's tile: 128, or 64 where an expert has too few rows on average to fill such tiles."""
+    return 128 if tokens * per_token >= 256 * num_experts else 64
+
+
+def capacity(tokens: int, per_token: int, num_experts: int, block: int) -> int:
+    """Rows of experts that any routing of so many tokens fits into."""
+    pairs = tokens * per_token
+    return (pairs + min(num_experts, pairs) * (block - 1)) // block * block
+
+
 LORA_B_TOKENS, LORA_B_COLUMNS = 64, 128
 """Tile of lora_b.py's kernel."""
 LORA_B_PROGRAMS = 2

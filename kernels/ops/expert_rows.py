@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from finemill.kernels.ops.division import capacity
+
 # T tokens, k experts per token, E experts, R = capacity rows
 
 
@@ -53,17 +55,6 @@ class ExpertRows:
     def of_pairs(self, values: Tensor) -> Tensor:
         """Return the rows' values (R,) by pair, (T, k)."""
         return values[self.pair_row]
-
-
-def capacity(tokens: int, per_token: int, num_experts: int, block: int) -> int:
-    """Rows that any routing of so many tokens fits into."""
-    pairs = tokens * per_token
-    return (pairs + min(num_experts, pairs) * (block - 1)) // block * block
-
-
-def choose_block(tokens: int, per_token: int, num_experts: int) -> int:
-    """Rows of a tile: 128, or 64 where an expert has too few rows on average to fill such tiles."""
-    return 128 if tokens * per_token >= 256 * num_experts else 64
 
 
 def sort_by_expert(experts: Tensor, num_experts: int, block: int) -> ExpertRows:

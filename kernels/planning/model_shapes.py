@@ -51,3 +51,19 @@ SHAPES = {
     "qwen3-tiny": ModelShape("qwen3", 256, 512, 2, 4, 2, 64, 4096, False, 1e6, 1e-6, 4096),
     "llama3-tiny": ModelShape("llama", 256, 512, 2, 4, 2, 64, 4096, False, 5e5, 1e-5, 4096),
 }
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3-30b-a3b": {
+        **ModelShape("qwen3_moe", 2048, 6144, 48, 32, 4, 128, 151936, False, 1e6, 1e-6, 40960).config(),
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    },
+    "mixtral-8x7b": {
+        **ModelShape("mixtral", 4096, 14336, 32, 32, 8, 128, 32000, False, 1e6, 1e-5, 32768).config(),
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+}
+"""config.json of published mixtures of experts."""

@@ -76,7 +76,8 @@ def peak_bytes(work: Workload, plan: Plan) -> int:
 @lru_cache
 def _lasting_bytes(work: Workload, *, cached: bool) -> int:
     """What is there all the time: decoded weights, kept or of the layer at hand, beside the static tensors."""
-    return work.static_bytes() + work.extended_bytes * (work.num_layers if cached else work.quantized)
+    decoded = work.extended_bytes * work.num_layers if cached else work.scratch_bytes * work.quantized
+    return work.static_bytes() + decoded
 
 
 def _beside(sizes: LayerBytes, plan: Plan, levels: Sequence[Level]) -> Iterator[tuple[int, int]]:
@@ -279,11 +280,11 @@ def _parkings(work: Workload, rates: Rates, tokens: int, forward: float) -> Iter
     """What may be parked: one level in a share of the layers, or more than that wherever the bus has time."""
     rate = rates.shared_bus_bytes if work.stream_weights else rates.bus_bytes
     copies = {level: size * tokens / rate for level, size in work.host_bytes_per_token().items()}
-    bases = (Level.INPUT, Level.ATTENTION, Level.GATE_UP)
+    bases = [level for level in Level if level <= work.most_parked]
     for share, base, in_flight in product(PARKED_SHARES, bases, IN_FLIGHT):
         parked = spread(work.num_layers, share)
         yield tuple(base if is_parked else None for is_parked in parked), in_flight
-        yield _fill_bus(copies, base, parked, forward, in_flight), in_flight
+        yield _fill_bus(copies, base, work.most_parked, parked, forward, in_flight), in_flight
 
 
 def spread(layers: int, share: float) -> list[bool]:
@@ -292,13 +293,14 @@ def spread(layers: int, share: float) -> list[bool]:
 
 
 def _fill_bus(
-    copies: dict[Level, float], base: Level, parked: Sequence[bool], forward: float, in_flight: int
+    copies: dict[Level, float], base: Level, most: Level, parked: Sequence[bool], forward: float, in_flight: int
 ) -> HostLevels:
     """Park more than `base` where its copy, and a copy of `base` next, end before the device waits for them.
 
     Args:
         copies: seconds to the host by level.
         base: the least to park.
+        most: the most.
         parked: layers that are.
         forward: seconds of a layer.
         in_flight: as in `Plan`.
@@ -312,7 +314,7 @@ def _fill_bus(
         fitting = [
             level
             for level in Level
-            if base < level < Level.ALL and begin + copies[level] <= min(first, second - copies[base])
+            if base < level <= most and begin + copies[level] <= min(first, second - copies[base])
         ]
         level = max(fitting, default=base)
         bus, chosen[index] = begin + copies[level], level

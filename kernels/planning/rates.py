@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from finemill.kernels.engine.plan import Level
+from finemill.kernels.planning.mixture import MixtureWorkload
 from finemill.kernels.planning.workload import Workload
 
 DIAGONAL, DIAGONAL_BACKWARD = 256, 500
@@ -19,6 +20,8 @@ SPLIT_SECONDS = 2e-6
 runs empty between groups; a quarter of the backward at most."""
 FORWARD_KERNELS, BACKWARD_KERNELS = 20, 30
 """Kernels per layer and pass."""
+MIXTURE_KERNELS = 55, 80
+"""The same of a mixture of experts, whose routing is many small ones."""
 KERNEL_SECONDS = 4.5e-6
 """Seconds per kernel beside its bytes and operations: start, tail, and too few programs to fill the card."""
 
@@ -73,29 +76,50 @@ def layer_seconds(work: Workload, rates: Rates, tokens: int, *, cached: bool) ->
         return tokens * width / rates.bytes
 
     matmul = 2 * tokens * s.hidden / rates.flops
-    length = work.row if work.typical is None else min(work.typical, work.row)
-    attention = 2 * tokens * (length + DIAGONAL) * s.q_width / rates.attention_forward
-    attention_back = 5 * tokens * (length + DIAGONAL_BACKWARD) * s.q_width / rates.attention_backward
-    if work.fa4 and not work.ragged:  # a trainer's sequences are shorter, most of them
-        attention = 2 * tokens * (length + FA4_DIAGONAL) * s.q_width / rates.fa4_forward
-        attention_back = 5 * tokens * (length + FA4_DIAGONAL_BACKWARD) * s.q_width / rates.fa4_backward
-    elif work.key_heads is not None:
-        groups = s.num_kv_heads // work.key_heads
-        attention_back += (groups - 1) * min(attention_back / 4, SPLIT_SECONDS * math.sqrt(length))
+    attention, attention_back = _attention_seconds(work, rates, tokens)
     decode = 0.0 if cached or not work.quantized else work.layer_weights * 2.6 / rates.bytes
-    products = matmul * (s.qkv_width + s.q_width + 3 * s.intermediate)
     rotate = 2 * (w["q"] + w["kv"])
-    inputs = 2 * w["x"] + w["q"] + w["grad_hidden"]  # of the adapters: read once forward, once for dA
-    outputs = w["qkv"] + 2 * w["x"] + w["gate_up"]  # their gradients: read once for dB and dy B
-    forward = moving(8 * w["x"] + rotate + 3 * w["grad_hidden"] + inputs)
-    backward = moving(8 * w["x"] + 3 * w["qkv"] + 6 * w["grad_hidden"] + inputs + outputs)
+    # Attention's part of a layer, norms and residual stream included; adapters read an input forward and for dA, and
+    # a gradient for dB and dy B.
+    products = matmul * (s.qkv_width + s.q_width)
+    forward = moving(8 * w["x"] + rotate + 2 * w["x"] + w["q"])
+    backward = moving(8 * w["x"] + 3 * w["qkv"] + 2 * w["x"] + w["q"] + w["qkv"] + 2 * w["x"])
     again = {
-        Level.INPUT: matmul * (s.qkv_width + s.q_width) + attention + moving(3 * w["x"]) + decode / 3,
-        Level.ATTENTION: matmul * 2 * s.intermediate,
+        Level.INPUT: products + attention + moving(3 * w["x"]) + decode / 3,
         Level.GATE_UP: moving(4 * w["x"] + rotate),
     }
-    backward += products + attention_back + decode + BACKWARD_KERNELS * KERNEL_SECONDS
+    kernels = FORWARD_KERNELS, BACKWARD_KERNELS
+    if isinstance(work, MixtureWorkload):
+        e = work.experts
+        matmul *= e.per_token * work.rows(tokens) / (work.rows(tokens) + tokens * e.per_token) * 2
+        width, rows, gates, hidden = e.intermediate, w["rows"], w["gate_up"], w["hidden"]
+        forward += moving(2 * rows + gates + 2 * hidden + w["logits"])
+        backward += moving(6 * rows + 3 * gates + 4 * hidden + 4 * w["logits"])
+        kernels = MIXTURE_KERNELS
+    else:
+        width, hidden = s.intermediate, w["grad_hidden"]
+        forward += moving(4 * hidden)
+        backward += moving(7 * hidden + w["gate_up"])
+    products += matmul * 3 * width
+    again[Level.ATTENTION] = matmul * 2 * width
+    backward += products + attention_back + decode + kernels[1] * KERNEL_SECONDS
     return LayerSeconds(
-        products + attention + forward + decode + FORWARD_KERNELS * KERNEL_SECONDS,
+        products + attention + forward + decode + kernels[0] * KERNEL_SECONDS,
         {level: backward + sum(cost for step, cost in again.items() if step >= level) for level in Level},
     )
+
+
+def _attention_seconds(work: Workload, rates: Rates, tokens: int) -> tuple[float, float]:
+    """Predict both passes of attention itself."""
+    width = work.shape.q_width
+    length = work.row if work.typical is None else min(work.typical, work.row)
+    if work.fa4 and not work.ragged:  # a trainer's sequences are shorter, most of them
+        return (
+            2 * tokens * (length + FA4_DIAGONAL) * width / rates.fa4_forward,
+            5 * tokens * (length + FA4_DIAGONAL_BACKWARD) * width / rates.fa4_backward,
+        )
+    backward = 5 * tokens * (length + DIAGONAL_BACKWARD) * width / rates.attention_backward
+    if work.key_heads is not None:
+        groups = work.shape.num_kv_heads // work.key_heads
+        backward += (groups - 1) * min(backward / 4, SPLIT_SECONDS * math.sqrt(length))
+    return 2 * tokens * (length + DIAGONAL) * width / rates.attention_forward, backward

@@ -3,10 +3,8 @@
 All sizes are bytes, as `torch.cuda.max_memory_allocated` counts them; names of tensors are decoder_layer.py's.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from finemill.kernels.engine.plan import LayerShape, Level
 from finemill.kernels.ops.division import (
@@ -14,7 +12,6 @@ from finemill.kernels.ops.division import (
     PAD,
     cudnn_bytes,
     fa4_bytes,
-    fa4_suits,
     lora_b_bytes,
     swiglu_lora_bytes,
 )
@@ -138,6 +135,16 @@ class Workload:
         return sum(block_bytes(2 * (n + pad) * (k + pad)) for n, k, pad in zip(outputs, inputs, self.pads, strict=True))
 
     @property
+    def scratch_bytes(self) -> int:
+        """Device memory of the buffers that a layer's weights are decoded into."""
+        return self.extended_bytes
+
+    @property
+    def most_parked(self) -> Level:
+        """The highest level whose tensors may wait in host memory."""
+        return Level.GATE_UP
+
+    @property
     def adapter_elements(self) -> int:
         """Elements of all LoRA matrices."""
         s = self.shape
@@ -191,7 +198,7 @@ class Workload:
 
     def host_bytes_per_token(self) -> dict[Level, int]:
         """Host memory that a parked layer takes."""
-        return _parkable(self.widths)
+        return parkable_bytes(self.widths)
 
     def attention_workspace(self, tokens: int) -> int:
         """Memory that the deterministic backward takes: FlashAttention-4's, and cuDNN's for the heads done at once."""
@@ -211,51 +218,41 @@ class Workload:
         gathered = 5 * t["x"] // 2 if self.ragged else 0
         return 2 * t["x"] + gathered + 16 * tokens + max(t["grad"], block_bytes(2 * chunk * self.vocabulary))
 
+    def forward_bytes(self, t: dict[str, int]) -> dict[Level, int]:
+        """Peak of a layer's forward by what it keeps, from `tensor_bytes`."""
+        stream = 2 * t["x"] + t["xa"]  # total and mid
+        attention = t["qkv"] + t["attended"] + t["state"]
+        early = t["normed_in"] + t["q"] + t["kv"] + t["rstd_qk"]
+        peaks = {}
+        for level in Level:
+            kept = stream + (attention if level >= Level.ATTENTION else 0) + (early if level == Level.ALL else 0)
+            normed_mid = t["normed_mid"] if level == Level.ALL else 0
+            gate_up = t["gate_up"] if level >= Level.GATE_UP else 0
+            peaks[level] = max(
+                stream + attention + early,
+                kept + t["normed_mid"] + t["gate_up"],
+                kept + normed_mid + t["gate_up"] + t["hidden"],
+                kept + normed_mid + gate_up + t["hidden"] + t["x"],
+            )
+        return peaks
 
-def workload_of_config(
-    config: Mapping[str, Any],
-    *,
-    rank: int,
-    quantized: bool,
-    tokens: int,
-    row: int,
-    ragged: bool = False,
-    whole: bool = False,
-) -> Workload:
-    """Describe a model and a step to the planner, from a Hugging Face configuration.
-
-    Args:
-        config: config.json of a decoder of the Llama family.
-        rank: LoRA rank of all seven linear layers.
-        quantized: NF4 base.
-        tokens: per optimizer step.
-        row: tokens per row.
-        ragged: as in `Workload`.
-        whole: as in `Workload`.
-    Raises: KeyError: the configuration lacks a field.
-    """
-    heads = config["num_attention_heads"]
-    shape = LayerShape(
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads", heads),
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        eps=config["rms_norm_eps"],
-    )
-    return Workload(
-        shape=shape,
-        num_layers=config["num_hidden_layers"],
-        vocabulary=config["vocab_size"],
-        tied=config.get("tie_word_embeddings", False),
-        rank=rank,
-        quantized=quantized,
-        tokens=tokens,
-        row=row,
-        ragged=ragged,
-        whole=whole,
-        fa4=fa4_suits(row, shape.head_dim),
-    )
+    def backward_bytes(self, t: dict[str, int], tokens: int) -> dict[Level, int]:
+        """Peak of a layer's backward by what its forward kept."""
+        width = self.shape.intermediate
+        products = max(
+            4 * self.rank * max(4 * width, 3 * self.shape.qkv_width),
+            swiglu_lora_bytes(tokens, width, self.rank),
+            lora_b_bytes(tokens, [(0, self.shape.hidden)], self.rank),
+        )
+        rotated = t["q"] + t["kv"] + t["rstd_qk"]
+        saved = t["grad"] + t["x"] + t["xa"] + t["qkv"] + t["attended"] + t["state"]
+        mlp = saved + t["x"] + t["normed_mid"] + t["gate_up"] + t["grad_hidden"] + products
+        attention = saved + rotated + 2 * (t["q"] + t["kv"]) + self.attention_workspace(tokens)
+        # An attention that was recomputed leaves as much as one of which all was kept.
+        early = {Level.INPUT: t["normed_in"], Level.ALL: t["normed_in"]}
+        return {
+            level: max(mlp + (rotated if level in early else 0), attention) + early.get(level, 0) for level in Level
+        }
 
 
 @lru_cache
@@ -263,9 +260,9 @@ def layer_bytes(work: Workload, tokens: int) -> LayerBytes:
     """Device memory of one layer in a micro-batch."""
     t = work.tensor_bytes(tokens)
     rest = {Level.INPUT: t["xa"], Level.ATTENTION: t["state"], Level.ALL: t["rstd_qk"] + 2 * t["rstd"]}
-    parkable, kept = _parkable(t), _by_level(rest)
+    parkable, kept = parkable_bytes(t), _by_level(rest)
     saved = {level: parkable[level] + kept[level] for level in Level}
-    return LayerBytes(t["x"], saved, parkable, _forward_bytes(t), _backward_bytes(work, t, tokens))
+    return LayerBytes(t["x"], saved, parkable, work.forward_bytes(t), work.backward_bytes(t, tokens))
 
 
 def _by_level(steps: dict[Level, int]) -> dict[Level, int]:
@@ -273,7 +270,7 @@ def _by_level(steps: dict[Level, int]) -> dict[Level, int]:
     return {level: sum(size for step, size in steps.items() if step <= level) for level in Level}
 
 
-def _parkable(t: dict[str, int]) -> dict[Level, int]:
+def parkable_bytes(t: dict[str, int]) -> dict[Level, int]:
     """What `Saved.large` names, without the adapters' products and the attention's state."""
     return _by_level(
         {
@@ -283,37 +280,3 @@ def _parkable(t: dict[str, int]) -> dict[Level, int]:
             Level.ALL: t["q"] + t["kv"] + t["normed_in"] + t["normed_mid"],
         }
     )
-
-
-def _forward_bytes(t: dict[str, int]) -> dict[Level, int]:
-    stream = 2 * t["x"] + t["xa"]  # total and mid
-    attention = t["qkv"] + t["attended"] + t["state"]
-    early = t["normed_in"] + t["q"] + t["kv"] + t["rstd_qk"]
-    peaks = {}
-    for level in Level:
-        kept = stream + (attention if level >= Level.ATTENTION else 0) + (early if level == Level.ALL else 0)
-        normed_mid = t["normed_mid"] if level == Level.ALL else 0
-        gate_up = t["gate_up"] if level >= Level.GATE_UP else 0
-        peaks[level] = max(
-            stream + attention + early,
-            kept + t["normed_mid"] + t["gate_up"],
-            kept + normed_mid + t["gate_up"] + t["hidden"],
-            kept + normed_mid + gate_up + t["hidden"] + t["x"],
-        )
-    return peaks
-
-
-def _backward_bytes(work: Workload, t: dict[str, int], tokens: int) -> dict[Level, int]:
-    width = work.shape.intermediate
-    products = max(
-        4 * work.rank * max(4 * width, 3 * work.shape.qkv_width),
-        swiglu_lora_bytes(tokens, width, work.rank),
-        lora_b_bytes(tokens, [(0, work.shape.hidden)], work.rank),
-    )
-    rotated = t["q"] + t["kv"] + t["rstd_qk"]
-    saved = t["grad"] + t["x"] + t["xa"] + t["qkv"] + t["attended"] + t["state"]
-    mlp = saved + t["x"] + t["normed_mid"] + t["gate_up"] + t["grad_hidden"] + products
-    attention = saved + rotated + 2 * (t["q"] + t["kv"]) + work.attention_workspace(tokens)
-    # An attention that was recomputed leaves as much as one of which all was kept.
-    early = {Level.INPUT: t["normed_in"], Level.ALL: t["normed_in"]}
-    return {level: max(mlp + (rotated if level in early else 0), attention) + early.get(level, 0) for level in Level}

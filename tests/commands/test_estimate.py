@@ -9,7 +9,7 @@ import pytest
 from finemill.commands.estimate import METHODS, execute
 from finemill.errors import UserError
 from finemill.kernels.bench.data import _config
-from finemill.kernels.planning.model_shapes import SHAPES
+from finemill.kernels.planning.model_shapes import MIXTURES, SHAPES
 from finemill.kernels.planning.planner import NoPlanError
 
 Capture = pytest.CaptureFixture[str]
@@ -51,6 +51,20 @@ def test_a_card_of_slower_memory_takes_longer(capsys: Capture) -> None:
     assert h100["step_s"] > h200["step_s"]
     assert h200 == estimate(capsys, "--model", "qwen3-8b", "--memory-gb", "80")
     assert h200 != estimate(capsys, "--model", "qwen3-8b", "--card-gb", "24")
+
+
+def test_a_mixture_of_experts_is_estimated_and_one_with_dense_layers_refused(
+    tmp_path: Path, tiny_model_dir: Path, capsys: Capture
+) -> None:
+    settings = ("--model", "qwen3-30b-a3b", "--bs", "8", "--accum", "1", "--memory-gb")
+    small, large = (estimate(capsys, *settings, memory) for memory in ("17.5", "140"))
+    assert small["peak_gb"] <= 17.5
+    assert 10_000 < small["tokens_per_s"] < large["tokens_per_s"]
+    assert small["weights_streamed"]
+    assert not large["weights_streamed"]
+    folder = folder_of(tmp_path, MIXTURES["qwen3-30b-a3b"] | {"mlp_only_layers": [0]}, tiny_model_dir)
+    with pytest.raises(UserError, match=r"has layers without experts: .* mixtral, qwen3_moe, with equal"):
+        execute("estimate", ["--model", folder])
 
 
 def test_the_plain_listing_names_every_number(capsys: Capture) -> None:

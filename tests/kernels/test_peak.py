@@ -23,16 +23,19 @@ from torch.utils._pytree import tree_iter
 from triton.runtime.jit import JITFunction
 
 from finemill.commands.estimate import workload
-from finemill.kernels.engine import decoder_layer, model, projection
+from finemill.kernels.engine import decoder_layer, experts, model, projection
 from finemill.kernels.engine.adapters import LoraPair
 from finemill.kernels.engine.decoder_layer import Rope
+from finemill.kernels.engine.expert_layout import EXPERT_STACKS
 from finemill.kernels.engine.plan import Level, Plan
-from finemill.kernels.ops import lora_b, swiglu_lora
+from finemill.kernels.ops import expert_lora, grouped_gemm, lora_b, swiglu_lora
 from finemill.kernels.ops.adamw import AdamWState
 from finemill.kernels.ops.attention_cudnn import key_heads_at_once
 from finemill.kernels.ops.division import FA4_LENGTH, cudnn_bytes, fa4_suits
 from finemill.kernels.ops.nf4 import NF4Tensor
+from finemill.kernels.ops.nf4_stack import NF4Stack
 from finemill.kernels.ops.packing import LengthClass, PackedBatch, Sequences
+from finemill.kernels.planning.mixture import MixtureWorkload
 from finemill.kernels.planning.planner import peak_bytes, plan_step, workload_under
 from finemill.kernels.planning.workload import CUBLAS_WORKSPACE, PADDED_ROWS, Workload, block_bytes
 
@@ -141,16 +144,19 @@ def attention_backward(
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(JITFunction, "run", lambda *args, **kwargs: None)
     monkeypatch.setattr(decoder_layer, "attention_forward", attention_forward)
-    for op in (lora_b, swiglu_lora):
+    for op in (lora_b, swiglu_lora, grouped_gemm):
         monkeypatch.setattr(op, "num_sms", lambda device: 132)
         monkeypatch.setattr(op, "is_hopper", lambda tensor: True)
+    for op in (grouped_gemm, expert_lora):
+        monkeypatch.setattr(op, "use_mma_kernel", lambda tensor: True)
     monkeypatch.setattr(decoder_layer, "attention_backward", attention_backward)
     monkeypatch.setattr(model, "HostArena", Arena)
     cos, sin = torch.empty(2, 1, 128, device=META)
     monkeypatch.setattr(model.FastModel, "_rope", lambda self, batch: Rope(cos, sin, batch.position_ids))
-    monkeypatch.setattr(
-        projection, "mm_fp32", lambda a, b: torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32, device=META)
-    )
+    for module in (projection, experts):
+        monkeypatch.setattr(
+            module, "mm_fp32", lambda a, b: torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32, device=META)
+        )
 
 
 def nf4(n: int, k: int) -> NF4Tensor:
@@ -160,12 +166,29 @@ def nf4(n: int, k: int) -> NF4Tensor:
     return NF4Tensor(packed, absmax, codebook, code, nested, offset, (n, k), torch.bfloat16)
 
 
+def stack(parts: int, count: int, n: int, k: int) -> NF4Stack:
+    """`count` experts whose parameter holds `parts` matrices of each."""
+    one = nf4(n // parts, k)
+    count *= parts
+    tensors = (one.packed, one.absmax, one.nested_absmax, one.offset)
+    packed, absmax, nested, offset = (torch.empty((count, *t.shape), dtype=t.dtype, device=META) for t in tensors)  # type: ignore[union-attr]
+    code = torch.empty(256, device=META)
+    shape = (count, n // parts, k)
+    return NF4Stack(packed, absmax, one.codebook, code, nested, offset.view(-1), shape, torch.bfloat16)
+
+
+def pair(rank: int, n: int, k: int, count: int = 1) -> LoraPair:
+    a, b = (nn.Parameter(torch.empty(size, device=META)) for size in ((count * rank, k), (n, rank * count)))
+    return LoraPair(a, b, 1.0)
+
+
 def simulated_peak(work: Workload, plan: Plan) -> int:
     """Run a micro-batch of a plan. Returns: bytes."""
     s = work.shape
     kv = s.num_kv_heads * s.head_dim
     inputs = (s.hidden, s.hidden, s.hidden, s.q_width, s.hidden, s.hidden, s.intermediate)
     outputs = (s.q_width, kv, kv, s.hidden, s.intermediate, s.intermediate, s.hidden)
+    linears = LINEARS if s.experts is None else LINEARS[:4]
 
     def table(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.bfloat16, device=META)
@@ -176,20 +199,24 @@ def simulated_peak(work: Workload, plan: Plan) -> int:
         embedding = head if work.tied else table(work.vocabulary, s.hidden)
         parts: list[model.LayerParts] = []
         bases: list[dict[str, NF4Tensor | torch.Tensor]] = []
+        stacks: list[dict[str, NF4Stack | torch.Tensor]] = []
         for _ in range(work.num_layers):
             # Streamed weights visit two slots in turn.
             streamed = plan.stream_weights and len(bases) >= 2
-            bases.append(dict(bases[-2]) if streamed else dict(zip(LINEARS, map(nf4, outputs, inputs), strict=True)))
-            pairs = {
-                name: LoraPair(
-                    nn.Parameter(torch.empty((work.rank, k), device=META)),
-                    nn.Parameter(torch.empty((n, work.rank), device=META)),
-                    1.0,
-                )
-                for name, n, k in zip(LINEARS, outputs, inputs, strict=True)
-            }
+            bases.append(dict(bases[-2]) if streamed else dict(zip(linears, map(nf4, outputs, inputs), strict=False)))
+            pairs = {name: pair(work.rank, n, k) for name, n, k in zip(linears, outputs, inputs, strict=False)}
             norms = (table(s.hidden), table(s.hidden), table(s.head_dim), table(s.head_dim))
-            parts.append(model.LayerParts(bases[-1], {}, pairs, *norms))
+            router = None
+            if isinstance(work, MixtureWorkload):
+                router = table(work.experts.count, s.hidden)
+                shapes = {name: model.stack_shape(name, s) for name in EXPERT_STACKS}
+                made = {name: stack(2 - index, *shapes[name]) for index, name in enumerate(EXPERT_STACKS)}
+                stacks.append(dict(stacks[-2]) if streamed else dict(made))
+                del made
+                if work.expert_rank:
+                    pairs |= {name: pair(work.expert_rank, n, k, count) for name, (count, n, k) in shapes.items()}
+            layer_stacks = stacks[-1] if stacks else {}
+            parts.append(model.LayerParts(bases[-1], {}, pairs, *norms, router, layer_stacks))
         engine = model.assemble_model(
             parts,
             s,
@@ -198,7 +225,7 @@ def simulated_peak(work: Workload, plan: Plan) -> int:
             head=head,
             rotary=lambda *tables: (tables[0], tables[0]),
         )
-        del parts, pairs, bases
+        del parts, pairs, bases, stacks, layer_stacks
         state = AdamWState.zeros(engine.adapters.master.numel(), META, 8 if plan.eight_bit else 32)
         engine.apply_plan(replace(plan, stream_weights=False))
         if plan.embedding_on_host:
@@ -248,6 +275,8 @@ def check(work: Workload, plan: Plan) -> None:
         ("qwen3-0.6b", 2048, 8, 130, False),
         ("llama3-1b", 1024, 4, 4, False),
         ("qwen3-14b", 2048, 8, 12, False),
+        ("qwen3-30b-a3b", 2048, 8, 17.5, True),
+        ("mixtral-8x7b", 2048, 2, 24, True),
     ],
 )
 def test_predicted_peaks_of_chosen_plans_cover_what_is_allocated(
@@ -257,14 +286,15 @@ def test_predicted_peaks_of_chosen_plans_cover_what_is_allocated(
     check(work, plan_step(work, int(gib * GIB), allow_stream=stream))
 
 
-@pytest.mark.parametrize("shape", ["qwen3-4b", "llama3-1b"])
+@pytest.mark.parametrize("shape", ["qwen3-4b", "llama3-1b", "qwen3-30b-a3b"])
 @pytest.mark.parametrize("seed", range(6))
 def test_predicted_peaks_of_any_plan_cover_what_is_allocated(shape: str, seed: int) -> None:
     work = replace(workload(shape, rank=16, quantized=True, rows=8, row=512), ragged=seed >= 3)
-    draw = random.Random(seed)
+    work = replace(work, num_layers=min(work.num_layers, 12 if work.shape.experts else 36))
+    draw, top = random.Random(seed), Level.ALL if work.shape.experts is None else work.most_parked
     levels = [draw.choice(list(Level)) for _ in range(work.num_layers)]
     parked, streamed = seed % 2 == 1, seed % 3 == 1
-    hosts = [draw.choice([None, *list(Level)[: level + 1]]) if parked else None for level in levels[:-2]]
+    hosts = [draw.choice([None, *list(Level)[: min(level, top) + 1]]) if parked else None for level in levels[:-2]]
     plan = Plan(
         levels=tuple(levels if parked else sorted(levels)),
         host_levels=(*hosts, None, None),

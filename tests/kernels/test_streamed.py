@@ -6,30 +6,47 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from finemill.errors import UserError
 from finemill.kernels.accelerate import UnsupportedModelError, accelerate_model, restore_model
+from finemill.kernels.engine.quantized_experts import quantize_experts
 from finemill.kernels.streamed import load_streamed, quantized_linears, weight_stream_of
+from tests.kernels.test_accelerate import ATTENTION_AND_EXPERTS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 96,
+    "tie_word_embeddings": True,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "dense": Qwen3Config(**SIZES),
+    "mixture": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five layers: an odd number, so that both slots are the last one's in turn."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=96,
-        tie_word_embeddings=True,
-    )
+    config = CONFIGS[request.param]
     folder = tmp_path_factory.mktemp("checkpoint")
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
@@ -53,6 +70,9 @@ def resident(path: Path, *, double_quant: bool = True) -> Any:
     )
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            quantize_experts(layer.mlp.experts, double_quant=double_quant)
     return model.eval()
 
 
@@ -65,7 +85,10 @@ def streamed(path: Path, **settings: Any) -> Any:
 
 def adapted(model: Any) -> Any:
     torch.manual_seed(2)
-    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    targets: dict[str, Any] = {"target_modules": "all-linear"}
+    if hasattr(model.model.layers[0].mlp, "experts"):  # PEFT counts routers among linear layers
+        targets = ATTENTION_AND_EXPERTS
+    model = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **targets))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -139,7 +162,8 @@ def test_a_checkpoint_without_a_tensor_is_refused(checkpoint: Path, tmp_path: Pa
     for name in ("config.json", "generation_config.json"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
     tensors = load_file(checkpoint / "model.safetensors")
-    del tensors["model.layers.3.mlp.up_proj.weight"]
+    lost = max(name for name in tensors if name.startswith("model.layers.3.") and "norm" not in name)
+    del tensors[lost]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"lacks \d+ tensors, model\.layers\.3\.mlp"):
+    with pytest.raises(UserError, match=r"lacks 1 tensors, model\.layers\.3\.self_attn\.v_proj"):
         streamed(tmp_path)

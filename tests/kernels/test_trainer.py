@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3MoeConfig
 from trl import SFTConfig, SFTTrainer
 
 from finemill.kernels.accelerate import restore_model
@@ -37,21 +37,33 @@ def make_trainer(
     lora: dict[str, Any] | None = None,
     given: dict[str, Any] | None = None,
     rows: int = 24,
+    mixture: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """A tiny Qwen3 on rows of 5 to 29 tokens; `given` are arguments of the trainer, `settings` of SFTConfig."""
+    """A tiny Qwen3 on rows of 5 to 29 tokens; `given` are arguments of the trainer, `settings` of SFTConfig.
+
+    With `mixture` it has experts, and that of its configuration.
+    """
     torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=64,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    config = Qwen3Config(**sizes) if mixture is None else Qwen3MoeConfig(**sizes, **experts, **mixture)
+    if mixture is not None:
+        # PEFT's all-linear counts routers among linear layers.
+        lora = {
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        }
     vocabulary = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t1"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="t0", eos_token="t2", unk_token="t1")
     generator = torch.Generator().manual_seed(1)
@@ -112,6 +124,29 @@ def test_every_logged_number_equals_trls(packing: bool, accumulation: int, tmp_p
     assert trainer.fast
     assert expected.shape == (4, 5)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_mixture_of_experts_logs_what_trl_does(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"mixture": {}, "gradient_accumulation_steps": 2, "router_aux_loss_coef": 0.0}
+    expected, _ = train(SFTTrainer, tmp_path, **settings)
+    got, trainer = train(FastSFTTrainer, tmp_path, **settings)
+    assert trainer.fast, trainer.acceleration.reason
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "settings", "reason"),
+    [
+        ({}, {}, "router's auxiliary loss is not covered"),
+        ({"mlp_only_layers": [0]}, {"router_aux_loss_coef": 0.0}, "only some layers have experts"),
+    ],
+)
+def test_a_mixture_that_no_plan_covers_trains_as_in_trl(
+    mixture: dict[str, Any], settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    trainer = make_trainer(FastSFTTrainer, tmp_path, mixture=mixture, **settings)
+    assert not trainer.fast
+    assert reason in trainer.acceleration.reason
 
 
 @pytest.mark.parametrize("packing", [False, True])

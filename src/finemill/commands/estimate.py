@@ -13,11 +13,13 @@ from typing import Any
 
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.errors import UserError
+from finemill.kernels.engine.expert_layout import EXPERT_FAMILIES, has_dense_layers
 from finemill.kernels.engine.plan import Plan
-from finemill.kernels.planning.model_shapes import SHAPES
+from finemill.kernels.planning.from_config import is_planned, workload_of_config
+from finemill.kernels.planning.model_shapes import MIXTURES, SHAPES
 from finemill.kernels.planning.planner import plan_step, workload_under
 from finemill.kernels.planning.rates import RATES
-from finemill.kernels.planning.workload import FAMILIES, Workload, workload_of_config
+from finemill.kernels.planning.workload import FAMILIES, Workload
 from finemill.models.base.resolve import FORMS, resolve_base_model
 from finemill.training.memory import estimate_memory, needed_gib
 
@@ -50,7 +52,7 @@ def execute(name: str, arguments: list[str]) -> int:
 def _parse(name: str, argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"finemill {name}", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help=f"one of {', '.join(SHAPES)}, or a base model: {FORMS}")
+    what.add_argument("--model", help=f"one of {', '.join([*SHAPES, *MIXTURES])}, or a base model: {FORMS}")
     what.add_argument("--table", action="store_true", help="GiB that each known size needs at least, by method")
     parser.add_argument("--seq", type=_count, default=2048, help="tokens per row")
     parser.add_argument("--bs", type=_count, default=2, help="rows per micro-batch")
@@ -82,7 +84,7 @@ def workload(model: str, *, rank: int, quantized: bool, rows: int, row: int) -> 
     """Describe a model and a step to the planner.
 
     Args:
-        model: a name in SHAPES, or the reference of a base model.
+        model: a name in SHAPES or MIXTURES, or the reference of a base model.
         rank: LoRA rank.
         quantized: NF4 base.
         rows: per optimizer step.
@@ -90,11 +92,11 @@ def workload(model: str, *, rank: int, quantized: bool, rows: int, row: int) -> 
     Raises: UserError: no such model, or one that the kernels do not train.
     """
     config = _config(model)
-    if config.get("model_type") not in FAMILIES:
-        raise UserError(
-            f"{model} is of the family '{config.get('model_type')}': estimates cover {', '.join(FAMILIES)}, which "
-            "finemill's kernels train"
-        )
+    if not is_planned(config):
+        mixed = config.get("model_type") in EXPERT_FAMILIES and has_dense_layers(config)
+        problem = "has layers without experts" if mixed else f"is of the family '{config.get('model_type')}'"
+        covered = ", ".join([*FAMILIES, *EXPERT_FAMILIES])
+        raise UserError(f"{model} {problem}: estimates cover {covered}, with equal layers, as finemill's kernels do")
     try:
         return workload_of_config(config, rank=rank, quantized=quantized, tokens=rows * row, row=row)
     except KeyError as error:
@@ -104,6 +106,8 @@ def workload(model: str, *, rank: int, quantized: bool, rows: int, row: int) -> 
 def _config(model: str) -> Mapping[str, Any]:
     if (shape := SHAPES.get(model)) is not None:
         return shape.config()
+    if model in MIXTURES:
+        return MIXTURES[model]
     folder = resolve_base_model(model, "config").path
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return config
@@ -118,14 +122,12 @@ def table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         "gradient_accumulation_steps": args.accum,
     }
     needed: dict[str, dict[str, float]] = {}
-    for name, shape in SHAPES.items():
-        if name.endswith("-tiny"):
-            continue
+    models = {name: shape.config() for name, shape in SHAPES.items() if not name.endswith("-tiny")} | MIXTURES
+    for name, model in models.items():
         needed[name] = {}
         for method, choice in METHODS.items():
             config = TrainQLoRAConfig(**settings, **choice)
             plain = config.kernels == "off"
-            model = shape.config()
             gib = estimate_memory(model, config).total if plain else needed_gib(model, config)
             needed[name][method] = round(gib, 1)
     return needed

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from finemill.errors import UserError
+from finemill.kernels.engine.expert_layout import expert_shape
+from finemill.kernels.engine.plan import ExpertShape
+from finemill.kernels.planning.from_config import is_planned, workload_of_config
 from finemill.kernels.planning.planner import NoPlanError, least_bytes, plan_step
-from finemill.kernels.planning.workload import FAMILIES, Workload, workload_of_config
+from finemill.kernels.planning.workload import Workload
 from finemill.training.config import SHARDED, LoRATrainingConfig
 
 GIB = 2.0**30
@@ -43,7 +46,7 @@ def estimate_memory(model: Mapping[str, Any], config: LoRATrainingConfig) -> Mem
     """Estimate the peak of one training step.
 
     Args:
-        model: the base's config.json, of a decoder with gated MLP (Llama, Mistral, Qwen2, Qwen3).
+        model: the base's config.json, of a decoder with gated MLP (Llama, Mistral, Qwen2, Qwen3), dense or a mixture.
         config: batch, length, rank and quantization.
     Raises: UserError: a shape is not in config.json.
     """
@@ -54,9 +57,15 @@ def estimate_memory(model: Mapping[str, Any], config: LoRATrainingConfig) -> Mem
         raise UserError(f"the base model's config.json has no {error}: not a decoder that can be estimated") from None
     head_dim = model.get("head_dim") or width // heads
     queries, keys = heads * head_dim, model.get("num_key_value_heads", heads) * head_dim
-    shapes = [(width, queries), (width, keys), (width, keys), (queries, width), *[(width, inner)] * 2, (inner, width)]
-    linear = layers * sum(rows * columns for rows, columns in shapes)
-    adapters = layers * config.lora_r * sum(rows + columns for rows, columns in shapes)
+    attention = [(width, queries), (width, keys), (width, keys), (queries, width)]
+    mlp = [(width, inner)] * 2 + [(inner, width)]
+    experts = _experts(model)
+    if experts is not None:
+        wide = experts.intermediate
+        mlp, inner = [(width, 2 * wide), (wide, width)] * experts.count, wide * experts.per_token
+    linear = layers * sum(rows * columns for rows, columns in attention + mlp)
+    adapted = attention if experts is not None and config.target_modules == "attention" else attention + mlp
+    adapters = layers * config.lora_r * sum(rows + columns for rows, columns in adapted)
     tables = vocabulary * width * (1 if model.get("tie_word_embeddings") else 2)
     nf4 = NF4_DOUBLE_BITS if config.bnb_4bit_use_double_quant else NF4_BITS
     saved = sum(name.rpartition(".")[2] in ("embed_tokens", "lm_head") for name in config.modules_to_save)
@@ -66,6 +75,9 @@ def estimate_memory(model: Mapping[str, Any], config: LoRATrainingConfig) -> Mem
     tokens = config.per_device_train_batch_size * config.sequences_per_row * config.max_length
     # Inside a layer: inputs of the norms and projections, queries, keys, values, and the MLP's three wide tensors.
     inside = tokens * (6 * width + 3 * queries + 2 * keys + 4 * inner) * 2
+    if experts is not None:
+        # A layer's experts decoded, the same with adapters added, twice where PEFT tries them; rows of experts.
+        inside += 3 * 2 * sum(rows * columns for rows, columns in mlp) + tokens * experts.per_token * 3 * width * 2
     kept = tokens * width * 2 * layers if config.gradient_checkpointing else inside * (layers - 1)
     return MemoryEstimate(
         weights=(linear * bits / 8 + tables * (2 if bits else 0)) / GIB,
@@ -73,6 +85,14 @@ def estimate_memory(model: Mapping[str, Any], config: LoRATrainingConfig) -> Mem
         activations=(kept + inside) / GIB,
         logits=tokens * vocabulary * LOGIT_BYTES / GIB,
     )
+
+
+def _experts(model: Mapping[str, Any]) -> ExpertShape | None:
+    """The mixture that config.json describes. Raises: UserError: it lacks a field."""
+    try:
+        return expert_shape(model)
+    except KeyError as error:
+        raise UserError(f"the base model's config.json has no {error}: not a mixture that can be estimated") from None
 
 
 def _moment_bytes(config: LoRATrainingConfig) -> int:
@@ -111,7 +131,7 @@ def covered_workload(model: Mapping[str, Any], config: LoRATrainingConfig) -> Wo
         model: the base's config.json.
         config: what is trained, and how.
     """
-    known = model.get("model_type") in FAMILIES and config.compute_dtype in ("auto", "bfloat16")
+    known = is_planned(model) and config.compute_dtype in ("auto", "bfloat16")
     if not known or not_on_kernels(config):
         return None
     row = config.max_length
@@ -126,6 +146,7 @@ def covered_workload(model: Mapping[str, Any], config: LoRATrainingConfig) -> Wo
         row=row,
         ragged=True,
         whole=config.whole_passes,
+        expert_rank=0 if config.target_modules == "attention" else config.lora_r,
     )
 
 

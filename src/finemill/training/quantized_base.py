@@ -1,5 +1,6 @@
 """The base that is trained, or that adapters are trained on, in 4, 8 or 16 bits."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import bitsandbytes as bnb
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from finemill.kernels.engine.expert_layout import expert_shape, has_dense_layers
+from finemill.kernels.engine.nf4_quantize import BLOCKSIZE
 from finemill.kernels.engine.quantized_experts import quantize_experts
 from finemill.models.causal_lm import no_progress_bar
 from finemill.training.config import LoRATrainingConfig
@@ -34,6 +37,18 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
     """
     dtype = compute_dtype(config, device)
     sharded = config.strategy in ("fsdp2", "zero3")
+    if device.type == "cuda" and not sharded and _has_experts_to_quantize(base_model, config):
+        from finemill.kernels.streamed import load_streamed
+
+        # In 16 bits they may not fit the card.
+        return load_streamed(
+            base_model,
+            device=device,
+            dtype=dtype,
+            double_quant=config.bnb_4bit_use_double_quant,
+            resident=True,
+            config=base_config(base_model, config.rope_scaling),
+        )
     quantization: dict[str, Any] = {}
     if config.bits == 8:
         quantization["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
@@ -57,18 +72,30 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
             **quantization,
         )
     keep_trainable_on_cpu(model)
-    _quantize_experts(model, config)
+    _quantize_experts(model, config, sharded=sharded)
     return model
 
 
-def _quantize_experts(model: torch.nn.Module, config: LoRATrainingConfig) -> None:
+def _has_experts_to_quantize(base_model: Path, config: LoRATrainingConfig) -> bool:
+    """Whether the base is a mixture that the engine's loader quantizes layer by layer."""
+    model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    experts = expert_shape(model)
+    nf4 = config.bits == 4 and config.bnb_4bit_quant_type == "nf4"
+    if not nf4 or experts is None or has_dense_layers(model):
+        return False
+    return bool(model["hidden_size"] % BLOCKSIZE == experts.intermediate % BLOCKSIZE == 0)
+
+
+def _quantize_experts(model: torch.nn.Module, config: LoRATrainingConfig, *, sharded: bool) -> None:
     """Quantize a mixture's experts, which bitsandbytes leaves as they are, or say why they stay."""
     layers = [module for name, module in model.named_modules() if name.endswith(f".{EXPERTS}")]
     if config.bits == 16 or not layers:
         return
     kind = config.bnb_4bit_quant_type if config.bits == 4 else "LLM.int8"
     reason = f"{kind} is for linear layers, and transformers keeps a layer's experts as one parameter"
-    if kind == "nf4":
+    if sharded:
+        reason = f"strategy {config.strategy} cuts them into shards"
+    elif kind == "nf4":
         try:
             for experts in layers:
                 quantize_experts(experts, double_quant=config.bnb_4bit_use_double_quant)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from finemill.kernels.ops.expert_rows import capacity, choose_block, sort_by_expert
+from finemill.kernels.ops.division import capacity, choose_block
+from finemill.kernels.ops.expert_rows import sort_by_expert
 
 
 @pytest.mark.parametrize("kind", ["random", "all to one", "one token"])

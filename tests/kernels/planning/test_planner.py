@@ -1,5 +1,6 @@
 """The planner keeps to its budget, spends more memory on less time, and predicts the peaks that were measured."""
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import date
@@ -7,8 +8,9 @@ from datetime import date
 import pytest
 
 from finemill.commands.estimate import workload
+from finemill.kernels.bench.moe import make_parser, make_plan
 from finemill.kernels.bench.results import H100, H200, WITHIN, Within, setting
-from finemill.kernels.bench.runs import StepRun, read_runs
+from finemill.kernels.bench.runs import MixtureRun, StepRun, read_runs
 from finemill.kernels.engine.plan import Level, Plan
 from finemill.kernels.planning.planner import (
     MARGIN,
@@ -106,6 +108,22 @@ def test_the_prediction_for_a_trainers_step_is_what_was_measured(run: StepRun) -
     plan, _ = plan_graphed_step(work_of(run), int(run.budget_gb * GIB), int(card * GIB), rates=rates_of(run.gpu or ""))
     assert 1 <= plan.peak / measured_peak(run) <= 1 + within(run).peak / 100
     assert_as_long(plan.seconds, run)
+
+
+MIXTURE_STEPS = [
+    (run, shlex.split(run.command)[3:])
+    for run in read_runs()
+    if isinstance(run, MixtureRun) and run.command is not None and not run.skew
+]
+
+
+@pytest.mark.parametrize(("run", "words"), MIXTURE_STEPS, ids=lambda value: getattr(value, "note", ""))
+def test_the_prediction_for_a_mixture_is_what_was_measured(run: MixtureRun, words: list[str]) -> None:
+    plan = make_plan(make_parser().parse_args(words), run.gpu or "")
+    # The first runs had a buffer for each of two stacks.
+    second = 2 * 128 * 2048 * 768 if run.commit in ("1fe2649", "2ad3d19") and not plan.cached_layers else 0
+    assert plan.peak + second == pytest.approx(run.peak_bytes, rel=0.01)
+    assert plan.seconds == pytest.approx(run.step_s.p50, rel=0.06)
 
 
 def test_predictions_are_held_to_runs_of_both_cards() -> None:
