@@ -15,9 +15,10 @@ VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/finemill/__init__
 
 .DEFAULT_GOAL := help
 WORKERS ?= 2
+FAULTS ?= 1
 HELM_VERSION := 3.19.5
 
-.PHONY: help install helm run test test-cluster images check format lint types components golden chart lock clean
+.PHONY: help install helm run test test-cluster test-faults images check format lint types components golden chart lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -41,6 +42,9 @@ test: $(STAMP)  ## run the tests, in WORKERS processes
 
 test-cluster: $(STAMP)  ## the tests that need a Kubernetes cluster with Argo Workflows
 	@FINEMILL_CLUSTER=$(FINEMILL_CLUSTER) $(BIN)/python -m pytest -m cluster tests/cluster
+
+test-faults: $(STAMP)  ## half an hour of kills, damaged S3, racing promotions and strange inputs; FAULTS=0.1 tries a tenth
+	@FINEMILL_FAULTS=$(FAULTS) $(BIN)/python -m pytest -m faults -n $(WORKERS) --dist worksteal tests/faults
 
 images: $(STAMP)  ## build both images with buildah; BASE, REGISTRY and BUILD_FLAGS are yours to set
 	@for role in cpu train; do \

@@ -25,6 +25,7 @@ from finemill.components.chat_format.template import (
 from finemill.components.chat_format.tokenize import ChatTokenizer, load_tokenizer
 from finemill.components.chat_format.tokens import Tokens
 from finemill.errors import UserError
+from finemill.models.base.unusable import explained_files
 from finemill.rows.conversation import Conversation
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.shapes import to_conversation
@@ -34,14 +35,16 @@ from finemill.rows.turns import Message
 
 def load_formatter(base_model: Path, config: ChatFormatConfig) -> "Formatter":
     """The formatter for a base model's folder. Raises: UserError: it has no tokenizer, or not the template's tokens."""
-    tokenizer, name = load_tokenizer(base_model), config.chat_template
-    if name is not None:
-        tokenizer.check_tokens(CONTROL_TOKENS[name], f"chat_template {name}")
-    try:
-        templates = load_templates(base_model, config.chat_template_path, tokenizer.named_tokens, name)
-    except NoTemplateError as error:
-        return Formatter(tokenizer, error, config)
-    return Formatter(tokenizer, templates, config)
+    name = config.chat_template
+    with explained_files("the base model's tokenizer"):
+        tokenizer = load_tokenizer(base_model)
+        if name is not None:
+            tokenizer.check_tokens(CONTROL_TOKENS[name], f"chat_template {name}")
+        try:
+            templates = load_templates(base_model, config.chat_template_path, tokenizer.named_tokens, name)
+        except NoTemplateError as error:
+            return Formatter(tokenizer, error, config)
+        return Formatter(tokenizer, templates, config)
 
 
 class Formatter:

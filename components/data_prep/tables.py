@@ -23,10 +23,15 @@ def read_table(path: Path, where: str, file_format: str) -> Iterator[dict[str, A
     """
     try:
         for batch in (_parquet_batches if file_format == "parquet" else _arrow_batches)(path):
+            if file_format == "arrow":
+                # Offsets and lengths are believed as they stand: damaged ones lead out of the file's memory.
+                batch.validate(full=True)
             decoders = {field.name: decode for field in batch.schema if (decode := _decoder(field.type)) is not None}
             for row in batch.to_pylist():
                 yield {**row, **{name: decode(row[name]) for name, decode in decoders.items()}}
-    except (pa.ArrowInvalid, ValueError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         kind = "Parquet" if file_format == "parquet" else "Arrow"
         raise UserError(f"{where}: not a readable {kind} file ({str(error).splitlines()[0]})") from None
 

@@ -8,9 +8,20 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
+class RefusalError(Exception):
+    """Raised by a fault: the proxy answers by itself, with this status and body."""
+
+    def __init__(self, status: int, body: bytes = b"") -> None:
+        super().__init__(status)
+        self.status, self.body = status, body
+
+
 @dataclass
 class Faults:
-    """What goes wrong. `sent` and `answered` get a method, a path and a body, and return the body that goes on."""
+    """What goes wrong. `sent` and `answered` get a method, a path and a body, and return the body that goes on.
+
+    They may raise `RefusalError`, or `ConnectionResetError` to end the connection without an answer.
+    """
 
     sent: Callable[[str, str, bytes], bytes | None] = lambda method, path, body: body
     """None: the request goes nowhere, and is answered with 200."""
@@ -33,6 +44,17 @@ def s3_proxy(endpoint: str, faults: Faults) -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def relay(self) -> None:
+            try:
+                self.forward()
+            except RefusalError as refusal:
+                self.send_response(refusal.status)
+                self.send_header("Content-Length", str(len(refusal.body)))
+                self.end_headers()
+                self.wfile.write(b"" if self.command == "HEAD" else refusal.body)
+            except ConnectionResetError:
+                self.close_connection = True
+
+        def forward(self) -> None:
             body = faults.sent(self.command, self.path, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
             if body is None:
                 self.send_response(200)

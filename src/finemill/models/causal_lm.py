@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from finemill.models.base.unusable import explained_files
+
 SMALL_MODEL = 50_000_000
 """Parameters below which several threads cost more than they bring."""
 
@@ -38,7 +40,7 @@ def load_causal_lm(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    with no_progress_bar():
+    with no_progress_bar(), explained_files(f"the model in {folder}"):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map={"": device}, trust_remote_code=False, **quantization
         )

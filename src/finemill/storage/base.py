@@ -25,7 +25,10 @@ def normalize_uri(uri: str) -> str:
     if parts.scheme in ("", "file"):
         if parts.netloc:
             raise UserError(f"'{uri}': a file URI has three slashes, file:///folder; found the host '{parts.netloc}'")
-        return local_path(uri).expanduser().resolve().as_uri()
+        try:
+            return local_path(uri).expanduser().resolve().as_uri()
+        except RuntimeError:
+            raise UserError(f"'{uri}': there is no such user, or no HOME: write the folder's whole path") from None
     return uri.rstrip("/")
 
 

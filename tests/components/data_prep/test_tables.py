@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from finemill.components.data_prep.tables import read_table
+from finemill.errors import UserError
 
 CALLS = [
     {
@@ -60,3 +61,19 @@ def test_json_columns_and_maps_are_decoded_and_their_own_nulls_stay(tmp_path: Pa
             "options": {"A": 1},
         }
     ]
+
+
+def test_an_arrow_file_with_any_byte_damaged_is_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    table = pa.Table.from_pylist([{"prompt": "a", "completion": "b"}] * 20)
+    with pa.ipc.new_file(path, table.schema) as file:
+        file.write_table(table)
+    sound = path.read_bytes()
+    refused = 0
+    for position in range(len(sound)):
+        path.write_bytes(sound[:position] + bytes([sound[position] ^ 0x80]) + sound[position + 1 :])
+        try:
+            list(read_table(path, "a", "arrow"))
+        except UserError:
+            refused += 1
+    assert refused > 100

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlparse
 
 from finemill.artifacts.manifest import FileEntry, Manifest, Reference, digest_files, sha256_file
@@ -54,6 +54,19 @@ class HubModel(NamedTuple):
 
     def __str__(self) -> str:
         return f"hf://{self.name}" + (f"@{self.revision}" if self.revision else "")
+
+
+_READ_AS_JSON = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "model.safetensors.index.json",
+)
+_MAX_JSON_BYTES = 2**28
+"""Bytes of a model's largest JSON file: tokenizers of a million tokens stay below a quarter of it."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +195,9 @@ def check_model_folder(folder: Path, where: str, part: Part = "model") -> None:
     """Raises: UserError: something of `part` is missing, or could run code when loaded."""
     if not folder.is_dir():
         raise UserError(f"base model '{where}' not found: there is no such folder; give {FORMS}")
+    for name in _READ_AS_JSON:
+        if (folder / name).is_file():
+            _read_json(folder / name, where)
     if part != "tokenizer":
         _check_config(folder / "config.json", where)
     check_model_files([path.name for path in folder.iterdir()], where, part)
@@ -200,12 +216,21 @@ def check_model_files(names: Collection[str], where: str, part: Part = "model") 
 def _check_config(file: Path, where: str) -> None:
     if not file.is_file():
         raise UserError(f"base model '{where}' has no config.json: give a folder written by save_pretrained")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"base model '{where}': config.json is not JSON ({error})") from None
-    if "auto_map" in config:
+    if "auto_map" in _read_json(file, where):
         raise UserError(f"base model '{where}' brings its own code (auto_map in config.json), which is never run")
+
+
+def _read_json(file: Path, where: str) -> dict[str, Any]:
+    """A JSON object in a model's folder. Raises: UserError: it is none, is too large, or nested too deeply."""
+    if file.stat().st_size > _MAX_JSON_BYTES:
+        raise UserError(f"base model '{where}': {file.name} has more than {_MAX_JSON_BYTES} bytes: it is no such file")
+    try:
+        value = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"base model '{where}': {file.name} is not JSON ({error}): fetch or write it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"base model '{where}': {file.name} holds no JSON object: fetch or write it again")
+    return value
 
 
 def _resolved(folder: Path, part: Part, spelled: str, commit: str | None = None) -> ResolvedBase:
