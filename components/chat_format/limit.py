@@ -1,5 +1,6 @@
 """A limit on how long Python code of somebody else may run: a template's loops have no end of their own."""
 
+import ctypes
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,13 +14,17 @@ class OutOfTimeError(BaseException):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """End the block after `seconds`; in another thread than the main one there is no limit, as signals reach none.
+    """End the block after `seconds`, between two steps of Python code; in the main thread a call of C code, too.
 
     Raises: OutOfTimeError: it took longer.
     """
-    if threading.current_thread() is not threading.main_thread():
+    limited = _by_signal if threading.current_thread() is threading.main_thread() else _by_another_thread
+    with limited(seconds):
         yield
-        return
+
+
+@contextmanager
+def _by_signal(seconds: float) -> Iterator[None]:
     before = signal.signal(signal.SIGALRM, _over)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -31,3 +36,28 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 def _over(number: int, frame: object) -> NoReturn:
     raise OutOfTimeError
+
+
+@contextmanager
+def _by_another_thread(seconds: float) -> Iterator[None]:
+    """Signals reach the main thread only: the interpreter is asked to raise in this one."""
+    thread, lock = ctypes.c_ulong(threading.get_ident()), threading.Lock()
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    over = threading.Event()
+
+    def end() -> None:
+        with lock:
+            if not over.is_set():
+                raise_in(thread, ctypes.py_object(OutOfTimeError))
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            over.set()
+            # What was asked for and not raised yet would hit whatever comes after the block.
+            raise_in(thread, None)
+        timer.cancel()
