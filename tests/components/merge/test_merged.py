@@ -245,6 +245,26 @@ def test_an_adapter_on_the_router_is_refused(
         merge(base, adapter, tmp_path / "merged", context, force=False)
 
 
+def test_a_pair_of_factors_per_expert_as_older_versions_saved_them_is_merged(
+    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = base_dir("qwen3_moe", tiny_model_dir, tmp_path / "base", tied=False)
+    LoraConfig(r=2, lora_alpha=8, target_modules=["gate_proj", "up_proj", "down_proj"]).save_pretrained(tmp_path / "a")
+    expected = load_file(base / "model.safetensors")
+    factors: dict[str, torch.Tensor] = {}
+    for name, values in expected.items():
+        if ".experts." in name:
+            a, b = 0.1 * torch.randn(2, values.shape[1]), 0.1 * torch.randn(len(values), 2)
+            prefix = f"base_model.model.{name.removesuffix('.weight')}"
+            factors |= {f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}
+            expected[name] = (values.float() + 4 * b @ a).bfloat16()
+    save_file(factors, tmp_path / "a/adapter_model.safetensors", metadata={"format": "pt"})
+    merged = load_file(merge(base, tmp_path / "a", tmp_path / "merged", step_context) / "model.safetensors")
+    assert len(factors) == 2 * 3 * 4 * 2
+    for name, values in expected.items():
+        torch.testing.assert_close(merged[name], values, msg=name)
+
+
 def test_tokens_trained_in_a_tied_embedding_keep_it_tied(
     tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
 ) -> None:
