@@ -343,7 +343,7 @@ def _markdown(metrics: Mapping[str, float], others: Mapping[str, Sequence[Sample
         ]
         lines += [
             f"| {line.name} | {line.rows} | "
-            + " | ".join(f"{cell.value} ({cell.change} {cell.interval})" for cell in line.cells)
+            + " | ".join(f"{cell.value} ({cell.change} {cell.interval})".replace("( )", "") for cell in line.cells)
             + " |"
             for line in further.lines
         ]

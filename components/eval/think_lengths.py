@@ -28,7 +28,7 @@ class ModelThinking:
     thinking: int
     """Answers that think at all."""
     cut: int
-    """Those that end inside the thinking."""
+    """Those that end inside the thinking: cut off, or ended there."""
     median: int | None
     """Characters of thinking, of the answers that think."""
     bars: tuple[Bar, ...]

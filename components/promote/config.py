@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from finemill.config import StepConfig
 from finemill.registry.snapshot import check_registered_model_name
+from finemill.registry.webhook import check_webhook_url
 
 
 class Gate(StepConfig):
@@ -68,6 +69,9 @@ class PromoteConfig(StepConfig):
     Without it a version is promoted by chance no more often than `confidence` says: all gates must pass."""
     require_approval: bool = False
     """Whether a version also needs a person's word, `finemill approve VERSION --by NAME --why REASON`."""
+    webhook_url: Annotated[str, AfterValidator(check_webhook_url)] | None = None
+    """Address that is told when the champion changes, in the form of MLflow's webhooks, signed with the secret in
+    FINEMILL_WEBHOOK_SECRET; for a registry without a server of MLflow's, and for serving systems."""
     strict: bool = False
     """Whether a version that is not promoted is a failure (exit code 3) instead of a result."""
 
@@ -89,6 +93,9 @@ class _SignedConfig(StepConfig):
 
 class RollbackConfig(_SignedConfig):
     """Which model gets its previous champion back."""
+
+    webhook_url: Annotated[str, AfterValidator(check_webhook_url)] | None = None
+    """As in promote: address that is told which version is champion again."""
 
 
 class ApproveConfig(_SignedConfig):

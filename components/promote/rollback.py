@@ -6,6 +6,7 @@ from finemill.components.promote.approve import read_model, signed
 from finemill.components.promote.config import RollbackConfig
 from finemill.errors import UserError
 from finemill.registry.snapshot import CHAMPION, PREVIOUS_CHAMPION, ROLLED_BACK_TAG, locked
+from finemill.registry.webhook import send_champion
 from finemill.tracking.server import open_client, readable_errors
 
 
@@ -39,4 +40,6 @@ def rollback(config: RollbackConfig, uri: str) -> Rollback:
                 client.set_model_version_tag(name, str(champion), key, value)
         client.set_registered_model_alias(name, CHAMPION, str(previous))
         client.delete_registered_model_alias(name, PREVIOUS_CHAMPION)
+    if config.webhook_url:
+        send_champion(config.webhook_url, name, previous, CHAMPION, model.versions[previous].artifacts)
     return Rollback(name, champion=previous, rolled_back=champion)

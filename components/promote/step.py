@@ -30,6 +30,7 @@ from finemill.registry.snapshot import (
     read_registered_model,
     registry_state_of,
 )
+from finemill.registry.webhook import send_champion
 from finemill.runtime.context import StepContext
 from finemill.storage.store import fetch_artifact
 from finemill.tracking.server import open_client, readable_errors
@@ -81,7 +82,9 @@ def run(
     decision = _decide(model, challenger, expected, Scores(evaluation), config, context)
     client = open_client(model.registry_uri)
     with readable_errors(model.registry_uri), locked(client, model, context.store):
-        _apply(client, model.registry_uri, decision, expected)
+        apply_decision(client, model.registry_uri, decision, expected)
+    if decision.promoted and config.webhook_url:
+        send_champion(config.webhook_url, model.name, challenger.number, CHAMPION, challenger.artifacts)
     context.recorder.log_progress(f"{model.name} version {challenger.number}: {decision.summary}")
     if config.strict and not decision.promoted:
         raise GateFailedError(f"{model.name} version {challenger.number} {decision.summary}")
@@ -135,7 +138,7 @@ def _refusal(challenger: Version, config: PromoteConfig) -> str | None:
     return None
 
 
-def _apply(client: "MlflowClient", uri: str, decision: Decision, expected: str) -> None:
+def apply_decision(client: "MlflowClient", uri: str, decision: Decision, expected: str) -> None:
     """Record the decision and move the aliases, in an order that a crash at any point leaves to be repeated.
 
     The champion moves last: until then it is the old one, and `previous_champion` names it too, which is no rollback.

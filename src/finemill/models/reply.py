@@ -38,11 +38,11 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """As the model wrote it, so that what was cut inside its thinking has no answer."""
+        """As the model wrote it, so that what ends inside its thinking has no answer."""
         if not self.thinking:
             return self.answer
         opened = f"{THINK_OPEN}\n{self.thinking}"
-        return opened if self.is_cut else f"{opened}\n{THINK_CLOSE}\n\n{self.answer}"
+        return f"{opened}\n{THINK_CLOSE}\n\n{self.answer}" if self.answer else opened
 
 
 def collect(stream: Iterable[Piece | End]) -> Reply:

@@ -76,6 +76,15 @@ class Version:
         text = self.tags.get(f"{ARTIFACT_TAG}{port}")
         return Reference.parse(text) if text else None
 
+    @property
+    def artifacts(self) -> dict[str, str]:
+        """The references of all of them by port, without credentials."""
+        return {
+            key.removeprefix(ARTIFACT_TAG): without_credentials(value)
+            for key, value in self.tags.items()
+            if key.startswith(ARTIFACT_TAG)
+        }
+
 
 @dataclass(frozen=True)
 class RegisteredModel:
@@ -256,7 +265,24 @@ def locked(client: "MlflowClient", model: RegisteredModel, store: str | None) ->
         if store is None:
             raise UserError(f"registered model '{model.name}' has no {LOCK_TAG} tag: it was not made by `register`")
         lock_uri = f"{store}/locks/registered-model-{model.name}.lock"
-        client.set_registered_model_tag(model.name, LOCK_TAG, lock_uri)
-        lock_uri = client.get_registered_model(model.name).tags[LOCK_TAG]
+        lock_uri = _agree_on_lock(client, model.name, lock_uri)
     with hold_lock(lock_uri):
         yield
+
+
+def _agree_on_lock(client: "MlflowClient", name: str, uri: str) -> str:
+    """The lock that the registered model names, `uri` if it named none.
+
+    PostgreSQL refuses the second of two that write a tag for the first time; the first one's counts.
+    """
+    from mlflow.exceptions import MlflowException
+
+    refusal: MlflowException | None = None
+    try:
+        client.set_registered_model_tag(name, LOCK_TAG, uri)
+    except MlflowException as error:
+        refusal = error
+    agreed: str | None = client.get_registered_model(name).tags.get(LOCK_TAG)
+    if agreed is None:
+        raise refusal or UserError(f"registered model '{name}' lost its {LOCK_TAG} tag: run the step again")
+    return agreed

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow as pa
@@ -115,6 +116,53 @@ def test_same_promotion_is_reused_even_after_it_made_itself_champion(folder_stor
     first, second = registered("one", loss=0.5), registered("two", loss=0.4)
     results = [promote(folder_store, inputs) for inputs in (first, first, second, second)]
     assert [result.reused for result in results] == [False, True, False, True]
+
+
+def test_no_damaged_file_and_no_stale_input_makes_a_champion(
+    folder_store: str, registered: Line, trained: Trained
+) -> None:
+    """Through the step itself: bytes that are flipped, cut or swapped in what it reads, and inputs of another line."""
+    good = registered("one", loss=0.5)
+    promote(folder_store, good)
+    inputs, stale = registered("two", loss=0.4), trained("three", loss=0.1)
+    files = [
+        path
+        for reference in inputs.values()
+        for path in Path(Reference.parse(reference).uri.removeprefix("file://")).iterdir()
+        if path.name != "manifest.json"
+    ]
+    rng = Random(0)
+    for number in range(60):
+        path = files[number % len(files)]
+        before = path.read_bytes()
+        place = rng.randrange(len(before))
+        flipped = before[:place] + bytes([before[place] ^ (1 << rng.randrange(8))]) + before[place + 1 :]
+        path.write_bytes(rng.choice((flipped, before[:place], before + b"\n", b"")))
+        try:
+            with pytest.raises(StepError):
+                promote(folder_store, inputs, seed=number)
+        finally:
+            path.write_bytes(before)
+    for swapped in (good | {"evaluation": inputs["evaluation"]}, inputs | {"evaluation": stale["evaluation"]}):
+        with pytest.raises(StepError, match="another evaluation"):
+            promote(folder_store, swapped)
+    assert aliases() == {"champion": 1, "challenger": 2}
+    assert promote(folder_store, inputs).manifest.metrics["promote/promotion_passed"] == 1
+
+
+def test_a_new_champion_and_a_rollback_are_told(
+    folder_store: str, registered: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[Any, ...]] = []
+    for step in ("step", "rollback"):
+        monkeypatch.setattr(f"finemill.components.promote.{step}.send_champion", lambda *event: told.append(event))
+    url = "http://127.0.0.1:9/hook"
+    promote(folder_store, registered("one", loss=0.5), webhook_url=url)
+    promote(folder_store, registered("two", loss=0.6), webhook_url=url)
+    promote(folder_store, registered("three", loss=0.4), webhook_url=url)
+    rollback(RollbackConfig(webhook_url=url), Tracking.of_environment().registry)
+    assert [event[:4] for event in told] == [(url, "finemill", number, "champion") for number in (1, 3, 1)]
+    assert told[0][4].keys() == {"adapter", "model", "gguf", "evaluation"}
 
 
 def test_new_champion_means_a_new_decision(folder_store: str, registered: Line) -> None:

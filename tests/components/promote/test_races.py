@@ -1,0 +1,92 @@
+"""Two promotions at once, on SQLite and on PostgreSQL: one of them wins, and the aliases tell of it."""
+
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from finemill.artifacts.decision import Decision
+from finemill.components.promote.step import apply_decision
+from finemill.errors import TemporaryError
+from finemill.registry.snapshot import ensure_registered_model, locked, read_registered_model
+
+ROUNDS = 8
+_NOBODY = 65534
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URI of an empty PostgreSQL database, behind a socket in a folder of its own."""
+    pytest.importorskip("psycopg2")
+    if shutil.which("initdb") is None:
+        pytest.skip("PostgreSQL is not installed here")
+    # A short path: that of a socket may have a hundred characters. PostgreSQL does not run as root.
+    folder = Path(f"/tmp/finemill-pg-{os.getpid()}")
+    folder.mkdir()
+    user = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.getuid() == 0 else {}
+    if user:
+        os.chown(folder, _NOBODY, _NOBODY)
+    data = folder / "data"
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True, **user}
+    options = f"-c listen_addresses= -c unix_socket_directories={folder} -c fsync=off"
+    subprocess.run(["initdb", "-D", data, "-A", "trust", "-U", "finemill", "--no-sync"], cwd=folder, **quiet)
+    subprocess.run(["pg_ctl", "-D", data, "-o", options, "-l", folder / "log", "-w", "start"], cwd=folder, **quiet)
+    yield f"postgresql+psycopg2://finemill@/postgres?host={folder}"
+    subprocess.run(["pg_ctl", "-D", data, "-m", "immediate", "stop"], cwd=folder, **quiet)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def decision(version: int) -> Decision:
+    return Decision(
+        registered_model_name="raced", version=version, champion_before=None, promoted=True, summary="better",
+        confidence=0.95, gates=(), evaluation="", champion_evaluation=None, decided="2026-11-30T00:00:00+00:00",
+    )  # fmt: skip
+
+
+def race(uri: str, store: str) -> None:
+    """Round after round two new versions, each compared with the same champion, are promoted at the same moment."""
+    client = MlflowClient(uri, uri)
+    ensure_registered_model(uri, "raced")
+    for _ in range(ROUNDS):
+        numbers = [int(client.create_model_version("raced", "s3://bucket/model").version) for _ in range(2)]
+        model = read_registered_model(uri, "raced")
+        assert model is not None
+        before = model.aliases.get("champion")
+        together = threading.Barrier(2, timeout=60)
+        won: list[int] = []
+        lost: list[int] = []
+
+        def attempt(number: int, model=model, before=before, together=together, won=won, lost=lost) -> None:  # type: ignore[no-untyped-def]
+            together.wait()
+            try:
+                with locked(client, model, store):
+                    apply_decision(client, uri, decision(number), str(before) if before else "none")
+                won.append(number)
+            except TemporaryError:
+                lost.append(number)
+
+        threads = [threading.Thread(target=attempt, args=(number,)) for number in numbers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(won), len(lost)) == (1, 1)
+        after = read_registered_model(uri, "raced")
+        assert after is not None
+        assert after.aliases["champion"] == won[0]
+        assert after.aliases.get("previous_champion") == before
+
+
+def test_one_of_two_promotions_wins_on_sqlite(tracking_uri: str, folder_store: str) -> None:
+    race(tracking_uri, folder_store)
+
+
+@pytest.mark.slow
+def test_one_of_two_promotions_wins_on_postgresql(postgres: str, folder_store: str) -> None:
+    race(postgres, folder_store)
