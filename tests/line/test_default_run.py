@@ -91,6 +91,9 @@ def test_mlflow_holds_the_run_with_a_nested_run_per_step(finished_run: FinishedR
     by_step = {run.data.tags["finemill.step"]: run for run in made}
     assert set(LINE) <= set(by_step)
     assert len({by_step[name].data.tags["mlflow.parentRunId"] for name in LINE}) == 1
+    parent = by_step["eval"].data.tags["mlflow.parentRunId"]
+    assert {"report.html", "decision.md"} <= {item.path for item in client.list_artifacts(parent)}
+    assert client.get_run(parent).data.tags["mlflow.note.content"].startswith("# finemill version 1: @champion")
     training = by_step["train-qlora"]
     losses = [point.value for point in client.get_metric_history(training.info.run_id, "train/loss")]
     assert len(losses) > 5

@@ -106,6 +106,7 @@ class _Writer:
         self._parent: str = run.info.run_id
         self._open: dict[str, StepRecord] = {}
         self._warnings: dict[str, list[str]] = {}
+        self._ends: list[str] = []
         log_params(client, self._parent, params)
 
     def write(self, events: list[Mapping[str, Any]]) -> None:
@@ -125,6 +126,8 @@ class _Writer:
         """End the parent run, and the runs of steps that said nothing more."""
         for record in self._open.values():
             record.fail("ended without a word", "KILLED")
+        if self._ends and set(self._ends) == {"reused"}:
+            self._client.set_tag(self._parent, REUSED_TAG, "true")
         self._client.set_terminated(self._parent, status)
 
     def _send(self, waiting: "dict[str, list[Point]]") -> None:
@@ -150,6 +153,7 @@ class _Writer:
                 self._open[name] = self._start(
                     StepDescription(name, {}, {STEP_TAG: name, REUSED_TAG: "true"}), end_time
                 )
+            self._ends.append(kind)
             self._open.pop(name).finish(reference, read_artifact(reference), end_time=end_time)
 
     def _start(self, step: StepDescription, start_time: int) -> "StepRecord":

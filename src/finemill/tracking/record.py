@@ -7,39 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from finemill.artifacts.files import (
-    DATA_CARD_FILE,
-    DATA_CARD_PAGE,
-    DATA_CARD_TEXT,
-    DECISION_FILE,
-    DECISION_TEXT,
-    METRICS_FILE,
-    REPORT_PAGE,
-    REPORT_TEXT,
-)
 from finemill.artifacts.manifest import Manifest, Reference
 from finemill.artifacts.metrics import is_total
 from finemill.credentials import without_credentials
-from finemill.storage.store import fetch_artifact
 from finemill.tracking.abandoned import process_tags
 from finemill.tracking.describe import OUTPUT_TAG, WARNINGS_TAG, StepDescription
+from finemill.tracking.shown import NOTE_TAG, show_files
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PARENT_TAG = "mlflow.parentRunId"
-# What people look at in MLflow's page of a run. Models never go through MLflow.
-ARTIFACT_NAMES = (
-    REPORT_PAGE,
-    REPORT_TEXT,
-    METRICS_FILE,
-    DECISION_TEXT,
-    DECISION_FILE,
-    DATA_CARD_PAGE,
-    DATA_CARD_TEXT,
-    DATA_CARD_FILE,
-)
-MAX_ARTIFACT_BYTES = 8 * 2**20
 _MAX_PARAMS_PER_BATCH = 100
 _MAX_METRICS_PER_BATCH = 1000
 _MAX_TAG_LENGTH = 5000
@@ -121,7 +99,7 @@ class StepRecord:
         """Record the step's metrics, the totals also on the parent, and the link to its output; end the run."""
         place = without_credentials(str(reference))
         self.client.set_tag(self.run_id, OUTPUT_TAG, place)
-        self.client.set_tag(self.run_id, "mlflow.note.content", f"Output: `{place}`")
+        self.client.set_tag(self.run_id, NOTE_TAG, f"Output: `{place}`")
         self.warn(manifest.warnings)
         # A final value under a curve's name would be a point of the curve.
         self.log_points(points({name: x for name, x in manifest.metrics.items() if name not in self._live}, 0))
@@ -130,24 +108,13 @@ class StepRecord:
             StepRecord(self.client, self.parent_id, None).log_points(points(totals, 0))
         if self._owned:
             self.client.set_terminated(self.run_id, "FINISHED", end_time)
-        self._log_small_files(reference, manifest)
+        show_files(self.client, self.run_id, self.parent_id if self._owned else None, reference, manifest)
 
     def fail(self, line: str, status: str = "FAILED", *, end_time: int | None = None) -> None:
         """End the run as failed or killed, with the line that says why."""
-        self.client.set_tag(self.run_id, "mlflow.note.content", without_credentials(line))
+        self.client.set_tag(self.run_id, NOTE_TAG, without_credentials(line))
         if self._owned:
             self.client.set_terminated(self.run_id, status, end_time)
-
-    def _log_small_files(self, reference: Reference, manifest: Manifest) -> None:
-        names = [
-            name
-            for name in ARTIFACT_NAMES
-            if name in manifest.files and manifest.files[name].size <= MAX_ARTIFACT_BYTES
-        ]
-        if names:
-            folder, _ = fetch_artifact(reference)
-            for name in names:
-                self.client.log_artifact(self.run_id, str(folder / name))
 
 
 def log_params(client: "MlflowClient", run_id: str, params: Mapping[str, str]) -> None:
