@@ -17,6 +17,7 @@ CALLED_BY_OTHERS = (
     "on_*",  # transformers' callbacks
     "do_*",  # http.server
     "log_message",
+    "redirect_request",  # urllib's handler
     "handle_*",  # html.parser and socketserver
     "get_current_*",  # Triton's driver
     "_render_block",  # jinja2, by the name that is given to call_method

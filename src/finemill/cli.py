@@ -32,6 +32,7 @@ _GROUPS = {
     },
     "schemas and measurements": {
         "score": ("Score predictions that exist already, without a model.", "score"),
+        "samples": ("Print an evaluation's rows, for finemill score, EvalScope or Weave.", "samples"),
         "schema": ("Print the JSON schema of a step's or pipeline's configuration.", "schema"),
         "estimate": ("Predict memory and speed of a training step.", "estimate"),
         "bench": ("Time kernels or a whole training step on a GPU.", "bench"),

@@ -1,0 +1,102 @@
+"""`finemill samples EVALUATION`: the rows of an evaluation as JSON lines, for other tools and for `finemill score`."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finemill.artifacts.evaluation import SCORES, Sample, read_samples
+from finemill.artifacts.manifest import Reference
+from finemill.components.eval.report import segments
+from finemill.errors import UserError
+from finemill.storage.store import fetch_artifact
+
+
+def execute(name: str, arguments: list[str]) -> int:
+    """Print a line per row and model. Returns: the exit code."""
+    parsed = _parser(name).parse_args(arguments)
+    samples = read_samples(_folder(parsed.evaluation))
+    models = list(dict.fromkeys(sample.model for sample in samples))
+    if parsed.model:
+        if parsed.model not in models:
+            raise UserError(f"samples: no model '{parsed.model}' in the evaluation; it has {', '.join(models)}")
+        samples = [sample for sample in samples if sample.model == parsed.model]
+    for line in _FORMATS[parsed.format](samples):
+        print(json.dumps(line, ensure_ascii=False, allow_nan=False))
+    return 0
+
+
+def _folder(evaluation: str) -> Path:
+    return fetch_artifact(Reference.parse(evaluation))[0] if "@sha256:" in evaluation else Path(evaluation)
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"finemill {name}",
+        description="Print an evaluation's rows as JSON lines. `score` is what `finemill score` reads; `evalscope` is "
+        "EvalScope's general_qa (query and the right response, a line per row), so that it asks any model the same; "
+        "`weave` holds the arguments of weave.EvaluationLogger's log_example for each answer.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("evaluation", metavar="EVALUATION", help="eval's reference, <uri>@sha256:<digest>, or folder")
+    parser.add_argument("--format", choices=tuple(_FORMATS), default="score", help="default: score")
+    parser.add_argument("--model", metavar="NAME", help="only these answers: base, tuned, or another model's")
+    return parser
+
+
+def _for_score(samples: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
+    for sample in samples:
+        yield {
+            "prediction": sample.completion,
+            "reference": sample.answer if sample.answer is not None else sample.reference,
+            "source": sample.source,
+            "prompt": sample.prompt,
+            "finished": sample.finished,
+            "id": sample.id,
+            "model": sample.model,
+        }
+
+
+def _for_evalscope(samples: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
+    for sample in {sample.id: sample for sample in samples}.values():
+        turns = _turns(sample.prompt)
+        system = {"system": turns["system"]} if "system" in turns else {}
+        response = sample.answer if sample.answer is not None else sample.reference
+        yield {**system, "query": turns.get("user", sample.prompt), "response": response}
+
+
+def _for_weave(samples: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
+    for sample in samples:
+        scores = {name: getattr(sample, name) for name in sorted(SCORES)}
+        yield {
+            "model": sample.model,
+            "inputs": {
+                "id": sample.id,
+                "prompt": sample.prompt,
+                "reference": sample.reference,
+                "answer": sample.answer,
+                "source": sample.source,
+            },
+            "output": sample.completion,
+            "scores": {name: value for name, value in scores.items() if value is not None},
+        }
+
+
+def _turns(prompt: str) -> dict[str, str]:
+    """The last text of each role in a rendered prompt, where its template's marks are known."""
+    found: dict[str, str] = {}
+    role = None
+    for kind, text in segments(prompt):
+        if kind == "role":
+            role = text
+        elif kind == "text" and role:
+            found[role] = text
+    return found
+
+
+_FORMATS: Mapping[str, Callable[[Sequence[Sample]], Iterator[Mapping[str, Any]]]] = {
+    "score": _for_score,
+    "evalscope": _for_evalscope,
+    "weave": _for_weave,
+}

@@ -1,0 +1,65 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finemill.artifacts.evaluation import Sample, write_samples
+from finemill.cli import main
+
+PROMPT = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 3 + 4?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> str:
+    samples = [
+        Sample(
+            id=row, source="own", model=model, prompt=PROMPT, completion=f"It is {said}.", reference="It is 7.",
+            answer="7", final_answer=said, outcome="right" if said == "7" else "wrong", exact_match=said == "7",
+            loss=0.5, num_tokens=3, num_generated_tokens=4, finished=True, format_ok=True,
+        )
+        for model, said in (("base", "8"), ("tuned", "7"))
+        for row in ("a", "b")
+    ]  # fmt: skip
+    write_samples(tmp_path, samples)
+    return str(tmp_path)
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_what_was_evaluated_is_scored_again(
+    evaluation: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["samples", evaluation, "--model", "tuned"]) == 0
+    file = tmp_path / "rows.jsonl"
+    file.write_text(capsys.readouterr().out)
+    assert main(["score", str(file), "--metrics", "maths", "--json"]) == 0
+    found = lines(capsys)[-1]["means"]["exact_match"]
+    assert (found["mean"], found["rows"]) == (1.0, 2)
+
+
+def test_evalscope_gets_each_question_once(evaluation: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["samples", evaluation, "--format", "evalscope"]) == 0
+    assert lines(capsys) == [{"system": "Be brief.", "query": "What is 3 + 4?", "response": "7"}] * 2
+
+
+def test_weave_s_logger_takes_the_lines(evaluation: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the signature of `weave.EvaluationLogger.log_example`, as documented."""
+    logged: list[dict[str, Any]] = []
+
+    def log_example(inputs: dict[str, Any], output: Any, scores: dict[str, float | bool]) -> None:
+        logged.append(scores)
+
+    assert main(["samples", evaluation, "--format", "weave"]) == 0
+    for line in lines(capsys):
+        line.pop("model")
+        log_example(**line)
+    assert [scores["exact_match"] for scores in logged] == [False, False, True, True]
+    assert logged[0] == {"cut_off": False, "exact_match": False, "finished": True, "format_ok": True, "loss": 0.5}
+
+
+def test_a_model_that_is_not_there_is_said(evaluation: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["samples", evaluation, "--model", "q4"]) == 2
+    assert "no model 'q4' in the evaluation; it has base, tuned" in capsys.readouterr().err
