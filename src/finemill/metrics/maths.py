@@ -26,7 +26,9 @@ _TIME = re.compile(
 )
 _RATIO = re.compile(r"\d[\d.]*(?:\s*:\s*\d[\d.]*)+")
 _IN_A_BASE = re.compile(r"\(?(?P<digits>[0-9A-F]+)\)?_\{?\d+\}?")
-_NAME = re.compile(r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([^()]*\))?|[A-Za-z][A-Za-z ]*)")
+_NAME = re.compile(
+    r"(?:\((?:\s*[A-Za-z]\s*,)+\s*[A-Za-z]\s*\)|\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([^()]*\))?|[A-Za-z][A-Za-z ]*)"
+)
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '\u2019-][^\W\d_]+)*")
 _EMPTY = ("\\emptyset", "\\varnothing", "\\{\\}", "\u2205", "empty set")
 _SEPARATOR = r",\s*(?:\\text\{\s*)?(?:and|or)\b(?:\s*\})?|[,;]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b"
@@ -106,6 +108,7 @@ def _prepared(text: str) -> str:
     text = in_digits(strip_delimiters(plain_characters(text)))
     text = re.sub(r"\\(?:left|right|displaystyle|big|Big|bigg|Bigg)(?![A-Za-z])|\\!", "", text)
     text = re.sub(r"\\[,;:]", " ", text)
+    text = re.sub(r"(?<![\w})])\+\s*(?=\\infty)", "", text)
     text = re.sub(r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda match: "\\{" if match[0] == "\\lbrace" else "\\}", text)
     text = re.sub(r"(?<=[^.])\.$", "", text.strip()).strip()
     return text.replace("{,}", ",")

@@ -95,6 +95,7 @@ _SCALES: dict[str, tuple[str, Fraction]] = {
 """Units that are a number of others."""
 # Without a meaning of their own: 12 of a thing.
 _COUNTERS = ("个", "個", "只", "名", "人", "つ", "개", "명")
+_SIGNS = ("\u20ac", "\u00a3", "\u00a5")
 _SENTENCE_ENDS = ("です", "である", "입니다", "이다", "だ")
 _SPACELESS = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]{1,10}")
 # Words after a number that make it another number, or no number at all.
@@ -198,6 +199,10 @@ def _with_unit(value: Fraction | None, text: str, *, wrapped: bool) -> Quantity 
     text = _PER.sub("per ", text).strip().strip(".").strip()
     if not text:
         return Quantity(value)
+    if text in _SIGNS:
+        return Quantity(value, _unit_name(text))
+    if text == "\\degree":
+        return Quantity(value, "degree")
     if re.match(r"\^?\s*\{?\s*\\circ", text):
         scale = re.sub(r"[\^{}\s]|\\circ", "", text)
         return Quantity(value, f"degree {scale.lower()}".strip()) if scale in ("", "C", "F") else None

@@ -69,7 +69,9 @@ def find_answer(text: str) -> FinalAnswer | None:
     text = text.rpartition(THINK_CLOSE)[2]
     box = boxed(text)
     if box is not None:
-        return FinalAnswer(box, boxed=True) if box.strip() else None
+        # A box may hold a sentence: "The answer is 5".
+        inner = _marked(tidy(box)) if _MARK.search(box) else None
+        return FinalAnswer(inner.text if inner else box, boxed=True) if box.strip() else None
     if _unclosed_box(text):
         return None
     text = _NEGATIVE.sub("-", plain_characters(text))

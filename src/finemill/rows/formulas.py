@@ -38,7 +38,7 @@ _TOKEN = re.compile(
     (?P<delimiter> \\[()\[\],;:!\ ] | \\(?:left|right|q?quad|displaystyle|[bB]igg?|limits)(?![A-Za-z]) | \$ | ~ )
     | (?P<bracket> \\[{{}}|] | [()\[\]{{}}|] | \\(?:lbrace|rbrace|langle|rangle|lvert|rvert)(?![A-Za-z]) )
     | (?P<operator> [-+*/^=<>_,;&!'] | :(?=\d) | (?<=\d[ ]):(?=[ ]\d) | \\(?:{_OPERATORS}|{_RELATIONS})(?![A-Za-z]) )
-    | (?P<number> (?:{_NUMBER}){_EXPONENT} (?:\s?\\?%)? )
+    | (?P<number> [\u20ac\u00a3\u00a5]?(?:{_NUMBER}){_EXPONENT} (?:\s?\\?%|\s?[\u20ac\u00a3\u00a5])? )
     | (?P<command> \\[A-Za-z]+ | \\% )
     | (?P<join> (?<![A-Za-z])(?:and|or)(?![A-Za-z]) )
     | (?P<word> [^\W\d_]+ )
@@ -46,6 +46,10 @@ _TOKEN = re.compile(
 )
 _BETWEEN_NUMBERS = re.compile(r"\s*(?:[A-Za-z]+\s+){0,2}[A-Za-z]+\s*[-+*/=]\s*[$\\(.]?\d")
 _AND_A_HALF = re.compile(r"\s+and\s+(?:a|one)\s+(?:half|third|quarter)\b")
+_FUNCTIONS = ("ln", "log", "exp", "sqrt", "sin", "cos", "tan")
+# Units of one letter: after a number, a space, and before the end of what is said.
+_LETTER_UNITS = ("m", "g", "l", "L", "s", "h")
+_SAID_END = re.compile(r"\s*(?:[.,;:!?)*]|$)", re.MULTILINE)
 _TAIL = re.compile(r"\s+(?:a\.?m\.?|p\.?m\.?)(?![a-z])", re.IGNORECASE)
 _TEXT_COMMANDS = r"text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|bm|boldsymbol"
 _WITHOUT_VALUE = frozenset("text textbf textit textrm mathrm mathbf mbox operatorname begin end hspace quad".split())
@@ -153,6 +157,8 @@ def _word_kind(text: str, match: re.Match[str]) -> str:
     word, before = match[0], text[match.start() - 1 : match.start()]
     if not word.isascii():
         return "word"
+    if word in _FUNCTIONS and text[match.end() : match.end() + 1] == "(":
+        return "function"
     if before.isdigit():
         if word.lower() in UNITS and len(word) > 1:
             return "unit"
@@ -208,6 +214,8 @@ def _continues(text: str, run: Sequence[_Token], token: _Token) -> bool:
 
 def _is_variable(text: str, last: _Token, token: _Token, gap: str) -> bool:
     """Whether a single letter belongs to the formula before it rather than to a sentence."""
+    if gap == " " and last.kind == "number" and token.text in _LETTER_UNITS and _SAID_END.match(text, token.end):
+        return True
     if not gap:
         return last.kind in ("number", "command", "operator", "bracket", "letter", "delimiter", "tail")
     after = text[token.end :].lstrip()[:1]
@@ -231,7 +239,7 @@ def _finished(text: str, run: list[_Token]) -> Iterator[Span]:
 def _has_value(token: _Token) -> bool:
     if token.kind == "command":
         return token.text[1:].partition("{")[0] not in _WITHOUT_VALUE and token.text != "\\%"
-    return token.kind in ("number", "tail")
+    return token.kind in ("number", "tail", "function")
 
 
 def _trimmed(text: str, run: Sequence[_Token]) -> list[_Token]:
@@ -249,7 +257,8 @@ def _is_loose_start(text: str, run: Sequence[_Token]) -> bool:
     if first.kind == "operator":
         before = text[first.start - 1 : first.start]
         sign = first.text in ("-", "+", "\\pm") and len(run) > 1 and first.end == run[1].start
-        return not sign or before.isalnum()
+        # Letters that are no part of a formula, as in 是-5, hold no sign back.
+        return not sign or (before.isascii() and before.isalnum())
     if first.kind == "bracket":
         return not _is_opening(first) or not _closes(run)
     return first.kind in ("delimiter", "join", "word", "unit")
@@ -283,7 +292,11 @@ def _last_side(run: Sequence[_Token]) -> list[_Token]:
             cuts.append(index)
         elif depth == 0 and (token.kind == "join" or token.text in (",", ";")):
             separators.append(index)
-    if not cuts or any(cuts[0] < separator < cuts[-1] for separator in separators):
+    if not cuts:
+        return list(run)
+    # Of sums one after another the last result counts; x = 1, y = 2 is one answer.
+    named = any(token.kind in ("letter", "command", "function") for token in run[: cuts[-1]])
+    if named and any(cuts[0] < separator < cuts[-1] for separator in separators):
         return list(run)
     return list(run[cuts[-1] + 1 :])
 
