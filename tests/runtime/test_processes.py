@@ -4,14 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from finemill.artifacts.manifest import Reference
-from finemill.errors import UserError
+from finemill.errors import TemporaryError, UserError
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact, list_artifacts
 
@@ -94,6 +97,32 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_that_the_same_processes_continu
     assert again.returncode == 0, stderr
     assert "step 1/6" not in stderr
     assert len(stdout.split()) == 1
+
+
+def test_a_killed_process_ends_the_training_as_temporary_and_the_retry_goes_on(
+    dataset: str, folder_store: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finemill.runtime.run.num_idle_gpus", lambda: 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    inputs = {"dataset": dataset, "base_model": BASE}
+    config = {**CONFIG, "save_steps": 1}
+    killer = Thread(target=kill_a_process_at_the_first_checkpoint, args=(folder_store,))
+    killer.start()
+    with pytest.raises(TemporaryError, match=r"process 1 was killed \(SIGKILL\): run again to continue"):
+        run_step("train-qlora", store=folder_store, inputs=inputs, config=config)
+    killer.join()
+    assert run_step("train-qlora", store=folder_store, inputs=inputs, config=config).manifest
+    assert "step 1/6" not in capfd.readouterr().err.partition("was killed")[2]
+
+
+def kill_a_process_at_the_first_checkpoint(store: str) -> None:
+    while not list(Path(store.removeprefix("file://"), "checkpoints").rglob("manifest.json")):
+        time.sleep(0.05)
+    for status in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            variables = status.read_bytes().split(b"\0")
+            if b"RANK=1" in variables and store.encode() in (status.parent / "cmdline").read_bytes():
+                os.kill(int(status.parent.name), signal.SIGKILL)
 
 
 def test_a_machine_with_two_gpus_starts_two_processes_by_itself(

@@ -6,6 +6,7 @@ which it is. The main process does what is done once: it publishes, records and 
 
 import json
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Mapping
@@ -24,6 +25,11 @@ def num_processes() -> int:
 def is_main_process() -> bool:
     """Whether this is the one that speaks for all."""
     return num_processes() == 1 or os.environ.get("RANK") == "0"
+
+
+def process_rank() -> int:
+    """The number of this process among all."""
+    return int(os.environ.get("RANK") or 0)
 
 
 def num_idle_gpus() -> int:
@@ -49,7 +55,8 @@ def run_in_processes(arguments: list[str], count: int) -> None:
     """Run `finemill <arguments>` in `count` processes of this machine that find each other, as torchrun would.
 
     What they print goes to standard error: standard output is the caller's.
-    Raises: StepError: of the kind that the first failed process ended with, whose own line is printed already.
+    Raises: StepError: of the kind that a failed process ended with, whose own line is printed already; TemporaryError
+        where one was killed, by the kernel for its memory or by hand.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -73,5 +80,20 @@ def run_in_processes(arguments: list[str], count: int) -> None:
     except SignalException:
         raise TemporaryError(f"{what} was told to stop: run again to continue") from None
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        raise kind_of(code)(f"{what} ended with exit code {code}; its own lines are above") from None
+        ends = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
+        rank = min(ends, key=lambda rank: _order(ends[rank]))
+        if ends[rank] < 0:
+            raise TemporaryError(
+                f"{what}: process {rank} was killed ({signal.Signals(-ends[rank]).name}): run again to continue from "
+                "the last checkpoint"
+            ) from None
+        raise kind_of(ends[rank])(f"{what} ended with exit code {ends[rank]}; its own lines are above") from None
+
+
+def _order(exit_code: int) -> int:
+    """Whose end says most about the cause: others end as temporary, or are told to, because of the first."""
+    if exit_code == TemporaryError.exit_code:
+        return 2
+    if exit_code == -signal.SIGTERM:
+        return 3
+    return 1 if exit_code < 0 else 0

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from finemill.artifacts.ports import BASE_MODEL
 from finemill.errors import TemporaryError, UserError
@@ -28,6 +28,7 @@ from finemill.training.config import SHARDED, ConfigT, LoRATrainingConfig
 from finemill.training.early_stopping import EarlyStopping
 from finemill.training.optimizer import set_learning_rates
 from finemill.training.pace import Card, Pace, summary
+from finemill.training.peers import together
 from finemill.training.quantized_base import compute_dtype
 from finemill.training.record import METRIC_NAMES, RecordCallback
 from finemill.training.report_to import reporting
@@ -170,24 +171,25 @@ def run_training(
         build_trainer: makes the trainer, given the folder that its own checkpoints go to, and the configuration.
         dataset: whose rows are named where a loss is no number, or a spike.
     Returns: the last logged loss (and rewards), tokens and steps, seconds, tokens per second, peak memory in bytes.
-    Raises: UserError: a loss that is not finite, a checkpoint of another training.
-        TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it. Or the
-            base model is not what was remembered of it, and the same call takes it as it is.
+    Raises: UserError: a loss that is not finite, a checkpoint of another training, or processes that differ.
+        TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it. Or another
+            process was lost. Or the base model is not what was remembered of it, and the same call takes it as it is.
     """
-    smaller: ConfigT | None = config
-    while smaller is not None:
-        try:
-            return _train(build_trainer, dataset, tokenizer, output_dir, smaller, config, context)
-        except torch.OutOfMemoryError as error:
-            line = " ".join(str(error).split())
-            smaller = _with_smaller_batches(smaller) if num_processes() == 1 and not _is_ours(error) else None
-        if smaller is not None:
-            torch.cuda.empty_cache()
-            logger.warning(
-                "out of GPU memory: %d sequences per forward pass from here on, and %d passes per step",
-                smaller.per_device_train_batch_size,
-                smaller.gradient_accumulation_steps,
-            )
+    with together(config, context, choose_device()) as watch:
+        smaller: ConfigT | None = config
+        while smaller is not None:
+            try:
+                return _train(build_trainer, dataset, tokenizer, output_dir, smaller, config, context, watch)
+            except torch.OutOfMemoryError as error:
+                line = " ".join(str(error).split())
+                smaller = _with_smaller_batches(smaller) if num_processes() == 1 and not _is_ours(error) else None
+            if smaller is not None:
+                torch.cuda.empty_cache()
+                logger.warning(
+                    "out of GPU memory: %d sequences per forward pass from here on, and %d passes per step",
+                    smaller.per_device_train_batch_size,
+                    smaller.gradient_accumulation_steps,
+                )
     raise UserError(
         f"out of GPU memory ({line:.160}): lower max_length ({config.max_length}) or lora_r ({config.lora_r}), free "
         "memory on the card, or take a larger one"
@@ -219,6 +221,7 @@ def _train(
     config: ConfigT,
     asked: ConfigT,
     context: StepContext,
+    watch: TrainerCallback | None,
 ) -> dict[str, float]:
     """Train once; checkpoints are those of what was asked, whatever the size of a forward pass."""
     checkpoint = find_checkpoint(asked, context)
@@ -239,6 +242,8 @@ def _train(
         if best:
             trainer.add_callback(best)  # before what publishes checkpoints
         trainer.add_callback(checkpoints)
+        if watch:
+            trainer.add_callback(watch)
         set_learning_rates(trainer, config)
         prepare_on_cpu(trainer)
         if config.strategy in SHARDED:
