@@ -27,6 +27,7 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 """Runs that the tables of results.md and the README are made of, and that the planner is held to."""
 PACKAGES = (
     *("finemill", "torch", "triton", "transformers", "peft", "trl", "bitsandbytes"),
+    *("accelerate", "deepspeed"),
     *("nvidia-cudnn-frontend", "flash-attn-4"),
 )
 
@@ -223,7 +224,34 @@ class OpRun(_Run):
     copy_tb_per_s: float
 
 
-Run = StepRun | MixtureRun | LossRun | GradientRun | OpRun
+class ScaleRun(_Run):
+    """A training on several GPUs of one host (`finemill bench scale`): ours, or Accelerate's and DeepSpeed's own.
+
+    Args:
+        method: "qlora", "lora" or "full".
+        strategy: what the GPUs share.
+        rows: per optimizer step in all GPUs together.
+        peak_bytes: of each GPU.
+        waiting: share of a step in which nothing ran but communication.
+    """
+
+    kind: Literal["scale"]
+    implementation: str
+    shape: str
+    method: str
+    strategy: str
+    offload: bool
+    processes: int
+    seq: int
+    rows: int
+    tokens_per_s: float
+    step_s: Quantiles
+    peak_bytes: list[int]
+    losses: list[float]
+    waiting: float | None
+
+
+Run = StepRun | MixtureRun | ScaleRun | LossRun | GradientRun | OpRun
 _LINE: TypeAdapter[Run] = TypeAdapter(Annotated[Run, Field(discriminator="kind")])
 
 

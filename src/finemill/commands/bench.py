@@ -1,4 +1,4 @@
-"""`finemill bench kernels|step|dpo|moe|loss|eval|data|export`: the measuring programs."""
+"""`finemill bench kernels|step|dpo|moe|scale|loss|eval|data|export`: the measuring programs."""
 
 import argparse
 
@@ -7,6 +7,7 @@ _PROGRAMS = {
     "step": "a whole QLoRA training step",
     "dpo": "DPO and KTO on the engine, beside TRL's own trainer",
     "moe": "a training step of a mixture of experts, and the tiles of its products",
+    "scale": "a training on several GPUs, by strategy",
     "loss": "training losses over several seeds against Hugging Face's",
     "eval": "answers of base and tuned in one pass, beside the plain batched loop",
     "data": "raw rows to labelled tokens, beside the usual way with datasets.map",
@@ -33,6 +34,8 @@ def execute(name: str, arguments: list[str]) -> int:
         from finemill.commands.bench_export import main
     elif what == "dpo":
         from finemill.kernels.bench.preferences import main
+    elif what == "scale":
+        from finemill.commands.bench_scale import main
     elif what == "moe":
         from finemill.kernels.bench.moe import main
     else:

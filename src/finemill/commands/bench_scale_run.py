@@ -1,0 +1,232 @@
+"""One run of `finemill bench scale`, in a process of its group: the training that is timed, or the reference."""
+
+import argparse
+import json
+import os
+import resource
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from finemill.artifacts.dataset import LabelledRow
+from finemill.artifacts.splits import split_path
+from finemill.artifacts.tables import write_rows
+from finemill.commands.bench_scale import RESULT_VARIABLE
+from finemill.components.train_qlora.config import TrainQLoRAConfig
+from finemill.components.train_qlora.step import build_trainer
+from finemill.kernels.bench.data import ensure_checkpoint, make_batches
+from finemill.kernels.planning.model_shapes import SHAPES
+from finemill.runtime.processes import is_main_process, num_processes
+from finemill.training.strategy import check_strategy, prepare_on_cpu, strategy_arguments
+from finemill.training.trainer import choose_device, settle
+
+Interval = tuple[float, float]
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Train, and write what was measured to the file that the environment names."""
+    config = _config(args)
+    check_strategy(config)
+    device = choose_device() if args.device == "cuda" else torch.device("cpu")
+    path = ensure_checkpoint(args.shape, args.layers, device)
+    found = (
+        _reference(args, config, path, device)
+        if args.implementation == "reference"
+        else _train(config, path, device, args)
+    )
+    peaks: list[Any] = [None] * num_processes()
+    if num_processes() > 1:
+        torch.distributed.all_gather_object(peaks, _peak(device))
+    else:
+        peaks = [_peak(device)]
+    if is_main_process():
+        Path(os.environ[RESULT_VARIABLE]).write_text(json.dumps(found | {"peak_bytes": peaks}), encoding="utf-8")
+
+
+def _config(args: argparse.Namespace) -> TrainQLoRAConfig:
+    (strategy,), (gpus,) = args.strategy, args.gpus
+    methods: dict[str, dict[str, Any]] = {"qlora": {}, "lora": {"load_in_4bit": False}, "full": {"method": "full"}}
+    shared: dict[str, Any] = {"strategy": strategy, "offload": args.offload and strategy != "ddp"}
+    return TrainQLoRAConfig(
+        **methods[args.method],
+        **shared,
+        kernels="auto" if strategy == "ddp" else "off",
+        memory_gb=args.memory_gb,
+        max_length=args.seq,
+        per_device_train_batch_size=args.bs,
+        gradient_accumulation_steps=args.rows // (args.bs * gpus),
+        # One more, which is profiled.
+        max_steps=args.steps + 1,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        warmup_steps=0.0,
+        logging_steps=1,
+        save_steps=None,
+        train_sampling_strategy="sequential",
+    )
+
+
+class _Timer(TrainerCallback):  # type: ignore[misc]
+    """Times the steps, and profiles the one after them."""
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self._steps, self._device = steps, device
+        self._profile = profile(activities=_activities(device))
+        self._began = 0.0
+        self.seconds: list[float] = []
+        self.waiting: float | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock."""
+        _sync(self._device)
+        if state.global_step == self._steps:
+            self._profile.start()
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop the clock."""
+        _sync(self._device)
+        seconds = time.perf_counter() - self._began
+        if state.global_step <= self._steps:
+            self.seconds.append(seconds)
+            return
+        self._profile.stop()
+        self.waiting = _waiting_of(self._profile, seconds)
+
+
+def _train(config: TrainQLoRAConfig, path: Path, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """Through the trainer of train-qlora."""
+    config = settle(config, path, device)
+    timer = _Timer(args.steps, device)
+    with TemporaryDirectory(prefix="finemill-scale-") as folder:
+        dataset = Path(folder, "dataset")
+        dataset.mkdir()
+        rows = [row.tolist() for row in _rows(args)]
+        write_rows(split_path(dataset, "train"), LabelledRow, [LabelledRow(input_ids=row, labels=row) for row in rows])
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        trainer = build_trainer(path, dataset, tokenizer, Path(folder, "scratch"), config, device)
+        prepare_on_cpu(trainer)
+        trainer.add_callback(timer)
+        trainer.train()
+    losses = [round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry]
+    return {"step_s": timer.seconds, "losses": losses[: args.steps], "waiting": timer.waiting}
+
+
+def _reference(args: argparse.Namespace, config: TrainQLoRAConfig, path: Path, device: torch.device) -> dict[str, Any]:
+    """Accelerate's own loop with the same plugin: every weight trained, AdamW, the same rows in the same order."""
+    from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+
+    if args.method != "full" or device.type == "cpu":
+        raise SystemExit("--reference is for --method full on GPUs, where Accelerate shards")
+    settings = strategy_arguments(config)
+    (strategy,) = args.strategy
+    plugins: dict[str, Any] = (
+        {
+            "fsdp_plugin": FullyShardedDataParallelPlugin(
+                fsdp_version=2, reshard_after_forward=True, cpu_offload=args.offload
+            )
+        }
+        if strategy == "fsdp2"
+        else {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=settings["deepspeed"])}
+    )
+    passes = config.gradient_accumulation_steps
+    accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=passes, **plugins)
+    if strategy != "fsdp2":
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.bs
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.gradient_checkpointing_enable()
+    model.config.use_cache = False
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    batches = torch.split(torch.stack(list(_rows(args))), args.bs)[rank::processes]
+    seconds, losses = [], []
+    for step in range(args.steps):
+        _sync(device)
+        began, total = time.perf_counter(), torch.zeros((), device=device)
+        for batch in batches[step * passes : (step + 1) * passes]:
+            with accelerator.accumulate(model):
+                ids = batch.to(device)
+                loss = model(input_ids=ids, labels=ids).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                total += loss.detach() / passes
+        _sync(device)
+        seconds.append(time.perf_counter() - began)
+        losses.append(round(float(accelerator.gather(total).mean()), 5))
+    return {"step_s": seconds, "losses": losses, "waiting": None}
+
+
+def _rows(args: argparse.Namespace) -> Iterable[torch.Tensor]:
+    """Every row of every step, in order; the same for any number of GPUs."""
+    sets = make_batches(SHAPES[args.shape].vocabulary, args.seq, 1, args.rows, args.steps + 1)
+    return (row for batches in sets for batch in batches for row in batch)
+
+
+def _waiting_of(profiled: Any, seconds: float) -> float:
+    """Share of a step in which nothing ran but communication."""
+    events = [event for event in profiled.events() if event.time_range.end > event.time_range.start]
+    on_device = [event for event in events if event.device_type != DeviceType.CPU]
+    events = on_device or events
+    talking = [_interval(event) for event in events if _communicates(event.name)]
+    computing = [_interval(event) for event in on_device if not _communicates(event.name)]
+    return round(length(without(talking, computing)) / 1e6 / seconds, 4)
+
+
+def _communicates(name: str) -> bool:
+    return name.lower().startswith(("nccl", "gloo"))
+
+
+def _interval(event: Any) -> Interval:
+    return event.time_range.start, event.time_range.end
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same time without overlaps, in order."""
+    merged: list[Interval] = []
+    for begin, end in sorted(intervals):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def without(intervals: Iterable[Interval], others: Iterable[Interval]) -> list[Interval]:
+    """What of the time is in none of the others."""
+    left: list[Interval] = union(intervals)
+    for begin, end in union(others):
+        left = [
+            part for low, high in left for part in ((low, min(high, begin)), (max(low, end), high)) if part[0] < part[1]
+        ]
+    return left
+
+
+def length(intervals: Iterable[Interval]) -> float:
+    """Their time in all."""
+    return sum(end - begin for begin, end in intervals)
+
+
+def _activities(device: torch.device) -> list[ProfilerActivity]:
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+
+
+def _sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,44 @@
+"""The same rows are trained by one process and by two, and every run becomes a line."""
+
+from pathlib import Path
+
+import pytest
+
+from finemill.commands.bench_scale import main, table
+from finemill.commands.bench_scale_run import length, union, without
+from finemill.kernels.bench.runs import ScaleRun, read_runs
+
+
+@pytest.mark.slow
+def test_one_process_and_two_train_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = tmp_path / "runs.jsonl"
+    arguments = "--gpus 1,2 --strategy fsdp2 --shape qwen3-tiny --method lora --device cpu --seq 32 --bs 1 --rows 4"
+    assert main([*arguments.split(), "--steps", "2", "--warmup", "1", "--record", str(file)]) == 0
+    alone, both = (run for run in read_runs(file) if isinstance(run, ScaleRun))
+    assert (alone.processes, both.processes, both.strategy) == (1, 2, "fsdp2")
+    assert both.losses == pytest.approx(alone.losses, abs=1e-3)
+    assert len(both.peak_bytes) == 2
+    assert (alone.waiting or 0) < (both.waiting or 0)
+    assert "100.0%" in table([alone, both])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--strategy fsdp3", "'fsdp3' is none of ddp, fsdp2, zero2, zero3"),
+        ("--gpus 1,3 --rows 16", "--rows 16 cannot be shared by 3 GPUs"),
+        ("--warmup 8", "--warmup 8 must be smaller than --steps 8"),
+    ],
+)
+def test_what_cannot_run_is_said_in_a_line(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments.split(), "--device", "cpu"])
+    assert message in capsys.readouterr().err
+
+
+def test_time_that_is_communication_alone() -> None:
+    talking, computing = [(0, 4), (3, 6), (10, 12)], [(5, 11), (1, 2)]
+    assert union(talking) == [(0, 6), (10, 12)]
+    assert without(talking, computing) == [(0, 1), (2, 5), (11, 12)]
+    assert length(without(talking, computing)) == 5
