@@ -9,7 +9,7 @@ than the ids.
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -34,30 +34,40 @@ class ByteLevelEncoder:
     def encode(self, texts: Sequence[str]) -> list[Tokens | None]:
         """Tokens of each text, None where it has bytes that its tokens do not stand for: it must be encoded otherwise.
 
-        A text that is encoded composes letters (NFC) where the tokenizer does.
+        So it is with letters that the tokenizer composes (NFC).
         """
         split = [[piece for piece in self._edge.split(text) if piece] for text in texts]
-        found: dict[str, NDArray[np.int32] | None] = dict(self._added)
-        new = [piece for piece in set(chain.from_iterable(split)) if piece not in found]
-        encodings = self._backend.encode_batch_fast(new, add_special_tokens=False) if new else ()
-        for piece, encoding in zip(new, encodings, strict=True):
-            found[piece] = self._checked(piece, np.array(encoding.ids, np.int32))
-        return [self._joined([found[piece] for piece in pieces]) for pieces in split]
+        found = self._encode_pieces(set(chain.from_iterable(split)))
+        encoded = [number for number, pieces in enumerate(split) if all(map(found.__contains__, pieces))]
+        parts = [[found[piece] for piece in split[number]] for number in encoded]
+        input_ids = np.concatenate([np.empty(0, np.int32), *chain.from_iterable(parts)])
+        ends = self._byte_lengths[input_ids].cumsum()
+        offsets = np.stack((ends - self._byte_lengths[input_ids], ends), axis=1)
+        tokens: list[Tokens | None] = [None] * len(texts)
+        start = 0
+        for number, own in zip(encoded, parts, strict=True):
+            end = start + sum(map(len, own))
+            own_offsets = offsets[start:end]
+            tokens[number] = Tokens(input_ids[start:end], own_offsets - own_offsets[:1, :1], in_bytes=True)
+            start = end
+        return tokens
 
-    def _checked(self, piece: str, input_ids: NDArray[np.int32]) -> NDArray[np.int32] | None:
-        if self._composes and not unicodedata.is_normalized("NFC", piece):
-            return None
-        num_bytes = len(piece) if piece.isascii() else len(piece.encode())
-        return input_ids if self._byte_lengths[input_ids].sum() == num_bytes else None
+    def _encode_pieces(self, pieces: Iterable[str]) -> dict[str, NDArray[np.int32]]:
+        """Token ids of pieces, added tokens among them; none of a piece with bytes that its tokens do not stand for."""
+        new = [piece for piece in pieces if piece not in self._added]
+        ids = [encoding.ids for encoding in self._backend.encode_batch_fast(new, add_special_tokens=False)]
+        flat = np.fromiter(chain.from_iterable(ids), np.int32)
+        edges = [0, *accumulate(map(len, ids))]
+        positions = np.concatenate((np.zeros(1, np.int64), self._byte_lengths[flat].cumsum()))[edges]
+        found = dict(self._added)
+        for piece, start, end, num_bytes in zip(new, edges, edges[1:], np.diff(positions).tolist(), strict=False):
+            if num_bytes == (len(piece) if piece.isascii() else self._num_bytes(piece)):
+                found[piece] = flat[start:end]
+        return found
 
-    def _joined(self, pieces: Sequence[NDArray[np.int32] | None]) -> Tokens | None:
-        whole = [piece for piece in pieces if piece is not None]
-        if len(whole) < len(pieces):
-            return None
-        input_ids = np.concatenate(whole) if whole else np.empty(0, np.int32)
-        lengths = self._byte_lengths[input_ids]
-        ends = lengths.cumsum()
-        return Tokens(input_ids, np.stack((ends - lengths, ends), axis=1), in_bytes=True)
+    def _num_bytes(self, piece: str) -> int:
+        """Bytes of a piece, -1 for one whose letters the tokenizer composes."""
+        return -1 if self._composes and not unicodedata.is_normalized("NFC", piece) else len(piece.encode())
 
 
 def byte_level_encoder(backend: Tokenizer, parts: Mapping[str, Any]) -> ByteLevelEncoder | None:

@@ -125,7 +125,7 @@ def test_thinking_is_read_under_every_name(turns: list[Row]) -> None:
     assert messages_of([USER, *turns]) == [USER, THOUGHT]
 
 
-@pytest.mark.parametrize("name", ["my_thinking", "model_reasoning", "thought_process", "gold_cot"])
+@pytest.mark.parametrize("name", ["my_thinking", "inner_monologue", "thought_process", "gold_cot"])
 def test_an_answer_is_not_learned_without_thinking_under_a_name_that_is_not_known(name: str) -> None:
     with pytest.raises(DroppedRowError, match=r"^thinking_not_read$"):
         messages_of([USER, {"role": "assistant", "content": "4", name: "2 and 2"}])

@@ -15,6 +15,8 @@ from finemill.rows.turns import (
     THINKING_KEYS,
     Message,
     assistant,
+    check_excluded,
+    check_unread_thinking,
     is_prose,
     thinking_under,
     to_messages,
@@ -45,7 +47,18 @@ _FINAL = ("expected_answer", "final_answer", "answer")
 _CHOICES = ("choices", "options")
 _CORRECT = ("answer", "answerKey", "answer_key", "answer_index", "answer_idx", "label")
 # What tells good answers from bad ones in unpaired preferences.
-_LABELS = ("label", "kto_tag", "desirable", "is_good", "is_correct", "is_accepted")
+_GOOD = (
+    *("label", "kto_tag", "kto_label", "completion_label", "desirable", "is_desirable", "good", "is_good", "correct"),
+    *("is_correct", "accepted", "is_accepted", "preferred", "is_preferred", "chosen", "is_chosen", "is_positive"),
+    *("thumbs_up", "liked", "upvoted", "feedback"),
+)
+_BAD = (
+    *("bad", "is_bad", "rejected", "is_rejected", "undesirable", "is_undesirable", "is_negative", "is_incorrect"),
+    *("thumbs_down", "disliked", "downvoted"),
+)
+# Words that name a bad answer, and nothing that a text is classified as.
+_BAD_WORDS = ("bad", "rejected", "undesirable", "unacceptable", "disliked", "thumbs_down", "downvoted", "-1", "-1.0")
+_MARKS = frozenset((*_GOOD, *_BAD))
 _ROW_THINKING = (*THINKING_KEYS, "complex_cot")
 # Switches that some sets keep in a column with the name of a thinking block.
 _SWITCHES = ("on", "off", "yes", "no", "true", "false")
@@ -97,7 +110,10 @@ def to_conversation(row: Row, shape: str) -> Conversation:
         if media is not None:
             raise DroppedRowError("not_text", media)
         _check_label(reader, shape)
+        check_excluded(reader)
         conversation = checked(SHAPES[shape].convert(reader))
+        if conversation.text is None:
+            check_unread_thinking(reader)
     except RecursionError:
         raise DroppedRowError("too_deep") from None
     return replace(conversation, unread=reader.unread)
@@ -105,13 +121,18 @@ def to_conversation(row: Row, shape: str) -> Conversation:
 
 def _check_label(row: Reader, shape: str) -> None:
     """Raises: DroppedRowError: the row is an example of a bad answer."""
-    if shape in ("text", "multiple_choice", "preference"):
+    if shape in ("text", "multiple_choice", "preference") or row.names.isdisjoint(_MARKS):
         return
-    for column in _LABELS:
-        if row.has(column) and (good := is_true(row.peek(column))) is not None:
+    for column, says_good in (*((name, True) for name in _GOOD), *((name, False) for name in _BAD)):
+        if row.has(column) and (marked := _is_marked(row.peek(column))) is not None:
             row.get(column)
-            if not good:
+            if marked is not says_good:
                 raise DroppedRowError("labelled_bad", column)
+
+
+def _is_marked(value: Any) -> bool | None:
+    """What a label says: a yes or no, or a word for a bad answer; None for any other value."""
+    return False if str(value).strip().lower().replace(" ", "_") in _BAD_WORDS else is_true(value)
 
 
 def _system(row: Reader) -> list[Message]:
@@ -416,7 +437,7 @@ SHAPES: Mapping[str, Shape] = {
 }
 """Every known shape by name, the more specific before the more general."""
 
-_OTHERS = (*_CHATS, *_TEXTS, *_SYSTEM, *_TOOLS, *_CONTEXT, *_FINAL, *_CHOICES, *_CORRECT, *_LABELS, *_ROW_THINKING)
+_OTHERS = (*_CHATS, *_TEXTS, *_SYSTEM, *_TOOLS, *_CONTEXT, *_FINAL, *_CHOICES, *_CORRECT, *_GOOD, *_BAD, *_ROW_THINKING)
 KNOWN_COLUMNS = frozenset(
     (*(name for shape in SHAPES.values() for name in shape.main), *_OTHERS, "history", "reference")
 )

@@ -49,7 +49,9 @@ THINKING_KEYS = (
     "rationale",
 )
 # Other names that some text of an assistant's turn may have which it is wrong to leave out.
-_SOUNDS_LIKE_THINKING = re.compile(r"think|thought|reasoning|rationale|scratchpad|(?:\b|_)cot(?:\b|_)", re.IGNORECASE)
+_SOUNDS_LIKE_THINKING = re.compile(
+    r"think|thought|reasoning|rationale|scratchpad|monologue|deliberat|(?:\b|_)cot(?:\b|_)", re.IGNORECASE
+)
 _LEARNED_KEYS = (
     "weight",
     "train",
@@ -66,8 +68,32 @@ _LEARNED_KEYS = (
     "compute_loss",
     "calculate_loss",
     "use_loss",
+    "train_on",
+    "train_turn",
+    "use_for_training",
+    "include_in_loss",
+    "in_loss",
+    "supervise",
+    "supervised",
+    "is_label",
+    "is_target",
 )
-_EXCLUDED_KEYS = ("mask", "masked", "is_masked", "ignore", "ignored", "exclude", "excluded", "skip", "no_loss")
+_EXCLUDED_KEYS = (
+    "mask",
+    "masked",
+    "is_masked",
+    "ignore",
+    "ignored",
+    "exclude",
+    "excluded",
+    "skip",
+    "no_loss",
+    "no_train",
+    "no_training",
+    "ignore_loss",
+    "exclude_from_loss",
+    "exclude_from_training",
+)
 _SEGMENTS = ("train_detail", "training_detail")
 _FLAGS = frozenset((*_LEARNED_KEYS, *_EXCLUDED_KEYS, *_SEGMENTS))
 _TEXT_PARTS = ("", "text", "input_text", "output_text", "refusal")
@@ -84,7 +110,15 @@ _MEDIA = (
     "audios",
     "input_audio",
 )
-MEDIA_COLUMNS = (*_MEDIA, "image_path", "img", "pixel_values")
+MEDIA_COLUMNS = (
+    *_MEDIA,
+    *(
+        f"{kind}_{place}"
+        for kind in ("image", "video", "audio")
+        for place in ("path", "paths", "file", "files", "urls")
+    ),
+    *("img", "imgs", "photo", "photos", "picture", "pictures", "pixel_values"),
+)
 
 
 def turn_list(value: Any) -> list[Mapping[str, Any]] | None:
@@ -214,9 +248,29 @@ def _check_thinking(turn: Reader) -> None:
     """Raises: DroppedRowError: a key of an assistant's turn that is not read sounds like thinking and holds a text."""
     if ROLES.get(turn_role({key: turn.peek(key) for key in _ROLE_KEYS})) != "assistant":
         return
-    for name in turn.unread:
-        if _SOUNDS_LIKE_THINKING.search(name) and is_prose(turn.peek(name)):
+    check_unread_thinking(turn)
+
+
+def check_unread_thinking(reader: Reader) -> None:
+    """Raises: DroppedRowError: something that is not read sounds like thinking and holds a text."""
+    for name in reader.unread:
+        if _SOUNDS_LIKE_THINKING.search(name) and is_prose(reader.peek(name)):
             raise DroppedRowError("thinking_not_read", name)
+
+
+def check_excluded(reader: Reader) -> None:
+    """Raises: DroppedRowError: a column says that the row, or some turns by a list of flags, are not to be learned."""
+    if reader.names.isdisjoint(_FLAGS):
+        return
+    for keys, wanted in ((_LEARNED_KEYS, True), (_EXCLUDED_KEYS, False)):
+        for key in filter(reader.has, keys):
+            value = parse_json(reader.peek(key))
+            flags = list(map(is_true, value if isinstance(value, list) else [value]))
+            if None in flags:
+                continue
+            reader.get(key)
+            if (not wanted) in flags:
+                raise DroppedRowError("excluded_row" if wanted not in flags else "partly_excluded_row", key)
 
 
 def is_prose(value: Any) -> bool:
