@@ -16,9 +16,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 from finemill.artifacts.dataset import IGNORE_INDEX, DatasetRow, read_dataset_rows
-from finemill.artifacts.files import DATA_CARD_FILE, DATA_CARD_PAGE, DATA_CARD_TEXT, DATA_FILE
+from finemill.artifacts.files import DATA_CARD_FILE, DATA_CARD_PAGE, DATA_CARD_TEXT
 from finemill.artifacts.records import write_json
-from finemill.artifacts.rows import find_rows
+from finemill.artifacts.rows import RowsReport, RowsSource, find_rows, read_rows_report
 from finemill.components.chat_format.report import SplitCounts
 from finemill.components.chat_format.tokenize import ChatTokenizer
 
@@ -47,12 +47,12 @@ def write_card(
         tokenizer: the base model's, which decodes examples.
         max_length: longest sequence in tokens, which a pack of sequences is filled up to.
     """
-    prepared = json.loads((rows / DATA_FILE).read_bytes())
+    prepared = read_rows_report(rows)
     lengths, first = train.lengths.tolist(), read_dataset_rows(folder, "train", _FIRST_ROWS)
     facts = {
-        "sources": [_source(own, before) for own, before in zip(dataset["sources"], prepared["sources"], strict=True)],
+        "sources": [_source(own, before) for own, before in zip(dataset["sources"], prepared.sources, strict=True)],
         "left_out": list(_left_out(prepared, dataset)),
-        "advice": prepared["advice"],
+        "advice": prepared.advice,
         "splits": dataset["splits"],
         "mix": dataset["mix"],
         "tokenizer_sha256": dataset["tokenizer_sha256"],
@@ -68,27 +68,24 @@ def write_card(
     (folder / DATA_CARD_TEXT).write_text(_render("data_card.md.jinja", facts, escape=False), encoding="utf-8")
 
 
-def _source(own: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+def _source(own: Mapping[str, Any], before: RowsSource) -> dict[str, Any]:
     """A source at each stage."""
     return {
         **own,
-        "read": before["read"],
-        "left_out_by_data_prep": sum(before["dropped"].values()),
+        "read": before.read,
+        "left_out_by_data_prep": sum(before.dropped.values()),
         "left_out_by_chat_format": sum(own["rows_dropped"].values()),
-        "shapes": before["shapes"],
-        "unread_columns": before["unread_columns"],
-        "flags": before["flags"],
-        "digest": before["digest"],
+        **before.model_dump(include={"shapes", "unread_columns", "flags", "digest"}),
     }
 
 
-def _left_out(prepared: Mapping[str, Any], dataset: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _left_out(prepared: RowsReport, dataset: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Rows by source and reason, the commonest first; of chat-format's those of the training rows."""
-    stages = ("data-prep", prepared["sources"], "dropped"), ("chat-format", dataset["sources"], "rows_dropped")
-    for stage, sources, key in stages:
-        for source in sources:
-            for reason, number in sorted(source[key].items(), key=lambda item: -item[1]):
-                yield {"stage": stage, "source": source["uri"], "reason": reason, "rows": number}
+    dropped = [("data-prep", source.uri, source.dropped) for source in prepared.sources]
+    dropped += [("chat-format", source["uri"], source["rows_dropped"]) for source in dataset["sources"]]
+    for stage, uri, reasons in dropped:
+        for reason, number in sorted(reasons.items(), key=lambda item: -item[1]):
+            yield {"stage": stage, "source": uri, "reason": reason, "rows": number}
 
 
 def histogram(lengths: Sequence[int]) -> list[dict[str, int]]:

@@ -5,10 +5,17 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from finemill.artifacts.files import DATA_FILE, REJECTED_FILE, REPORT_TEXT
-from finemill.artifacts.records import write_json
+from finemill.artifacts.files import REJECTED_FILE, REPORT_TEXT
+from finemill.artifacts.rows import (
+    FlaggedRows,
+    Mix,
+    RowsReport,
+    RowsSource,
+    RowsSplit,
+    SplitSource,
+    write_rows_report,
+)
 from finemill.artifacts.splits import Split
 from finemill.components.data_prep.clean import Record, SourceCounts
 from finemill.components.data_prep.config import DataPrepConfig
@@ -18,34 +25,29 @@ logger = logging.getLogger(__name__)
 
 _FIRST = 5
 
-Counts = dict[str, dict[str, Any]]
 
-
-def split_counts(splits: Mapping[Split, Sequence[Record]], config: DataPrepConfig) -> Counts:
+def split_counts(splits: Mapping[Split, Sequence[Record]], config: DataPrepConfig) -> dict[Split, RowsSplit]:
     """Per split: rows and characters, and both per source with their shares."""
     return {split: _count(records, config) for split, records in splits.items()}
 
 
-def _count(records: Sequence[Record], config: DataPrepConfig) -> dict[str, Any]:
+def _count(records: Sequence[Record], config: DataPrepConfig) -> RowsSplit:
     rows = Counter(record.source for record in records)
     characters: Counter[int] = Counter()
     for record in records:
         characters[record.source] += record.num_characters
-    return {
-        "rows": len(records),
-        "characters": characters.total(),
-        "sources": [
-            {
-                "uri": name,
-                "rows": rows[number],
-                "rows_share": round(rows[number] / max(1, rows.total()), 6),
-                "characters": characters[number],
-                "characters_share": round(characters[number] / max(1, characters.total()), 6),
-                "weight": config.sources[number].weight,
-            }
-            for number, name in enumerate(config.source_names)
-        ],
-    }
+    sources = [
+        SplitSource(
+            uri=name,
+            rows=rows[number],
+            rows_share=round(rows[number] / max(1, rows.total()), 6),
+            characters=characters[number],
+            characters_share=round(characters[number] / max(1, characters.total()), 6),
+            weight=config.sources[number].weight,
+        )
+        for number, name in enumerate(config.source_names)
+    ]
+    return RowsSplit(rows=len(records), characters=characters.total(), sources=sources)
 
 
 def warn_of_losses(config: DataPrepConfig, counts: Sequence[SourceCounts]) -> None:
@@ -61,30 +63,17 @@ def write_report(
     folder: Path,
     config: DataPrepConfig,
     counts: Sequence[SourceCounts],
-    splits: Counts,
+    splits: dict[Split, RowsSplit],
     digests: Mapping[str, str],
 ) -> dict[str, float]:
     """Write data.json, report.md and rejected.jsonl; return the step's metrics."""
+    named = enumerate(zip(config.source_names, config.sources, counts, strict=True))
     sources = [
-        {
-            "uri": name,
-            "read": count.read,
-            "shapes": dict(sorted(count.shapes.items())),
-            "dropped": dict(sorted(count.dropped.items())),
-            "first_unknown_rows": count.first("unknown_shape"),
-            "unread_columns": dict(sorted(count.unread.items())),
-            "flags": {
-                name: {"rows": len(numbers), "first": numbers[:_FIRST]} for name, numbers in sorted(count.flags.items())
-            },
-            "digest": digests.get(f"sources.{number} {source.uri}"),
-        }
-        for number, (name, source, count) in enumerate(zip(config.source_names, config.sources, counts, strict=True))
+        _source(name, count, digests.get(f"sources.{number} {source.uri}")) for number, (name, source, count) in named
     ]
-    mix = config.mix
-    advice = advice_for(splits["train"]["rows"])
-    data = {"sources": sources, "mix": mix.model_dump() if mix else None, "splits": splits, "advice": advice}
-    write_json(folder / DATA_FILE, data)
-    (folder / REPORT_TEXT).write_text(_markdown(data), encoding="utf-8")
+    report = RowsReport(sources=sources, mix=config.mix, splits=splits, advice=advice_for(splits["train"].rows))
+    write_rows_report(folder, report)
+    (folder / REPORT_TEXT).write_text(_markdown(report), encoding="utf-8")
     _write_rejected(folder / REJECTED_FILE, config, counts)
     read = sum(count.read for count in counts)
     dropped = sum((count.dropped for count in counts), start=Counter[str]())
@@ -92,8 +81,22 @@ def write_report(
         "data/rows_read": read,
         "data/rows_dropped": dropped.total(),
         "data/duplicate_fraction": (dropped["duplicate"] + dropped["near_duplicate"]) / read,
-        **{f"data/{split}_rows": splits[split]["rows"] for split in splits},
+        **{f"data/{split}_rows": counted.rows for split, counted in splits.items()},
     }
+
+
+def _source(name: str, count: SourceCounts, digest: str | None) -> RowsSource:
+    flags = {flag: FlaggedRows(rows=len(rows), first=rows[:_FIRST]) for flag, rows in sorted(count.flags.items())}
+    return RowsSource(
+        uri=name,
+        read=count.read,
+        shapes=dict(sorted(count.shapes.items())),
+        dropped=dict(sorted(count.dropped.items())),
+        first_unknown_rows=count.first("unknown_shape"),
+        unread_columns=dict(sorted(count.unread.items())),
+        flags=flags,
+        digest=digest,
+    )
 
 
 def _write_rejected(path: Path, config: DataPrepConfig, counts: Sequence[SourceCounts]) -> None:
@@ -113,49 +116,49 @@ def warn_of_unread_columns(config: DataPrepConfig, counts: Sequence[SourceCounts
             logger.warning("%s: columns that are not read: %s", source.uri, listed)
 
 
-def _markdown(data: Mapping[str, Any]) -> str:
+def _markdown(report: RowsReport) -> str:
     lines = ["# Data", "", "| source | read | shapes | left out |", "| --- | ---: | --- | --- |"]
-    for source in data["sources"]:
-        unknown = source["first_unknown_rows"]
+    for source in report.sources:
+        unknown = source.first_unknown_rows
         note = f" (no known shape: first rows {', '.join(map(str, unknown))})" if unknown else ""
-        cells = source["uri"], source["read"], _listed(source["shapes"]), _listed(source["dropped"]) + note
+        cells = source.uri, source.read, _listed(source.shapes), _listed(source.dropped) + note
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    lines += _unread_lines(data["sources"])
-    lines += _flag_lines(data["sources"])
-    lines += ["", data["advice"]] if data["advice"] else []
-    lines += ["", _mix_line(data["mix"]), ""]
+    lines += _unread_lines(report.sources)
+    lines += _flag_lines(report.sources)
+    lines += ["", report.advice] if report.advice else []
+    lines += ["", _mix_line(report.mix), ""]
     lines += [
         "| split | source | rows | share | characters | share | weight |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for split, counts in data["splits"].items():
-        for source in counts["sources"]:
-            weight = "" if source["weight"] is None else f"{source['weight']:g}"
+    for split, counts in report.splits.items():
+        for part in counts.sources:
+            weight = "" if part.weight is None else f"{part.weight:g}"
             lines.append(
-                f"| {split} | {source['uri']} | {source['rows']} | {source['rows_share']:.2%} | {source['characters']} "
-                f"| {source['characters_share']:.2%} | {weight} |"
+                f"| {split} | {part.uri} | {part.rows} | {part.rows_share:.2%} | {part.characters} "
+                f"| {part.characters_share:.2%} | {weight} |"
             )
-        lines.append(f"| {split} | all | {counts['rows']} | | {counts['characters']} | | |")
+        lines.append(f"| {split} | all | {counts.rows} | | {counts.characters} | | |")
     return "\n".join(lines) + "\n"
 
 
-def _mix_line(mix: Mapping[str, Any] | None) -> str:
+def _mix_line(mix: Mix | None) -> str:
     if mix is None:
         return "All rows are kept."
-    by = mix["by"].replace("_", " ")
-    return f"These are the rows that there are; chat-format mixes them by {by} (policy `{mix['policy']}`)."
+    by = mix.by.replace("_", " ")
+    return f"These are the rows that there are; chat-format mixes them by {by} (policy `{mix.policy}`)."
 
 
-def _unread_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    unread = [(s["uri"], name, number) for s in sources for name, number in s["unread_columns"].items()]
+def _unread_lines(sources: Sequence[RowsSource]) -> list[str]:
+    unread = [(source.uri, name, number) for source in sources for name, number in source.unread_columns.items()]
     table = ["", "| source | column that is not read | rows |", "| --- | --- | ---: |"]
     return [*table, *(f"| {uri} | {name} | {number} |" for uri, name, number in unread)] if unread else []
 
 
-def _flag_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    flagged = [(s["uri"], name, flag["rows"], flag["first"]) for s in sources for name, flag in s["flags"].items()]
+def _flag_lines(sources: Sequence[RowsSource]) -> list[str]:
+    flagged = [(source.uri, name, flag) for source in sources for name, flag in source.flags.items()]
     table = ["", "| source | doubtful | rows | first |", "| --- | --- | ---: | --- |"]
-    lines = (f"| {uri} | {name} | {number} | {', '.join(map(str, first))} |" for uri, name, number, first in flagged)
+    lines = (f"| {uri} | {name} | {flag.rows} | {', '.join(map(str, flag.first))} |" for uri, name, flag in flagged)
     return [*table, *lines] if flagged else []
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from finemill.artifacts.files import DATA_FILE
-from finemill.artifacts.records import Record, read_record
+from finemill.artifacts.records import Record, read_record, write_record
 from finemill.artifacts.splits import Split, split_path
 from finemill.artifacts.tables import RowWriter, count_rows, iterate_batches
 
@@ -40,17 +40,59 @@ class Mix(Record):
     weights: dict[str, float]
 
 
+class FlaggedRows(Record):
+    """How many rows of a source are doubtful in one way, and the numbers of the first."""
+
+    rows: int
+    first: list[int]
+
+
 class RowsSource(Record):
-    """A source of rows by its name."""
+    """What became of the rows of one source; `uri` is its name.
+
+    `read` counts all rows, `shapes` those of each known shape, `dropped` those left out by reason, `unread_columns`
+    those that hold a column which nothing is made of, `flags` doubtful ones. `digest` is that of the source's files.
+    """
 
     uri: str
+    read: int
+    shapes: dict[str, int]
+    dropped: dict[str, int]
+    first_unknown_rows: list[int]
+    unread_columns: dict[str, int]
+    flags: dict[str, FlaggedRows]
+    digest: str | None
+
+
+class SplitSource(Record):
+    """What a source has in a split: rows and characters, each with its share; `weight` is what was asked for."""
+
+    uri: str
+    rows: int
+    rows_share: float
+    characters: int
+    characters_share: float
+    weight: float | None
+
+
+class RowsSplit(Record):
+    """What a split has."""
+
+    rows: int
+    characters: int
+    sources: list[SplitSource]
 
 
 class RowsReport(Record):
-    """What chat-format reads of the report on the rows; without weights there is no mix and all rows are to stay."""
+    """The report on the rows; without weights there is no mix and all rows are to stay.
+
+    `advice` says what a training set of this size is good for, None where there is nothing to say.
+    """
 
     sources: list[RowsSource]
     mix: Mix | None
+    splits: dict[Split, RowsSplit]
+    advice: str | None
 
 
 def rows_writer(folder: Path, split: Split) -> RowWriter[PreparedRow]:
@@ -71,6 +113,11 @@ def find_rows(folder: Path, split: Split, ids: Collection[str]) -> dict[str, Pre
 def num_rows(folder: Path, split: Split) -> int:
     """How many rows a split has. Raises: UserError: the split is missing."""
     return count_rows(split_path(folder, split), PreparedRow, _WRITER)
+
+
+def write_rows_report(folder: Path, report: RowsReport) -> None:
+    """Put the report beside the rows."""
+    write_record(folder / DATA_FILE, report)
 
 
 def read_rows_report(folder: Path) -> RowsReport:
