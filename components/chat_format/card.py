@@ -5,7 +5,6 @@ The facts are `data_card.json`; `data_card.html`, which needs nothing but itself
 
 import json
 import unicodedata
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -19,14 +18,13 @@ from finemill.artifacts.dataset import IGNORE_INDEX, DatasetRow, read_dataset_ro
 from finemill.artifacts.files import DATA_CARD_FILE, DATA_CARD_PAGE, DATA_CARD_TEXT
 from finemill.artifacts.records import write_json
 from finemill.artifacts.rows import RowsReport, RowsSource, find_rows, read_rows_report
+from finemill.components.chat_format.packing import packing
 from finemill.components.chat_format.report import SplitCounts
 from finemill.components.chat_format.tokenize import ChatTokenizer
 
 _NUM_EXAMPLES = 24
 _SHOWN_CHARACTERS = 6000
 _FIRST_ROWS = 2000
-_PACKED_ROWS = 20_000
-_BATCH = 8
 
 
 def write_card(
@@ -99,35 +97,6 @@ def histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
     bins = [{"from": low, "to": high, "examples": n} for low, high, n in zip(edges, edges[1:], counts, strict=False)]
     first = next(place for place, own in enumerate(bins) if own["examples"])
     return bins[first:]
-
-
-def packing(lengths: Sequence[int], max_length: int | None) -> dict[str, float]:
-    """What padding costs: in batches of eight as they come, and in packs of the longest length, best fit first.
-
-    Of many sequences the first twenty thousand are counted, which stand in a random order.
-    """
-    lengths = lengths[:_PACKED_ROWS]
-    if not lengths:
-        return {}
-    room = max(max_length or 0, *lengths)
-    padded = sum(max(batch) * len(batch) for batch in (lengths[i : i + _BATCH] for i in range(0, len(lengths), _BATCH)))
-    packs = num_packs(lengths, room)
-    return {
-        "max_length": room,
-        "padding_in_batches_of_8": round(1 - sum(lengths) / padded, 4),
-        "padding_packed": round(1 - sum(lengths) / (packs * room), 4),
-        "sequences_per_pack": round(len(lengths) / packs, 2),
-    }
-
-
-def num_packs(lengths: Sequence[int], room: int) -> int:
-    """How many packs of `room` tokens hold the sequences, each pack filled with the longest that still fits."""
-    left, packs = sorted(lengths), 0
-    while left:
-        free, packs = room, packs + 1
-        while place := bisect_right(left, free):
-            free -= left.pop(place - 1)
-    return packs
 
 
 def _scripts(rows: Sequence[DatasetRow]) -> dict[str, float]:

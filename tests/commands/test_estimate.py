@@ -1,12 +1,16 @@
 """`finemill estimate` answers from a configuration alone."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finemill.artifacts.dataset import read_lengths
 from finemill.commands.estimate import METHODS, execute
+from finemill.components.chat_format.packing import num_packs
 from finemill.errors import UserError
 from finemill.kernels.bench.data import _config
 from finemill.kernels.planning.model_shapes import MIXTURES, SHAPES
@@ -105,3 +109,22 @@ def test_what_is_missing_is_said_in_a_line(tmp_path: Path, tiny_model_dir: Path)
         execute("estimate", ["--model", folder])
     with pytest.raises(NoPlanError, match="the leanest needs"):
         execute("estimate", ["--model", "qwen3-32b", "--memory-gb", "1"])
+
+
+def test_steps_and_hours_of_training_on_a_dataset(
+    tiny_dataset_dir: Path, publish: Callable[..., str], capsys: Capture
+) -> None:
+    dataset = publish("dataset", {}, write=lambda folder: shutil.copytree(tiny_dataset_dir, folder, dirs_exist_ok=True))
+    sizes = ("--seq", "512", "--bs", "1", "--accum", "2", "--epochs", "3")
+    found = estimate(capsys, "--model", "qwen3-0.6b", "--dataset", dataset, *sizes)
+    lengths = read_lengths(tiny_dataset_dir, "train")
+    assert [found["examples"], found["tokens"]] == [4, sum(lengths)]
+    assert found["packs"] == num_packs(lengths, 512)
+    assert [found["steps_packed"], found["steps_one_by_one"]] == [3 * -(-found["packs"] // 2), 6]
+    assert 0 < found["hours_packed"] <= found["hours_one_by_one"]
+
+
+def test_another_artifact_is_no_dataset(publish: Callable[..., str]) -> None:
+    adapter = publish("adapter", {"adapter_config.json": "{}"})
+    with pytest.raises(UserError, match="is of the kind 'adapter': pass what chat-format printed"):
+        execute("estimate", ["--model", "qwen3-0.6b", "--dataset", adapter])

@@ -154,6 +154,12 @@ def read_labelled(dataset: Path, split: Split) -> LabelledColumns:
     return LabelledColumns(*read_columns(split_path(dataset, split), LabelledRow, _WRITER).columns)
 
 
+def read_lengths(dataset: Path, split: Split) -> list[int]:
+    """Tokens of each row of a split, in the file's order; of a preference those of the better conversation."""
+    batches = iterate_record_batches(split_path(dataset, split), batch_rows=10_000, columns=["input_ids"])
+    return [length for batch in batches for length in np.diff(batch["input_ids"].offsets.to_numpy()).tolist()]
+
+
 def read_preferences(dataset: Path, split: Split) -> tuple[list[tuple[LabelledRow, LabelledRow]], int]:
     """The split's conversations that have a worse last turn, each with it, and how many rows there are in all.
 

@@ -2,15 +2,20 @@
 
 The numbers are the planner's (kernels/planning/planner.py), for the plan it would choose under the given memory: peak
 of allocated device memory, tokens per second at a card's measured rates, what is kept, recomputed and moved to the
-host. cuDNN's frontend and flash-attn-4 are taken to be installed. With `--table`: what each size of model needs.
+host. cuDNN's frontend and flash-attn-4 are taken to be installed. With `--dataset`: steps and time of training on it,
+its rows packed and one by one. With `--table`: what each size of model needs.
 """
 
 import argparse
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from finemill.artifacts.dataset import read_lengths
+from finemill.artifacts.manifest import Reference
+from finemill.components.chat_format.packing import PACKED_ROWS, num_packs
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.errors import UserError
 from finemill.kernels.engine.expert_layout import EXPERT_FAMILIES, has_dense_layers
@@ -21,6 +26,7 @@ from finemill.kernels.planning.planner import plan_step, workload_under
 from finemill.kernels.planning.rates import RATES
 from finemill.kernels.planning.workload import FAMILIES, Workload
 from finemill.models.base.resolve import FORMS, resolve_base_model
+from finemill.storage.store import fetch_artifact
 from finemill.training.memory import estimate_memory, needed_gib
 
 CARD_GB = 80.0
@@ -45,6 +51,8 @@ def execute(name: str, arguments: list[str]) -> int:
     memory_gb = args.card_gb if args.memory_gb is None else args.memory_gb
     plan = plan_step(work, int(memory_gb * 2**30), rates=RATES[args.gpu], allow_stream=args.quant == "nf4")
     result = summarize(work, plan)
+    if args.dataset is not None:
+        result |= training_time(args, memory_gb)
     print(json.dumps(result) if args.json else "\n".join(f"{name:<22} {value}" for name, value in result.items()))
     return 0
 
@@ -62,6 +70,8 @@ def _parse(name: str, argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--card-gb", type=_gib, default=CARD_GB, help="memory of the card, GiB (default: %(default)g)")
     parser.add_argument("--memory-gb", type=_gib, help="device memory to stay within, GiB (default: the card's)")
     parser.add_argument("--gpu", default="h200", choices=sorted(RATES), help="card whose measured rates are taken")
+    parser.add_argument("--dataset", help="what chat-format printed: steps and hours of training on it, too")
+    parser.add_argument("--epochs", type=_count, default=1, help="how often training goes through the dataset")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
 
@@ -101,6 +111,35 @@ def workload(model: str, *, rank: int, quantized: bool, rows: int, row: int) -> 
         return workload_of_config(config, rank=rank, quantized=quantized, tokens=rows * row, row=row)
     except KeyError as error:
         raise UserError(f"config.json of {model} has no {error}") from None
+
+
+def training_time(args: argparse.Namespace, memory_gb: float) -> dict[str, float]:
+    """Steps and hours of training on a dataset, with its rows in packs of `--seq` tokens and one by one.
+
+    Raises: UserError: no dataset, or one without training rows.
+    """
+    lengths = [min(length, args.seq) for length in read_lengths(_dataset(args.dataset), "train")]
+    if not lengths:
+        raise UserError(f"{args.dataset} has no training row")
+    counted = lengths[:PACKED_ROWS]
+    packs = math.ceil(num_packs(counted, args.seq) * len(lengths) / len(counted))
+    rows_per_step = args.bs * args.accum
+    found: dict[str, float] = {"examples": len(lengths), "tokens": sum(lengths), "packs": packs}
+    for name, sequences in (("packed", packs), ("one_by_one", len(lengths))):
+        row = math.ceil(sum(lengths) / sequences)
+        work = workload(args.model, rank=args.rank, quantized=args.quant == "nf4", rows=rows_per_step, row=row)
+        plan = plan_step(work, int(memory_gb * 2**30), rates=RATES[args.gpu], allow_stream=args.quant == "nf4")
+        steps = args.epochs * math.ceil(sequences / rows_per_step)
+        found[f"steps_{name}"] = steps
+        found[f"hours_{name}"] = float(f"{steps * plan.seconds / 3600:.3g}")
+    return found
+
+
+def _dataset(reference: str) -> Path:
+    folder, manifest = fetch_artifact(Reference.parse(reference))
+    if manifest.kind != "dataset":
+        raise UserError(f"{reference} is of the kind '{manifest.kind}': pass what chat-format printed")
+    return folder
 
 
 def _config(model: str) -> Mapping[str, Any]:

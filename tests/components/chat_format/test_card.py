@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finemill.components.chat_format.card import histogram, num_packs, packing
+from finemill.components.chat_format.card import histogram
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact
 
@@ -79,18 +79,6 @@ def test_the_text_has_the_same_counts(card: Path) -> None:
     assert text.startswith("# Data card\n\n42 rows read, 40 training examples of ")
     assert "| data-prep |" in text
     assert "| duplicate | 1 |" in text
-
-
-def test_packs_are_filled_with_the_longest_that_fits() -> None:
-    assert num_packs([5, 5, 4, 4, 1, 1], 10) == 2
-    assert num_packs([], 10) == 0
-    assert packing([8, 2, 2], 8) == {
-        "max_length": 8,
-        "padding_in_batches_of_8": 0.5,
-        "padding_packed": 0.25,
-        "sequences_per_pack": 1.5,
-    }
-    assert packing([], 8) == {}
 
 
 def test_bins_hold_every_length_once() -> None:
