@@ -166,6 +166,17 @@ def test_thinking_may_have_a_column_of_its_own() -> None:
     assert list(switched.unread) == ["reasoning"]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "2+2?", "answer": "<think>\n2 and 2\n</think>\n\n4", "reasoning": "2 and 2"},
+        {"prompt": "2+2?", "chosen": "4", "rejected": "5", "rationale": "5 is too much"},
+    ],
+)
+def test_thinking_that_is_there_already_or_is_about_two_answers_is_named_as_not_read(row: dict[str, object]) -> None:
+    assert list(read(row).unread) == [list(row)[-1]]
+
+
 def test_thinking_beside_messages_is_that_of_a_single_answer() -> None:
     beside = {"messages": pair("2+2?", "4"), "reasoning": "2 and 2"}
     assert messages_of(beside) == [pair("2+2?", "4")[0], {**pair("2+2?", "4")[1], "reasoning_content": "2 and 2"}]

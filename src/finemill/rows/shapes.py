@@ -106,13 +106,13 @@ def to_conversation(row: Row, shape: str) -> Conversation:
     """
     reader = Reader(row)
     try:
-        media = next((name for name in MEDIA_COLUMNS if reader.has(name)), None)
-        if media is not None:
+        if not reader.names.isdisjoint(MEDIA_COLUMNS) and (media := next(filter(reader.has, MEDIA_COLUMNS), None)):
             raise DroppedRowError("not_text", media)
         _check_label(reader, shape)
         check_excluded(reader)
         conversation = checked(SHAPES[shape].convert(reader))
-        if conversation.text is None:
+        # Beside a preference stands why one answer is better; beside an answer that thinks the same thinking again.
+        if conversation.text is None and conversation.rejected is None and not any(map(_thinks, conversation.messages)):
             check_unread_thinking(reader)
     except RecursionError:
         raise DroppedRowError("too_deep") from None
@@ -160,6 +160,8 @@ def _with_row_thinking(row: Reader, messages: list[Message]) -> list[Message]:
 
     Raises: DroppedRowError: there are several answers.
     """
+    if row.names.isdisjoint(_ROW_THINKING):
+        return messages
     column = next((name for name in _ROW_THINKING if row.has(name)), None)
     said = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if column is None or not is_prose(row.peek(column)) or any(_thinks(messages[number]) for number in said):

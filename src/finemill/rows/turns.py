@@ -21,6 +21,7 @@ Message = dict[str, Any]
 
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls")
 _THINKING_ROLES = ("thinking", "reasoning", "thought", "analysis")
+_APART = frozenset((*_CALL_ROLES, *_THINKING_ROLES))
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -159,16 +160,34 @@ def to_messages(turns: Sequence[Mapping[str, Any]], reader: Reader, column: str)
     for number, turn in enumerate(turns):
         turn_reader = Reader(turn)
         try:
-            for message in _read_turn(turn_reader):
+            plain = _plain_turn(turn)
+            for message in _read_turn(turn_reader) if plain is None else (plain,):
                 if messages and _continues(messages[-1], message):
                     messages[-1] = _joined(messages[-1], message)
                 else:
                     messages.append(message)
-            _check_thinking(turn_reader)
+            if plain is None:
+                _check_thinking(turn_reader)
         except DroppedRowError as reason:
             raise reason.within(f"{column}[{number}]") from None
-        reader.note_unread(f"{column}[].{name}" for name in turn_reader.unread)
+        if plain is None:
+            reader.note_unread(f"{column}[].{name}" for name in turn_reader.unread)
     return messages
+
+
+def _plain_turn(turn: Mapping[str, Any]) -> Message | None:
+    """The message of a turn that is a speaker and a text, as most are; None for any other, which takes longer to read.
+
+    Raises: DroppedRowError: a thinking block that does not end, or a second one.
+    """
+    content = turn.get("content")
+    if len(turn) != 2 or not isinstance(content, str) or not content.strip():
+        return None
+    name = turn_role(turn)
+    role = ROLES.get(name)
+    if role == "assistant" and name not in _APART:
+        return assistant(content)
+    return {"role": role, "content": content} if role in ("system", "user") else None
 
 
 def assistant(content: str, reasoning: str = "") -> Message:
