@@ -174,7 +174,7 @@ class SourceModel:
             if _EXPERT.search(keys[0]):
                 yield name, np.stack([self._read(key) for key in keys])
             else:
-                yield name, self._reorder(keys[0], self._read(keys[0]))
+                yield name, self.reorder(keys[0], self._read(keys[0]))
         if self.rope_factors is not None and (only is None or ROPE_FACTORS in only):
             yield ROPE_FACTORS, self.rope_factors
 
@@ -183,7 +183,7 @@ class SourceModel:
             values: Array = file.get_tensor(key).to(torch.float32, copy=True).numpy()
         return values
 
-    def _reorder(self, key: str, values: Array) -> Array:
+    def reorder(self, key: str, values: Array) -> Array:
         """llama.cpp rotates neighbours of a head in the llama family; Hugging Face rotates its two halves."""
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(key.split(".")[-2])
         if self.architecture != gguf.MODEL_ARCH.LLAMA or heads is None:

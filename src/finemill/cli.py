@@ -29,6 +29,7 @@ _GROUPS = {
         "compare": ("Ask several models the same questions, side by side.", "compare"),
         "vote": ("Vote on pairs of answers, blind, on a page of this machine.", "vote"),
         "serve": ("Serve a model to OpenAI's clients.", "serve"),
+        "gguf-lora": ("Write an adapter as GGUF, for llama.cpp beside its base.", "gguf_lora"),
     },
     "schemas and measurements": {
         "score": ("Score predictions that exist already, without a model.", "score"),

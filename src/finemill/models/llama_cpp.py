@@ -85,14 +85,22 @@ class LlamaServer:
 
 
 @contextmanager
-def serve(path: Path, num_threads: int, context_length: int) -> Iterator[LlamaServer]:
+def serve(path: Path, num_threads: int, context_length: int, *, adapter: Path | None = None) -> Iterator[LlamaServer]:
     """Load `path` into llama.cpp, with room for `context_length` tokens in each of the parallel answers.
 
+    Args:
+        adapter: LoRA in a GGUF file of its own, which is added while the model runs.
     Raises: StepError: llama.cpp does not load the file.
     """
     params = _params(path, num_threads, context_length, _PARALLEL)
     # Thinking marks and tool calls are special tokens in some models: answers are compared with them.
     params.special = True
+    if adapter:
+        import xllamacpp
+
+        info = xllamacpp.CommonAdapterLoraInfo()
+        info.path, info.scale = str(adapter), 1.0
+        params.lora_adapters = [info]
     with _running(params) as server:
         yield LlamaServer(server)
 
