@@ -199,13 +199,15 @@ class ExpertMLP:
         if saved.normed_mid is None or saved.rstd_mid is None:
             saved.normed_mid = self.extended_input(mid.shape[0])
             _, saved.rstd_mid = normalize(mid, None, self.norm, self.shape, saved.normed_mid)
+        normed, saved.normed_mid = saved.normed_mid, None
         factors = self.gate_up.factors()
-        gathered, low = self._gather(saved.normed_mid, rows, factors)
-        saved.normed_mid = None
         if saved.gate_up is None:
-            saved.gate_up = self._project_gate_up(gathered, low, rows, factors)
+            saved.gate_up = self._project_gate_up(*self._gather(normed, rows, factors), rows, factors)
         d_weights = self._backward_down(stream, saved.gate_up, saved, routing)
         grad_gate_up, saved.gate_up = saved.gate_up, None
+        # Gathered anew: beside down's gradients these rows would be the peak of the whole step.
+        gathered, low = self._gather(normed, rows, factors)
+        del normed
         dy_b = self.gate_up.empty_low(rows)
         if factors is not None and dy_b is not None:
             project(grad_gate_up, factors.b, rows, dy_b, transposed=True)

@@ -167,8 +167,8 @@ class MixtureWorkload(Workload):
         products = max(12 * self.rank * self.shape.qkv_width, lora_b_bytes(tokens, [(0, self.shape.hidden)], self.rank))
         rotated = t["q"] + t["kv"] + t["rstd_qk"]
         saved = t["grad"] + t["x"] + t["xa"] + t["qkv"] + t["attended"] + t["state"]
-        rows = 2 * t["rows"] + t["gate_up"] + t["hidden"] + 4 * t["low"] + 4 * t["row_values"]
-        mlp = saved + t["x"] + rows + t["first_factors"] + t["second_factors"]
+        rows = t["rows"] + t["gate_up"] + t["hidden"] + 4 * t["low"] + 4 * t["row_values"]
+        mlp = saved + t["x"] + t["normed_mid"] + rows + t["first_factors"] + t["second_factors"]
         attention = saved + rotated + 2 * (t["q"] + t["kv"]) + max(products, self.attention_workspace(tokens))
         early = {Level.INPUT: t["normed_in"], Level.ALL: t["normed_in"]}
         return {

@@ -93,6 +93,7 @@ def layer_seconds(work: Workload, rates: Rates, tokens: int, *, cached: bool) ->
         e = work.experts
         matmul *= e.per_token * work.rows(tokens) / (work.rows(tokens) + tokens * e.per_token) * 2
         width, rows, gates, hidden = e.intermediate, w["rows"], w["gate_up"], w["hidden"]
+        again[Level.ATTENTION] = moving(rows)
         forward += moving(2 * rows + gates + 2 * hidden + w["logits"])
         backward += moving(6 * rows + 3 * gates + 4 * hidden + 4 * w["logits"])
         kernels = MIXTURE_KERNELS
@@ -101,7 +102,7 @@ def layer_seconds(work: Workload, rates: Rates, tokens: int, *, cached: bool) ->
         forward += moving(4 * hidden)
         backward += moving(7 * hidden + w["gate_up"])
     products += matmul * 3 * width
-    again[Level.ATTENTION] = matmul * 2 * width
+    again[Level.ATTENTION] = again.get(Level.ATTENTION, 0.0) + matmul * 2 * width
     backward += products + attention_back + decode + kernels[1] * KERNEL_SECONDS
     return LayerSeconds(
         products + attention + forward + decode + kernels[0] * KERNEL_SECONDS,

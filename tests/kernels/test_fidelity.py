@@ -2,18 +2,28 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from finemill.kernels.accelerate import accelerate_model, restore_model
 
 SEEDS = range(12)
 ROWS, ROW = 8, 128
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_hidden_layers": 3,
@@ -22,29 +32,45 @@ SIZES = {
     "vocab_size": 1024,
     "pad_token_id": 0,
 }
-FAMILIES = {
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=64, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**SIZES),
     "llama": lambda: LlamaConfig(**SIZES),
     "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=64),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=8, num_experts_per_tok=2),
 }
+MIXTURES = ("qwen3_moe", "mixtral")
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def make_model(family: str, seed: int, device: str) -> Any:
     """A bfloat16 base with norms and biases away from their start, adapters in fp32 with B away from zero."""
     torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)
+    # Their grouped products are of 16 bits alone.
+    kind = {"experts_implementation": "eager"} if family in MIXTURES else {}
+    base = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32, **kind)
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             if "norm" in name or "bias" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    model = get_peft_model(base.bfloat16(), LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS))
+    model = get_peft_model(base.bfloat16(), LoraConfig(r=16, lora_alpha=16, **targets(family)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     return model.to(device).train()
+
+
+def targets(family: str) -> dict[str, list[str]]:
+    """What gets adapters: the linear layers, and every expert."""
+    if family not in MIXTURES:
+        return {"target_modules": LINEARS}
+    return {
+        "target_modules": LINEARS[:4],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }
 
 
 def make_batch(kind: str, seed: int, device: str) -> dict[str, torch.Tensor]:
@@ -65,7 +91,9 @@ def gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("kind", ["uniform", "ragged"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.gpu if name in MIXTURES else ()) for name in FAMILIES]
+)
 def test_every_gradient_is_as_close_to_fp64_as_bfloat16_training_of_hugging_face(
     family: str, kind: str, device: str
 ) -> None:
@@ -83,7 +111,7 @@ def test_every_gradient_is_as_close_to_fp64_as_bfloat16_training_of_hugging_face
                     error = (grad - exact[name]).norm() / exact[name].norm()
                     errors[name] = math.hypot(errors.get(name, 0.0), error.item())
         restore_model(model)
-    assert len(ours) == 2 * len(LINEARS) * SIZES["num_hidden_layers"]
+    assert len(ours) == 2 * sum(map(len, targets(family).values())) * SIZES["num_hidden_layers"]
     ratios = {name: ours[name] / theirs[name] for name in ours}
     worst = max(ratios, key=ratios.__getitem__)
     assert ratios[worst] <= 1.1, f"{worst}: {ratios[worst]:.3f} times the error of Hugging Face"

@@ -126,12 +126,14 @@ def test_every_logged_number_equals_trls(packing: bool, accumulation: int, tmp_p
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_mixture_of_experts_logs_what_trl_does(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"mixture": {}, "gradient_accumulation_steps": 2, "router_aux_loss_coef": 0.0}
+def test_a_mixture_of_experts_logs_what_trl_does_over_50_steps(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"mixture": {}, "max_steps": 50, "router_aux_loss_coef": 0.0}
     expected, _ = train(SFTTrainer, tmp_path, **settings)
     got, trainer = train(FastSFTTrainer, tmp_path, **settings)
     assert trainer.fast, trainer.acceleration.reason
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    assert expected.shape == (50, 5)
+    assert expected[-1, 0] < expected[0, 0] - 0.1
+    torch.testing.assert_close(got, expected, rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

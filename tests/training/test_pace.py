@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerState
@@ -21,6 +23,14 @@ def test_operations_are_six_per_weight_and_four_where_it_is_frozen(model: torch.
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     assert flops_per_token(model) == 4 * weights
+
+
+def test_of_a_mixture_the_experts_of_a_token_count(tiny_mixture_dir: Path) -> None:
+    mixture = AutoModelForCausalLM.from_pretrained(tiny_mixture_dir)
+    layers = {name: parameter.numel() for name, parameter in mixture.named_parameters() if "embed" not in name}
+    experts = sum(number for name, number in layers.items() if ".experts." in name)
+    assert experts == 2 * 4 * 3 * 64 * 64
+    assert flops_per_token(mixture) == 6 * (sum(layers.values()) - experts // 2)
 
 
 def test_pace_counts_from_the_step_that_training_goes_on_from(

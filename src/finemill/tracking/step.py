@@ -30,7 +30,8 @@ class StepRun:
         self.progress = progress
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record values of one training step."""
+        """Say the values of one training step."""
+        self.progress.record("metrics", metrics=dict(metrics), training_step=step)
 
     def log_progress(self, text: str) -> None:
         """Show one short line about where the step is."""
@@ -42,10 +43,6 @@ class StepRun:
 
 class EventRun(StepRun):
     """Leaves the recording to the process that follows the events."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Say the values of one training step."""
-        self.progress.record("metrics", metrics=dict(metrics), training_step=step)
 
 
 class MlflowRun(StepRun):
@@ -65,7 +62,8 @@ class MlflowRun(StepRun):
         self._sender = MetricSender(self._record)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Queue values of one training step."""
+        """Say and queue values of one training step."""
+        super().log_metrics(metrics, step)
         self._sender.add(metrics, step)
 
     def finish(self, reference: Reference, manifest: Manifest) -> None:

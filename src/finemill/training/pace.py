@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
+from finemill.training.mixture import EXPERTS
+
 GIB = 2.0**30
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -92,13 +94,20 @@ def _tokens_logged(state: TrainerState) -> float:
 def flops_per_token(model: Any) -> float:
     """Operations of a step per token that no method can leave out: neither attention's scores nor any recomputation.
 
-    Two per weight forward, two for the gradient of what goes in, and two for that of a weight that is trained.
+    Two per weight forward, two for the gradient of what goes in, and two for that of a weight that is trained; of a
+    mixture, of the experts that a token is sent to.
     """
     head = model.get_output_embeddings()
     outside = 0 if head is None else head.out_features * head.in_features
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     weights: int = model.num_parameters(exclude_embeddings=True) + (outside if tied else 0)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    number, per_token = (getattr(model.config, name, 0) for name in ("num_experts", "num_experts_per_tok"))
+    if number and per_token:
+        experts = [parameter for name, parameter in model.named_parameters() if f".{EXPERTS}." in name]
+        idle = 1 - per_token / number
+        weights -= int(idle * sum(parameter.numel() for parameter in experts))
+        trained -= int(idle * sum(parameter.numel() for parameter in experts if parameter.requires_grad))
     return float(4 * weights + 2 * min(trained, weights))
 
 

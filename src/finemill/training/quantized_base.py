@@ -13,11 +13,15 @@ from finemill.kernels.engine.expert_layout import expert_shape, has_dense_layers
 from finemill.kernels.engine.nf4_quantize import BLOCKSIZE
 from finemill.kernels.engine.quantized_experts import quantize_experts
 from finemill.models.causal_lm import no_progress_bar
+from finemill.models.stored_model import StoredModel
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.mixture import EXPERTS
 from finemill.training.positions import base_config
 
 logger = logging.getLogger(__name__)
+
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""What configurations call the number of experts of a layer."""
 
 
 def compute_dtype(config: LoRATrainingConfig, device: torch.device) -> torch.dtype:
@@ -34,7 +38,12 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
 
     Weights that are trained themselves are float32: bfloat16 would round small updates to nothing. A base that is cut
     into shards waits for it in host memory, and 4-bit weights lie in words of the dtype that all shards have.
+
+    Raises: UserError: a mixture's experts or routers are not those that config.json describes.
     """
+    model_config = base_config(base_model, config.rope_scaling)
+    if any(hasattr(model_config, name) for name in _NUM_EXPERTS):
+        StoredModel(base_model)  # transformers would begin a router or an expert that is missing at random
     dtype = compute_dtype(config, device)
     sharded = config.strategy in ("fsdp2", "zero3")
     if device.type == "cuda" and not sharded and _has_experts_to_quantize(base_model, config):
@@ -47,7 +56,7 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
             dtype=dtype,
             double_quant=config.bnb_4bit_use_double_quant,
             resident=True,
-            config=base_config(base_model, config.rope_scaling),
+            config=model_config,
         )
     quantization: dict[str, Any] = {}
     if config.bits == 8:
@@ -63,7 +72,7 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
     with no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
             base_model,
-            config=base_config(base_model, config.rope_scaling),
+            config=model_config,
             dtype=torch.float32 if config.method == "full" else dtype,
             device_map={"": "cpu" if sharded else device},
             trust_remote_code=False,

@@ -12,6 +12,7 @@ from finemill.kernels.bench.moe import make_parser, make_plan
 from finemill.kernels.bench.results import H100, H200, WITHIN, Within, setting
 from finemill.kernels.bench.runs import MixtureRun, StepRun, read_runs
 from finemill.kernels.engine.plan import Level, Plan
+from finemill.kernels.ops.division import capacity
 from finemill.kernels.planning.planner import (
     MARGIN,
     PATIENCE,
@@ -120,9 +121,11 @@ MIXTURE_STEPS = [
 @pytest.mark.parametrize(("run", "words"), MIXTURE_STEPS, ids=lambda value: getattr(value, "note", ""))
 def test_the_prediction_for_a_mixture_is_what_was_measured(run: MixtureRun, words: list[str]) -> None:
     plan = make_plan(make_parser().parse_args(words), run.gpu or "")
-    # The first runs had a buffer for each of two stacks.
-    second = 2 * 128 * 2048 * 768 if run.commit in ("1fe2649", "2ad3d19") and not plan.cached_layers else 0
-    assert plan.peak + second == pytest.approx(run.peak_bytes, rel=0.01)
+    more = 0
+    if run.commit in ("1fe2649", "2ad3d19"):  # a buffer for each of two stacks, and rows gathered beside down's
+        rows = capacity((plan.micro_batch or 0), 8, 128, 128)
+        more = 2 * 2048 * (rows - (plan.micro_batch or 0)) + (0 if plan.cached_layers else 2 * 128 * 2048 * 768)
+    assert plan.peak + more == pytest.approx(run.peak_bytes, rel=0.01)
     assert plan.seconds == pytest.approx(run.step_s.p50, rel=0.06)
 
 
