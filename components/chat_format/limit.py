@@ -14,7 +14,7 @@ class OutOfTimeError(BaseException):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """End the block after `seconds`, between two steps of Python code; in the main thread a call of C code, too.
+    """End the block after `seconds`, between two steps of Python code: a single call of C code is waited for.
 
     Raises: OutOfTimeError: it took longer.
     """

@@ -46,6 +46,13 @@ def clean_credentials(environment: MutableMapping[str, str] = os.environ) -> Non
             raise UserError(f"{name} holds a line break or another control character: set it to the credential alone")
 
 
+def credential_in(text: str) -> str | None:
+    """The name of a variable whose secret value a text holds."""
+    names = (prefix + name for prefix in _PREFIXES for name in _VARIABLES if name not in _SHOWN)
+    values = ((name, os.environ.get(name, "").strip()) for name in names)
+    return next((name for name, value in values if len(value) >= _SHORTEST and value in text), None)
+
+
 def without_credentials(text: str) -> str:
     """The text without the values of credentials in the environment, and without those inside of URIs."""
     for prefix in _PREFIXES:

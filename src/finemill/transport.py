@@ -46,11 +46,16 @@ def pack_for_kfp(value: Any) -> Any:
     return _pack(value) if _is_changed(value) else value
 
 
+def is_packed(value: str) -> bool:
+    """Whether a text is a packed value."""
+    return value.startswith(_VALUE_MARK)
+
+
 def unpack(value: Any) -> Any:
     """The same with everything packed in it as it was. Raises: UserError: what is packed cannot be read."""
     if isinstance(value, Mapping):
         return {name: unpack(item) for name, item in value.items()}
-    if isinstance(value, str) and value.startswith(_VALUE_MARK):
+    if isinstance(value, str) and is_packed(value):
         return _unpack(value)
     return value
 
@@ -73,7 +78,7 @@ def _unpack(text: str) -> Any:
 
 def _is_long(value: Any) -> bool:
     # A text that looks packed is packed itself, or it would be unpacked.
-    is_marked = isinstance(value, str) and value.startswith(_VALUE_MARK)
+    is_marked = isinstance(value, str) and is_packed(value)
     return is_marked or len(json.dumps(value)) > _LONG
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,3 +70,24 @@ def test_the_server_of_kfp_s_mlflow_plugin_goes_first_and_never_gets_our_credent
     with pytest.raises(SystemExit):
         run_data_prep(tmp_path)
     assert variables == seen
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("It costs $5.", r"'data-prep\.data_prep\.sources\.uri' has \$ or \{\{ in it"),
+        ("{{x}}", "KFP's pages do not hand on"),
+        ("my secret-key is", "holds the value of AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_what_is_typed_on_kfp_s_pages_arrives_as_it_is_or_is_refused(
+    written: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-key")
+    with pytest.raises(SystemExit, match="2"):
+        run_data_prep(tmp_path, {"sources": [{"uri": written}]})
+    said = capsys.readouterr().err
+    assert re.search(message, said)
+    assert "secret-key" not in said
+    run_data_prep(tmp_path, pack_for_kfp({"sources": [{"uri": "example:chat", "max_rows": 200}]}))

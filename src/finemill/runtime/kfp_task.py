@@ -13,6 +13,7 @@ from finemill.runtime.catalog import get_step
 from finemill.runtime.failure import describe, report
 from finemill.runtime.run import StepResult, run_step
 from finemill.runtime.terminal_failure import TerminalFailure
+from finemill.runtime.typed_values import check_typed
 from finemill.storage.store import fetch_artifact
 from finemill.tracking.progress import silence_progress_bars
 from finemill.tracking.settings import TRACKING_VARIABLE, Tracking
@@ -20,6 +21,8 @@ from finemill.transport import unpack
 
 # KFP sets it when a retry policy is set; the attempts of a run that a person has retried count from 0 again.
 ATTEMPT_VARIABLE = "KFP_RETRY_INDEX"
+POD_VARIABLE = "KUBERNETES_SERVICE_HOST"
+"""Set in every pod: there arguments have gone through Kubernetes."""
 TRACKING_PREFIX = "FINEMILL_"
 """Before the names of the tracking server's settings in a pod of KFP. KFP's MLflow plugin sets `MLFLOW_TRACKING_URI`
 itself, and Kubernetes refuses a pod in which one variable has both a value and a reference to a ConfigMap."""
@@ -53,6 +56,8 @@ def run_kfp_task(
     silence_progress_bars()
     try:
         clean_credentials()
+        if POD_VARIABLE in os.environ:
+            check_typed({"store": store, **inputs, get_step(name).config_section: config}, name)
         result = _run_unless_failed(
             name, store=unpack(store), inputs=unpack(inputs), config=unpack(config), run_id=run_id
         )
