@@ -77,9 +77,17 @@ golden: $(STAMP)  ## write the compiled pipelines anew that tests compare with; 
 chart: $(STAMP)  ## write the chart's pipelines, schema and README anew from their sources
 	@$(BIN)/python charts/generate.py
 
-lock: $(STAMP)  ## resolve constraints.txt anew
+HASHED := uv pip compile -q --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	--no-annotate --no-header --no-emit-index-url
+
+lock: $(STAMP)  ## resolve constraints.txt anew, and what images are made of, with hashes
 	@uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 		--no-annotate --no-header --no-emit-index-url --no-emit-find-links --no-strip-markers --upgrade -q -o constraints.txt
+	@for role in cpu train; do \
+		$(HASHED) -c constraints.txt images/$$role/requirements.in >images/$$role/requirements.txt && \
+		echo kfp | $(HASHED) -c constraints.txt --no-deps - >>images/$$role/requirements.txt || exit 1; \
+	done
+	@echo cyclonedx-bom==7.5.0 | $(HASHED) - >images/tools.txt
 
 clean:  ## remove what the targets made, but not the store
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

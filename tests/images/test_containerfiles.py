@@ -1,5 +1,8 @@
+import hashlib
+import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,27 +13,31 @@ ROOT = Path(__file__).parents[2]
 every_role = pytest.mark.parametrize("role", list(IMAGES))
 
 
-def stages(role: str) -> list[str]:
+def stages(role: str) -> dict[str, str]:
+    """The stages by name, in order; the one that ships is `last`."""
     text = (ROOT / "images" / role / "Containerfile").read_text().replace("\\\n", " ")
-    return re.split(r"^(?=FROM )", text, flags=re.M)[1:]
+    found = re.findall(r"^FROM \S+(?: AS (\w+))?\n((?:(?!FROM ).*\n)*)", text, flags=re.M)
+    return {name or "last": body for name, body in found}
 
 
 @every_role
 def test_the_last_stage_has_a_numeric_user_in_group_0_and_installs_nothing(role: str) -> None:
-    last = stages(role)[-1]
+    last = stages(role)["last"]
     assert "\nUSER 65532:0\n" in last
     assert not re.search(r"^RUN ", last, flags=re.M)
     assert not re.search(r"\b(pip|apt-get|curl|wget)\b", last)
 
 
 @every_role
-def test_every_stage_stands_on_the_base_that_is_given(role: str) -> None:
-    assert all(stage.startswith(("FROM ${BASE}", "FROM deps")) for stage in stages(role))
+def test_every_stage_stands_on_the_base_that_is_given_less_its_setuid_programs(role: str) -> None:
+    text = (ROOT / "images" / role / "Containerfile").read_text()
+    assert re.findall(r"^FROM (\S+)", text, flags=re.M) == ["${BASE}", "base", "deps", "base"]
+    assert "find / -xdev -type f -perm /6000 -exec chmod a-s {} +" in stages(role)["base"]
 
 
 @every_role
 def test_what_is_written_lies_under_tmp(role: str) -> None:
-    variables = dict(re.findall(r"(\w+)=(\S+)", stages(role)[-1]))
+    variables = dict(re.findall(r"(\w+)=(\S+)", stages(role)["last"]))
     written = ["HOME", "FINEMILL_CACHE", "HF_HOME"]
     written += ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"] if role == "train" else []
     assert all(variables[name].startswith("/tmp") for name in written)
@@ -38,22 +45,51 @@ def test_what_is_written_lies_under_tmp(role: str) -> None:
 
 @every_role
 def test_labels_and_variables_tell_where_an_image_comes_from(role: str) -> None:
-    last = stages(role)[-1]
+    last = stages(role)["last"]
     for label in ("title", "description", "licenses", "version", "revision"):
         assert f"org.opencontainers.image.{label}=" in last
     assert "FINEMILL_GIT_SHA=${GIT_SHA}" in last
     assert "FINEMILL_IMAGE=${IMAGE}" in last
-    assert "sbom.cdx.json" in stages(role)[1]
+    assert "sbom.cdx.json" in stages(role)["build"]
+
+
+def pins(file: Path) -> set[tuple[str, str]]:
+    """Names and versions in a file of constraints or requirements; some packages have one per Python."""
+    return set(re.findall(r"^([\w.-]+)==([^\s;]+)", file.read_text(), flags=re.M))
 
 
 @every_role
-def test_dependencies_are_locked(role: str) -> None:
-    installs = re.findall(r"pip (?:--python \S+ )?install (.*?)(?:&&|$)", stages(role)[0])
-    for install in installs:
-        assert "-c constraints.txt" in install or "cyclonedx-bom==" in install
-    names = {name for install in installs for name in install.split() if re.fullmatch(r"[a-z][a-z0-9-]+", name)}
-    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
-    assert names <= pinned
+def test_every_dependency_is_installed_by_its_hash(role: str) -> None:
+    for install in re.findall(r"pip (?:--python \S+ )?install (.*?)(?:&&|$)", stages(role)["deps"], flags=re.M):
+        assert "--require-hashes --no-deps" in install
+    for file in (ROOT / "images" / role / "requirements.txt", ROOT / "images" / "tools.txt"):
+        blocks = re.split(r"\n(?=\S)", file.read_text().strip())
+        assert all("==" in block and "--hash=sha256:" in block for block in blocks)
+    assert "PIP_CONSTRAINT=/build/constraints.txt PIP_BUILD_CONSTRAINT=" in stages(role)["deps"]
+
+
+@every_role
+def test_what_an_image_gets_is_what_was_tested(role: str) -> None:
+    """`make lock` writes both."""
+    installed = pins(ROOT / "images" / role / "requirements.txt")
+    assert installed <= pins(ROOT / "constraints.txt")
+    asked = (ROOT / "images" / role / "requirements.in").read_text().splitlines()
+    assert {name.partition("[")[0] for name in asked} | {"kfp"} <= {name for name, _ in installed}
+
+
+def test_the_list_of_contents_has_python_s_and_debian_s_packages_and_compiled_files(tmp_path: Path) -> None:
+    (tmp_path / "python.json").write_text('{"bomFormat": "CycloneDX", "components": [{"name": "numpy"}]}')
+    (tmp_path / "debian").write_text("libc6 2.36-9+deb12u10 amd64\nzlib1g 1:1.2.13 amd64\n")
+    (tmp_path / "driver.so").write_bytes(b"compiled")
+    command = [
+        sys.executable,
+        ROOT / "images" / "sbom.py",
+        *(tmp_path / name for name in ("python.json", "debian", "driver.so")),
+    ]
+    made = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert [item["name"] for item in made["components"]] == ["numpy", "libc6", "zlib1g", str(tmp_path / "driver.so")]
+    assert made["components"][2]["purl"] == "pkg:deb/debian/zlib1g@1%3A1.2.13?arch=amd64"
+    assert made["components"][3]["hashes"][0]["content"] == hashlib.sha256(b"compiled").hexdigest()
 
 
 def test_only_what_the_wheel_is_made_of_reaches_a_build() -> None:
