@@ -81,11 +81,8 @@ def test_the_list_of_contents_has_python_s_and_debian_s_packages_and_compiled_fi
     (tmp_path / "python.json").write_text('{"bomFormat": "CycloneDX", "components": [{"name": "numpy"}]}')
     (tmp_path / "debian").write_text("libc6 2.36-9+deb12u10 amd64\nzlib1g 1:1.2.13 amd64\n")
     (tmp_path / "driver.so").write_bytes(b"compiled")
-    command = [
-        sys.executable,
-        ROOT / "images" / "sbom.py",
-        *(tmp_path / name for name in ("python.json", "debian", "driver.so")),
-    ]
+    files = [str(tmp_path / name) for name in ("python.json", "debian", "driver.so")]
+    command = [sys.executable, str(ROOT / "images" / "sbom.py"), *files]
     made = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     assert [item["name"] for item in made["components"]] == ["numpy", "libc6", "zlib1g", str(tmp_path / "driver.so")]
     assert made["components"][2]["purl"] == "pkg:deb/debian/zlib1g@1%3A1.2.13?arch=amd64"
