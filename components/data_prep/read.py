@@ -3,6 +3,7 @@
 import bz2
 import csv
 import gzip
+import itertools
 import json
 import lzma
 import zlib
@@ -55,6 +56,10 @@ class Damaged:
     problem: str
 
 
+_MAX_CHARACTERS = 2**28
+"""Characters of the longest row of a text format: more than any book, less than what a gigabyte of memory holds."""
+
+
 def is_data_file(name: str) -> bool:
     """Whether the name ends like a format that can be read."""
     return _ending(name) in FORMATS
@@ -103,9 +108,24 @@ def _open_text(path: Path, errors: str) -> TextIO:
     return TextIOWrapper(opened(path), encoding="utf-8-sig", newline="", errors=errors)
 
 
+def _lines(file: TextIO, where: str) -> Iterator[str]:
+    """The lines of a file. Raises: UserError: one is longer than a row may be, as a small compressed file can hold."""
+    for number in itertools.count(1):
+        line = file.readline(_MAX_CHARACTERS + 1)
+        if not line:
+            return
+        _check_length(len(line), f"{where}, line {number}")
+        yield line
+
+
+def _check_length(characters: int, where: str) -> None:
+    if characters > _MAX_CHARACTERS:
+        raise UserError(f"{where}: more than {_MAX_CHARACTERS} characters in one row: split it, or correct format")
+
+
 def _read_jsonl(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
     with open_file() as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, where), start=1):
             if line.strip():
                 yield _parse_line(line.strip(), f"{where}, line {number}")
 
@@ -145,7 +165,7 @@ def _read_json(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Da
 def _has_object_lines(open_file: Callable[[], TextIO], where: str) -> bool:
     """Whether the first line is an object by itself, and another follows."""
     with open_file() as file:
-        lines = (line.strip() for line in file if line.strip())
+        lines = (line.strip() for line in _lines(file, where) if line.strip())
         return isinstance(_parse_line(next(lines, ""), where), dict) and next(lines, None) is not None
 
 
@@ -168,12 +188,12 @@ def _as_row(value: Any, where: str) -> Row | Damaged:
 
 
 def _read_csv(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(_MAX_CHARACTERS)
     with open_file() as file:
-        header = file.readline()
+        header = next(_lines(file, where), "")
     delimiter = "\t" if header.count("\t") > header.count(",") else ","
     with open_file() as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        reader = csv.DictReader(_lines(file, where), delimiter=delimiter, strict=True)
         try:
             for row in reader:
                 if None in row or None in row.values():
@@ -190,13 +210,16 @@ def _read_csv(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Dam
 
 def _read_text(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
     document: list[str] = []
+    length = 0
     with open_file() as file:
-        for line in file:
+        for number, line in enumerate(_lines(file, where), start=1):
             if line.strip():
                 document.append(line.rstrip("\r\n"))
+                length += len(line)
+                _check_length(length, f"{where}, line {number}")
             elif document:
                 yield {"text": "\n".join(document)}
-                document = []
+                document, length = [], 0
     if document:
         yield {"text": "\n".join(document)}
 

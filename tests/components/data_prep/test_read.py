@@ -139,3 +139,17 @@ def test_data_files_are_told_by_their_endings() -> None:
         "a.parquet",
         "b.JSONL.gz",
     ]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.txt.gz"])
+def test_a_row_of_endless_length_out_of_a_small_file_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finemill.components.data_prep.read._MAX_CHARACTERS", 2**16)
+    long = "x" * 2**17
+    text = {"csv": f"text\n{long}\n", "txt": "y\n" + "\n".join(["x" * 100] * 1000)}.get(
+        name.split(".")[1], json.dumps({"text": long}) + "\n{}\n"
+    )
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(UserError, match=r"line \d+: more than 65536 characters in one row"):
+        list(read_rows(tmp_path / name))
