@@ -204,3 +204,13 @@ def test_a_missing_part_is_named(name: str, model_folder: Path) -> None:
     (model_folder / name).unlink()
     with pytest.raises(UserError, match=name.replace(".", r"\.")):
         resolve_base_model(str(model_folder))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_configuration_of_more_layers_than_any_model_has_is_refused_at_once(nested: bool, model_folder: Path) -> None:
+    file = model_folder / "config.json"
+    config = json.loads(file.read_text())
+    (config.setdefault("text_config", {}) if nested else config)["num_hidden_layers"] = 10**9
+    file.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="num_hidden_layers is 1000000000 in config"):
+        resolve_base_model(str(model_folder))

@@ -65,6 +65,9 @@ _READ_AS_JSON = (
     "added_tokens.json",
     "model.safetensors.index.json",
 )
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_MAX_LAYERS = 2000
+"""Layers of a model; the largest published ones have less than a tenth. A description of 10^9 is made for hours."""
 _MAX_JSON_BYTES = 2**28
 """Bytes of a model's largest JSON file: tokenizers of a million tokens stay below a quarter of it."""
 
@@ -216,8 +219,15 @@ def check_model_files(names: Collection[str], where: str, part: Part = "model") 
 def _check_config(file: Path, where: str) -> None:
     if not file.is_file():
         raise UserError(f"base model '{where}' has no config.json: give a folder written by save_pretrained")
-    if "auto_map" in _read_json(file, where):
+    config = _read_json(file, where)
+    if "auto_map" in config:
         raise UserError(f"base model '{where}' brings its own code (auto_map in config.json), which is never run")
+    text_config = config.get("text_config")
+    for part in (config, text_config if isinstance(text_config, dict) else {}):
+        for name in _LAYERS:
+            count = part.get(name)
+            if isinstance(count, int) and count > _MAX_LAYERS:
+                raise UserError(f"base model '{where}': {name} is {count} in config.json, more than {_MAX_LAYERS}")
 
 
 def _read_json(file: Path, where: str) -> dict[str, Any]:
