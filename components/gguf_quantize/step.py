@@ -17,7 +17,7 @@ from finemill.components.gguf_quantize.convert import Array, SourceModel
 from finemill.components.gguf_quantize.decoded import check_decoded
 from finemill.components.gguf_quantize.imatrix import channel_importance, write_imatrix
 from finemill.components.gguf_quantize.modelfile import modelfile
-from finemill.components.gguf_quantize.verify import Reference, compare, compared_positions
+from finemill.components.gguf_quantize.verify import Reference, chat_room, compare, compared_positions
 from finemill.components.gguf_quantize.vocabulary import check_vocabulary, load_tokenizer
 from finemill.components.gguf_quantize.write import WrittenFile, size_bytes, write_gguf
 from finemill.errors import GateFailedError, StepError, UserError
@@ -80,11 +80,14 @@ def run(
         _check_divergence(quantization, compared["kl"], config)
         comparisons[quantization] = {**compared, "max_tensor_error": errors[quantization]}
     lost = _points_lost(reference.exact_match, comparisons, config)
+    other_prompts = _other_prompts(comparisons)
+    for line in other_prompts:
+        logger.warning(line)
     for line in lost:
         logger.warning(line)
     default_file = files[config.quantizations[-1]].path.name
     (output_dir / "Modelfile").write_text(_modelfile(default_file, tokenizer, model), encoding="utf-8")
-    _write_record(output_dir, name, files, comparisons, reference, [*fallbacks, *lost])
+    _write_record(output_dir, name, files, comparisons, reference, [*fallbacks, *lost, *other_prompts])
     _write_card(output_dir, name, model, files, comparisons, is_mixture=bool(source.num_experts))
     metrics = _metrics(files, comparisons, reference)
     if lost and config.strict:
@@ -170,7 +173,8 @@ def _compare(
 
     longest = max(len(prompt) for prompt in (*reference.kl_prompts, *reference.prompts))
     num_threads = config.num_threads or (1 if file.num_parameters < SMALL_MODEL else available_cores())
-    with serve(file.path, num_threads, longest + config.max_new_tokens) as server:
+    length = max(longest + config.max_new_tokens, chat_room(tokenizer))
+    with serve(file.path, num_threads, length) as server:
         return compare(
             server,
             reference,
@@ -205,6 +209,18 @@ def _points_lost(
                 f"more than max_points_lost ({config.max_points_lost:g})"
             )
     return warnings
+
+
+def _other_prompts(comparisons: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line where llama.cpp runs the chat template otherwise than transformers; all files have the same."""
+    share = min((metrics.get("chat_prompt_match", 1.0) for metrics in comparisons.values()), default=1.0)
+    if share == 1:
+        return []
+    line = (
+        f"of {1 - share:.0%} of the probe chats llama.cpp makes another prompt than the tokenizer's chat template: "
+        "render prompts with the tokenizer, or write the template in plainer Jinja"
+    )
+    return [line]
 
 
 def _fallbacks(quantization: str, file: WrittenFile) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from finemill.artifacts.dataset import IGNORE_INDEX, HeldOutRow
 from finemill.errors import StepError
@@ -21,6 +22,13 @@ from finemill.rows.answers import final_answer, with_opening
 
 logger = logging.getLogger(__name__)
 
+Messages = Sequence[Mapping[str, str]]
+_QUESTION = {"role": "user", "content": "What is 17 plus 25?"}
+_CHATS: tuple[Messages, ...] = (
+    [_QUESTION],
+    [{"role": "system", "content": "Be brief."}, _QUESTION, {"role": "assistant", "content": "42"}, _QUESTION],
+)
+_CHAT_TOKENS = 8
 # Every kind of piece that a split rule treats by itself: a file that differs on one of these has the wrong tokenizer.
 PROBES = (
     "Hello, world! It's 3.14159 or 2,718; I'll say we've DON'T know.",
@@ -84,11 +92,13 @@ def compare(
     `kl` is the mean, over the reference's positions, of KL(merged || file) between next-token distributions in nats:
     over the whole vocabulary up to `MAX_PROBABILITIES` tokens; over llama.cpp's likeliest that many and one event for
     all others in a larger one, which can only be smaller. `top1_agreement` is the share of positions at which both
-    find the same token likeliest. `exact_match` is over the rows that have an answer, `same_answer_rate` over all.
+    find the same token likeliest. `chat_prompt_match` is over a few chats, with and without thinking.
+    `exact_match` is over the rows that have an answer, `same_answer_rate` over all.
 
     Raises: StepError: the file splits text into other tokens than the model's tokenizer.
     """
     metrics = {"tokenization_match": check_tokenization(server, tokenizer, [row.prompt for row in reference.rows])}
+    metrics |= check_chats(server, tokenizer)
     metrics |= _compare_distributions(server, reference)
     answers = server.answers(
         reference.prompts,
@@ -136,6 +146,49 @@ def check_tokenization(server: LlamaServer, tokenizer: Any, texts: Sequence[str]
             )
         matches += expected == found
     return matches / (len(PROBES) + 1 + len(texts))
+
+
+def check_chats(server: LlamaServer, tokenizer: Any) -> dict[str, float]:
+    """Talk to the server in both thinking modes.
+
+    Returns: the share of probe chats of which the file's template makes, in llama.cpp, what the tokenizer's does;
+        nothing for a tokenizer without one.
+    Raises: StepError: the server does not answer a chat of which it makes the right prompt.
+    """
+    matches = []
+    for thinking in (True, False):
+        for chat in _CHATS:
+            expected = _rendered(tokenizer, chat, thinking)
+            if expected is None:
+                continue
+            try:
+                found = server.chat_prompt(chat, thinking=thinking).removeprefix(tokenizer.bos_token or "")
+            except StepError as error:
+                logger.warning("%s", error)
+                found = None
+            matches.append(found == expected)
+            if matches[-1]:
+                server.chat(chat, thinking=thinking, max_new_tokens=_CHAT_TOKENS)
+    return {"chat_prompt_match": sum(matches) / len(matches)} if matches else {}
+
+
+def chat_room(tokenizer: Any) -> int:
+    """Tokens that the longest of the probe chats needs, its answer included."""
+    texts = [_rendered(tokenizer, chat, thinking) for chat in _CHATS for thinking in (True, False)]
+    # One more for a first token.
+    return max(len(tokenizer(text)["input_ids"]) if text else 0 for text in texts) + _CHAT_TOKENS + 1
+
+
+def _rendered(tokenizer: Any, chat: Messages, thinking: bool) -> str | None:
+    """The tokenizer's own prompt, without a first token; None where its template does not take such a chat."""
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(chat), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+    # Templates are programs of other people, and some tokenizers have none.
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return text.removeprefix(tokenizer.bos_token or "")
 
 
 def _compare_distributions(server: LlamaServer, reference: Reference) -> dict[str, float]:

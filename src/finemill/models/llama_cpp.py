@@ -3,8 +3,9 @@
 import gc
 import json
 import math
+import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,24 @@ class LlamaServer:
         body = {"content": text, "add_special": False, "parse_special": True}
         tokens: list[int] = self._post("/tokenize", body)["tokens"]
         return tokens
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]], *, thinking: bool) -> str:
+        """What the file's chat template makes of a chat. Raises: StepError: llama.cpp cannot run the template on it."""
+        return str(self._chat("/apply-template", messages, thinking)["prompt"])
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, thinking: bool, max_new_tokens: int) -> str:
+        """The beginning of the answer to a chat, thinking first. Raises: StepError: the server does not answer."""
+        result = self._chat("/v1/chat/completions", messages, thinking, temperature=0, max_tokens=max_new_tokens)
+        message = result["choices"][0]["message"]
+        return f"{message.get('reasoning_content') or ''}{message.get('content') or ''}"
+
+    def _chat(self, path: str, messages: Sequence[Mapping[str, str]], thinking: bool, **options: int) -> Any:
+        body = {"messages": list(messages), "chat_template_kwargs": {"enable_thinking": thinking}, **options}
+        try:
+            return self._post(path, body)
+        except urllib.error.HTTPError as error:
+            line = " ".join(error.read().decode(errors="replace").split())
+            raise StepError(f"llama.cpp refuses a chat (HTTP {error.code}): {line:.300}") from None
 
     def answers(
         self,

@@ -19,7 +19,13 @@ from finemill.components.gguf_quantize.convert import SourceModel
 from finemill.components.gguf_quantize.imatrix import channel_importance
 from finemill.components.gguf_quantize.step import default_name
 from finemill.components.gguf_quantize.step import run as quantize_gguf
-from finemill.components.gguf_quantize.verify import check_tokenization, exact_match, kl_divergence
+from finemill.components.gguf_quantize.verify import (
+    chat_room,
+    check_chats,
+    check_tokenization,
+    exact_match,
+    kl_divergence,
+)
 from finemill.components.gguf_quantize.write import write_gguf
 from finemill.errors import GateFailedError, StepError, UserError
 from finemill.models.causal_lm import load_causal_lm
@@ -99,6 +105,7 @@ def test_fewer_bits_are_smaller_and_further_from_the_merged_model(
     assert metrics["gguf/f16/same_answer_rate"] == 1.0
     assert metrics["gguf/f16/exact_match"] == metrics["gguf/merged/exact_match"]
     assert metrics["gguf/f16/tokenization_match"] == 1.0
+    assert metrics["gguf/q8_0/chat_prompt_match"] == 1.0
 
 
 def test_llama_cpp_answers_what_the_merged_model_answers(
@@ -202,6 +209,21 @@ def test_a_tokenizer_that_differs_is_caught(tiny_model_dir: Path, llama_dir: Pat
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     with serve(tmp_path / "llama.gguf", 1, 64) as server, pytest.raises(StepError, match=r"llama\.cpp splits"):
         check_tokenization(server, tokenizer, [])
+
+
+def test_a_chat_template_that_llama_cpp_runs_otherwise_is_said(
+    quantized: tuple[Path, Mapping[str, float]], tiny_model_dir: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    with serve(quantized[0] / "small-F16.gguf", 1, chat_room(tokenizer)) as server:
+        chat = [{"role": "user", "content": "Hi"}]
+        assert all(server.chat(chat, thinking=on, max_new_tokens=4) for on in (True, False))
+        assert check_chats(server, tokenizer) == {"chat_prompt_match": 1.0}
+        # Without thinking it is another one.
+        tokenizer.chat_template = tokenizer.chat_template.replace("enable_thinking", "no_such_value")
+        assert check_chats(server, tokenizer) == {"chat_prompt_match": 0.5}
+        tokenizer.chat_template = None
+        assert check_chats(server, tokenizer) == {}
 
 
 def test_channel_weights_are_the_mean_square_of_each_input(tiny_model_dir: Path, tiny_dataset_dir: Path) -> None:
