@@ -36,7 +36,15 @@ METRIC_OF_SCORE = {
 
 
 _OF_MACHINE = frozenset(
-    {"seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "memory_before_bytes", "memory_share"}
+    {
+        "seconds",
+        "tokens_per_second",
+        "mfu",
+        "peak_memory_bytes",
+        "memory_before_bytes",
+        "memory_share",
+        "checkpoint_seconds",
+    }
 )
 _LONGEST_PART = 120
 

@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -95,12 +96,15 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 FIRST_SAVE_S = 30.0
 """With `save_steps: auto`, seconds of training before the first checkpoint."""
-SAVE_SHARE = 0.02
-"""With `save_steps: auto`, how much of the time may go into checkpoints."""
+SAVE_SHARE = 0.01
+"""With `save_steps: auto`, for how much of the time training may stand still for checkpoints."""
 
 
 class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     """Publishes each checkpoint, and turns SIGTERM into one last checkpoint and the end of training.
+
+    Training stands still while the trainer writes its state to the scratch folder, not while a thread hashes, copies or
+    uploads it from there: the next state waits for that, and so does the end.
 
     Used as a context manager around `Trainer.train`; the previous signal handler is put back afterwards.
 
@@ -118,6 +122,10 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         self._told_to_stop = False
         self._save_due_s = math.inf
         self._save_began_s = 0.0
+        self.stalled_s = 0.0
+        """How long training stood still for checkpoints."""
+        self._publisher = ThreadPoolExecutor(1, "checkpoint")
+        self._publishing: Future[None] | None = None
 
     def __enter__(self) -> "CheckpointCallback":
         # Only the main thread may set handlers; elsewhere the host program decides about signals.
@@ -129,8 +137,18 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._in_main_thread:
-            signal.signal(signal.SIGTERM, self._previous)
+        try:
+            self._finish_publishing()
+        finally:
+            self._publisher.shutdown()
+            if self._in_main_thread:
+                signal.signal(signal.SIGTERM, self._previous)
+
+    def _finish_publishing(self) -> None:
+        """Wait for the checkpoint that is on its way. Raises: what its publishing raised."""
+        publishing, self._publishing = self._publishing, None
+        if publishing is not None:
+            publishing.result()
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
         self._told_to_stop = True
@@ -148,6 +166,9 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step >= state.max_steps:
             # The adapter itself comes next; nobody would continue from here.
             control.should_save = False
+        if control.should_save:
+            # The trainer deletes the state before when it has written the next one.
+            self._finish_publishing()
         return control
 
     def _agree(self, stop: bool, save: bool, args: TrainingArguments) -> tuple[bool, bool]:
@@ -159,13 +180,15 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         return bool(flags[0]), bool(flags[1])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Publish the checkpoint that the trainer has just written."""
+        """Begin to publish the checkpoint that the trainer has just written."""
         if num_processes() > 1:
             # Each process writes the state of its own random generators.
             torch.distributed.barrier()
         if state.is_world_process_zero:
-            self._publish(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self._publishing = self._publisher.submit(self._publish, folder, state.global_step)
         now = time.monotonic()
+        self.stalled_s += now - self._save_began_s
         if self._config.save_steps == "auto":
             self._save_due_s = now + max(FIRST_SAVE_S, (now - self._save_began_s) / SAVE_SHARE)
 

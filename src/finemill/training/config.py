@@ -234,8 +234,8 @@ class LoRATrainingConfig(StepConfig):
     """How much lower a validation loss has to be to count."""
 
     save_steps: Annotated[int, Field(gt=0)] | Literal["auto"] | None = "auto"
-    """Steps between two checkpoints in the store; `auto` writes the first after half a minute and then as many as take
-    2 % of the time; `null` writes them only when the run is told to stop."""
+    """Steps between two checkpoints in the store; `auto` writes the first after half a minute and then as many as
+    training stands still for during 1 % of the time; `null` writes them only when the run is told to stop."""
 
     save_total_limit: int = Field(default=2, gt=0)
     """Checkpoints kept in the store."""

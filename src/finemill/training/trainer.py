@@ -267,6 +267,7 @@ def _train(
     context.recorder.log_progress(summary(card, peak=peak, seconds=seconds, num_tokens=tokens))
     if card is not None:
         metrics |= {"train/memory_before_bytes": float(card.before), "train/memory_share": peak / card.total}
+    metrics["train/checkpoint_seconds"] = checkpoints.stalled_s
     if best:
         metrics |= {"validation/best_loss": best.best_loss, "train/best_step": float(best.best_step)}
     return metrics

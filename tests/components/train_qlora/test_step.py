@@ -3,6 +3,7 @@ import math
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTTrainer
 
 from finemill.artifacts.adapter import read_training
 from finemill.artifacts.dataset import LabelledRow
@@ -20,7 +22,7 @@ from finemill.artifacts.tables import write_rows
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.step import run as train_qlora
 from finemill.errors import TemporaryError, UserError
-from finemill.runtime.context import StepContext
+from finemill.runtime.context import Checkpoints, StepContext
 from tests.recorder import recorded
 
 CONFIG = TrainQLoRAConfig(
@@ -158,6 +160,49 @@ def test_checkpoints_come_by_time_as_long_as_they_cost_little(
     assert saved(1e-9) == ["checkpoint at step 1"]
 
 
+def test_training_goes_on_while_a_checkpoint_is_published(
+    make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    went_on, save = threading.Event(), Checkpoints.save
+
+    def slow(self: Checkpoints, folder: Path, training_step: int) -> None:
+        assert went_on.wait(timeout=60), "no step was taken meanwhile"
+        save(self, folder, training_step)
+
+    def step(*arguments: Any) -> Any:
+        if recorded(context).points:  # the first step was logged, before its checkpoint was begun
+            went_on.set()
+        return training_step(*arguments)
+
+    training_step = SFTTrainer.training_step
+    monkeypatch.setattr(Checkpoints, "save", slow)
+    monkeypatch.setattr(SFTTrainer, "training_step", step)
+    context = make_context()
+    config = CONFIG.model_copy(update={"save_steps": 1, "max_steps": 3, "logging_steps": 1})
+    metrics = train_qlora(
+        base_model=base_model, dataset=dataset, output_dir=tmp_path / "a", config=config, context=context
+    )
+    assert [line for line in recorded(context).lines if "checkpoint" in line] == [
+        "checkpoint at step 1",
+        "checkpoint at step 2",
+    ]
+    assert 0 < metrics["train/checkpoint_seconds"] < metrics["train/seconds"]
+
+
+def test_a_checkpoint_that_cannot_be_published_ends_the_training(
+    make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Checkpoints, folder: Path, training_step: int) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    config = CONFIG.model_copy(update={"save_steps": 1, "max_steps": 2})
+    with pytest.raises(UserError, match="the disk is full"):
+        train_qlora(
+            base_model=base_model, dataset=dataset, output_dir=tmp_path / "a", config=config, context=make_context()
+        )
+
+
 def test_resume_must_needs_a_checkpoint(
     make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -248,7 +293,7 @@ def test_the_learning_rate_follows_its_schedule(
 def test_rows_that_the_base_has_no_positions_for_are_refused_before_it_is_loaded(
     make_context: MakeContext, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finemill.components.train_qlora.step.load_base", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("finemill.training.kernels.load_base", lambda *_: pytest.fail("loaded"))
     ids = [5] * 1100
     write_rows(split_path(tmp_path, "train"), LabelledRow, [LabelledRow(input_ids=ids, labels=ids)])
     with pytest.raises(UserError, match=r"a row has 1100 tokens, and the base model has positions for 1024"):
