@@ -24,7 +24,7 @@ RECORDER_VARIABLE = "FINEMILL_RECORDER"
 
 
 class StepRun:
-    """Shows progress; records nothing."""
+    """Shows progress, and leaves the recording to whoever follows the events."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -39,10 +39,6 @@ class StepRun:
 
     def finish(self, reference: Reference, manifest: Manifest) -> None:
         """Record the step's metrics and the link to its output, which is published already."""
-
-
-class EventRun(StepRun):
-    """Leaves the recording to the process that follows the events."""
 
 
 class MlflowRun(StepRun):
@@ -118,7 +114,7 @@ def step_run(
     step = StepDescription.of_call(name, config.model_dump(mode="json"), inputs, made_by, run_id)
     if os.environ.get(RECORDER_VARIABLE) == "events":
         progress.record("computing", params=step.params, tags=step.tags, run_id=run_id)
-        yield EventRun(progress)
+        yield StepRun(progress)
         return
     run = MlflowRun(progress, tracking, store, made_by, step)
     try:
