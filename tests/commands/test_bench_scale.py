@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from finemill.commands.bench_scale import main, table
-from finemill.commands.bench_scale_run import length, union, without
+from finemill.commands.bench_scale_run import alone
 from finemill.kernels.bench.runs import ScaleRun, read_runs
 
 
@@ -38,7 +38,6 @@ def test_what_cannot_run_is_said_in_a_line(arguments: str, message: str, capsys:
 
 
 def test_time_that_is_communication_alone() -> None:
-    talking, computing = [(0, 4), (3, 6), (10, 12)], [(5, 11), (1, 2)]
-    assert union(talking) == [(0, 6), (10, 12)]
-    assert without(talking, computing) == [(0, 1), (2, 5), (11, 12)]
-    assert length(without(talking, computing)) == 5
+    assert alone([(0, 4), (3, 6), (10, 12)], [(5, 11), (1, 2)]) == 5
+    assert alone([(0, 4)], []) == 4
+    assert alone([], [(0, 4)]) == 0
