@@ -14,12 +14,17 @@ ALIASES: Mapping[str, str] = {
 """Other names of quantizations: Unsloth's, and llama.cpp's short ones."""
 
 
+DYNAMIC = "DYNAMIC_"
+"""What precedes the size of a file whose types are chosen per tensor."""
+
+
 def _canonical(name: object) -> object:
     """llama.cpp's spelling of a quantization's name."""
     if not isinstance(name, str):
         return name
     upper = name.strip().upper().replace("-", "_")
-    return ALIASES.get(upper, upper)
+    size = upper.removeprefix(DYNAMIC)
+    return upper[: len(upper) - len(size)] + ALIASES.get(size, size)
 
 
 Quantization = Annotated[
@@ -27,6 +32,8 @@ Quantization = Annotated[
         "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
         "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K_L", "Q2_K",
         "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
+        "DYNAMIC_Q6_K", "DYNAMIC_Q5_K_M", "DYNAMIC_Q5_K_S", "DYNAMIC_Q4_K_M", "DYNAMIC_Q4_K_S", "DYNAMIC_IQ4_XS",
+        "DYNAMIC_Q3_K_L", "DYNAMIC_Q3_K_M", "DYNAMIC_Q3_K_S",
     ],
     BeforeValidator(_canonical),
 ]  # fmt: skip
@@ -39,6 +46,12 @@ _MAX_KL = {32: 0.01, 16: 0.01, 8: 0.02, 6: 0.05, 5: 0.2, 4: 0.5, 3: 1.0, 2: 3.0,
 _MAX_KL_TERNARY = 0.1
 
 
+def size_of(quantization: Quantization) -> Quantization:
+    """The quantization whose size a dynamic one keeps to; any other itself."""
+    size: Quantization = quantization.removeprefix(DYNAMIC)  # type: ignore[assignment]
+    return size
+
+
 class GGUFQuantizeConfig(StepConfig):
     """Which files to write, and how closely each is compared with the merged model."""
 
@@ -47,14 +60,17 @@ class GGUFQuantizeConfig(StepConfig):
 
     quantizations: tuple[Quantization, ...] = Field(default=("F16", "Q8_0", "Q4_K_M"), min_length=1)
     """Files to write, in llama.cpp's names or Unsloth's, in any case: F16 keeps every weight, Q8_0 is half and Q4_K_M
-    about a third of its size. IQ types are smaller at the same error and slower; TQ types are for ternary models."""
+    about a third of its size. IQ types are smaller at the same error and slower; TQ types are for ternary models.
+    `dynamic-Q4_K_M` is as large as Q4_K_M and closer to the merged model: each tensor's type is chosen by its measured
+    error on the training rows."""
 
     imatrix: bool = False
     """Weigh each input channel by how strongly the training rows excite it when rounding: smaller error on such text,
-    for a forward pass over `imatrix_rows` rows. Always so where Q2_K_S or a type of one or two IQ bits is written."""
+    for a forward pass over `imatrix_rows` rows. Always so where a dynamic file, Q2_K_S or a type of one or two IQ bits
+    is written."""
 
     imatrix_rows: int = Field(default=64, ge=1)
-    """Training rows that the channel weights come from."""
+    """Training rows that the channel weights, and the errors of dynamic files, come from."""
 
     context_length: int | None = Field(default=None, ge=1)
     """Longest context, in tokens, that the files declare. Default: the model's own. A model with a sliding window is
@@ -93,13 +109,18 @@ class GGUFQuantizeConfig(StepConfig):
         """Nats per token by which a file may differ from the merged model."""
         if quantization in self.max_kl:
             return self.max_kl[quantization]
-        bits = int("".join(char for char in quantization.partition("_")[0] if char.isdecimal()))
+        bits = int("".join(char for char in size_of(quantization).partition("_")[0] if char.isdecimal()))
         return _MAX_KL_TERNARY if quantization.startswith("TQ") else _MAX_KL[bits]
 
     @property
     def needs_imatrix(self) -> bool:
         """Whether the importance of input channels is measured."""
-        return self.imatrix or not NEED_IMATRIX.isdisjoint(self.quantizations)
+        return self.imatrix or self.is_dynamic or not NEED_IMATRIX.isdisjoint(self.quantizations)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether any file's types are chosen by measured error."""
+        return any(quantization.startswith(DYNAMIC) for quantization in self.quantizations)
 
     @field_validator("quantizations")
     @classmethod

@@ -184,7 +184,10 @@ class SourceModel:
         return values
 
     def reorder(self, key: str, values: Array) -> Array:
-        """llama.cpp rotates neighbours of a head in the llama family; Hugging Face rotates its two halves."""
+        """`values`, with an entry per row of tensor `key`, in the order of llama.cpp's rows.
+
+        llama.cpp rotates neighbours of a head in the llama family; Hugging Face rotates its two halves.
+        """
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(key.split(".")[-2])
         if self.architecture != gguf.MODEL_ARCH.LLAMA or heads is None:
             return values

@@ -75,6 +75,8 @@ class _Sums:
     def __init__(self, source: SourceModel, device: torch.device) -> None:
         self._shapes = dict(source.shapes())
         self._names = source.names()
+        if source.ties_embeddings:
+            self._names |= {"lm_head.weight": "token_embd.weight"}
         self._device = device
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, torch.Tensor] = {}

@@ -12,11 +12,13 @@ from finemill.artifacts.dataset import prompt_ids, read_held_out, spread
 from finemill.artifacts.files import IMATRIX_FILE
 from finemill.artifacts.gguf import GGUFFileRecord, GGUFRecord, write_gguf_record
 from finemill.artifacts.model import read_merge
-from finemill.components.gguf_quantize.config import GGUFQuantizeConfig, Quantization
+from finemill.components.gguf_quantize.config import DYNAMIC, GGUFQuantizeConfig, Quantization
 from finemill.components.gguf_quantize.convert import Array, SourceModel
 from finemill.components.gguf_quantize.decoded import check_decoded
+from finemill.components.gguf_quantize.dynamic import Option, choose_types, measure_options
 from finemill.components.gguf_quantize.imatrix import channel_importance, write_imatrix
 from finemill.components.gguf_quantize.modelfile import modelfile
+from finemill.components.gguf_quantize.sensitivity import sensitivities
 from finemill.components.gguf_quantize.verify import Reference, chat_room, compare, compared_positions
 from finemill.components.gguf_quantize.vocabulary import check_vocabulary, load_tokenizer
 from finemill.components.gguf_quantize.write import WrittenFile, size_bytes, write_gguf
@@ -62,12 +64,15 @@ def run(
     output_dir.mkdir(parents=True, exist_ok=True)
     size = sum(size_bytes(source, quantization) for quantization in config.quantizations)
     require_space(output_dir, size, "writing the GGUF files")
-    imatrix = _imatrix(stored, source, dataset, output_dir, config, context)
+    rows = _training_rows(dataset, config)
+    imatrix = _imatrix(stored, source, rows, output_dir, config, context)
+    options = _options(stored, source, rows, imatrix, config, context)
     files: dict[str, WrittenFile] = {}
     for quantization in config.quantizations:
         context.recorder.log_progress(f"writing {quantization}")
-        path = output_dir / f"{name}-{quantization}.gguf"
-        files[quantization] = write_gguf(source, path, quantization, name, num_threads, imatrix)
+        path = output_dir / f"{name}-{quantization.replace(DYNAMIC, 'dynamic-')}.gguf"
+        types = choose_types(source, options, quantization) if quantization.startswith(DYNAMIC) else None
+        files[quantization] = write_gguf(source, path, quantization, name, num_threads, imatrix, types)
     context.recorder.log_progress("comparing every tensor of the files with the merged model's")
     errors = check_decoded(source, files, num_threads)
     fallbacks = [
@@ -102,10 +107,17 @@ def default_name(model: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last) + "-tuned"
 
 
+def _training_rows(dataset: Path, config: GGUFQuantizeConfig) -> list[list[int]]:
+    """What importance and errors are measured on; nothing where nothing asks for them."""
+    if not config.needs_imatrix:
+        return []
+    return [row.input_ids for row in spread(read_held_out(dataset, "train"), config.imatrix_rows)]
+
+
 def _imatrix(
     stored: StoredModel,
     source: SourceModel,
-    dataset: Path,
+    rows: list[list[int]],
     output_dir: Path,
     config: GGUFQuantizeConfig,
     context: StepContext,
@@ -114,10 +126,25 @@ def _imatrix(
     if not config.needs_imatrix:
         return None
     context.recorder.log_progress(f"importance of input channels on {config.imatrix_rows} training rows")
-    rows = [row.input_ids for row in spread(read_held_out(dataset, "train"), config.imatrix_rows)]
     importance = channel_importance(stored, source, rows)
     write_imatrix(output_dir / IMATRIX_FILE, importance, rows, context.references["dataset"])
     return {name: found.weights for name, found in importance.items()}
+
+
+def _options(
+    stored: StoredModel,
+    source: SourceModel,
+    rows: list[list[int]],
+    imatrix: Mapping[str, Array] | None,
+    config: GGUFQuantizeConfig,
+    context: StepContext,
+) -> dict[str, list[Option]]:
+    """What each type costs in each tensor, where a dynamic file asks for it."""
+    if not config.is_dynamic or imatrix is None:
+        return {}
+    context.recorder.log_progress("errors of each tensor in each type")
+    uses = sensitivities(stored, source, rows, imatrix)
+    return measure_options(source, uses, imatrix, config.num_threads or available_cores())
 
 
 def _reference(

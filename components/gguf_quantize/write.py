@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from finemill.components.gguf_quantize.config import Quantization
+from finemill.components.gguf_quantize.config import Quantization, size_of
 from finemill.components.gguf_quantize.convert import Array, SourceModel, add_hyperparameters
 from finemill.components.gguf_quantize.ggml import quantize, row_bytes
 from finemill.components.gguf_quantize.mixture import ModelShape, TensorType, tensor_type
@@ -45,12 +45,20 @@ class WrittenFile:
 def size_bytes(model: SourceModel, quantization: Quantization) -> int:
     """Bytes of all tensors in a file of `quantization`."""
     return sum(
-        math.prod(shape[:-1]) * row_bytes(tensor_type(name, shape, quantization, _shape(model)).type, shape[-1])
-        for name, shape in model.shapes()
+        math.prod(shape[:-1]) * row_bytes(chosen.type, shape[-1])
+        for (_, shape), chosen in zip(
+            model.shapes(), mixture_of(model, quantization, has_imatrix=False).values(), strict=True
+        )
     )
 
 
-def _shape(model: SourceModel, *, has_imatrix: bool = False) -> ModelShape:
+def mixture_of(model: SourceModel, quantization: Quantization, *, has_imatrix: bool) -> dict[str, TensorType]:
+    """The type of every tensor, by GGUF name, in llama.cpp's mixture of that name, or of that size."""
+    shape = _shape(model, has_imatrix=has_imatrix)
+    return {name: tensor_type(name, rows, size_of(quantization), shape) for name, rows in model.shapes()}
+
+
+def _shape(model: SourceModel, *, has_imatrix: bool) -> ModelShape:
     heads = int(model.config["num_attention_heads"])
     shared = heads // int(model.config.get("num_key_value_heads") or heads)
     return ModelShape(model.num_layers, shared, model.ties_embeddings, has_imatrix, model.num_experts)
@@ -59,7 +67,7 @@ def _shape(model: SourceModel, *, has_imatrix: bool = False) -> ModelShape:
 def _file_type(quantization: Quantization) -> gguf.LlamaFileType:
     if quantization == "F32":
         return gguf.LlamaFileType.ALL_F32
-    return gguf.LlamaFileType[f"MOSTLY_{'Q2_K' if quantization == 'Q2_K_L' else quantization}"]
+    return gguf.LlamaFileType[f"MOSTLY_{'Q2_K' if quantization == 'Q2_K_L' else size_of(quantization)}"]
 
 
 def write_gguf(
@@ -69,12 +77,14 @@ def write_gguf(
     name: str,
     num_threads: int,
     imatrix: Mapping[str, Array] | None = None,
+    chosen_types: Mapping[str, Type] | None = None,
 ) -> WrittenFile:
     """Write `model` as `path`.
 
     Args:
         name: the model's name in the file's metadata.
         imatrix: importance of each input channel, of a stack for each expert, by GGUF tensor name, float32; or None.
+        chosen_types: types of single tensors in the place of the mixture's.
     Raises: UserError: architecture, tokenizer or tensor that llama.cpp has no counterpart for.
     """
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[model.architecture])
@@ -83,13 +93,9 @@ def write_gguf(
     add_vocabulary(writer, model.folder, model.num_tokens)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(_file_type(quantization))
-    model_shape = _shape(model, has_imatrix=imatrix is not None)
-    types: dict[str, TensorType] = {}
-    num_parameters = 0
-    for tensor_name, shape in model.shapes():
-        chosen = tensor_type(tensor_name, shape, quantization, model_shape)
-        types[tensor_name] = chosen
-        num_parameters += math.prod(shape)
+    types = mixture_of(model, quantization, has_imatrix=imatrix is not None)
+    types |= {tensor_name: TensorType(type_, type_) for tensor_name, type_ in (chosen_types or {}).items()}
+    num_parameters = sum(math.prod(shape) for _, shape in model.shapes())
     halves = {tensor_name for tensor_name, chosen in types.items() if chosen.type == Type.F16}
     for tensor_name, values in model.tensors(halves) if halves else ():
         if not holds_in_float16(values):

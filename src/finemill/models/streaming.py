@@ -2,12 +2,13 @@
 
 # B rows, T tokens, V vocabulary
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from finemill.models.stored_model import StoredModel
 
@@ -76,15 +77,21 @@ def log_probabilities(
 
 
 @contextmanager
-def streamed(model: Any, stored: StoredModel, device: torch.device) -> Iterator[None]:
+def streamed(model: Any, stored: StoredModel, device: torch.device, *, backward: bool = False) -> Iterator[None]:
     """Let `model` compute on `device` inside the block: each layer's weights are read before it and dropped after it.
 
     Args:
         model: `stored.model`, or that with adapters of PEFT on it.
+        backward: gradients pass back through it, too: a layer's weights are read and its activations computed again.
     """
+    layers = {id(layer) for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module}
     with ExitStack() as stack:
         for unit in _units(model):
             loaded = _Unit(unit, stored, device)
+            if backward and id(unit) in layers:
+                unit.forward = loaded.checkpointed(unit.forward)
+                stack.callback(delattr, unit, "forward")
+                continue
             for hook in (
                 unit.register_forward_pre_hook(loaded.load),
                 unit.register_forward_hook(loaded.drop, always_call=True),
@@ -132,9 +139,23 @@ class _Unit:
         self._stored = stored
         self._device = device
 
-    def load(self, unit: torch.nn.Module, inputs: Any) -> None:
+    def checkpointed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward` with the weights in their places, computed again when gradients pass back."""
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            self.load()
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.drop()
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(compute, *args, use_reentrant=False, **kwargs)
+
+        return call
+
+    def load(self, *_hooked: Any) -> None:
         """Before the call."""
-        del unit, inputs
         values: dict[int, torch.nn.Parameter] = {}
         for module, name, parameter in self._places:
             if id(parameter) not in values:
@@ -143,8 +164,7 @@ class _Unit:
                 values[id(parameter)] = torch.nn.Parameter(value.to(self._device), requires_grad=False)
             module._parameters[name] = values[id(parameter)]
 
-    def drop(self, unit: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def drop(self, *_hooked: Any) -> None:
         """After the call, also one that failed."""
-        del unit, inputs, output
         for module, name, parameter in self._places:
             module._parameters[name] = parameter

@@ -237,7 +237,9 @@ def test_channel_weights_are_the_mean_square_of_each_input(tiny_model_dir: Path,
     weights = channel_importance(StoredModel(tiny_model_dir), SourceModel(tiny_model_dir), rows)
     expected = torch.cat(inputs).square().mean(0)
     torch.testing.assert_close(torch.from_numpy(weights["blk.1.ffn_down.weight"].weights), expected)
-    assert len(weights) == 6 * 7
+    # The output matrix is the embedding.
+    assert weights.keys() - {"token_embd.weight"} == {name for name in weights if name.startswith("blk.")}
+    assert len(weights) == 6 * 7 + 1
 
 
 def test_channel_weights_are_published_as_llama_cpp_reads_them(
@@ -262,7 +264,8 @@ def test_channel_weights_are_published_as_llama_cpp_reads_them(
 @pytest.mark.parametrize(
     ("given", "meant"),
     [("q4_k_m", "Q4_K_M"), ("iq2-xxs", "IQ2_XXS"), ("quantized", "Q4_K_M"), ("fast_quantized", "Q8_0"),
-     ("not_quantized", "F16"), ("q5_k", "Q5_K_M"), ("bf16", "BF16")],
+     ("not_quantized", "F16"), ("q5_k", "Q5_K_M"), ("bf16", "BF16"),
+     ("dynamic-q4_k", "DYNAMIC_Q4_K_M")],
 )  # fmt: skip
 def test_names_of_any_case_and_aliases_mean_llama_cpps_types(given: str, meant: str) -> None:
     config = GGUFQuantizeConfig.model_validate({"quantizations": [given], "max_kl": {given: 0.125}})
