@@ -1,4 +1,4 @@
-"""`finemill bench kernels|step|dpo|moe|scale|loss|eval|data|export`: the measuring programs."""
+"""`finemill bench kernels|step|dpo|moe|scale|loss|eval|data|export|gguf`: the measuring programs."""
 
 import argparse
 
@@ -12,6 +12,7 @@ _PROGRAMS = {
     "eval": "answers of base and tuned in one pass, beside the plain batched loop",
     "data": "raw rows to labelled tokens, beside the usual way with datasets.map",
     "export": "merging a model of a published shape: seconds and peak memory",
+    "gguf": "what each GGUF type costs a model, and dynamic types at the same sizes",
 }
 
 
@@ -32,6 +33,8 @@ def execute(name: str, arguments: list[str]) -> int:
         from finemill.commands.bench_eval import main
     elif what == "export":
         from finemill.commands.bench_export import main
+    elif what == "gguf":
+        from finemill.commands.bench_gguf import main
     elif what == "dpo":
         from finemill.kernels.bench.preferences import main
     elif what == "scale":
