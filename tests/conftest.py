@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -81,6 +82,18 @@ def store(request: pytest.FixtureRequest) -> str:
     """Each kind of store in turn."""
     uri: str = request.getfixturevalue(request.param)
     return uri
+
+
+@pytest.fixture
+def quick_kfp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KFP does without the name of its caller, which it wants for the text of an error.
+
+    Each setter of a task calls `inspect.stack()`, which looks through every loaded module for the source of every
+    frame: seconds per pipeline in a process that has loaded PyTorch.
+    """
+    from kfp.dsl import pipeline_task
+
+    monkeypatch.setattr(pipeline_task, "inspect", SimpleNamespace(stack=lambda: [("a setter",) * 4] * 2))
 
 
 @pytest.fixture(scope="session")

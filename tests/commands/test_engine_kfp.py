@@ -17,6 +17,8 @@ from finemill.commands import engine_kfp, run_table
 from finemill.pipelines.cluster import ClusterConfig
 from tests.commands.api_server import Api, point_kubeconfig_at
 
+pytestmark = pytest.mark.usefixtures("quick_kfp")
+
 ROOT = "/apis/v2beta1"
 PODS = "/api/v1/namespaces/kubeflow/pods"
 LOG = (Path(__file__).parent / "kfp" / "failed.log").read_text()

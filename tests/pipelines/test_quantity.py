@@ -6,6 +6,8 @@ from finemill.errors import UserError
 from finemill.pipelines.cluster import read_cluster_config
 from tests.pipelines.test_renderers import compile_both
 
+pytestmark = pytest.mark.usefixtures("quick_kfp")
+
 
 def sized(folder: Path, text: str) -> Path:
     file = folder / "cluster.yaml"

@@ -14,6 +14,8 @@ from finemill.runtime.catalog import STEPS
 from finemill.transport import unpack
 from tests.pipelines.compiled import CompiledTask, read_argo, read_kfp
 
+pytestmark = pytest.mark.usefixtures("quick_kfp")
+
 CLUSTER = """
 gpu_node_selector: {accelerator: a100}
 gpu_tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
