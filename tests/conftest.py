@@ -138,6 +138,24 @@ def tiny_mixture_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
+@pytest.fixture(scope="session")
+def short_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first two of its six layers: as good where a test asks how something is computed, in a third of the time."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig
+
+    folder = tmp_path_factory.mktemp("base") / "short-qwen3"
+    shutil.copytree(tiny_model_dir, folder)
+    config = AutoConfig.from_pretrained(folder, num_hidden_layers=2)
+    config.layer_types = config.layer_types[:2]
+    config.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    dropped = tuple(f"model.layers.{layer}." for layer in range(2, 6))
+    kept = {name: weight for name, weight in weights.items() if not name.startswith(dropped)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 @pytest.fixture
 def add_to_hub(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Fill a hub cache of the test's own: `add_to_hub(commit, branch)` puts that commit at the head of the branch.

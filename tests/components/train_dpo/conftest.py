@@ -13,6 +13,11 @@ from tests.recorder import ListRecorder
 
 
 @pytest.fixture(scope="session")
+def tiny_model_dir(short_model_dir: Path) -> Path:
+    return short_model_dir
+
+
+@pytest.fixture(scope="session")
 def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("preferences").as_uri()
     config = {"sources": [{"uri": "example:preferences", "max_rows": 60}], "test_size": 0.1, "validation_size": 0.2}

@@ -10,15 +10,14 @@ from finemill.artifacts.dataset import IGNORE_INDEX, LabelledRow
 from finemill.artifacts.manifest import Producer
 from finemill.artifacts.splits import Split, split_path
 from finemill.artifacts.tables import write_rows
-from finemill.models.base.resolve import BUILTIN_MODELS
 from finemill.rows.examples.reasoning import reasoning_problem
 from finemill.runtime.context import Checkpoints, StepContext
 from tests.recorder import ListRecorder
 
 
 @pytest.fixture(scope="session")
-def base_model() -> Path:
-    return BUILTIN_MODELS["builtin:tiny-qwen3"]
+def base_model(short_model_dir: Path) -> Path:
+    return short_model_dir
 
 
 @pytest.fixture(scope="session")
