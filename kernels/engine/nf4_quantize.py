@@ -123,6 +123,7 @@ def _quantize(weight: Tensor, scales: Tensor, packed: Tensor) -> None:
     quantize = {
         torch.bfloat16: library.cquantize_blockwise_bf16_nf4,
         torch.float16: library.cquantize_blockwise_fp16_nf4,
+        torch.float32: library.cquantize_blockwise_fp32_nf4,
     }[weight.dtype]
     quantize(None, weight.data_ptr(), scales.data_ptr(), packed.data_ptr(), BLOCKSIZE, weight.numel())
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from finemill.artifacts.manifest import Reference
 from finemill.errors import TemporaryError, UserError
+from finemill.runtime.processes import run_in_processes
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact, list_artifacts
 
@@ -55,33 +56,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_two_processes_publish_one_adapter_that_equals_one_process_with_twice_the_accumulation(
+def test_two_processes_that_were_stopped_go_on_and_publish_what_one_does_with_twice_the_accumulation(
     dataset: str, folder_store: str, tracking_uri: str
 ) -> None:
     from mlflow import MlflowClient
 
-    process = torchrun(dataset, folder_store)
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    (reference,) = stdout.split()
-    assert list_artifacts(f"{folder_store}/train-qlora") == [reference.partition("@")[0]]
-    client = MlflowClient(tracking_uri)
-    experiment = client.get_experiment_by_name("finemill")
-    assert experiment
-    assert [run.info.run_name for run in client.search_runs([experiment.experiment_id])] == ["train-qlora"]
-
-    inputs = {"dataset": dataset, "base_model": BASE}
-    alone = run_step(
-        "train-qlora", store=folder_store, inputs=inputs, config={**CONFIG, "gradient_accumulation_steps": 2}
-    )
-    expected = weights(fetch_artifact(alone.reference)[0])
-    for name, weight in weights(fetch_artifact(Reference.parse(reference))[0]).items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-4, msg=name)
-
-
-def test_sigterm_to_torchrun_leaves_a_checkpoint_that_the_same_processes_continue(
-    dataset: str, folder_store: str
-) -> None:
     process = torchrun(dataset, folder_store)
     assert process.stderr is not None
     for line in process.stderr:
@@ -92,14 +71,28 @@ def test_sigterm_to_torchrun_leaves_a_checkpoint_that_the_same_processes_continu
     assert process.returncode != 0
     assert "checkpoint at step" in rest
     assert not list_artifacts(f"{folder_store}/train-qlora")
+    client = MlflowClient(tracking_uri)
+    experiment = client.get_experiment_by_name("finemill")
+    assert experiment
+    assert [run.info.run_name for run in client.search_runs([experiment.experiment_id])] == ["train-qlora"]
+
     again = torchrun(dataset, folder_store)
     stdout, stderr = again.communicate(timeout=300)
     assert again.returncode == 0, stderr
     assert "step 1/6" not in stderr
-    assert len(stdout.split()) == 1
+    (reference,) = stdout.split()
+    assert list_artifacts(f"{folder_store}/train-qlora") == [reference.partition("@")[0]]
+
+    inputs = {"dataset": dataset, "base_model": BASE}
+    alone = run_step(
+        "train-qlora", store=folder_store, inputs=inputs, config={**CONFIG, "gradient_accumulation_steps": 2}
+    )
+    expected = weights(fetch_artifact(alone.reference)[0])
+    for name, weight in weights(fetch_artifact(Reference.parse(reference))[0]).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-4, msg=name)
 
 
-def test_a_killed_process_ends_the_training_as_temporary_and_the_retry_goes_on(
+def test_two_gpus_get_two_processes_whose_loss_is_temporary_and_the_retry_goes_on(
     dataset: str, folder_store: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("finemill.runtime.run.num_idle_gpus", lambda: 2)
@@ -111,8 +104,13 @@ def test_a_killed_process_ends_the_training_as_temporary_and_the_retry_goes_on(
     with pytest.raises(TemporaryError, match=r"process 1 was killed \(SIGKILL\): run again to continue"):
         run_step("train-qlora", store=folder_store, inputs=inputs, config=config)
     killer.join()
-    assert run_step("train-qlora", store=folder_store, inputs=inputs, config=config).manifest
-    assert "step 1/6" not in capfd.readouterr().err.partition("was killed")[2]
+    result = run_step("train-qlora", store=folder_store, inputs=inputs, config=config)
+    assert result.manifest.metrics["train/num_steps"] == CONFIG["max_steps"]
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert "step 1/6" not in output.err.partition("was killed")[2]
+    again = run_step("train-qlora", store=folder_store, inputs=inputs, config=config)
+    assert (again.reused, again.reference) == (True, result.reference)
 
 
 def kill_a_process_at_the_first_checkpoint(store: str) -> None:
@@ -125,16 +123,6 @@ def kill_a_process_at_the_first_checkpoint(store: str) -> None:
                 os.kill(int(status.parent.name), signal.SIGKILL)
 
 
-def test_a_machine_with_two_gpus_starts_two_processes_by_itself(
-    dataset: str, folder_store: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("finemill.runtime.run.num_idle_gpus", lambda: 2)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    inputs = {"dataset": dataset, "base_model": BASE}
-    result = run_step("train-qlora", store=folder_store, inputs=inputs, config={**CONFIG, "max_steps": 2})
-    assert result.manifest.metrics["train/num_steps"] == 2
-    assert capfd.readouterr().out == ""
-    again = run_step("train-qlora", store=folder_store, inputs=inputs, config={**CONFIG, "max_steps": 2})
-    assert (again.reused, again.reference) == (True, result.reference)
-    with pytest.raises(UserError, match="train-qlora in 2 processes ended with exit code 2"):
-        run_step("train-qlora", store=folder_store, inputs=inputs, config={**CONFIG, "resume": "must", "seed": 1})
+def test_the_kind_of_failure_of_a_process_is_that_of_all() -> None:
+    with pytest.raises(UserError, match="schema in 2 processes ended with exit code 2"):
+        run_in_processes(["schema", "nonsense"], 2)
