@@ -36,9 +36,8 @@ def _bitsandbytes_library() -> Any:
     if not fitting:
         raise UserError(f"bitsandbytes has CUDA libraries {sorted(names)}, none for CUDA {torch.version.cuda}")
     library = ctypes.CDLL(str(names[max(fitting)]))
-    for function in (library.cquantize_blockwise_bf16_nf4, library.cquantize_blockwise_fp16_nf4):
-        function.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int32] * 2
-    library.cquantize_blockwise_fp32.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int32] * 2
+    for name in ("bf16_nf4", "fp16_nf4", "fp32_nf4", "fp32"):
+        getattr(library, f"cquantize_blockwise_{name}").argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int32] * 2
     return library
 
 
