@@ -42,7 +42,7 @@ def changed_by(package: Path, file: str) -> set[str]:
 @pytest.mark.parametrize(
     ("file", "concerned", "others"),
     [
-        ("kernels/ops/rms_norm.py", {"train-qlora"}, {"train-dpo", "eval"}),
+        ("kernels/ops/rms_norm.py", TRAINING, {"eval"}),
         ("kernels/ops/nf4.py", {"train-qlora"}, {"eval"}),
         ("kernels/engine/model.py", {"train-qlora"}, {"eval"}),
         ("kernels/planning/planner.py", {"train-qlora"}, {"eval"}),
@@ -146,7 +146,7 @@ def test_version_of_a_library_changes_the_keys_of_steps_that_compute_with_it(
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=list(STEPS))
 def test_every_library_is_known_by_the_name_of_its_distribution(step: Step) -> None:
-    only_with_gpu = {"flash-attn-4", "nvidia-cudnn-frontend"}
+    only_with_gpu = {"flash-attn-4", "nvidia-cudnn-frontend", "deepspeed"}
     for library in closure([f"finemill.components.{step.module_name}.step"])[1] - only_with_gpu:
         assert metadata.version(library)
 
