@@ -143,24 +143,14 @@ class MixtureWorkload(Workload):
             "second_factors": copies * (e.intermediate + s.hidden),
         }
 
-    def forward_bytes(self, t: dict[str, int]) -> dict[Level, int]:
-        """Peak of a layer's forward by what it keeps, from `tensor_bytes`."""
-        stream = 2 * t["x"] + t["xa"]
-        attention = t["qkv"] + t["attended"] + t["state"]
-        early = t["normed_in"] + t["q"] + t["kv"] + t["rstd_qk"]
+    def _mlp_bytes(self, t: dict[str, int], normed_mid: int, gate_up: int) -> int:
+        """Peak of the forward's second half, which holds the adapters' 16-bit copies and the experts' answers."""
         first, second = t["first_factors"], t["second_factors"]
-        peaks = {}
-        for level in Level:
-            kept = stream + (attention if level >= Level.ATTENTION else 0) + (early if level == Level.ALL else 0)
-            normed_mid = t["normed_mid"] if level == Level.ALL else 0
-            gate_up = t["gate_up"] if level >= Level.GATE_UP else 0
-            peaks[level] = max(
-                stream + attention + early,
-                kept + t["normed_mid"] + first + t["rows"] + t["low"] + t["gate_up"],
-                kept + normed_mid + gate_up + t["hidden"] + first + second + t["rows"],
-                kept + normed_mid + gate_up + second + t["rows"] + t["x"],
-            )
-        return peaks
+        return max(
+            t["normed_mid"] + first + t["rows"] + t["low"] + t["gate_up"],
+            normed_mid + gate_up + t["hidden"] + first + second + t["rows"],
+            normed_mid + gate_up + second + t["rows"] + t["x"],
+        )
 
     def backward_bytes(self, t: dict[str, int], tokens: int) -> dict[Level, int]:
         """Peak of a layer's backward by what its forward kept."""

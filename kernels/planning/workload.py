@@ -228,13 +228,16 @@ class Workload:
             kept = stream + (attention if level >= Level.ATTENTION else 0) + (early if level == Level.ALL else 0)
             normed_mid = t["normed_mid"] if level == Level.ALL else 0
             gate_up = t["gate_up"] if level >= Level.GATE_UP else 0
-            peaks[level] = max(
-                stream + attention + early,
-                kept + t["normed_mid"] + t["gate_up"],
-                kept + normed_mid + t["gate_up"] + t["hidden"],
-                kept + normed_mid + gate_up + t["hidden"] + t["x"],
-            )
+            peaks[level] = max(stream + attention + early, kept + self._mlp_bytes(t, normed_mid, gate_up))
         return peaks
+
+    def _mlp_bytes(self, t: dict[str, int], normed_mid: int, gate_up: int) -> int:
+        """Peak of the forward's second half, beside what a layer keeps of the first; with what it keeps of this one."""
+        return max(
+            t["normed_mid"] + t["gate_up"],
+            normed_mid + t["gate_up"] + t["hidden"],
+            normed_mid + gate_up + t["hidden"] + t["x"],
+        )
 
     def backward_bytes(self, t: dict[str, int], tokens: int) -> dict[Level, int]:
         """Peak of a layer's backward by what its forward kept."""

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from finemill.artifacts.manifest import Producer
 from finemill.errors import UserError
-from finemill.runtime.context import Checkpoints, StepContext
+from finemill.runtime.context import StepContext
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.report_to import reporting
+from tests.contexts import training_context
 from tests.recorder import ListRecorder, recorded
 
 POINTS = {1: {"train/loss": 2.5}, 2: {"train/loss": 2.25, "train/mfu": 0.5}}
@@ -17,15 +17,7 @@ POINTS = {1: {"train/loss": 2.5}, 2: {"train/loss": 2.25, "train/mfu": 0.5}}
 
 @pytest.fixture
 def context(folder_store: str) -> StepContext:
-    producer = Producer(step="train-qlora", version="0", code="test")
-    return StepContext(
-        store=folder_store,
-        key="0123456789abcdef",
-        references={"base_model": "builtin:tiny-qwen3"},
-        manifests={},
-        checkpoints=Checkpoints(f"{folder_store}/checkpoints", producer),
-        recorder=ListRecorder(),
-    )
+    return training_context(folder_store, ListRecorder(), key="0123456789abcdef")
 
 
 def report(context: StepContext, *report_to: str) -> None:

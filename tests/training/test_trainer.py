@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from finemill.artifacts.manifest import Producer
 from finemill.errors import TemporaryError
 from finemill.models.base.resolve import _resolve, resolve_base_model
-from finemill.runtime.context import Checkpoints, StepContext, Unheard
+from finemill.runtime.context import Unheard
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.trainer import run_training
+from tests.contexts import training_context
 
 LONG_AGO = 1_700_000_000
 
@@ -27,14 +27,7 @@ def test_training_ends_before_its_first_step_on_a_base_that_is_not_what_was_reme
         file.write(bytes(8))
     os.utime(weights, (LONG_AGO, LONG_AGO))
     _resolve.cache_clear()
-    context = StepContext(
-        store=folder_store,
-        key="key",
-        references={"base_model": str(base)},
-        manifests={},
-        checkpoints=Checkpoints(f"{folder_store}/checkpoints/x", Producer(step="x", version="0", code="c")),
-        recorder=Unheard(),
-    )
+    context = training_context(folder_store, Unheard(), base=str(base))
     loaded: list[Path] = []
 
     def build(scratch: Path, config: LoRATrainingConfig) -> Any:

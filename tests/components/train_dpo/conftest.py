@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from finemill.artifacts.manifest import Producer
-from finemill.runtime.context import Checkpoints, StepContext
+from finemill.runtime.context import StepContext
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact
+from tests.contexts import training_context
 from tests.recorder import ListRecorder
 
 
@@ -31,14 +31,6 @@ def make_context(folder_store: str) -> Callable[[], StepContext]:
     """A new context over the same checkpoint store each time."""
 
     def make() -> StepContext:
-        producer = Producer(step="train-dpo", version="0", code="test")
-        return StepContext(
-            store=folder_store,
-            key="test",
-            references={"base_model": "builtin:tiny-qwen3"},
-            manifests={},
-            checkpoints=Checkpoints(f"{folder_store}/checkpoints/train-dpo-test", producer),
-            recorder=ListRecorder(),
-        )
+        return training_context(folder_store, ListRecorder(), step="train-dpo")
 
     return make

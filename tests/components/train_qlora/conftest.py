@@ -7,11 +7,11 @@ from random import Random
 import pytest
 
 from finemill.artifacts.dataset import IGNORE_INDEX, LabelledRow
-from finemill.artifacts.manifest import Producer
 from finemill.artifacts.splits import Split, split_path
 from finemill.artifacts.tables import write_rows
 from finemill.rows.examples.reasoning import reasoning_problem
-from finemill.runtime.context import Checkpoints, StepContext
+from finemill.runtime.context import StepContext
+from tests.contexts import training_context
 from tests.recorder import ListRecorder
 
 
@@ -47,14 +47,6 @@ def make_context(folder_store: str) -> Callable[[], StepContext]:
     """A new context over the same checkpoint store each time."""
 
     def make() -> StepContext:
-        producer = Producer(step="train-qlora", version="0", code="test")
-        return StepContext(
-            store=folder_store,
-            key="test",
-            references={"base_model": "builtin:tiny-qwen3"},
-            manifests={},
-            checkpoints=Checkpoints(f"{folder_store}/checkpoints/train-qlora-test", producer),
-            recorder=ListRecorder(),
-        )
+        return training_context(folder_store, ListRecorder())
 
     return make

@@ -12,10 +12,10 @@ import yaml
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 
-from finemill.artifacts.manifest import Producer
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.step import run as train_qlora
-from finemill.runtime.context import Checkpoints, StepContext, Unheard
+from finemill.runtime.context import Unheard
+from tests.contexts import training_context
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,22 +42,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def context(folder: Path) -> StepContext:
-    producer = Producer(step="train-qlora", version="0", code="test")
-    return StepContext(
-        store=folder.as_uri(),
-        key="test",
-        references={"base_model": "builtin:tiny-qwen3"},
-        manifests={},
-        checkpoints=Checkpoints(f"{folder.as_uri()}/checkpoints", producer),
-        recorder=Unheard(),
-    )
-
-
 def train(base_model: Path, dataset: Path, folder: Path, output: str, values: dict[str, Any]) -> None:
     config = TrainQLoRAConfig(**SETTINGS | values)
     train_qlora(
-        base_model=base_model, dataset=dataset, output_dir=folder / output, config=config, context=context(folder)
+        base_model=base_model,
+        dataset=dataset,
+        output_dir=folder / output,
+        config=config,
+        context=training_context(folder.as_uri(), Unheard()),
     )
 
 
