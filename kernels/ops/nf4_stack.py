@@ -122,15 +122,12 @@ def _dequantize_nf4_stack_kernel(
     word = tl.program_id(0) * (BLOCKS * WORDS) + tl.arange(0, BLOCKS * WORDS)
     block = word // WORDS
     in_range = block < num_blocks
+    absmax_ptr += matrix * num_blocks
+    if NESTED:  # both are None otherwise
+        nested_absmax_ptr += matrix * num_nested
+        offset_ptr += matrix
     scale = _block_scale(
-        block,
-        in_range,
-        absmax_ptr + matrix * num_blocks,
-        nested_code_ptr,
-        nested_absmax_ptr + matrix * num_nested,
-        offset_ptr + matrix,
-        NESTED,
-        NESTED_BLOCKSIZE,
+        block, in_range, absmax_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr, NESTED, NESTED_BLOCKSIZE
     )
     words = tl.load(words_ptr + matrix * num_blocks * WORDS + word, mask=in_range, other=0)
     weight = _decode_words(words, scale, codebook_ptr, BLOCKS * WORDS)

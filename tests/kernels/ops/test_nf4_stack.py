@@ -6,6 +6,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from finemill.kernels.engine.nf4_quantize import quantize_nf4, quantize_nf4_stack
 from finemill.kernels.ops.launch import INTERPRETED
+from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.nf4_stack import NF4Stack, dequantize_nf4_stack
 
 SHAPES = [(5, 24, 128), (3, 256, 64), (2, 512, 128)]
@@ -27,6 +28,25 @@ def test_every_matrix_is_quantized_and_decoded_as_bitsandbytes_does_alone(shape:
         assert ours.offset is not None
         assert torch.equal(ours.nested_absmax, state.state2.absmax)
         assert torch.equal(ours.offset.reshape(()), state.offset.reshape(()))
+        assert torch.equal(out[index], dequantize_4bit(packed, state))
+
+
+def test_single_quantization_is_decoded_as_bitsandbytes_does(device: str) -> None:
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    matrices = [
+        quantize_4bit(torch.randn(24, 128).to(device, dtype), quant_type="nf4", compress_statistics=False)
+        for _ in range(3)
+    ]
+    stack = NF4Stack.of(
+        [
+            NF4Tensor(
+                packed.view(-1), state.absmax, state.code, None, None, None, (24, 128), dtype, state.blocksize, 256
+            )
+            for packed, state in matrices
+        ]
+    )
+    out = dequantize_nf4_stack(stack, torch.empty(3, 24, 128, dtype=dtype, device=device))
+    for index, (packed, state) in enumerate(matrices):
         assert torch.equal(out[index], dequantize_4bit(packed, state))
 
 
