@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from reprlib import Repr
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -42,32 +43,51 @@ _brief.maxlevel = 2
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
-def parse_config(model: type[ConfigT], values: Any, where: str) -> ConfigT:
+def parse_config(
+    model: type[ConfigT], values: Any, where: str, origins: Mapping[str, str] = MappingProxyType({})
+) -> ConfigT:
     """Validate `values` as `model`.
 
+    Args:
+        where: the values come from.
+        origins: of those that come from elsewhere, by dotted key.
     Raises: UserError: one line that names `where`, each bad key, what was found and what is allowed.
     """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{where}: {describe_validation_error(error, model)}") from None
+        problems: dict[str, list[str]] = {}
+        for key, text in _problems(error, model):
+            origin = next((origins[part] for part in _above(key) if part in origins), where)
+            problems.setdefault(origin, []).append(text)
+        raise UserError("; ".join(f"{origin}: {'; '.join(texts)}" for origin, texts in problems.items())) from None
 
 
 def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
     """Every problem of a failed validation in one line, unknown keys with the keys that exist."""
-    problems = []
+    return "; ".join(text for _, text in _problems(error, model))
+
+
+def _above(key: str) -> Iterator[str]:
+    """A dotted key, and those of the sections that it is in, from the innermost on."""
+    while key:
+        yield key
+        key = key.rpartition(".")[0]
+
+
+def _problems(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Each problem of a failed validation, with the dotted key that it is about."""
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"]) or "(top level)"
         if item["type"] == "extra_forbidden":
             allowed = ", ".join(sorted(_fields_at(model, item["loc"][:-1])))
-            problems.append(f"unknown key '{key}' (allowed: {allowed})")
+            yield key, f"unknown key '{key}' (allowed: {allowed})"
         elif item["type"] == "value_error":
             # A rule of our own: its message names fields and values.
-            problems.append((f"'{key}': " if item["loc"] else "") + str(item["ctx"]["error"]))
+            yield key, (f"'{key}': " if item["loc"] else "") + str(item["ctx"]["error"])
         else:
             found = "" if item["type"] == "missing" else f" (found {_brief.repr(item['input']):.160})"
-            problems.append(f"'{key}': {item['msg']}{found}")
-    return "; ".join(problems)
+            yield key, f"'{key}': {item['msg']}{found}"
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:

@@ -18,7 +18,7 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 def parse_yaml(text: str, where: str) -> Any:
     """The value that `text` stands for. Raises: UserError: it stands for none; `where` begins the line."""
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -28,8 +28,19 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from None
-    except Exception:  # what Python's types raise at `!!bool x` and the like
-        raise UserError(f"{where}: a value that its tag (!!) does not allow") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Says where a value stands that is not of its type: Python's types raise what they like at `!!bool x`."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(None, None, f"not of the type {kind}", node.start_mark) from None
 
 
 def _check(node: yaml.Node, path: str, sizes: dict[int, int]) -> int:

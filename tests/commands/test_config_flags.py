@@ -1,6 +1,7 @@
 import argparse
 import base64
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,19 @@ def test_missing_file_and_bad_json_are_named() -> None:
         read("--config", "/nowhere/c.yaml")
     with pytest.raises(UserError, match="--config-json is not JSON"):
         read("--config-json", "{")
+
+
+def test_a_flag_s_mistake_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("max_steps: x\noptimizer: {learning_rate: 0.5}")
+    found = ["--config", str(file), "--config-json", '{"target_modules": [1]}', "--optimizer.learning-rate", "-1"]
+    with pytest.raises(UserError) as caught:
+        read(*found)
+    places = re.findall(r"(\S+): '([\w.]+)': Input", str(caught.value))
+    assert places == [
+        (str(file), "max_steps"), ("--config-json", "target_modules.0"),
+        ("--optimizer.learning-rate", "optimizer.learning_rate"),
+    ]  # fmt: skip
 
 
 def test_mappings_merge_and_lists_are_replaced() -> None:

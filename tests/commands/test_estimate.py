@@ -126,5 +126,5 @@ def test_steps_and_hours_of_training_on_a_dataset(
 
 def test_another_artifact_is_no_dataset(publish: Callable[..., str]) -> None:
     adapter = publish("adapter", {"adapter_config.json": "{}"})
-    with pytest.raises(UserError, match="is of the kind 'adapter': pass what chat-format printed"):
+    with pytest.raises(UserError, match="is of the kind 'adapter', not 'dataset': give what chat-format printed"):
         execute("estimate", ["--model", "qwen3-0.6b", "--dataset", adapter])

@@ -1,6 +1,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from finemill.cli import main
 from finemill.commands.run import with_pinned_base
 from finemill.components.merge.config import MergeConfig
 from finemill.config import StepConfig
@@ -23,3 +26,10 @@ def test_other_references_and_configurations_without_a_base_stay(tiny_model_dir:
     for reference in ("builtin:tiny-qwen3", str(tiny_model_dir)):
         assert with_pinned_base(OfPipeline(base_model=reference)).base_model == reference
     assert with_pinned_base(MergeConfig()) == MergeConfig()
+
+
+def test_a_wrong_flag_is_not_blamed_on_the_file_that_comes_with_the_pipeline(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["run", "finetune", "--train-qlora.lora-r", "x"]) == 2
+    assert capsys.readouterr().err.startswith("finemill run: --train-qlora.lora-r: 'train_qlora.lora_r': Input should")

@@ -60,6 +60,11 @@ def test_weave_s_logger_takes_the_lines(evaluation: str, capsys: pytest.CaptureF
     assert logged[0] == {"cut_off": False, "exact_match": False, "finished": True, "format_ok": True, "loss": 0.5}
 
 
+def test_what_is_no_evaluation_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["samples", str(tmp_path / "nothing")]) == 2
+    assert "no such file or folder; give the reference, <uri>@sha256:<digest>, that eval" in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there_is_said(evaluation: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["samples", evaluation, "--model", "q4"]) == 2
     assert "no model 'q4' in the evaluation; it has base, tuned" in capsys.readouterr().err

@@ -38,7 +38,7 @@ def test_a_dataset_gives_its_held_out_rows(tiny_dataset_dir: Path) -> None:
 
 @pytest.mark.parametrize("where", ["nowhere.jsonl", "README"])
 def test_what_is_no_file_of_rows_is_refused(where: str) -> None:
-    with pytest.raises(UserError, match="no such file; give a dataset"):
+    with pytest.raises(UserError, match="no such file or folder; give the reference"):
         read_questions(where)
 
 

@@ -21,7 +21,7 @@ from finemill.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
 LAYOUT_VERSION = 2
-_DIGEST_MARK = "@sha256:"
+DIGEST_MARK = "@sha256:"
 # What no part of a file's name may hold: a drive in front, a backslash, control characters, halves of characters.
 _FORBIDDEN = re.compile(r"^[A-Za-z]:|[\\\x00-\x1f\x7f\ud800-\udfff]")
 _MAX_PART_BYTES = 255
@@ -36,12 +36,12 @@ class Reference:
     digest: str
 
     def __str__(self) -> str:
-        return f"{self.uri}{_DIGEST_MARK}{self.digest}"
+        return f"{self.uri}{DIGEST_MARK}{self.digest}"
 
     @classmethod
     def parse(cls, text: str) -> "Reference":
         """Read `<uri>@sha256:<64 hex digits>`. Raises: UserError: the text has another form."""
-        uri, mark, digest = text.rpartition(_DIGEST_MARK)
+        uri, mark, digest = text.rpartition(DIGEST_MARK)
         if not mark or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
             raise UserError(
                 f"'{text}' is no artifact reference: write <uri>@sha256:<64 hex digits>, as its step printed it"
@@ -215,7 +215,7 @@ def digest_manifest(manifest: Manifest) -> str:
     addresses of parents, whose digests count.
     """
     content = json.loads(manifest.model_dump_json(exclude={"digest", "folder", "seconds", "created"}))
-    content["parents"] = {port: text.rpartition(_DIGEST_MARK)[2] for port, text in manifest.parents.items()}
+    content["parents"] = {port: text.rpartition(DIGEST_MARK)[2] for port, text in manifest.parents.items()}
     content["metrics"] = {name: value for name, value in manifest.metrics.items() if not is_of_machine(name)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

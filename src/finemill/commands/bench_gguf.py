@@ -17,7 +17,6 @@ from gguf import GGMLQuantizationType as Type
 from pydantic import TypeAdapter, ValidationError
 
 from finemill.artifacts.dataset import read_held_out, spread
-from finemill.artifacts.manifest import Reference
 from finemill.commands.bench_gguf_plot import plot
 from finemill.components.gguf_quantize.config import DYNAMIC, Quantization
 from finemill.components.gguf_quantize.convert import Array, SourceModel
@@ -31,7 +30,7 @@ from finemill.models.base.resolve import resolve_base_model
 from finemill.models.causal_lm import load_causal_lm
 from finemill.models.cores import available_cores
 from finemill.models.stored_model import StoredModel
-from finemill.storage.store import fetch_artifact
+from finemill.storage.store import artifact_folder
 
 _TYPES = ("Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
 
@@ -92,8 +91,7 @@ def _line(cost: Cost) -> str:
 
 
 def _costs(args: argparse.Namespace, names: Sequence[Quantization]) -> Iterator[Cost]:
-    folder = Path(args.dataset)
-    dataset = folder if folder.is_dir() else fetch_artifact(Reference.parse(args.dataset))[0]
+    dataset = artifact_folder(args.dataset, "dataset", "chat-format")
     train = [row.input_ids for row in spread(read_held_out(dataset, "train"), args.imatrix_rows)]
     test = [row.input_ids for row in spread(read_held_out(dataset, "test"), args.rows)]
     model = resolve_base_model(args.model).path

@@ -56,8 +56,8 @@ def _compile(
 
 def read_defaults(parsed: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """Values for the pipeline's parameters from the configuration and `--store`; the rest is asked for by the run."""
-    parsed.config = parsed.config or default_config_file(pipeline)
-    config = read_config(parsed, with_optional_fields(pipeline.config), f"finemill {parsed.engine}")
+    model = with_optional_fields(pipeline.config)
+    config = read_config(parsed, model, "finemill compile", default_config_file(pipeline))
     defaults = run_parameters(config)
     if parsed.store:
         defaults["store"] = parsed.store

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -53,15 +53,36 @@ def _help_text(field: FieldInfo) -> str:
     return (text + default).replace("%", "%%")
 
 
-def read_config(parsed: argparse.Namespace, model: type[ConfigT], where: str) -> ConfigT:
-    """The validated configuration of a parsed command line. Raises: UserError: a file or a value is wrong."""
-    values = read_mapping(parsed.config, "config file") if parsed.config else {}
+def read_config(parsed: argparse.Namespace, model: type[ConfigT], where: str, default: Path | None = None) -> ConfigT:
+    """The validated configuration of a parsed command line.
+
+    Args:
+        where: the command, for what is wrong with no file.
+        default: a file that comes with finemill, read where the user names none.
+    Raises: UserError: a file or a value is wrong; the line says whether it is the file's or a flag's.
+    """
+    file = parsed.config or default
+    values = read_mapping(file, "config file") if file else {}
+    origins: dict[str, str] = {}
     for text in parsed.config_json:
-        values = merge_values(values, _read_json(text))
-    for key, text in vars(parsed).items():
-        if key.startswith("config:"):
-            values = merge_values(values, _nest(key.removeprefix("config:"), _read_value(text, model, key)))
-    return parse_config(model, values, str(parsed.config) if parsed.config else where)
+        given = _read_json(text)
+        values = merge_values(values, given)
+        origins |= dict.fromkeys(_keys(given), "--config-json")
+    for name, text in vars(parsed).items():
+        if name.startswith("config:"):
+            key = name.removeprefix("config:")
+            values = merge_values(values, _nest(key, _read_value(text, model, key)))
+            origins[key] = f"--{key.replace('_', '-')}"
+    return parse_config(model, values, str(parsed.config or where), origins)
+
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all that is no mapping."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def merge_values(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +106,7 @@ def _read_json(text: str) -> dict[str, Any]:
 
 def _read_value(text: str, model: type[BaseModel], key: str) -> Any:
     """Text stays text for a string field; otherwise it is read as YAML (`32`, `true`, `null`, `[a, b]`)."""
-    annotation = _annotation(model, key.removeprefix("config:").split("."))
+    annotation = _annotation(model, key.split("."))
     kinds = {annotation, *get_args(annotation)} if get_origin(annotation) is not list else {annotation}
     if str in kinds and not kinds & {int, float, bool} and not (text == "null" and type(None) in kinds):
         return text

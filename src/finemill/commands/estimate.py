@@ -10,11 +10,9 @@ import argparse
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from finemill.artifacts.dataset import read_lengths
-from finemill.artifacts.manifest import Reference
 from finemill.components.chat_format.packing import PACKED_ROWS, num_packs
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.errors import UserError
@@ -26,7 +24,7 @@ from finemill.kernels.planning.planner import plan_step, workload_under
 from finemill.kernels.planning.rates import RATES
 from finemill.kernels.planning.workload import FAMILIES, Workload
 from finemill.models.base.resolve import FORMS, resolve_base_model
-from finemill.storage.store import fetch_artifact
+from finemill.storage.store import artifact_folder
 from finemill.training.memory import estimate_memory, needed_gib
 
 CARD_GB = 80.0
@@ -118,7 +116,8 @@ def training_time(args: argparse.Namespace, memory_gb: float) -> dict[str, float
 
     Raises: UserError: no dataset, or one without training rows.
     """
-    lengths = [min(length, args.seq) for length in read_lengths(_dataset(args.dataset), "train")]
+    dataset = artifact_folder(args.dataset, "dataset", "chat-format")
+    lengths = [min(length, args.seq) for length in read_lengths(dataset, "train")]
     if not lengths:
         raise UserError(f"{args.dataset} has no training row")
     counted = lengths[:PACKED_ROWS]
@@ -133,13 +132,6 @@ def training_time(args: argparse.Namespace, memory_gb: float) -> dict[str, float
         found[f"steps_{name}"] = steps
         found[f"hours_{name}"] = float(f"{steps * plan.seconds / 3600:.3g}")
     return found
-
-
-def _dataset(reference: str) -> Path:
-    folder, manifest = fetch_artifact(Reference.parse(reference))
-    if manifest.kind != "dataset":
-        raise UserError(f"{reference} is of the kind '{manifest.kind}': pass what chat-format printed")
-    return folder
 
 
 def _config(model: str) -> Mapping[str, Any]:

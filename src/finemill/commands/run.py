@@ -28,8 +28,7 @@ def execute(name: str, arguments: list[str]) -> int:
     add_config_flags(parser, pipeline.config)
     parsed = parser.parse_args(arguments)
     check_chosen(pipeline, parsed)
-    parsed.config = parsed.config or default_config_file(pipeline)
-    config = read_config(parsed, pipeline.config, "finemill run")
+    config = read_config(parsed, pipeline.config, "finemill run", default_config_file(pipeline))
     if parsed.dry_run:
         print(config.model_dump_json(indent=2, by_alias=True))
         return 0

@@ -3,20 +3,18 @@
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from finemill.artifacts.evaluation import SCORES, Sample, read_samples
-from finemill.artifacts.manifest import Reference
 from finemill.components.eval.report import segments
 from finemill.errors import UserError
-from finemill.storage.store import fetch_artifact
+from finemill.storage.store import artifact_folder
 
 
 def execute(name: str, arguments: list[str]) -> int:
     """Print a line per row and model. Returns: the exit code."""
     parsed = _parser(name).parse_args(arguments)
-    samples = read_samples(_folder(parsed.evaluation))
+    samples = read_samples(artifact_folder(parsed.evaluation, "evaluation", "eval"))
     models = list(dict.fromkeys(sample.model for sample in samples))
     if parsed.model:
         if parsed.model not in models:
@@ -25,10 +23,6 @@ def execute(name: str, arguments: list[str]) -> int:
     for line in _FORMATS[parsed.format](samples):
         print(json.dumps(line, ensure_ascii=False, allow_nan=False))
     return 0
-
-
-def _folder(evaluation: str) -> Path:
-    return fetch_artifact(Reference.parse(evaluation))[0] if "@sha256:" in evaluation else Path(evaluation)
 
 
 def _parser(name: str) -> argparse.ArgumentParser:

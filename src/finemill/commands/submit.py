@@ -77,9 +77,8 @@ def _parameters(parsed: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any
     """What the caller gave; everything else keeps the installed pipeline's defaults. KFP gets the pipeline only now,
     and starts as `finemill run` does from the configuration that comes with it.
     """
-    if parsed.engine == "kfp":
-        parsed.config = parsed.config or default_config_file(pipeline)
-    config = read_config(parsed, with_optional_fields(pipeline.config), "finemill submit")
+    default = default_config_file(pipeline) if parsed.engine == "kfp" else None
+    config = read_config(parsed, with_optional_fields(pipeline.config), "finemill submit", default)
     given = config.model_dump(mode="json", exclude_unset=True, by_alias=True)
     extra = {"store": parsed.store, "gpus": None if parsed.gpus is None else str(parsed.gpus)}
     return {**given, **{key: value for key, value in extra.items() if value is not None}}

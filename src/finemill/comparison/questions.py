@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from finemill.artifacts.dataset import DatasetRow
-from finemill.artifacts.manifest import Reference
 from finemill.artifacts.splits import Split, split_path
 from finemill.artifacts.tables import read_rows as read_table_rows
 from finemill.components.data_prep.read import Damaged, is_data_file, read_rows
@@ -17,7 +16,9 @@ from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.shapes import detect_shape, to_conversation
 from finemill.rows.thinking import split_thinking
-from finemill.storage.store import fetch_artifact
+from finemill.storage.store import artifact_folder
+
+_OR_FILE = ", or a .jsonl, .json, .parquet or .csv file"
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,10 @@ def read_questions(where: str, split: Split = "test") -> Questions:
         split: of a dataset.
     Raises: UserError: there is nothing of the kind, or no row with a question and an answer.
     """
-    if "@sha256:" in where:
-        found = _of_dataset(fetch_artifact(Reference.parse(where))[0], split)
-    elif Path(where).is_dir():
-        found = _of_dataset(Path(where), split)
-    elif Path(where).is_file() and is_data_file(where):
+    if Path(where).is_file() and is_data_file(where):
         found = _of_file(Path(where))
     else:
-        raise UserError(
-            f"--rows {where}: no such file; give a dataset's reference or folder, or a .jsonl, .json, .parquet or .csv "
-            "file"
-        )
+        found = _of_dataset(artifact_folder(where, "dataset", "chat-format", _OR_FILE), split)
     if not found.rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in found.left_out.most_common(3))
         raise UserError(f"--rows {where}: no row has a question and a reference answer ({reasons or 'it is empty'})")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from finemill.artifacts.manifest import Manifest, Reference, digest_files
+from finemill.artifacts.manifest import DIGEST_MARK, Manifest, Reference, digest_files
 from finemill.errors import UserError
 from finemill.storage.base import StoredFile
 
@@ -71,6 +71,29 @@ def fetch_artifact(reference: Reference) -> tuple[Path, Manifest]:
     """
     manifest = read_artifact(reference)
     return _backend(reference.uri).fetch(reference.uri, manifest), manifest
+
+
+def artifact_folder(text: str, kind: str, writer: str, otherwise: str = "") -> Path:
+    """The local folder of an artifact that a user names: by its reference, verified, or by the folder itself.
+
+    Args:
+        text: what the user gave.
+        kind: the artifact's.
+        writer: the step that writes such artifacts.
+        otherwise: what else the user may give, for the message.
+    Raises: UserError: it names neither, or an artifact of another kind.
+    """
+    if DIGEST_MARK in text:
+        folder, manifest = fetch_artifact(Reference.parse(text))
+        if manifest.kind != kind:
+            raise UserError(f"{text} is of the kind '{manifest.kind}', not '{kind}': give what {writer} printed")
+        return folder
+    if not Path(text).is_dir():
+        raise UserError(
+            f"{text}: no such file or folder; give the reference, <uri>{DIGEST_MARK}<digest>, that {writer} printed, "
+            f"or its folder{otherwise}"
+        )
+    return Path(text)
 
 
 def fetch_files(reference: Reference, names: Collection[str]) -> Path:
