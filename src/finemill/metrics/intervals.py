@@ -1,5 +1,6 @@
-r"""An inequality in one variable as the interval that it stands for: `-1 < x \le 3` is `(-1, 3]`."""
+r"""An inequality in one variable, or a name for a set of numbers, as the interval that it stands for."""
 
+import itertools
 import re
 
 _BELOW = r"\\leq?(?![A-Za-z])|\\lt(?![A-Za-z])|<=|<"
@@ -8,8 +9,45 @@ _SIGN = re.compile(rf"\s*({_BELOW}|{_ABOVE})\s*")
 _INFINITE = {"below": r"-\infty", "above": r"\infty"}
 
 
+_NAMES_OF_REALS = (
+    r"\\mathbb\s*\{?R\}?",
+    r"\\R",
+    "\u211d",
+    r"(?:the\s+set\s+of\s+)?(?:all\s+)?(?:the\s+)?real\s+numbers?",
+    r"\\text\{\s*all real numbers\s*\}",
+    "all reals",
+)
+_REALS = re.compile(
+    rf"(?:{'|'.join(_NAMES_OF_REALS)})"
+    r"(?:\s*(?:\\setminus|\\backslash|-|except)\s*(?:\\?\{)?\s*(?P<without>[^{}\\]+?)\s*(?:\\?\})?)?",
+    re.IGNORECASE,
+)
+_UNEQUAL = re.compile(r"[A-Za-z]\s*(?:\\neq?(?![A-Za-z])|!=)\s*(?P<without>[^=<>,]+)")
+_OTHER_BRACKETS = re.compile(r"(?P<left>[\]\[])(?P<inside>[^\[\]]+)(?P<right>[\[\]])")
+
+
 def as_interval(text: str) -> str | None:
-    """The interval of a plain or double inequality about one letter; None for any other text."""
+    r"""The interval of an inequality about one letter, of $\mathbb{R}$ without points, of `]1, 3[`; None for all else.
+
+    `-1 < x \le 3` is `(-1, 3]`, `x \ne 0` is `(-\infty, 0) \cup (0, \infty)`.
+    """
+    text = text.strip()
+    without = _UNEQUAL.fullmatch(text) or _REALS.fullmatch(text)
+    if without:
+        return _without(without["without"])
+    open_ended = _OTHER_BRACKETS.fullmatch(text)
+    if open_ended and (open_ended["left"], open_ended["right"]) != ("[", "]"):
+        left, right = ("(" if open_ended["left"] == "]" else "["), (")" if open_ended["right"] == "[" else "]")
+        return f"{left}{open_ended['inside']}{right}"
+    return _of_inequality(text)
+
+
+def _without(points: str | None) -> str:
+    edges = [r"-\infty", *(points.split(",") if points else ()), r"\infty"]
+    return r" \cup ".join(f"({low.strip()}, {high.strip()})" for low, high in itertools.pairwise(edges))
+
+
+def _of_inequality(text: str) -> str | None:
     parts = _SIGN.split(text.strip())
     if len(parts) == 3:
         left, sign, right = parts

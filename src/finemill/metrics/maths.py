@@ -7,31 +7,44 @@ letters of choices, times and words by their spelling; all other formulas by Mat
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from finemill.artifacts.evaluation import Outcome
 from finemill.metrics.intervals import as_interval
 from finemill.metrics.letters import read_letter
-from finemill.metrics.quantities import read_quantity, same_quantity
+from finemill.metrics.matrices import Matrix, as_vector, read_matrix
+from finemill.metrics.moments import same_moment
+from finemill.metrics.quantities import read_compound, read_quantity, same_quantity
 from finemill.metrics.symbolic import proven_equal
-from finemill.rows.answers import after_thinking, find_answer, with_opening
+from finemill.rows.answers import after_thinking, find_answer, said_of_it, with_opening
 from finemill.rows.characters import plain_characters
-from finemill.rows.formulas import strip_delimiters, tidy
+from finemill.rows.formulas import UNITS, strip_delimiters, tidy
 from finemill.rows.numerals import in_digits
 
 _CHOICE = re.compile(r"\(?(?P<letter>[A-J])\)?[.:]?")
 _SAID_CHOICE = re.compile(r"(?:\((?P<inside>[A-Ja-j])\)|(?P<plain>[A-J])(?=[.:)]|$))[.:)]?(?:\s.*)?", re.DOTALL)
-_TIME = re.compile(
-    r"(?P<h>\d{1,2})(?::(?P<m>\d{2})(?::(?P<s>\d{2}))?\s*(?P<half>[ap]\.?\s?m\.?)?|\s*(?P<whole>[ap]\.?\s?m\.?))",
-    re.IGNORECASE,
-)
 _RATIO = re.compile(r"\d[\d.]*(?:\s*:\s*\d[\d.]*)+")
 _IN_A_BASE = re.compile(r"\(?(?P<digits>[0-9A-F]+)\)?_\{?\d+\}?")
 _NAME = re.compile(
     r"(?:\((?:\s*[A-Za-z]\s*,)+\s*[A-Za-z]\s*\)|\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([^()]*\))?|[A-Za-z][A-Za-z ]*)"
 )
 _WORDS = re.compile(r"[^\W\d_]+(?:[ '\u2019-][^\W\d_]+)*")
-_EMPTY = ("\\emptyset", "\\varnothing", "\\{\\}", "\u2205", "empty set")
+_EMPTY = (
+    *("\\emptyset", "\\varnothing", "\\{\\}", "\u2205", "empty set"),
+    *("no solution", "no solutions", "no real solution", "no real solutions"),
+)
+_RANGE_END = r"[$\u20ac\u00a3]?\d[\d.,/]*\s*(?:\\?%|[A-Za-z]+)?"
+_RANGE = re.compile(
+    rf"(?P<low>{_RANGE_END}?)\s*(?P<word>-{{1,2}}|\bto\b|\bthrough\b)\s*(?P<high>{_RANGE_END})", re.IGNORECASE
+)
+_BETWEEN = re.compile(
+    rf"(?:between|from)\s+(?P<low>{_RANGE_END}?)\s+(?P<word>and|to)\s+(?P<high>{_RANGE_END})", re.IGNORECASE
+)
+_MODULUS = re.compile(r"\s*(?:\\pmod\s*\{?|\(\s*\\?(?:bmod|mod)\s*|\\bmod\s*|\bmod\s+)(?P<modulus>\w+)\s*[})]*\s*$")
+_FORMULA_UNIT = re.compile(r"(?<=[\w})])\s+(?P<unit>[A-Za-z]+(?:[ /]+[A-Za-z]+)*)(?P<power>\s*\^\{?[23]\}?)?$")
 _SEPARATOR = r",\s*(?:\\text\{\s*)?(?:and|or)\b(?:\s*\})?|[,;]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b"
+_PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
+_SAME = r"\\text\{\s*or\s*\}|\bor\b|="
 _THOUSANDS = re.compile(r"[-+]?\s*\\?\$?\s*\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,]*,\d)\D*")
 _PAIRS = (("yes", "no"), ("true", "false"))
 # Without "no idea" and "no one".
@@ -64,7 +77,8 @@ def judge(gold: str, answer: str, *, prompt: str = "", finished: bool = True) ->
     if not finished and not (found and found.boxed):
         return Verdict(None, "cut_off")
     said = found.text if found else None
-    if equal_answers(gold, said):
+    # An exclamation mark at a sentence's end may be a factorial.
+    if equal_answers(gold, said) or (found and found.exclaimed and "!" in gold and equal_answers(gold, f"{said}!")):
         return Verdict(tidy(said) if said else None, "right")
     label = _said_label(gold, text)
     said = label or said
@@ -72,13 +86,15 @@ def judge(gold: str, answer: str, *, prompt: str = "", finished: bool = True) ->
 
 
 def _said_label(gold: str, text: str) -> str | None:
-    """The choice, or the yes or no, that a sentence gives where the right answer is one."""
+    """The choice, the yes or no, or the word that a sentence gives where the right answer is one."""
     plain = tidy(gold)
     if _CHOICE.fullmatch(plain):
         return read_letter(text)
     pair = next((pair for pair in _PAIRS if plain.casefold() in pair), None)
     opening = _YES_OR_NO.match(after_thinking(text)) if pair else None
-    return opening[1] if pair and opening and opening[1].casefold() in pair else None
+    if pair and opening and opening[1].casefold() in pair:
+        return opening[1]
+    return said_of_it(text) if _WORDS.fullmatch(plain) else None
 
 
 @dataclass(frozen=True)
@@ -105,8 +121,17 @@ def equal_answers(gold: str, said: str | None) -> bool:
 
 
 def _prepared(text: str) -> str:
-    text = in_digits(strip_delimiters(plain_characters(text)))
-    text = re.sub(r"\\(?:left|right|displaystyle|big|Big|bigg|Bigg)(?![A-Za-z])|\\!", "", text)
+    text = re.sub(r"\bper\s+cent\b", "percent", strip_delimiters(plain_characters(text)))
+    text = in_digits(text)
+    text = re.sub(r"\\(?:left|right|displaystyle|big|Big|bigg|Bigg)(?![A-Za-z])|\\!\s*", "", text)
+    text = re.sub(r"\\(?:text)?color\s*\{\w+\}|\\underline(?![A-Za-z])|^\s*(?:\\approx(?![A-Za-z])|~)", "", text)
+    text = re.sub(r"^(?:\+|positive|plus)?\s*infinity$", r"\\infty", text.strip(), flags=re.IGNORECASE)
+    text = re.sub(r"^(?:-|negative|minus)\s*infinity$", r"-\\infty", text, flags=re.IGNORECASE)
+    text = re.sub(r"\\([lr])angle(?![A-Za-z])", lambda match: "(" if match[1] == "l" else ")", text)
+    text = re.sub(r"\+\s?/\s?-|\+-(?=\s?\d)", r"\\pm ", text)
+    text = re.sub(r"\s*(?:\.\.\.|\\[lc]?dots(?![A-Za-z]))\s*(?=,)", r"\\ldots", text)
+    text = re.sub(r"_\{(\d+)\}", r"_\1", text)
+    text = re.sub(r"\\text\{\s*\(mod\s*\}", r"(mod ", text)
     text = re.sub(r"\\[,;:]", " ", text)
     text = re.sub(r"(?<![\w})])\+\s*(?=\\infty)", "", text)
     text = re.sub(r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda match: "\\{" if match[0] == "\\lbrace" else "\\}", text)
@@ -118,27 +143,46 @@ def _equal(gold: str, said: str) -> bool:
     gold, said = _right_sides(gold.strip(), said.strip())
     if not gold or not said:
         return False
-    times = [_TIME.fullmatch(tidy(text)) for text in (gold, said)]
-    if any(times):
-        return all(times) and _same_time(*times)
-    gold_union, said_union = (_split(text, r"\\cup(?![A-Za-z])") for text in (gold, said))
-    if len(gold_union) > 1 or len(said_union) > 1:
-        return _match(gold_union, said_union)
+    moments = same_moment(gold, said)
+    if moments is not None:
+        return moments
     intervals = as_interval(gold), as_interval(said)
     if any(intervals) and not all(intervals):
         gold, said = intervals[0] or gold, intervals[1] or said
-    collections = _collection(gold), _collection(said)
-    if any(collections):
+    gold_union, said_union = (_split(text, r"\\cup(?![A-Za-z])") for text in (gold, said))
+    if len(gold_union) > 1 or len(said_union) > 1:
+        return _match(gold_union, said_union)
+    compounds = read_compound(gold), read_compound(said)
+    if any(compounds):
+        sums = compounds[0] or read_quantity(gold), compounds[1] or read_quantity(said)
+        return sums[0] is not None and sums[1] is not None and same_quantity(sums[0], sums[1])
+    ranges = _range(gold), _range(said)
+    if ranges[0] and ranges[1] and all(_equal(*pair) for pair in zip(ranges[0].ends, ranges[1].ends, strict=True)):
+        return True
+    if any(found and found.worded for found in ranges):
+        ratio = ranges[1].ends if ranges[1] and _RATIO.fullmatch(gold) else ()
+        return bool(ratio) and _equal_formulas(gold, ":".join(ratio))
+    matrices = read_matrix(gold), read_matrix(said)
+    if all(matrices):
+        return _same_matrix(*matrices)
+    collections = _collection(gold, matrices[0]), _collection(said, matrices[1])
+    if all(collections) or any(collection and collection.brackets for collection in collections):
         return _same_collection(*collections)
     quantities = read_quantity(gold), read_quantity(said)
     if quantities[0] and quantities[1]:
         return same_quantity(quantities[0], quantities[1])
+    if "\\approx" in gold + said:
+        return any(_equal(*pair) for pair in product(*(re.split(r"\\approx\b", text) for text in (gold, said))))
+    if not collections[0] and "=" not in gold and len(parts := _split(said, _SAME)) > 1:
+        return all(_equal(gold, part) for part in parts)
+    if any(collections):
+        return False
     return _equal_formulas(gold, said)
 
 
 def _right_sides(gold: str, said: str) -> tuple[str, str]:
     r"""Both without `x =` or `x \\in`, where they do not name different things."""
-    sides = [re.split(r"(?<![<>!\\])=|\\in(?![A-Za-z])", text) for text in (gold, said)]
+    sides = [re.split(r"(?<![<>!\\])=|\\(?:in|equiv)(?![A-Za-z])", text) for text in (gold, said)]
     names = [side[0].strip() if len(side) > 1 else "" for side in sides]
     if all(names) and tidy(names[0]) != tidy(names[1]):
         return gold, said
@@ -148,19 +192,6 @@ def _right_sides(gold: str, said: str) -> tuple[str, str]:
         listed = len(_split(text, _SEPARATOR)) > 1 and len(side) > 2
         plain.append(side[-1].strip() if len(side) > 1 and named and not listed else text)
     return plain[0], plain[1]
-
-
-def _same_time(gold: re.Match[str] | None, said: re.Match[str] | None) -> bool:
-    def parts(time: re.Match[str]) -> tuple[int, int, int, str]:
-        hour, half = int(time["h"]), (time["half"] or time["whole"] or "").lower()[:1]
-        hour, half = (hour - 12, "p") if hour > 12 and half in ("", "p") else (hour, half)
-        return hour, int(time["m"] or 0), int(time["s"] or 0), half
-
-    if gold is None or said is None:
-        return False
-    mine, theirs = parts(gold), parts(said)
-    # A half of the day that the right answer leaves open may be named.
-    return mine[:3] == theirs[:3] and mine[3] in ("", theirs[3])
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -181,12 +212,40 @@ def _split(text: str, separator: str) -> list[str]:
     return [part.strip() for part in [*parts, text[begin:]]]
 
 
-def _collection(text: str) -> _Collection | None:
-    """The elements of a set, tuple, interval or list; None for one answer."""
+@dataclass(frozen=True)
+class _Range:
+    """Everything from one number to another; `worded` if it cannot be a subtraction."""
+
+    ends: tuple[str, str]
+    worded: bool
+
+
+def _range(text: str) -> _Range | None:
+    match = _RANGE.fullmatch(text) or _BETWEEN.fullmatch(text)
+    if not match:
+        return None
+    low, high = match["low"].strip(), match["high"].strip()
+    unit = re.search(r"[A-Za-z%]+$", high)
+    if unit and low[-1:].isdigit():
+        low = f"{low} {unit[0]}"
+    return _Range((low, high), worded="-" not in match["word"])
+
+
+def _same_matrix(gold: Matrix | None, said: Matrix | None) -> bool:
+    if gold is None or said is None or (len(gold), len(gold[0])) != (len(said), len(said[0])):
+        return False
+    return all(_equal(*cells) for rows in zip(gold, said, strict=True) for cells in zip(*rows, strict=True))
+
+
+def _collection(text: str, matrix: Matrix | None = None) -> _Collection | None:
+    """The elements of a set, tuple, interval, vector or list; None for one answer."""
+    if matrix is not None:
+        vector = as_vector(matrix)
+        return _Collection("()", vector) if vector else None
     if tidy(text).lower() in _EMPTY or text in _EMPTY:
         return _Collection("", ())
-    if text.count("\\pm") == 1:
-        return _Collection("", (text.replace("\\pm", "+"), text.replace("\\pm", "-")))
+    if len(_PLUS_MINUS.findall(text)) == 1:
+        return _Collection("", (_PLUS_MINUS.sub("+", text), _PLUS_MINUS.sub("-", text)))
     brackets, inner = _brackets(text)
     if not brackets:
         if _THOUSANDS.fullmatch(text) and ", " not in text:
@@ -234,9 +293,17 @@ def _match(gold: Sequence[str], said: Sequence[str]) -> bool:
 
 
 def _equal_formulas(gold: str, said: str) -> bool:
+    moduli = _MODULUS.search(gold), _MODULUS.search(said)
+    if any(moduli):
+        if moduli[0] and moduli[1] and moduli[0]["modulus"] != moduli[1]["modulus"]:
+            return False
+        return _equal(_MODULUS.sub("", gold), _MODULUS.sub("", said))
     plain = tidy(gold), tidy(said)
     if plain[0] == plain[1]:
         return True
+    if any(map(_has_unit, plain)):
+        units = [match[0].replace(" ", "") if (match := _FORMULA_UNIT.search(text)) else "" for text in plain]
+        return (not all(units) or units[0] == units[1]) and _equal(*(_FORMULA_UNIT.sub("", text) for text in plain))
     if any(_WORDS.fullmatch(text) and len(text) > 1 for text in plain):
         return _same_words(*map(_words, plain))
     if all(_RATIO.fullmatch(text) for text in plain):
@@ -249,6 +316,14 @@ def _equal_formulas(gold: str, said: str) -> bool:
     if any(":" in text or re.search(r"\d\}?_", text) for text in plain):
         return False
     return proven_equal(*plain)
+
+
+def _has_unit(text: str) -> bool:
+    match = _FORMULA_UNIT.search(text)
+    return match is not None and {word.lower() for word in re.split(r"[ /]+", match["unit"])} <= UNITS | {
+        "unit",
+        "units",
+    }
 
 
 def _words(text: str) -> str:

@@ -5,17 +5,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from finemill.rows.characters import plain_characters
-from finemill.rows.formulas import MAGNITUDES, UNITS, strip_delimiters, tidy
+from finemill.rows.formulas import CURRENCIES, MAGNITUDES, UNITS, strip_delimiters, tidy
 
 PERCENT = "%"
 
 _ALIASES = {
-    "$": "dollar",
-    "usd": "dollar",
-    "\u20ac": "euro",
-    "eur": "euro",
-    "\u00a3": "pound sterling",
-    "\u00a5": "yen",
+    **{mark.lower(): name for mark, name in CURRENCIES.items()},
     "percent": PERCENT,
     "percentage": PERCENT,
     "deg": "degree",
@@ -36,8 +31,8 @@ _ALIASES = {
     "g": "gram",
     "kg": "kilogram",
     "mg": "milligram",
-    "lb": "pound",
-    "lbs": "pound",
+    "lb": "pound mass",
+    "lbs": "pound mass",
     "oz": "ounce",
     "l": "liter",
     "litre": "liter",
@@ -53,8 +48,26 @@ _ALIASES = {
     "mph": "mile per hour",
     "kph": "kilometer per hour",
     "sq": "square",
+    "ohm": "\u03c9",
+    "celsius": "c",
+    "centigrade": "c",
+    "fahrenheit": "f",
+    "kwh": "kilowatt hour",
+    "kw": "kilowatt",
+    "kb": "kilobyte",
+    "mb": "megabyte",
+    "gb": "gigabyte",
+    "tb": "terabyte",
+    "n": "newton",
+    "j": "joule",
+    "w": "watt",
+    "v": "volt",
+    "hz": "hertz",
+    "pa": "pascal",
     "美元": "dollar",
     "元": "yuan",
+    "人民币": "yuan",
+    "欧元": "euro",
     "円": "yen",
     "日元": "yen",
     "米": "meter",
@@ -93,17 +106,28 @@ _SCALES: dict[str, tuple[str, Fraction]] = {
     "cent": ("dollar", Fraction(1, 100)),
 }
 """Units that are a number of others."""
+# Names of two units each.
+_AMBIGUOUS = frozenset(
+    frozenset(pair)
+    for pair in (
+        ("pound", "pound sterling"),
+        ("pound", "pound mass"),
+        ("\u00a5", "yen"),
+        ("\u00a5", "yuan"),
+        ("degree", "degree c"),
+        ("degree", "degree f"),
+    )
+)
 # Without a meaning of their own: 12 of a thing.
 _COUNTERS = ("个", "個", "只", "名", "人", "つ", "개", "명")
-_SIGNS = ("\u20ac", "\u00a3", "\u00a5")
 _SENTENCE_ENDS = ("です", "である", "입니다", "이다", "だ")
 _SPACELESS = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]{1,10}")
 # Words after a number that make it another number, or no number at all.
 _NO_UNIT = frozenset(
-    """and or to not than less minus plus times over divided by half halves quarter quarters third thirds fourth fourths
-    fifth fifths sixth tenth tenths zero one two three four five six seven eight nine ten eleven twelve twenty thirty
-    forty fifty sixty seventy eighty ninety negative positive pi sqrt sin cos tan log ln exp mod if when where
-    undefined infinity infinite""".split()
+    """and or to not than less minus plus times over divided by half halves quarter quarters third thirds fourth
+    fourths fifth fifths sixth tenth tenths point points zero one two three four five six seven eight nine ten
+    eleven twelve twenty thirty forty fifty sixty seventy eighty ninety negative positive pi sqrt sin cos tan
+    log ln exp mod if when where undefined infinity infinite""".split()
 )
 _MOST_UNIT_WORDS = 6
 _LARGEST_EXPONENT = 400
@@ -111,17 +135,42 @@ _LONGEST = 200
 
 _WRAPPED = re.compile(
     r"(?P<number>.*?[\d}])\s*(?:\\[,;: ]|~)*\s*\\(?:text|mathrm|textrm|textbf|mbox|operatorname)"
-    r"\{(?P<unit>[^{}]*[A-Za-z][^{}]*)\}(?P<power>\^\{?[23]\}?)?\s*\.?"
+    r"\{(?P<unit>[^{}]*[A-Za-z\u03a9][^{}]*)\}(?P<power>\^\{?[23]\}?)?\s*\.?"
 )
-_CURRENCY = re.compile("(?P<sign>[-+]?)\\s*(?:\\\\?(?P<dollar>\\$)|(?P<other>[\u20ac\u00a3\u00a5]))\\s*")
+_MARKS = "|".join(re.escape(mark) for mark in sorted(CURRENCIES, key=len, reverse=True))
+_CURRENCY = re.compile(rf"(?P<sign>[-+]?)\s*\\?(?P<mark>{_MARKS})\s*(?=[-+\d.\\])")
+_COMMANDS = {
+    r"\texteuro": "\u20ac",
+    r"\euro": "\u20ac",
+    r"\pounds": "\u00a3",
+    r"\Omega": "\u03a9",
+    r"\mu ": "\u03bc",
+    r"\mu\text{": r"\text{" + "\u03bc",
+    r"\mu\mathrm{": r"\mathrm{" + "\u03bc",
+}
+# $2M; without the sign the letter may be a variable.
+_SHORT_MAGNITUDE = re.compile(r"(?<=\d)\s?([kKMB])$")
+_MAGNITUDE_OF = {"k": "thousand", "K": "thousand", "M": "million", "B": "billion"}
+# The unit s^{-1} of m s^{-1}.
+_PER_POWER = re.compile(r"(?<=[A-Za-z])(?:\\[,;: ]|~|\s|\\cdot)+(?P<unit>[A-Za-z]+)\s*\^\s*\{?-(?P<power>[123])\}?")
 _NUMERIC = re.compile(
-    r"(?:\\(?:frac|times|cdot|div|overline|dot|bar)(?![A-Za-z])|[-+*/^().{}\d\s]|(?<=[\d)}])\s*x\s*(?=\d))+"
+    r"(?:\\(?:frac|times|cdot|div|overline|dot|bar)(?![A-Za-z])|[-+*/^().{}\d\s]|(?<=[\d)} ])x\s*(?=\d))+"
 )
 _SCIENTIFIC = re.compile(r"(?P<mantissa>[-+]?(?:\d+\.?\d*|\.\d+))[eE](?P<exponent>[-+]?\d+)")
 _GROUPED = re.compile(r"(?<![\d.])[1-9]\d{0,2}(?: \d{3})+(?![\d/]| ?\d)")
 # A word after a slash is a unit, a letter or two may be variables.
 _PER = re.compile(r"^\s*/\s*(?=[A-Za-z]{3})")
-_REPEATING = re.compile(r"(?P<whole>\d+)\.(?P<fixed>\d*)\\(?:overline|dot|bar)\s*\{?(?P<repeated>\d+)\}?")
+_REPEATING = re.compile(
+    r"(?P<whole>\d+)\.(?P<fixed>\d*)(?:\\(?:overline|dot|bar)\s*\{?(?P<repeated>\d+)\}?|\((?P<inside>\d+)\))"
+)
+_GOES_ON = re.compile(r"(\d+\.\d*?)(\d+?)((?:\2)+)(\d*)(?:\.\.\.|\s?\\[lc]?dots(?![A-Za-z]))")
+# Thousands apart by an apostrophe or a low line, as in Switzerland and in Python; by points where a comma or several
+# of them say that they are no decimals; in hundreds after the first thousand, as in India.
+_SEPARATED = re.compile(r"(?<![\d.,])\d{1,3}(?:['\u2019_]\d{3})+(?![\d'\u2019_])")
+_CONTINENTAL = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\.\d{3}){2,}(?:,\d+)?|\.\d{3},\d{1,2})(?![\d.,]*\d)")
+_INDIAN = re.compile(r"(?<![\d.,])\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?(?![\d,]*\d)")
+_COMPOUND_PART = re.compile(r"(?P<number>\d[\d./]*(?: \d+/\d+)?)\s*(?P<unit>[A-Za-z]+)\.?")
+_COMPOUND = re.compile(rf"{_COMPOUND_PART.pattern}(?:\s*,?\s*(?:and\s+)?\d[\d./]*(?: \d+/\d+)?\s*[A-Za-z]+\.?)+")
 _TOKEN = re.compile(r"\s*(?:(?P<number>\d+\.?\d*|\.\d+)|(?P<sign>[-+*/^()]))")
 
 
@@ -144,12 +193,19 @@ def read_quantity(answer: str) -> Quantity | None:
     if wrapped:
         value = _value(tidy(wrapped["number"]))
         return _with_unit(value, wrapped["unit"] + (wrapped["power"] or ""), wrapped=True)
+    for command, mark in _COMMANDS.items():
+        raw = raw.replace(command, mark)
+    raw = _PER_POWER.sub(
+        lambda match: f"/{match['unit']}" + (f"^{match['power']}" if match["power"] != "1" else ""), raw
+    )
+    raw = re.sub(r"^\\text\{\s*([^{}\w\s]+)\s*\}", r"\1", raw)
     currency = _CURRENCY.match(raw)
     if currency:
-        found = read_quantity(currency["sign"] + raw[currency.end() :])
-        unit = _unit_name("$" if currency["dollar"] else currency["other"])
+        amount = _SHORT_MAGNITUDE.sub(lambda match: f" {_MAGNITUDE_OF[match[1]]}", raw[currency.end() :])
+        found = read_quantity(currency["sign"] + amount)
+        unit = CURRENCIES[currency["mark"]]
         return Quantity(found.value, found.unit or unit) if found and found.unit in ("", unit) else None
-    plain = tidy(raw)
+    plain = local_digits(tidy(raw))
     scientific = _SCIENTIFIC.match(plain)
     if scientific:
         exponent = int(scientific["exponent"])
@@ -159,7 +215,7 @@ def read_quantity(answer: str) -> Quantity | None:
     numeric = _NUMERIC.match(plain)
     if not numeric:
         return None
-    end = len(numeric[0].rstrip().removesuffix("/"))
+    end = len(numeric[0].rstrip(" ^{").removesuffix("/"))
     return _with_unit(_value(plain[:end]), plain[end:], wrapped=False)
 
 
@@ -172,7 +228,9 @@ def same_quantity(gold: Quantity, said: Quantity) -> bool:
     if gold.unit and said.unit:
         if PERCENT in (gold.unit, said.unit):
             return gold == said
-        return _in_base_units(gold) == _in_base_units(said)
+        return _in_base_units(gold) == _in_base_units(said) or (
+            gold.value == said.value and frozenset((gold.unit, said.unit)) in _AMBIGUOUS
+        )
     if PERCENT in (gold.unit, said.unit):
         percent, other = (gold, said) if gold.unit == PERCENT else (said, gold)
         return other.value == percent.value / 100 or (other.value == percent.value and abs(percent.value) > 1)
@@ -199,8 +257,8 @@ def _with_unit(value: Fraction | None, text: str, *, wrapped: bool) -> Quantity 
     text = _PER.sub("per ", text).strip().strip(".").strip()
     if not text:
         return Quantity(value)
-    if text in _SIGNS:
-        return Quantity(value, _unit_name(text))
+    if text in CURRENCIES:
+        return Quantity(value, CURRENCIES[text])
     if text == "\\degree":
         return Quantity(value, "degree")
     if re.match(r"\^?\s*\{?\s*\\circ", text):
@@ -210,7 +268,7 @@ def _with_unit(value: Fraction | None, text: str, *, wrapped: bool) -> Quantity 
         return Quantity(value, PERCENT)
     if _SPACELESS.fullmatch(text):
         return Quantity(value, _spaceless_unit(text))
-    if not re.fullmatch(r"[A-Za-z][A-Za-z\s.,/'-]*(?:\^\{?[23]\}?)?", text):
+    if not re.fullmatch(r"[A-Za-z\u03bc\u03a9][A-Za-z\u03bc\u03a9\s.,/'-]*(?:\^\{?[23]\}?)?", text):
         return None
     words = re.sub(r"\^\{?([23])\}?", r" ^\1", text.replace("/", " per ").replace(".", "").replace(",", " ")).split()
     words = words[:-1] if words[-1:] == ["per"] else words
@@ -246,7 +304,8 @@ def _unit_name(text: str) -> str:
 
 def _value(text: str) -> Fraction | None:
     """The value of a sum, product, fraction or mixed number."""
-    text = _GROUPED.sub(lambda match: match[0].replace(" ", ""), text.strip())
+    text = _GROUPED.sub(lambda match: match[0].replace(" ", ""), local_digits(text.strip()))
+    text = _GOES_ON.sub(_spell_period, text)
     text = _REPEATING.sub(_spell_repeating, text)
     for _ in range(8):
         spelled = re.sub(
@@ -272,9 +331,39 @@ def _value(text: str) -> Fraction | None:
 
 def _spell_repeating(match: re.Match[str]) -> str:
     r"""`0.1\overline{6}` as the fraction that it is: (16 - 1) / 90."""
-    fixed, repeated = match["fixed"], match["repeated"]
+    fixed, repeated = match["fixed"], match["repeated"] or match["inside"]
     above = int(match["whole"] + fixed + repeated) - int(match["whole"] + fixed)
     return f"({above}/{'9' * len(repeated)}{'0' * len(fixed)})"
+
+
+def _spell_period(match: re.Match[str]) -> str:
+    """`0.1666...` as `0.1(6)`; what follows the last whole period must be the beginning of one."""
+    before, period, _, rest = match.groups()
+    return f"{before}({period})" if period.startswith(rest) else match[0]
+
+
+def local_digits(text: str) -> str:
+    """`text` with numbers of other conventions in digits and one point: `1.234.567,8`, `12,34,567`, `1'234`."""
+    text = _SEPARATED.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+    text = _INDIAN.sub(lambda match: match[0].replace(",", ""), text)
+    return _CONTINENTAL.sub(lambda match: match[0].replace(".", "").replace(",", "."), text)
+
+
+def read_compound(text: str) -> Quantity | None:
+    """The sum of a quantity said in several units, larger ones first: `2 hours and 30 minutes`, `5'6"`; else None."""
+    text = tidy(text)
+    text = re.sub(r"(\d)\s?h\s?(\d+)\s?m(?:in)?$", r"\1 hours \2 minutes", text)
+    text = re.sub(r"(\d+)'\s*(\d+)(?:\"|'')", r"\1 feet \2 inches", text)
+    if not _COMPOUND.fullmatch(text):
+        return None
+    parts: list[tuple[Fraction, Fraction, str]] = []
+    for part in _COMPOUND_PART.finditer(text):
+        name, value = _unit_name(part["unit"].lower()), _value(part["number"])
+        unit, factor = _SCALES.get(name, (name, Fraction(1)))
+        if value is None or (parts and (unit != parts[-1][2] or factor >= parts[-1][1])):
+            return None
+        parts.append((value, factor, unit))
+    return Quantity(sum((value * factor for value, factor, _ in parts), Fraction(0)), parts[0][2])
 
 
 def _spell_fraction(match: re.Match[str]) -> str:

@@ -10,8 +10,9 @@ import re
 from dataclasses import dataclass
 
 from finemill.rows.characters import plain_characters
+from finemill.rows.dates import dates
 from finemill.rows.formulas import Span, boxed, formulas, strip_delimiters, tidy
-from finemill.rows.numerals import last_counted
+from finemill.rows.numerals import in_digits, last_counted
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 # What models of other families write for the same: Magistral, Seed, Command A, Granite and others.
@@ -22,6 +23,10 @@ _CLOSES = re.compile(rf"</(?:{_NAMES})>|\[/THINK\]|<\|END_THINKING\|>")
 _ANALYSIS = re.compile(r"<\|channel\|>analysis<\|message\|>(?P<thinking>.*?)(?P<end><\|end\|>|\Z)", re.DOTALL)
 _CHANNEL = re.compile(r"<\|start\|>assistant|<\|channel\|>final<\|message\|>|<\|return\|>")
 
+_BOX = re.compile(r"\\(?:boxed|fbox)\{")
+_MOST_NUMBER_WORDS = 9
+_LONGEST_SENTENCE = 200
+_LONGEST_DATE = 48
 _LONGEST_MARK = 64
 """Characters at the end of a prompt that the mark is looked for in."""
 
@@ -30,15 +35,40 @@ _MARK = re.compile(
     r"""(?ix)
     \b(?: answer | (?:correct|right)\s+(?:option|choice) )\b (?: [\s*_]* (?: (?:is|are|was)\b | [:=] ) | [ *_:]*\n )
     | (?: 答案 | 答え | 解答 | 答 | 정답 | 답 ) [\s*_]* (?: 是 | 为 | 為 | は | 은 | 는 | : )
+    | \b(?: respuesta | réponse | antwort | risposta | resposta | odpowied[zź] | jawaban(?:nya)? | cevap | svar | ответ
+        | đáp\ án | câu\ trả\ lời | उत्तर | الجواب | الإجابة | الاجابة )
+      (?: \s+(?:final|correcta?|exacte?|finale|final)\b )?
+      [\s*_]* (?: (?:es|est|ist|lautet|è|é|to|adalah|är|là|है|هو|هي)(?!\w) | : | - | \u2014 )
     """
 )
 _LETTER = re.compile(
     r"(?:\\(?:text|mathrm|textbf|mathbf)\{)?\(?(?P<letter>[A-J])\)?\}?(?:\*\*)?(?=$|[.,;:)\]\n]|\s*(?:because|since|as)\b)"
 )
-_NEGATED = re.compile(r"(?i)(?:\b(?:not|never|neither|nor|no longer)|n['\u2019]t)(?:\s+(?:be|equal(?:\s+to)?))?\s*\W*$")
+_NEGATED = re.compile(
+    r"(?i)(?:\b(?:not|never|neither|nor|no longer|rather than|instead of|pas|nicht|non|não|не|không phải|bukan)"
+    r"|[,;(]\s*no|n['\u2019]t|不是|并非|而非)(?:\s+(?:be|equal(?:\s+to)?))?\s*\W*$"
+)
+# Between an answer and what it is not: 12, not 13.
+_BUT_NOT = re.compile(r"[^\w\n]{0,4}(?:(?:and|but|et|und|e|y|và|而|\u0430)\s*)?[^\d\n.]{2,14}")
+_TO = re.compile(r"\s+to\s+(?=\$?\d)")
 # Words for the sign of a number; after another number "minus" is a subtraction.
 _NEGATIVE = re.compile(
     r"(?i)\b(?:negative|(?:(?<=is )|(?<=are )|(?<=equals )|(?<=[=:] )|(?<=\A))minus)\s+(?=\$?[\d.]*\d)"
+)
+_ANSWER_TAG = re.compile(r"<answer>(?P<inside>(?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
+_IS_THE_ANSWER = re.compile(
+    r"[$*_)\]\s]*\s(?:is|are)\s+(?:the|my|our)\s+(?:correct\s+|final\s+|right\s+)*answer\b", re.IGNORECASE
+)
+# Calculations that GSM8K notes beside the text.
+_NOTED = re.compile(r"<<[^<>\n]*>>")
+# A JSON text in which a command's backslash was not escaped.
+_UNESCAPED = (("\x08oxed", "\\boxed"), ("\x0crac", "\\frac"), ("\text{", "\\text{"), ("\times", "\\times"))
+_COPULA = re.compile(
+    r"(?i)(?:^|[.!?\n:,]\s*)(?:(?:so|thus|therefore|hence),?\s+)?(?:it|this|that|there|the\s+[\w\s'-]{1,40}?)(?:\s+(?:is|are|was)\b|['\u2019]s\b)\s+"
+    r"(?P<said>[^\W\d][\w'-]*(?:\s[\w'-]+){0,2})[.!*\s]*$"
+)
+_RANGE_BEFORE = re.compile(
+    r"(?:^|\b(?:is|are|takes?|be|about|around|approximately|roughly)|[:=])[\s*$(]*$", re.IGNORECASE
 )
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$|\*)|\n")
 _MOST_WORDS = 3
@@ -53,6 +83,8 @@ class FinalAnswer:
     """As written, without the box or the mark around it."""
     boxed: bool = False
     """Whether a closed box holds it: it is complete even where the text was cut after it."""
+    exclaimed: bool = False
+    """Whether an exclamation mark follows that ends a sentence, or makes a number a factorial."""
 
 
 def final_answer(text: str) -> str | None:
@@ -66,7 +98,12 @@ def find_answer(text: str) -> FinalAnswer | None:
     text = plain_thinking(text)
     if inside_thinking(text):
         return None
-    text = text.rpartition(THINK_CLOSE)[2]
+    text = _NOTED.sub("", text.rpartition(THINK_CLOSE)[2])
+    for damaged, command in _UNESCAPED:
+        text = text.replace(damaged, command)
+    tags = list(_ANSWER_TAG.finditer(text))
+    if tags and not _BOX.search(text, tags[-1].end()):
+        return find_answer(tags[-1]["inside"])
     box = boxed(text)
     if box is not None:
         # A box may hold a sentence: "The answer is 5".
@@ -74,7 +111,8 @@ def find_answer(text: str) -> FinalAnswer | None:
         return FinalAnswer(inner.text if inner else box, boxed=True) if box.strip() else None
     if _unclosed_box(text):
         return None
-    text = _NEGATIVE.sub("-", plain_characters(text))
+    text = re.sub(r"\bper\s+cent\b", "percent", _NEGATIVE.sub("-", plain_characters(text)))
+    text = re.sub(r"\+\s?/\s?-(?=\s?\d)", r"\\pm ", text)
     return _marked(text) or _last_formula(text) or _counted(text) or _short(text)
 
 
@@ -112,51 +150,95 @@ def with_opening(prompt: str, answer: str) -> str:
 
 
 def _unclosed_box(text: str) -> bool:
-    return "\\boxed{" in text or "\\fbox{" in text
+    return _BOX.search(text) is not None
 
 
 def _marked(text: str) -> FinalAnswer | None:
     """The last explicit answer: what directly follows a mark, or a heading of GSM8K's form."""
-    found: list[tuple[int, str]] = []
+    found: list[tuple[int, FinalAnswer]] = []
     for heading in _HEADING.finditer(text):
         last = not text[heading.end() :].strip()
         content = strip_delimiters(heading["rest"])
         span = _formula_at_start(content)
         if span and (last or not content[span.end :].strip(" .*")):
-            found.append((heading.start(), content[span.start :].rstrip(" .*")))
+            found.append((heading.start(), FinalAnswer(content[span.start :].rstrip(" .*"))))
         elif last and not _MARK.search(content) and len(content.split()) <= _MOST_WORDS and not list(formulas(content)):
-            found.append((heading.start(), content))
+            found.append((heading.start(), FinalAnswer(content)))
     for mark in _MARK.finditer(text):
-        said = _after_mark(text[mark.end() :])
-        if said:
-            found.append((mark.start(), said))
-    return FinalAnswer(max(found)[1]) if found else None
+        answer = _after_mark(text[mark.end() :])
+        if answer:
+            found.append((mark.start(), answer))
+    for mark in _IS_THE_ANSWER.finditer(text):
+        before = text[max(0, mark.start() - _LONGEST_MARK) : mark.start()]
+        said = _formulas_and_dates(before)
+        if said and said[-1].end == len(before):
+            found.append((mark.start(), FinalAnswer(before[said[-1].start :])))
+    return max(found, key=lambda one: one[0])[1] if found else None
 
 
-def _after_mark(rest: str) -> str | None:
+def _after_mark(rest: str) -> FinalAnswer | None:
     """The answer that `rest` begins with, None if it begins with a sentence."""
     rest = rest.lstrip(" *_:\"'")
     letter = _LETTER.match(rest)
     if letter:
-        return letter["letter"]
+        return FinalAnswer(letter["letter"])
     span = _formula_at_start(rest)
     if span:
-        return rest[span.start : span.end]
+        return _exclaimed(rest, span, alone=False)
     end = _SENTENCE_END.search(rest)
     words = rest[: end.start() if end else None].strip(" *_\"'.`")
-    return words if words and len(words.split()) <= _MOST_WORDS and not any(c.isdigit() for c in words) else None
+    short = words and len(words.split()) <= _MOST_WORDS and not any(c.isdigit() for c in words)
+    return FinalAnswer(words) if short or _is_spelled(words) else None
 
 
 def _formula_at_start(text: str) -> Span | None:
-    first = next(iter(formulas(text)), None)
-    return first if first and not text[: first.start].strip(" *_(\"'") else None
+    date = next(dates(text[:_LONGEST_DATE]), None)
+    if date and not text[: date[0]].strip(" *_(\"'"):
+        return Span(*date)
+    found = formulas(text)
+    first = next(found, None)
+    if first is None or text[: first.start].strip(" *_(\"'"):
+        return None
+    # 3 to 5 is all of an answer.
+    follows = _TO.match(text, first.end)
+    second = next(found, None) if follows else None
+    return Span(first.start, second.end) if follows and second and second.start == follows.end() else first
 
 
 def _last_formula(text: str) -> FinalAnswer | None:
-    found = list(formulas(text))
-    if not found or _NEGATED.search(text[: found[-1].start]):
+    found = _formulas_and_dates(text)
+    while found and _NEGATED.search(text[: found[-1].start]):
+        denied = found.pop()
+        if not found or not _BUT_NOT.fullmatch(text, found[-1].end, denied.start):
+            return None
+    if not found:
         return None
-    return FinalAnswer(text[found[-1].start : found[-1].end])
+    last = found[-1]
+    joint = _TO.match(text, found[-2].end) if len(found) > 1 else None
+    if joint and joint.end() == last.start:
+        before = text[max(0, found[-2].start - _LONGEST_MARK) : found[-2].start]
+        last = Span(found[-2].start, last.end) if _RANGE_BEFORE.search(before) else last
+    return _exclaimed(text, last)
+
+
+def _formulas_and_dates(text: str) -> list[Span]:
+    """Every formula in order, a date as one."""
+    whole = [Span(*date) for date in dates(text)]
+    apart = [one for one in formulas(text) if not any(one.start < date.end and date.start < one.end for date in whole)]
+    return sorted([*apart, *whole], key=lambda span: span.start)
+
+
+def _exclaimed(text: str, span: Span, *, alone: bool = True) -> FinalAnswer:
+    """The answer at `span`, with the exclamation mark behind it where that is a factorial's and ends no sentence.
+
+    Args:
+        alone: whether a text that is nothing else is a formula rather than the end of a sentence.
+    """
+    said, after = text[span.start : span.end], text[span.end + 1 :]
+    if text[span.end : span.end + 1] != "!" or said[-1:] not in (*"0123456789n)",):
+        return FinalAnswer(said)
+    factorial = (alone and text.strip(" *_$.`\n") == f"{said}!") or after[:1] in ("$", "\\", ")", ".")
+    return FinalAnswer(f"{said}!" if factorial else said, exclaimed=not factorial)
 
 
 def _counted(text: str) -> FinalAnswer | None:
@@ -167,4 +249,15 @@ def _counted(text: str) -> FinalAnswer | None:
 def _short(text: str) -> FinalAnswer | None:
     """A text that is nothing but an answer: `Paris.`, `(B)`."""
     words = text.strip().strip("*_\"'.` ")
-    return FinalAnswer(words) if words and len(words.split()) <= _MOST_WORDS else None
+    return FinalAnswer(words) if words and (len(words.split()) <= _MOST_WORDS or _is_spelled(words)) else None
+
+
+def _is_spelled(words: str) -> bool:
+    """Whether `words` are one spelled number and perhaps its unit: two and a half hours."""
+    return len(words.split()) <= _MOST_NUMBER_WORDS and in_digits(words)[:1].isdigit() and not words[:1].isdigit()
+
+
+def said_of_it(text: str) -> str | None:
+    """What the last sentence says that something is, in up to three words: the Monday of "So it is Monday."."""
+    match = _COPULA.search(after_thinking(text)[-_LONGEST_SENTENCE:])
+    return match["said"] if match else None

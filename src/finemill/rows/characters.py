@@ -32,12 +32,21 @@ _SIGNS = str.maketrans(
         "\u222a": r"\cup ",
         "\u2208": r"\in ",
         "\u00b0": r"^\circ ",
+        "\u2248": r"\approx ",
+        "\u2126": "\u03a9",
+        "\u00b5": "\u03bc",
+        "\u2026": "...",
+        "\uffe5": "\u00a5",
+        "\u27e8": r"\langle ",
+        "\u27e9": r"\rangle ",
     }
 )
 _SUPERSCRIPTS = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b"
 _RAISED = re.compile(f"[{_SUPERSCRIPTS}]+")
 _VULGAR_FRACTION = re.compile("(?P<whole>\\d?)(?P<sign>[\u00bc-\u00be\u2150-\u215e])")
 _ROOT = re.compile("\u221a(?:(?P<plain>\\d+|[a-z])|(?=\\())")
+_OVERLINED = re.compile("(?:\\d\u0305)+")
+_CIRCLED = re.compile("[\u2460-\u2473]")
 # The space of 1 000 where it is one that does not break a line: an ordinary one may stand between two numbers.
 _THIN_GROUPS = re.compile("(?<=\\d)[\u00a0\u2009\u202f](?=\\d{3}(?!\\d))")
 
@@ -47,6 +56,8 @@ def plain_characters(text: str) -> str:
     if text.isascii():
         return text
     text = _THIN_GROUPS.sub("", text)
+    text = _OVERLINED.sub(lambda match: f"\\overline{{{match[0].replace(chr(0x305), '')}}}", text)
+    text = _CIRCLED.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
     text = _VULGAR_FRACTION.sub(_spell_fraction, text)
     text = _RAISED.sub(lambda match: "^{" + _lowered(match[0]) + "}", text)
     text = _ROOT.sub(lambda match: f"\\sqrt{{{match['plain']}}}" if match["plain"] else r"\sqrt", text)

@@ -8,7 +8,9 @@ from finemill.rows.characters import plain_characters
 
 UNITS = frozenset(
     """percent percentage degree degrees dollar dollars cent cents euro euros pound pounds yuan yen rupee rupees usd eur
-    cm mm m km dm um nm inch inches ft feet foot yd yard yards mile miles mi g kg mg gram grams kilogram kilograms
+    gbp inr jpy krw cny rmb chf brl cad aud won franc francs peso pesos ruble rubles celsius fahrenheit kelvin kwh ohm
+    ohms \u03c9 k\u03c9 \u03bcm \u03bcg \u03bcs
+        cm mm m km dm um nm inch inches ft feet foot yd yard yards mile miles mi g kg mg gram grams kilogram kilograms
     lb lbs oz ounce ounces ton tons l ml liter liters litre litres gallon gallons cup cups s ms sec secs second seconds
     min mins minute minutes h hr hrs hour hours day days week weeks month months year years mph kph hz khz mhz ghz
     kb mb gb tb n j kj w kw v a k mol pa kpa meter meters metre metres kilometer kilometers kilometre kilometres
@@ -24,21 +26,58 @@ MAGNITUDES = {
     "trillion": 10**12,
 }
 
+CURRENCIES = {
+    **dict.fromkeys(("US$", "$", "USD"), "dollar"),
+    **dict.fromkeys(("€", "EUR"), "euro"),
+    **dict.fromkeys(("£", "GBP"), "pound sterling"),
+    **dict.fromkeys(("₹", "INR", "Rs.", "Rs"), "rupee"),
+    **dict.fromkeys(("₩", "KRW"), "won"),
+    **dict.fromkeys(("R$", "BRL"), "real"),
+    **dict.fromkeys(("CNY", "RMB"), "yuan"),
+    **dict.fromkeys(("₽", "RUB"), "ruble"),
+    **dict.fromkeys(("₺", "TRY"), "lira"),
+    "\u00a2": "cent",
+    "\u00a5": "\u00a5",
+    "JPY": "yen",
+    "CHF": "franc",
+    "A$": "australian dollar",
+    "AUD": "australian dollar",
+    "C$": "canadian dollar",
+    "CAD": "canadian dollar",
+    "\u20ab": "dong",
+    "\u20b1": "peso",
+    "\u0e3f": "baht",
+    "\u20aa": "shekel",
+}
+"""Signs and codes of currencies, and their names; \u00a5 is the sign of two."""
+
 _GROUPS = (
     r"\d{1,3}(?:,\d{3})+(?![\d,]*\d)",
-    r"\d{1,3}(?:(?:\{,\}|,?\\!)\d{3})+(?!\d)",
+    r"\d{1,3}(?:(?:\{,\}|,?\\!)[ ]?\d{3})+(?!\d)",
+    r"\d{1,3}(?:['\u2019_]\d{3})+(?!\d)",
+    r"\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?(?![\d.,]*\d)",
+    r"\d{1,3}(?:\.\d{3})+,\d{1,2}(?![\d.,]*\d)",
     r"[1-9]\d{0,2}(?:[ ]\d{3})+(?![ ,.]?\d)",
 )
-_NUMBER = rf"\d+\.\d*(?=\\(?:overline|dot|bar)(?![A-Za-z]))|(?:{'|'.join(_GROUPS)}|\d+)(?:\.\d+)?|(?<![\d.])\.\d+"
+# 0.(3), and 0.1666... where the digits repeat.
+_REPEATED = r"\d+\.\d*\(\d+\)|\d+\.\d*?(?P<period>\d+?)(?P=period)+\d*(?:\.\.\.|\s?\\[lc]?dots(?![A-Za-z]))"
+_NUMBER = (
+    rf"{_REPEATED}|\d+\.\d*(?=\\(?:overline|dot|bar)(?![A-Za-z]))|(?:{'|'.join(_GROUPS)}|\d+)(?:\.\d+)?|(?<![\d.])\.\d+"
+)
 _EXPONENT = r"(?:[eE][-+]?\d+(?![A-Za-z]))?"
+# A dollar sign with no other behind it that closes a formula.
+_DOLLAR = r"\\\$|\$(?=\d)(?!\d[^$\n]*\$(?!\d))"
+_MARKS = "|".join(re.escape(mark) for mark in sorted(set(CURRENCIES) - {"$"}, key=len, reverse=True))
 _RELATIONS = r"le|leq|ge|geq|lt|gt|ne|neq|approx|in|to|cup|cap|setminus|equiv"
 _OPERATORS = r"times|cdot|div|pm|mp|ast|land|lor"
 _TOKEN = re.compile(
     rf"""(?x)
-    (?P<delimiter> \\[()\[\],;:!\ ] | \\(?:left|right|q?quad|displaystyle|[bB]igg?|limits)(?![A-Za-z]) | \$ | ~ )
+    (?P<delimiter> \\[()\[\],;:!\ ] | \\(?:left|right|q?quad|displaystyle|[bB]igg?|limits)(?![A-Za-z])
+        | (?!{_DOLLAR})\$ | ~ )
     | (?P<bracket> \\[{{}}|] | [()\[\]{{}}|] | \\(?:lbrace|rbrace|langle|rangle|lvert|rvert)(?![A-Za-z]) )
     | (?P<operator> [-+*/^=<>_,;&!'] | :(?=\d) | (?<=\d[ ]):(?=[ ]\d) | \\(?:{_OPERATORS}|{_RELATIONS})(?![A-Za-z]) )
-    | (?P<number> [\u20ac\u00a3\u00a5]?(?:{_NUMBER}){_EXPONENT} (?:\s?\\?%|\s?[\u20ac\u00a3\u00a5])? )
+    | (?P<number> (?:(?:(?<![A-Za-z])(?:{_MARKS})|{_DOLLAR})\s?)? (?:{_NUMBER}){_EXPONENT}
+        (?:\s?\\?%|\s?(?:{_MARKS})(?![A-Za-z]))? )
     | (?P<command> \\[A-Za-z]+ | \\% )
     | (?P<join> (?<![A-Za-z])(?:and|or)(?![A-Za-z]) )
     | (?P<word> [^\W\d_]+ )
@@ -46,10 +85,12 @@ _TOKEN = re.compile(
 )
 _BETWEEN_NUMBERS = re.compile(r"\s*(?:[A-Za-z]+\s+){0,2}[A-Za-z]+\s*[-+*/=]\s*[$\\(.]?\d")
 _AND_A_HALF = re.compile(r"\s+and\s+(?:a|one)\s+(?:half|third|quarter)\b")
+# 2 h 30 min.
+_SMALLER_UNIT = re.compile(r"\s+\d+\s*(?:min|sec|cm|mm|in|oz|ml|[ms])(?![A-Za-z])")
 _FUNCTIONS = ("ln", "log", "exp", "sqrt", "sin", "cos", "tan")
 # Units of one letter: after a number, a space, and before the end of what is said.
-_LETTER_UNITS = ("m", "g", "l", "L", "s", "h")
-_SAID_END = re.compile(r"\s*(?:[.,;:!?)*]|$)", re.MULTILINE)
+_LETTER_UNITS = ("m", "g", "l", "L", "s", "h", "N", "J", "W", "V", "K")
+_SAID_END = re.compile(r"(?:/[A-Za-z]+\^?\{?\d?\}?)?\s*(?:[.,;:!?)*]|$)", re.MULTILINE)
 _TAIL = re.compile(r"\s+(?:a\.?m\.?|p\.?m\.?)(?![a-z])", re.IGNORECASE)
 _TEXT_COMMANDS = r"text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|bm|boldsymbol"
 _WITHOUT_VALUE = frozenset("text textbf textit textrm mathrm mathbf mbox operatorname begin end hspace quad".split())
@@ -77,7 +118,7 @@ def boxed(text: str) -> str | None:
     Boxes that nothing but a comma or "and" parts are one answer: `\boxed{1} and \boxed{2}` holds `1, 2`.
     """
     found: list[tuple[int, int, str]] = []
-    for match in re.finditer(r"\\(?:boxed|fbox)\s*(?P<group>\{)?", text):
+    for match in re.finditer(r"(?:\\(?:boxed|fbox)|(?<![\\A-Za-z])boxed(?=\{))\s*(?P<group>\{)?", text):
         if match["group"]:
             end = _group_end(text, match.end() - 1)
             if end is None:
@@ -156,7 +197,9 @@ def _word_kind(text: str, match: re.Match[str]) -> str:
     """`letter` of a variable, `unit`, or `word`."""
     word, before = match[0], text[match.start() - 1 : match.start()]
     if not word.isascii():
-        return "word"
+        return "unit" if re.fullmatch("\u03bc[A-Za-z]|[kM]?\u03a9", word) else "word"
+    if word == "pi":
+        return "letter"
     if word in _FUNCTIONS and text[match.end() : match.end() + 1] == "(":
         return "function"
     if before.isdigit():
@@ -171,6 +214,9 @@ def _word_kind(text: str, match: re.Match[str]) -> str:
 def _arguments_end(text: str, end: int) -> int:
     r"""After the arguments of a LaTeX command: braces, `\sqrt[3]`, the two digits of `\frac12`."""
     name = re.search(r"\\([A-Za-z]*)$", text[:end])
+    if name and name[1] == "begin":
+        environment = re.compile(r"(\{[A-Za-z]+\*?\})(?:(?!\\end\1).)*\\end\1", re.DOTALL).match(text, end)
+        return environment.end() if environment else end
     if name and name[1] in ("frac", "dfrac", "tfrac", "cfrac"):
         short = re.compile(r"\s*(?:\d(?=[\d{\s])|(?=\{))").match(text, end)
         for _ in range(2 if short else 0):
@@ -203,7 +249,7 @@ def _continues(text: str, run: Sequence[_Token], token: _Token) -> bool:
     if token.kind == "letter":
         return _is_variable(text, last, token, gap)
     if last.kind == "letter" and token.kind == "number":
-        return not gap
+        return not gap or (last.text in _LETTER_UNITS and bool(_SMALLER_UNIT.match(text, last.end)))
     if last.kind == "word":
         return token.kind == "operator"
     if token.kind == "number" and last.kind == "number":
@@ -214,8 +260,8 @@ def _continues(text: str, run: Sequence[_Token], token: _Token) -> bool:
 
 def _is_variable(text: str, last: _Token, token: _Token, gap: str) -> bool:
     """Whether a single letter belongs to the formula before it rather than to a sentence."""
-    if gap == " " and last.kind == "number" and token.text in _LETTER_UNITS and _SAID_END.match(text, token.end):
-        return True
+    if gap == " " and last.kind == "number" and token.text in _LETTER_UNITS:
+        return bool(_SAID_END.match(text, token.end) or _SMALLER_UNIT.match(text, token.end))
     if not gap:
         return last.kind in ("number", "command", "operator", "bracket", "letter", "delimiter", "tail")
     after = text[token.end :].lstrip()[:1]
@@ -238,7 +284,8 @@ def _finished(text: str, run: list[_Token]) -> Iterator[Span]:
 
 def _has_value(token: _Token) -> bool:
     if token.kind == "command":
-        return token.text[1:].partition("{")[0] not in _WITHOUT_VALUE and token.text != "\\%"
+        matrix = token.text.startswith("\\begin") and "\\end" in token.text
+        return matrix or (token.text[1:].partition("{")[0] not in _WITHOUT_VALUE and token.text != "\\%")
     return token.kind in ("number", "tail", "function")
 
 
@@ -256,7 +303,7 @@ def _is_loose_start(text: str, run: Sequence[_Token]) -> bool:
     first = run[0]
     if first.kind == "operator":
         before = text[first.start - 1 : first.start]
-        sign = first.text in ("-", "+", "\\pm") and len(run) > 1 and first.end == run[1].start
+        sign = len(run) > 1 and (first.text == "\\pm" or (first.text in "-+" and first.end == run[1].start))
         # Letters that are no part of a formula, as in 是-5, hold no sign back.
         return not sign or (before.isascii() and before.isalnum())
     if first.kind == "bracket":
@@ -288,7 +335,7 @@ def _last_side(run: Sequence[_Token]) -> list[_Token]:
     for index, token in enumerate(run):
         if token.kind == "bracket":
             depth += 1 if _is_opening(token) else -1
-        elif depth == 0 and token.text in ("=", "\\approx"):
+        elif depth == 0 and (token.text == "=" or (token.text == "\\approx" and not any(map(_has_value, run[:index])))):
             cuts.append(index)
         elif depth == 0 and (token.kind == "join" or token.text in (",", ";")):
             separators.append(index)
@@ -304,7 +351,8 @@ def _last_side(run: Sequence[_Token]) -> list[_Token]:
 def tidy(answer: str) -> str:
     """One spelling for an answer, LaTeX or not: no delimiters, dollar signs, thousands separators or full stop."""
     answer = strip_delimiters(plain_characters(answer))
-    answer = re.sub(r"\\(?:left|right|displaystyle|big|Big|bigg|Bigg)(?![A-Za-z])|\\!", "", answer)
+    answer = re.sub(r"\\(?:left|right|displaystyle|big|Big|bigg|Bigg)(?![A-Za-z])|\\!\s*", "", answer)
+    answer = re.sub(r"\\(?:text)?color\s*\{\w+\}|\\underline(?![A-Za-z])", "", answer)
     answer = re.sub(r"\\(?:q?quad)(?![A-Za-z])|(?<!\\)\\[,;: ]|~", " ", answer)
     answer = re.sub(r"\\([dtc])frac(?![A-Za-z])", r"\\frac", answer)
     answer = re.sub(rf"\\(?:{_TEXT_COMMANDS})\s*\{{([^{{}}]*)\}}", r" \1 ", answer)

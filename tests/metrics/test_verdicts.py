@@ -1,0 +1,43 @@
+"""Answers as models write them and the verdict on each: kinds that the trackers of evaluation tools report.
+
+`verdicts/*.jsonl` holds what `finemill score` reads, a line per answer, with the verdict that is right.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finemill.metrics.maths import judge
+from finemill.metrics.scoring import read_predictions, score_predictions
+
+TABLES = Path(__file__).with_name("verdicts")
+SCORES = {"maths": "exact_match"}
+
+
+@pytest.mark.parametrize("metric", SCORES)
+def test_every_answer_of_the_table_is_judged_as_it_says(metric: str) -> None:
+    lines = (TABLES / f"{metric}.jsonl").read_text(encoding="utf-8").splitlines()
+    scores = score_predictions(read_predictions(lines, metric), [metric])
+    table: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    misjudged = [
+        row for row, score in zip(table, scores, strict=True) if (score[SCORES[metric]] == 1) != bool(row["right"])
+    ]
+    assert not misjudged
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("5 ", True),
+        ("The answer is 5. ", True),
+        ("The answer is 6. ", False),
+        (r"\boxed{5} ", True),
+        (r"\boxed{", False),
+        ("( ", False),
+        ("5", False),
+    ],
+)
+def test_an_answer_said_a_thousand_times_is_judged_at_once(text: str, right: bool) -> None:
+    assert (judge("5", text * 1000).outcome == "right") == right
