@@ -20,7 +20,7 @@ from finemill.training.adapter import lora_config
 from finemill.training.kernels import check_kernels, open_trainer
 from finemill.training.positions import check_positions
 from finemill.training.strategy import check_strategy
-from finemill.training.trainer import choose_device, run_training, settle, shared_arguments
+from finemill.training.trainer import choose_device, run_training, shared_arguments
 
 
 def run(
@@ -36,7 +36,6 @@ def run(
     check_strategy(config)
     lora_config(base_model, config)  # refuses what the base has not, before anything is loaded
     device = choose_device()
-    config = settle(config, base_model, device)
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
     take_chat_template(dataset, tokenizer)
 

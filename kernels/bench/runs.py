@@ -232,7 +232,9 @@ class ScaleRun(_Run):
         strategy: what the GPUs share.
         rows: per optimizer step in all GPUs together.
         peak_bytes: of each GPU.
+        recompute: whether layers were computed again in the backward pass; None where it was not recorded, or planned.
         waiting: share of a step in which nothing ran but communication.
+        idle: share in which nothing ran at all: the time that Python takes to launch what runs.
     """
 
     kind: Literal["scale"]
@@ -241,6 +243,7 @@ class ScaleRun(_Run):
     method: str
     strategy: str
     offload: bool
+    recompute: bool | None = None
     processes: int
     seq: int
     rows: int
@@ -249,6 +252,7 @@ class ScaleRun(_Run):
     peak_bytes: list[int]
     losses: list[float]
     waiting: float | None
+    idle: float | None = None
 
 
 Run = StepRun | MixtureRun | ScaleRun | LossRun | GradientRun | OpRun

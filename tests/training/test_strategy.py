@@ -12,7 +12,7 @@ from finemill.errors import UserError
 from finemill.models.base.resolve import BUILTIN_MODELS
 from finemill.training.checkpoint import global_batch, keep_global_batch
 from finemill.training.memory import GIB, needed_gib
-from finemill.training.strategy import check_strategy, settle_strategy
+from finemill.training.strategy import check_strategy, settle_strategy, strategy_arguments
 
 BASE = BUILTIN_MODELS["builtin:tiny-qwen3"]
 
@@ -28,6 +28,31 @@ def test_auto_takes_copies_where_one_fits_and_shards_where_none_does(monkeypatch
         ("fsdp2", False),
         ("fsdp2", True),
     ]
+
+
+@pytest.mark.parametrize("values", [{"method": "full"}, {"method": "full", "strategy": "fsdp2"}, {"kernels": "off"}])
+def test_layers_are_computed_again_where_a_card_would_not_hold_them(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = TrainQLoRAConfig(per_device_train_batch_size=8, **values)
+    needed = needed_gib(json.loads((BASE / "config.json").read_text()), config) * GIB
+    recompute = [settle_strategy(config, BASE, limit).gradient_checkpointing for limit in (None, needed, 10 * needed)]
+    assert recompute == [True, True, False]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_recomputation_that_is_asked_for_stays(asked: bool) -> None:
+    config = TrainQLoRAConfig(kernels="off", gradient_checkpointing=asked)
+    assert settle_strategy(config, BASE, 1e12).gradient_checkpointing is asked
+
+
+def test_gradients_are_whole_between_passes_only_where_memory_is_no_matter() -> None:
+    each = [
+        strategy_arguments(TrainQLoRAConfig(strategy="fsdp2", gradient_checkpointing=saved))["accelerator_config"]
+        for saved in (True, False)
+    ]
+    assert [found["gradient_accumulation_kwargs"]["sync_each_batch"] for found in each] == [True, False]
 
 
 def test_one_process_has_nothing_to_share(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,8 +2,8 @@
 
 Every run trains the same rows, as many per step in all, from the same random checkpoint, so that losses compare from
 one GPU to eight and from strategy to strategy. `ddp` is on finemill's kernels, shards are on the plain path;
-`--reference` adds the same training by Accelerate and DeepSpeed alone. A run is a group of processes of its own, and
-ends with a line `BENCH {...}`.
+`--reference` adds the same training by Accelerate and DeepSpeed alone, with the same recomputation. A run is a group
+of processes of its own, and ends with a line `BENCH {...}`.
 """
 
 import argparse
@@ -83,16 +83,17 @@ def _run(args: argparse.Namespace, argv: list[str], implementation: str, strateg
 
 def table(runs: list[ScaleRun]) -> str:
     """The runs side by side; linear is the speed of the fewest GPUs times as many."""
-    lines = ["implementation  strategy  GPUs     tok/s  of linear  GiB per GPU  waiting    loss"]
+    lines = ["implementation  strategy  GPUs     tok/s  of linear  GiB per GPU  waiting    idle    loss"]
     for run in runs:
         like = (other for other in runs if (other.implementation, other.strategy) == (run.implementation, run.strategy))
         first = min(like, key=lambda other: other.processes)
         linear = first.tokens_per_s / first.processes * run.processes
-        waiting = "-" if run.waiting is None else f"{run.waiting:.1%}"
+        waiting, idle = ("-" if share is None else f"{share:.1%}" for share in (run.waiting, run.idle))
         peak = max(run.peak_bytes) / 2**30
         lines.append(
             f"{run.implementation:<15} {run.strategy:<9} {run.processes:>4} {run.tokens_per_s:>9,.0f} "
-            f"{run.tokens_per_s / linear:>10.1%} {peak:>12.2f} {waiting:>8} {run.losses[-1]:>7.4f}"
+            f"{run.tokens_per_s / linear:>10.1%} {peak:>12.2f} {waiting:>8} {idle:>7} "
+            f"{run.losses[-1]:>7.4f}"
         )
     return "\n".join(lines)
 
@@ -105,6 +106,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=0, help="cut the model to this many layers (0: all)")
     parser.add_argument("--method", default="qlora", choices=["qlora", "lora", "full"])
     parser.add_argument("--offload", action="store_true", help="shards wait in host memory")
+    parser.add_argument("--recompute", default="auto", choices=["auto", "on", "off"], help="gradient_checkpointing")
     parser.add_argument("--seq", type=int, default=2048, help="tokens per row")
     parser.add_argument("--bs", type=int, default=2, help="rows per GPU and forward pass")
     parser.add_argument("--rows", type=int, default=16, help="rows per optimizer step in all GPUs together")

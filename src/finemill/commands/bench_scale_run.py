@@ -25,7 +25,8 @@ from finemill.components.train_qlora.step import build_trainer
 from finemill.kernels.bench.data import ensure_checkpoint, make_batches
 from finemill.kernels.planning.model_shapes import SHAPES
 from finemill.runtime.processes import is_main_process, num_processes
-from finemill.training.strategy import check_strategy, prepare_on_cpu, strategy_arguments
+from finemill.training.memory import not_on_kernels
+from finemill.training.strategy import check_strategy, prepare_shards
 from finemill.training.trainer import choose_device, settle
 
 Interval = tuple[float, float]
@@ -36,17 +37,19 @@ def measure(args: argparse.Namespace) -> None:
     config = _config(args)
     check_strategy(config)
     device = choose_device() if args.device == "cuda" else torch.device("cpu")
+    if num_processes() > 1:
+        torch.distributed.init_process_group("gloo" if device.type == "cpu" else "cuda:nccl,cpu:gloo")
     path = ensure_checkpoint(args.shape, args.layers, device)
-    found = (
-        _reference(args, config, path, device)
-        if args.implementation == "reference"
-        else _train(config, path, device, args)
-    )
+    config = settle(config, path, device)
+    run = _reference if args.implementation == "reference" else _train
+    found = run(args, config, path, device)
     peaks: list[Any] = [None] * num_processes()
     if num_processes() > 1:
         torch.distributed.all_gather_object(peaks, _peak(device))
     else:
         peaks = [_peak(device)]
+    if not_on_kernels(config):
+        found["recompute"] = config.gradient_checkpointing
     if is_main_process():
         Path(os.environ[RESULT_VARIABLE]).write_text(json.dumps(found | {"peak_bytes": peaks}), encoding="utf-8")
 
@@ -54,11 +57,13 @@ def measure(args: argparse.Namespace) -> None:
 def _config(args: argparse.Namespace) -> TrainQLoRAConfig:
     (strategy,), (gpus,) = args.strategy, args.gpus
     methods: dict[str, dict[str, Any]] = {"qlora": {}, "lora": {"load_in_4bit": False}, "full": {"method": "full"}}
+    recompute = {"on": True, "off": False}.get(args.recompute, "auto")
     shared: dict[str, Any] = {"strategy": strategy, "offload": args.offload and strategy != "ddp"}
     return TrainQLoRAConfig(
         **methods[args.method],
         **shared,
         kernels="auto" if strategy == "ddp" else "off",
+        gradient_checkpointing=recompute,
         memory_gb=args.memory_gb,
         max_length=args.seq,
         per_device_train_batch_size=args.bs,
@@ -82,29 +87,40 @@ class _Timer(TrainerCallback):  # type: ignore[misc]
         self._profile = profile(activities=_activities(device))
         self._began = 0.0
         self.seconds: list[float] = []
-        self.waiting: float | None = None
+        self.shares: dict[str, float] = {}
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock."""
+    def begin(self, step: int) -> None:
+        """Start the clock of a step, counted from 0."""
         _sync(self._device)
-        if state.global_step == self._steps:
+        if step == self._steps:
             self._profile.start()
         self._began = time.perf_counter()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def end(self, step: int) -> None:
         """Stop the clock."""
         _sync(self._device)
         seconds = time.perf_counter() - self._began
-        if state.global_step <= self._steps:
+        if step < self._steps:
             self.seconds.append(seconds)
             return
         self._profile.stop()
-        self.waiting = _waiting_of(self._profile, seconds)
+        self.shares = _shares(self._profile, seconds, self._device)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Of the trainer's steps."""
+        self.begin(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Of the trainer's steps, counted already."""
+        self.end(state.global_step - 1)
+
+    def found(self, losses: list[float]) -> dict[str, Any]:
+        """What the runs' file is given."""
+        return {"step_s": self.seconds, "losses": [round(loss, 5) for loss in losses[: self._steps]], **self.shares}
 
 
-def _train(config: TrainQLoRAConfig, path: Path, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+def _train(args: argparse.Namespace, config: TrainQLoRAConfig, path: Path, device: torch.device) -> dict[str, Any]:
     """Through the trainer of train-qlora."""
-    config = settle(config, path, device)
     timer = _Timer(args.steps, device)
     with TemporaryDirectory(prefix="finemill-scale-") as folder:
         dataset = Path(folder, "dataset")
@@ -113,45 +129,35 @@ def _train(config: TrainQLoRAConfig, path: Path, device: torch.device, args: arg
         write_rows(split_path(dataset, "train"), LabelledRow, [LabelledRow(input_ids=row, labels=row) for row in rows])
         tokenizer = AutoTokenizer.from_pretrained(path)
         trainer = build_trainer(path, dataset, tokenizer, Path(folder, "scratch"), config, device)
-        prepare_on_cpu(trainer)
+        prepare_shards(trainer)
         trainer.add_callback(timer)
         trainer.train()
-    losses = [round(entry["loss"], 5) for entry in trainer.state.log_history if "loss" in entry]
-    return {"step_s": timer.seconds, "losses": losses[: args.steps], "waiting": timer.waiting}
+    return timer.found([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
 
 
 def _reference(args: argparse.Namespace, config: TrainQLoRAConfig, path: Path, device: torch.device) -> dict[str, Any]:
-    """Accelerate's own loop with the same plugin: every weight trained, AdamW, the same rows in the same order."""
-    from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin
+    """Accelerate's own loop: every weight trained, AdamW, the same rows in the same order."""
+    from accelerate import Accelerator
 
     if args.method != "full" or device.type == "cpu":
         raise SystemExit("--reference is for --method full on GPUs, where Accelerate shards")
-    settings = strategy_arguments(config)
-    (strategy,) = args.strategy
-    plugins: dict[str, Any] = (
-        {
-            "fsdp_plugin": FullyShardedDataParallelPlugin(
-                fsdp_version=2, reshard_after_forward=True, cpu_offload=args.offload
-            )
-        }
-        if strategy == "fsdp2"
-        else {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=settings["deepspeed"])}
-    )
     passes = config.gradient_accumulation_steps
-    accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=passes, **plugins)
-    if strategy != "fsdp2":
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.bs
+    accelerator = Accelerator(
+        mixed_precision="bf16", gradient_accumulation_steps=passes, **_plugin(args, config, passes)
+    )
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model.gradient_checkpointing_enable()
+    model.train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     model.config.use_cache = False
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     model, optimizer = accelerator.prepare(model, optimizer)
     rank, processes = accelerator.process_index, accelerator.num_processes
     batches = torch.split(torch.stack(list(_rows(args))), args.bs)[rank::processes]
-    seconds, losses = [], []
-    for step in range(args.steps):
-        _sync(device)
-        began, total = time.perf_counter(), torch.zeros((), device=device)
+    timer, losses = _Timer(args.steps, device), []
+    for step in range(args.steps + 1):
+        timer.begin(step)
+        total = torch.zeros((), device=device)
         for batch in batches[step * passes : (step + 1) * passes]:
             with accelerator.accumulate(model):
                 ids = batch.to(device)
@@ -162,10 +168,29 @@ def _reference(args: argparse.Namespace, config: TrainQLoRAConfig, path: Path, d
                 optimizer.step()
                 optimizer.zero_grad()
                 total += loss.detach() / passes
-        _sync(device)
-        seconds.append(time.perf_counter() - began)
-        losses.append(round(float(accelerator.gather(total).mean()), 5))
-    return {"step_s": seconds, "losses": losses, "waiting": None}
+        timer.end(step)
+        losses.append(float(accelerator.gather(total).mean()))
+    return timer.found(losses)
+
+
+def _plugin(args: argparse.Namespace, config: TrainQLoRAConfig, passes: int) -> dict[str, Any]:
+    """Accelerate's plugin for the strategy, with DeepSpeed's own defaults."""
+    from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+
+    if config.strategy == "fsdp2":
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, cpu_offload=args.offload)
+        return {"fsdp_plugin": plugin}
+    zero: dict[str, Any] = {"stage": int(config.strategy[-1])}
+    if args.offload:
+        zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    settings = {
+        "zero_optimization": zero,
+        "bf16": {"enabled": True},
+        "gradient_clipping": config.max_grad_norm,
+        "gradient_accumulation_steps": passes,
+        "train_micro_batch_size_per_gpu": args.bs,
+    }
+    return {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)}
 
 
 def _rows(args: argparse.Namespace) -> Iterable[torch.Tensor]:
@@ -174,8 +199,8 @@ def _rows(args: argparse.Namespace) -> Iterable[torch.Tensor]:
     return (row for batches in sets for batch in batches for row in batch)
 
 
-def _waiting_of(profiled: profile, seconds: float) -> float:
-    """Share of a step in which nothing ran but communication."""
+def _shares(profiled: profile, seconds: float, device: torch.device) -> dict[str, float]:
+    """Shares of a step in which nothing ran but communication, and, on a GPU, in which nothing ran."""
     # The raw events: an object of Python's for each of the hundreds of thousands takes minutes.
     talking: list[Interval] = []
     computing: list[Interval] = []
@@ -186,7 +211,10 @@ def _waiting_of(profiled: profile, seconds: float) -> float:
             talking.append(interval)
         elif event.device_type() != DeviceType.CPU:
             computing.append(interval)
-    return round(alone(talking, computing) / seconds, 4)
+    shares = {"waiting": round(alone(talking, computing) / seconds, 4)}
+    if device.type == "cuda":
+        shares["idle"] = round(max(0.0, 1 - _covered([*talking, *computing]) / seconds), 4)
+    return shares
 
 
 def alone(intervals: list[Interval], others: list[Interval]) -> float:

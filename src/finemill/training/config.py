@@ -47,6 +47,7 @@ class LoRATrainingConfig(StepConfig):
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         {
             "ddp_timeout",
+            "gradient_checkpointing",
             "memory_gb",
             "offload",
             "report_to",
@@ -206,8 +207,9 @@ class LoRATrainingConfig(StepConfig):
     """More positions than the base was made with, as `{rope_type: yarn, factor: 4}`: the adapter remembers them, and
     the config.json of the merged model has them, where vLLM and llama.cpp read them."""
 
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: much less memory, about a quarter more time."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: much less memory, about a quarter more time. `auto` does so where the
+    card would not hold them; on a CPU always."""
 
     kernels: Literal["auto", "on", "off"] = "auto"
     """Run steps on finemill's own kernels: on a GPU wherever they cover the model, or fail where they do not, or never.

@@ -14,8 +14,8 @@ from finemill.training.adapter import keep_trained_in_float32
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.memory import eight_bit_moments, must_stream, not_on_kernels
 from finemill.training.positions import base_config
-from finemill.training.quantized_base import compute_dtype, load_base
-from finemill.training.trainer import cap_memory, memory_limit
+from finemill.training.quantized_base import compute_dtype, load_base, memory_limit
+from finemill.training.trainer import cap_memory
 
 logger = logging.getLogger(__name__)
 

@@ -168,6 +168,24 @@ def sharded_gib(model: Mapping[str, Any], config: LoRATrainingConfig, processes:
     return part.weights * share + part.adapters / processes + part.activations + part.logits
 
 
+def fits_without_recompute(model: Mapping[str, Any], config: LoRATrainingConfig, limit: float, processes: int) -> bool:
+    """Whether a card holds all activations of the plain path, with a tenth of it to spare.
+
+    Args:
+        model: the base's config.json.
+        config: what is trained, and how, with a strategy that is settled.
+        limit: bytes that training may allocate.
+        processes: how many share it.
+    """
+    kept = config.model_copy(update={"gradient_checkpointing": False})
+    part = estimate_memory(model, kept)
+    needed = part.total
+    if config.strategy in SHARDED:
+        # Weights or gradients that are whole in 16 bits beside the shards, of what is trained.
+        needed = sharded_gib(model, kept, processes) + part.adapters / 4
+    return needed * GIB <= 0.9 * limit
+
+
 def must_stream(model: Mapping[str, Any], config: LoRATrainingConfig, limit: float) -> bool:
     """Decide before anything is loaded whether the base's layers have to wait in host memory.
 

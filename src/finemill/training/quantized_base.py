@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """What configurations call the number of experts of a layer."""
 
+WHOLE_SIZE = {4: 0.5, 8: 0.75, 16: 1.0, 32: 2.0}
+"""Bytes of a loaded base per byte of its 16-bit files, by bits per weight; embeddings keep their 16."""
+
 
 def compute_dtype(config: LoRATrainingConfig, device: torch.device) -> torch.dtype:
     """The dtype of matrix products. On CPUs float32: bfloat16 there is slower at small sizes, and not everywhere."""
@@ -37,7 +40,8 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
     """Load the base on `device`, linear layers but the output layer, and experts, quantized if that is asked for.
 
     Weights that are trained themselves are float32: bfloat16 would round small updates to nothing. A base that is cut
-    into shards waits for it in host memory, and 4-bit weights lie in words of the dtype that all shards have.
+    into shards is whole until then, on the card where it fits, else in host memory, a copy per process; its 4-bit
+    weights lie in words of the dtype that all shards have.
 
     Raises: UserError: a mixture's experts or routers are not those that config.json describes.
     """
@@ -74,7 +78,7 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
             base_model,
             config=model_config,
             dtype=torch.float32 if config.method == "full" else dtype,
-            device_map={"": "cpu" if sharded else device},
+            device_map={"": "cpu" if sharded and not _fits_card(base_model, config, device) else device},
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
@@ -83,6 +87,20 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
     keep_trainable_on_cpu(model)
     _quantize_experts(model, config, sharded=sharded)
     return model
+
+
+def memory_limit(config: LoRATrainingConfig, device: torch.device) -> float:
+    """Bytes of the card that training may allocate: `memory_gb`, or what is free."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free if config.memory_gb is None else config.memory_gb * 2**30
+
+
+def _fits_card(base_model: Path, config: LoRATrainingConfig, device: torch.device) -> bool:
+    """Whether a card holds the whole base, as it is loaded, until it is cut into shards."""
+    if device.type != "cuda":
+        return False
+    stored = sum(file.stat().st_size for file in base_model.glob("*.safetensors"))
+    return WHOLE_SIZE[config.bits if config.method == "lora" else 32] * stored <= 0.9 * memory_limit(config, device)
 
 
 def _has_experts_to_quantize(base_model: Path, config: LoRATrainingConfig) -> bool:

@@ -14,7 +14,7 @@ from transformers import Trainer
 from finemill.errors import UserError
 from finemill.runtime.processes import num_processes
 from finemill.training.config import SHARDED, ConfigT, LoRATrainingConfig
-from finemill.training.memory import GIB, needed_gib, sharded_gib
+from finemill.training.memory import GIB, fits_without_recompute, needed_gib, not_on_kernels, sharded_gib
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,8 @@ ACCELERATE_FILE = "accelerate_config.yaml"
 """What `accelerate launch --config_file` would need for the same training."""
 DEEPSPEED_FILE = "deepspeed_config.json"
 """DeepSpeed's own configuration, which that file names."""
+PREFETCHED = 500_000_000
+"""Weights that ZeRO-3 gathers ahead of their use: a layer of any model, where DeepSpeed's default is a tenth."""
 
 
 def check_strategy(config: LoRATrainingConfig) -> None:
@@ -34,13 +36,27 @@ def check_strategy(config: LoRATrainingConfig) -> None:
 
 
 def settle_strategy(config: ConfigT, base_model: Path, limit: float | None) -> ConfigT:
-    """The configuration with a strategy that is not `auto`.
+    """The configuration with a strategy and a choice of recomputation that are not `auto`.
 
     Args:
         config: as it was asked for.
         base_model: whose config.json says how large it is.
         limit: bytes that training may allocate on a card; None on a CPU, where copies are made.
     """
+    model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    config = _with_strategy(config, model, limit)
+    if config.gradient_checkpointing != "auto":
+        return config
+    # The kernels plan by themselves; what they turn out not to cover is recomputed.
+    fits = (
+        limit is not None
+        and not_on_kernels(config) is not None
+        and fits_without_recompute(model, config, limit, num_processes())
+    )
+    return config.model_copy(update={"gradient_checkpointing": not fits})
+
+
+def _with_strategy(config: ConfigT, model: Mapping[str, Any], limit: float | None) -> ConfigT:
     processes = num_processes()
     if processes == 1:
         if config.strategy in SHARDED:
@@ -48,7 +64,6 @@ def settle_strategy(config: ConfigT, base_model: Path, limit: float | None) -> C
         return config.model_copy(update={"strategy": "ddp", "offload": False, "strategy_config": None})
     if config.strategy != "auto":
         return config
-    model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
     if limit is None or config.not_sharded_because() or needed_gib(model, config) * GIB <= limit:
         return config.model_copy(update={"strategy": "ddp", "offload": False})
     offload = config.offload or sharded_gib(model, config, processes) * GIB > limit
@@ -62,7 +77,9 @@ def strategy_arguments(config: LoRATrainingConfig) -> dict[str, Any]:
     """The arguments of transformers' trainer that a settled strategy is."""
     shared: dict[str, Any] = {"ddp_timeout": config.ddp_timeout}
     if config.strategy == "fsdp2":
-        return shared | {"fsdp": True, "fsdp_config": _fsdp_config(config)}
+        # Else gradients of all passes but the last would be summed whole, beside the shards.
+        each = {"gradient_accumulation_kwargs": {"sync_each_batch": bool(config.gradient_checkpointing)}}
+        return shared | {"fsdp": True, "fsdp_config": _fsdp_config(config), "accelerator_config": each}
     if config.strategy in SHARDED:
         return shared | {"deepspeed": _deepspeed_config(config)}
     return shared
@@ -73,7 +90,7 @@ def _fsdp_config(config: LoRATrainingConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "reshard_after_forward": True,
         "cpu_offload": config.offload,
-        "activation_checkpointing": config.gradient_checkpointing,
+        "activation_checkpointing": bool(config.gradient_checkpointing),
     }
     # Checkpoints are written from whole tensors, whatever a file says.
     return (config.strategy_config or settings) | {"version": 2, "state_dict_type": "FULL_STATE_DICT"}
@@ -84,6 +101,8 @@ def _deepspeed_config(config: LoRATrainingConfig) -> dict[str, Any]:
     if config.strategy_config is not None:
         return dict(config.strategy_config)
     zero: dict[str, Any] = {"stage": int(config.strategy[-1]), "overlap_comm": True, "contiguous_gradients": True}
+    if zero["stage"] == 3:
+        zero["stage3_prefetch_bucket_size"] = PREFETCHED
     if config.offload:
         place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         zero |= {"offload_optimizer": place} | ({"offload_param": place} if zero["stage"] == 3 else {})
@@ -98,10 +117,23 @@ def _deepspeed_config(config: LoRATrainingConfig) -> dict[str, Any]:
     }
 
 
-def prepare_on_cpu(trainer: Trainer) -> None:
-    """Have Accelerate shard on a CPU, too: PyTorch's FSDP2 does, over gloo, but Accelerate asks for GPUs."""
-    if not trainer.args.fsdp or trainer.args.device.type != "cpu":
-        return
+def prepare_shards(trainer: Trainer) -> None:
+    """Make up for what Accelerate leaves out: shards on a CPU, and whole layers as ZeRO-3's unit."""
+    if trainer.args.fsdp and trainer.args.device.type == "cpu":
+        _shard_on_cpu(trainer)
+    if trainer.is_deepspeed_enabled and trainer.accelerator.deepspeed_plugin.zero_stage == 3:
+        gather_whole_layers(trainer.model)
+
+
+def gather_whole_layers(model: Any) -> None:
+    """Have ZeRO-3 gather a decoder layer at once: its hooks on every module inside one take longer than the layer."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, list(model._no_split_modules), raise_if_not_found=False)
+
+
+def _shard_on_cpu(trainer: Trainer) -> None:
+    """PyTorch's FSDP2 shards on a CPU, too, over gloo, but Accelerate asks for GPUs."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     state = trainer.accelerator.state

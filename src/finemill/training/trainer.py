@@ -29,10 +29,10 @@ from finemill.training.early_stopping import EarlyStopping
 from finemill.training.optimizer import set_learning_rates
 from finemill.training.pace import Card, Pace, summary
 from finemill.training.peers import together
-from finemill.training.quantized_base import compute_dtype
+from finemill.training.quantized_base import compute_dtype, memory_limit
 from finemill.training.record import METRIC_NAMES, RecordCallback
 from finemill.training.report_to import reporting
-from finemill.training.strategy import prepare_on_cpu, settle_strategy, strategy_arguments, write_strategy
+from finemill.training.strategy import prepare_shards, settle_strategy, strategy_arguments, write_strategy
 from finemill.training.whole_state import WholeState
 
 logger = logging.getLogger(__name__)
@@ -63,14 +63,13 @@ def choose_device() -> torch.device:
 
 
 def settle(config: ConfigT, base_model: Path, device: torch.device) -> ConfigT:
-    """The configuration with the strategy that `auto` stands for here."""
-    return settle_strategy(config, base_model, memory_limit(config, device) if device.type == "cuda" else None)
-
-
-def memory_limit(config: LoRATrainingConfig, device: torch.device) -> float:
-    """Bytes of the card that training may allocate: `memory_gb`, or what is free."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free if config.memory_gb is None else config.memory_gb * 2**30
+    """The configuration with what `auto` stands for here, the same in all processes: the fullest card decides."""
+    if device.type != "cuda":
+        return settle_strategy(config, base_model, None)
+    limit = torch.tensor(memory_limit(config, device), dtype=torch.float64, device=device)
+    if num_processes() > 1:
+        torch.distributed.all_reduce(limit, torch.distributed.ReduceOp.MIN)
+    return settle_strategy(config, base_model, float(limit))
 
 
 def cap_memory(config: LoRATrainingConfig, device: torch.device) -> None:
@@ -104,7 +103,7 @@ def shared_arguments(config: LoRATrainingConfig, scratch: Path, device: torch.de
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        "optim": "adamw_torch" if config.optim == "auto" else config.optim,
+        "optim": _optimizer(config, device),
         "neftune_noise_alpha": config.neftune_noise_alpha,
         # TRL would add a mixture's auxiliary loss by itself, which moves adapters only where routers are frozen.
         "router_aux_loss_coef": config.router_aux_loss_coef if config.train_router else 0.0,
@@ -125,9 +124,16 @@ def shared_arguments(config: LoRATrainingConfig, scratch: Path, device: torch.de
         # Every adapter takes part in every step.
         "ddp_find_unused_parameters": False,
         # FSDP2 has its own, among the strategy's arguments.
-        _CHECKPOINTING_FIELD: config.gradient_checkpointing and config.strategy != "fsdp2",
+        _CHECKPOINTING_FIELD: bool(config.gradient_checkpointing) and config.strategy != "fsdp2",
         **strategy_arguments(config),
     }
+
+
+def _optimizer(config: LoRATrainingConfig, device: torch.device) -> str:
+    if config.optim != "auto":
+        return config.optim
+    # Of shards every operation of its own is dispatched tensor by tensor.
+    return "adamw_torch_fused" if config.strategy in SHARDED and device.type == "cuda" else "adamw_torch"
 
 
 @contextmanager
@@ -175,7 +181,9 @@ def run_training(
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it. Or another
             process was lost. Or the base model is not what was remembered of it, and the same call takes it as it is.
     """
-    with together(config, context, choose_device()) as watch:
+    device = choose_device()
+    with together(config, context, device) as watch:
+        config = settle(config, resolve_base_model(context.references[BASE_MODEL]).path, device)
         smaller: ConfigT | None = config
         while smaller is not None:
             try:
@@ -245,7 +253,7 @@ def _train(
         if watch:
             trainer.add_callback(watch)
         set_learning_rates(trainer, config)
-        prepare_on_cpu(trainer)
+        prepare_shards(trainer)
         if config.strategy in SHARDED:
             WholeState(trainer)
         loftq = config.init_lora_weights == "loftq"

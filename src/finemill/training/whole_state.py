@@ -151,10 +151,10 @@ class WholeState:
     def _load_moments(self, state: dict[int, dict[str, Tensor]]) -> None:
         from torch.distributed.tensor import distribute_tensor
 
-        parameters = dict(self._trainer.model.named_parameters())
+        parameters, optimizer = dict(self._trainer.model.named_parameters()), self._trainer.optimizer
         names = [name for group in self._groups for name in group]
         if self._trainer.is_deepspeed_enabled:
-            _begin_moments(self._trainer.optimizer.optimizer, state[0]["step"])
+            _begin_moments(optimizer.optimizer, state[0]["step"])
         for index, name in enumerate(names):
             parameter, saved = parameters[name], state[index]
             if self._trainer.is_deepspeed_enabled:
@@ -162,8 +162,8 @@ class WholeState:
                     _deepspeed().safe_set_full_optimizer_state(parameter, saved[moment], moment)
             else:
                 mesh, placements = parameter.device_mesh, parameter.placements
-                self._trainer.optimizer.state[parameter] = {
-                    "step": saved["step"],
+                optimizer.state[parameter] = {
+                    "step": _beside(saved["step"], parameter, optimizer),
                     **{
                         moment: distribute_tensor(saved[moment].to(parameter.device), mesh, placements)
                         for moment in _MOMENTS
@@ -177,13 +177,20 @@ def _begin_moments(zero: Any, step: Tensor) -> None:
     state = zero.optimizer.state
     for shard in shards:
         begun = {moment: torch.zeros_like(shard) for moment in _MOMENTS}
-        state[shard] = begun | dict(state.get(shard, {})) | {"step": step.clone()}
+        state[shard] = begun | dict(state.get(shard, {})) | {"step": _beside(step, shard, zero.optimizer)}
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._lazy_init_hp_params_optimizer_state()
 
 
+def _beside(step: Tensor, weight: Tensor, optimizer: Any) -> Tensor:
+    """AdamW's count of steps where the optimizer keeps it: a fused one's lies beside the weight."""
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    return step.clone().to(weight.device if fused else "cpu")
+
+
 def _without_parameters(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
+    """A group's settings, but not how its steps are computed, which is a strategy's own."""
+    return {name: value for name, value in group.items() if name not in ("params", "foreach", "fused")}
 
 
 def _load_weights(model: Any, checkpoint: Path) -> None:

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="runs over gloo on a CPU"),
 ]
+DEEPSPEED = pytest.mark.skipif(not find_spec("deepspeed"), reason="no DeepSpeed")
 SETTINGS: dict[str, Any] = {
     "max_steps": 2,
     "per_device_train_batch_size": 2,
@@ -64,7 +65,7 @@ def train_as(rank: int, port: int, strategy: str, base_model: Path, dataset: Pat
 
 @pytest.mark.parametrize(
     "strategy",
-    ["fsdp2", pytest.param("zero2", marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="no DeepSpeed"))],
+    ["fsdp2", *(pytest.param(name, marks=DEEPSPEED) for name in ("zero2", "zero3"))],
 )
 def test_shards_equal_one_process_and_it_continues_their_checkpoint(
     strategy: str, base_model: Path, dataset: Path, tmp_path: Path
