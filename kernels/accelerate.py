@@ -6,6 +6,7 @@ stay what they were; nothing is patched at import. `restore_model` undoes it.
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -204,13 +205,16 @@ def workload_of(
     groups = [group for layer in engine.layers for group in layer.projections]
     stacks = [stack for layer in engine.layers for stack in layer.mlp.stacks]
     ((_, _, bound),) = length_classes([row])
+    quantized = any(group.scratch is not None for group in groups)
+    kept = [math.prod(group.extended_shape) for group in groups if group.scratch is None and quantized]
     settings: dict[str, Any] = {
         "shape": layer.shape,
         "num_layers": len(engine.layers),
         "vocabulary": engine.head.shape[0],
         "tied": engine.head.data_ptr() == engine.embedding.data_ptr(),
         "rank": max(group.rank // len(group.weights) for group in groups),
-        "quantized": layer.qkv.scratch is not None,
+        "quantized": quantized,
+        "kept_bytes": sum(kept) * engine.final_norm.dtype.itemsize,
         "tokens": tokens,
         "row": row,
         "ragged": True,

@@ -156,6 +156,25 @@ def short_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
+@pytest.fixture(scope="session")
+def four_bit_dir(short_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The short base in NF4, but for the MLP's last matrix of its first layer and attention's three of its second."""
+    import torch
+
+    from finemill.models.nf4.checkpoint import write_checkpoint
+    from finemill.models.nf4.layers import quantized_layers
+    from finemill.models.stored_model import StoredModel
+
+    folder = tmp_path_factory.mktemp("base") / "four-bit-qwen3"
+    folder.mkdir()
+    attention = [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"]
+    kept = ["model.layers.0.mlp.down_proj", *attention]
+    stored = StoredModel(short_model_dir)
+    skipped = ["lm_head", *kept, "model.layers.1.self_attn.qkv_proj"]
+    write_checkpoint(stored, set(quantized_layers(stored)) - set(kept), skipped, torch.bfloat16, folder)
+    return folder
+
+
 @pytest.fixture
 def add_to_hub(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Fill a hub cache of the test's own: `add_to_hub(commit, branch)` puts that commit at the head of the branch.

@@ -301,7 +301,7 @@ def _write_card(
         output_dir,
         title=name,
         base_model=merge.base_model if merge else "",
-        quantized=True,
+        form="gguf",
         summary="GGUF files for llama.cpp, Ollama and LM Studio, each compared with the merged model by finemill.",
         commands=[
             ("llama.cpp", serve),

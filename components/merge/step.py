@@ -15,13 +15,13 @@ from finemill.components.merge.files import copy_tokenizer, write_config, write_
 from finemill.components.merge.landed import check_written
 from finemill.components.merge.merged import MergedModel
 from finemill.components.merge.parity import compare_logits, logits_of, probe_prompts
-from finemill.components.merge.write import total_bytes, write_model
 from finemill.errors import StepError, UserError
 from finemill.models.adapter import check_base, load_adapter
 from finemill.models.base.resolve import resolve_base_model
 from finemill.models.generation import stop_token_ids
 from finemill.models.model_card import serve_commands, write_card
 from finemill.models.stored_model import StoredModel
+from finemill.models.write_weights import total_bytes, write_model
 from finemill.runtime.context import StepContext
 from finemill.storage.space import require_space
 
@@ -121,7 +121,7 @@ def _write_card(output_dir: Path, record: MergeRecord, chat_template: object, nu
         output_dir,
         title="Merged model",
         base_model=record.base_model,
-        quantized=False,
+        form="safetensors",
         summary=f"The base model `{record.base_model}` with the adapter `{record.adapter}`, merged in {record.dtype} "
         "by finemill.",
         commands=serve_commands(chat_template, num_experts=num_experts),

@@ -152,7 +152,9 @@ def plan_step(
     Raises: NoPlanError: not even the leanest plan fits.
     """
     rates, budget = rates or Rates(), int(budget * MARGIN)
-    streams = (True,) if streamed else (False, True) if allow_stream and work.quantized else (False,)
+    # Layers that visit the device share their places there, and are alike.
+    may_stream = allow_stream and work.quantized and not work.kept_bytes
+    streams = (True,) if streamed else (False, True) if may_stream else (False,)
     moments = OPTIMIZER_BYTES if eight_bit is None else OPTIMIZER_BYTES[eight_bit : eight_bit + 1]
     rows = max(1, work.tokens // work.row)
 

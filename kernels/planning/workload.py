@@ -75,6 +75,7 @@ class Workload:
         tied: head and embedding are one tensor.
         rank: LoRA rank of each of the seven linear layers.
         quantized: NF4 base, else 16-bit.
+        kept_bytes: device memory of those matrices of an NF4 base that have 16 bits.
         tokens: per optimizer step.
         row: tokens per row; micro-batches are whole rows.
         whole: whether the step is one micro-batch, as that of a loss that compares its rows.
@@ -103,6 +104,7 @@ class Workload:
     optimizer_bytes: float = 8.0
     embedding_on_host: bool = False
     stream_weights: bool = False
+    kept_bytes: int = 0
     key_heads: int | None = None
     fa4: bool = False
 
@@ -161,7 +163,7 @@ class Workload:
         base = layers * (self.nf4_bytes if self.quantized else self.extended_bytes)
         norms = 2 * self.num_layers * (2 * s.hidden + 2 * s.head_dim)
         adapters = int(self.adapter_elements * (8 + self.optimizer_bytes))
-        return tables + base + norms + adapters + CUBLAS_WORKSPACE + SMALL_TENSORS
+        return tables + base + self.kept_bytes + norms + adapters + CUBLAS_WORKSPACE + SMALL_TENSORS
 
     def loading_bytes(self) -> int:
         """What loading the whole base onto the device takes: all of it, and a matrix on its way from 16 bits to NF4."""

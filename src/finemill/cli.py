@@ -30,6 +30,7 @@ _GROUPS = {
         "vote": ("Vote on pairs of answers, blind, on a page of this machine.", "vote"),
         "serve": ("Serve a model to OpenAI's clients.", "serve"),
         "gguf-lora": ("Write an adapter as GGUF, for llama.cpp beside its base.", "gguf_lora"),
+        "quantize-4bit": ("Write a base in 4 bits, 16 where they count most.", "quantize_4bit"),
     },
     "schemas and measurements": {
         "score": ("Score predictions that exist already, without a model.", "score"),

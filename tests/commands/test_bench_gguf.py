@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from finemill.commands.bench import execute
-from finemill.commands.bench_gguf_plot import plot
+from finemill.commands.plot import plot
 from finemill.components.gguf_quantize import dynamic
 from finemill.errors import UserError
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -30,6 +31,10 @@ from finemill.kernels.engine.model import FastModel
 from finemill.kernels.engine.plan import Level, Plan
 from finemill.kernels.ops.attention import attention_backward, attention_forward
 from finemill.kernels.ops.packing import PackedBatch, pack_sequences
+from finemill.models.causal_lm import load_causal_lm
+from finemill.models.nf4.checkpoint import write_checkpoint
+from finemill.models.nf4.layers import quantized_layers
+from finemill.models.stored_model import StoredModel
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -110,12 +115,16 @@ def make_model(config: PretrainedConfig, device: str, **lora: Any) -> Any:
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+    return with_adapters(model, **lora).to(device).train()
+
+
+def with_adapters(model: Any, **lora: Any) -> Any:
     model = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ALL_LINEAR, **lora}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
-    return model.to(device).train()
+    return model
 
 
 def make_batch(device: str) -> Batch:
@@ -171,6 +180,23 @@ def test_mixtures_of_experts_equal_transformers_and_peft(name: str, level: Level
     model, batch = make_model(MIXTURES[name](), device, **ATTENTION_AND_EXPERTS), make_batch(device)
     expected = loss_and_grads(model, batch)
     engine_of(model, Plan((level,) * 3, (None,) * 3, 0, 1024))
+    assert_same(loss_and_grads(model, batch), expected)
+    restore_model(model)
+    assert_same(loss_and_grads(model, batch), expected)
+
+
+def test_a_base_in_4_bits_with_layers_in_16_is_covered(short_model_dir: Path, tmp_path: Path, device: str) -> None:
+    stored = StoredModel(short_model_dir)
+    kept = ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"]
+    quantized = set(quantized_layers(stored)) - set(kept)
+    write_checkpoint(stored, quantized, ["lm_head", *kept], torch.float32, tmp_path)
+    model = load_causal_lm(tmp_path, device=torch.device(device), dtype=torch.float32)
+    model = with_adapters(model).to(device).train()
+    batch = make_batch(device)
+    expected = loss_and_grads(model, batch)
+    work = workload_of(engine_of(model), tokens=64, row=64)
+    assert work.quantized
+    assert work.kept_bytes > 4 * 256 * 512
     assert_same(loss_and_grads(model, batch), expected)
     restore_model(model)
     assert_same(loss_and_grads(model, batch), expected)

@@ -140,6 +140,9 @@ def test_the_base_is_known_by_digest_wherever_it_lies(tiny_model_dir: Path, adap
     digest = resolve_base_model(str(tiny_model_dir)).digest
     write_training(adapter, TrainingRecord(max_steps=1, log_history=(), base_digest=digest))
     assert check_base(adapter, {}, given(moved)) == "same digest"
+    record = TrainingRecord(max_steps=1, log_history=(), base_digest="0" * 64, unquantized_base_digest=digest)
+    write_training(adapter, record)
+    assert "the 4-bit base was made from" in check_base(adapter, {}, given(moved))
 
 
 def test_another_base_is_refused(tiny_model_dir: Path, adapter: Path, tmp_path: Path) -> None:

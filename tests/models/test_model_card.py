@@ -11,7 +11,7 @@ def card(folder: Path, base_model: str) -> ModelCard:
         folder,
         title="mine",
         base_model=base_model,
-        quantized=True,
+        form="gguf",
         summary="What it is.",
         commands=[("llama.cpp", "llama-server -m a.gguf")],
         table={"a.gguf": {"KL": "0.1"}, "b.gguf": {"GB": "2"}},

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
@@ -77,3 +78,28 @@ def test_a_mixture_with_other_experts_than_it_says_is_one_line(
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=message):
         load_base(tmp_path, LoRATrainingConfig(), CPU)
+
+
+def test_a_base_in_4_bits_is_trained_on_as_it_is_stored(four_bit_dir: Path) -> None:
+    model = load_base(four_bit_dir, LoRATrainingConfig(), CPU)
+    layers = [module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert len(layers) == 14 - 4
+    assert {layer.compute_dtype for layer in layers} == {torch.float32}
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    assert type(model.get_submodule("model.layers.0.mlp.down_proj")) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"load_in_4bit": False}, "16 bits"),
+        ({"load_in_4bit": False, "load_in_8bit": True}, "8 bits"),
+        ({"strategy": "fsdp2"}, "strategy 'fsdp2'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq'"),
+    ],
+)
+def test_what_a_base_in_4_bits_cannot_give_is_one_line(
+    settings: dict[str, Any], found: str, four_bit_dir: Path
+) -> None:
+    with pytest.raises(UserError, match=f"is stored in 4 bits, and {found} cannot be had of it"):
+        load_base(four_bit_dir, LoRATrainingConfig(**settings), CPU)

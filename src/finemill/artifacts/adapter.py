@@ -17,6 +17,8 @@ class TrainingRecord(Record):
     log_history: tuple[dict[str, Any], ...]
     base_digest: str | None = None
     """Digest of the base model, as `models/base/resolve.py` computes it."""
+    unquantized_base_digest: str | None = None
+    """The same of the model that the base was made from, where the base is in 4 bits on the disk: for merging."""
     rope_parameters: dict[str, Any] | None = None
     """The base's positions where the training scaled them, as transformers' configuration has them."""
 

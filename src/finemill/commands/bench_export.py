@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from finemill.components.merge.write import total_bytes, write_model
 from finemill.errors import StepError
 from finemill.kernels.planning.model_shapes import SHAPES, ModelShape
+from finemill.models.write_weights import total_bytes, write_model
 from finemill.storage.space import require_space
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

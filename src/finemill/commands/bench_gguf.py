@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from pydantic import TypeAdapter, ValidationError
 
 from finemill.artifacts.dataset import read_held_out, spread
-from finemill.commands.bench_gguf_plot import plot
+from finemill.commands.plot import plot
 from finemill.components.gguf_quantize.config import DYNAMIC, Quantization
 from finemill.components.gguf_quantize.convert import Array, SourceModel
 from finemill.components.gguf_quantize.dynamic import choose_types, measure_options

@@ -207,6 +207,8 @@ def check_base(folder: Path, parents: Mapping[str, str], given: ResolvedBase) ->
     training = read_training(folder)
     if training and training.base_digest == given.digest:
         return "same digest"
+    if training and training.unquantized_base_digest == given.digest:
+        return "same digest as the model that the 4-bit base was made from"
     named = [name for name in (parents.get(BASE_MODEL), _spelled(config)) if name]
     for name in named:
         same, how = _is_same(name, given)

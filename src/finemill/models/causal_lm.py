@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from finemill.models.base.unusable import explained_files
+from finemill.models.nf4.config import compute_in, is_quantized
 
 SMALL_MODEL = 50_000_000
 """Parameters below which several threads cost more than they bring."""
@@ -27,13 +28,17 @@ def load_causal_lm(
         dtype: of weights and arithmetic. Default: bfloat16 on a GPU, float16 on one that has no bfloat16; float32 on a
             CPU, where it is exact, nowhere emulated, and for small models as fast.
         load_in_4bit: quantize the linear layers but the output layer to NF4, as training does; arithmetic in `dtype`.
+            What is in 4 bits on the disk is so whatever this says.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or _suitable_dtype(device)
-    quantization = {}
-    if load_in_4bit:
+    quantization: dict[str, Any] = {}
+    if is_quantized(folder):
+        quantization["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        compute_in(quantization["config"], dtype)
+    elif load_in_4bit:
         quantization["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -4,10 +4,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from finemill.models.base.resolve import hub_name
 
 CARD_FILE = "README.md"
+Form = Literal["safetensors", "bitsandbytes", "gguf"]
+# What the hub calls them beside their base, and the libraries that open them.
+_RELATIONS: Mapping[Form, str] = {"safetensors": "finetune", "bitsandbytes": "quantized", "gguf": "quantized"}
+_LIBRARIES: Mapping[Form, str] = {"gguf": "gguf"}
 # What a chat template writes -> the parsers of vLLM and SGLang that read it.
 _REASONING = {"<think>": ("qwen3", "qwen3")}
 _TOOLS = {
@@ -21,7 +26,7 @@ def write_card(
     *,
     title: str,
     base_model: str,
-    quantized: bool,
+    form: Form,
     summary: str,
     commands: Sequence[tuple[str, str]],
     table: Mapping[str, Mapping[str, str]],
@@ -30,7 +35,7 @@ def write_card(
 
     Args:
         base_model: reference of the base; named in the metadata if it is on the hub.
-        quantized: whether this is a smaller form of a model rather than a model of its own.
+        form: what kind of weights lie there.
         commands: (program, command line) of each way to run it.
         table: measured values, by row and column.
     """
@@ -39,10 +44,10 @@ def write_card(
     on_hub = hub_name(base_model)
     data = ModelCardData(
         base_model=on_hub[0] if on_hub else None,
-        base_model_relation=("quantized" if quantized else "finetune") if on_hub else None,
-        library_name="gguf" if quantized else "transformers",
+        base_model_relation=_RELATIONS[form] if on_hub else None,
+        library_name=_LIBRARIES.get(form, "transformers"),
         pipeline_tag="text-generation",
-        tags=["finemill", "gguf" if quantized else "safetensors", "conversational"],
+        tags=["finemill", form, "conversational"],
         model_name=None,
     )
     parts = [f"---\n{data.to_yaml()}\n---", f"# {title}", summary]

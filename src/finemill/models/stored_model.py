@@ -20,6 +20,7 @@ from safetensors import safe_open
 from finemill.errors import UserError
 from finemill.models.weights import DTYPES, StoredTensor, stored_tensors
 
+Rounding = Callable[[str, torch.Tensor], torch.Tensor]
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -42,10 +43,14 @@ class StoredModel:
 
     `model` is on the CPU in float32, every parameter a single number seen in the parameter's shape: modules can be
     inspected, wrapped and replaced as if the model were loaded, at no cost.
+
+    Args:
+        rounding: what is made of the values of a parameter, by its name, as they are read; stacks of experts stay.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rounding: Rounding | None = None) -> None:
         self.folder = folder
+        self._rounding = rounding or (lambda _name, values: values)
         self.tensors: Mapping[str, StoredTensor] = stored_tensors(folder)
         self.model = _hollow_model(folder, self.tensors)
         # By identity, which only holds while nothing else takes a parameter's address.
@@ -123,7 +128,7 @@ class StoredModel:
         group = self.group_of[name]
         with self._opened(group.keys) as read:
             if group.converter is None:
-                return _float32(read(next(iter(group.keys))))
+                return self._rounding(name, _float32(read(next(iter(group.keys)))))
             return self._converted(name, {key: _float32(read(key)) for key in group.keys})
 
     def parts(self, name: str) -> Iterator[torch.Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from finemill.artifacts.adapter import TrainingRecord, write_training
+from finemill.artifacts.four_bit import read_four_bit
 from finemill.errors import UserError
 from finemill.models.adapter import CONFIG_NAME, WEIGHTS_NAME
 from finemill.models.base.resolve import ResolvedBase
@@ -197,6 +198,7 @@ def save_adapter(
         max_steps=state.max_steps,
         log_history=tuple(map(_without_times, state.log_history)),
         base_digest=base.digest,
+        unquantized_base_digest=four_bit.base_digest if (four_bit := read_four_bit(base.path)) else None,
         rope_parameters=dict(model.config.get_text_config().rope_parameters) if rope_scaling else None,
     )
     write_training(output_dir, record)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 from finemill.errors import UserError
+from finemill.models.nf4.config import is_quantized
 from finemill.training.adapter import keep_trained_in_float32
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.memory import eight_bit_moments, must_stream, not_on_kernels
@@ -45,7 +46,8 @@ def open_trainer(
         cap_memory(config, device)
         return plain, load_base(base_model, config, device)
     model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
-    streamed = must_stream(model, config, memory_limit(config, device))
+    # Layers that differ in their bits cannot take each other's place on the card.
+    streamed = not is_quantized(base_model) and must_stream(model, config, memory_limit(config, device))
     trainer = partial(fast(), memory_gb=config.memory_gb, eight_bit=eight_bit_moments(config))
     if not streamed:
         return trainer, load_base(base_model, config, device)

@@ -9,10 +9,12 @@ import bitsandbytes as bnb
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from finemill.errors import UserError
 from finemill.kernels.engine.expert_layout import expert_shape, has_dense_layers
 from finemill.kernels.engine.nf4_quantize import BLOCKSIZE
 from finemill.kernels.engine.quantized_experts import quantize_experts
 from finemill.models.causal_lm import no_progress_bar
+from finemill.models.nf4.config import compute_in, is_quantized
 from finemill.models.stored_model import StoredModel
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.mixture import EXPERTS
@@ -50,7 +52,11 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
         StoredModel(base_model)  # transformers would begin a router or an expert that is missing at random
     dtype = compute_dtype(config, device)
     sharded = config.strategy in ("fsdp2", "zero3")
-    if device.type == "cuda" and not sharded and _has_experts_to_quantize(base_model, config):
+    in_4_bits = is_quantized(base_model)
+    if in_4_bits:
+        _check_quantized(base_model, config)
+        compute_in(model_config, dtype)
+    if device.type == "cuda" and not sharded and not in_4_bits and _has_experts_to_quantize(base_model, config):
         from finemill.kernels.streamed import load_streamed
 
         # In 16 bits they may not fit the card.
@@ -65,7 +71,7 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
     quantization: dict[str, Any] = {}
     if config.bits == 8:
         quantization["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    if config.bits == 4:
+    if config.bits == 4 and not in_4_bits:
         quantization["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=config.bnb_4bit_quant_type,
@@ -101,6 +107,20 @@ def _fits_card(base_model: Path, config: LoRATrainingConfig, device: torch.devic
         return False
     stored = sum(file.stat().st_size for file in base_model.glob("*.safetensors"))
     return WHOLE_SIZE[config.bits if config.method == "lora" else 32] * stored <= 0.9 * memory_limit(config, device)
+
+
+def _check_quantized(base_model: Path, config: LoRATrainingConfig) -> None:
+    """Raises: UserError: a training that a base which is in 4 bits on the disk does not allow."""
+    reasons = {
+        f"{config.bits} bits": config.bits != 4,
+        f"strategy '{config.strategy}'": config.strategy in ("fsdp2", "zero3"),
+        "init_lora_weights 'loftq'": config.init_lora_weights == "loftq",
+    }
+    if reason := next((reason for reason, applies in reasons.items() if applies), None):
+        raise UserError(
+            f"the base model in {base_model} is stored in 4 bits, and {reason} cannot be had of it: use load_in_4bit "
+            "with a whole copy on each GPU, or pass the unquantized model"
+        )
 
 
 def _has_experts_to_quantize(base_model: Path, config: LoRATrainingConfig) -> bool:

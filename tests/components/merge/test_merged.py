@@ -29,8 +29,8 @@ from transformers import (
 from finemill.components.merge import step
 from finemill.components.merge.config import MergeConfig
 from finemill.components.merge.step import run
-from finemill.components.merge.write import write_model
 from finemill.errors import StepError, UserError
+from finemill.models.write_weights import write_model
 from finemill.runtime.context import StepContext
 
 SMALL: dict[str, Any] = {
