@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from finemill.metrics.choices import read_label
 from finemill.metrics.maths import judge
 from finemill.metrics.scoring import read_predictions, score_predictions
 
 TABLES = Path(__file__).with_name("verdicts")
-SCORES = {"maths": "exact_match"}
+SCORES = {"maths": "exact_match", "tools": "tool_calls", "json": "json_ok", "regex": "regex_ok"}
 
 
 @pytest.mark.parametrize("metric", SCORES)
@@ -25,6 +26,11 @@ def test_every_answer_of_the_table_is_judged_as_it_says(metric: str) -> None:
         row for row, score in zip(table, scores, strict=True) if (score[SCORES[metric]] == 1) != bool(row["right"])
     ]
     assert not misjudged
+
+
+def test_every_label_of_the_table_is_read_as_it_says() -> None:
+    table = [json.loads(line) for line in (TABLES / "labels.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert not [row for row in table if read_label(row["prediction"], row["labels"]) != row["label"]]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from finemill.artifacts.decision import Decision, write_decision
 from finemill.artifacts.manifest import Producer, Reference, new_manifest
 from finemill.cli import main
 from finemill.errors import UserError
@@ -21,10 +22,16 @@ from finemill.storage.store import delete_artifact, list_artifacts, publish_arti
 ANY_AGE = timedelta(days=-1)
 
 
-def put(store: str, place: str, parents: dict[str, str] | None = None) -> str:
+def put(
+    store: str,
+    place: str,
+    parents: dict[str, str] | None = None,
+    write: Callable[[Path], None] = lambda folder: None,
+) -> str:
     uri = f"{store}/{place}"
     staging = staging_folder(uri)
     (staging / "file").write_text(place)
+    write(staging)
     made_by = Producer(step=place.split("/")[0], version="0", code="c")
     manifest = publish_artifact(staging, uri, new_manifest("any", staging, made_by, parents=parents))
     return str(Reference(uri, manifest.digest))
@@ -52,6 +59,19 @@ def test_what_registered_versions_were_made_from_is_kept(store: str) -> None:
     garbage = {"train-qlora/b", "checkpoints/train-qlora-b/00000004", "failures/eval-b"}
     assert places(store, [adapter], ANY_AGE) == garbage
     assert places(store, [], ANY_AGE) == garbage | {"data-prep/a", "chat-format/a", "train-qlora/a"}
+
+
+def test_a_decision_about_what_is_registered_is_kept_with_the_scores_that_it_names(store: str) -> None:
+    adapter = put(store, "train-qlora/a")
+    evaluation, champion = put(store, "eval/a", {"adapter": adapter}), put(store, "eval/champion")
+    parents = {"version": put(store, "register/a", {"adapter": adapter}), "evaluation": evaluation}
+    decision = Decision(
+        registered_model_name="m", version=2, champion_before=1, promoted=True, summary="", confidence=0.95, gates=(),
+        evaluation=evaluation, champion_evaluation=champion,
+    )  # fmt: skip
+    put(store, "promote/a", parents, lambda folder: write_decision(folder, decision))
+    put(store, "promote/b", {"evaluation": put(store, "eval/b")}, lambda folder: write_decision(folder, decision))
+    assert places(store, [adapter, evaluation], ANY_AGE) == {"promote/b", "eval/b"}
 
 
 def test_what_is_young_is_kept_with_what_it_was_made_from(store: str) -> None:

@@ -8,6 +8,10 @@ from finemill.rows.answers import after_thinking, find_answer
 from finemill.rows.formulas import tidy
 
 _DENIED = re.compile(r"(?:\b(?:not|never|neither|nor|cannot be|rather than)|n['\u2019]t|不是|并非|不)(?:\s+be)?\s*$")
+# The no of "no idea" is no answer.
+_NO_NOUN = r"(?!\s+(?!(?:it|they|he|she|there|this|because)\b)\w)"
+# The whole of a scale: 4 out of 5, 4/5.
+_OUT_OF = re.compile(r"(?<=\d)\s*(?:out\s+of|/)\s*\d+")
 _LETTER = re.compile(r"\(?([A-Za-z])(?:\)|[.:)](?=\s|$)|$)")
 
 
@@ -21,9 +25,12 @@ def read_label(text: str, labels: Sequence[str]) -> str | None:
         choice = read_letter(text)
         return choice if choice in labels else None
     by_name = {_plain(label): label for label in labels}
+    if all(label.isdigit() for label in labels):
+        text = _OUT_OF.sub("", text)
     found = find_answer(text)
     body = _plain(after_thinking(text))
-    for said in (_plain(found.text), body) if found else (body,):
+    first_line = _plain(after_thinking(text).split("\n")[0])
+    for said in (_plain(found.text), body, first_line) if found else (body, first_line):
         letter = _LETTER.match(said)
         for name in (said, letter[1] if letter else said):
             if name in by_name:
@@ -39,7 +46,7 @@ def _said_names(names: Iterable[str], body: str) -> list[str]:
     for name in sorted((name for name in names if len(name) > 1), key=len, reverse=True):
         # Words of scripts without spaces end anywhere.
         edges = (r"(?<!\w)", r"(?!\w)") if name.isascii() else ("", "")
-        pattern = re.compile(f"{edges[0]}{re.escape(name)}{edges[1]}")
+        pattern = re.compile(f"{edges[0]}{re.escape(name)}{edges[1]}{_NO_NOUN if name == 'no' else ''}")
         said = [match for match in pattern.finditer(body) if not _DENIED.search(body[: match.start()])]
         found += [name] if said else []
         body = pattern.sub(" ", body)
@@ -48,7 +55,7 @@ def _said_names(names: Iterable[str], body: str) -> list[str]:
 
 def _plain(text: str) -> str:
     inner = re.fullmatch(r"\(\s*(.*?)\s*\)", tidy(text), re.DOTALL)
-    return (inner[1] if inner else tidy(text)).casefold().strip(" .*_\"'`")
+    return (inner[1] if inner else tidy(text)).casefold().replace("_", " ").strip(" .*_\"'`")
 
 
 def macro_f1(gold: Sequence[str], said: Sequence[str | None]) -> float:

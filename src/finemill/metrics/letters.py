@@ -8,25 +8,40 @@ from finemill.rows.formulas import boxed, tidy
 
 # Words before a letter, in the languages that questions with choices are most often in.
 _ANSWER = (
-    "answer|respuesta|réponse|antwort|risposta|resposta|ответ|الجواب|الإجابة|उत्तर|cevap|odpowiedź|đáp án|jawaban|"
-    "答案|答え|解答|正解|정답|답"
+    r"answer|\bans\b|respuesta|réponse|antwort|risposta|resposta|ответ|الجواب|الإجابة|उत्तर|cevap|odpowiedź|đáp án|"
+    "jawaban|答案|答え|解答|正解|정답|답"
 )
 _LETTER = r"(?<![A-Za-z0-9'\u2019])(?P<letter>[A-J])(?![A-Za-z0-9'\u2019])"
-_AFTER_ANSWER = re.compile(rf"(?i:{_ANSWER})(?P<rest>[^\w\n]{{0,4}}\n\s*[^\n]{{0,20}}|[^\n]{{0,60}})")
+# What follows is looked at and not taken, as it may say "answer" again.
+_AFTER_ANSWER = re.compile(
+    rf"(?i:{_ANSWER})(?=(?P<rest>(?:\s+(?i:is|was))?[^\w\n]{{0,6}}\n\s*[^\n]{{0,20}}|[^\n]{{0,60}}))"
+)
+_SMALL = re.compile(
+    r"(?i:\s+is|\s+was)?[^\w\n]{0,6}(?:(?i:option|choice)\W{1,3})?(?P<letter>[a-j])[)\]*.]*(?=\s*$|\s*\n)"
+)
 _IN_REST = re.compile(_LETTER)
 _NAMED = (
     # B is the correct answer; option B is best
     re.compile(rf"{_LETTER}\W{{0,4}}\s*(?i:is|are)\s+(?:the\s+|most\s+)*(?i:correct|right|best|true|answer)"),
     re.compile(
-        rf"(?i:\b(?:choose|chose|pick|select|go with|opt for|choice is|option is)\b|[选選])[^\w\n]{{0,4}}{_LETTER}"
+        rf"(?i:\b(?:choose|chose|pick|select|go with|opt for|choice is|option is)\b|[选選](?:择|擇)?(?:选项)?)"
+        rf"[^\w\n]{{0,4}}{_LETTER}"
     ),
+    re.compile(rf"{_LETTER}\s*(?:选?[项項])?\s*(?:[是为])?\s*最?(?:正确|正確|对的|對的)"),
     re.compile(rf"(?i:\b(?:option|choice|letter))\s+\W{{0,3}}{_LETTER}"),
+    re.compile(r"(?i:\b(?:option|choice|letter))\s+\W{0,3}(?P<letter>[a-j])(?=[)\].:,*]*(?:\s*$|\s*\n))"),
 )
-_AT_START = re.compile(r"\W{0,5}(?P<letter>[A-Ja-j])(?:[)\]}>]|[.:,](?=\s|$)|\W{0,5}$)")
-_AT_END = re.compile(rf"(?:\b(?:is|be|was)\b|['\u2019]s\b|[:=]|->|\u2192)[\s*_(\[\"'`$]{{0,5}}{_LETTER}[^\w]*$")
+_AT_START = re.compile(
+    r"\W{0,5}(?P<letter>[A-Ja-j])(?:[)\]}>]|[.:,](?=\s|$|[^\x00-\x7f])|\u3001|\W{0,5}$"
+    r"|\s+[-\u2013\u2014]\s|\s+(?i:because|since)\b)"
+)
+_AT_END = re.compile(
+    rf"(?:\b(?i:is|be|was|therefore|thus|hence|so)\b,?|['\u2019]s\b|[:=]|->|\u2192)[\s*_(\[\"'`$]{{0,5}}{_LETTER}[^\w]*$"
+)
 _NEGATED = re.compile(
     r"(?i)(?:\b(?:not|never|neither|nor|isn['\u2019]t|rather than|except)\b|n['\u2019]t|不是|不选)\W*(?:\w+\s+)?\W*$"
 )
+_JOINED_BEFORE = re.compile(r"(?<![A-Za-z0-9])[A-J]\W{0,3}\s*(?:\bor\b|\band\b|或|和|/|&|,)\W{0,3}$")
 _JOINED = re.compile(r"\W{0,3}\s*(?:\bor\b|\band\b|或|和|/|&|,)\W{0,3}[A-J](?![A-Za-z0-9'\u2019])")
 
 
@@ -41,14 +56,17 @@ def read_letter(text: str) -> str | None:
     if box is not None:
         return _alone(tidy(box))
     for mark in reversed(list(_AFTER_ANSWER.finditer(body))):
-        found = _first_said(mark["rest"])
+        small = _SMALL.match(mark["rest"])
+        found = small["letter"].upper() if small else _first_said(mark["rest"])
         if found is not None:
             return found or None
     for pattern in _NAMED:
         said = [match for match in pattern.finditer(body) if not _NEGATED.search(body[: match.start("letter")])]
         if said and not _JOINED.match(body, said[-1].end("letter")):
-            return said[-1]["letter"]
-    return _alone(body) or next((match["letter"] for match in [_AT_END.search(body)] if match), None)
+            if _JOINED_BEFORE.search(body[: said[-1].start("letter")]):
+                return None
+            return said[-1]["letter"].upper()
+    return _alone(tidy(body)) or next((match["letter"] for match in [_AT_END.search(body)] if match), None)
 
 
 def _alone(text: str) -> str | None:

@@ -1,6 +1,7 @@
 """Rules that an answer's form keeps or breaks: a JSON schema, a regular expression."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -9,6 +10,7 @@ from typing import Any
 from finemill.errors import UserError
 from finemill.rows.answers import after_thinking
 
+PATTERN_TIMEOUT_S = 1.0
 _FENCE = re.compile(r"\s*```(?:json)?\s*\n(?P<inside>.*?)\n?\s*```\s*", re.DOTALL | re.IGNORECASE)
 
 
@@ -20,7 +22,7 @@ def keeps_schema(text: str, schema: str) -> bool:
     answer = after_thinking(text)
     fence = _FENCE.fullmatch(answer)
     try:
-        value = json.loads(fence["inside"] if fence else answer, parse_constant=_refuse_constant)
+        value = json.loads(fence["inside"] if fence else answer, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError):
         return False
     return bool(_validator(schema).is_valid(value))
@@ -29,12 +31,17 @@ def keeps_schema(text: str, schema: str) -> bool:
 def keeps_pattern(text: str, pattern: str) -> bool:
     """Whether the whole answer in `text` matches the regular expression `pattern`, outer white space left out.
 
+    What cannot be told within `PATTERN_TIMEOUT_S` is no match: `(a+)+b` may take forever.
     Raises: UserError: `pattern` is no regular expression.
     """
+    import regex
+
     try:
-        return re.fullmatch(pattern, after_thinking(text), re.DOTALL) is not None
-    except re.error as error:
+        return regex.fullmatch(pattern, after_thinking(text), regex.DOTALL, timeout=PATTERN_TIMEOUT_S) is not None
+    except regex.error as error:
         raise UserError(f"the pattern {pattern!r} is no regular expression: {error}") from None
+    except TimeoutError:
+        return False
 
 
 def read_schema(schema: Mapping[str, Any] | str) -> str:
@@ -58,7 +65,15 @@ def _validator(schema: str) -> Any:
         found.check_schema(value)
     except (ValueError, jsonschema.SchemaError) as error:
         raise UserError(f"no JSON schema: {' '.join(str(error).split())[:200]}") from None
-    return found(value)
+    # What a schema says of a date or an address is meant, though the standard leaves it open.
+    return found(value, format_checker=found.FORMAT_CHECKER)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number that JSON's readers can hold")
+    return value
 
 
 def _refuse_constant(name: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 # Hermes' and Qwen's, Nemotron's, Granite's, Phi's, Llama's, Mistral's, Functionary's.
 _JSON_MARK = re.compile(
-    r"<(?:tool_call|function_call|TOOLCALL)>|<\|tool_call(?:_start)?\|>|\[TOOL_CALLS\]|<\|python_tag\|>|\bfunctools(?=\[)"
+    r"<(?:tool_call|function_call|functioncall|TOOLCALL)>|<\|tool_call(?:_start)?\|>|\[TOOL_CALLS\]|<\|python_tag\|>|\bfunctools(?=\[)"
 )
 # `[TOOL_CALLS]name[ARGS]{...}`, Kimi's, DeepSeek's, gpt-oss's, Llama's: a name and then its arguments.
 _NAMED_MARK = re.compile(
@@ -39,8 +39,8 @@ _XML_CALLS: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = (
 _FENCE = re.compile(r"```(?:json|python|tool_code|tool_call|tool_calls)?[ \t]*\n(?P<inside>.*?)\n?[ \t]*```", re.DOTALL)
 _NAME = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"]+)"')
 _GAP = re.compile(r"[\s;,]*")
-_NAMES = ("name", "tool_name", "tool", "function")
-_ARGUMENTS = ("arguments", "parameters", "args", "input")
+_NAMES = ("name", "tool_name", "tool", "function", "action")
+_ARGUMENTS = ("arguments", "parameters", "args", "input", "action_input")
 
 
 class Untyped(str):
@@ -170,6 +170,7 @@ def _calls_of(value: Any) -> Iterator[ToolCall]:
     arguments: Any = next((item[key] for key in _ARGUMENTS if key in item), {})
     if isinstance(arguments, str):
         arguments = _decode(arguments.strip(), 0)[0]
+    name = name.removeprefix("functions.")
     yield ToolCall(name, {} if arguments is None and "arguments" in item else _object(arguments))
 
 

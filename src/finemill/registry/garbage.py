@@ -5,23 +5,25 @@ elsewhere or renamed, and its registry keeps the addresses of then.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from finemill.artifacts.decision import read_decision
 from finemill.artifacts.manifest import MANIFEST_NAME, Reference
 from finemill.errors import UserError
 from finemill.runtime.catalog import STEPS
 from finemill.storage.base import StoredFile, local_path
 from finemill.storage.folder import abandoned_folders
-from finemill.storage.store import list_stored_files, read_manifest
+from finemill.storage.store import fetch_artifact, list_stored_files, read_manifest
 
 # How many parts an artifact's place under the store has. Nothing else in a store is looked at.
 _DEPTHS = {**dict.fromkeys(STEPS, 2), "failures": 2, "checkpoints": 3}
 _STAGING = ".staging"
 _VERSIONS = "register/"
 """Where the artifacts of registered versions lie."""
+_DECISIONS = "promote/"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class _Contents:
 def find_garbage(store_uri: str, registered: Collection[Reference], older_than: timedelta) -> list[StoredArtifact]:
     """Artifacts that nothing needs and that were last written `older_than` before the store's newest, oldest first.
 
-    Needed is what `registered` names, what is younger, and everything that these were made from. Ages count from the
+    Needed is what `registered` names, what is younger, everything that these were made from, and the decisions about
+    registered versions with the scores that they were made by. Ages count from the
     newest artifact, as a clock that is ahead makes all of them old. What a run in progress has found in the store and
     is about to use, nobody knows: `older_than` should be more than any run takes.
     Raises: UserError: it is not certain what is registered.
@@ -66,6 +69,7 @@ def find_garbage(store_uri: str, registered: Collection[Reference], older_than: 
     newest = min(max(artifact.modified for artifact in artifacts.values()), datetime.now(UTC))
     young = {place for place, artifact in artifacts.items() if artifact.modified >= newest - older_than}
     needed = _with_parents(named | young, contents, index)
+    needed |= _decided_by(needed, artifacts, contents, index)
     for place in sorted(needed):
         if contents[place].problem:
             raise UserError(
@@ -149,6 +153,23 @@ def _places(reference: Reference, index: dict[str, set[str]]) -> set[str]:
 
 def _tail(address: str) -> str:
     return "/".join(address.split("/")[-2:])
+
+
+def _decided_by(
+    needed: set[str],
+    artifacts: Mapping[str, StoredArtifact],
+    contents: dict[str, _Contents],
+    index: dict[str, set[str]],
+) -> set[str]:
+    """Decisions about what is needed, and the evaluation of the champion of then, so that each can be replayed."""
+    found = set[str]()
+    for place, content in contents.items():
+        about = {made_from for parent in content.parents for made_from in _places(parent, index)}
+        if place.startswith(_DECISIONS) and content.digest and about & needed:
+            folder, _ = fetch_artifact(Reference(artifacts[place].uri, content.digest))
+            champion = read_decision(folder).champion_evaluation
+            found |= {place} | about | (_places(Reference.parse(champion), index) if champion else set())
+    return found - needed
 
 
 def _with_parents(places: Iterable[str], contents: dict[str, _Contents], index: dict[str, set[str]]) -> set[str]:

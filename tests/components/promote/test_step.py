@@ -48,6 +48,10 @@ def decision(result: StepResult) -> Decision:
     return read_decision(fetch_artifact(result.reference)[0])
 
 
+def decision_at(reference: str) -> Decision:
+    return read_decision(fetch_artifact(Reference.parse(reference))[0])
+
+
 def aliases() -> dict[str, int]:
     model = read_registered_model(Tracking.of_environment().registry, "finemill")
     assert model is not None
@@ -132,7 +136,7 @@ def test_no_damaged_file_and_no_stale_input_makes_a_champion(
         if path.name != "manifest.json"
     ]
     rng = Random(0)
-    for number in range(60):
+    for number in range(16):
         path = files[number % len(files)]
         before = path.read_bytes()
         place = rng.randrange(len(before))
@@ -397,6 +401,22 @@ def test_a_decision_is_replayed_from_its_digests(
     monkeypatch.setattr("finemill.components.promote.gates.lower_bound", lambda *_, **__: 1.0)
     assert main(["replay", str(result.reference)]) == 3
     assert "OTHER  exact_match 0.7 is not at most 0.02 worse than champion" in capsys.readouterr().out
+
+
+def test_a_decision_is_replayed_in_a_store_that_was_moved_and_not_from_an_altered_file(
+    folder_store: str, registered: Line, tmp_path: Path, capsys: Any
+) -> None:
+    promote(folder_store, registered("one", loss=0.5))
+    result = promote(folder_store, registered("two", loss=0.4))
+    (tmp_path / "store").rename(tmp_path / "moved")
+    moved = str(result.reference).replace(folder_store, (tmp_path / "moved").as_uri())
+    assert main(["replay", moved]) == 0
+    evaluation = Reference.parse(decision_at(moved).evaluation).uri.replace(folder_store, "")
+    samples = tmp_path / "moved" / evaluation.lstrip("/") / "samples.parquet"
+    samples.chmod(0o644)
+    samples.write_bytes(samples.read_bytes()[:-1] + b"x")
+    assert main(["replay", moved]) == 2
+    assert "samples.parquet" in capsys.readouterr().err
 
 
 def test_only_a_decision_can_be_replayed(trained: Trained, capsys: Any) -> None:
