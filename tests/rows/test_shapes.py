@@ -78,6 +78,21 @@ def test_each_shape_is_told_from_the_others(shape: str) -> None:
         {"chosen": pair("2+2?", "4"), "rejected": pair("2+2?", "5")},
         {"prompt": "2+2?", "chosen": pair("2+2?", "4"), "rejected": pair("2+2?", "5")},
         {"instruction": "2+2?", "input": "", "chosen": "4", "rejected": "5"},
+        *({"prompt": "2+2?", better: "4", worse: "5"} for better, worse in (
+            ("chosen_response", "rejected_response"), ("answer_chosen", "answer_rejected"), ("chosen", "reject"),
+            ("preferred", "dispreferred"), ("accepted", "rejected"), ("winner", "loser"))),
+        {"input": {"messages": pair("2+2?", "")[:1], "tools": []}, "preferred_output": pair("", "4")[1:],
+         "non_preferred_output": pair("", "5")[1:]},
+        {"user": "2+2?", "assistant": "4"},
+        {"human": "2+2?", "gpt": "4"},
+        {"user_prompt": "2+2?", "assistant_response": "4"},
+        {"inputs": "2+2?", "targets": "4"},
+        {"input_text": "2+2?", "target_text": "4"},
+        {"context": "2+2?", "response": "4"},
+        {"question": "2+2?", "answers": {"text": ["4"], "answer_start": [0]}},
+        {"turns": pair("2+2?", "4")},
+        {"data": ["2+2?", "4"]},
+        {"prompt": "2+2?", "messages": pair("2+2?", "4")},
         {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"},
     ],
 )  # fmt: skip
@@ -151,10 +166,58 @@ def test_more_context_follows_the_question() -> None:
     assert messages_of({"instruction": "Say hi.", "input": float("nan"), "output": "Hi"}) == pair("Say hi.", "Hi")
 
 
-@pytest.mark.parametrize("history", [[["a?", "A."]], [pair("a?", "A.")[0], pair("a?", "A.")[1]], '[["a?", "A."]]'])
-def test_earlier_turns_beside_a_question_stand_before_it(history: object) -> None:
-    row = {"instruction": "b?", "input": "", "output": "B.", "history": history}
+@pytest.mark.parametrize(
+    "history",
+    [
+        [["a?", "A."]], pair("a?", "A."), '[["a?", "A."]]', [{"user": "a?", "assistant": "A."}], ["a?", "A."],
+        [{"instruction": "a?", "output": "A."}], "Human: a?\nAssistant: A.",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("column", ["history", "chat_history", "conversation_history", "previous_turns"])
+def test_earlier_turns_beside_a_question_stand_before_it(history: object, column: str) -> None:
+    row = {"instruction": "b?", "input": "", "output": "B.", column: history}
     assert messages_of(row) == [*pair("a?", "A."), *pair("b?", "B.")]
+
+
+def test_a_context_that_is_a_list_of_turns_stands_before_the_question() -> None:
+    row = {"prompt": "b?", "completion": "B.", "context": pair("a?", "A.")}
+    assert messages_of(row) == [*pair("a?", "A."), *pair("b?", "B.")]
+
+
+def test_a_question_beside_an_instruction_is_what_that_is_about() -> None:
+    row = {"instruction": "Answer in one word.", "question": "2+2?", "answer": "4"}
+    assert messages_of(row) == pair("Answer in one word.\n\n2+2?", "4")
+
+
+def test_functions_may_stand_under_other_names_and_in_a_turn() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    for row in (
+        {"messages": pair("a?", "A."), "available_tools": [tool]},
+        {"messages": pair("a?", "A."), "tools": {"functions": [tool["function"]]}},
+        {"messages": pair("a?", "A."), "tools": tool},
+        {"messages": [{**pair("a?", "")[0], "tools": [tool]}, pair("", "A.")[1]]},
+        {"messages": [{**pair("a?", "")[0], "functions": json.dumps([tool])}, pair("", "A.")[1]]},
+    ):
+        assert read(row).tools == [tool]
+        assert list(read(row).unread) == []
+
+
+def test_an_answer_that_is_calls_is_read_as_such() -> None:
+    row = {
+        "query": "a?",
+        "answers": '[{"name": "f", "arguments": {"x": 1}}]',
+        "tools": [{"name": "f", "parameters": {}}],
+    }
+    (call,) = messages_of(row)[1]["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": {"x": 1}}
+
+
+def test_each_answer_of_a_preference_may_have_its_own_thinking_column() -> None:
+    row = {**ROWS["preference"], "chosen_reasoning": "2 and 2", "rejected_thinking": "2 and 3"}
+    conversation = read(row)
+    assert conversation.messages[-1]["reasoning_content"] == "2 and 2"
+    assert conversation.rejected[-1]["reasoning_content"] == "2 and 3"
+    assert list(conversation.unread) == []
 
 
 def test_thinking_may_have_a_column_of_its_own() -> None:
@@ -266,9 +329,8 @@ def test_earlier_turns_stay_before_both_answers_of_a_preference() -> None:
         ({"messages": pair("a", "b"), "train": False}, "excluded_row"),
         ({"instruction": "a", "output": "b", "weight": 0}, "excluded_row"),
         ({"text": "a", "exclude": "true"}, "excluded_row"),
-        ({"messages": [*pair("a", "b"), *pair("c", "d")], "loss_mask": [0, 0, 0, 1]}, "partly_excluded_row"),
         ({"question": "a", "answer": "b", "deepseek_thinking_trajectory": "hm, b"}, "thinking_not_read"),
-        ({"instruction": "a", "output": "b", "thought_process": "hm, b"}, "thinking_not_read"),
+        ({"instruction": "a", "output": "b", "my_thoughts": "hm, b"}, "thinking_not_read"),
         ({"messages": pair("a", "b"), "images": ["1.jpg"]}, "not_text"),
         ({"question": "a", "answer": "b", "photo": "1.jpg"}, "not_text"),
         ({"question": "a", "answer": "b", "audio_path": "1.wav"}, "not_text"),

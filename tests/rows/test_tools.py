@@ -25,7 +25,7 @@ def test_functions_are_described_in_every_spelling(tools: list[Any]) -> None:
     assert to_tools(tools) == to_tools(json.dumps(tools)) == to_tools([json.dumps(tool) for tool in tools]) == [TOOL]
 
 
-@pytest.mark.parametrize("tools", ["{", {"name": "f"}, [5], ["f"], [{"description": "no name"}]])
+@pytest.mark.parametrize("tools", ["{", {"a": 1}, [5], ["f"], [{"description": "no name"}]])
 def test_what_describes_no_function_is_refused(tools: Any) -> None:
     with pytest.raises(DroppedRowError, match=r"^bad_tools$"):
         to_tools(tools)
@@ -45,6 +45,7 @@ def test_a_call_has_arguments_only_without_them_if_the_function_needs_none() -> 
         ({"name": "f"}, None),
         ({"name": "get_rate", "arguments": {}}, [TOOL]),
         ({"name": "f", "to": 1}, None),
+        ({"name": "get_time", "wanted": {"to": 1}}, NO_ARGUMENTS),
     ):
         with pytest.raises(DroppedRowError, match=r"^bad_tool_call$"):
             call(value, tools)
@@ -69,9 +70,21 @@ def test_null_arguments_stay_only_where_the_schema_lets_them_be_null() -> None:
         call({"name": "get_rate", "arguments": {"to": None}}, [TOOL])
 
 
-@pytest.mark.parametrize("key", ["tool_input", "args", "input", "parameters", "function_args"])
+@pytest.mark.parametrize("key", ["tool_input", "args", "input", "parameters", "function_args", "argument"])
 def test_arguments_are_read_under_every_name(key: str) -> None:
     assert call({"name": "get_rate", key: {"to": "EUR"}}, [TOOL]) == {"to": "EUR"}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"get_rate": {"to": "EUR"}},
+        {"function": {"name": "get_rate"}, "arguments": {"to": "EUR"}},
+        {"name": "get_rate", "arguments": [{"name": "to", "value": "EUR"}]},
+    ],
+)
+def test_calls_are_read_in_other_forms(value: Any) -> None:
+    assert call(value, [TOOL]) == {"to": "EUR"}
 
 
 def test_calls_written_as_text_are_read() -> None:

@@ -6,7 +6,8 @@ import pytest
 from finemill.rows.reader import Reader
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.shapes import detect_shape, to_conversation
-from finemill.rows.turns import to_messages, turn_list
+from finemill.rows.speakers import turn_list
+from finemill.rows.turns import to_messages
 
 Row = dict[str, Any]
 CALL = {"name": "get_rate", "arguments": {"to": "EUR"}}
@@ -80,6 +81,17 @@ def test_old_function_calls_are_calls(content: str | None) -> None:
     assert messages[2] == {"role": "tool", "name": "get_rate", "content": "1.1"}
 
 
+@pytest.mark.parametrize("key", ["tool_calls", "tool_call", "function_calls", "calls", "toolCalls"])
+def test_calls_beside_a_text_are_read_under_every_name(key: str) -> None:
+    message = messages_of([USER, {"role": "assistant", "content": "On it.", key: [CALL]}])[1]
+    assert message == {"role": "assistant", "content": "On it.", "tool_calls": [FUNCTION_CALL]}
+
+
+@pytest.mark.parametrize("key", ["content", "result", "output", "response", "observation"])
+def test_a_tools_result_is_read_under_every_name(key: str) -> None:
+    assert messages_of([{"role": "tool", key: "1.1"}]) == [{"role": "tool", "content": "1.1"}]
+
+
 def test_anthropic_parts_are_calls_and_results() -> None:
     use = {"type": "tool_use", "id": "t1", "name": "get_rate", "input": {"to": "EUR"}}
     result = {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "1.1"}]}
@@ -117,6 +129,9 @@ THOUGHT = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}
             {"type": "thinking", "thinking": [{"type": "text", "text": "2 and 2"}]}, {"type": "text", "text": "4"}]}],
         [{"role": "assistant", "channel": "analysis", "content": "2 and 2"},
          {"role": "assistant", "channel": "final", "content": "4"}],
+        [{"role": "assistant", "content": "4", "reasoning": {"content": "2 and 2"}}],
+        [{"role": "assistant", "content": "4", "reasoningContent": "2 and 2"}],
+        [{"role": "assistant", "content": "4", "thinking_blocks": [{"type": "thinking", "thinking": "2 and 2"}]}],
         [{"role": "thinking", "content": "2 and 2"}, {"role": "assistant", "content": "4"}],
         [{"role": "assistant", "content": "4", "reasoning_details": [{"type": "reasoning.text", "text": "2 and 2"}]}],
     ],
@@ -125,7 +140,7 @@ def test_thinking_is_read_under_every_name(turns: list[Row]) -> None:
     assert messages_of([USER, *turns]) == [USER, THOUGHT]
 
 
-@pytest.mark.parametrize("name", ["my_thinking", "inner_monologue", "thought_process", "gold_cot"])
+@pytest.mark.parametrize("name", ["my_thinking", "inner_monologue", "analysis", "gold_cot"])
 def test_an_answer_is_not_learned_without_thinking_under_a_name_that_is_not_known(name: str) -> None:
     with pytest.raises(DroppedRowError, match=r"^thinking_not_read$"):
         messages_of([USER, {"role": "assistant", "content": "4", name: "2 and 2"}])

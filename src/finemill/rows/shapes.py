@@ -1,26 +1,26 @@
 """The shapes of rows that public data sets come in: how each is told from the others, and what it says."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from finemill.rows.answers import final_answer
 from finemill.rows.conversation import Conversation, checked
+from finemill.rows.learned import FLAGS, MARKS, check_excluded, check_label, excluded_turns
 from finemill.rows.reader import Reader
 from finemill.rows.reasons import DroppedRowError
-from finemill.rows.tools import to_tools
+from finemill.rows.speakers import ROLES, Turn, chat_turns, transcript_turns, turn_list, turn_role
+from finemill.rows.tools import are_calls, to_calls, to_tools
 from finemill.rows.turns import (
     MEDIA_COLUMNS,
     THINKING_KEYS,
     Message,
     assistant,
-    check_excluded,
     check_unread_thinking,
     is_prose,
     thinking_under,
     to_messages,
-    turn_list,
 )
 from finemill.rows.values import as_text, is_true, parse_json
 
@@ -38,37 +38,71 @@ ShapeName = Literal[
     "text",
 ]
 
-_CHATS = ("conversations", "conversation", "dialog", "dialogue", "chat")
+_CHATS = (
+    *("conversations", "conversation", "dialog", "dialogue", "dialogs", "dialogues", "chat", "chats", "turns", "convo"),
+    *("thread", "trajectory", "transcript", "utterances", "exchanges", "data"),
+)
 _TEXTS = ("text", "content", "document")
-_SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
-_TOOLS = ("tools", "functions")
-_CONTEXT = ("input", "context", "passage", "document", "background")
+_SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "system_instructions", "sys_prompt")
+_TOOLS = (
+    *("tools", "functions", "available_tools", "available_functions", "tool_list", "function_list", "tool_definitions"),
+    *("function_definitions", "tools_json", "apis"),
+)
+_CONTEXT = ("input", "context", "contexts", "passage", "document", "background", "schema", "article", "paragraph")
+_HISTORY = (
+    *("history", "chat_history", "conversation_history", "dialogue_history", "dialog_history", "message_history"),
+    *("previous_turns", "previous_messages", "past_messages", "prior_turns"),
+)
 _FINAL = ("expected_answer", "final_answer", "answer")
 _CHOICES = ("choices", "options")
 _CORRECT = ("answer", "answerKey", "answer_key", "answer_index", "answer_idx", "label")
-# What tells good answers from bad ones in unpaired preferences.
-_GOOD = (
-    *("label", "kto_tag", "kto_label", "completion_label", "desirable", "is_desirable", "good", "is_good", "correct"),
-    *("is_correct", "accepted", "is_accepted", "preferred", "is_preferred", "chosen", "is_chosen", "is_positive"),
-    *("thumbs_up", "liked", "upvoted", "feedback"),
-)
-_BAD = (
-    *("bad", "is_bad", "rejected", "is_rejected", "undesirable", "is_undesirable", "is_negative", "is_incorrect"),
-    *("thumbs_down", "disliked", "downvoted"),
-)
-# Words that name a bad answer, and nothing that a text is classified as.
-_BAD_WORDS = ("bad", "rejected", "undesirable", "unacceptable", "disliked", "thumbs_down", "downvoted", "-1", "-1.0")
-_MARKS = frozenset((*_GOOD, *_BAD))
+_CHAT_SHAPES = ("messages", "sharegpt")
 _ROW_THINKING = (*THINKING_KEYS, "complex_cot")
 # Switches that some sets keep in a column with the name of a thinking block.
 _SWITCHES = ("on", "off", "yes", "no", "true", "false")
 # Prompt columns and answer columns by shape; of each the first that says something counts.
 _PAIRS = {
     "reasoning": (("problem",), ("generated_solution", "solution", "answer")),
-    "alpaca": (("instruction",), ("output", "response", "answer", "completion")),
-    "prompt_completion": (("prompt", "query", "input"), ("completion", "response", "output", "answer")),
-    "question_answer": (("question",), ("answer", "response", "output", "completion", "solution")),
+    "alpaca": (("instruction",), ("output", "response", "answer", "completion", "target")),
+    "prompt_completion": (
+        (
+            *("prompt", "query", "input", "user", "human", "inputs", "user_prompt", "user_input", "user_message"),
+            *("user_query", "input_text", "human_input"),
+        ),
+        (
+            *("completion", "response", "output", "answer", "assistant", "gpt", "bot", "targets", "target", "reply"),
+            *(
+                "assistant_response",
+                "assistant_message",
+                "model_response",
+                "model_output",
+                "bot_response",
+                "ai_response",
+            ),
+            *("output_text", "target_text", "answers"),
+        ),
+    ),
+    "question_answer": (("question", "context"), ("answer", "response", "output", "completion", "solution", "answers")),
 }
+# Columns of the better and the worse answer, alone and beside a word for answer.
+_PREFERENCES = [
+    pair
+    for form in (
+        "{}", "{}_response", "{}_answer", "{}_output", "{}_completion", "{}_messages", "{}_conversation", "{}_text",
+        "response_{}", "answer_{}", "output_{}", "completion_{}",
+    )
+    for pair in (
+        (form.format(better), form.format(worse))
+        for better, worse in (
+            ("chosen", "rejected"), ("chosen", "reject"), ("preferred", "rejected"), ("preferred", "dispreferred"),
+            ("preferred", "non_preferred"), ("accepted", "rejected"), ("winner", "loser"), ("better", "worse"),
+            ("positive", "negative"), ("good", "bad"),
+        )
+    )
+]  # fmt: skip
+_BETTER = frozenset(better for better, _ in _PREFERENCES)
+# Columns of a question that another one beside them, the task, comes before.
+_BESIDE_INSTRUCTION = ("question", "query", "prompt", "problem")
 _PROMPTS = tuple(name for prompts, _ in _PAIRS.values() for name in prompts)
 
 
@@ -108,9 +142,10 @@ def to_conversation(row: Row, shape: str) -> Conversation:
     try:
         if not reader.names.isdisjoint(MEDIA_COLUMNS) and (media := next(filter(reader.has, MEDIA_COLUMNS), None)):
             raise DroppedRowError("not_text", media)
-        _check_label(reader, shape)
+        if shape not in ("text", "multiple_choice", "preference"):
+            check_label(reader)
         check_excluded(reader)
-        conversation = checked(SHAPES[shape].convert(reader))
+        conversation = checked(_without_excluded(reader, shape, SHAPES[shape].convert(reader)))
         # Beside a preference stands why one answer is better; beside an answer that thinks the same thinking again.
         if conversation.text is None and conversation.rejected is None and not any(map(_thinks, conversation.messages)):
             check_unread_thinking(reader)
@@ -119,20 +154,16 @@ def to_conversation(row: Row, shape: str) -> Conversation:
     return replace(conversation, unread=reader.unread)
 
 
-def _check_label(row: Reader, shape: str) -> None:
-    """Raises: DroppedRowError: the row is an example of a bad answer."""
-    if shape in ("text", "multiple_choice", "preference") or row.names.isdisjoint(_MARKS):
-        return
-    for column, says_good in (*((name, True) for name in _GOOD), *((name, False) for name in _BAD)):
-        if row.has(column) and (marked := _is_marked(row.peek(column))) is not None:
-            row.get(column)
-            if marked is not says_good:
-                raise DroppedRowError("labelled_bad", column)
-
-
-def _is_marked(value: Any) -> bool | None:
-    """What a label says: a yes or no, or a word for a bad answer; None for any other value."""
-    return False if str(value).strip().lower().replace(" ", "_") in _BAD_WORDS else is_true(value)
+def _without_excluded(row: Reader, shape: str, conversation: Conversation) -> Conversation:
+    """The conversation with the answers marked that lists of flags beside a row of columns exclude."""
+    if shape in _CHAT_SHAPES or shape in ("preference", "multiple_choice") or conversation.text is not None:
+        return conversation
+    excluded = excluded_turns(row, [message["role"] for message in conversation.messages])
+    messages = [
+        {**message, "weight": 0} if number in excluded and message["role"] == "assistant" else message
+        for number, message in enumerate(conversation.messages)
+    ]
+    return replace(conversation, messages=messages)
 
 
 def _system(row: Reader) -> list[Message]:
@@ -149,10 +180,25 @@ def _with_system(row: Reader, messages: list[Message]) -> list[Message]:
 
 def _from_chat(column: str) -> Callable[[Reader], Conversation]:
     def convert(row: Reader) -> Conversation:
-        messages = _with_row_thinking(row, _messages(row, column))
-        return Conversation(_with_system(row, messages), to_tools(row.get(*_TOOLS)))
+        turns, tools = _split_tools(chat_turns(row.get(column)) or [])
+        excluded = excluded_turns(row, [ROLES.get(turn_role(turn), "") for turn in turns])
+        turns = [{**turn, "weight": 0} if number in excluded else turn for number, turn in enumerate(turns)]
+        messages = _with_system(row, _with_row_thinking(row, to_messages(turns, row, column)))
+        if row.has("prompt") and any(message["content"] == row.peek("prompt") for message in messages):
+            row.get("prompt")
+        return Conversation(messages, to_tools(row.get(*_TOOLS) or tools))
 
     return convert
+
+
+def _split_tools(turns: Sequence[Turn]) -> tuple[list[Turn], Any]:
+    """Turns without the functions that one of them may bring, and those."""
+    place = next((number for number, turn in enumerate(turns) for name in _TOOLS[:2] if turn.get(name)), None)
+    if place is None:
+        return list(turns), None
+    name = next(name for name in _TOOLS[:2] if turns[place].get(name))
+    rest = {key: value for key, value in turns[place].items() if key != name}
+    return [*turns[:place], rest, *turns[place + 1 :]], turns[place][name]
 
 
 def _with_row_thinking(row: Reader, messages: list[Message]) -> list[Message]:
@@ -177,23 +223,40 @@ def _thinks(message: Message) -> bool:
 
 
 def _messages(row: Reader, column: str) -> list[Message]:
-    return to_messages(turn_list(row.get(column)) or [], row, column)
+    return to_messages(chat_turns(row.get(column)) or [], row, column)
 
 
 def _first_chat(row: Reader) -> str | None:
     """The first column that holds turns, other than `messages`."""
-    return next((name for name in _CHATS if turn_list(row.peek(name))), None)
+    return next((name for name in _CHATS if name in row.names and _is_chat(row, name)), None)
+
+
+def _is_chat(row: Reader, name: str) -> bool:
+    value = row.peek(name)
+    # A list of texts under `turns` are MT-bench's questions, under another general name anything.
+    if name == "turns" and isinstance(value, list) and all(isinstance(turn, str) for turn in value):
+        return False
+    return chat_turns(value) is not None
 
 
 def _history(row: Reader) -> list[Message]:
-    """Earlier turns beside a question: pairs of question and answer, or messages."""
-    value = parse_json(row.get("history"))
-    if value is None or turn_list(value):
-        return to_messages(turn_list(value) or [], row, "history")
+    """Earlier turns beside a question: messages, or pairs of question and answer."""
+    column = next(filter(row.has, _HISTORY), None)
+    if column is None and isinstance(row.peek("context"), list) and chat_turns(row.peek("context")):
+        column = "context"
+    if column is None:
+        return []
+    value = parse_json(row.get(column))
     pairs = value if isinstance(value, list) else [value]
-    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise DroppedRowError("bad_history", "history")
-    return [m for asked, said in pairs for m in (_user(as_text(asked, "history")), assistant(as_text(said, "history")))]
+    if not (turns := chat_turns(value)):
+        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+            raise DroppedRowError("bad_history", column)
+        turns = [
+            {"role": role, "content": as_text(text, column)}
+            for pair in pairs
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+    return to_messages(turns, row, column)
 
 
 def _in_column(column: str, read: Callable[..., Message], *values: str) -> Message:
@@ -221,9 +284,11 @@ def _from_pair(shape: str) -> Callable[[Reader], Conversation]:
         column = next((name for name in answers if row.has(name)), None)
         if column is None:
             raise DroppedRowError("no_answer", " or ".join(answers))
-        value = row.get(column)
+        value = _single(row.get(column)) if column == "answers" else row.get(column)
         if turn_list(value):
             said = _turns(row, column, value)
+        elif column == "answers" and are_calls(value):
+            said = [{"role": "assistant", "content": "", "tool_calls": to_calls(value)}]
         else:
             answer = as_text(value, column)
             said = [_in_column(column, assistant, answer, _row_thinking(row, answer))]
@@ -232,16 +297,30 @@ def _from_pair(shape: str) -> Callable[[Reader], Conversation]:
     return convert
 
 
+def _single(answers: Any) -> Any:
+    """The answer of a list with one; SQuAD's `{"text": [...]}` is such a list."""
+    if are_calls(answers):
+        return answers
+    answers = parse_json(answers)
+    texts = answers.get("text") if isinstance(answers, Mapping) else answers
+    return texts[0] if isinstance(texts, list) and texts and texts == texts[:1] * len(texts) else answers
+
+
 def _asked(row: Reader, columns: tuple[str, ...]) -> list[Message]:
     """The messages before an answer; of a prompt that is a list of messages no answer is learned."""
     column = next((name for name in columns if row.has(name)), None)
     if column is None:
         raise DroppedRowError("empty_turn", " or ".join(columns))
     value = row.get(column)
+    if isinstance(value, Mapping) and turn_list(value.get("messages")):
+        row.note_unread(f"{column}.{name}" for name in value if name not in ("messages", *_TOOLS))
+        value = value["messages"]
     if turn_list(value):
         return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in _turns(row, column, value)]
-    context = row.text(*(name for name in _CONTEXT if name != column))
-    return [*_history(row), _user("\n\n".join(filter(None, (as_text(value, column), context))))]
+    history = _history(row)
+    beside = (*_CONTEXT, *_BESIDE_INSTRUCTION) if column == "instruction" else _CONTEXT
+    context = row.text(*(name for name in beside if name != column and not (history and name == "context")))
+    return [*history, _user("\n\n".join(filter(None, (as_text(value, column), context))))]
 
 
 def _turns(row: Reader, column: str, value: Any) -> list[Message]:
@@ -267,41 +346,48 @@ def _final(row: Reader, shape: str, answer: Any) -> str | None:
     return final_answer(str(answer)) if "####" in str(answer) else None
 
 
+def _answer_columns(row: Reader) -> tuple[str, str] | None:
+    """The columns of the better and of the worse answer."""
+    if row.names.isdisjoint(_BETTER):
+        return None
+    return next((pair for pair in _PREFERENCES if row.has(pair[0]) and row.has(pair[1])), None)
+
+
 def _is_preference(row: Reader) -> bool:
-    if not row.has("chosen") or not row.has("rejected"):
+    columns = _answer_columns(row)
+    if columns is None:
         return False
     asked = row.has(*_PROMPTS) or any(turn_list(row.peek(name)) for name in (*_CHATS, "messages"))
-    answers = [row.peek("chosen"), row.peek("rejected")]
-    return asked or all(_whole_chat(answer) is not None for answer in answers)
+    answers = [row.peek(column) for column in columns]
+    # A text beside a yes or no is an answer with a label.
+    return all(is_true(answer) is None for answer in answers) and (
+        asked or all(_whole_chat(answer) is not None for answer in answers)
+    )
 
 
-_TRANSCRIPT = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
-
-
-def _whole_chat(answer: Any) -> list[Any] | None:
+def _whole_chat(answer: Any) -> list[Turn] | None:
     """The turns of an answer that brings its own question: messages, or a transcript as in HH-RLHF; None for others."""
     turns = turn_list(answer)
     if turns:
         return turns if len(turns) > 1 else None
-    if not isinstance(answer, str) or not answer.lstrip().startswith("Human:"):
-        return None
-    pieces = _TRANSCRIPT.split(answer.strip())
-    return [{"role": role, "content": text.strip()} for role, text in zip(pieces[1::2], pieces[2::2], strict=True)]
+    starts = isinstance(answer, str) and answer.lstrip().startswith("Human:")
+    return transcript_turns(answer) if starts else None
 
 
 def _from_preference(row: Reader) -> Conversation:
     """Both answers after what they share. Each may be a text, or messages with or without those before them."""
     asked = _preference_prompt(row)
-    better, worse = (_after(asked, _answer_messages(row, column)) for column in ("chosen", "rejected"))
+    columns = _answer_columns(row) or _PREFERENCES[0]
+    better, worse = (_after(asked, _answer_messages(row, column)) for column in columns)
     if not asked and worse and worse[0]["role"] == "assistant":
         worse = [*better[:-1], *worse]
     better, worse = _with_system(row, better), _with_system(row, worse)
     if better == worse:
-        raise DroppedRowError("chosen_is_rejected", "rejected")
+        raise DroppedRowError("chosen_is_rejected", columns[1])
     pairs = zip(better, worse, strict=False)
     shared = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(better), len(worse)))
     if any(message["role"] in ("system", "user") for message in (*better[shared:], *worse[shared:])):
-        raise DroppedRowError("histories_differ", "rejected")
+        raise DroppedRowError("histories_differ", columns[1])
     before = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in better[:shared]]
     return Conversation(
         [*before, *better[shared:]],
@@ -321,7 +407,10 @@ def _preference_prompt(row: Reader) -> list[Message]:
 def _answer_messages(row: Reader, column: str) -> list[Message]:
     value = row.get(column)
     turns = _whole_chat(value) or turn_list(value)
-    return to_messages(turns, row, column) if turns else [_in_column(column, assistant, as_text(value, column))]
+    if turns:
+        return to_messages(turns, row, column)
+    thinking = thinking_under(row, [f"{column}_{name}" for name in THINKING_KEYS])
+    return [_in_column(column, assistant, as_text(value, column), thinking)]
 
 
 def _after(asked: list[Message], answer: list[Message]) -> list[Message]:
@@ -408,12 +497,15 @@ def _from_text(row: Reader) -> Conversation:
 
 SHAPES: Mapping[str, Shape] = {
     "preference": Shape(
-        "prompt or conversations, chosen, rejected", ("chosen", "rejected", *_PROMPTS), _is_preference, _from_preference
+        "prompt or conversations, chosen, rejected",
+        (*(name for pair in _PREFERENCES for name in pair), *_PROMPTS),
+        _is_preference,
+        _from_preference,
     ),
     "messages": Shape(
         "messages (role, content)",
         ("messages",),
-        lambda row: turn_list(row.peek("messages")) is not None,
+        lambda row: "messages" in row.names and chat_turns(row.peek("messages")) is not None,
         _from_chat("messages"),
     ),
     "sharegpt": Shape(
@@ -439,8 +531,8 @@ SHAPES: Mapping[str, Shape] = {
 }
 """Every known shape by name, the more specific before the more general."""
 
-_OTHERS = (*_CHATS, *_TEXTS, *_SYSTEM, *_TOOLS, *_CONTEXT, *_FINAL, *_CHOICES, *_CORRECT, *_GOOD, *_BAD, *_ROW_THINKING)
+_OTHERS = (*_CHATS, *_TEXTS, *_SYSTEM, *_TOOLS, *_CONTEXT, *_FINAL, *_CHOICES, *_CORRECT, *_ROW_THINKING, *_HISTORY)
 KNOWN_COLUMNS = frozenset(
-    (*(name for shape in SHAPES.values() for name in shape.main), *_OTHERS, "history", "reference")
+    (*(name for shape in SHAPES.values() for name in shape.main), *_OTHERS, *MARKS, *FLAGS, "reference")
 )
 """Every column that some shape reads."""

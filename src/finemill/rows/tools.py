@@ -24,8 +24,15 @@ _ARGUMENTS = (
     "tool_input",
     "tool_args",
     "function_args",
+    "argument",
+    "tool_arguments",
+    "function_arguments",
+    "parameter",
+    "inputs",
 )
-_NAMES = ("name", "function", "tool_name", "tool", "action")
+_NAMES = ("name", "function", "tool_name", "tool", "action", "function_name", "api_name")
+# What a call may hold beside its name and its arguments.
+_BESIDE = ("id", "type", "index", "call_id", "tool_call_id", "status", "caller", "object", *_NAMES)
 _SCHEMAS = ("parameters", "input_schema", "inputSchema")
 _NULLABLE = ("const", "default", "enum", "examples")
 _CALL_TEXT = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
@@ -65,6 +72,19 @@ def _one_by_one(text: str) -> Iterator[Any]:
         position += len(text[position:]) - len(text[position:].lstrip(" \t\r\n,;"))
 
 
+def are_calls(value: Any) -> bool:
+    """Whether a value is a list of calls with names and arguments, or JSON text of one."""
+    calls = parse_json(value)
+    return (
+        isinstance(calls, list)
+        and bool(calls)
+        and all(
+            isinstance(call, Mapping) and isinstance(call.get("name"), str) and any(key in call for key in _ARGUMENTS)
+            for call in map(parse_json, calls)
+        )
+    )
+
+
 def _call(value: Any) -> Call:
     call = parse_json(value)
     if not isinstance(call, Mapping):
@@ -72,12 +92,13 @@ def _call(value: Any) -> Call:
     nested = parse_json(call.get("function"))
     function = nested if isinstance(nested, Mapping) else call
     name = next((function[key] for key in _NAMES if isinstance(function.get(key), str)), None)
+    alone = next(iter(function)) if name is None and len(function) == 1 else None
+    if isinstance(alone, str) and alone not in (*_ARGUMENTS, *_BESIDE) and isinstance(function[alone], Mapping):
+        # `{"get_rate": {"to": "EUR"}}`
+        name, arguments = alone, function[alone]
+    else:
+        arguments = _arguments({**call, **function} if function is nested else function)
     if not name:
-        raise DroppedRowError("bad_tool_call", "tool_calls")
-    key = next((key for key in _ARGUMENTS if not is_missing(function.get(key))), None)
-    stated = key or next((key for key in _ARGUMENTS if key in function), None)
-    arguments = parse_json(function[key]) if key else ({} if stated else None)
-    if arguments is not None and not isinstance(arguments, Mapping):
         raise DroppedRowError("bad_tool_call", "tool_calls")
     kept = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
     return {
@@ -85,6 +106,24 @@ def _call(value: Any) -> Call:
         "type": "function",
         "function": {"name": name, "arguments": None if arguments is None else dict(arguments)},
     }
+
+
+def _arguments(function: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The arguments of a call, None where it says nothing of them.
+
+    Raises: DroppedRowError: they are no object, or may stand under a name that is not known.
+    """
+    key = next((key for key in _ARGUMENTS if not is_missing(function.get(key))), None)
+    if key is None:
+        if any(name not in (*_BESIDE, *_ARGUMENTS) and not is_missing(value) for name, value in function.items()):
+            raise DroppedRowError("bad_tool_call", "tool_calls")
+        return {} if any(name in function for name in _ARGUMENTS) else None
+    arguments = parse_json(function[key])
+    if isinstance(arguments, list) and all(isinstance(a, Mapping) and {"name", "value"} == set(a) for a in arguments):
+        arguments = {argument["name"]: argument["value"] for argument in arguments}
+    if not isinstance(arguments, Mapping):
+        raise DroppedRowError("bad_tool_call", "tool_calls")
+    return arguments
 
 
 def check_call(call: Call, tools: list[Tool] | None) -> Call:
@@ -123,6 +162,8 @@ def to_tools(value: Any) -> list[Tool] | None:
     if is_missing(value):
         return None
     tools = parse_json(value)
+    if isinstance(tools, Mapping):
+        tools = next((tools[key] for key in ("tools", "functions") if isinstance(tools.get(key), list)), [tools])
     if not isinstance(tools, list):
         raise DroppedRowError("bad_tools", "tools")
     return [_tool(parse_json(tool)) for tool in tools] or None

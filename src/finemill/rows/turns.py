@@ -8,34 +8,22 @@ there), `tool_calls`, and `weight: 0` if it is not to be learned.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
+from finemill.rows.learned import FLAGS, is_learned
 from finemill.rows.reader import Reader
 from finemill.rows.reasons import DroppedRowError
+from finemill.rows.speakers import CALL_ROLES, ROLE_KEYS, ROLES, THINKING_ROLES, named, turn_role
 from finemill.rows.thinking import split_thinking
 from finemill.rows.tools import to_calls
-from finemill.rows.values import as_text, is_missing, is_true, parse_json
+from finemill.rows.values import as_text, is_missing, parse_json
 
 Message = dict[str, Any]
 
-_CALL_ROLES = ("function_call", "tool_call", "tool_calls")
-_THINKING_ROLES = ("thinking", "reasoning", "thought", "analysis")
-_APART = frozenset((*_CALL_ROLES, *_THINKING_ROLES))
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(
-        ("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "ai", "bard", "bing", "claude"), "assistant"
-    ),
-    **dict.fromkeys((*_CALL_ROLES, *_THINKING_ROLES), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function", "ipython"), "tool"),
-    **dict.fromkeys(("function_response", "function_output", "tool_response", "tool_result", "tool_output"), "tool"),
-}
-"""The role, as transformers' templates take it, of every name that data sets give a speaker."""
-
-_ROLE_KEYS = ("role", "from")
-_CONTENT_KEYS = ("content", "value", "text")
+_APART = frozenset((*CALL_ROLES, *THINKING_ROLES))
+_CONTENT_KEYS = ("content", "value", "text", "utterance", "message", "body", "msg")
+_RESULT_KEYS = ("result", "output", "response", "tool_output", "observation", "results")
+_CALL_KEYS = ("tool_calls", "function_call", "tool_call", "function_calls", "calls", "tool_use")
 THINKING_KEYS = (
     "reasoning_content",
     "thinking",
@@ -48,57 +36,26 @@ THINKING_KEYS = (
     "thinking_content",
     "reasoning_text",
     "rationale",
+    "thinking_blocks",
+    "thinking_trace",
+    "thought_process",
+    "reasoning_trace",
+    "reasoning_trajectory",
+    "thinking_trajectory",
+    "reasoning_steps",
+    "internal_thoughts",
+    "inner_thoughts",
+    "scratchpad",
 )
 # Other names that some text of an assistant's turn may have which it is wrong to leave out.
 _SOUNDS_LIKE_THINKING = re.compile(
     r"think|thought|reasoning|rationale|scratchpad|monologue|deliberat|(?:\b|_)cot(?:\b|_)", re.IGNORECASE
 )
-_LEARNED_KEYS = (
-    "weight",
-    "train",
-    "training",
-    "trainable",
-    "loss",
-    "loss_weight",
-    "loss_scale",
-    "loss_mask",
-    "learn",
-    "trained",
-    "is_trained",
-    "train_on_turn",
-    "compute_loss",
-    "calculate_loss",
-    "use_loss",
-    "train_on",
-    "train_turn",
-    "use_for_training",
-    "include_in_loss",
-    "in_loss",
-    "supervise",
-    "supervised",
-    "is_label",
-    "is_target",
-)
-_EXCLUDED_KEYS = (
-    "mask",
-    "masked",
-    "is_masked",
-    "ignore",
-    "ignored",
-    "exclude",
-    "excluded",
-    "skip",
-    "no_loss",
-    "no_train",
-    "no_training",
-    "ignore_loss",
-    "exclude_from_loss",
-    "exclude_from_training",
-)
-_SEGMENTS = ("train_detail", "training_detail")
-_FLAGS = frozenset((*_LEARNED_KEYS, *_EXCLUDED_KEYS, *_SEGMENTS))
+# Beside an answer these are about it; beside a row they may be anything.
+_THINKING_IN_TURNS = ("analysis", "internal", "plan", "planning", "reflection", "reflections")
 _TEXT_PARTS = ("", "text", "input_text", "output_text", "refusal")
 _THINKING_PARTS = ("thinking", "reasoning", "think")
+_THINKING_TEXTS = ("thinking", "reasoning", "text", "content", "summary")
 _MEDIA = (
     "image",
     "images",
@@ -122,28 +79,7 @@ MEDIA_COLUMNS = (
 )
 
 
-def turn_list(value: Any) -> list[Mapping[str, Any]] | None:
-    """The turns in a list, or in one turn or JSON text of either, if each has a role; None for anything else."""
-    turns = parse_json(value)
-    turns = [turns] if isinstance(turns, Mapping) else turns
-    if not isinstance(turns, list):
-        return None
-    turns = [parse_json(turn) for turn in turns]
-    return turns if turns and all(isinstance(turn, Mapping) and turn_role(turn) for turn in turns) else None
-
-
-def turn_role(turn: Mapping[str, Any]) -> str:
-    """A turn's role as its data set spells it, in lower case with underscores; "" if it has none."""
-    for key in _ROLE_KEYS:
-        role = turn.get(key)
-        if isinstance(role, str) and role.strip():
-            return _role_name(role)
-    return ""
-
-
-@lru_cache(maxsize=1024)
-def _role_name(role: str) -> str:
-    return role.strip().lower().replace("-", "_").replace(" ", "_")
+_TURN_KEYS = frozenset((*ROLE_KEYS, *_CONTENT_KEYS, *_RESULT_KEYS, *_CALL_KEYS, *THINKING_KEYS, *FLAGS, "tool_call_id"))
 
 
 def to_messages(turns: Sequence[Mapping[str, Any]], reader: Reader, column: str) -> list[Message]:
@@ -158,9 +94,9 @@ def to_messages(turns: Sequence[Mapping[str, Any]], reader: Reader, column: str)
     """
     messages: list[Message] = []
     for number, turn in enumerate(turns):
-        turn_reader = Reader(turn)
         try:
             plain = _plain_turn(turn)
+            turn_reader = Reader(turn if plain else named(turn, _TURN_KEYS))
             for message in _read_turn(turn_reader) if plain is None else (plain,):
                 if messages and _continues(messages[-1], message):
                     messages[-1] = _joined(messages[-1], message)
@@ -204,14 +140,14 @@ def assistant(content: str, reasoning: str = "") -> Message:
 
 
 def _read_turn(turn: Reader) -> Iterator[Message]:
-    name = turn_role({key: turn.get(key) for key in _ROLE_KEYS})
+    name = _speaker(turn)
     role = ROLES.get(name)
     if role is None:
         raise DroppedRowError("unknown_role", "role")
     if role == "assistant":
         yield from _assistant_turn(turn, name)
         return
-    _is_learned(turn, only_excluded=True)
+    is_learned(turn, only_excluded=True)
     content = turn.get(*_CONTENT_KEYS)
     parts = _parts(content) if role == "user" else []
     for part in parts:
@@ -219,25 +155,34 @@ def _read_turn(turn: Reader) -> Iterator[Message]:
             yield {"role": "tool", "content": _result(part.get("content")), **_named(part, tool_call_id="tool_use_id")}
     content = [part for part in parts if part.get("type") != "tool_result"] if parts else content
     if role == "tool":
-        named = {key: turn.get(key) for key in ("name", "tool_call_id") if turn.has(key)}
-        yield {"role": role, "content": _result(content), **named}
+        content = turn.get(*_RESULT_KEYS) if content is None else content
+        known = {key: turn.get(key) for key in ("name", "tool_call_id") if turn.has(key)}
+        yield {"role": role, "content": _result(content), **known}
     elif content or not parts:
         yield {"role": role, "content": _text(content)}
 
 
+def _speaker(turn: Reader) -> str:
+    for key in ROLE_KEYS:
+        if name := turn_role({key: turn.peek(key)}):
+            turn.get(key)
+            return name
+    return ""
+
+
 def _assistant_turn(turn: Reader, name: str) -> Iterator[Message]:
-    content, learned = turn.get(*_CONTENT_KEYS), _is_learned(turn)
+    content, learned = turn.get(*_CONTENT_KEYS), is_learned(turn)
     thinking_parts = [part for part in _parts(content) if part.get("type") in _THINKING_PARTS]
     reasoning = "".join(map(_thinking_text, thinking_parts)) or thinking_under(turn, THINKING_KEYS)
     calls = [part for part in _parts(content) if part.get("type") == "tool_use"]
     if isinstance(content, list):
         content = [part for part in content if part not in thinking_parts and part not in calls]
     text = _text(content)
-    stated = turn.get("tool_calls", "function_call")
-    if name in _CALL_ROLES and stated is None:
+    stated = turn.get(*_CALL_KEYS)
+    if name in CALL_ROLES and stated is None:
         written, stated = split_thinking(text)
         reasoning, text = reasoning or written or "", ""
-    elif name in _THINKING_ROLES or str(turn.get("channel")).lower() == "analysis":
+    elif name in THINKING_ROLES or str(turn.get("channel")).lower() == "analysis":
         reasoning, text = f"{reasoning}{text}", ""
     message = assistant(text, reasoning)
     if calls or not is_missing(stated):
@@ -265,64 +210,29 @@ def _joined(before: Message, message: Message) -> Message:
 
 def _check_thinking(turn: Reader) -> None:
     """Raises: DroppedRowError: a key of an assistant's turn that is not read sounds like thinking and holds a text."""
-    if ROLES.get(turn_role({key: turn.peek(key) for key in _ROLE_KEYS})) != "assistant":
-        return
-    check_unread_thinking(turn)
+    if ROLES.get(_speaker(turn)) == "assistant":
+        check_unread_thinking(turn, in_turn=True)
 
 
-def check_unread_thinking(reader: Reader) -> None:
+def check_unread_thinking(reader: Reader, *, in_turn: bool = False) -> None:
     """Raises: DroppedRowError: something that is not read sounds like thinking and holds a text."""
     for name in reader.unread:
-        if _SOUNDS_LIKE_THINKING.search(name) and is_prose(reader.peek(name)):
+        sounds = _SOUNDS_LIKE_THINKING.search(name) or (in_turn and name.lower() in _THINKING_IN_TURNS)
+        if sounds and is_prose(reader.peek(name)):
             raise DroppedRowError("thinking_not_read", name)
 
 
-def check_excluded(reader: Reader) -> None:
-    """Raises: DroppedRowError: a column says that the row, or some turns by a list of flags, are not to be learned."""
-    if reader.names.isdisjoint(_FLAGS):
-        return
-    for keys, wanted in ((_LEARNED_KEYS, True), (_EXCLUDED_KEYS, False)):
-        for key in filter(reader.has, keys):
-            value = parse_json(reader.peek(key))
-            flags = list(map(is_true, value if isinstance(value, list) else [value]))
-            if None in flags:
-                continue
-            reader.get(key)
-            if (not wanted) in flags:
-                raise DroppedRowError("excluded_row" if wanted not in flags else "partly_excluded_row", key)
-
-
 def is_prose(value: Any) -> bool:
-    """Whether a value is a text of several words, or a list: no switch, number or level."""
+    """Whether a value is a text of several words, a list, or an object with such a text: no switch, number or level."""
+    if isinstance(value, Mapping):
+        return any(isinstance(item, str) and is_prose(item) for item in value.values())
     return len(value.split()) > 1 if isinstance(value, str) else isinstance(value, list)
-
-
-def _is_learned(turn: Reader, *, only_excluded: bool = False) -> bool:
-    """Whether the data want this turn learned. Weights between 0 and 1 cannot be kept, so they are not read.
-
-    With `only_excluded` what says that it is learned is not read: only an assistant's turns are.
-    """
-    if turn.names.isdisjoint(_FLAGS):
-        return True
-    segments = parse_json(turn.get(*_SEGMENTS))
-    if isinstance(segments, list) and any(
-        is_true(s.get("train", True)) is False for s in segments if isinstance(s, dict)
-    ):
-        raise DroppedRowError("partly_excluded_turn")
-    learned = True
-    for key in _LEARNED_KEYS:
-        if turn.has(key) and (wanted := is_true(turn.peek(key))) is not None and not (wanted and only_excluded):
-            turn.get(key)
-            learned &= wanted
-    for key in _EXCLUDED_KEYS:
-        if turn.has(key) and (excluded := is_true(turn.peek(key))) is not None and (excluded or not only_excluded):
-            turn.get(key)
-            learned &= not excluded
-    return learned
 
 
 def _parts(content: Any) -> list[Mapping[str, Any]]:
     """The parts of a content that is a list of them."""
+    if isinstance(content, Mapping) and isinstance(content.get("parts"), list):
+        content = content["parts"]
     if not isinstance(content, list):
         return []
     return [part if isinstance(part, Mapping) else {"type": "text", "text": part} for part in content]
@@ -331,7 +241,7 @@ def _parts(content: Any) -> list[Mapping[str, Any]]:
 def _text(content: Any) -> str:
     """The text of a content; of a list of parts all must be text. Raises: DroppedRowError: something is not."""
     if isinstance(content, Mapping):
-        content = [content]
+        content = _parts(content) or [content]
     if not isinstance(content, list):
         return "" if content is None else as_text(content)
     return "".join(map(_part_text, _parts(content)))
@@ -348,16 +258,20 @@ def _part_text(part: Mapping[str, Any]) -> str:
 
 
 def _thinking_text(part: Mapping[str, Any]) -> str:
-    return _text(
-        next((part[key] for key in ("thinking", "reasoning", "text", "content", "summary") if part.get(key)), None)
-    )
+    return _text(next((part[key] for key in _THINKING_TEXTS if part.get(key)), None))
 
 
 def thinking_under(reader: Reader, keys: Sequence[str]) -> str:
     """The thinking block under the first of `keys` that holds a text or parts of one, "" for none."""
-    key = next((key for key in keys if reader.has(key) and isinstance(reader.peek(key), str | list)), None)
+    key = next((key for key in keys if reader.has(key) and _holds_thinking(reader.peek(key))), None)
     value = None if key is None else reader.get(key)
+    if isinstance(value, Mapping):
+        return _thinking_text(value)
     return "".join(map(_thinking_text, _parts(value))) if isinstance(value, list) else _text(value)
+
+
+def _holds_thinking(value: Any) -> bool:
+    return isinstance(value, str | list) or (isinstance(value, Mapping) and any(value.get(k) for k in _THINKING_TEXTS))
 
 
 def _result(content: Any) -> str:

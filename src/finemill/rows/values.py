@@ -12,6 +12,12 @@ from finemill.rows.reasons import DroppedRowError
 # Objects as Python prints them, which pandas writes into CSV files.
 _PYTHON = re.compile(r"\[?\s*\{\s*'")
 
+_YES_OR_NO = {
+    **dict.fromkeys(("true", "yes", "y", "1", "1.0"), True),
+    **dict.fromkeys(("false", "no", "n", "0", "0.0"), False),
+}
+_LONGEST_FLAG = 16
+
 
 def is_missing(value: Any) -> bool:
     """Whether a value says nothing: null, NaN, an empty or blank text, an empty list or object."""
@@ -32,9 +38,7 @@ def as_text(value: Any, field: str = "") -> str:
 def is_true(value: Any) -> bool | None:
     """What a value that stands for yes or no says, in the spellings of JSON, CSV and Python; None for other values."""
     if isinstance(value, str):
-        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(
-            value.strip().lower()
-        )
+        return _YES_OR_NO.get(value.strip().lower()) if len(value) < _LONGEST_FLAG else None
     return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
 
 

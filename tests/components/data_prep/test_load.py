@@ -79,12 +79,16 @@ def test_renaming_keeps_the_other_columns_and_none_is_lost() -> None:
     }
 
 
-def test_known_columns_are_known_in_any_case() -> None:
+def test_known_columns_are_known_in_any_case_and_spelling() -> None:
     source = config(uri="a").sources[0]
     assert name_columns({"Question": "a", "Complex_CoT": "b", "ID": 1}, source) == {
         "question": "a",
         "complex_cot": "b",
         "ID": 1,
+    }
+    assert name_columns({"systemPrompt": "a", "Chat History": "b"}, source) == {
+        "system_prompt": "a",
+        "chat_history": "b",
     }
     assert name_columns({"Text": "a", "text": "b"}, source) == {"Text": "a", "text": "b"}
 

@@ -1,0 +1,163 @@
+"""What the data exclude from learning: flags of a turn, of a row, and lists of flags beside the turns."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from finemill.rows.reader import Reader
+from finemill.rows.reasons import DroppedRowError
+from finemill.rows.speakers import snake_case
+from finemill.rows.values import is_true, parse_json
+
+# What tells good answers from bad ones in unpaired preferences.
+_GOOD = (
+    *("label", "kto_tag", "kto_label", "completion_label", "desirable", "is_desirable", "good", "is_good", "correct"),
+    *("is_correct", "accepted", "is_accepted", "preferred", "is_preferred", "chosen", "is_chosen", "is_positive"),
+    *("thumbs_up", "liked", "upvoted", "feedback"),
+)
+_BAD = (
+    *("bad", "is_bad", "rejected", "is_rejected", "undesirable", "is_undesirable", "is_negative", "is_incorrect"),
+    *("thumbs_down", "disliked", "downvoted"),
+)
+MARKS = frozenset((*_GOOD, *_BAD))
+"""Columns, and keys of turns, that may say whether an answer is a good one."""
+# Words that name a bad answer, and nothing that a text is classified as.
+_BAD_WORDS = ("bad", "rejected", "undesirable", "unacceptable", "disliked", "thumbs_down", "downvoted", "-1", "-1.0")
+
+_LEARNED_KEYS = (
+    *("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale", "loss_mask", "learn"),
+    *("trained", "is_trained", "train_on_turn", "compute_loss", "calculate_loss", "use_loss", "train_on"),
+    *("train_turn", "use_for_training", "include_in_loss", "in_loss", "supervise", "supervised", "is_label"),
+    "is_target",
+)
+_EXCLUDED_KEYS = (
+    *("mask", "masked", "is_masked", "ignore", "ignored", "exclude", "excluded", "skip", "no_loss", "no_train"),
+    *("no_training", "ignore_loss", "exclude_from_loss", "exclude_from_training"),
+)
+_SEGMENTS = ("train_detail", "training_detail")
+FLAGS = frozenset((*_LEARNED_KEYS, *_EXCLUDED_KEYS, *_SEGMENTS))
+"""Columns, and keys of turns, that may say whether something is learned."""
+# Other names that flags of turns have.
+_SAYS_LEARNED = re.compile(
+    r"(?:^|_)(?:(?:un)?train(?:able|ed|ing|s)?|loss(?:es)?|learn(?:able|ed|ing)?|weights?|supervis(?:e|ed|ion)|sft"
+    r"|gradients?|backprop)(?:_|$)"
+)
+_SAYS_EXCLUDED = re.compile(
+    r"(?:^|_)(?:(?:no|not|non|dont|do_not|without)_\w*(?:loss|train|learn|supervis)\w*|skip(?:ped)?|ignored?"
+    r"|excluded?|mask(?:ed|s)?|omit(?:ted)?|frozen|freeze)(?:_|$)"
+)
+_LEARNED_MASK = re.compile(
+    r"(?:^|_)(?:loss|train|training|assistants?|labels?|targets?|completions?|responses?|answers?|learned|sft)_masks?$"
+)
+
+
+@lru_cache(maxsize=4096)
+def says_learned(name: str) -> bool | None:
+    """Whether a flag of this name says what is learned (True) or what is not (False); None for other names."""
+    name = snake_case(name)
+    if name in _LEARNED_KEYS or _LEARNED_MASK.search(name):
+        return True
+    if name in _EXCLUDED_KEYS or _SAYS_EXCLUDED.search(name):
+        return False
+    return True if _SAYS_LEARNED.search(name) else None
+
+
+def check_label(row: Reader) -> None:
+    """Raises: DroppedRowError: the row is an example of a bad answer."""
+    if not row.names.isdisjoint(MARKS) and (column := _bad_mark(row)) is not None:
+        raise DroppedRowError("labelled_bad", column)
+
+
+def _bad_mark(reader: Reader) -> str | None:
+    """The first name under which an answer is marked as bad; what marks it as good is read."""
+    for name, says_good in (*((name, True) for name in _GOOD), *((name, False) for name in _BAD)):
+        if reader.has(name) and (marked := _is_marked(reader.peek(name))) is not None:
+            reader.get(name)
+            if marked is not says_good:
+                return name
+    return None
+
+
+def _is_marked(value: Any) -> bool | None:
+    """What a label says: a yes or no, or a word for a bad answer; None for any other value."""
+    return False if str(value).strip().lower().replace(" ", "_") in _BAD_WORDS else is_true(value)
+
+
+def check_excluded(reader: Reader) -> None:
+    """Raises: DroppedRowError: a column says that the row is not to be learned."""
+    if reader.names.isdisjoint(FLAGS):
+        return
+    for keys, wanted in ((_LEARNED_KEYS, True), (_EXCLUDED_KEYS, False)):
+        for key in filter(reader.has, keys):
+            value = parse_json(reader.peek(key))
+            if isinstance(value, list) or is_true(value) is None:
+                continue
+            reader.get(key)
+            if is_true(value) is not wanted:
+                raise DroppedRowError("excluded_row", key)
+
+
+def excluded_turns(reader: Reader, roles: Sequence[str]) -> set[int]:
+    """The turns that lists of flags beside them exclude: a flag for each turn, or for each of the assistant's.
+
+    Args:
+        reader: of the row.
+        roles: of the turns, as templates take them.
+    Raises: DroppedRowError: a list excludes something and is for neither, or excludes every answer.
+    """
+    answers = [number for number, role in enumerate(roles) if role == "assistant"]
+    by_length = {len(answers): answers, len(roles): list(range(len(roles)))}
+    excluded: set[int] = set()
+    for name, learned in _flag_lists(reader):
+        places = by_length.get(len(learned))
+        if places is None and not all(learned):
+            raise DroppedRowError("partly_excluded_row", name)
+        excluded.update(place for place, flag in zip(places or (), learned, strict=False) if not flag)
+        if answers and excluded.issuperset(answers):
+            raise DroppedRowError("excluded_row", name)
+    return excluded
+
+
+def _flag_lists(reader: Reader) -> Iterator[tuple[str, list[bool]]]:
+    """Lists of nothing but flags by name, as what is learned."""
+    for name in list(reader.names):
+        if not isinstance(name, str) or (wanted := says_learned(name)) is None:
+            continue
+        value = parse_json(reader.peek(name))
+        flags = [_flag(item) for item in value] if isinstance(value, list) and value else [None]
+        if None in flags:
+            continue
+        if all(is_true(item) is not None for item in value):
+            reader.get(name)
+        yield name, [flag is wanted for flag in flags]
+
+
+def _flag(value: Any) -> bool | None:
+    """What a flag says; a weight is one: between 0 and 1 it is learned, below 0 it is not."""
+    said = is_true(value)
+    if said is None and isinstance(value, int | float) and not isinstance(value, bool):
+        return value > 0
+    return said
+
+
+def is_learned(turn: Reader, *, only_excluded: bool = False) -> bool:
+    """Whether the data want this turn learned. Weights between 0 and 1 cannot be kept, so they are not read.
+
+    With `only_excluded` what says that it is learned is not read: only an assistant's turns are.
+    Raises: DroppedRowError: only a part of it is to be learned.
+    """
+    segments = parse_json(turn.get(*_SEGMENTS))
+    if isinstance(segments, list) and any(
+        is_true(s.get("train", True)) is False for s in segments if isinstance(s, Mapping)
+    ):
+        raise DroppedRowError("partly_excluded_turn")
+    learned = only_excluded or turn.names.isdisjoint(MARKS) or _bad_mark(turn) is None
+    for name in turn.names:
+        wanted = says_learned(name) if isinstance(name, str) else None
+        if wanted is None or (says := _flag(turn.peek(name))) is None or (only_excluded and says is wanted):
+            continue
+        if is_true(turn.peek(name)) is not None or says is not wanted:
+            turn.get(name)
+        learned &= says is wanted
+    return learned
