@@ -151,6 +151,7 @@ def test_the_system_message_may_have_a_column_of_its_own() -> None:
     both = read({**ROWS["preference"], "system": "Be brief."})
     assert both.rejected == [system, *pair("2+2?", "5")]
     assert messages_of({"messages": [system, *pair("2+2?", "4")], "system": "Be brief."})[0] == system
+    assert messages_of({"messages": pair("2+2?", "4"), "system": [{"type": "text", "text": "Be brief."}]})[0] == system
 
 
 def test_more_context_follows_the_question() -> None:
@@ -162,6 +163,8 @@ def test_more_context_follows_the_question() -> None:
     assert (
         messages_of({"question": "Who?", "document": "A letter.", "answer": "b"})[0]["content"] == "Who?\n\nA letter."
     )
+    for nothing in ("<noinput>", "N/A", "nan"):
+        assert messages_of({"instruction": "Say hi.", "input": nothing, "output": "Hi"}) == pair("Say hi.", "Hi")
     assert messages_of({"instruction": "Double it.", "input": 21, "output": "42"})[0]["content"] == "Double it.\n\n21"
     assert messages_of({"instruction": "Say hi.", "input": float("nan"), "output": "Hi"}) == pair("Say hi.", "Hi")
 
@@ -282,6 +285,8 @@ def test_the_final_answer_of_a_problem_is_stated_or_found(row: Row, answer: str)
         ({"options": {"A": "3", "B": "4"}, "answer": "B"}, "A. 3\nB. 4", "B"),
         ({"options": ["A) 3", "B) 4"], "answer": "B"}, "A) 3\nB) 4", "B"),
         ({"options": '["3", "4"]', "answer_idx": "1"}, "A. 3\nB. 4", "B"),
+        ({"A": "3", "B": "4", "answer": "B"}, "A. 3\nB. 4", "B"),
+        ({"option_a": "3", "option_b": "4", "answer": "B"}, "A. 3\nB. 4", "B"),
     ],
 )
 def test_choices_are_listed_and_the_answer_is_a_letter(row: Row, listed: str, answer: str) -> None:
@@ -332,7 +337,13 @@ def test_earlier_turns_stay_before_both_answers_of_a_preference() -> None:
         ({"question": "a", "answer": "b", "deepseek_thinking_trajectory": "hm, b"}, "thinking_not_read"),
         ({"instruction": "a", "output": "b", "my_thoughts": "hm, b"}, "thinking_not_read"),
         ({"messages": pair("a", "b"), "images": ["1.jpg"]}, "not_text"),
-        ({"question": "a", "answer": "b", "photo": "1.jpg"}, "not_text"),
+        *(({"question": "a", "answer": "b", name: "1.jpg"}, "not_text") for name in
+          ("photo", "image_base64", "image_1", "imageUrl", "screenshot", "frame_paths", "video_file")),
+        ({"messages": pair("a", "b"), "frames": ["1.jpg"]}, "not_text"),
+        ({"messages": [{**pair("a", "")[0], "images": ["1.jpg"]}, pair("", "b")[1]]}, "not_text"),
+        *(({"prompt": "a", "completion": "b", **mark}, "labelled_bad") for mark in (
+            {"binary_label": False}, {"is_good_answer": False}, {"verified": "false"}, {"quality": "bad"},
+            {"correctness": "incorrect"}, {"rating": "thumbs_down"}, {"response_label": False}, {"isCorrect": False})),
         ({"question": "a", "answer": "b", "audio_path": "1.wav"}, "not_text"),
         ({"question": "a", "answer": "b", "image": {"bytes": b"", "path": "1.jpg"}}, "not_text"),
         ({"instruction": "a", "input": ["b"], "output": "c"}, "not_text"),
@@ -358,9 +369,27 @@ def test_rows_that_cannot_be_learned_as_they_are_meant_have_a_reason(row: Row, r
         read(row)
 
 
-def test_a_label_that_is_no_yes_or_no_is_only_not_read() -> None:
-    conversation = read({"prompt": "a", "completion": "b", "label": "sports"})
-    assert (conversation.messages, list(conversation.unread)) == (pair("a", "b"), ["label"])
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("label", "sports"), ("label", "negative"), ("helpful", 0), ("rating", 0), ("quality", False), ("reward", -1),
+     ("speech", "a text"), ("image_id", 7), ("images", "")],
+)  # fmt: skip
+def test_a_column_that_marks_no_bad_answer_and_no_picture_is_only_not_read(column: str, value: object) -> None:
+    conversation = read({"prompt": "a", "completion": "b", column: value})
+    assert conversation.messages == pair("a", "b")
+    assert list(conversation.unread) == ([column] if value != "" else [])
+
+
+def test_pictures_that_arrow_writes_as_null_are_none() -> None:
+    empty = {"images": [None], "image": {"bytes": None, "path": None}, "audio": {}, "label": None}
+    assert list(read({"messages": pair("a", "b"), **empty}).unread) == []
+
+
+@pytest.mark.parametrize("answer", ["chosen", "completion"])
+def test_a_prompt_that_is_a_transcript_is_read_as_its_turns(answer: str) -> None:
+    prompt = "\n\nHuman: a?\n\nAssistant: A.\n\nHuman: b?\n\nAssistant:"
+    said = [(m["role"], m["content"]) for m in messages_of({"prompt": prompt, answer: " B.", "rejected": " C."})]
+    assert said == [("user", "a?"), ("assistant", "A."), ("user", "b?"), ("assistant", " B.")]
 
 
 def test_rows_too_deep_to_read_have_a_reason() -> None:

@@ -34,6 +34,8 @@ def messages_of(row: Row) -> list[Row]:
         ["2+2?", "4"],
         ["Human: 2+2?", "Assistant: 4"],
         {"messages": ASKED},
+        {"from": ["human", "gpt"], "value": ["2+2?", "4"]},
+        [{"role": "user", "parts": [{"text": "2+2?"}]}, {"role": "model", "parts": [{"text": "4"}]}],
         "Human: 2+2?\n\nAssistant: 4",
         "USER: 2+2?\n\n\nASSISTANT: 4 <|endoftext|>\n\n\n",
         "### User: 2+2?\n### Assistant: 4",
@@ -77,6 +79,11 @@ def test_names_are_known_however_they_are_spelled(name: str) -> None:
     assert snake_case(name) == "system_prompt"
     assert named({name: "a", "other": "b"}, {"system_prompt"}) == {"system_prompt": "a", "other": "b"}
     assert named({name: "a", "system_prompt": "b"}, {"system_prompt"}) == {name: "a", "system_prompt": "b"}
+
+
+def test_a_system_that_answers_a_user_is_the_assistant() -> None:
+    turns = [{"speaker": "USER", "text": "2+2?"}, {"speaker": "SYSTEM", "text": "4"}]
+    assert messages_of({"dialogue": turns}) == ASKED
 
 
 def test_a_speaker_who_is_not_known_leaves_the_row_out() -> None:

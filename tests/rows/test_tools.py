@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from finemill.rows.reasons import DroppedRowError
-from finemill.rows.tools import check_call, split_call_text, split_response_text, to_calls, to_tools
+from finemill.rows.tools import check_call, has_call_text, split_call_text, split_response_text, to_calls, to_tools
 
 PARAMETERS = {"type": "object", "properties": {"to": {"type": "string"}}, "required": ["to"]}
 FUNCTION = {"name": "get_rate", "description": "Exchange rate", "parameters": PARAMETERS}
@@ -29,7 +29,7 @@ def test_functions_are_described_in_every_spelling(tools: list[Any]) -> None:
 def test_what_describes_no_function_is_refused(tools: Any) -> None:
     with pytest.raises(DroppedRowError, match=r"^bad_tools$"):
         to_tools(tools)
-    assert to_tools("") is to_tools([]) is to_tools(None) is None
+    assert to_tools("None") is to_tools([None]) is to_tools("") is to_tools([]) is to_tools(None) is None
 
 
 def call(value: Any, tools: list[Any] | None = None) -> Any:
@@ -66,6 +66,10 @@ def test_null_arguments_stay_only_where_the_schema_lets_them_be_null() -> None:
     }
     arguments = dict.fromkeys(("to", "days", "room", "any")) | {"to": "EUR"}
     assert call({"name": "get_rate", "arguments": arguments}, [tool]) == {"to": "EUR", "days": None, "any": None}
+    inner = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    (nested,) = to_tools([{"name": "f", "parameters": {"properties": {"o": inner, "l": {"items": inner}}}}]) or []
+    arguments = {"o": {"a": 1, "b": None}, "l": [{"a": None, "b": None, "c": 2}]}
+    assert call({"name": "f", "arguments": arguments}, [nested]) == {"o": {"a": 1}, "l": [{"c": 2}]}
     with pytest.raises(DroppedRowError, match=r"^bad_tool_call$"):
         call({"name": "get_rate", "arguments": {"to": None}}, [TOOL])
 
@@ -85,6 +89,20 @@ def test_arguments_are_read_under_every_name(key: str) -> None:
 )
 def test_calls_are_read_in_other_forms(value: Any) -> None:
     assert call(value, [TOOL]) == {"to": "EUR"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        """I look. <functioncall> {"name": "f", "arguments": '{"x": "it is"}'} <|endoftext|>""",
+        'I look.[TOOL_CALLS][{"name": "f", "arguments": {"x": "it is"}}]',
+        'I look.<|python_tag|>{"name": "f", "parameters": {"x": "it is"}}<|eom_id|>',
+    ],
+)
+def test_calls_in_the_text_of_other_families_are_read(text: str) -> None:
+    content, (call,) = split_call_text(text)
+    assert (has_call_text(text), content) == (True, "I look.")
+    assert call["function"] == {"name": "f", "arguments": {"x": "it is"}}
 
 
 def test_calls_written_as_text_are_read() -> None:

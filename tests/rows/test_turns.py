@@ -212,6 +212,16 @@ def test_nothing_after_the_last_learned_answer_is_kept() -> None:
         ([("human", [{"type": "image", "text": ""}, {"type": "text", "text": "Who?"}]), ("gpt", "b")], "not_text"),
         ([("human", [{"type": "text", "text": "Who?", "image_url": "a"}]), ("gpt", "b")], "not_text"),
         ([("human", {"a": 1}), ("gpt", "b")], "not_text"),
+        *(
+            ([("human", text), ("gpt", "b")], "not_text")
+            for text in (
+                "<|vision_start|><|image_pad|><|vision_end|>Who?",
+                "[IMG]Who?",
+                "Picture 1: <img>a.jpg</img>\nWho?",
+                "<audio>What is said?",
+                "See data:image/png;base64,iVBO",
+            )
+        ),
     ],
 )
 def test_turns_that_cannot_be_used_have_a_reason(turns: list[tuple[str, Any]], reason: str) -> None:
@@ -220,8 +230,20 @@ def test_turns_that_cannot_be_used_have_a_reason(turns: list[tuple[str, Any]], r
 
 
 def test_a_picture_that_is_only_mentioned_is_text() -> None:
-    text = "Write <svg><image></image></svg> with a <video> element."
-    assert conversation_of(("human", text), ("gpt", "b"))[0]["content"] == text
+    for text in (
+        "Write <svg><image></image></svg> with a <video> element.",
+        "<audio> tags: how?",
+        "<video>a</video> why?",
+    ):
+        assert conversation_of(("human", text), ("gpt", "b"))[0]["content"] == text
+
+
+@pytest.mark.parametrize("empty", [{"tool_calls": [None]}, {"function_call": {"name": None, "arguments": None}}])
+def test_calls_that_arrow_writes_as_null_are_none(empty: Row) -> None:
+    assert messages_of([USER, {"role": "assistant", "content": "4", **empty}])[1] == {
+        "role": "assistant",
+        "content": "4",
+    }
 
 
 def test_turns_of_which_only_a_part_is_learned_are_refused() -> None:

@@ -10,12 +10,18 @@ from finemill.rows.thinking import split_thinking
 from finemill.rows.tools import Tool, check_call, has_call_text
 from finemill.rows.turns import Message
 
-# A picture's place in a question, as LLaVA and others mark it: at one end; other media on a line of their own.
+# A picture's place in a question, as LLaVA and others mark it: at one end; other media on a line of their own, or
+# at the begin if they are no element of HTML; and what marks nothing else anywhere.
 _SHOWS_MEDIA = re.compile(
-    r"\s*<\|?image(?:[ _]?\d+)?\|?>|\s*<\|?(?:video|audio)\|?>[ \t]*\n|.*<\|?image(?:[ _]?\d+)?\|?>\s*\Z"
-    r"|.*\n<\|?(?:video|audio)\|?>\s*\Z",
+    r"\s*(?:<\|?image(?:[ _]?\d+)?\|?>|\[IMG\])|\s*<\|?(?:video|audio|speech)\|?>(?![^\n]*</|[ \t]*(?:tag|element)s?\b)"
+    r"|.*(?:<\|?image(?:[ _]?\d+)?\|?>|\[IMG\])\s*\Z|.*\n<\|?(?:video|audio|speech)\|?>\s*\Z"
+    r"|.*(?:<\|(?:vision_start|image_pad|video_pad|audio_start|AUDIO|IMAGE|begin_of_image)\|>|<img>[^<\n]*\.\w{3,4}</img>"
+    r"|data:(?:image|audio|video)/[\w.+-]+;base64,)",
     re.DOTALL,
 )
+
+
+_MAY_SHOW_MEDIA = re.compile(r"<\|?(?:im|vi|au|sp|AUDIO|IMAGE|begin)|\[IMG\]|;base64,")
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def check_messages(messages: Sequence[Message]) -> None:
         said = _said(message, where)
         if role in ("user", "assistant") and not said.strip() and not message.get("tool_calls"):
             raise DroppedRowError("empty_turn", where)
-        if role == "user" and "<" in content and _SHOWS_MEDIA.match(content):
+        if role == "user" and _MAY_SHOW_MEDIA.search(content) and _SHOWS_MEDIA.match(content):
             raise DroppedRowError("not_text", where)
         if role == "system":
             expected = ("user",)

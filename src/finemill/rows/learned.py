@@ -23,7 +23,40 @@ _BAD = (
 MARKS = frozenset((*_GOOD, *_BAD))
 """Columns, and keys of turns, that may say whether an answer is a good one."""
 # Words that name a bad answer, and nothing that a text is classified as.
-_BAD_WORDS = ("bad", "rejected", "undesirable", "unacceptable", "disliked", "thumbs_down", "downvoted", "-1", "-1.0")
+_BAD_WORDS = (
+    *(
+        "bad",
+        "rejected",
+        "undesirable",
+        "unacceptable",
+        "disliked",
+        "thumbs_down",
+        "downvoted",
+        "-1",
+        "-1.0",
+        "dislike",
+    ),
+    *("reject", "downvote", "incorrect", "wrong", "dispreferred", "not_preferred", "\U0001f44e"),
+)
+# Under these names only such a word tells.
+_VERDICTS = (
+    "rating",
+    "quality",
+    "thumbs",
+    "thumb",
+    "correctness",
+    "verdict",
+    "judgement",
+    "judgment",
+    "vote",
+    "reaction",
+)
+# Other names under which false, and nothing else, says that an answer is no good one: a number may count anything.
+_SAYS_GOOD = re.compile(
+    r"(?:is_|was_|\w+_is_)?(?:good|correct|valid|verified|passed|accepted|approved|preferred|desirable|liked|helpful)"
+    r"(?:_(?:answer|response|completion|output|solution))?|(?:binary|response|answer|completion|preference|kto)_label"
+    r"|(?:answer|response|completion|solution|output)_(?:is_)?(?:good|correct|valid|verified|accepted)"
+)
 
 _LEARNED_KEYS = (
     *("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale", "loss_mask", "learn"),
@@ -65,23 +98,39 @@ def says_learned(name: str) -> bool | None:
 
 def check_label(row: Reader) -> None:
     """Raises: DroppedRowError: the row is an example of a bad answer."""
-    if not row.names.isdisjoint(MARKS) and (column := _bad_mark(row)) is not None:
+    if (column := _bad_mark(row)) is not None:
         raise DroppedRowError("labelled_bad", column)
 
 
 def _bad_mark(reader: Reader) -> str | None:
     """The first name under which an answer is marked as bad; what marks it as good is read."""
-    for name, says_good in (*((name, True) for name in _GOOD), *((name, False) for name in _BAD)):
-        if reader.has(name) and (marked := _is_marked(reader.peek(name))) is not None:
-            reader.get(name)
-            if marked is not says_good:
-                return name
+    for name in reader.names:
+        says_good = _says_good(name) if isinstance(name, str) else None
+        if says_good is None or (marked := _is_marked(name, reader.peek(name))) is None:
+            continue
+        reader.get(name)
+        if marked is not says_good:
+            return name
     return None
 
 
-def _is_marked(value: Any) -> bool | None:
+@lru_cache(maxsize=4096)
+def _says_good(name: str) -> bool | None:
+    """Whether a mark of this name says that an answer is good (True) or bad (False); None for other names."""
+    name = snake_case(name)
+    if name in _BAD:
+        return False
+    return True if name in _GOOD or name in _VERDICTS or _SAYS_GOOD.fullmatch(name) else None
+
+
+def _is_marked(name: str, value: Any) -> bool | None:
     """What a label says: a yes or no, or a word for a bad answer; None for any other value."""
-    return False if str(value).strip().lower().replace(" ", "_") in _BAD_WORDS else is_true(value)
+    if isinstance(value, str | int | float) and str(value).strip().lower().replace(" ", "_") in _BAD_WORDS:
+        return False
+    if name in MARKS:
+        return is_true(value)
+    plain = str(value).strip().lower() in ("true", "false") and snake_case(name) not in _VERDICTS
+    return is_true(value) if plain else None
 
 
 def check_excluded(reader: Reader) -> None:
@@ -152,7 +201,7 @@ def is_learned(turn: Reader, *, only_excluded: bool = False) -> bool:
         is_true(s.get("train", True)) is False for s in segments if isinstance(s, Mapping)
     ):
         raise DroppedRowError("partly_excluded_turn")
-    learned = only_excluded or turn.names.isdisjoint(MARKS) or _bad_mark(turn) is None
+    learned = only_excluded or _bad_mark(turn) is None
     for name in turn.names:
         wanted = says_learned(name) if isinstance(name, str) else None
         if wanted is None or (says := _flag(turn.peek(name))) is None or (only_excluded and says is wanted):

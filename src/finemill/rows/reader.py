@@ -3,7 +3,7 @@
 from collections.abc import Iterable, KeysView, Mapping
 from typing import Any
 
-from finemill.rows.values import as_text, is_missing
+from finemill.rows.values import as_text, holds_nothing, is_missing
 
 
 class Reader:
@@ -28,6 +28,11 @@ class Reader:
     def names(self) -> KeysView[str]:
         """All names, also of values that say nothing."""
         return self._values.keys()
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """All values by name; that does not count as reading."""
+        return self._values
 
     def peek(self, name: str) -> Any:
         """The value of a name; that does not count as reading."""
@@ -55,5 +60,5 @@ class Reader:
     @property
     def unread(self) -> list[str]:
         """Names of what says something and was not read, in order."""
-        columns = [name for name, value in self._values.items() if name not in self._read and not is_missing(value)]
+        columns = [name for name, value in self._values.items() if name not in self._read and not holds_nothing(value)]
         return [*columns, *sorted(self._inside)]

@@ -13,12 +13,13 @@ from finemill.rows.reasons import DroppedRowError
 from finemill.rows.speakers import ROLES, Turn, chat_turns, transcript_turns, turn_list, turn_role
 from finemill.rows.tools import are_calls, to_calls, to_tools
 from finemill.rows.turns import (
-    MEDIA_COLUMNS,
     THINKING_KEYS,
     Message,
     assistant,
     check_unread_thinking,
     is_prose,
+    media_in,
+    text_of,
     thinking_under,
     to_messages,
 )
@@ -40,7 +41,7 @@ ShapeName = Literal[
 
 _CHATS = (
     *("conversations", "conversation", "dialog", "dialogue", "dialogs", "dialogues", "chat", "chats", "turns", "convo"),
-    *("thread", "trajectory", "transcript", "utterances", "exchanges", "data"),
+    *("thread", "trajectory", "transcript", "utterances", "exchanges", "contents", "data"),
 )
 _TEXTS = ("text", "content", "document")
 _SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "system_instructions", "sys_prompt")
@@ -55,7 +56,12 @@ _HISTORY = (
 )
 _FINAL = ("expected_answer", "final_answer", "answer")
 _CHOICES = ("choices", "options")
+# Columns of choices that stand in a column each.
+_LETTERED = [[form.format(letter) for letter in letters] for form, letters in (
+    ("{}", "ABCDEFGHIJ"), ("option_{}", "abcdefghij"), ("choice_{}", "abcdefghij"), ("option{}", "abcdefghij")
+)]  # fmt: skip
 _CORRECT = ("answer", "answerKey", "answer_key", "answer_index", "answer_idx", "label")
+_LETTER_COLUMNS = [column for columns in _LETTERED[1:] for column in columns]
 _CHAT_SHAPES = ("messages", "sharegpt")
 _ROW_THINKING = (*THINKING_KEYS, "complex_cot")
 # Switches that some sets keep in a column with the name of a thinking block.
@@ -67,7 +73,7 @@ _PAIRS = {
     "prompt_completion": (
         (
             *("prompt", "query", "input", "user", "human", "inputs", "user_prompt", "user_input", "user_message"),
-            *("user_query", "input_text", "human_input"),
+            *("user_query", "input_text", "human_input", "message"),
         ),
         (
             *("completion", "response", "output", "answer", "assistant", "gpt", "bot", "targets", "target", "reply"),
@@ -101,6 +107,8 @@ _PREFERENCES = [
     )
 ]  # fmt: skip
 _BETTER = frozenset(better for better, _ in _PREFERENCES)
+# What self-instruct and others write where there is no input.
+_NO_INPUT = ("<noinput>", "noinput", "no input", "n/a", "nan", "none", "null")
 # Columns of a question that another one beside them, the task, comes before.
 _BESIDE_INSTRUCTION = ("question", "query", "prompt", "problem")
 _PROMPTS = tuple(name for prompts, _ in _PAIRS.values() for name in prompts)
@@ -140,7 +148,7 @@ def to_conversation(row: Row, shape: str) -> Conversation:
     """
     reader = Reader(row)
     try:
-        if not reader.names.isdisjoint(MEDIA_COLUMNS) and (media := next(filter(reader.has, MEDIA_COLUMNS), None)):
+        if media := media_in(row):
             raise DroppedRowError("not_text", media)
         if shape not in ("text", "multiple_choice", "preference"):
             check_label(reader)
@@ -149,9 +157,9 @@ def to_conversation(row: Row, shape: str) -> Conversation:
         # Beside a preference stands why one answer is better; beside an answer that thinks the same thinking again.
         if conversation.text is None and conversation.rejected is None and not any(map(_thinks, conversation.messages)):
             check_unread_thinking(reader)
+        return replace(conversation, unread=reader.unread)
     except RecursionError:
         raise DroppedRowError("too_deep") from None
-    return replace(conversation, unread=reader.unread)
 
 
 def _without_excluded(row: Reader, shape: str, conversation: Conversation) -> Conversation:
@@ -168,7 +176,7 @@ def _without_excluded(row: Reader, shape: str, conversation: Conversation) -> Co
 
 def _system(row: Reader) -> list[Message]:
     """The system message that some data sets keep in a column of its own."""
-    text = row.text(*_SYSTEM)
+    text = text_of(row.get(*_SYSTEM), "system")
     return [{"role": "system", "content": text}] if text else []
 
 
@@ -315,11 +323,16 @@ def _asked(row: Reader, columns: tuple[str, ...]) -> list[Message]:
     if isinstance(value, Mapping) and turn_list(value.get("messages")):
         row.note_unread(f"{column}.{name}" for name in value if name not in ("messages", *_TOOLS))
         value = value["messages"]
+    turns = transcript_turns(value) if isinstance(value, str) and value.rstrip().endswith(":") else None
+    if turns and not turns[-1]["content"]:
+        # HH-RLHF's prompts end with the speaker who is to answer.
+        return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in to_messages(turns[:-1], row, column)]
     if turn_list(value):
         return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in _turns(row, column, value)]
     history = _history(row)
     beside = (*_CONTEXT, *_BESIDE_INSTRUCTION) if column == "instruction" else _CONTEXT
     context = row.text(*(name for name in beside if name != column and not (history and name == "context")))
+    context = "" if context.strip().lower() in _NO_INPUT else context
     return [*history, _user("\n\n".join(filter(None, (as_text(value, column), context))))]
 
 
@@ -425,12 +438,22 @@ def _after(asked: list[Message], answer: list[Message]) -> list[Message]:
 
 
 def _is_multiple_choice(row: Reader) -> bool:
-    return row.has("question") and row.has(*_CHOICES) and row.has(*_CORRECT)
+    return row.has("question") and row.has(*_CORRECT) and (row.has(*_CHOICES) or bool(_lettered(row)))
+
+
+def _lettered(row: Reader) -> list[str]:
+    """The columns of choices that stand in a column each: A, B; option_a, option_b; none for fewer than two."""
+    for columns in _LETTERED:
+        found = [column for column in columns if row.has(column)]
+        if len(found) > 1 and found == columns[: len(found)]:
+            return found
+    return []
 
 
 def _from_multiple_choice(row: Reader) -> Conversation:
     """The choices by letter under the question; the answer is a letter, or the text that the row gives."""
-    letters, texts = _choices(parse_json(row.get(*_CHOICES)))
+    choices = row.get(*_CHOICES) or [row.get(column) for column in _lettered(row)]
+    letters, texts = _choices(parse_json(choices))
     marks = (
         f"{letter}. " if not re.match(rf"\(?{re.escape(letter)}[).:]", text) else ""
         for letter, text in zip(letters, texts, strict=True)
@@ -515,7 +538,10 @@ SHAPES: Mapping[str, Shape] = {
         lambda row: _from_chat(_first_chat(row) or "")(row),
     ),
     "multiple_choice": Shape(
-        "question, choices, answer", ("question", *_CHOICES), _is_multiple_choice, _from_multiple_choice
+        "question, choices, answer",
+        ("question", *_CHOICES, *_LETTER_COLUMNS),
+        _is_multiple_choice,
+        _from_multiple_choice,
     ),
     **{
         name: Shape(columns, (*_PAIRS[name][0], *_PAIRS[name][1]), _matches_pair(name), _from_pair(name))

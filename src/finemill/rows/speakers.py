@@ -47,7 +47,7 @@ def snake_case(name: str) -> str:
 def turn_list(value: Any) -> list[Turn] | None:
     """The turns in a list, or in one turn or JSON text of either, if each has a role; None for anything else."""
     turns = parse_json(value)
-    turns = [turns] if isinstance(turns, Mapping) else turns
+    turns = _by_turn(turns) if isinstance(turns, Mapping) else turns
     if not isinstance(turns, list) or not turns:
         return None
     turns = [parse_json(turn) for turn in turns]
@@ -55,6 +55,15 @@ def turn_list(value: Any) -> list[Turn] | None:
         return None
     turns = [turn if "role" in turn else _with_author(turn) for turn in turns]
     return turns if all(map(turn_role, turns)) else None
+
+
+def _by_turn(turns: Turn) -> list[Turn]:
+    """One turn; or several, of an object with a list for each key, as `datasets` writes a `Sequence` of objects."""
+    columns = {key: value for key, value in turns.items() if isinstance(value, list)}
+    lengths = set(map(len, columns.values()))
+    if columns.keys() != turns.keys() or len(lengths) != 1 or not any(key in columns for key in ROLE_KEYS):
+        return [turns]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def chat_turns(value: Any) -> list[Turn] | None:
@@ -68,7 +77,7 @@ def chat_turns(value: Any) -> list[Turn] | None:
     """
     turns = turn_list(value)
     if turns or value is None:
-        return turns
+        return turns and _with_assistant(turns)
     parsed = parse_json(value)
     if isinstance(parsed, str):
         return transcript_turns(parsed)
@@ -79,6 +88,20 @@ def chat_turns(value: Any) -> list[Turn] | None:
         return turn_list(inner)
     read = [_turns_of(item) for item in items]
     return [turn for turns in read for turn in turns] if read and all(read) else None
+
+
+def _with_assistant(turns: list[Turn]) -> list[Turn]:
+    """Turns in which the one who answers is called the system, as in MultiWOZ, with an assistant."""
+    roles = list(map(turn_role, turns))
+    if roles[-1] != "system" or not {"user", "system"}.issuperset(ROLES.get(role) for role in roles):
+        return turns
+    answers = [
+        {"role": "assistant", **{key: value for key, value in turn.items() if key not in ROLE_KEYS}}
+        if role == "system"
+        else turn
+        for turn, role in zip(turns, roles, strict=True)
+    ]
+    return answers if roles[0] != "system" else turns
 
 
 def transcript_turns(text: str) -> list[Turn] | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from finemill.rows.reasons import DroppedRowError
-from finemill.rows.values import is_missing, parse_json
+from finemill.rows.values import holds_nothing, is_missing, parse_json
 
 Call = dict[str, Any]
 Tool = dict[str, Any]
@@ -35,7 +35,15 @@ _NAMES = ("name", "function", "tool_name", "tool", "action", "function_name", "a
 _BESIDE = ("id", "type", "index", "call_id", "tool_call_id", "status", "caller", "object", *_NAMES)
 _SCHEMAS = ("parameters", "input_schema", "inputSchema")
 _NULLABLE = ("const", "default", "enum", "examples")
-_CALL_TEXT = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+# Calls as text: Hermes and Qwen; Glaive; Mistral; Llama 3, with JSON and with a function's name.
+_CALL_TEXT = re.compile(
+    r"<tool_call>\s*(.*?)\s*</tool_call>|<functioncall>\s*(.*?)\s*(?:</functioncall>|<\|endoftext\|>|\Z)"
+    r"|\[TOOL_CALLS\]\s*(\[.*\])\s*\Z|<\|python_tag\|>\s*(\{.*\})\s*(?:<\|eom_id\|>|<\|eot_id\|>|\Z)",
+    re.DOTALL,
+)
+_CALL_MARKS = ("<tool_call>", "<functioncall>", "[TOOL_CALLS]", "<|python_tag|>")
+# Glaive's arguments are JSON between single quotes, which no JSON has.
+_QUOTED_ARGUMENTS = re.compile(r"(\"arguments\":\s*)'(.*)'(\s*\}\s*)\Z", re.DOTALL)
 _RESPONSE_TEXT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 
 
@@ -51,14 +59,18 @@ def to_calls(value: Any) -> list[Call]:
 
 def _values_in(text: str) -> Iterator[Any]:
     """The calls in a text: JSON values one after the other, or within `<tool_call>` tags."""
-    for part in _CALL_TEXT.findall(text) or [text.strip()]:
-        value = parse_json(part)
+    for part in ["".join(groups) for groups in _CALL_TEXT.findall(text)] or [text.strip()]:
+        value = parse_json(_QUOTED_ARGUMENTS.sub(_plain_arguments, part) if "'" in part else part)
         if isinstance(value, list):
             yield from value
         elif isinstance(value, Mapping):
             yield value
         else:
             yield from _one_by_one(part)
+
+
+def _plain_arguments(match: re.Match[str]) -> str:
+    return f"{match[1]}{json.dumps(match[2])}{match[3]}"
 
 
 def _one_by_one(text: str) -> Iterator[Any]:
@@ -137,13 +149,27 @@ def check_call(call: Call, tools: list[Tool] | None) -> Call:
     declared = next((t["function"] for t in tools or () if t["function"].get("name") == function["name"]), None)
     schema = declared.get("parameters") if declared else None
     schema = schema if isinstance(schema, Mapping) else {}
-    arguments, properties = function["arguments"], schema.get("properties")
-    if isinstance(properties, Mapping):
-        given = (arguments or {}).items()
-        arguments = {key: value for key, value in given if value is not None or _may_be_null(properties.get(key))}
+    arguments = function["arguments"]
+    if isinstance(schema.get("properties"), Mapping):
+        arguments = _without_undeclared_nulls(arguments or {}, schema)
     if not arguments and (schema.get("required") or (arguments is None and declared is None)):
         raise DroppedRowError("bad_tool_call", "tool_calls")
     return {**call, "function": {**function, "arguments": arguments or {}}}
+
+
+def _without_undeclared_nulls(value: Any, schema: Any) -> Any:
+    """A value without keys that are null and that its schema does not let be null, at any depth."""
+    schema = schema if isinstance(schema, Mapping) else {}
+    if isinstance(value, list):
+        return [_without_undeclared_nulls(item, schema.get("items")) for item in value]
+    properties = schema.get("properties")
+    if not isinstance(value, Mapping) or not isinstance(properties, Mapping):
+        return value
+    return {
+        key: _without_undeclared_nulls(item, properties.get(key))
+        for key, item in value.items()
+        if item is not None or _may_be_null(properties.get(key))
+    }
 
 
 def _may_be_null(schema: Any) -> bool:
@@ -159,7 +185,7 @@ def to_tools(value: Any) -> list[Tool] | None:
 
     Raises: DroppedRowError: no list, or a description without name.
     """
-    if is_missing(value):
+    if holds_nothing(value) or str(value).strip().lower() in ("none", "null"):
         return None
     tools = parse_json(value)
     if isinstance(tools, Mapping):
@@ -201,8 +227,8 @@ def _without_nulls(schema: Any) -> Any:
 
 
 def has_call_text(content: str) -> bool:
-    """Whether an answer holds calls as text, in the way of Hermes and Qwen."""
-    return "<tool_call>" in content and _CALL_TEXT.search(content) is not None
+    """Whether an answer holds calls as text, in the way of Hermes and Qwen, Glaive, Mistral or Llama 3."""
+    return any(mark in content for mark in _CALL_MARKS) and _CALL_TEXT.search(content) is not None
 
 
 def split_call_text(content: str) -> tuple[str, list[Call]]:

@@ -8,20 +8,21 @@ there), `tool_calls`, and `weight: 0` if it is not to be learned.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from finemill.rows.learned import FLAGS, is_learned
 from finemill.rows.reader import Reader
 from finemill.rows.reasons import DroppedRowError
-from finemill.rows.speakers import CALL_ROLES, ROLE_KEYS, ROLES, THINKING_ROLES, named, turn_role
+from finemill.rows.speakers import CALL_ROLES, ROLE_KEYS, ROLES, THINKING_ROLES, named, snake_case, turn_role
 from finemill.rows.thinking import split_thinking
 from finemill.rows.tools import to_calls
-from finemill.rows.values import as_text, is_missing, parse_json
+from finemill.rows.values import as_text, holds_nothing, is_missing, parse_json
 
 Message = dict[str, Any]
 
 _APART = frozenset((*CALL_ROLES, *THINKING_ROLES))
-_CONTENT_KEYS = ("content", "value", "text", "utterance", "message", "body", "msg")
+_CONTENT_KEYS = ("content", "value", "text", "utterance", "message", "body", "msg", "parts")
 _RESULT_KEYS = ("result", "output", "response", "tool_output", "observation", "results")
 _CALL_KEYS = ("tool_calls", "function_call", "tool_call", "function_calls", "calls", "tool_use")
 THINKING_KEYS = (
@@ -56,27 +57,29 @@ _THINKING_IN_TURNS = ("analysis", "internal", "plan", "planning", "reflection", 
 _TEXT_PARTS = ("", "text", "input_text", "output_text", "refusal")
 _THINKING_PARTS = ("thinking", "reasoning", "think")
 _THINKING_TEXTS = ("thinking", "reasoning", "text", "content", "summary")
-_MEDIA = (
-    "image",
-    "images",
-    "image_url",
-    "input_image",
-    "video",
-    "videos",
-    "video_url",
-    "audio",
-    "audios",
-    "input_audio",
+# Names of pictures, sounds and films, and of where they lie; some of them are also what texts are called.
+_MEDIA = re.compile(
+    r"(?:input_|query_|question_)?(?:(?:image|img|photo|picture|screenshot|video|audio)s?|(?P<kind>figure|frame|clip|sound"
+    r"|speech)s?)(?P<place>_?(?:path|file|filename|file_name|url|uri|base64|b64|bytes|data|list|\d+)s?)?"
+    r"|pixel_values|input_features"
 )
-MEDIA_COLUMNS = (
-    *_MEDIA,
-    *(
-        f"{kind}_{place}"
-        for kind in ("image", "video", "audio")
-        for place in ("path", "paths", "file", "files", "urls")
-    ),
-    *("img", "imgs", "photo", "photos", "picture", "pictures", "pixel_values"),
-)
+
+
+@lru_cache(maxsize=4096)
+def _media_types(name: str) -> tuple[type, ...]:
+    """The types that a value of this name has if it is a picture, a sound or a film; none for other names."""
+    match = _MEDIA.fullmatch(snake_case(name))
+    if match is None:
+        return ()
+    return (list, dict, bytes) if match["kind"] and not match["place"] else (str, list, dict, bytes)
+
+
+def media_in(values: Mapping[Any, Any]) -> str | None:
+    """The name of the first value that is a picture, a sound or a film, None if there is none."""
+    for name, value in values.items():
+        if isinstance(name, str) and isinstance(value, _media_types(name)) and not holds_nothing(value):
+            return name
+    return None
 
 
 _TURN_KEYS = frozenset((*ROLE_KEYS, *_CONTENT_KEYS, *_RESULT_KEYS, *_CALL_KEYS, *THINKING_KEYS, *FLAGS, "tool_call_id"))
@@ -144,6 +147,8 @@ def _read_turn(turn: Reader) -> Iterator[Message]:
     role = ROLES.get(name)
     if role is None:
         raise DroppedRowError("unknown_role", "role")
+    if role != "tool" and (media := media_in(turn.values)):
+        raise DroppedRowError("not_text", media)
     if role == "assistant":
         yield from _assistant_turn(turn, name)
         return
@@ -159,7 +164,7 @@ def _read_turn(turn: Reader) -> Iterator[Message]:
         known = {key: turn.get(key) for key in ("name", "tool_call_id") if turn.has(key)}
         yield {"role": role, "content": _result(content), **known}
     elif content or not parts:
-        yield {"role": role, "content": _text(content)}
+        yield {"role": role, "content": text_of(content)}
 
 
 def _speaker(turn: Reader) -> str:
@@ -171,14 +176,15 @@ def _speaker(turn: Reader) -> str:
 
 
 def _assistant_turn(turn: Reader, name: str) -> Iterator[Message]:
-    content, learned = turn.get(*_CONTENT_KEYS), is_learned(turn)
+    content, learned = turn.get(*_CONTENT_KEYS, "refusal"), is_learned(turn)
     thinking_parts = [part for part in _parts(content) if part.get("type") in _THINKING_PARTS]
     reasoning = "".join(map(_thinking_text, thinking_parts)) or thinking_under(turn, THINKING_KEYS)
     calls = [part for part in _parts(content) if part.get("type") == "tool_use"]
     if isinstance(content, list):
         content = [part for part in content if part not in thinking_parts and part not in calls]
-    text = _text(content)
-    stated = turn.get(*_CALL_KEYS)
+    text = text_of(content)
+    key = next((key for key in _CALL_KEYS if turn.has(key) and not holds_nothing(turn.peek(key))), None)
+    stated = None if key is None else turn.get(key)
     if name in CALL_ROLES and stated is None:
         written, stated = split_thinking(text)
         reasoning, text = reasoning or written or "", ""
@@ -238,18 +244,21 @@ def _parts(content: Any) -> list[Mapping[str, Any]]:
     return [part if isinstance(part, Mapping) else {"type": "text", "text": part} for part in content]
 
 
-def _text(content: Any) -> str:
-    """The text of a content; of a list of parts all must be text. Raises: DroppedRowError: something is not."""
+def text_of(content: Any, field: str = "") -> str:
+    """The text of a content; of a list of parts all must be text. Raises: DroppedRowError: not all is, in `field`."""
     if isinstance(content, Mapping):
         content = _parts(content) or [content]
     if not isinstance(content, list):
-        return "" if content is None else as_text(content)
-    return "".join(map(_part_text, _parts(content)))
+        return "" if content is None else as_text(content, field)
+    try:
+        return "".join(map(_part_text, _parts(content)))
+    except DroppedRowError as reason:
+        raise reason.within(field) if field else reason from None
 
 
 def _part_text(part: Mapping[str, Any]) -> str:
     kind = part.get("type") or ""
-    if kind not in _TEXT_PARTS or any(not is_missing(part.get(key)) for key in _MEDIA):
+    if kind not in _TEXT_PARTS or media_in(part):
         raise DroppedRowError("not_text")
     texts: list[str] = [part[key] for key in (*_CONTENT_KEYS, "refusal") if isinstance(part.get(key), str)]
     if not texts:
@@ -258,7 +267,7 @@ def _part_text(part: Mapping[str, Any]) -> str:
 
 
 def _thinking_text(part: Mapping[str, Any]) -> str:
-    return _text(next((part[key] for key in _THINKING_TEXTS if part.get(key)), None))
+    return text_of(next((part[key] for key in _THINKING_TEXTS if part.get(key)), None))
 
 
 def thinking_under(reader: Reader, keys: Sequence[str]) -> str:
@@ -267,7 +276,7 @@ def thinking_under(reader: Reader, keys: Sequence[str]) -> str:
     value = None if key is None else reader.get(key)
     if isinstance(value, Mapping):
         return _thinking_text(value)
-    return "".join(map(_thinking_text, _parts(value))) if isinstance(value, list) else _text(value)
+    return "".join(map(_thinking_text, _parts(value))) if isinstance(value, list) else text_of(value)
 
 
 def _holds_thinking(value: Any) -> bool:
@@ -281,7 +290,7 @@ def _result(content: Any) -> str:
     if content is None:
         return ""
     if isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content):
-        return _text(content)
+        return text_of(content)
     return json.dumps(content, ensure_ascii=False, default=str)
 
 

@@ -26,6 +26,13 @@ def is_missing(value: Any) -> bool:
     return isinstance(value, str | list | dict) and not (value.strip() if isinstance(value, str) else value)
 
 
+def holds_nothing(value: Any) -> bool:
+    """Whether a value says nothing at any depth: Arrow's tables give a row the keys and lists of all others."""
+    if isinstance(value, dict):
+        return all(map(holds_nothing, value.values()))
+    return all(map(holds_nothing, value)) if isinstance(value, list) else is_missing(value)
+
+
 def as_text(value: Any, field: str = "") -> str:
     """A text as it is, a number as Python writes it. Raises: DroppedRowError: anything else, in `field`."""
     if isinstance(value, str):
