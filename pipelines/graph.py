@@ -109,8 +109,8 @@ def task(
     if set(inputs) != set(step.inputs):
         raise ValueError(f"{step_name} takes {step.inputs}, got {tuple(inputs)}")
     for port, source in inputs.items():
-        if isinstance(source, Task) and source.step.output != port:
-            raise ValueError(f"{step_name} wants {port}, {source.name} writes {source.step.output}")
+        if isinstance(source, Task) and source.step.kind != port:
+            raise ValueError(f"{step_name} wants {port}, {source.name} writes {source.step.kind}")
     if when is not None and when.step.verdict is None:
         raise ValueError(f"{step_name} waits for a verdict of {when.name}, which gives none")
     return Task(step, inputs, resources, retries, after, when, section_class)

@@ -13,6 +13,7 @@ def preflight(
     metrics: dsl.Output[dsl.Metrics],
     base_model: str = "",
     data_prep: dict = None,
+    synthesize: dict = None,
     chat_format: dict = None,
     train_qlora: dict = None,
     train_dpo: dict = None,
@@ -34,6 +35,7 @@ def preflight(
         metrics: gets the step's metrics.
         base_model: the run's base model, checked: hf://org/name@revision, or the reference of a merged model.
         data_prep: fields as in `finemill schema data-prep`, checked.
+        synthesize: fields as in `finemill schema synthesize`, checked.
         chat_format: fields as in `finemill schema chat-format`, checked.
         train_qlora: fields as in `finemill schema train-qlora`, checked.
         train_dpo: fields as in `finemill schema train-dpo`, checked.
@@ -49,6 +51,7 @@ def preflight(
 
     sections = {
         "data_prep": data_prep,
+        "synthesize": synthesize,
         "chat_format": chat_format,
         "train_qlora": train_qlora,
         "train_dpo": train_dpo,

@@ -23,6 +23,8 @@ class TemporaryError(StepError):
     """Preempted, or a service out of reach: the same call may succeed later."""
 
     exit_code = 75
+    retry_after_s: float | None = None
+    """How long the service asks to be left alone, None where it does not say."""
 
 
 def kind_of(exit_code: int) -> type[StepError]:

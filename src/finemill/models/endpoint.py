@@ -5,6 +5,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
@@ -62,7 +63,9 @@ class Endpoint:
         for chunk in self._chunks(self._request(messages, sampling, max_new_tokens, thinking, stream=True)):
             usage = chunk.get("usage") or {}
             if usage.get("completion_tokens") is not None:
-                end = End(end.finished, int(usage["completion_tokens"]))
+                end = replace(end, num_tokens=int(usage["completion_tokens"]))
+            if usage.get("prompt_tokens") is not None:
+                end = replace(end, num_prompt_tokens=int(usage["prompt_tokens"]))
             for choice in chunk.get("choices") or []:
                 delta = choice.get("delta") or {}
                 thought = delta.get("reasoning_content") or delta.get("reasoning")
@@ -71,7 +74,7 @@ class Endpoint:
                 if delta.get("content"):
                     yield from splitter.add(str(delta["content"]))
                 if choice.get("finish_reason"):
-                    end = End(choice["finish_reason"] in ("stop", "tool_calls"), end.num_tokens)
+                    end = replace(end, finished=choice["finish_reason"] in ("stop", "tool_calls"))
         yield from splitter.close()
         yield end
 
@@ -140,7 +143,9 @@ class Endpoint:
 
     def _refused(self, error: urllib.error.HTTPError) -> StepError:
         if error.code >= 500 or error.code in _LATER:
-            return TemporaryError(f"{self.url} answers {error.code} {error.reason}: try again later")
+            later = TemporaryError(f"{self.url} answers {error.code} {error.reason}: try again later")
+            later.retry_after_s = _seconds(error.headers.get("Retry-After"))
+            return later
         if error.code in (401, 403):
             return UserError(f"{self.url} refuses the key ({error.code}): set {KEY_VARIABLE}")
         try:
@@ -163,6 +168,11 @@ class Endpoint:
 def _as_chunk(whole: dict[str, Any]) -> dict[str, Any]:
     choices = [{**choice, "delta": choice.get("message") or {}} for choice in whole.get("choices") or []]
     return {**whole, "choices": choices}
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """The seconds of a Retry-After header; None for none, and for a date."""
+    return float(retry_after) if retry_after is not None and retry_after.strip().isdecimal() else None
 
 
 def _message(found: Any) -> str:

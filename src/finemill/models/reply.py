@@ -1,7 +1,7 @@
 """An answer as it is written, piece by piece: its thinking apart from what it says."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from finemill.rows.answers import THINK_CLOSE, THINK_OPEN
 
@@ -16,10 +16,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class End:
-    """How an answer ended; `num_tokens` is None where a server does not say."""
+    """How an answer ended; numbers of tokens are None where a server does not say."""
 
     finished: bool
     num_tokens: int | None = None
+    num_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Reply:
     answer: str
     finished: bool
     num_tokens: int | None
+    num_prompt_tokens: int | None = field(default=None, compare=False)
 
     @property
     def is_cut(self) -> bool:
@@ -56,7 +58,7 @@ def collect(stream: Iterable[Piece | End]) -> Reply:
             pieces.append(event)
     thinking = "".join(piece.text for piece in pieces if piece.thinking)
     unopened, _, answer = "".join(piece.text for piece in pieces if not piece.thinking).rpartition(THINK_CLOSE)
-    return Reply((thinking + unopened).strip(), answer.strip(), end.finished, end.num_tokens)
+    return Reply((thinking + unopened).strip(), answer.strip(), end.finished, end.num_tokens, end.num_prompt_tokens)
 
 
 class ThinkingSplitter:

@@ -41,6 +41,8 @@ class Step(NamedTuple):
     """Name of a yes or no besides the output; its value is the metric `<module name>/<verdict>`, 1 or 0."""
     shown: Mapping[str, str] = MappingProxyType({})
     """Small files of the output that KFP's page shows, HTML or Markdown, by the name of the component's port."""
+    output_kind: str | None = None
+    """The kind of artifact that it writes, where the output has a name of its own: a step that reads the same kind."""
     section: str | None = None
     """The section of a pipeline's configuration that this step reads, where it shares another step's."""
     section_class_name: str | None = None
@@ -62,6 +64,11 @@ class Step(NamedTuple):
     def outputs(self) -> tuple[str, ...]:
         """Every output port: the artifact, what is shown of it, the verdict."""
         return (self.output, *self.shown, *([self.verdict] if self.verdict else []))
+
+    @property
+    def kind(self) -> str:
+        """The kind of artifact that it writes: an input of that name takes it."""
+        return self.output_kind or self.output
 
     @property
     def config_section(self) -> str:
@@ -127,6 +134,15 @@ _ALL = (
         config_name="DataPrepConfig",
         image="cpu",
         state_name="load:source_digests",
+    ),
+    Step(
+        "synthesize",
+        "Have a model behind an OpenAI-compatible address write, translate or judge training rows.",
+        inputs=("rows",),
+        output="synthetic_rows",
+        output_kind="rows",
+        config_name="SynthesizeConfig",
+        image="cpu",
     ),
     Step(
         "chat-format",

@@ -177,7 +177,7 @@ def _read_input(step: Step, port: str, value: str) -> Manifest:
     """The manifest of an input. Raises: UserError: none is there, or it is of another kind of artifact."""
     manifest = read_artifact(Reference.parse(value))
     if manifest.kind != port:
-        writers = " or ".join(other.name for other in STEPS.values() if other.output == port)
+        writers = " or ".join(other.name for other in STEPS.values() if other.kind == port)
         raise UserError(
             f"{step.name}: input {port}: {value} is of the kind '{manifest.kind}', not '{port}': pass the reference "
             f"that {writers} printed"
@@ -233,7 +233,7 @@ def _make(call: _Call, context: StepContext, warnings: WarningLines) -> Manifest
         with explained(staging):
             metrics = call.step.function(**folders, output_dir=staging, config=call.config, context=context)
             manifest = new_manifest(
-                call.step.output,
+                call.step.kind,
                 staging,
                 call.made_by,
                 parents=call.inputs,
