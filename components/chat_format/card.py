@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
+from numpy.typing import NDArray
 
 from finemill.artifacts.dataset import IGNORE_INDEX, DatasetRow, read_dataset_rows
 from finemill.artifacts.files import DATA_CARD_FILE, DATA_CARD_PAGE, DATA_CARD_TEXT
 from finemill.artifacts.records import write_json
 from finemill.artifacts.rows import RowsReport, RowsSource, find_rows, read_rows_report
-from finemill.components.chat_format.packing import packing
+from finemill.components.chat_format.packing import PACKED_ROWS, packing
 from finemill.components.chat_format.report import SplitCounts
 from finemill.components.chat_format.tokenize import ChatTokenizer
 
@@ -46,7 +47,7 @@ def write_card(
         max_length: longest sequence in tokens, which a pack of sequences is filled up to.
     """
     prepared = read_rows_report(rows)
-    lengths, first = train.lengths.tolist(), read_dataset_rows(folder, "train", _FIRST_ROWS)
+    lengths, first = train.lengths, read_dataset_rows(folder, "train", _FIRST_ROWS)
     facts = {
         "sources": [_source(own, before) for own, before in zip(dataset["sources"], prepared.sources, strict=True)],
         "left_out": list(_left_out(prepared, dataset)),
@@ -57,7 +58,7 @@ def write_card(
         "chat_template_sha256": dataset["chat_template_sha256"],
         "end_of_turn_tokens": dataset["end_of_turn_tokens"],
         "lengths": histogram(lengths),
-        "packing": packing(lengths, max_length),
+        "packing": packing(lengths[:PACKED_ROWS].tolist(), max_length),
         "scripts": _scripts(first),
         "examples": list(_examples(_of_all_sources(first), rows, tokenizer)),
     }
@@ -86,12 +87,12 @@ def _left_out(prepared: RowsReport, dataset: Mapping[str, Any]) -> Iterator[dict
             yield {"stage": stage, "source": uri, "reason": reason, "rows": number}
 
 
-def histogram(lengths: Sequence[int]) -> list[dict[str, int]]:
+def histogram(lengths: NDArray[np.int64]) -> list[dict[str, int]]:
     """How many sequences have how many tokens: from a power of two, or the half way to the next, up to the next."""
-    if not lengths:
+    if not len(lengths):
         return []
-    edges = [0]
-    while edges[-1] <= max(lengths):
+    edges, longest = [0], int(lengths.max())
+    while edges[-1] <= longest:
         edges.append(16 if edges[-1] < 16 else edges[-1] * 3 // 2 if edges[-1].bit_count() == 1 else edges[-1] * 4 // 3)
     counts = np.histogram(lengths, edges)[0].tolist()
     bins = [{"from": low, "to": high, "examples": n} for low, high, n in zip(edges, edges[1:], counts, strict=False)]

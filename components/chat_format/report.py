@@ -24,7 +24,7 @@ _SHOWN_REASONS = 4
 
 
 class SplitCounts:
-    """What became of a split's rows: rows by source, and of every example what the report counts.
+    """What became of a split's rows: rows by source, and of every example what the report counts, in 17 bytes.
 
     `times` says how often the mix takes each example, shape (E,); all once until it is set.
     """
@@ -35,11 +35,11 @@ class SplitCounts:
         self.examples_dropped: Counter[str] = Counter()
         self.times: NDArray[np.int64] | None = None
         self._names: dict[str, int] = {}
-        self._sources, self._tokens, self._learned = array("l"), array("l"), array("l")
+        self._sources, self._tokens, self._learned = array("H"), array("i"), array("i")
         self._truncated, self._unrolled, self._thinking = array("b"), array("b"), array("b")
         # Most examples have the same few ends, so that each is stored once.
-        self._ends: list[tuple[str | None, ...]] = []
-        self._known_ends: dict[tuple[str | None, ...], tuple[str | None, ...]] = {}
+        self._ends = array("i")
+        self._known_ends: dict[tuple[str | None, ...], int] = {}
 
     def add(self, example: Example) -> None:
         """Count one example."""
@@ -52,8 +52,7 @@ class SplitCounts:
         self._thinking.append(bool(example.draft.kwargs.get("enable_thinking")))
         if example.draft.turns_left_out:
             self.examples_dropped["max_unrolled_turns"] += example.draft.turns_left_out
-        ends = tuple(example.end_tokens)
-        self._ends.append(self._known_ends.setdefault(ends, ends))
+        self._ends.append(self._known_ends.setdefault(tuple(example.end_tokens), len(self._known_ends)))
 
     def add_all(self, others: "SplitCounts") -> None:
         """Count what another has counted, after all that is counted here."""
@@ -65,7 +64,8 @@ class SplitCounts:
         self._sources.extend(numbers[number] for number in others._sources)
         for column in ("_tokens", "_learned", "_truncated", "_unrolled", "_thinking"):
             getattr(self, column).extend(getattr(others, column))
-        self._ends.extend(self._known_ends.setdefault(ends, ends) for ends in others._ends)
+        known = [self._known_ends.setdefault(ends, len(self._known_ends)) for ends in others._known_ends]
+        self._ends.extend(known[number] for number in others._ends)
 
     @property
     def names(self) -> list[str]:
@@ -130,7 +130,8 @@ class SplitCounts:
     def ends(self) -> Counter[str | None]:
         """End-of-turn tokens of the learned turns; None for turns without one."""
         ends: Counter[str | None] = Counter()
-        for number, group in zip(self._taken().tolist(), self._ends, strict=True):
+        numbers = np.bincount(np.array(self._ends), weights=self._taken(), minlength=len(self._known_ends))
+        for group, number in zip(self._known_ends, numbers.astype(np.int64).tolist(), strict=True):
             for token in group if number else ():
                 ends[token] += number
         return ends

@@ -1,6 +1,7 @@
 """A split's examples in their file: all of them, or as often as the mix takes each."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
@@ -48,7 +49,8 @@ def write_split(
         if mix:
             _write_taken(split_path(place, split), folder, split, counts)
     if chat is not None:
-        _write_chat(split_path(folder, split), chat)
+        once = counts.examples if counts.times is None else int((counts.times > 0).sum())
+        _write_chat(split_path(folder, split), chat, once)
 
 
 def _times(counts: SplitCounts, mix: Mix, split: Split) -> NDArray[np.int64]:
@@ -69,13 +71,18 @@ def _write_taken(path: Path, folder: Path, split: Split, counts: SplitCounts) ->
                     writer.write_batch(batch.filter(pa.array(taken)))
 
 
-def _write_chat(path: Path, chat: TextIO) -> None:
-    """A line per whole conversation: documents have no messages, and parts of a conversation are in it."""
-    seen: set[str] = set()
-    for batch in iterate_record_batches(path, batch_rows=_BATCH_ROWS, columns=["id", "messages", "tools"]):
-        for row in batch.to_pylist():
-            if row["messages"] == "[]" or "-" in row["id"] or row["id"] in seen:
-                continue
-            seen.add(row["id"])
+def _write_chat(path: Path, chat: TextIO, once: int) -> None:
+    """A line per whole conversation: documents have no messages, and parts of a conversation are in it.
+
+    The first `once` examples are all that there are; what follows repeats them.
+    """
+    columns = ["id", "messages", "tools"]
+    rows = (
+        row
+        for batch in iterate_record_batches(path, batch_rows=_BATCH_ROWS, columns=columns)
+        for row in batch.to_pylist()
+    )
+    for row in islice(rows, once):
+        if row["messages"] != "[]" and "-" not in row["id"]:
             tools = f', "tools": {row["tools"]}' if row["tools"] else ""
             chat.write(f'{{"messages": {row["messages"]}{tools}}}\n')

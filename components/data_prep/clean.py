@@ -7,9 +7,8 @@ import re
 import tempfile
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 from finemill.components.data_prep.config import DataPrepConfig, Source
 from finemill.components.data_prep.quality import flags_of
@@ -28,7 +27,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is kept in memory of a row; its text lies in the spool.
+    """What is kept of a row; its text lies in the spool.
 
     `number` counts from 1 in the source. `row_id` and the keys are sha256 digests: of the row, of its normalized first
     question, of everything it says, normalized.
@@ -48,28 +47,39 @@ class Record:
 class SourceCounts:
     """What became of a source's rows.
 
-    `rejected` holds number, reason and field of those left out, `flags` the numbers of doubtful ones by flag.
+    `reject` gets number, reason and field of each that is left out; `flags` counts doubtful ones by flag.
     """
 
+    reject: Callable[[int, str, str], None] = lambda number, reason, field: None
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
-    flags: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    rejected: list[tuple[int, str, str]] = field(default_factory=list)
+    flags: Counter[str] = field(default_factory=Counter)
+    _first: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
 
     def drop(self, number: int, reason: str, where: str = "") -> None:
         """Count a row that is left out, and say where in it the reason lies: nowhere in particular in the whole row."""
         self.dropped[reason] += 1
-        self.rejected.append((number, reason, where or WHOLE_ROW))
+        self._note(reason, number)
+        self.reject(number, reason, where or WHOLE_ROW)
 
-    def first(self, reason: str) -> list[int]:
-        """Numbers of the first rows left out for a reason."""
-        return list(islice((number for number, given, _ in self.rejected if given == reason), _MAX_SHOWN))
+    def flag(self, number: int, name: str) -> None:
+        """Count a doubtful row."""
+        self.flags[name] += 1
+        self._note(name, number)
+
+    def _note(self, name: str, number: int) -> None:
+        if len(self._first[name]) < _MAX_SHOWN:
+            self._first[name].append(number)
+
+    def first(self, name: str) -> list[int]:
+        """Numbers of the first rows left out for a reason, or with a flag."""
+        return self._first.get(name, [])
 
 
 class Spool:
-    """Row texts in a temporary file, so that memory holds only records."""
+    """Row texts in a temporary file."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="finemill-rows-")  # noqa: SIM115 - lives as long as the spool
@@ -120,7 +130,7 @@ def clean_rows(
         counts.unread.update(conversation.unread)
         flags = flags_of(conversation)
         for flag in flags:
-            counts.flags[flag].append(counts.read)
+            counts.flag(counts.read, flag)
         unwanted = next((flag for flag in flags if flag in config.drop_flagged), None)
         if unwanted is not None:
             counts.drop(counts.read, unwanted)

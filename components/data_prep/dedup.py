@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from finemill.components.data_prep.clean import Record
 from finemill.components.data_prep.config import DataPrepConfig
+from finemill.components.data_prep.index import Place, RowIndex
 from finemill.components.data_prep.units import runs_of, units_of
 from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
@@ -23,36 +24,35 @@ _MOST_LEADERS = 64
 
 
 class Deduplicator:
-    """Remembers the rows of all sources; the first of equal ones stays."""
+    """Tells which rows repeat others, of all sources; the first of equal ones stays."""
 
-    def __init__(self, config: DataPrepConfig) -> None:
+    def __init__(self, config: DataPrepConfig, index: RowIndex) -> None:
         self._mode = config.dedup
         self._sources = config.source_names
-        self._seen: dict[bytes | str, tuple[int, int]] = {}
+        self._index = index
         self._near = NearDuplicates(config.minhash_threshold)
 
     def check(self, record: Record, text: str) -> None:
         """Remember a row; `text` is its normalized text. Raises: DroppedRowError: it repeats one, which is named."""
         if self._mode == "none":
             return
-        key = record.row_id if self._mode == "exact" else record.text_key
-        first = self._seen.setdefault(key, (record.source, record.number))
-        if first != (record.source, record.number):
-            raise DroppedRowError("duplicate", self._place(first, record))
+        own = (record.source, record.number)
+        first = self._index.first(record.row_id if self._mode == "exact" else record.text_key, own)
+        if first != own:
+            raise DroppedRowError("duplicate", self._place(first, record.source))
         if self._mode == "minhash":
             self._near.add(text)
 
-    def near_duplicates(self, records: list[Record]) -> dict[int, str]:
-        """Which of the rows that were checked are near-duplicates, by their place, and what each nearly repeats."""
+    def near_duplicates(self) -> Iterator[tuple[int, Place, str]]:
+        """The index's rows that are near-duplicates: number and place of each, and what it nearly repeats."""
         found = self._near.repeats() if self._mode == "minhash" else {}
-        return {
-            later: self._place((records[first].source, records[first].number), records[later])
-            for later, first in found.items()
-        }
+        for later, first in found.items():
+            place = self._index.place_of(later)
+            yield later, place, self._place(self._index.place_of(first), place[0])
 
-    def _place(self, place: tuple[int, int], record: Record) -> str:
+    def _place(self, place: Place, own_source: int) -> str:
         source, number = place
-        return f"row {number}" if source == record.source else f"row {number} of {self._sources[source]}"
+        return f"row {number}" if source == own_source else f"row {number} of {self._sources[source]}"
 
 
 class NearDuplicates:

@@ -17,26 +17,22 @@ from finemill.artifacts.rows import (
     write_rows_report,
 )
 from finemill.artifacts.splits import Split
-from finemill.components.data_prep.clean import Record, SourceCounts
+from finemill.components.data_prep.clean import SourceCounts
 from finemill.components.data_prep.config import DataPrepConfig
+from finemill.components.data_prep.index import RowIndex
 from finemill.components.data_prep.quality import advice_for
 
 logger = logging.getLogger(__name__)
 
-_FIRST = 5
 
-
-def split_counts(splits: Mapping[Split, Sequence[Record]], config: DataPrepConfig) -> dict[Split, RowsSplit]:
+def split_counts(rows: Mapping[Split, Mapping[int, tuple[int, int]]], config: DataPrepConfig) -> dict[Split, RowsSplit]:
     """Per split: rows and characters, and both per source with their shares."""
-    return {split: _count(records, config) for split, records in splits.items()}
+    return {split: _count(sources, config) for split, sources in rows.items()}
 
 
-def _count(records: Sequence[Record], config: DataPrepConfig) -> RowsSplit:
-    rows = Counter(record.source for record in records)
-    characters: Counter[int] = Counter()
-    for record in records:
-        characters[record.source] += record.num_characters
-    sources = [
+def _count(sources: Mapping[int, tuple[int, int]], config: DataPrepConfig) -> RowsSplit:
+    rows, characters = (Counter({source: both[part] for source, both in sources.items()}) for part in (0, 1))
+    listed = [
         SplitSource(
             uri=name,
             rows=rows[number],
@@ -47,7 +43,7 @@ def _count(records: Sequence[Record], config: DataPrepConfig) -> RowsSplit:
         )
         for number, name in enumerate(config.source_names)
     ]
-    return RowsSplit(rows=len(records), characters=characters.total(), sources=sources)
+    return RowsSplit(rows=rows.total(), characters=characters.total(), sources=listed)
 
 
 def warn_of_losses(config: DataPrepConfig, counts: Sequence[SourceCounts]) -> None:
@@ -64,6 +60,7 @@ def write_report(
     config: DataPrepConfig,
     counts: Sequence[SourceCounts],
     splits: dict[Split, RowsSplit],
+    index: RowIndex,
     digests: Mapping[str, str],
 ) -> dict[str, float]:
     """Write data.json, report.md and rejected.jsonl; return the step's metrics."""
@@ -74,7 +71,7 @@ def write_report(
     report = RowsReport(sources=sources, mix=config.mix, splits=splits, advice=advice_for(splits["train"].rows))
     write_rows_report(folder, report)
     (folder / REPORT_TEXT).write_text(_markdown(report), encoding="utf-8")
-    _write_rejected(folder / REJECTED_FILE, config, counts)
+    _write_rejected(folder / REJECTED_FILE, config, index)
     read = sum(count.read for count in counts)
     dropped = sum((count.dropped for count in counts), start=Counter[str]())
     return {
@@ -86,7 +83,7 @@ def write_report(
 
 
 def _source(name: str, count: SourceCounts, digest: str | None) -> RowsSource:
-    flags = {flag: FlaggedRows(rows=len(rows), first=rows[:_FIRST]) for flag, rows in sorted(count.flags.items())}
+    flags = {flag: FlaggedRows(rows=number, first=count.first(flag)) for flag, number in sorted(count.flags.items())}
     return RowsSource(
         uri=name,
         read=count.read,
@@ -99,11 +96,11 @@ def _source(name: str, count: SourceCounts, digest: str | None) -> RowsSource:
     )
 
 
-def _write_rejected(path: Path, config: DataPrepConfig, counts: Sequence[SourceCounts]) -> None:
+def _write_rejected(path: Path, config: DataPrepConfig, index: RowIndex) -> None:
     """A line per row that is left out: its source, its number there, the reason, and the field that it lies in."""
     with path.open("w", encoding="utf-8") as file:
-        for name, count in zip(config.source_names, counts, strict=True):
-            for number, reason, where in sorted(count.rejected):
+        for source, name in enumerate(config.source_names):
+            for number, reason, where in index.rejected(source):
                 line = {"source": name, "row": number, "reason": reason, "field": where}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

@@ -1,7 +1,8 @@
 """The step `data-prep`: raw rows in, one Parquet file per split out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 from finemill.artifacts.rows import PreparedRow, rows_writer
@@ -10,6 +11,7 @@ from finemill.components.data_prep.benchmark import Benchmarks
 from finemill.components.data_prep.clean import Record, SourceCounts, Spool, clean_rows
 from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.data_prep.dedup import Deduplicator
+from finemill.components.data_prep.index import RowIndex
 from finemill.components.data_prep.load import load_source
 from finemill.components.data_prep.report import (
     split_counts,
@@ -29,42 +31,41 @@ _PROGRESS_ROWS = 50_000
 def run(*, output_dir: Path, config: DataPrepConfig, context: StepContext) -> Mapping[str, float]:
     """Read, clean, deduplicate and split the sources' rows.
 
-    Writes a file of `PreparedRow`s per split, data.json, report.md and rejected.jsonl.
-    Memory holds less than 1 kB a row; the rows themselves wait in a temporary file.
+    Writes a file of `PreparedRow`s per split, data.json, report.md and rejected.jsonl. Rows, and what is known of them,
+    wait on disk: memory does not grow with their number, but for the signatures of `dedup: minhash`.
     Raises: UserError: a source that cannot be read, rows of no known shape, or a split without rows.
     """
-    counts = [SourceCounts() for _ in config.sources]
-    with closing(Spool()) as spool:
-        splits = _read_splits(config, spool, counts, context)
-        _check_splits(splits, config, counts)
-        for split, records in splits.items():
-            _write_rows(output_dir, split, records, config, spool)
-    warn_of_losses(config, counts)
-    warn_of_unread_columns(config, counts)
-    return write_report(output_dir, config, counts, split_counts(splits, config), context.state)
+    with closing(Spool()) as spool, closing(RowIndex()) as index:
+        counts = [SourceCounts(_rejecter(index, number)) for number in range(len(config.sources))]
+        _read_rows(config, spool, index, counts, context)
+        rows = index.counts()
+        _check_splits(rows, config, counts)
+        for split in SPLITS:
+            _write_rows(output_dir, split, config, index, spool)
+        warn_of_losses(config, counts)
+        warn_of_unread_columns(config, counts)
+        return write_report(output_dir, config, counts, split_counts(rows, config), index, context.state)
 
 
-def _read_splits(
-    config: DataPrepConfig, spool: Spool, counts: list[SourceCounts], context: StepContext
-) -> dict[Split, list[Record]]:
-    """The usable rows of each split, in a random order that is always the same."""
-    checks = (Deduplicator(config), Benchmarks(config))
-    read: list[Record] = []
+def _rejecter(index: RowIndex, source: int) -> Callable[[int, str, str], None]:
+    return lambda number, reason, field: index.reject((source, number), reason, field)
+
+
+def _read_rows(
+    config: DataPrepConfig, spool: Spool, index: RowIndex, counts: list[SourceCounts], context: StepContext
+) -> None:
+    """Put the usable rows of all sources into the index."""
+    checks = (Deduplicator(config, index), Benchmarks(config))
     # A row that is held out and elsewhere, too, stays held out.
     numbers = sorted(range(len(config.sources)), key=lambda number: config.sources[number].into in (None, "train"))
     for number in numbers:
-        read += _read_source(number, config, spool, counts[number], checks, context)
-    near = checks[0].near_duplicates(read)
-    splits: dict[Split, list[Record]] = {split: [] for split in SPLITS}
-    for place, record in enumerate(read):
-        if place in near:
-            counts[record.source].drop(record.number, "near_duplicate", near[place])
-        else:
-            splits[_split_of(record, config)].append(record)
-    _leave_out_held_out(splits, counts)
-    for records in splits.values():
-        records.sort(key=lambda record: (order_key(record.row_id, config.seed), record.source, record.number))
-    return splits
+        for record in _read_source(number, config, spool, counts[number], checks, context):
+            index.add(record, _split_of(record, config), order_key(record.row_id, config.seed))
+    for number, (source, row), repeated in checks[0].near_duplicates():
+        index.remove(number)
+        counts[source].drop(row, "near_duplicate", repeated)
+    for source, row in index.take_held_out():
+        counts[source].drop(row, "held_out_question")
 
 
 def _read_source(
@@ -106,40 +107,26 @@ def _split_of(record: Record, config: DataPrepConfig) -> Split:
     return into or assign_split(record.prompt_key, seed=config.seed, **sizes)
 
 
-def _leave_out_held_out(splits: dict[Split, list[Record]], counts: list[SourceCounts]) -> None:
-    """Leave rows out of training that begin with a held-out question, and out of validation with one of the test.
-
-    Only rows of sources that go into a split of their own can meet such a question elsewhere.
-    """
-    held_out: set[bytes] = set()
-    for split in reversed(SPLITS):
-        for record in splits[split]:
-            if record.prompt_key in held_out:
-                counts[record.source].drop(record.number, "held_out_question")
-        splits[split] = [record for record in splits[split] if record.prompt_key not in held_out]
-        held_out |= {record.prompt_key for record in splits[split]}
-
-
-def _check_splits(splits: dict[Split, list[Record]], config: DataPrepConfig, counts: list[SourceCounts]) -> None:
+def _check_splits(
+    rows: Mapping[Split, Mapping[int, tuple[int, int]]], config: DataPrepConfig, counts: list[SourceCounts]
+) -> None:
     """Raises: UserError: a split that was asked for is empty, or a weighted source gives no row to it."""
-    num_rows = sum(map(len, splits.values()))
+    sizes = {split: sum(number for number, _ in sources.values()) for split, sources in rows.items()}
+    num_rows = sum(sizes.values())
     if not num_rows:
         reasons = sum((count.dropped for count in counts), start=type(counts[0].dropped)())
         listed = ", ".join(f"{reason} {number}" for reason, number in sorted(reasons.items()))
         raise UserError(f"no row is left of {sum(count.read for count in counts)} read (left out: {listed})")
-    sizes: dict[Split, float] = {"train": 1.0, "validation": config.validation_size, "test": config.test_size}
-    for split, size in sizes.items():
-        if size and not splits[split]:
+    asked: dict[Split, float] = {"train": 1.0, "validation": config.validation_size, "test": config.test_size}
+    for split, size in asked.items():
+        if size and not sizes[split]:
             advice = "lower test_size and validation_size" if split == "train" else f"raise {split}_size or set it to 0"
             raise UserError(f"the {split} split got none of {num_rows} rows; add rows, or {advice}")
-        _check_weights(split, splits[split], config)
-    held_out = {record.prompt_key for split in ("validation", "test") for record in splits[split]}
-    assert held_out.isdisjoint(record.prompt_key for record in splits["train"]), "a held-out question is in train"
+        _check_weights(split, set(rows[split]), config)
 
 
-def _check_weights(split: Split, records: list[Record], config: DataPrepConfig) -> None:
+def _check_weights(split: Split, found: set[int], config: DataPrepConfig) -> None:
     """Raises: UserError: a weighted source has no row in a split that others have rows in."""
-    found = {record.source for record in records}
     if not found or any(config.sources[number].weight is None for number in found):
         return
     for number, source in enumerate(config.sources):
@@ -151,19 +138,12 @@ def _check_weights(split: Split, records: list[Record], config: DataPrepConfig) 
             )
 
 
-def _write_rows(folder: Path, split: Split, records: list[Record], config: DataPrepConfig, spool: Spool) -> None:
+def _write_rows(folder: Path, split: Split, config: DataPrepConfig, index: RowIndex, spool: Spool) -> None:
     names = config.source_names
+    rows = (
+        PreparedRow(id=row_id, source=names[source], number=number, shape=shape, row=spool.read(offset))
+        for row_id, source, number, shape, offset in index.rows(split)
+    )
     with rows_writer(folder, split) as writer:
-        for start in range(0, len(records), _WRITE_ROWS):
-            writer.write(
-                [
-                    PreparedRow(
-                        id=record.row_id,
-                        source=names[record.source],
-                        number=record.number,
-                        shape=record.shape,
-                        row=spool.read(record.offset),
-                    )
-                    for record in records[start : start + _WRITE_ROWS]
-                ]
-            )
+        while batch := list(islice(rows, _WRITE_ROWS)):
+            writer.write(batch)

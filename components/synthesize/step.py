@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO
@@ -37,7 +38,7 @@ _BATCH_ROWS = 1000
 # So many rows wait in order behind the one whose answer takes longest.
 _AHEAD = 4
 _SAVE_ROWS = 200
-_PROGRESS_ROWS = 20
+_WRITE_ROWS = 20
 SYNTHETIC_FILE = "synthetic.jsonl"
 """Every new row as it is, a line each: data-prep reads the file like any other."""
 ORIGINS_FILE = "origins.jsonl"
@@ -74,11 +75,11 @@ def run(*, rows: Path, output_dir: Path, config: SynthesizeConfig, context: Step
         }
         try:
             with rows_writer(output_dir, "train") as writer:
-                for made in _made_rows(rows, client, config, outcome, files, held_out):
-                    writer.write(made)
+                made = _made_rows(rows, client, config, outcome, files, held_out)
+                for batch in iter(lambda: list(islice(made, _WRITE_ROWS)), []):
+                    writer.write([row for rows_of_one in batch for row in rows_of_one])
                     _save_often(journal, context.checkpoints)
-                    if outcome.asked % _PROGRESS_ROWS == 0:
-                        context.recorder.log_progress(_progress(outcome, client, config))
+                    context.recorder.log_progress(_progress(outcome, client, config))
         except BudgetSpentError as error:
             raise UserError(
                 f"{error}: {len(journal)} replies are kept; with a larger budget the same call goes on"
@@ -92,7 +93,6 @@ def run(*, rows: Path, output_dir: Path, config: SynthesizeConfig, context: Step
     if reasons:
         logger.warning("nothing is made of %d of %d rows (%s)", reasons.total(), outcome.asked, listed)
     write_report(output_dir, read_rows_report(rows), config, endpoint.model, outcome.dropped, client.spent)
-    context.recorder.log_progress(_progress(outcome, client, config))
     context.checkpoints.keep_only(0)
     return {
         "synthesize/rows_read": outcome.asked,

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from finemill.components.chat_format.card import histogram
@@ -83,7 +84,7 @@ def test_the_text_has_the_same_counts(card: Path) -> None:
 
 def test_bins_hold_every_length_once() -> None:
     lengths = [1, 15, 16, 17, 100, 4096]
-    bins = histogram(lengths)
+    bins = histogram(np.array(lengths))
     assert sum(own["examples"] for own in bins) == len(lengths)
     assert all(low["to"] == high["from"] for low, high in itertools.pairwise(bins))
-    assert histogram([]) == []
+    assert histogram(np.array([], dtype=np.int64)) == []

@@ -6,6 +6,7 @@ import pytest
 from finemill.components.data_prep.clean import Record, SourceCounts, Spool, clean_rows
 from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.data_prep.dedup import Deduplicator, NearDuplicates
+from finemill.components.data_prep.index import RowIndex
 from finemill.config import parse_config
 from finemill.rows.reasons import DroppedRowError
 
@@ -26,23 +27,25 @@ def reason_of(dedup: Deduplicator, record: Record, text: str) -> str | None:
 
 def test_a_repeated_row_names_the_one_that_it_repeats() -> None:
     config = parse_config(DataPrepConfig, {"sources": [{"uri": "a"}]}, "data-prep")
-    dedup = Deduplicator(config)
-    with closing(Spool()) as spool:
+    with closing(Spool()) as spool, closing(RowIndex()) as index:
+        dedup = Deduplicator(config, index)
         (first, text), (second, _) = clean_rows([{"text": "Hi"}, {"text": "hi"}], 0, config, spool, SourceCounts())
-    dedup.check(first, text)
-    with pytest.raises(DroppedRowError, match=r"^duplicate$") as repeated:
-        dedup.check(second, text)
+        dedup.check(first, text)
+        with pytest.raises(DroppedRowError, match=r"^duplicate$") as repeated:
+            dedup.check(second, text)
     assert repeated.value.field == "row 1"
 
 
 def reasons(mode: str, *texts: str) -> list[str | None]:
     config = parse_config(DataPrepConfig, {"sources": [{"uri": "a"}], "dedup": mode}, "data-prep")
-    dedup = Deduplicator(config)
-    with closing(Spool()) as spool:
+    with closing(Spool()) as spool, closing(RowIndex()) as index:
+        dedup = Deduplicator(config, index)
         cleaned = list(clean_rows(({"text": text} for text in texts), 0, config, spool, SourceCounts()))
-    found = [reason_of(dedup, record, text) for record, text in cleaned]
-    kept = [record for (record, _), reason in zip(cleaned, found, strict=True) if reason is None]
-    near = {kept[place].number for place in dedup.near_duplicates(kept)}
+        found = [reason_of(dedup, record, text) for record, text in cleaned]
+        for (record, _), reason in zip(cleaned, found, strict=True):
+            if reason is None:
+                index.add(record, "train", b"")
+        near = {row for _, (_, row), _ in dedup.near_duplicates()}
     return [
         "near_duplicate" if record.number in near else reason
         for (record, _), reason in zip(cleaned, found, strict=True)

@@ -148,7 +148,7 @@ def test_every_task_makes_rows_that_keep_their_source(
     assert [row["id"] for row in train(result)] == [origin["id"] for origin in origins]
     assert {row["source"] for row in train(result)} == {origin["source"] for origin in origins}
     assert pq.read_table(folder(result) / "test.parquet").num_rows > 0
-    assert result.metrics["synthesize/rows_written"] == len(made)
+    assert result.manifest.metrics["synthesize/rows_written"] == len(made)
 
 
 def test_what_the_replies_say_is_what_the_rows_hold(synthesize: Callable[..., StepResult]) -> None:
@@ -165,12 +165,12 @@ def test_chat_format_takes_the_rows_and_data_prep_the_file(
     result = synthesize("rewrite", keep_source_rows=True)
     inputs = {"rows": str(result.reference), "base_model": "builtin:tiny-qwen3"}
     assert (
-        run_step("chat-format", store=folder_store, inputs=inputs, config={}).metrics["dataset/train_examples"]
-        == 2 * (result.metrics["synthesize/rows_written"])
+        run_step("chat-format", store=folder_store, inputs=inputs, config={}).manifest.metrics["dataset/train_examples"]
+        == 2 * (result.manifest.metrics["synthesize/rows_written"])
     )
     sources = {"sources": [{"uri": str(folder(result) / "synthetic.jsonl")}], "validation_size": 0, "test_size": 0}
     again = run_step("data-prep", store=folder_store, inputs={}, config=sources)
-    assert again.metrics["data/train_rows"] == result.metrics["synthesize/rows_written"]
+    assert again.manifest.metrics["data/train_rows"] == result.manifest.metrics["synthesize/rows_written"]
 
 
 def test_every_failure_is_tried_again_or_has_a_reason(server: Server, synthesize: Callable[..., StepResult]) -> None:
@@ -179,10 +179,10 @@ def test_every_failure_is_tried_again_or_has_a_reason(server: Server, synthesize
     result = synthesize("rewrite", max_retries=1, parallel=1, max_failures=9, keep_source_rows=True, seed=1)
     rejected = {line["reason"] for line in lines(result, "rejected.jsonl")}
     assert rejected <= {"request_failed", "request_refused", "reply_cut", "reply_empty"}
-    assert result.metrics["synthesize/retries"] > 0
+    assert result.manifest.metrics["synthesize/retries"] > 0
     assert (
-        result.metrics["synthesize/rows_written"] + len(lines(result, "rejected.jsonl"))
-        == (result.metrics["synthesize/rows_read"])
+        result.manifest.metrics["synthesize/rows_written"] + len(lines(result, "rejected.jsonl"))
+        == (result.manifest.metrics["synthesize/rows_read"])
     )
 
 
@@ -205,7 +205,7 @@ def test_a_run_that_ends_early_goes_on_where_it_was(server: Server, synthesize: 
     server.fails_always = False
     result = synthesize("rewrite")
     assert asked == 3
-    assert result.metrics["synthesize/requests"] == result.metrics["synthesize/rows_read"] - asked
+    assert result.manifest.metrics["synthesize/requests"] == result.manifest.metrics["synthesize/rows_read"] - asked
     assert synthesize("rewrite", max_cost=1, price_per_million_reply_tokens=1).reused
 
 
@@ -213,7 +213,7 @@ def test_cost_is_counted_by_the_prices(synthesize: Callable[..., StepResult]) ->
     result = synthesize(
         "rewrite", max_rows=2, price_per_million_prompt_tokens=1000, price_per_million_reply_tokens=5000
     )
-    assert result.metrics["synthesize/cost"] == pytest.approx(2 * (100 * 1000 + 10 * 5000) / 1e6)
+    assert result.manifest.metrics["synthesize/cost"] == pytest.approx(2 * (100 * 1000 + 10 * 5000) / 1e6)
 
 
 @pytest.mark.parametrize(
