@@ -1,6 +1,7 @@
 """Rows that are texts: learned whole, between the tokens with which the tokenizer begins and ends a document."""
 
 import re
+from itertools import islice
 
 from finemill.components.chat_format.tokenize import ChatTokenizer, check_characters
 from finemill.errors import UserError
@@ -17,7 +18,7 @@ _ROLE = (
     r"|<\|start\|>(?:system|developer|user|assistant)|<\uff5c(?:User|Assistant)\uff5c>)"
 )
 _BEGINS_CHAT = re.compile(f"{_BEGIN}{_ROLE}")
-_HOLDS_CHAT = re.compile(f".*?{_ROLE}.*?{_ROLE}", re.DOTALL)
+_ROLE_MARK = re.compile(_ROLE)
 # How they end one, also where roles are plain words (Alpaca, Vicuna).
 _ENDS_CHAT = re.compile(
     r"(?:</s>|<\|im_end\|>|<\|eot_id\|>|<\|end\|>|<\|end_of_text\|>|<end_of_turn>|<eos>"
@@ -35,7 +36,8 @@ def is_rendered_chat(text: str) -> bool:
 
     That of the tokenizer that reads it is not in `text`.
     """
-    return begins_rendered_chat(text) or any(sign(text) is not None for sign in (_HOLDS_CHAT.match, _ENDS_CHAT.search))
+    several = len(list(islice(_ROLE_MARK.finditer(text), 2))) > 1
+    return several or begins_rendered_chat(text) or _ENDS_CHAT.search(text) is not None
 
 
 def document_text(text: str, tokenizer: ChatTokenizer, *, read_control_tokens: bool) -> str:

@@ -15,7 +15,7 @@ from finemill.components.data_prep.hub import snapshot_dataset
 from finemill.components.data_prep.read import COMPRESSIONS, FORMATS, Damaged, Row, is_data_file, read_rows
 from finemill.errors import UserError
 from finemill.rows.shapes import KNOWN_COLUMNS
-from finemill.rows.speakers import snake_case
+from finemill.rows.speakers import known_name
 from finemill.storage.base import local_path
 from finemill.tracking.settings import Tracking
 
@@ -121,20 +121,16 @@ def name_columns(row: Row, source: Source) -> Row:
     renamed column takes the name of another, that one is kept as `NAME (other)`, which nothing reads.
     """
     given = {column: known for known, column in source.columns.items()}
-    if not given and not source.remove_columns and not any(map(_is_spelled_otherwise, row)):
+    if not given and not source.remove_columns and all(known_name(column, KNOWN_COLUMNS) == column for column in row):
         return row
     named: Row = {given[column]: value for column, value in row.items() if column in given}
     for column, value in row.items():
         if column in given or column in source.remove_columns:
             continue
-        known = snake_case(column) if isinstance(column, str) and column not in KNOWN_COLUMNS else column
-        name = known if known in KNOWN_COLUMNS and known not in row else column
+        known = known_name(column, KNOWN_COLUMNS)
+        name = column if known in row else known
         named[f"{name} (other)" if name in named else name] = value
     return named
-
-
-def _is_spelled_otherwise(column: object) -> bool:
-    return isinstance(column, str) and column not in KNOWN_COLUMNS and snake_case(column) in KNOWN_COLUMNS
 
 
 def locate_files(source: Source, seed: int) -> list[DataFile]:

@@ -154,14 +154,17 @@ def _pair_turns(item: Turn, keys: Mapping[str, str]) -> Iterator[Turn]:
 
 def named(values: Mapping[Any, Any], known: Collection[str]) -> Mapping[Any, Any]:
     """The same values, those whose name is in `known` but for how it is spelled under that one."""
-    spelled = {key: _known(key, known) for key in values}
+    spelled = {key: known_name(key, known) for key in values}
     if all(key == name for key, name in spelled.items()):
         return values
     return {key if name != key and name in values else name: values[key] for key, name in spelled.items()}
 
 
-def _known(key: Any, known: Collection[str]) -> Any:
-    return name if isinstance(key, str) and key not in known and (name := snake_case(key)) in known else key
+def known_name(key: Any, known: Collection[str]) -> Any:
+    """The name in `known` that a key is but for its case or spelling; the key itself where there is none."""
+    if not isinstance(key, str) or key in known:
+        return key
+    return next((name for name in (key.lower(), snake_case(key)) if name in known), key)
 
 
 def _with_author(turn: Turn) -> Turn:
