@@ -187,4 +187,4 @@ def _wait_s(attempt: int, asked_for: float | None) -> float:
     """Seconds before the next attempt: what the server asks for, or twice as long each time, not all at once."""
     if asked_for is not None:
         return min(asked_for, _LONGEST_WAIT_S)
-    return min(_FIRST_WAIT_S * 2**attempt, _LONGEST_WAIT_S) * random.uniform(0.5, 1.0)
+    return float(min(_FIRST_WAIT_S * 2**attempt, _LONGEST_WAIT_S)) * random.uniform(0.5, 1.0)

@@ -13,7 +13,10 @@ class SynthesizeConfig(StepConfig):
     """What a model behind an OpenAI-compatible address makes of the training rows, and what it may cost."""
 
     not_in_key: ClassVar[frozenset[str]] = frozenset(
-        {"url", "parallel", "max_retries", "max_failures", "requests_per_minute", "max_tokens", "max_cost"}
+        {
+            *("url", "parallel", "max_retries", "max_failures", "requests_per_minute", "max_tokens", "max_cost"),
+            *("price_per_million_prompt_tokens", "price_per_million_reply_tokens"),
+        }
     )
 
     url: str

@@ -61,13 +61,13 @@ class Endpoint:
         splitter = ThinkingSplitter()
         end = End(finished=False)
         for chunk in self._chunks(self._request(messages, sampling, max_new_tokens, thinking, stream=True)):
-            usage = chunk.get("usage") or {}
-            if usage.get("completion_tokens") is not None:
-                end = replace(end, num_tokens=int(usage["completion_tokens"]))
-            if usage.get("prompt_tokens") is not None:
-                end = replace(end, num_prompt_tokens=int(usage["prompt_tokens"]))
-            for choice in chunk.get("choices") or []:
-                delta = choice.get("delta") or {}
+            usage = _object(chunk.get("usage"))
+            if isinstance(usage.get("completion_tokens"), int):
+                end = replace(end, num_tokens=usage["completion_tokens"])
+            if isinstance(usage.get("prompt_tokens"), int):
+                end = replace(end, num_prompt_tokens=usage["prompt_tokens"])
+            for choice in _objects(chunk.get("choices")):
+                delta = _object(choice.get("delta"))
                 thought = delta.get("reasoning_content") or delta.get("reasoning")
                 if thought:
                     yield Piece(str(thought), thinking=True)
@@ -166,8 +166,17 @@ class Endpoint:
 
 
 def _as_chunk(whole: dict[str, Any]) -> dict[str, Any]:
-    choices = [{**choice, "delta": choice.get("message") or {}} for choice in whole.get("choices") or []]
+    choices = [{**choice, "delta": choice.get("message")} for choice in _objects(whole.get("choices"))]
     return {**whole, "choices": choices}
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A JSON object as it is; an empty one for anything else, which a server that is none may send."""
+    return value if isinstance(value, dict) else {}
+
+
+def _objects(values: Any) -> list[dict[str, Any]]:
+    return list(map(_object, values)) if isinstance(values, list) else []
 
 
 def _seconds(retry_after: str | None) -> float | None:
