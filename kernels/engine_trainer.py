@@ -43,6 +43,12 @@ class EngineTrainer(Trainer):  # type: ignore[misc]
         return self.acceleration.active
 
     @property
+    def steps_flat(self) -> bool:
+        """Whether the engine's own optimizer is the one that will step."""
+        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        return self.fast and not given and self._optimizer_name in FLAT_ADAMW
+
+    @property
     def _engine(self) -> FastModel:
         engine = self.acceleration.engine
         assert engine is not None
@@ -70,16 +76,15 @@ class EngineTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build FlatAdamW if the arguments ask for an AdamW that it is; otherwise what TRL's trainer would."""
-        engine, args = self.acceleration.engine, self.args
-        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
-        if engine is not None and not given and self._optimizer_name not in FLAT_ADAMW:
-            logger.warning("optim %s steps as in transformers: the kernels compute its gradient", self._optimizer_name)
-        if engine is None or given or self._optimizer_name not in FLAT_ADAMW:
+        args, name = self.args, self._optimizer_name
+        if not self.steps_flat:
+            if self.fast and self.optimizer is None and name not in FLAT_ADAMW:
+                logger.warning("optim %s steps as in transformers: the kernels compute its gradient", name)
             return super().create_optimizer()  # type: ignore[no-any-return]
         if self._eight_bit is None:
             self._eight_bit = self._plan.eight_bit
         optimizer = FlatAdamW(
-            engine.adapters,
+            self._engine.adapters,
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,

@@ -208,10 +208,24 @@ def test_the_training_runtime_is_restricted_and_starts_torchrun() -> None:
     (runtime,) = [item for item in render("--set", "trainingRuntime.enabled=true") if item["kind"] == "TrainingRuntime"]
     pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert container["command"] == ["torchrun"]
+    assert container["command"] == ["torchrun"]  # a TrainJob that a step makes has a command of its own
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert pod["automountServiceAccountToken"] is False
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+@needs_helm
+def test_steps_may_make_train_jobs_where_there_is_a_runtime_and_nowhere_else() -> None:
+    for enabled in ("true", "false"):
+        documents = render("--set", f"trainingRuntime.enabled={enabled},gpu.queue=gpus")
+        settings = next(item["data"] for item in documents if item["kind"] == "ConfigMap") or {}
+        role = next(item for item in documents if item["kind"] == "Role")
+        verbs = {name: rule["verbs"] for rule in role["rules"] for name in rule["resources"]}
+        runtimes = [item["metadata"]["name"] for item in documents if item["kind"] == "TrainingRuntime"]
+        assert [settings[name] for name in settings if name == "FINEMILL_TRAINING_RUNTIME"] == runtimes
+        assert settings.get("FINEMILL_TRAINING_QUEUE") == ("gpus" if runtimes else None)
+        assert verbs.get("trainjobs") == (["create", "get", "delete"] if runtimes else None)
+        assert verbs.get("pods/log") == (["get"] if runtimes else None)
 
 
 @needs_helm

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.config import parse_config
 from finemill.errors import UserError
 from finemill.models.base.resolve import BUILTIN_MODELS
-from finemill.training.checkpoint import global_batch, keep_global_batch
+from finemill.training.checkpoint import check_optimizer, global_batch, keep_global_batch
 from finemill.training.memory import GIB, needed_gib
 from finemill.training.strategy import check_strategy, settle_strategy, strategy_arguments
 
@@ -80,6 +81,14 @@ def test_processes_that_cannot_share_the_rows_of_a_step_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "5")
     with pytest.raises(UserError, match="24 rows per step, which 5 processes cannot share"):
         keep_global_batch(TrainQLoRAConfig(), tmp_path)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_checkpoint_of_the_kernels_is_theirs_and_no_other_is(flat: bool, tmp_path: Path) -> None:
+    torch.save({"moments" if flat else "state": {}}, tmp_path / "optimizer.pt")
+    check_optimizer(tmp_path, flat=flat)
+    with pytest.raises(UserError, match="was written on finemill's kernels" if flat else "on transformers' layers"):
+        check_optimizer(tmp_path, flat=not flat)
 
 
 def test_deepspeed_that_is_not_installed_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

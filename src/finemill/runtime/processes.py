@@ -10,6 +10,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def is_among_processes() -> bool:
+    """Whether somebody has started this process beside others, torchrun for instance."""
+    return "WORLD_SIZE" in os.environ
+
+
 def is_main_process() -> bool:
     """Whether this is the one that speaks for all."""
     return num_processes() == 1 or os.environ.get("RANK") == "0"
@@ -32,9 +38,34 @@ def process_rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
+@dataclass(frozen=True)
+class Node:
+    """A node of a TrainJob, which has yet to start its processes: its number among `count`, and where they meet."""
+
+    rank: int
+    count: int
+    endpoint: str
+
+
+def node_of_train_job() -> Node | None:
+    """The node that Kubeflow Trainer says this is; None outside of a job of several, and under torchrun."""
+    count = int(os.environ.get("PET_NNODES") or 1)
+    if count == 1 or is_among_processes():
+        return None
+    endpoint = f"{os.environ['PET_MASTER_ADDR']}:{os.environ['PET_MASTER_PORT']}"
+    return Node(int(os.environ["PET_NODE_RANK"]), count, endpoint)
+
+
+def num_node_processes() -> int:
+    """Processes of a node: one per GPU, one on a CPU."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
 def num_idle_gpus() -> int:
     """Visible GPUs, where more than one waits for a process of its own; 0 otherwise."""
-    if "WORLD_SIZE" in os.environ:
+    if is_among_processes():
         return 0
     import torch
 
@@ -43,16 +74,19 @@ def num_idle_gpus() -> int:
 
 
 def step_arguments(
-    name: str, *, store: str, inputs: Mapping[str, str], config: Mapping[str, Any], output_file: Path
+    name: str, *, store: str, inputs: Mapping[str, str], config: Mapping[str, Any], output_file: Path | None = None
 ) -> list[str]:
-    """What `finemill` is called with to run a step that writes its output's reference to `output_file`."""
+    """What `finemill` is called with to run a step that writes its output's reference to `output_file`, if any."""
     options = {f"--{port.replace('_', '-')}": value for port, value in inputs.items()}
-    options |= {"--store": store, "--config-json": json.dumps(pack_long(config)), "--output-file": str(output_file)}
+    options |= {"--store": store, "--config-json": json.dumps(pack_long(config))}
+    options |= {"--output-file": str(output_file)} if output_file else {}
     return [name, *(part for option in options.items() for part in option)]
 
 
-def run_in_processes(arguments: list[str], count: int) -> None:
+def run_in_processes(arguments: list[str], count: int, node: Node | None = None) -> None:
     """Run `finemill <arguments>` in `count` processes of this machine that find each other, as torchrun would.
+
+    On a `node` of several they find those of the others, too.
 
     What they print goes to standard error: standard output is the caller's.
     Raises: StepError: of the kind that a failed process ended with, whose own line is printed already; TemporaryError
@@ -64,13 +98,15 @@ def run_in_processes(arguments: list[str], count: int) -> None:
 
     # The orchestrator's grace period is what limits a last checkpoint, not torch's own half minute.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    num_nodes = node.count if node else 1
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=num_nodes,
+        max_nodes=num_nodes,
         nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        run_id="finemill" if node else uuid.uuid4().hex,
+        rdzv_backend="static" if node else "c10d",
+        rdzv_endpoint=node.endpoint if node else "localhost:0",
+        rdzv_configs={"rank": node.rank} if node else {},
         max_restarts=0,
     )
     to_stderr = ["-c", 'exec "$0" "$@" >&2', sys.executable, "-P", "-m", "finemill", *arguments]

@@ -9,8 +9,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,14 +19,23 @@ from typing import Any
 from finemill.artifacts.manifest import Manifest, Producer, Reference, new_manifest
 from finemill.artifacts.ports import BASE_MODEL
 from finemill.config import StepConfig, parse_config
-from finemill.errors import UserError
+from finemill.errors import TemporaryError, UserError
 from finemill.models.base.pin import pin_base_model
 from finemill.models.base.resolve import base_digest, resolve_base_model
 from finemill.runtime.catalog import STEPS, Step, get_step
 from finemill.runtime.code_version import producer
 from finemill.runtime.context import Checkpoints, Recorder, StepContext, Unheard
 from finemill.runtime.failure import describe, explained
-from finemill.runtime.processes import num_idle_gpus, run_in_processes, step_arguments
+from finemill.runtime.processes import (
+    Node,
+    is_among_processes,
+    node_of_train_job,
+    num_idle_gpus,
+    num_node_processes,
+    run_in_processes,
+    step_arguments,
+)
+from finemill.runtime.train_job import run_train_job
 from finemill.storage.base import normalize_uri
 from finemill.storage.store import (
     check_writable,
@@ -79,16 +89,17 @@ def run_step(
             with explained():
                 call = _resolve(step, store, inputs, config, run_id, tracking)
                 found = _find(call)
-                num_gpus = num_idle_gpus() if step.multi_process and found is None else 0
-                result = found or (None if num_gpus else _make_recorded(call, progress, warnings))
+                elsewhere = _elsewhere(call) if step.multi_process and found is None else None
+                result = found or (None if elsewhere else _make_recorded(call, progress, warnings))
         except Exception as error:
             # Whoever called prints the line.
             line, exit_code = describe(step.name, error)
             progress.record("failed", text=line, seconds=time.monotonic() - started, exit_code=exit_code)
             raise
-        if result is None:
+        if elsewhere:
             # The main one of the processes says how it went.
-            return _run_in_processes(call, num_gpus)
+            return elsewhere()
+        assert result is not None
         for line in result.manifest.warnings:
             warnings.say(line)
     progress.emit(
@@ -211,7 +222,40 @@ def _make_recorded(call: _Call, progress: Progress, warnings: WarningLines) -> S
     return StepResult(reference, manifest, reused=False)
 
 
-def _run_in_processes(call: _Call, count: int) -> StepResult:
+def _elsewhere(call: _Call) -> Callable[[], StepResult] | None:
+    """What has other processes do it, of a TrainJob's nodes or one per GPU; None where this one is to."""
+    node = node_of_train_job()
+    if node:
+        return partial(_run_in_processes, call, num_node_processes(), node)
+    num_nodes = getattr(call.config, "num_nodes", 1)
+    if num_nodes > 1 and not is_among_processes():
+        return partial(_run_in_train_job, call, num_nodes)
+    num_gpus = num_idle_gpus()
+    return partial(_run_in_processes, call, num_gpus) if num_gpus else None
+
+
+def _run_in_train_job(call: _Call, num_nodes: int) -> StepResult:
+    """Let the nodes of a TrainJob do it; its name is the output's, so that whoever wants that finds the job."""
+    arguments = step_arguments(
+        call.step.name, store=call.store, inputs=call.inputs, config=call.config.model_dump(mode="json")
+    )
+    run_train_job(f"{call.step.name}-{call.key}", [*arguments, *_run_id_option(call)], num_nodes)
+    return _published(call, "the TrainJob")
+
+
+def _run_id_option(call: _Call) -> list[str]:
+    return ["--run-id", call.run_id] if call.run_id else []
+
+
+def _published(call: _Call, who: str) -> StepResult:
+    """What other processes published. Raises: TemporaryError: nothing is there."""
+    found = _find(call)
+    if found is None:
+        raise TemporaryError(f"{who} has ended without its output in {call.uri}: run again")
+    return StepResult(found.reference, found.manifest, reused=False)
+
+
+def _run_in_processes(call: _Call, count: int, node: Node | None = None) -> StepResult:
     """Let `finemill <step>` do it in a process per GPU; the main one of them reports and records."""
     config = call.config.model_dump(mode="json")
     with TemporaryDirectory(prefix="finemill-processes-") as folder:
@@ -219,7 +263,9 @@ def _run_in_processes(call: _Call, count: int) -> StepResult:
         arguments = step_arguments(
             call.step.name, store=call.store, inputs=call.inputs, config=config, output_file=output
         )
-        run_in_processes([*arguments, *(["--run-id", call.run_id] if call.run_id else [])], count)
+        run_in_processes([*arguments, *_run_id_option(call)], count, node)
+        if node and node.rank:
+            return _published(call, "the main node")
         reference = Reference.parse(output.read_text())
     return StepResult(reference, read_artifact(reference), reused=False)
 

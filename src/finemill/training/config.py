@@ -49,6 +49,7 @@ class LoRATrainingConfig(StepConfig):
             "ddp_timeout",
             "gradient_checkpointing",
             "memory_gb",
+            "num_nodes",
             "offload",
             "report_to",
             "resume",
@@ -149,6 +150,10 @@ class LoRATrainingConfig(StepConfig):
 
     ddp_timeout: int = Field(default=1800, gt=0)
     """Seconds that a process waits for the others, before the training ends with exit code 75."""
+
+    num_nodes: int = Field(default=1, gt=0)
+    """Nodes that share the training, in a cluster with Kubeflow Trainer: with more than one the step creates a
+    TrainJob, follows it and ends as it does. `strategy` says what the GPUs of all of them share."""
 
     num_train_epochs: float = Field(default=1.0, gt=0)
     """Passes over the training rows."""

@@ -23,7 +23,13 @@ from finemill.runtime.processes import is_main_process, num_processes
 from finemill.training.adapter import save_adapter, start_from_quantization_error, subtract_initial
 from finemill.training.advice import warn_of_fit
 from finemill.training.batches import BatchWatch
-from finemill.training.checkpoint import CheckpointCallback, find_checkpoint, global_batch, keep_global_batch
+from finemill.training.checkpoint import (
+    CheckpointCallback,
+    check_optimizer,
+    find_checkpoint,
+    global_batch,
+    keep_global_batch,
+)
 from finemill.training.config import SHARDED, ConfigT, LoRATrainingConfig
 from finemill.training.early_stopping import EarlyStopping
 from finemill.training.optimizer import set_learning_rates
@@ -117,7 +123,8 @@ def shared_arguments(config: LoRATrainingConfig, scratch: Path, device: torch.de
         "save_strategy": "steps" if isinstance(config.save_steps, int) else "no",
         "save_steps": config.save_steps if isinstance(config.save_steps, int) else 500,
         "save_total_limit": 1,
-        "report_to": "none",
+        # Kubeflow Trainer shows progress in a TrainJob's status.
+        "report_to": "kubeflow" if "KUBEFLOW_TRAINER_SERVER_URL" in os.environ else "none",
         "disable_tqdm": True,
         "log_level": "error",
         "dataloader_pin_memory": device.type == "cuda",
@@ -239,6 +246,8 @@ def _train(
     with _scratch_folder() as scratch, _without_renaming_warnings(), reporting(config, context) as recorder:
         with read_again(base) if is_main_process() else nullcontext():
             trainer = build_trainer(scratch, config)
+        if checkpoint:
+            check_optimizer(checkpoint, flat=getattr(trainer, "steps_flat", False))
         checkpoints = CheckpointCallback(asked, context, global_batch(config))
         # It prints every log entry as a dictionary; RecordCallback says the same in a line.
         trainer.remove_callback(PrinterCallback)
