@@ -118,8 +118,8 @@ def _forward(causal: Any, *args: Any, **kwargs: Any) -> Any:
     ):
         if weight_stream_of(causal) is not None and causal.training and torch.is_grad_enabled():
             raise UnsupportedModelError(
-                "the base waits in host memory, where only the engine trains it: give labels, plain or packed rows and "
-                "nothing else, or load the base on the device"
+                "the base's layers visit the device two at a time, where only the engine trains them: give labels, "
+                "plain or packed rows and nothing else, or load the base on the device"
             )
         original = causal._finemill_original
         return type(causal).forward(causal, *args, **kwargs) if original is None else original(*args, **kwargs)
@@ -221,6 +221,7 @@ def workload_of(
         "typical": typical,
         "whole": whole,
         "fa4": engine.attention_backend(bound) == "fa4",
+        "shards": engine.shards,
     }
     if stacks:
         return MixtureWorkload(**settings, expert_rank=max(stack.rank for stack in stacks))

@@ -1,11 +1,12 @@
-"""Load a transformers model whose NF4 weights wait in pinned host memory, for cards that cannot hold the base.
+"""Load a transformers model whose NF4 weights wait in host memory or on several GPUs, for cards that cannot hold them.
 
-`load_streamed` gives the same model as `from_pretrained` with a `BitsAndBytesConfig`: the same modules, the same codes;
+`load_streamed` gives the model that `from_pretrained` gives with a `BitsAndBytesConfig`: the same modules and codes;
 experts of a mixture are quantized, too (engine/quantized_experts.py), a layer at a time, so that they need not fit the
-card in 16 bits. A layer goes to the host as soon as it is quantized: the device never holds more than two of them, and
-each `Linear4bit` looks at the slot that its layer visits (engine/weight_stream.py). Before a layer's own
-forward a hook fetches its weights: evaluation and generation run as ever, a layer's copy behind the layer before.
-Training is the engine's: autograd of the model's own layers would read slots that hold other layers by then.
+card in 16 bits. A layer goes to where it waits as soon as it is quantized, pinned host memory or a part on every GPU of
+the host (engine/weight_shards.py): the device never holds more than two whole ones, and each `Linear4bit` looks at the
+slot that its layer visits (engine/weight_stream.py). Before a layer's own forward a hook fetches its weights:
+evaluation and generation run as ever, a layer's copy behind the layer before. Training is the engine's: autograd of the
+model's own layers would read slots that hold other layers by then.
 """
 
 from collections import Counter
@@ -25,6 +26,7 @@ from finemill.kernels.engine.load import stream_tensors
 from finemill.kernels.engine.load_experts import ExpertReader
 from finemill.kernels.engine.model import ATTENTION, LINEARS
 from finemill.kernels.engine.quantized_experts import attach_stacks, quantized_stacks
+from finemill.kernels.engine.weight_shards import WeightShards
 from finemill.kernels.engine.weight_stream import WeightStream
 from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.nf4_stack import NF4Stack
@@ -37,9 +39,10 @@ def load_streamed(
     dtype: torch.dtype = torch.bfloat16,
     double_quant: bool = True,
     resident: bool = False,
+    shards: WeightShards | None = None,
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """Load a checkpoint of the Llama family, its linear layers and experts in NF4 and in host memory.
+    """Load a checkpoint of the Llama family, its linear layers and experts in NF4 and away from the device.
 
     Args:
         path: folder with config.json and safetensors files.
@@ -47,6 +50,7 @@ def load_streamed(
         dtype: of what is not quantized, and of products.
         double_quant: quantize the quantization constants too.
         resident: leave the weights on the device.
+        shards: divide them among GPUs, in place of the host's memory; all processes load at the same time.
         config: in place of the folder's own.
     Raises: UserError: the checkpoint lacks a tensor of the model, or has experts that config.json has not.
     """
@@ -65,7 +69,7 @@ def load_streamed(
         quantizer.preprocess_model(model=model, device_map={"": device})
     # Its frequencies are computed, not loaded.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
-    _load_tensors(model, path, device, dtype, double_quant=double_quant, resident=resident)
+    _load_tensors(model, path, device, dtype, double_quant=double_quant, resident=resident, shards=shards)
     model.tie_weights()
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
@@ -76,7 +80,7 @@ def load_streamed(
 
 
 def weight_stream_of(causal: Any) -> WeightStream | None:
-    """The stream of a model whose weights wait in host memory."""
+    """The stream of a model whose weights wait in host memory or on several GPUs."""
     stream: WeightStream | None = getattr(causal, "_finemill_stream", None)
     return stream
 
@@ -160,9 +164,16 @@ def _fetch(stream: WeightStream, index: int) -> Any:
 
 
 def _load_tensors(
-    model: Any, path: Path, device: torch.device, dtype: torch.dtype, *, double_quant: bool, resident: bool
+    model: Any,
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    double_quant: bool,
+    resident: bool,
+    shards: WeightShards | None,
 ) -> None:
-    """Fill the model, layer by layer: quantize what is quantized, and send a layer to the host when it is complete."""
+    """Fill the model, layer by layer: quantize what is quantized, and send a layer away when it is complete."""
     from bitsandbytes.nn import Linear4bit
 
     layers, mixture = model.model.layers, expert_shape(model.config.to_dict())
@@ -190,7 +201,7 @@ def _load_tensors(
         done[layer] += 1
         if done[layer] == len(quantized_linears(layers[layer])) + (reader is not None) and not resident:
             weights = layer_weights(layers[layer])
-            stream = stream or WeightStream(weights, len(layers), device)
+            stream = stream or WeightStream(weights, len(layers), device, shards)
             visits[layer] = stream.put(layer, weights)
             point_layer_at(layers[layer], visits[layer])
     if reader is not None:
@@ -198,6 +209,8 @@ def _load_tensors(
     if missing:
         raise UserError(f"the checkpoint in {path} lacks {len(missing)} tensors, {min(missing)} for one")
     if stream is not None:
+        if shards is not None:
+            shards.connect()
         attach_stream(model, stream, [visits[layer] for layer in range(len(visits))])
 
 

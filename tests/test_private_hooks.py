@@ -62,6 +62,10 @@ def test_torch() -> None:
     named = [argument.name for argument in backward.default._schema.arguments]
     assert named[:12] == ["grad_out", "query", "key", "value", "out", "logsumexp", *shared]
     assert named[14] == "scale"
+    # Weights divided among GPUs, which map each other's memory (kernels/engine/weight_shards.py).
+    assert missing(torch._C, "_accelerator_setAllocatorSettings") == []
+    storage = ("_share_cuda_", "_new_shared_cuda", "_share_filename_cpu_", "_new_shared_filename_cpu")
+    assert missing(torch.UntypedStorage, *storage) == []
     # The built-in model's training and weights streamed from a file.
     assert missing(torch, "_foreach_add_", "_foreach_sub_") == []
     assert isinstance(torch.nn.Module()._buffers, dict)

@@ -23,6 +23,7 @@ from finemill.kernels.engine.mlp import DenseMLP
 from finemill.kernels.engine.plan import LayerShape, Level, Plan
 from finemill.kernels.engine.projection import Projection
 from finemill.kernels.engine.saved import Saved
+from finemill.kernels.engine.weight_shards import WeightShards
 from finemill.kernels.engine.weight_stream import WeightStream
 from finemill.kernels.ops.attention import fitting_backend
 from finemill.kernels.ops.lora import LoRADropout
@@ -90,7 +91,7 @@ class FastModel:
         adapters: flat LoRA tensors.
         plan: what to keep, where; see planner.py.
         arena: host memory for what the plan parks; made when it is needed.
-        weight_stream: brings NF4 weights from host memory; None while they are on the device.
+        weight_stream: brings NF4 weights from host memory or other GPUs; None while they are on the device.
     """
 
     layers: list[DecoderLayer]
@@ -118,6 +119,12 @@ class FastModel:
     def grad_pad(self) -> int:
         """Spare columns of the residual stream's gradient."""
         return max(layer.grad_pad for layer in self.layers)
+
+    @property
+    def shards(self) -> int:
+        """GPUs that the NF4 weights are divided among."""
+        shards = None if self.weight_stream is None else self.weight_stream.shards
+        return 1 if shards is None else shards.count
 
     def scratch(self, group: Projection) -> Tensor:
         """Return the decode buffer of a layout, made at its first use."""
@@ -150,19 +157,21 @@ class FastModel:
             self.stream_weights()
         self.arena = begin_arena(plan, self.device, self.arena)
 
-    def stream_weights(self) -> None:
-        """Move the NF4 weights to host memory; their memory on the device is free when nothing else holds it."""
+    def stream_weights(self, shards: WeightShards | None = None) -> None:
+        """Move the NF4 weights to host memory, or divide them; their memory is free when nothing else holds it."""
         weights = [layer.weights for layer in self.layers]
         quantized = [[w for w in layer if not isinstance(w, Tensor)] for layer in weights]
         if quantized != weights:
             raise ValueError("only NF4 weights are streamed: this base is not quantized")
-        self.weight_stream = WeightStream(quantized[0], len(self.layers), self.device)
+        self.weight_stream = WeightStream(quantized[0], len(self.layers), self.device, shards)
         for index, layer in enumerate(self.layers):
             views = iter(self.weight_stream.put(index, quantized[index]))
             for group in layer.projections:
                 group.weights = [next(views) for _ in group.weights]  # type: ignore[misc]
             for stack in layer.mlp.stacks:
                 stack.weight = next(views)  # type: ignore[assignment]
+        if shards is not None:
+            shards.connect()
 
     def attention_backend(self, length: int) -> str:
         """Which implementation of attention runs for sequences of up to so many tokens."""

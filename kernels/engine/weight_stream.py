@@ -1,9 +1,10 @@
-"""NF4 weights that live in pinned host memory and visit the device one layer ahead of their use.
+"""NF4 weights that live in pinned host memory, or in parts on several GPUs, and visit the device a layer ahead of use.
 
-Every layer's codes and scales lie in one pinned block of equal layout. Two device slots alternate: while a layer
-computes from one, the next layer's block is copied into the other. A micro-batch reads the base twice (forward, then
-backward with its recompute), so the copies hide behind the computation from about 2,000 tokens per micro-batch on a
-Hopper card (95 MiB a layer of Qwen3-8B at 46 to 54 GB/s). Decoded values are the same bits as from resident weights.
+Every layer's codes and scales lie in one block of equal layout. Two device slots alternate: while a layer computes from
+one, the next layer's block is copied into the other. A micro-batch reads the base twice (forward, then backward with
+its recompute), so the copies hide behind the computation from about 2,000 tokens per micro-batch on a Hopper card with
+weights on the host (95 MiB a layer of Qwen3-8B at 46 to 54 GB/s), and from a few hundred with parts on other cards
+(weight_shards.py). Decoded values are the same bits as from resident weights.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from finemill.kernels.engine.host_memory import ALIGNMENT, pinned_bytes
+from finemill.kernels.engine.weight_shards import WeightShards
 from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.nf4_stack import NF4Stack
 
@@ -21,16 +23,23 @@ Quantized = TypeVar("Quantized", bound=NF4Tensor | NF4Stack)
 
 
 class WeightStream:
-    """Host blocks and device slots of a model's layers.
+    """Blocks and device slots of a model's layers.
 
     Args:
         like: the NF4 weights of one layer; those of all others have the same shapes in the same order.
         num_layers: how many there will be.
         device: where they are needed. On a CPU a copy is done when it is asked for.
+        shards: hold the blocks in parts; `connect` them when all layers are put. None for the host's memory.
     """
 
-    def __init__(self, like: Sequence[NF4Tensor | NF4Stack], num_layers: int, device: torch.device) -> None:
-        self.device = device
+    def __init__(
+        self,
+        like: Sequence[NF4Tensor | NF4Stack],
+        num_layers: int,
+        device: torch.device,
+        shards: WeightShards | None = None,
+    ) -> None:
+        self.device, self.shards = device, shards
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ranges: list[list[tuple[int, int]]] = []
         size = 0
@@ -40,24 +49,30 @@ class WeightStream:
                 ranges.append((size, size + tensor.nbytes))
                 size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
             self._ranges.append(ranges)
-        self._size = size
-        self._blocks: list[Tensor | None] = [None] * num_layers
-        self._slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._size = size if shards is None else shards.allocate(num_layers, size, device)
+        self._num_layers = num_layers
+        self._blocks: dict[int, Tensor] = {}
+        self._slots = [torch.empty(self._size, dtype=torch.uint8, device=device) for _ in range(2)]
         self._ready: list[torch.cuda.Event | None] = [None, None]
         self._holds: list[int | None] = [None, None]
 
     def put(self, layer: int, weights: Sequence[Quantized]) -> list[Quantized]:
-        """Copy a layer's weights to the host. Returns: the same weights as views of the slot they will visit."""
-        block = pinned_bytes(self._size)
+        """Copy a layer's weights to where they wait. Returns: the same weights as views of the slot they will visit."""
+        block = self._empty() if self.shards else pinned_bytes(self._size)
         for weight, ranges in zip(weights, self._ranges, strict=True):
             for tensor, (begin, end) in zip(_streamed(weight), ranges, strict=True):
                 block[begin:end].view(tensor.dtype).copy_(tensor.reshape(-1))
-        self._blocks[layer] = block
+        if self.shards is None:
+            self._blocks[layer] = block
+        else:
+            self.shards.put(layer, block)
         return self._views(self._slots[layer % 2], weights)
 
     def take(self, layer: int, weights: Sequence[Quantized]) -> list[Quantized]:
         """Return a layer's weights in device memory of their own, from what `put` returned."""
-        return self._views(self._block(layer).to(self.device, copy=True), weights)
+        memory = self._empty()
+        self._copy(layer, memory)
+        return self._views(memory, weights)
 
     def begin(self) -> None:
         """Forget what the slots hold: a captured graph must copy everything it uses itself."""
@@ -65,15 +80,15 @@ class WeightStream:
 
     def prefetch(self, layer: int) -> None:
         """Start copying a layer into its slot, after everything enqueued so far (the slot's last readers)."""
-        if not 0 <= layer < len(self._blocks) or self._holds[layer % 2] == layer:
+        if not 0 <= layer < self._num_layers or self._holds[layer % 2] == layer:
             return
-        slot, block = self._slots[layer % 2], self._block(layer)
+        slot = self._slots[layer % 2]
         if self._stream is None:
-            slot.copy_(block)
+            self._copy(layer, slot)
         else:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._stream):
-                slot.copy_(block, non_blocking=True)
+                self._copy(layer, slot)
                 event = torch.cuda.Event()
                 event.record(self._stream)
             self._ready[layer % 2] = event
@@ -85,10 +100,13 @@ class WeightStream:
         if (event := self._ready[layer % 2]) is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
 
-    def _block(self, layer: int) -> Tensor:
-        block = self._blocks[layer]
-        assert block is not None
-        return block
+    def _empty(self) -> Tensor:
+        return torch.empty(self._size, dtype=torch.uint8, device=self.device)
+
+    def _copy(self, layer: int, memory: Tensor) -> None:
+        """Copy a layer's block into device memory."""
+        for begin, piece in [(0, self._blocks[layer])] if self.shards is None else self.shards.pieces(layer):
+            memory[begin : begin + piece.numel()].copy_(piece, non_blocking=True)
 
     def _views(self, memory: Tensor, weights: Sequence[Quantized]) -> list[Quantized]:
         found: list[Quantized] = []

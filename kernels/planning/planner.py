@@ -106,12 +106,15 @@ def step_seconds(work: Workload, rates: Rates, plan: Plan) -> float:
     s, tokens = work.shape, plan.micro_batch or work.tokens
     times = layer_seconds(work, rates, tokens, cached=plan.cached_layers > 0)
     weights = work.layer_weights * NF4_BYTES if work.stream_weights else 0.0
+    gather = 0.0
+    if work.shards > 1:  # the host's bus has no part in it
+        gather, weights = weights * (1 - 1 / work.shards) / rates.link_bytes, 0.0
     rate = rates.shared_bus_bytes if weights else rates.bus_bytes
     parked = [0 if level is None else tokens * plan.bytes_per_token[level] for level in plan.host_levels]
     now = bus = 0.0
     leaving = [0.0] * plan.in_flight
     for size in parked:
-        now += max(times.forward, weights / rate)
+        now += max(times.forward, weights / rate, gather)
         if size:
             bus = max(now, bus) + size / rate
             now = max(now, leaving[0])
@@ -123,7 +126,7 @@ def step_seconds(work: Workload, rates: Rates, plan: Plan) -> float:
     for level, size in zip(reversed(plan.levels), reversed([0, *parked[:-1]]), strict=True):
         now = max(now, fetched)
         bus = fetched = max(now, bus) + (weights + size) / rates.bus_bytes
-        now += times.backward[level]
+        now += max(times.backward[level], gather)
     embedding = 2 * tokens * s.hidden / rates.bus_bytes if work.embedding_on_host else 0.0
     return (now + embedding) * max(1, work.tokens // tokens)
 
@@ -146,7 +149,7 @@ def plan_step(
         rates: of the device.
         allow_host: whether activations may be parked in host memory.
         allow_stream: whether the NF4 weights may wait there, too.
-        streamed: whether they do already.
+        streamed: whether they do already, or are cut into `shards`.
         eight_bit: whether the optimizer's moments have 8 bits; None where memory decides.
     Returns: the plan with the least predicted time.
     Raises: NoPlanError: not even the leanest plan fits.
@@ -181,6 +184,28 @@ def plan_step(
     assert best.micro_batch is not None
     fitting = [candidate for candidate in candidates(heads[1:-1], [best.micro_batch]) if candidate.peak <= budget]
     return min([best, *fitting], key=lambda candidate: candidate.seconds)
+
+
+def prefers_shards(
+    work: Workload, budget: int, shards: int, *, rates: Rates | None = None, eight_bit: bool | None = None
+) -> bool:
+    """Whether NF4 weights that do not stay on a card visit it faster from parts on several than from the host.
+
+    Args:
+        work: model and step of one card.
+        budget: bytes of device memory the step may allocate at its peak, on each card.
+        shards: cards of the host.
+        rates: of the device.
+        eight_bit: as in `plan_step`.
+    """
+    if shards == 1 or not work.quantized:
+        return False
+    choose = partial(plan_step, budget=budget, rates=rates, allow_stream=True, eight_bit=eight_bit)
+    try:
+        whole, divided = choose(work), choose(replace(work, shards=shards), streamed=True)
+    except NoPlanError:
+        return False
+    return (whole.stream_weights or work.loading_bytes() > budget) and divided.seconds < whole.seconds
 
 
 def least_bytes(work: Workload, *, allow_stream: bool, eight_bit: bool | None = None) -> int:
@@ -280,7 +305,7 @@ def _candidates(work: Workload, budget: int, rates: Rates, tokens: int, *, allow
 
 def _parkings(work: Workload, rates: Rates, tokens: int, forward: float) -> Iterator[Parking]:
     """What may be parked: one level in a share of the layers, or more than that wherever the bus has time."""
-    rate = rates.shared_bus_bytes if work.stream_weights else rates.bus_bytes
+    rate = rates.shared_bus_bytes if work.stream_weights and work.shards == 1 else rates.bus_bytes
     copies = {level: size * tokens / rate for level, size in work.host_bytes_per_token().items()}
     bases = [level for level in Level if level <= work.most_parked]
     for share, base, in_flight in product(PARKED_SHARES, bases, IN_FLIGHT):

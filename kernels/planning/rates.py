@@ -39,6 +39,7 @@ class Rates:
         bytes: of elementwise kernels and skinny products, 7/8 of what a copy reads and writes.
         bus_bytes: to or from the host.
         shared_bus_bytes: each way, both at once.
+        link_bytes: from other GPUs of the host, by their copy engines.
     """
 
     flops: float = 710e12
@@ -49,6 +50,7 @@ class Rates:
     bytes: float = 3.65e12
     bus_bytes: float = 54e9
     shared_bus_bytes: float = 47e9
+    link_bytes: float = 300e9
 
 
 RATES = {"h100": Rates(bytes=2.6e12), "h200": Rates()}

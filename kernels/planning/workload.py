@@ -84,6 +84,7 @@ class Workload:
         optimizer_bytes: per adapter parameter, states only.
         embedding_on_host: whether the embedding lives in host memory.
         stream_weights: whether NF4 weights visit the device two layers at a time.
+        shards: GPUs that keep a part of the NF4 weights each, from which they visit; 1 where they come from the host.
         typical: length of the sequence that a token is in, on average, in a ragged batch; None for `row`. Only time
             depends on it: memory is planned for the longest.
         key_heads: that cuDNN's backward takes at once, with their query heads; None for all.
@@ -105,6 +106,7 @@ class Workload:
     embedding_on_host: bool = False
     stream_weights: bool = False
     kept_bytes: int = 0
+    shards: int = 1
     key_heads: int | None = None
     fa4: bool = False
 
@@ -159,8 +161,10 @@ class Workload:
         s = self.shape
         table = 2 * self.vocabulary * s.hidden
         tables = table * (1 if self.tied or self.embedding_on_host else 2)
-        layers = 2 if self.stream_weights else self.num_layers
-        base = layers * (self.nf4_bytes if self.quantized else self.extended_bytes)
+        layers: float = self.num_layers
+        if self.stream_weights:
+            layers = 2 + (self.num_layers / self.shards if self.shards > 1 else 0)
+        base = int(layers * (self.nf4_bytes if self.quantized else self.extended_bytes))
         norms = 2 * self.num_layers * (2 * s.hidden + 2 * s.head_dim)
         adapters = int(self.adapter_elements * (8 + self.optimizer_bytes))
         return tables + base + self.kept_bytes + norms + adapters + CUBLAS_WORKSPACE + SMALL_TENSORS

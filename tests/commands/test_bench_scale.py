@@ -26,7 +26,7 @@ def test_one_process_and_two_train_the_same_rows(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--strategy fsdp3", "'fsdp3' is none of ddp, fsdp2, zero2, zero3"),
+        ("--strategy fsdp3", "'fsdp3' is none of ddp, shard, fsdp2, zero2, zero3"),
         ("--gpus 1,3 --rows 16", "--rows 16 cannot be shared by 3 GPUs"),
         ("--warmup 8", "--warmup 8 must be smaller than --steps 8"),
     ],

@@ -50,6 +50,16 @@ def test_a_higher_rank_takes_more_memory(capsys: Capture) -> None:
     assert large["static_gb"] > small["static_gb"]
 
 
+def test_cards_divide_a_base_that_none_can_hold_and_copy_one_that_fits(capsys: Capture) -> None:
+    step = ("--seq", "2048", "--bs", "1", "--accum", "1", "--gpus", "2")
+    alone = estimate(capsys, "--model", "qwen3-32b", "--memory-gb", "17", *step[:-1], "1")
+    divided = estimate(capsys, "--model", "qwen3-32b", "--memory-gb", "17", *step)
+    assert (divided["strategy"], divided["weights_streamed"], alone["weights_streamed"]) == ("shard", False, True)
+    assert divided["tokens_per_s"] > 2 * alone["tokens_per_s"]
+    assert max(alone["peak_gb"], divided["peak_gb"]) <= 17
+    assert estimate(capsys, "--model", "qwen3-8b", *step)["strategy"] == "ddp"
+
+
 def test_a_card_of_slower_memory_takes_longer(capsys: Capture) -> None:
     h100, h200 = (estimate(capsys, "--model", "qwen3-8b", "--gpu", gpu) for gpu in ("h100", "h200"))
     assert h100["step_s"] > h200["step_s"]

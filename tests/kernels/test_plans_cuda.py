@@ -1,10 +1,12 @@
 """On a GPU: wherever tensors wait and weights come from, the gradient has the same bits."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import spawn
 
 from finemill.commands.estimate import workload
 from finemill.kernels.bench import data as bench_data
@@ -14,8 +16,10 @@ from finemill.kernels.engine.model import FastModel
 from finemill.kernels.engine.nf4_quantize import quantize_nf4
 from finemill.kernels.engine.plan import Level, Plan
 from finemill.kernels.engine.shapes import Buckets, Shapes
+from finemill.kernels.engine.weight_shards import WeightShards
 from finemill.kernels.ops.nf4 import dequantize_nf4
 from finemill.kernels.ops.packing import PackedBatch, pack_rows, pack_sequences
+from tests.kernels.test_trainer_processes import free_port
 
 pytestmark = pytest.mark.gpu
 LAYERS = 4
@@ -27,17 +31,17 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FastModel:
     return make_model(LoraSettings(16, 16.0))
 
 
-def make_model(lora: LoraSettings) -> FastModel:
-    device = torch.device("cuda", 0)
+def make_model(lora: LoraSettings, gpu: int = 0) -> FastModel:
+    device = torch.device("cuda", gpu)
     model, parameters = load_model(bench_data.ensure_checkpoint("qwen3-0.6b", LAYERS, device), device=device, lora=lora)
     bench_data.start_adapters(parameters)
     return model
 
 
-def batches() -> dict[str, PackedBatch]:
+def batches(gpu: int = 0) -> dict[str, PackedBatch]:
     ids = torch.randint(0, 150000, (4, 300), generator=torch.Generator().manual_seed(0))
     ragged = pack_sequences([(ids[0, :length], ids[1, :length]) for length in (300, 40, 7, 211, 1, 128)])
-    device = torch.device("cuda", 0)
+    device = torch.device("cuda", gpu)
     return {"uniform": pack_rows(ids, ids).to(device), "ragged": ragged.to(device)}
 
 
@@ -110,3 +114,32 @@ def test_quantization_is_bitsandbytes(shape: tuple[int, int]) -> None:
     assert torch.equal(ours.packed, packed.flatten())
     assert torch.equal(ours.absmax, state.absmax)
     assert torch.equal(dequantize_nf4(ours), functional.dequantize_4bit(packed, state))
+
+
+def divide(rank: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.cuda.set_device(rank)
+    torch.distributed.init_process_group("cuda:nccl,cpu:gloo")
+    bench_data.FOLDERS = (folder, folder)
+    model = make_model(LoraSettings(16, 16.0), rank)
+    batch = Shapes(Buckets(1, 1)).prepare(batches(rank)["ragged"])
+    expected = gradient(model, model, batch)
+    model.stream_weights(WeightShards.of_host())
+    runner = GraphRunner(model)
+    for _ in range(2 + rank):  # one of them once more, alone
+        assert torch.equal(gradient(model, model, batch), expected)
+        assert torch.equal(gradient(model, runner, batch), expected)
+    torch.distributed.barrier(device_ids=[rank])
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("expandable", [True, False])
+def test_weights_divided_among_gpus_change_no_bit_eagerly_or_in_a_graph(
+    expandable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", f"expandable_segments:{expandable}")
+    monkeypatch.setattr(bench_data, "FOLDERS", (tmp_path,))
+    bench_data.ensure_checkpoint("qwen3-0.6b", LAYERS, torch.device("cuda", 0))
+    spawn(divide, args=(free_port(), tmp_path), nprocs=2)

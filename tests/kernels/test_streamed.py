@@ -152,7 +152,7 @@ def test_a_forward_that_only_the_model_itself_could_train_is_refused(
     model = adapted(streamed(checkpoint))
     accelerate_model(model)
     model.train()
-    with pytest.raises(UnsupportedModelError, match="waits in host memory"):
+    with pytest.raises(UnsupportedModelError, match="visit the device two at a time"):
         model(**batch, output_hidden_states=True)
 
 

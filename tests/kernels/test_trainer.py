@@ -38,11 +38,12 @@ def make_trainer(
     given: dict[str, Any] | None = None,
     rows: int = 24,
     mixture: dict[str, Any] | None = None,
+    model: Any = None,
     **settings: Any,
 ) -> Any:
     """A tiny Qwen3 on rows of 5 to 29 tokens; `given` are arguments of the trainer, `settings` of SFTConfig.
 
-    With `mixture` it has experts, and that of its configuration.
+    With `mixture` it has experts, and that of its configuration; `model` is in its place.
     """
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
@@ -87,7 +88,8 @@ def make_trainer(
         "disable_tqdm": True,
         "gradient_checkpointing": False,
     }
-    model = AutoModelForCausalLM.from_config(config)
+    if model is None:
+        model = AutoModelForCausalLM.from_config(config)
     return trainer_class(
         model=model,
         args=SFTConfig(output_dir=str(tmp_path), **(defaults | settings)),

@@ -10,6 +10,7 @@ import torch
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.config import parse_config
 from finemill.errors import UserError
+from finemill.kernels.planning.model_shapes import SHAPES
 from finemill.models.base.resolve import BUILTIN_MODELS
 from finemill.training.checkpoint import check_optimizer, global_batch, keep_global_batch
 from finemill.training.memory import GIB, needed_gib
@@ -54,6 +55,25 @@ def test_gradients_are_whole_between_passes_only_where_memory_is_no_matter() -> 
         for saved in (True, False)
     ]
     assert [found["gradient_accumulation_kwargs"]["sync_each_batch"] for found in each] == [True, False]
+
+
+def test_auto_divides_a_4_bit_base_where_copies_would_come_from_host_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("finemill.training.strategy._readable_gpus", lambda: 2)
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["qwen3-32b"].config()))
+    config = TrainQLoRAConfig(per_device_train_batch_size=1, gradient_accumulation_steps=1)
+    chosen = [settle_strategy(config, tmp_path, limit * GIB).strategy for limit in (80, 18)]
+    assert chosen == ["ddp", "shard"]
+    unreadable = config.model_copy(update={"strategy": "shard"})
+    assert settle_strategy(unreadable, tmp_path, 18 * GIB).strategy == "shard"
+    monkeypatch.setattr("finemill.training.strategy._readable_gpus", lambda: 1)
+    assert settle_strategy(config, tmp_path, 18 * GIB).strategy == "ddp"
+    with pytest.raises(UserError, match="no GPUs that can read each other's memory; use strategy 'ddp' or 'fsdp2'"):
+        settle_strategy(unreadable, tmp_path, 18 * GIB)
+    with pytest.raises(UserError, match="strategy 'shard' cannot run here: there is no GPU"):
+        settle_strategy(unreadable, tmp_path, None)
 
 
 def test_one_process_has_nothing_to_share(caplog: pytest.LogCaptureFixture) -> None:
@@ -103,6 +123,8 @@ def test_deepspeed_that_is_not_installed_is_said_before_anything_is_loaded(monke
         ({"strategy": "fsdp2", "load_in_8bit": True}, "LLM.int8 keeps a weight in one piece"),
         ({"strategy": "zero3", "use_dora": True}, "use_dora needs the norms of whole weights"),
         ({"strategy": "zero2", "optim": "lion_8bit"}, "optim must be AdamW"),
+        ({"strategy": "shard", "kernels": "off"}, "kernels are 'off': use strategy 'fsdp2'"),
+        ({"strategy": "shard", "load_in_4bit": False}, "the base has 16 bits: use strategy 'fsdp2'"),
         ({"strategy": "fsdp2", "kernels": "on"}, "kernels 'on' train no shards"),
         ({"strategy": "ddp", "offload": True}, "offload True has no effect with strategy 'ddp'"),
         ({"strategy_config": {"a": 1}}, "has no effect with strategy 'auto'"),

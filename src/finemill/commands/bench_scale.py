@@ -1,9 +1,9 @@
 """`finemill bench scale`: one training on several GPUs by strategy: tokens/s, memory of each, losses, waiting.
 
 Every run trains the same rows, as many per step in all, from the same random checkpoint, so that losses compare from
-one GPU to eight and from strategy to strategy. `ddp` is on finemill's kernels, shards are on the plain path;
-`--reference` adds the same training by Accelerate and DeepSpeed alone, with the same recomputation. A run is a group
-of processes of its own, and ends with a line `BENCH {...}`.
+one GPU to eight and from strategy to strategy. `ddp` and `shard` are on finemill's kernels, the others on the plain
+path; `--reference` adds the same training by Accelerate and DeepSpeed alone, with the same recomputation. A run is a
+group of processes of its own, and ends with a line `BENCH {...}`.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from finemill.kernels.bench.step import check_device
 from finemill.kernels.planning.model_shapes import SHAPES
 from finemill.runtime.processes import run_in_processes
 
-STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
+STRATEGIES = ("ddp", "shard", "fsdp2", "zero2", "zero3")
+ON_KERNELS = ("ddp", "shard")
 RESULT_VARIABLE = "FINEMILL_BENCH_SCALE_RESULT"
 """Names the file that the main process of a run writes its measurements to."""
 
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     for implementation in ("finemill", "reference") if args.reference else ("finemill",):
         for strategy in args.strategy:
             for gpus in args.gpus:
-                if implementation == "reference" and strategy == "ddp":
+                if implementation == "reference" and strategy in ON_KERNELS:
                     continue
                 run = _run(args, argv, implementation, strategy, gpus)
                 print("BENCH " + json.dumps(run.model_dump(mode="json")), flush=True)

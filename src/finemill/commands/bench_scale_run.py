@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from finemill.artifacts.dataset import LabelledRow
 from finemill.artifacts.splits import split_path
 from finemill.artifacts.tables import write_rows
-from finemill.commands.bench_scale import RESULT_VARIABLE
+from finemill.commands.bench_scale import ON_KERNELS, RESULT_VARIABLE
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.step import build_trainer
 from finemill.kernels.bench.data import ensure_checkpoint, make_batches
@@ -29,6 +30,7 @@ from finemill.training.memory import not_on_kernels
 from finemill.training.strategy import check_strategy, prepare_shards
 from finemill.training.trainer import choose_device, settle
 
+_COMMUNICATION = ("nccl", "gloo", "memcpy ptop")
 Interval = tuple[float, float]
 
 
@@ -58,11 +60,11 @@ def _config(args: argparse.Namespace) -> TrainQLoRAConfig:
     (strategy,), (gpus,) = args.strategy, args.gpus
     methods: dict[str, dict[str, Any]] = {"qlora": {}, "lora": {"load_in_4bit": False}, "full": {"method": "full"}}
     recompute = {"on": True, "off": False}.get(args.recompute, "auto")
-    shared: dict[str, Any] = {"strategy": strategy, "offload": args.offload and strategy != "ddp"}
+    shared: dict[str, Any] = {"strategy": strategy, "offload": args.offload and strategy not in ON_KERNELS}
     return TrainQLoRAConfig(
         **methods[args.method],
         **shared,
-        kernels="auto" if strategy == "ddp" else "off",
+        kernels="auto" if strategy in ON_KERNELS else "off",
         gradient_checkpointing=recompute,
         memory_gb=args.memory_gb,
         max_length=args.seq,
@@ -121,6 +123,8 @@ class _Timer(TrainerCallback):  # type: ignore[misc]
 
 def _train(args: argparse.Namespace, config: TrainQLoRAConfig, path: Path, device: torch.device) -> dict[str, Any]:
     """Through the trainer of train-qlora."""
+    if config.strategy == "shard":
+        PartialState()  # joins the processes: they exchange what they hold while the base is loaded
     timer = _Timer(args.steps, device)
     with TemporaryDirectory(prefix="finemill-scale-") as folder:
         dataset = Path(folder, "dataset")
@@ -207,7 +211,7 @@ def _shares(profiled: profile, seconds: float, device: torch.device) -> dict[str
     kineto: Any = profiled.profiler
     for event in kineto.kineto_results.events():
         interval = event.start_ns() / 1e9, event.end_ns() / 1e9
-        if event.name().lower().startswith(("nccl", "gloo")):
+        if event.name().lower().startswith(_COMMUNICATION):
             talking.append(interval)
         elif event.device_type() != DeviceType.CPU:
             computing.append(interval)

@@ -2,14 +2,16 @@
 
 The numbers are the planner's (kernels/planning/planner.py), for the plan it would choose under the given memory: peak
 of allocated device memory, tokens per second at a card's measured rates, what is kept, recomputed and moved to the
-host. cuDNN's frontend and flash-attn-4 are taken to be installed. With `--dataset`: steps and time of training on it,
-its rows packed and one by one. With `--table`: what each size of model needs.
+host; with `--gpus` of one card, and the tokens of all. cuDNN's frontend and flash-attn-4 are taken to be installed.
+With `--dataset`: steps and time of training on it, its rows packed and one by one. With `--table`: what each size of
+model needs.
 """
 
 import argparse
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from finemill.artifacts.dataset import read_lengths
@@ -20,7 +22,7 @@ from finemill.kernels.engine.expert_layout import EXPERT_FAMILIES, has_dense_lay
 from finemill.kernels.engine.plan import Plan
 from finemill.kernels.planning.from_config import is_planned, workload_of_config
 from finemill.kernels.planning.model_shapes import MIXTURES, SHAPES
-from finemill.kernels.planning.planner import plan_step, workload_under
+from finemill.kernels.planning.planner import plan_step, prefers_shards, workload_under
 from finemill.kernels.planning.rates import RATES
 from finemill.kernels.planning.workload import FAMILIES, Workload
 from finemill.models.base.resolve import FORMS, resolve_base_model
@@ -47,8 +49,11 @@ def execute(name: str, arguments: list[str]) -> int:
         return 0
     work = workload(args.model, rank=args.rank, quantized=args.quant == "nf4", rows=args.bs * args.accum, row=args.seq)
     memory_gb = args.card_gb if args.memory_gb is None else args.memory_gb
-    plan = plan_step(work, int(memory_gb * 2**30), rates=RATES[args.gpu], allow_stream=args.quant == "nf4")
+    work, plan = planned(args, work, memory_gb)
     result = summarize(work, plan)
+    if args.gpus > 1:
+        shared = {"strategy": "shard" if work.shards > 1 else "ddp", "tokens_per_s": args.gpus * result["tokens_per_s"]}
+        result |= shared
     if args.dataset is not None:
         result |= training_time(args, memory_gb)
     print(json.dumps(result) if args.json else "\n".join(f"{name:<22} {value}" for name, value in result.items()))
@@ -61,12 +66,13 @@ def _parse(name: str, argv: list[str]) -> argparse.Namespace:
     what.add_argument("--model", help=f"one of {', '.join([*SHAPES, *MIXTURES])}, or a base model: {FORMS}")
     what.add_argument("--table", action="store_true", help="GiB that each known size needs at least, by method")
     parser.add_argument("--seq", type=_count, default=2048, help="tokens per row")
-    parser.add_argument("--bs", type=_count, default=2, help="rows per micro-batch")
+    parser.add_argument("--bs", type=_count, default=2, help="rows per GPU and micro-batch")
     parser.add_argument("--accum", type=_count, default=4, help="micro-batches per optimizer step")
     parser.add_argument("--rank", type=_count, default=16, help="LoRA rank on all seven linear layers")
     parser.add_argument("--quant", default="nf4", choices=["nf4", "bf16"])
     parser.add_argument("--card-gb", type=_gib, default=CARD_GB, help="memory of the card, GiB (default: %(default)g)")
     parser.add_argument("--memory-gb", type=_gib, help="device memory to stay within, GiB (default: the card's)")
+    parser.add_argument("--gpus", type=_count, default=1, help="cards of one host that train together")
     parser.add_argument("--gpu", default="h200", choices=sorted(RATES), help="card whose measured rates are taken")
     parser.add_argument("--dataset", help="what chat-format printed: steps and hours of training on it, too")
     parser.add_argument("--epochs", type=_count, default=1, help="how often training goes through the dataset")
@@ -111,6 +117,15 @@ def workload(model: str, *, rank: int, quantized: bool, rows: int, row: int) -> 
         raise UserError(f"config.json of {model} has no {error}") from None
 
 
+def planned(args: argparse.Namespace, work: Workload, memory_gb: float) -> tuple[Workload, Plan]:
+    """The plan of one of the cards, and its part of the work: `strategy: auto` may divide the base among them."""
+    budget, rates = int(memory_gb * 2**30), RATES[args.gpu]
+    if prefers_shards(work, budget, args.gpus, rates=rates):
+        work = replace(work, shards=args.gpus)
+    streamed = work.shards > 1
+    return work, plan_step(work, budget, rates=rates, allow_stream=args.quant == "nf4", streamed=streamed)
+
+
 def training_time(args: argparse.Namespace, memory_gb: float) -> dict[str, float]:
     """Steps and hours of training on a dataset, with its rows in packs of `--seq` tokens and one by one.
 
@@ -127,8 +142,8 @@ def training_time(args: argparse.Namespace, memory_gb: float) -> dict[str, float
     for name, sequences in (("packed", packs), ("one_by_one", len(lengths))):
         row = math.ceil(sum(lengths) / sequences)
         work = workload(args.model, rank=args.rank, quantized=args.quant == "nf4", rows=rows_per_step, row=row)
-        plan = plan_step(work, int(memory_gb * 2**30), rates=RATES[args.gpu], allow_stream=args.quant == "nf4")
-        steps = args.epochs * math.ceil(sequences / rows_per_step)
+        _, plan = planned(args, work, memory_gb)
+        steps = args.epochs * math.ceil(sequences / (args.gpus * rows_per_step))
         found[f"steps_{name}"] = steps
         found[f"hours_{name}"] = float(f"{steps * plan.seconds / 3600:.3g}")
     return found
@@ -189,6 +204,6 @@ def summarize(work: Workload, plan: Plan) -> dict[str, Any]:
         "host_gb": round(plan.host_bytes(plan.micro_batch or work.tokens) / 2**30, 2),
         "decoded_weights_kept": plan.cached_layers == work.num_layers,
         "embedding_on_host": plan.embedding_on_host,
-        "weights_streamed": plan.stream_weights,
+        "weights_streamed": plan.stream_weights and work.shards == 1,
         "optimizer_bits": 8 if plan.eight_bit else 32,
     }

@@ -136,10 +136,11 @@ class LoRATrainingConfig(StepConfig):
     """GiB of GPU memory that training may allocate; all that is free by default. On finemill's kernels it decides what
     is recomputed, what waits in host memory, and how large micro-batches are: speed, never the global batch."""
 
-    strategy: Literal["auto", "ddp", "fsdp2", "zero2", "zero3"] = "auto"
-    """How several processes share the training: copies of the model (`ddp`), shards of all of it by PyTorch's FSDP2
-    (`fsdp2`) or DeepSpeed (`zero3`), or shards of gradients and moments alone (`zero2`). `auto` takes copies where one
-    fits a card, else fsdp2. Shards do not run on finemill's kernels."""
+    strategy: Literal["auto", "ddp", "shard", "fsdp2", "zero2", "zero3"] = "auto"
+    """How several processes share the training: copies of the model (`ddp`), a 4-bit base that the GPUs of a host
+    divide among them, on finemill's kernels (`shard`), shards of all of it by PyTorch's FSDP2 (`fsdp2`) or DeepSpeed
+    (`zero3`), or shards of gradients and moments alone (`zero2`). `auto` takes copies where one fits a card, `shard`
+    where a 4-bit one does not, else fsdp2."""
 
     offload: bool = False
     """Shards wait in host memory while they are not needed: the largest models, at the speed of PCIe."""
@@ -291,6 +292,11 @@ class LoRATrainingConfig(StepConfig):
             raise ValueError(f"strategy '{self.strategy}' cannot share this training: {reason}; or use strategy 'ddp'")
         if self.kernels == "on" and self.strategy in SHARDED:
             raise ValueError(f"kernels 'on' train no shards: use strategy 'ddp' or 'auto' instead of '{self.strategy}'")
+        if self.strategy == "shard" and (self.bits != 4 or self.kernels == "off"):
+            found = "kernels are 'off'" if self.kernels == "off" else f"the base has {self.bits} bits"
+            raise ValueError(
+                f"strategy 'shard' divides a 4-bit base on finemill's kernels, and {found}: use strategy 'fsdp2'"
+            )
         whole = self.strategy not in ("auto", *SHARDED)
         self._refuse(whole, f"with strategy '{self.strategy}'", offload="use 'fsdp2' or 'zero3'")
         plain = self.strategy not in SHARDED

@@ -46,20 +46,27 @@ def open_trainer(
         cap_memory(config, device)
         return plain, load_base(base_model, config, device)
     model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    divided = config.strategy == "shard"
     # Layers that differ in their bits cannot take each other's place on the card.
-    streamed = not is_quantized(base_model) and must_stream(model, config, memory_limit(config, device))
+    streamed = divided or (not is_quantized(base_model) and must_stream(model, config, memory_limit(config, device)))
     trainer = partial(fast(), memory_gb=config.memory_gb, eight_bit=eight_bit_moments(config))
     if not streamed:
         return trainer, load_base(base_model, config, device)
     if config.init_lora_weights == "loftq":
         raise UserError(
-            "init_lora_weights 'loftq' needs the base on the card: give more in memory_gb, or use 'default'"
+            "init_lora_weights 'loftq' needs the whole base on the card: give more in memory_gb, or use 'default'"
         )
+    from finemill.kernels.engine.weight_shards import WeightShards
     from finemill.kernels.streamed import load_streamed
 
-    dtype, double_quant = compute_dtype(config, device), config.bnb_4bit_use_double_quant
-    described = base_config(base_model, config.rope_scaling)
-    return trainer, load_streamed(base_model, device=device, dtype=dtype, double_quant=double_quant, config=described)
+    return trainer, load_streamed(
+        base_model,
+        device=device,
+        dtype=compute_dtype(config, device),
+        double_quant=config.bnb_4bit_use_double_quant,
+        shards=WeightShards.of_host() if divided else None,
+        config=base_config(base_model, config.rope_scaling),
+    )
 
 
 def check_kernels(trainer: Trainer, config: LoRATrainingConfig) -> None:

@@ -14,7 +14,7 @@ from finemill.errors import UserError
 from finemill.kernels.engine.expert_layout import expert_shape
 from finemill.kernels.engine.plan import ExpertShape
 from finemill.kernels.planning.from_config import is_planned, workload_of_config
-from finemill.kernels.planning.planner import NoPlanError, least_bytes, plan_step
+from finemill.kernels.planning.planner import NoPlanError, least_bytes, plan_step, prefers_shards
 from finemill.kernels.planning.workload import Workload
 from finemill.training.config import SHARDED, LoRATrainingConfig
 
@@ -158,6 +158,19 @@ def needed_gib(model: Mapping[str, Any], config: LoRATrainingConfig) -> float:
         return plain
     least = least_bytes(work, allow_stream=work.quantized, eight_bit=eight_bit_moments(config))
     return min(plain, least / GIB)
+
+
+def takes_shards(model: Mapping[str, Any], config: LoRATrainingConfig, limit: float, shards: int) -> bool:
+    """Whether a 4-bit base that does not fit a card trains faster in parts on several than from host memory.
+
+    Args:
+        model: the base's config.json.
+        config: what is trained, and how.
+        limit: bytes that training may allocate on a card.
+        shards: GPUs of the host.
+    """
+    work = None if model.get("quantization_config") else covered_workload(model, config)
+    return work is not None and prefers_shards(work, int(limit), shards, eight_bit=eight_bit_moments(config))
 
 
 def sharded_gib(model: Mapping[str, Any], config: LoRATrainingConfig, processes: int) -> float:

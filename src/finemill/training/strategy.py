@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,15 @@ from transformers import Trainer
 from finemill.errors import UserError
 from finemill.runtime.processes import num_processes
 from finemill.training.config import SHARDED, ConfigT, LoRATrainingConfig
-from finemill.training.memory import GIB, fits_without_recompute, needed_gib, not_on_kernels, sharded_gib
+from finemill.training.memory import (
+    GIB,
+    covered_workload,
+    fits_without_recompute,
+    needed_gib,
+    not_on_kernels,
+    sharded_gib,
+    takes_shards,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +69,16 @@ def settle_strategy(config: ConfigT, base_model: Path, limit: float | None) -> C
 def _with_strategy(config: ConfigT, model: Mapping[str, Any], limit: float | None) -> ConfigT:
     processes = num_processes()
     if processes == 1:
-        if config.strategy in SHARDED:
+        if config.strategy in ("shard", *SHARDED):
             logger.warning("strategy '%s' has nothing to share in one process: trains without shards", config.strategy)
         return config.model_copy(update={"strategy": "ddp", "offload": False, "strategy_config": None})
+    if config.strategy == "shard":
+        _check_shards(model, config, limit)
     if config.strategy != "auto":
         return config
+    if limit is not None and takes_shards(model, config, limit, _readable_gpus()):
+        logger.warning("a copy of the base does not fit a card: strategy 'shard'")
+        return config.model_copy(update={"strategy": "shard", "offload": False})
     if limit is None or config.not_sharded_because() or needed_gib(model, config) * GIB <= limit:
         return config.model_copy(update={"strategy": "ddp", "offload": False})
     offload = config.offload or sharded_gib(model, config, processes) * GIB > limit
@@ -71,6 +86,28 @@ def _with_strategy(config: ConfigT, model: Mapping[str, Any], limit: float | Non
         "%.1f GiB do not fit a card: strategy 'fsdp2'%s", needed_gib(model, config), " with offload" if offload else ""
     )
     return config.model_copy(update={"strategy": "fsdp2", "offload": offload})
+
+
+def _check_shards(model: Mapping[str, Any], config: LoRATrainingConfig, limit: float | None) -> None:
+    """Refuse shards of a 4-bit base where the kernels do not run, or GPUs cannot read each other. Raises: UserError."""
+    reason = None
+    if limit is None:
+        reason = "there is no GPU"
+    elif covered_workload(model, config) is None:
+        reason = not_on_kernels(config) or f"the kernels do not cover a {model.get('model_type')}"
+    elif model.get("quantization_config"):
+        reason = "layers of a base that is quantized already may differ in their bits"
+    elif _readable_gpus() == 1:
+        reason = "the processes of a host have no GPUs that can read each other's memory"
+    if reason:
+        raise UserError(f"strategy 'shard' cannot run here: {reason}; use strategy 'ddp' or 'fsdp2'")
+
+
+def _readable_gpus() -> int:
+    """GPUs of this host's processes that can read each other's memory; 1 if some cannot."""
+    count = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    pairs = permutations(range(count), 2)
+    return count if all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs) else 1
 
 
 def strategy_arguments(config: LoRATrainingConfig) -> dict[str, Any]:
