@@ -48,6 +48,12 @@ def test_trl() -> None:
     assert parameters(trl.DPOTrainer._compute_loss) == ["model", "inputs", "return_outputs"]
 
 
+def test_datasets() -> None:
+    """components/train_dpo/trainers.py gives all processes the main one's folder."""
+    datasets = pytest.importorskip("datasets")
+    assert parameters(datasets.Dataset._get_cache_file_path) == ["fingerprint"]
+
+
 def test_torch() -> None:
     """kernels/ops/attention.py calls FlashAttention-2 below autograd, in its deterministic mode."""
     torch = pytest.importorskip("torch")

@@ -4,9 +4,11 @@ Given texts, TRL's trainers would tokenize them anew: with a first token that th
 control tokens in what a user typed.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.nn import functional
 from trl import DPOTrainer, KTOTrainer
@@ -28,11 +30,25 @@ class PairCollator(DataCollatorForPreference):  # type: ignore[misc]
         return batch
 
 
+def share_cache(dataset: Any) -> None:
+    """Have all processes of a machine look where the main one keeps what it computes of a dataset in memory.
+
+    `datasets` gives each a folder of its own, in which TRL would not find the main one's reference log probabilities.
+    """
+    folder = [Path(dataset._get_cache_file_path("any")).parent]
+    broadcast_object_list(folder)
+    dataset._get_cache_file_path = lambda fingerprint: str(folder[0] / f"cache-{fingerprint}.arrow")
+
+
 class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]
     """TRL's DPO."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        share_cache(dataset)
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     @property
     def data_collator(self) -> PairCollator:
@@ -54,6 +70,10 @@ class TokenizedKTOTrainer(KTOTrainer):  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        share_cache(dataset)
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
 
 class ORPOTrainer(TokenizedDPOTrainer):

@@ -10,8 +10,10 @@ from trl import SFTConfig, SFTTrainer
 from finemill.artifacts.dataset import take_chat_template
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.rows import load_rows
+from finemill.components.train_qlora.whole_loss import WholeLossTrainer
 from finemill.runtime.context import StepContext
 from finemill.training.adapter import lora_config
+from finemill.training.config import SHARDED
 from finemill.training.kernels import check_kernels, open_trainer
 from finemill.training.positions import check_positions
 from finemill.training.strategy import check_strategy
@@ -51,7 +53,9 @@ def build_trainer(
     rows = load_rows(dataset, "train", config.max_length)
     longest = pc.max(pc.list_value_length(rows.data.column("input_ids"))).as_py()
     check_positions(base_model, longest, config.max_length, config.rope_scaling)
-    trainer_class, model = open_trainer(base_model, config, device, SFTTrainer, _fast_trainer)
+    plenty = config.strategy in SHARDED and not config.gradient_checkpointing
+    plain = WholeLossTrainer if plenty else SFTTrainer
+    trainer_class, model = open_trainer(base_model, config, device, plain, _fast_trainer)
     adapters = lora_config(base_model, config)  # before the arguments: with them DeepSpeed would cut its empty model
     trainer: SFTTrainer = trainer_class(
         model=model,

@@ -43,6 +43,16 @@ def test_layers_are_computed_again_where_a_card_would_not_hold_them(
     assert recompute == [True, True, False]
 
 
+def test_layers_are_gathered_once_per_pass_where_a_card_holds_them_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    gathered_again = [
+        strategy_arguments(settle_strategy(config, BASE, limit))["fsdp_config"]["reshard_after_forward"]
+        for config in (TrainQLoRAConfig(strategy="fsdp2"), TrainQLoRAConfig(strategy="fsdp2", offload=True))
+        for limit in (1e8, 1e12)
+    ]
+    assert gathered_again == [True, False, True, True]
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_recomputation_that_is_asked_for_stays(asked: bool) -> None:
     config = TrainQLoRAConfig(kernels="off", gradient_checkpointing=asked)

@@ -182,7 +182,7 @@ def sharded_gib(model: Mapping[str, Any], config: LoRATrainingConfig, processes:
 
 
 def fits_without_recompute(model: Mapping[str, Any], config: LoRATrainingConfig, limit: float, processes: int) -> bool:
-    """Whether a card holds all activations of the plain path, with a tenth of it to spare.
+    """Whether a card holds all activations of the plain path, and whole weights, with a tenth of it to spare.
 
     Args:
         model: the base's config.json.
@@ -194,8 +194,8 @@ def fits_without_recompute(model: Mapping[str, Any], config: LoRATrainingConfig,
     part = estimate_memory(model, kept)
     needed = part.total
     if config.strategy in SHARDED:
-        # Weights or gradients that are whole in 16 bits beside the shards, of what is trained.
-        needed = sharded_gib(model, kept, processes) + part.adapters / 4
+        # Weights and gradients that are whole in 16 bits beside the shards, of what is trained.
+        needed += part.adapters * (1 / processes + 1 / 4 - 1)
     return needed * GIB <= 0.9 * limit
 
 

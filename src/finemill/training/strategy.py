@@ -32,6 +32,8 @@ ACCELERATE_FILE = "accelerate_config.yaml"
 """What `accelerate launch --config_file` would need for the same training."""
 DEEPSPEED_FILE = "deepspeed_config.json"
 """DeepSpeed's own configuration, which that file names."""
+KEEPS_LAYERS = {"reshard_after_forward": False, "activation_checkpointing": False}
+"""FSDP2 where a card holds whole layers and activations: gathered once per pass, not again for its backward half."""
 PREFETCHED = 500_000_000
 """Weights that ZeRO-3 gathers ahead of their use: a layer of any model, where DeepSpeed's default is a tenth."""
 
@@ -63,6 +65,8 @@ def settle_strategy(config: ConfigT, base_model: Path, limit: float | None) -> C
         and not_on_kernels(config) is not None
         and fits_without_recompute(model, config, limit, num_processes())
     )
+    if fits and config.strategy == "fsdp2" and not (config.offload or config.strategy_config):
+        config = config.model_copy(update={"strategy_config": KEEPS_LAYERS})
     return config.model_copy(update={"gradient_checkpointing": not fits})
 
 
@@ -173,9 +177,12 @@ def _shard_on_cpu(trainer: Trainer) -> None:
     """PyTorch's FSDP2 shards on a CPU, too, over gloo, but Accelerate asks for GPUs."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
+    settings = dict(trainer.args.fsdp_plugin_args)
+    if settings.pop("cpu_offload", False):
+        logger.warning("offload has no effect without a GPU: shards are in host memory anyway")
     state = trainer.accelerator.state
     state.distributed_type = DistributedType.FSDP
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
     trainer.is_fsdp_enabled = True
 
 
