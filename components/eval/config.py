@@ -59,6 +59,14 @@ class EvalConfig(StepConfig):
     """Also ask base and tuned 45 questions that come with the project (instructions, arithmetic, reading): whether
     tuning forgot what the base knew. A gate of promote on `regression/accuracy` guards it."""
 
+    lm_eval_tasks: list[str] = Field(default_factory=list)
+    """Task files (YAML) of lm-evaluation-harness that base and tuned answer, too, by that library, at most `max_rows`
+    rows of each. Nothing is fetched: `dataset_path` is json, csv, parquet or text, and `dataset_kwargs.data_files`
+    lie beside the task. A gate of promote on `lm_eval/<task>/<metric>` guards one."""
+
+    lm_eval_chat: bool = False
+    """Put the questions of those tasks in the model's chat template, as `lm_eval --apply_chat_template` does."""
+
     json_schema: dict[str, Any] | None = None
     """JSON schema that every answer should keep; `schema_ok_rate` counts those that do."""
 

@@ -14,10 +14,16 @@ from finemill.tracking.settings import Tracking
 def model_state(inputs: Mapping[str, str], config: EvalConfig, tracking: Tracking) -> dict[str, str]:
     """A digest for each of `models` that does not name one: files by their bytes, a registered version by its artifact.
 
-    An endpoint is known by its address alone.
+    An endpoint is known by its address alone. The files of `lm_eval_tasks` count, too.
     Raises: UserError: one of them is not there.
     """
-    return {f"models.{name}": found for name, model in config.models.items() if (found := _identity(model))}
+    state = {f"models.{name}": found for name, model in config.models.items() if (found := _identity(model))}
+    if config.lm_eval_tasks:
+        from finemill.components.eval.harness import task_files
+
+        digests = digest_of_files(task_files(config.lm_eval_tasks))
+        state["lm_eval_tasks"] = " ".join(digest.sha256[:16] for digest in digests)
+    return state
 
 
 def _identity(model: str) -> str:

@@ -18,6 +18,7 @@ from finemill.artifacts.metrics import (
     MODELS,
     ROWS,
     delta_metric,
+    is_stderr,
     metric_parts,
     metrics_of,
     model_metric,
@@ -25,6 +26,7 @@ from finemill.artifacts.metrics import (
 )
 from finemill.components.eval.chart import training_chart
 from finemill.components.eval.config import EvalConfig
+from finemill.components.eval.harness import PREFIX as TASKS
 from finemill.components.eval.metrics import sources
 from finemill.components.eval.overview import change, heat_map, short_name, verdict, worst_first
 from finemill.components.eval.think_lengths import think_lengths
@@ -68,6 +70,20 @@ MEASURES = (
     Measure("regression/reading", "... reading", "", as_percent=True),
     Measure("generated_tokens", "Answer length", "tokens, the end of turn included", as_percent=False),
 )
+
+
+def _task_measures(metrics: Mapping[str, float]) -> list[Measure]:
+    """A measure per metric of the tasks of lm-evaluation-harness; shares as per cent."""
+    keys = [name for name in metrics_of(metrics, "base") if name.startswith(f"{TASKS}/") and not is_stderr(name)]
+    return [
+        Measure(
+            key,
+            key.removeprefix(f"{TASKS}/").replace("/", ", "),
+            "lm-evaluation-harness",
+            as_percent=all(0 <= metrics[model_metric(model, key)] <= 1 for model in MODELS),
+        )
+        for key in keys
+    ]
 
 
 _OF_OTHERS = ("exact_match", "cut_off_rate", "rougeL", "chrf", "tool_calls", "format_ok_rate", "generated_tokens")
@@ -135,7 +151,7 @@ def headline_rows(metrics: Mapping[str, float], source: str = "") -> list[TableR
     """A line per measure that both models have a value for; `source` is a source's name with a slash, or empty."""
     return [
         _table_row(measure, metrics, source)
-        for measure in MEASURES
+        for measure in (*MEASURES, *(() if source else _task_measures(metrics)))
         if not (source and measure.key not in _BY_SOURCE)
         and all(model_metric(model, f"{source}{measure.key}") in metrics for model in MODELS)
     ]

@@ -15,6 +15,7 @@ from finemill.artifacts.evaluation import Sample, write_metrics, write_samples
 from finemill.artifacts.metrics import ModelName
 from finemill.components.eval.answer import answer_both, switches
 from finemill.components.eval.config import EvalConfig
+from finemill.components.eval.harness import read_tasks, score_tasks
 from finemill.components.eval.loss import assistant_losses
 from finemill.components.eval.metrics import summarize
 from finemill.components.eval.others import ask_others, find_others, summarize_others
@@ -32,6 +33,9 @@ from finemill.models.sampling import Sampling
 from finemill.runtime.context import StepContext
 
 logger = logging.getLogger(__name__)
+
+_TASK_BATCH = 16
+"""Rows at once of a task of lm-evaluation-harness, where none is asked for."""
 
 
 def run(
@@ -59,6 +63,7 @@ def run(
         adapter if has_tokenizer(adapter) else base_model, trust_remote_code=False
     )
     questions = read_regression_set(tokenizer) if config.regression else None
+    tasks = read_tasks(config.lm_eval_tasks)
     tuned = load_adapter(_load_base(base_model, config), adapter)
     stops = stop_token_ids(tokenizer, base_model)
     answers = answer_both(
@@ -76,11 +81,23 @@ def run(
     for name, switch in switches(tuned).items():
         with switch(), suitable_threads(tuned):
             samples[name] = score_rows(tuned, tokenizer, rows, answers[name][: len(rows)], name, stops, config)
+    of_tasks: dict[str, float] = {}
+    if tasks:
+        context.recorder.log_progress(f"{len(tasks)} tasks of lm-evaluation-harness")
+        of_tasks = score_tasks(
+            tasks,
+            tuned,
+            tokenizer,
+            switches(tuned),
+            batch_size=config.batch_size or _TASK_BATCH,
+            limit=config.max_rows,
+            chat=config.lm_eval_chat,
+        )
     # A model at a time: the memory of this one is needed.
     del tuned, switch
     stop_texts = tokenizer.convert_ids_to_tokens(list(stops))
     others = ask_others(further, dataset, config, stop_texts, context.recorder.log_progress)
-    metrics = summarize(samples["base"], samples["tuned"]) | summarize_others(samples["base"], others)
+    metrics = summarize(samples["base"], samples["tuned"]) | summarize_others(samples["base"], others) | of_tasks
     if questions:
         metrics |= score_regression(questions, {name: found[len(rows) :] for name, found in answers.items()})
     write_metrics(output_dir, metrics)
