@@ -90,8 +90,7 @@ def run_locally(
                 }
             )
         )
-        # The working folder is the user's: a `tokenizers.py` there is not the library.
-        child_environment = {**os.environ, **environment, EVENTS_VARIABLE: str(events), "PYTHONSAFEPATH": "1"}
+        child_environment = {**os.environ, **environment, **_own_variables(scratch), EVENTS_VARIABLE: str(events)}
         command = [sys.executable, "-m", "finemill.pipelines.local_process", str(request)]
         with log_file.open("wb") as log:
             child = subprocess.Popen(
@@ -106,6 +105,18 @@ def run_locally(
             _stop(child)
     _raise_if_failed(run, child.returncode)
     return run
+
+
+def _own_variables(scratch: str) -> dict[str, str]:
+    """Variables that keep a run's processes apart from the user's working folder, and their leftovers in `scratch`."""
+    temporary = Path(scratch, "tmp")
+    temporary.mkdir()
+    return {
+        # The working folder is the user's: a `tokenizers.py` there is not the library.
+        "PYTHONSAFEPATH": "1",
+        # kfp leaves a folder of every step.
+        "TMPDIR": str(temporary),
+    }
 
 
 def _follow(events: Path, child: "subprocess.Popen[bytes]") -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ steps' events instead.
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -21,10 +22,11 @@ from finemill.pipelines.local import STOP_TIMEOUT_S, for_this_machine
 from finemill.pipelines.render_kfp import build_kfp_pipeline
 
 
-def end_with(parent: int, timeout_s: float = STOP_TIMEOUT_S) -> None:
+def end_with(parent: int, scratch: Path, timeout_s: float = STOP_TIMEOUT_S) -> None:
     """Have this process's group end when `parent`, a process id, is gone: told first, killed after `timeout_s`.
 
-    A caller that is killed tells nobody, and its steps would compute on beside those of the next call.
+    A caller that is killed tells nobody, its steps would compute on beside those of the next call, and its folder
+    `scratch` would stay.
     """
 
     def watch() -> None:
@@ -34,6 +36,7 @@ def end_with(parent: int, timeout_s: float = STOP_TIMEOUT_S) -> None:
         if os.fork() == 0:
             os.setsid()
             _end_group(group, timeout_s)
+            shutil.rmtree(scratch, ignore_errors=True)
             os._exit(0)
 
     group = os.getpgrp()
@@ -60,7 +63,7 @@ def main(request_file: str) -> int:
     # "non-Python base image": the steps run in this interpreter, the image only names where they would run.
     warnings.filterwarnings("ignore", message="You may be attemping to run a task", category=RuntimeWarning)
     request = json.loads(Path(request_file).read_text())
-    end_with(request["caller"])
+    end_with(request["caller"], Path(request_file).parent)
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=request["root"], raise_on_error=True)
     pipeline = for_this_machine(get_pipeline(request["pipeline"]))
     build_kfp_pipeline(pipeline, {}, ClusterConfig())(**request["parameters"])

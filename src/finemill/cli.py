@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, rest = arguments[0], arguments[1:]
     try:
         clean_credentials()
+        if argv is None and name in STEPS:
+            _take_temporary_folder()
         exit_code = _command(name)(name, rest)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -81,6 +83,15 @@ def _open_closed_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+def _take_temporary_folder() -> None:
+    """Give this process of a step a temporary folder of its own; several that compute together share one."""
+    from finemill.runtime.processes import num_processes
+    from finemill.storage.staging import use_own_temporary_folder
+
+    if num_processes() == 1:
+        use_own_temporary_folder()
 
 
 def _command(name: str) -> Callable[[str, list[str]], int]:

@@ -1,5 +1,6 @@
 """Processes are killed at any moment: nothing is half published, nothing stays behind, a repeat gives the same."""
 
+import getpass
 import os
 import signal
 import subprocess
@@ -19,6 +20,8 @@ LINE = ["run", "finetune", "--store", "store", *SHORT]
 COMPUTED = ("data-prep", "chat-format", "train-qlora", "eval", "merge", "gguf-quantize")
 """Steps whose output depends on nothing but their inputs: a repeat has the digest of the first run."""
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+KEPT_IN_TMP = (f"finemill-{os.getuid()}", f"torchinductor_{getpass.getuser()}")
+"""Of a step that was killed the next one removes what is in the first, torch makes the second."""
 ROWS = ["data-prep", "--sources", '[{uri: "example:reasoning", max_rows: 2000}]']
 
 
@@ -96,6 +99,7 @@ def test_a_line_that_is_killed_loses_nothing_and_leaves_nothing(tmp_path: Path, 
         swept = finemill("gc", "--store", "store", cwd=folder, **cache)
         assert swept.returncode == 0, swept.stderr
         assert digests((folder / "store").as_uri()) == expected
+        assert not [path.name for path in (tmp_path / "tmp").iterdir() if path.name not in KEPT_IN_TMP]
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3"])

@@ -21,8 +21,11 @@ while True:
 """
 RUN = """
 import subprocess, sys
+from pathlib import Path
 from finemill.pipelines.local_process import end_with
-end_with(int(sys.argv[3]), timeout_s=1.0)
+scratch = Path(sys.argv[1], "scratch")
+scratch.mkdir()
+end_with(int(sys.argv[3]), scratch, timeout_s=1.0)
 subprocess.run([sys.executable, "-c", sys.argv[4], *sys.argv[1:3]])
 """
 CALLER = """
@@ -65,3 +68,6 @@ def test_steps_end_when_their_caller_is_killed(step: str, tmp_path: Path) -> Non
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert (tmp_path / "told").exists()
+    while (tmp_path / "scratch").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -9,6 +9,14 @@ from finemill.storage.staging import new_staging_folder
 
 OTHER = "import sys, time; from finemill.storage.staging import new_staging_folder as new; "
 OTHER += "print(new('merge-'), flush=True); time.sleep(60)"
+TEMPORARY = """
+import sys, tempfile, time
+from finemill.storage.staging import use_own_temporary_folder
+use_own_temporary_folder()
+with tempfile.NamedTemporaryFile(delete=False) as file:
+    print(file.name, flush=True)
+sys.argv[1:] or time.sleep(60)
+"""
 
 
 def test_folders_of_the_killed_are_swept_and_those_of_the_living_stay(
@@ -26,3 +34,18 @@ def test_folders_of_the_killed_are_swept_and_those_of_the_living_stay(
         new_staging_folder("own-")
     assert not theirs.exists()
     assert own.is_dir()
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_a_step_s_temporary_files_go_with_it(
+    end: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    command = [sys.executable, "-c", TEMPORARY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as step:
+        assert step.stdout is not None
+        theirs = Path(step.stdout.readline().strip())
+        assert theirs.is_relative_to(tmp_path)
+        step.send_signal(end)
+    assert subprocess.run([*command, "again"], check=True, stdout=subprocess.PIPE).returncode == 0
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.endswith(".lock")]

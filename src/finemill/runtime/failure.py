@@ -103,14 +103,15 @@ def describe(command: str, error: Exception) -> tuple[str, int]:
 def report(command: str, error: Exception) -> int:
     """Print one line for a failed command; of a fault of our own with the file that has the traceback.
 
-    Where standard error is kept in a log, in a pod and under `finemill run`, the traceback is there, too.
+    Where standard error is kept in a log, in a pod and under `finemill run`, the traceback is there.
     Returns: the exit code.
     """
     line, exit_code = describe(command, error)
     if explain(error) is None:
         text = without_credentials("".join(traceback.format_exception(error)))
-        log = _write_log(command, text)
-        if log is None or EVENTS_VARIABLE in os.environ or "KUBERNETES_SERVICE_HOST" in os.environ:
+        kept = EVENTS_VARIABLE in os.environ or "KUBERNETES_SERVICE_HOST" in os.environ
+        log = None if kept else _write_log(command, text)
+        if log is None:
             print(text, file=sys.stderr)
         line += f"; the traceback is in {log or 'the lines above'}: please report it"
     print(f"finemill {command}: {line}", file=sys.stderr)

@@ -1,7 +1,10 @@
-"""Folders in the cache in which outputs are prepared: locked while their process lives, swept after its death."""
+"""Folders of a process's own: locked while it lives, swept after its death by the next one that makes such a folder."""
 
+import atexit
+import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -13,9 +16,27 @@ _held: dict[Path, FileLock] = {}
 
 
 def new_staging_folder(prefix: str) -> Path:
-    """A new empty folder on the cache's file system; those of processes that were killed are removed."""
+    """A new empty folder on the cache's file system, in which an output is prepared."""
     root = cache_root() / "staging"
     root.mkdir(parents=True, exist_ok=True)
+    return _new_folder(root, prefix)
+
+
+def use_own_temporary_folder() -> None:
+    """Have this process, and those that it starts, put temporary files into a folder that goes with it.
+
+    Where none can be made they stay in the folder that they would be in anyway.
+    """
+    with suppress(OSError):
+        root = Path(tempfile.gettempdir(), f"finemill-{os.getuid()}")
+        root.mkdir(mode=0o700, exist_ok=True)
+        if root.stat().st_uid == os.getuid():
+            folder = _new_folder(root, "")
+            tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _new_folder(root: Path, prefix: str) -> Path:
     with FileLock(root / ".lock"):
         _sweep(root)
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
