@@ -70,6 +70,7 @@ RULES: dict[str, dict[str, Any]] = {
     "schedule.timezone": {"enum": TIMEZONES},
     "serviceAccount.annotations": {"additionalProperties": {"type": "string"}},
     "workflow.terminationGracePeriodSeconds": {"minimum": 1},
+    "workflow.timeoutSeconds": {"minimum": 0},
     "workflow.ttlSeconds": {"minimum": 1},
     "trainingRuntime.numNodes": {"minimum": 1},
     **{f"resources.{size}.cpu": CPU for size in SIZES},

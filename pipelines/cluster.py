@@ -173,6 +173,9 @@ class ClusterConfig(StepConfig):
     termination_grace_period_s: int = Field(default=120, gt=0)
     """Seconds that a step told to stop has for its checkpoint. Argo only: KFP gives none."""
 
+    run_timeout_s: int = Field(default=7 * 24 * 3600, ge=0)
+    """Seconds after which a run is ended that nobody follows, a wait for GPUs among them; 0: never. Argo only."""
+
     ttl_s: int = Field(default=7 * 24 * 3600, gt=0)
     """Seconds after which a finished Argo workflow is deleted; artifacts, MLflow and logs in them stay."""
 

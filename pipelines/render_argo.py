@@ -71,6 +71,7 @@ def build_argo_template(pipeline: Pipeline, defaults: Mapping[str, Any], cluster
         ),
         volumes=_volumes(cluster),
         pod_priority_class_name=cluster.priority_class,
+        active_deadline_seconds=cluster.run_timeout_s or None,
         ttl_strategy=TTLStrategy(seconds_after_completion=cluster.ttl_s),
         # Pods of failed steps stay as long as the workflow does: they hold the log that tells why.
         pod_gc=PodGC(strategy="OnPodSuccess", delete_delay_duration="10m"),

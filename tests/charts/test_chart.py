@@ -112,7 +112,7 @@ def test_the_pipelines_are_the_compiled_ones_but_for_the_release_s_own_values() 
             item["spec"]["serviceAccountName"] = ""
         assert by_name(template["spec"]["volumes"]) == by_name(compiled["spec"]["volumes"])
         assert steps(template) == steps(compiled)
-        for key in ("entrypoint", "podGC", "securityContext", "ttlStrategy", "arguments"):
+        for key in ("entrypoint", "activeDeadlineSeconds", "podGC", "securityContext", "ttlStrategy", "arguments"):
             assert template["spec"][key] == compiled["spec"][key], key
 
 

@@ -27,9 +27,13 @@ class Api:
                 api.deleted.append(self.path)
                 self._answer("DELETE")
 
+            def do_PATCH(self) -> None:
+                self.do_POST()
+
             def do_POST(self) -> None:
-                api.posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                self._answer("POST")
+                data = self.rfile.read(int(self.headers["Content-Length"] or 0))
+                api.posted.append(json.loads(data or b"{}"))
+                self._answer(self.command)
 
             def _answer(self, method: str) -> None:
                 code, body = api.answers.get((method, self.path.split("?")[0]), (404, "404 page not found"))

@@ -189,6 +189,19 @@ def test_a_step_whose_pod_has_no_place_yet_waits(kfp: Api, pods: list[dict[str, 
     assert (phases["data-prep"], phases["train-qlora"]) == ("running", "waiting")
 
 
+def test_a_run_whose_step_finds_no_place_for_too_long_is_ended(
+    kfp: Api, pods: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "4 Insufficient GPU"}
+    pods.append(pod("train-qlora", phase="Pending", conditions=[scheduled]))
+    kfp.answers["GET", f"{ROOT}/runs/r1"] = run("RUNNING", tasks(train_qlora="RUNNING"))
+    kfp.answers["POST", f"{ROOT}/runs/r1:terminate"] = (200, {})
+    assert watch(kfp) == 75
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "train-qlora has waited" in line
+    assert "(Unschedulable: 4 Insufficient GPU), and the run was ended" in line
+
+
 def test_a_run_s_end_waits_for_its_tasks(
     kfp: Api, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ The workflow objects in `workflows/` were recorded on a cluster and reduced to w
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,24 @@ def test_a_step_that_waits_in_vain_ends_the_wait(
     assert main(["watch", "finetune-x", *ARGO]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert "train-qlora cannot start: the image is not on the node" in line
+
+
+def test_a_run_whose_step_finds_no_place_for_too_long_is_ended(
+    api: Api, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_table, "POLL_S", 0.01)
+    workflow = recorded("done")
+    workflow["status"] |= {"phase": "Running"}
+    for node in workflow["status"]["nodes"].values():
+        if node["displayName"].startswith("train-qlora"):
+            node |= {"phase": "Pending", "message": "Unschedulable: 0/4 nodes are available: 4 Insufficient GPU"}
+            del node["finishedAt"]
+    api.answers["GET", f"{OBJECTS}/workflows/finetune-x"] = (200, workflow)
+    api.answers["PATCH", f"{OBJECTS}/workflows/finetune-x"] = (200, workflow)
+    assert main(["watch", "finetune-x", *ARGO, "--start-timeout", "600"]) == 75
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"train-qlora has waited \d+ s for a place \(Unschedulable: 0/4 nodes .*--start-timeout$", line)
+    assert api.posted == [{"spec": {"shutdown": "Terminate"}}]
 
 
 def test_ctrl_c_leaves_the_run_alone_and_says_how_to_come_back(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from finemill.commands.kubernetes_client import WAITING_IN_VAIN, PodLogs, load_client, readable_errors
+from finemill.commands.kubernetes_client import NO_PLACE, WAITING_IN_VAIN, PodLogs, load_client, readable_errors
 from finemill.commands.run_status import Phase, RunStatus, StepStatus
 from finemill.errors import UserError
 from finemill.pipelines.graph import Pipeline
@@ -93,6 +93,12 @@ class ArgoEngine:
         logs = self._logs.setdefault(run, PodLogs(self._client, self.namespace, selector, _step_of))
         return logs.new_lines()
 
+    def stop(self, run: str) -> None:
+        """Terminate the Workflow; its pods go at once."""
+        place = (_GROUP, _VERSION, self.namespace, "workflows", run)
+        with readable_errors(f"Workflow {run}", self.namespace):
+            self._objects.patch_namespaced_custom_object(*place, {"spec": {"shutdown": "Terminate"}})
+
     def come_back(self, run: str) -> str:
         """The command that follows the run again."""
         return f"finemill watch {run} --engine argo --namespace {self.namespace}"
@@ -134,7 +140,8 @@ def _step(name: str, node: Mapping[str, Any] | None, nodes: Mapping[str, Any]) -
     last = attempts[-1] if attempts else node
     message = last.get("message", "") or node.get("message", "")
     reason = message.split(":")[0].strip()
-    blocked = last.get("phase") == "Pending" and reason in WAITING_IN_VAIN
+    pending = last.get("phase") == "Pending"
+    blocked = pending and reason in WAITING_IN_VAIN
     outputs = last.get("outputs", {})
     code = outputs.get("exitCode")
     return StepStatus(
@@ -144,6 +151,7 @@ def _step(name: str, node: Mapping[str, Any] | None, nodes: Mapping[str, Any]) -
         attempts=max(1, len(attempts)),
         message=f"{WAITING_IN_VAIN[reason]} ({message})" if blocked else message,
         blocked=blocked,
+        unplaced_s=_seconds(last) if pending and reason in NO_PLACE else 0.0,
         exit_code=int(code) if code and int(code) > 0 else None,
         verdict=_verdict(name, outputs),
     )

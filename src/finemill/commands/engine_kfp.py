@@ -141,6 +141,11 @@ class KFPEngine:
         lines, self._lines = self._lines, []
         return lines
 
+    def stop(self, run: str) -> None:
+        """Terminate the run."""
+        with readable_errors(self.host):
+            self._client.terminate_run(run)
+
     def come_back(self, run: str) -> str:
         """The command that follows the run again."""
         place = f" --namespace {self._multi_user}" if self._multi_user else ""
@@ -221,7 +226,7 @@ def _step(task: Any, driver: Any, run_phase: Phase, terminated: bool, facts: Ste
         phase = "skipped"
     elif phase == "running" and facts.pending and not facts.blocked:
         # KFP calls a task running as soon as its pod is asked for; it may wait long for a GPU.
-        phase = "waiting"
+        phase, message = "waiting", facts.unplaced
     end = task.end_time if task.end_time and task.end_time.year > 1970 else datetime.now(UTC)
     return StepStatus(
         task.display_name,
@@ -230,6 +235,7 @@ def _step(task: Any, driver: Any, run_phase: Phase, terminated: bool, facts: Ste
         attempts=facts.attempts,
         message=message,
         blocked=bool(facts.blocked) and phase == "running",
+        unplaced_s=facts.unplaced_s if phase == "waiting" else 0.0,
         exit_code=facts.exit_code,
         verdict=facts.verdict,
     )

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from finemill.commands.kubernetes_client import PodLogs, waits_in_vain
+from finemill.commands.kubernetes_client import PodLogs, waits_for_place, waits_in_vain
 from finemill.runtime.catalog import STEPS
 
 # `<workflow>.root.<task>.executor(<attempt>)`, or with the `templateDefaults.retryStrategy` that KFP's own manifests
@@ -18,12 +18,16 @@ _SIGNALS = {"killed": 137, "terminated": 143}
 
 @dataclass
 class StepFacts:
-    """What a step's pods tell. `pending`: its newest pod has no place yet; `blocked`: what that waits for in vain."""
+    """What a step's pods tell. `pending`: its newest pod has not begun; `blocked`: what that waits for in vain;
+    `unplaced`: what the scheduler says that has found no node for it, in `unplaced_s` seconds.
+    """
 
     attempts: int = 1
     exit_code: int | None = None
     pending: bool = False
     blocked: str = ""
+    unplaced: str = ""
+    unplaced_s: float = 0.0
     verdict: tuple[str, str] | None = None
 
 
@@ -49,6 +53,7 @@ class KFPPods:
         facts.attempts = max(facts.attempts, int(found[2] or 0) + 1)
         facts.pending = pod.status.phase == "Pending"
         facts.blocked = waits_in_vain(pod)
+        facts.unplaced, facts.unplaced_s = waits_for_place(pod)
         return found[1]
 
     def _note(self, step: str, text: str) -> bool:

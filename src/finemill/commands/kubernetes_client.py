@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 from finemill.errors import StepError, TemporaryError, UserError
@@ -19,6 +20,9 @@ WAITING_IN_VAIN: Mapping[str, str] = {
     "InvalidImageName": "the image's name is wrong",
     "CreateContainerConfigError": "a secret or config map is missing",
 }
+
+NO_PLACE = ("Unschedulable", "SchedulingGated")
+"""Reasons of a pod that waits for room in the cluster, or in Kueue's queue."""
 
 # What Argo's executor says of itself, 3.x and 4.x.
 _EXECUTOR_LINE = re.compile(r"time=\S+ .* argo=true( |$)|Error: exit status \d+$")
@@ -87,6 +91,17 @@ def waits_in_vain(pod: Any) -> str:
         if waiting and waiting.reason in WAITING_IN_VAIN:
             return f"{WAITING_IN_VAIN[waiting.reason]} ({waiting.message or waiting.reason})"
     return ""
+
+
+def waits_for_place(pod: Any) -> tuple[str, float]:
+    """What the scheduler says of a pod that it has found no node for, and the pod's age in seconds; nothing and 0
+    for any other.
+    """
+    for condition in pod.status.conditions or ():
+        if condition.type == "PodScheduled" and condition.reason in NO_PLACE:
+            age = datetime.now(UTC) - pod.metadata.creation_timestamp
+            return f"{condition.reason}: {condition.message}", age.total_seconds()
+    return "", 0.0
 
 
 class PodLogs:

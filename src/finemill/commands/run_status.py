@@ -6,12 +6,19 @@ from typing import Any, Literal, Protocol
 
 from finemill.pipelines.graph import Pipeline
 
+START_TIMEOUT_S = 24 * 3600
+"""How long a step may wait for a place in the cluster, a GPU as a rule, unless the caller says otherwise."""
+
 Phase = Literal["waiting", "running", "done", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
 class StepStatus:
-    """One step of a run. `blocked`: it cannot start until somebody mends what `message` says."""
+    """One step of a run.
+
+    `blocked`: it cannot start until somebody mends what `message` says. `unplaced_s`: for how many seconds its pod has
+    had no place in the cluster, as no node has a free GPU.
+    """
 
     name: str
     phase: Phase
@@ -19,6 +26,7 @@ class StepStatus:
     attempts: int = 1
     message: str = ""
     blocked: bool = False
+    unplaced_s: float = 0.0
     exit_code: int | None = None
     verdict: tuple[str, str] | None = None
 
@@ -59,6 +67,9 @@ class Engine(Protocol):
 
     def new_log_lines(self, run: str) -> list[str]:
         """Lines `<step>  <text>` that the steps have written since the last call."""
+
+    def stop(self, run: str) -> None:
+        """End the run and what it has in the cluster."""
 
     def come_back(self, run: str) -> str:
         """The command that follows the run again."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import TextIO
 
-from finemill.commands.run_status import Engine, RunStatus, StepStatus
+from finemill.commands.run_status import START_TIMEOUT_S, Engine, RunStatus, StepStatus
 from finemill.errors import TemporaryError, UserError
 
 POLL_S = 2.0
@@ -59,15 +59,19 @@ def _row(step: StepStatus, width: int) -> str:
     return f"{step.name:<{width}}  {step.phase:<8}{seconds}{attempts}{verdict}{message}"[:240].rstrip()
 
 
-def follow(engine: Engine, run: str, *, logs: bool) -> int:
+def follow(engine: Engine, run: str, *, logs: bool, start_timeout_s: float = START_TIMEOUT_S) -> int:
     """Show the run until it has ended; Ctrl-C leaves it alone. Returns: the run's exit code, 130 after Ctrl-C.
 
-    Raises: UserError: a step waits for something that will not come by itself.
+    Args:
+        logs: whether the steps' whole logs are shown, or their warnings only.
+        start_timeout_s: how long a step may wait for a place in the cluster before the run is ended; 0: for ever.
+    Raises: UserError: a step waits for something that will not come by itself. TemporaryError: one has waited for a
+        place for too long.
     """
     table = RunTable(sys.stderr)
     last_words: dict[str, str] = {}
     try:
-        status = _follow(engine, run, table, logs, last_words)
+        status = _follow(engine, run, table, logs, start_timeout_s, last_words)
     except KeyboardInterrupt:
         print(f"\n{run} goes on without you; come back with:  {engine.come_back(run)}", file=sys.stderr)
         return 130
@@ -75,7 +79,9 @@ def follow(engine: Engine, run: str, *, logs: bool) -> int:
     return status.exit_code
 
 
-def _follow(engine: Engine, run: str, table: RunTable, logs: bool, last_words: dict[str, str]) -> RunStatus:
+def _follow(
+    engine: Engine, run: str, table: RunTable, logs: bool, start_timeout_s: float, last_words: dict[str, str]
+) -> RunStatus:
     """Poll until the run has ended; `last_words` gets each step's own error line."""
     blocked_since: float | None = None
     reached = time.monotonic()
@@ -96,6 +102,13 @@ def _follow(engine: Engine, run: str, table: RunTable, logs: bool, last_words: d
             blocked_since = (blocked_since or time.monotonic()) if blocked else None
             if blocked and blocked_since and time.monotonic() - blocked_since > BLOCKED_S:
                 raise UserError(f"{run}: {blocked.name} cannot start: {blocked.message}")
+            unplaced = next((step for step in status.steps if step.unplaced_s > start_timeout_s > 0), None)
+            if unplaced:
+                engine.stop(run)
+                raise TemporaryError(
+                    f"{run}: {unplaced.name} has waited {unplaced.unplaced_s:.0f} s for a place ({unplaced.message}), "
+                    "and the run was ended: run it again when there is room, or with a longer --start-timeout"
+                )
         time.sleep(POLL_S)
 
 

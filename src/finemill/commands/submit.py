@@ -7,7 +7,7 @@ from typing import Any
 
 from finemill.commands.config_flags import add_config_flags, read_config
 from finemill.commands.pipeline_argument import check_chosen, choose_pipeline, default_config_file
-from finemill.commands.run_status import Engine
+from finemill.commands.run_status import START_TIMEOUT_S, Engine
 from finemill.errors import UserError
 from finemill.pipelines.graph import Pipeline
 from finemill.pipelines.parameters import check_shared_store, with_optional_fields
@@ -35,7 +35,7 @@ def execute(name: str, arguments: list[str]) -> int:
         return 0
     from finemill.commands.run_table import follow
 
-    return follow(engine, run, logs=parsed.logs)
+    return follow(engine, run, logs=parsed.logs, start_timeout_s=parsed.start_timeout)
 
 
 def _check_flags(parsed: argparse.Namespace) -> None:
@@ -70,7 +70,18 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=["kfp", "argo"], required=True, help="which system runs it")
     parser.add_argument("--host", metavar="URL", help="KFP: its API server, http://localhost:8888")
     parser.add_argument("--namespace", metavar="NAME", help="Argo: where the chart is installed; KFP: the user's own")
+    parser.add_argument(
+        "--start-timeout", type=_seconds, default=START_TIMEOUT_S, metavar="SECONDS", help="end a run that is "
+        "followed when a step has waited so long for a place, a GPU as a rule; 0: never (default: %(default)s)"
+    )  # fmt: skip
     parser.add_argument("--no-logs", dest="logs", action="store_false", help="show the table only")
+
+
+def _seconds(text: str) -> int:
+    seconds = int(text)
+    if seconds < 0:
+        raise argparse.ArgumentTypeError(f"{text}: give seconds, or 0 for no limit")
+    return seconds
 
 
 def _parameters(parsed: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:

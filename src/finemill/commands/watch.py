@@ -12,4 +12,4 @@ def execute(name: str, arguments: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="what `finemill submit` printed")
     add_engine_flags(parser)
     parsed = parser.parse_args(arguments)
-    return follow(open_engine(parsed), parsed.run, logs=parsed.logs)
+    return follow(open_engine(parsed), parsed.run, logs=parsed.logs, start_timeout_s=parsed.start_timeout)
