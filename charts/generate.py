@@ -22,6 +22,7 @@ CONFIGS = Path(__file__).parents[1] / "pipelines" / "configs"
 # --set gives numbers for what looks like one.
 CPU = {"type": ["string", "number"], "pattern": CPU_PATTERN}
 MEMORY = {"type": ["string", "integer"], "pattern": MEMORY_PATTERN}
+URL = {"pattern": r"^(https?://[^/\s]+(/\S*)?)?$"}
 TEXTS = {"additionalProperties": {"type": "string"}}
 OBJECTS = {"items": {"type": "object"}}
 TOLERATIONS = {
@@ -46,7 +47,11 @@ SIZES = ("small", "large", "gpu")
 TIMEZONES = resources.files("tzdata").joinpath("zones").read_text().split()
 # What the default of a value cannot tell about the others that are allowed.
 RULES: dict[str, dict[str, Any]] = {
-    "store": {"pattern": "^s3://[a-z0-9.-]+(/.*)?$"},
+    "store": {"pattern": "^s3://[a-z0-9.-]+(/[^{}$]*)?$"},
+    "s3.endpointUrl": URL,
+    "hub.endpoint": URL,
+    # Plug-ins have schemes of their own; a host and a port are none.
+    "mlflow.trackingUri": {"not": {"pattern": "^[^/:]+:[0-9]+(/|$)"}},
     "images.pullPolicy": {"enum": ["IfNotPresent", "Always", "Never"]},
     "images.cpu.digest": {"pattern": "^(sha256:[0-9a-f]{64})?$"},
     "images.train.digest": {"pattern": "^(sha256:[0-9a-f]{64})?$"},

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,10 @@ def test_steps_may_make_train_jobs_where_there_is_a_runtime_and_nowhere_else() -
         ("config.base_model=5", "base_model"),
         ("gpu.tolerations[0].keys=x", "keys"),
         ("extraEnv[0].values=x", "values"),
+        ("s3.endpointUrl=minio:9000", "endpointUrl"),
+        ("hub.endpoint=hub.example", "endpoint"),
+        ("mlflow.trackingUri=mlflow:5000", "trackingUri"),
+        ("store=s3://b/{{x}}", "store"),
     ],
 )
 def test_wrong_values_are_refused(setting: str, message: str) -> None:
@@ -365,20 +370,32 @@ def test_the_network_policy_lets_through_what_the_values_name() -> None:
 
 
 @needs_helm
-def test_a_release_may_be_called_by_a_number() -> None:
-    result = helm("template", "123", str(CHART), "--kube-version", "1.34.0", "--set", "trainingRuntime.enabled=true")
-    for item in filter(None, yaml.safe_load_all(result.stdout)):
-        assert isinstance(item["metadata"]["name"], str)
+def test_a_release_and_what_it_names_may_be_called_by_numbers() -> None:
+    numbers = ("cache.existingClaim=7", "images.pullSecrets[0]=7", "s3.existingSecret=7", "gpu.queue=7")
+    named = [part for number in numbers for part in ("--set-string", number)]
+    options = ("--kube-version", "1.34.0", "--set", "trainingRuntime.enabled=true", *named)
+    for item in filter(None, yaml.safe_load_all(helm("template", "123", str(CHART), *options).stdout)):
         assert all(isinstance(value, str) for value in item["metadata"]["labels"].values())
+        assert not [name for name in named_in(item) if not isinstance(name, str)]
+
+
+def named_in(value: Any) -> Iterator[Any]:
+    """Whatever stands under a name, or a claim's, at any depth."""
+    if isinstance(value, dict):
+        yield from (item for key, item in value.items() if key in ("name", "claimName"))
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from named_in(item)
 
 
 @needs_helm
 def test_a_version_with_build_metadata_is_no_label_with_a_plus(tmp_path: Path) -> None:
     """Flux appends a digest to a chart's version."""
-    helm("package", str(CHART), "--version", "0.1.0+g1234567", "-d", str(tmp_path))
+    versions = ("--version", "0.1.0+g1234567", "--app-version", "0.1.0+g1234567")
+    helm("package", str(CHART), *versions, "-d", str(tmp_path))
     result = helm("template", "mill", str(tmp_path / "finemill-0.1.0+g1234567.tgz"), "--kube-version", "1.34.0")
     objects = [item for item in yaml.safe_load_all(result.stdout) if item]
     assert {item["metadata"]["labels"]["helm.sh/chart"] for item in objects} == {"finemill-0.1.0_g1234567"}
+    assert "0.1.0+g" not in result.stdout
 
 
 @needs_helm

@@ -6,7 +6,7 @@
 {{- define "finemill.labels" -}}
 app.kubernetes.io/name: finemill
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | replace "+" "_" | trunc 63 | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" | quote }}
 {{- end }}
@@ -22,7 +22,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- if $image.digest -}}
 {{- printf "%s%s@%s" $prefix $image.repository $image.digest -}}
 {{- else -}}
-{{- printf "%s%s:%s" $prefix $image.repository ($image.tag | default .root.Chart.AppVersion) -}}
+{{- printf "%s%s:%s" $prefix $image.repository ($image.tag | default (.root.Chart.AppVersion | replace "+" "_")) -}}
 {{- end -}}
 {{- end }}
 
