@@ -24,6 +24,7 @@ from finemill.artifacts.metrics import (
     model_metric,
     stderr_of,
 )
+from finemill.artifacts.records import content_name
 from finemill.components.eval.chart import training_chart
 from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.harness import PREFIX as TASKS
@@ -308,9 +309,9 @@ def facts(training: TrainingRecord | None, config: EvalConfig, context: StepCont
     manifests = context.manifests
     decoding = f"temperature {config.temperature:g}, seed {config.seed}" if config.temperature else "greedy"
     found = [
-        ("Base model", references.get("base_model", "")),
-        ("Data set", _digest(references.get("dataset", ""))),
-        ("Adapter", _digest(references.get("adapter", ""))),
+        ("Base model", content_name(references.get("base_model", ""))),
+        ("Data set", content_name(references.get("dataset", ""))),
+        ("Adapter", content_name(references.get("adapter", ""))),
         ("Split", config.split + (f", at most {config.max_rows} rows" if config.max_rows else "")),
         ("Decoding", f"{decoding}, at most {config.max_new_tokens} tokens"),
         ("Training", _training(training) if training else ""),
@@ -325,11 +326,6 @@ def facts(training: TrainingRecord | None, config: EvalConfig, context: StepCont
 def _training(training: TrainingRecord) -> str:
     losses = [loss for _, loss in training.training_losses]
     return f"{training.num_steps} steps, loss {losses[0]:.3g} to {losses[-1]:.3g}" if losses else ""
-
-
-def _digest(reference: str) -> str:
-    """The content's digest; where it is stored concerns only the machine that stored it."""
-    return f"sha256:{reference.rpartition('@sha256:')[2]}" if "@sha256:" in reference else reference
 
 
 def _title(context: StepContext) -> str:

@@ -12,6 +12,7 @@ from finemill.artifacts.dataset import prompt_ids, read_held_out, spread
 from finemill.artifacts.files import IMATRIX_FILE
 from finemill.artifacts.gguf import GGUFFileRecord, GGUFRecord, write_gguf_record
 from finemill.artifacts.model import read_merge
+from finemill.artifacts.records import content_name
 from finemill.components.gguf_quantize.config import DYNAMIC, GGUFQuantizeConfig, Quantization
 from finemill.components.gguf_quantize.convert import Array, SourceModel
 from finemill.components.gguf_quantize.decoded import check_decoded
@@ -127,7 +128,7 @@ def _imatrix(
         return None
     context.recorder.log_progress(f"importance of input channels on {config.imatrix_rows} training rows")
     importance = channel_importance(stored, source, rows)
-    write_imatrix(output_dir / IMATRIX_FILE, importance, rows, context.references["dataset"])
+    write_imatrix(output_dir / IMATRIX_FILE, importance, rows, content_name(context.references["dataset"]))
     return {name: found.weights for name, found in importance.items()}
 
 

@@ -10,6 +10,7 @@ import torch
 
 from finemill.artifacts.adapter import read_training
 from finemill.artifacts.model import LandedTensor, MergeRecord, write_merge
+from finemill.artifacts.records import content_name
 from finemill.components.merge.config import MergeConfig
 from finemill.components.merge.files import copy_tokenizer, write_config, write_generation_config
 from finemill.components.merge.landed import check_written
@@ -74,9 +75,9 @@ def run(
     tensors = check_written(written, put_adapter_on(StoredModel(base_model), adapter, config)[1])
     landed = summarize(tensors)
     record = MergeRecord(
-        base_model=context.references["base_model"],
+        base_model=content_name(context.references["base_model"]),
         base_known_by=known_by,
-        adapter=context.references["adapter"],
+        adapter=content_name(context.references["adapter"]),
         scale=config.scale,
         dtype=str(dtype).removeprefix("torch."),
         **parity,

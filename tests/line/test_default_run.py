@@ -74,6 +74,14 @@ def test_artifacts_name_their_parents_and_config(finished_run: FinishedRun) -> N
         assert STEPS[name].config.model_validate(manifest.config)
 
 
+def test_what_an_artifact_holds_does_not_depend_on_where_it_lies(finished_run: FinishedRun) -> None:
+    """A repeat in another folder has the same bytes; places and times stand in the manifests alone."""
+    computed = ("data-prep", "chat-format", "train-qlora", "eval", "merge", "gguf-quantize")
+    files = [path for step in computed for path in finished_run.store.glob(f"{step}/*/**/*") if path.is_file()]
+    place = str(finished_run.store).encode()
+    assert not [path for path in files if path.name != "manifest.json" and place in path.read_bytes()]
+
+
 def test_second_run_reuses_every_step(finished_run: FinishedRun) -> None:
     folder = finished_run.store.parent
     result = finemill("run", "finetune", "--store", "store", cwd=folder, FINEMILL_CACHE=str(folder / "cache"))

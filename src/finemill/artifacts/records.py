@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from finemill.artifacts.manifest import DIGEST_MARK
 from finemill.config import describe_validation_error
 from finemill.errors import UserError
 
@@ -55,3 +56,13 @@ def read_record(path: Path, record_type: type[RecordT], writer: str) -> RecordT:
             f"{path} is not what this version of {writer} writes ({describe_validation_error(error, record_type)}): "
             f"run {writer} again"
         ) from None
+
+
+def content_name(text: str) -> str:
+    """`sha256:<digest>` for an artifact's reference, any other text as it is.
+
+    Artifacts name each other so in their files: where one lies concerns only the machine that stored it, and a repeat
+    in another store is to have the same bytes.
+    """
+    mark = text.rfind(DIGEST_MARK)
+    return text[mark + 1 :] if mark >= 0 else text
