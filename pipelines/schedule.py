@@ -21,8 +21,12 @@ _FIELDS: Sequence[tuple[str, int, int, Sequence[str]]] = (
 _LONGEST_MONTHS = {month: 29 if month == 2 else 30 if month in (4, 6, 9, 11) else 31 for month in range(1, 13)}
 
 
-def check_schedule(cron: str, timezone: str | None = None) -> None:
-    """Raises: UserError: the controller would refuse it, or it would never fire."""
+def check_schedule(cron: str | None, timezone: str | None = None) -> None:
+    """Raises: UserError: the controller would refuse it, it would never fire, or there is a time zone for nothing."""
+    if cron is None:
+        if timezone is not None:
+            raise UserError("--timezone says how --schedule is read: give both")
+        return
     texts = cron.split()
     if len(texts) != len(_FIELDS):
         raise UserError(f"schedule '{cron}' has {len(texts)} fields; five are needed, '0 3 * * *' is daily at 3:00")

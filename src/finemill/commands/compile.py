@@ -5,8 +5,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from finemill.commands.config_flags import add_config_flags, read_config
-from finemill.commands.pipeline_argument import check_chosen, choose_pipeline, default_config_file
+from finemill.commands.config_flags import read_config
+from finemill.commands.pipeline_argument import default_config_file, parse_with_pipeline
 from finemill.errors import UserError
 from finemill.pipelines.graph import Pipeline
 from finemill.pipelines.parameters import check_shared_store, run_parameters, with_optional_fields
@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 def execute(name: str, arguments: list[str]) -> int:
     """Write the chosen pipeline for the chosen engine. Returns: the exit code."""
-    parser = _parser()
-    pipeline = choose_pipeline(parser, arguments)
-    add_config_flags(parser, pipeline.config)
-    parsed = parser.parse_args(arguments)
-    check_chosen(pipeline, parsed)
+    pipeline, parsed = parse_with_pipeline(_parser(), arguments)
     _check_engine_flags(parsed)
     from finemill.pipelines.cluster import read_cluster_config
 
@@ -69,10 +65,7 @@ def _check_engine_flags(parsed: argparse.Namespace) -> None:
         raise UserError("KFP keeps schedules beside the pipeline: `finemill submit --engine kfp --schedule` makes one")
     if parsed.engine == "argo" and parsed.manifests:
         raise UserError("--manifests is for KFP: what is written for Argo are Kubernetes manifests always")
-    if parsed.timezone is not None and parsed.schedule is None:
-        raise UserError("--timezone says how --schedule is read: give both")
-    if parsed.schedule is not None:
-        check_schedule(parsed.schedule, parsed.timezone)
+    check_schedule(parsed.schedule, parsed.timezone)
     if parsed.store is not None:
         check_shared_store(parsed.store)
 

@@ -4,30 +4,37 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from finemill.commands.config_flags import add_config_flags
 from finemill.errors import UserError
 from finemill.pipelines.catalog import PIPELINES, get_pipeline
 from finemill.pipelines.graph import Pipeline
 
 
-def choose_pipeline(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Pipeline:
-    """Add the argument to `parser` and return the pipeline it names.
+def parse_with_pipeline(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[Pipeline, argparse.Namespace]:
+    """Add the argument and its configuration's flags to `parser`, and parse.
 
+    Returns: the pipeline that is named, and all that was given.
     Raises: UserError: there is no pipeline of that name.
     """
     parser.add_argument("pipeline", metavar="PIPELINE", help=", ".join(PIPELINES))
+    pipeline = _named(parser, arguments)
+    add_config_flags(parser, pipeline.config)
+    parsed = parser.parse_args(arguments)
+    if parsed.pipeline != pipeline.name:
+        raise UserError(f"'{parsed.pipeline}' is the pipeline here: name it before the options")
+    return pipeline, parsed
+
+
+def _named(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> Pipeline:
     first = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    # Behind options the name may also be a value of one: the parser, which knows them, is asked by `check_chosen`.
+    # Behind options the name may also be a value of one: the parser, which will know them, is asked afterwards.
     named = first or next((argument for argument in arguments if argument in PIPELINES), None)
     if named is None:
         parser.parse_args(list(arguments))
         parser.error(f"name the pipeline: {', '.join(PIPELINES)}")
     return get_pipeline(named)
-
-
-def check_chosen(pipeline: Pipeline, parsed: argparse.Namespace) -> None:
-    """Raises: UserError: the name that was found is not the argument."""
-    if parsed.pipeline != pipeline.name:
-        raise UserError(f"'{parsed.pipeline}' is the pipeline here: name it before the options")
 
 
 def default_config_file(pipeline: Pipeline) -> Path | None:

@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finemill.commands.config_flags import add_config_flags, read_config
-from finemill.commands.pipeline_argument import check_chosen, choose_pipeline, default_config_file
+from finemill.commands.config_flags import read_config
+from finemill.commands.pipeline_argument import default_config_file, parse_with_pipeline
 from finemill.commands.run_display import RunDisplay, print_results
 from finemill.config import ConfigT, StepConfig
 from finemill.models.base.resolve import resolve_base_model
@@ -23,11 +23,7 @@ from finemill.tracking.settings import TRACKING_VARIABLE, Tracking
 
 def execute(name: str, arguments: list[str]) -> int:
     """Run the chosen pipeline and print its results. Returns: the exit code."""
-    parser = _parser()
-    pipeline = choose_pipeline(parser, arguments)
-    add_config_flags(parser, pipeline.config)
-    parsed = parser.parse_args(arguments)
-    check_chosen(pipeline, parsed)
+    pipeline, parsed = parse_with_pipeline(_parser(), arguments)
     config = read_config(parsed, pipeline.config, "finemill run", default_config_file(pipeline))
     if parsed.dry_run:
         print(config.model_dump_json(indent=2, by_alias=True))

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finemill.commands.config_flags import add_config_flags, read_config
-from finemill.commands.pipeline_argument import check_chosen, choose_pipeline, default_config_file
+from finemill.commands.config_flags import read_config
+from finemill.commands.pipeline_argument import default_config_file, parse_with_pipeline
 from finemill.commands.run_status import START_TIMEOUT_S, Engine
 from finemill.errors import UserError
 from finemill.pipelines.graph import Pipeline
@@ -16,11 +16,7 @@ from finemill.pipelines.schedule import check_schedule
 
 def execute(name: str, arguments: list[str]) -> int:
     """Submit the chosen pipeline. Returns: 0 when it is submitted; with --wait the run's own exit code."""
-    parser = _parser()
-    pipeline = choose_pipeline(parser, arguments)
-    add_config_flags(parser, pipeline.config)
-    parsed = parser.parse_args(arguments)
-    check_chosen(pipeline, parsed)
+    pipeline, parsed = parse_with_pipeline(_parser(), arguments)
     _check_flags(parsed)
     parameters = _parameters(parsed, pipeline)
     engine = open_engine(parsed)
@@ -40,10 +36,7 @@ def execute(name: str, arguments: list[str]) -> int:
 
 def _check_flags(parsed: argparse.Namespace) -> None:
     """Raises: UserError: a cluster would take the value, and no step could work with it."""
-    if parsed.timezone is not None and parsed.schedule is None:
-        raise UserError("--timezone says how --schedule is read: give both")
-    if parsed.schedule is not None:
-        check_schedule(parsed.schedule, parsed.timezone)
+    check_schedule(parsed.schedule, parsed.timezone)
     if parsed.store is not None:
         check_shared_store(parsed.store)
     if parsed.gpus is not None and parsed.gpus < 0:
