@@ -6,9 +6,10 @@ STAMP := $(VENV)/.installed
 # uv installs in seconds what takes pip minutes; both read the same constraints.
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --compile-bytecode --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
-# The program that `make test-cluster` asks for a cluster when KUBECONFIG names none, and how `make images` builds.
+# The program that `make test-cluster` asks for a cluster when KUBECONFIG names none, and how `make images` builds:
+# BASE is a Debian with Python 3.11, by digest; images/README.md says how to get one.
 FINEMILL_CLUSTER ?=
-BASE ?= python:3.11-slim-bookworm
+BASE ?=
 REGISTRY ?= localhost
 BUILD_FLAGS ?=
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/finemill/__init__.py)
@@ -46,7 +47,8 @@ test-cluster: $(STAMP)  ## the tests that need a Kubernetes cluster with Argo Wo
 test-faults: $(STAMP)  ## half an hour of kills, damaged S3, racing promotions and strange inputs; FAULTS=0.1 tries a tenth
 	@FINEMILL_FAULTS=$(FAULTS) $(BIN)/python -m pytest -m faults -n $(WORKERS) --dist worksteal tests/faults
 
-images: $(STAMP)  ## build both images with buildah; BASE, REGISTRY and BUILD_FLAGS are yours to set
+images: $(STAMP)  ## build both images with buildah on BASE, name@sha256:...; REGISTRY and BUILD_FLAGS are yours to set
+	@case "$(BASE)" in *@sha256:*|localhost/*) ;; *) echo "make images: BASE '$(BASE)' is no image by digest: images/README.md"; exit 2;; esac
 	@for role in cpu train; do \
 		buildah bud --layers $(BUILD_FLAGS) --build-arg BASE=$(BASE) --build-arg VERSION=$(VERSION) \
 			--build-arg GIT_SHA=$$(git rev-parse HEAD) -t $(REGISTRY)/finemill-$$role:$(VERSION) -f images/$$role/Containerfile . || exit 1; \

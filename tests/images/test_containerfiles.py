@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -32,7 +33,19 @@ def test_the_last_stage_has_a_numeric_user_in_group_0_and_installs_nothing(role:
 def test_every_stage_stands_on_the_base_that_is_given_less_its_setuid_programs(role: str) -> None:
     text = (ROOT / "images" / role / "Containerfile").read_text()
     assert re.findall(r"^FROM (\S+)", text, flags=re.M) == ["${BASE}", "base", "deps", "base"]
+    assert "\nARG BASE\n" in text
     assert "find / -xdev -type f -perm /6000 -exec chmod a-s {} +" in stages(role)["base"]
+
+
+@pytest.mark.parametrize("base", ["", "python:3.11-slim-bookworm"])
+def test_images_stand_on_a_base_that_is_given_by_digest(base: str, tmp_path: Path) -> None:
+    (tmp_path / ".installed").touch()
+    # Newer than what an installation is made from.
+    os.utime(tmp_path / ".installed", (4e9, 4e9))
+    command = ["make", "images", f"BASE={base}", f"VENV={tmp_path}"]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert made.returncode == 2
+    assert "is no image by digest" in made.stdout
 
 
 @every_role
@@ -46,7 +59,7 @@ def test_what_is_written_lies_under_tmp(role: str) -> None:
 @every_role
 def test_labels_and_variables_tell_where_an_image_comes_from(role: str) -> None:
     last = stages(role)["last"]
-    for label in ("title", "description", "licenses", "version", "revision"):
+    for label in ("title", "description", "licenses", "version", "revision", "base.name"):
         assert f"org.opencontainers.image.{label}=" in last
     assert "FINEMILL_GIT_SHA=${GIT_SHA}" in last
     assert "FINEMILL_IMAGE=${IMAGE}" in last
