@@ -46,7 +46,7 @@ _MODULES = {name: module for commands in _GROUPS.values() for name, (_, module) 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns: its exit code: 0 done, 2 bad input, 3 gate failed, 75 try again; 1 a fault of ours."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _open_closed_streams()
+    _prepare_streams()
     if not arguments or arguments[0] not in _MODULES:
         _parse_top_level(arguments)
     # Batches of varying length leave gaps in segments of fixed size, and a full GPU takes seconds to give them back.
@@ -78,11 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code
 
 
-def _open_closed_streams() -> None:
-    """Stand /dev/null in for what the caller closed (`>&-`): Python has None there, on which every print fails."""
+def _prepare_streams() -> None:
+    """Write UTF-8 whatever the locale, and to /dev/null what the caller closed (`>&-`): Python has None there, on which
+    every print fails.
+    """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif stream.encoding.lower() != "utf-8":
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape" if name == "stdout" else "backslashreplace")
 
 
 def _take_temporary_folder() -> None:

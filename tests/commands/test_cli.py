@@ -103,6 +103,14 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     assert process.returncode == 141
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-1"])
+def test_output_is_utf_8_whatever_the_locale(encoding: str) -> None:
+    command = [sys.executable, "-m", "finemill", "chat-format", "--rows", "r", "--base-model", "b", "--dry-run"]
+    variables = {**os.environ, "PYTHONIOENCODING": encoding}
+    shown = subprocess.run([*command, "--system-prompt", "Grüße, 日本"], env=variables, capture_output=True, check=True)
+    assert "Grüße, 日本".encode() in shown.stdout
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
 def test_a_closed_output_is_no_fault(closed: str) -> None:
     command = f'"{sys.executable}" -m finemill schema merge {closed}'

@@ -11,10 +11,10 @@ OTHER = "import sys, time; from finemill.storage.staging import new_staging_fold
 OTHER += "print(new('merge-'), flush=True); time.sleep(60)"
 TEMPORARY = """
 import sys, tempfile, time
-from finemill.storage.staging import use_own_temporary_folder
+from finemill.storage.staging import lasting_temporary_folder, use_own_temporary_folder
 use_own_temporary_folder()
 with tempfile.NamedTemporaryFile(delete=False) as file:
-    print(file.name, flush=True)
+    print(file.name, lasting_temporary_folder(), flush=True)
 sys.argv[1:] or time.sleep(60)
 """
 
@@ -44,8 +44,8 @@ def test_a_step_s_temporary_files_go_with_it(
     command = [sys.executable, "-c", TEMPORARY]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as step:
         assert step.stdout is not None
-        theirs = Path(step.stdout.readline().strip())
-        assert theirs.is_relative_to(tmp_path)
+        theirs, lasting = map(Path, step.stdout.readline().split())
+        assert theirs.parent != lasting == tmp_path
         step.send_signal(end)
     assert subprocess.run([*command, "again"], check=True, stdout=subprocess.PIPE).returncode == 0
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.endswith(".lock")]

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from finemill.credentials import without_credentials
 from finemill.errors import StepError, TemporaryError, UserError
+from finemill.storage.staging import lasting_temporary_folder
 from finemill.tracking.progress import EVENTS_VARIABLE
 
 _TEMPORARY = {errno.EAGAIN, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ESTALE}
-_PLACES = "--store, FINEMILL_CACHE and TMPDIR name the folders that are written to"
+_PLACES = "--store, FINEMILL_CACHE, HF_HOME and TMPDIR name the folders that are written to"
 # Modules that come with another package than the one they are named after.
 _BROUGHT_BY = {"kubernetes": "kfp", "kfp_server_api": "kfp", "huggingface_hub": "transformers"}
 _EXTRA = re.compile(r"""^([\w.-]+).*extra == ["']([\w-]+)["']""")
@@ -122,7 +123,13 @@ def _write_log(command: str, text: str) -> str | None:
     """The file that holds `text`; None where none can be written."""
     try:
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", errors="replace", prefix=f"finemill-{command}-", suffix=".log", delete=False
+            "w",
+            encoding="utf-8",
+            errors="replace",
+            dir=lasting_temporary_folder(),
+            prefix=f"finemill-{command}-",
+            suffix=".log",
+            delete=False,
         ) as file:
             file.write(text)
     except OSError:

@@ -13,6 +13,8 @@ from finemill.storage.cache import cache_root
 
 _held: dict[Path, FileLock] = {}
 """Locks of this process's own folders, held until it ends, however it ends."""
+_outer: list[Path] = []
+"""Temporary folder of this process before it took one of its own."""
 
 
 def new_staging_folder(prefix: str) -> Path:
@@ -32,8 +34,14 @@ def use_own_temporary_folder() -> None:
         root.mkdir(mode=0o700, exist_ok=True)
         if root.stat().st_uid == os.getuid():
             folder = _new_folder(root, "")
+            _outer.append(root.parent)
             tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def lasting_temporary_folder() -> Path:
+    """Where a temporary file outlives this process."""
+    return _outer[0] if _outer else Path(tempfile.gettempdir())
 
 
 def _new_folder(root: Path, prefix: str) -> Path:
