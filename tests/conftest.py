@@ -4,11 +4,12 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -82,6 +83,29 @@ def store(request: pytest.FixtureRequest) -> str:
     """Each kind of store in turn."""
     uri: str = request.getfixturevalue(request.param)
     return uri
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URI of an empty PostgreSQL database, behind a socket in a folder of its own."""
+    pytest.importorskip("psycopg2")
+    if shutil.which("initdb") is None:
+        pytest.skip("PostgreSQL is not installed here")
+    # A short path: that of a socket may have a hundred characters. PostgreSQL does not run as root.
+    folder = Path(f"/tmp/finemill-pg-{os.getpid()}")
+    folder.mkdir()
+    nobody = 65534
+    user = {"user": nobody, "group": nobody, "extra_groups": []} if os.getuid() == 0 else {}
+    if user:
+        os.chown(folder, nobody, nobody)
+    data = folder / "data"
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True, **user}
+    options = f"-c listen_addresses= -c unix_socket_directories={folder} -c fsync=off"
+    subprocess.run(["initdb", "-D", data, "-A", "trust", "-U", "finemill", "--no-sync"], cwd=folder, **quiet)
+    subprocess.run(["pg_ctl", "-D", data, "-o", options, "-l", folder / "log", "-w", "start"], cwd=folder, **quiet)
+    yield f"postgresql+psycopg2://finemill@/postgres?host={folder}"
+    subprocess.run(["pg_ctl", "-D", data, "-m", "immediate", "stop"], cwd=folder, **quiet)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

@@ -1,11 +1,7 @@
 """Two promotions at once, again and again: one winner over one champion, and the loser is told."""
 
-import os
-import shutil
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from random import Random
 
 import pytest
@@ -30,41 +26,15 @@ def sqlite(tracking_uri: str) -> str:
 
 
 @pytest.fixture
-def postgres(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The registry in a PostgreSQL server of the test's own, where its programs and psycopg2 are installed."""
-    pytest.importorskip("psycopg2")
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    programs = Path(found[-1]) if found else Path(shutil.which("initdb") or "/nowhere").parent
-    if not (programs / "initdb").exists():
-        pytest.skip("PostgreSQL's initdb is not installed")
-    folder = tmp_path_factory.mktemp("postgres")
-    # The server refuses to run as root.
-    user = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"] if os.geteuid() == 0 else []
-    if user:
-        for path in (folder, *folder.parents[:3]):
-            path.chmod(0o755)
-        os.chown(folder, 65534, 65534)
-    data = folder / "data"
-    subprocess.run(
-        [*user, programs / "initdb", "-D", data, "-U", "finemill", "-A", "trust"], check=True, capture_output=True
-    )
-    with subprocess.Popen(
-        [*user, programs / "postgres", "-D", data, "-k", folder, "-h", "", "-F"], stderr=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stderr is not None
-        for line in server.stderr:
-            if "ready to accept connections" in line:
-                break
-        threading.Thread(target=server.stderr.read, daemon=True).start()
-        uri = f"postgresql://finemill@/postgres?host={folder}"
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        MlflowClient(uri).search_experiments()
-        yield uri
-        server.terminate()
+def postgresql(postgres: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The registry in a PostgreSQL server."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", postgres)
+    MlflowClient(postgres).search_experiments()
+    return postgres
 
 
 @pytest.mark.parametrize(
-    ("registry", "kind", "full"), [("sqlite", "folder", 40), ("sqlite", "s3", 30), ("postgres", "s3", 30)]
+    ("registry", "kind", "full"), [("sqlite", "folder", 40), ("sqlite", "s3", 30), ("postgresql", "s3", 30)]
 )
 def test_races_have_one_winner(
     registry: str, kind: str, full: int, request: pytest.FixtureRequest, trained: Trained, rng: Random

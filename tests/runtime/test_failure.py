@@ -35,6 +35,8 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a tot
         (MemoryError(), UserError, "this machine's memory is not enough"),
         (RuntimeError("Could not determine home directory."), UserError, "there is no home folder: set HOME"),
         (ModuleNotFoundError("No module named 'kfp'", name="kfp"), UserError, r"pip install 'finemill\[pipelines\]'$"),
+        (ModuleNotFoundError("no", name="psycopg"), UserError, r"pip install 'psycopg'$"),
+        (ModuleNotFoundError("no", name="pydantic.x"), UserError, r"pip install 'finemill'$"),
         (ModuleNotFoundError("no", name="rouge_score.x"), UserError, r"pip install 'finemill\[eval\]'$"),
         (ModuleNotFoundError("no", name="kubernetes.client"), UserError, r"pip install 'finemill\[pipelines\]'$"),
         (ImportError("AutoModel requires the\nPyTorch library"), UserError, r"PyTorch library: .*'finemill\[all\]'$"),

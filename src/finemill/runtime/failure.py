@@ -19,7 +19,7 @@ from finemill.tracking.progress import EVENTS_VARIABLE
 _TEMPORARY = {errno.EAGAIN, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ESTALE}
 _PLACES = "--store, FINEMILL_CACHE, HF_HOME and TMPDIR name the folders that are written to"
 # Modules that come with another package than the one they are named after.
-_BROUGHT_BY = {"kubernetes": "kfp", "kfp_server_api": "kfp", "huggingface_hub": "transformers"}
+_BROUGHT_BY = {"yaml": "pyyaml", "kubernetes": "kfp", "kfp_server_api": "kfp", "huggingface_hub": "transformers"}
 _EXTRA = re.compile(r"""^([\w.-]+).*extra == ["']([\w-]+)["']""")
 
 
@@ -66,18 +66,23 @@ def _explain_import(error: ImportError) -> StepError | None:
     module = (error.name or "").partition(".")[0]
     if module == "finemill":
         return None
-    extra = _extra_with(module) if module else "[all]"
-    return UserError(f"{' '.join(str(error).split())}: install it with pip install 'finemill{extra}'")
+    package = _package_with(module) if module else "finemill[all]"
+    return UserError(f"{' '.join(str(error).split())}: install it with pip install '{package}'")
 
 
-def _extra_with(module: str) -> str:
-    """The first extra that brings `module`, in brackets; nothing if the package itself requires it."""
+def _package_with(module: str) -> str:
+    """What to install for `module`: finemill with the first extra that brings it, or a package of that name, as a
+    database's driver, that finemill has no say in.
+    """
     try:
-        required = [_EXTRA.match(line) for line in requires("finemill") or []]
+        required = requires("finemill") or []
     except PackageNotFoundError:
-        return "[all]"
+        return "finemill[all]"
     package = _BROUGHT_BY.get(module, module).replace("_", "-").lower()
-    return next((f"[{found[2]}]" for found in required if found and found[1].lower() == package), "")
+    extras = {found[1].lower(): found[2] for line in reversed(required) if (found := _EXTRA.match(line))}
+    if package in extras:
+        return f"finemill[{extras[package]}]"
+    return "finemill" if any(re.split(r"[^\w.-]", line)[0].lower() == package for line in required) else module
 
 
 @contextmanager

@@ -1,12 +1,6 @@
 """Two promotions at once, on SQLite and on PostgreSQL: one of them wins, and the aliases tell of it."""
 
-import os
-import shutil
-import subprocess
 import threading
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -17,29 +11,6 @@ from finemill.errors import TemporaryError
 from finemill.registry.snapshot import ensure_registered_model, locked, read_registered_model
 
 ROUNDS = 8
-_NOBODY = 65534
-
-
-@pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URI of an empty PostgreSQL database, behind a socket in a folder of its own."""
-    pytest.importorskip("psycopg2")
-    if shutil.which("initdb") is None:
-        pytest.skip("PostgreSQL is not installed here")
-    # A short path: that of a socket may have a hundred characters. PostgreSQL does not run as root.
-    folder = Path(f"/tmp/finemill-pg-{os.getpid()}")
-    folder.mkdir()
-    user = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.getuid() == 0 else {}
-    if user:
-        os.chown(folder, _NOBODY, _NOBODY)
-    data = folder / "data"
-    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True, **user}
-    options = f"-c listen_addresses= -c unix_socket_directories={folder} -c fsync=off"
-    subprocess.run(["initdb", "-D", data, "-A", "trust", "-U", "finemill", "--no-sync"], cwd=folder, **quiet)
-    subprocess.run(["pg_ctl", "-D", data, "-o", options, "-l", folder / "log", "-w", "start"], cwd=folder, **quiet)
-    yield f"postgresql+psycopg2://finemill@/postgres?host={folder}"
-    subprocess.run(["pg_ctl", "-D", data, "-m", "immediate", "stop"], cwd=folder, **quiet)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def decision(version: int) -> Decision:
