@@ -11,7 +11,7 @@ import yaml
 
 from finemill.config import parse_config
 from finemill.pipelines.catalog import PIPELINES
-from finemill.pipelines.cluster import ClusterConfig
+from finemill.pipelines.cluster import LABEL_VALUE, ClusterConfig
 from finemill.pipelines.parameters import with_optional_fields
 from finemill.pipelines.quantity import CPU_PATTERN, MEMORY_PATTERN
 from finemill.pipelines.render_argo import build_argo_template
@@ -23,7 +23,9 @@ CONFIGS = Path(__file__).parents[1] / "pipelines" / "configs"
 CPU = {"type": ["string", "number"], "pattern": CPU_PATTERN}
 MEMORY = {"type": ["string", "integer"], "pattern": MEMORY_PATTERN}
 URL = {"pattern": r"^(https?://[^/\s]+(/\S*)?)?$"}
-TEXTS = {"additionalProperties": {"type": "string"}}
+# Argo would evaluate it.
+PLAIN = {"type": "string", "not": {"pattern": r"\{\{"}}
+LABELS = {"additionalProperties": {"type": "string", "pattern": LABEL_VALUE}}
 OBJECTS = {"items": {"type": "object"}}
 TOLERATIONS = {
     "items": {
@@ -40,7 +42,7 @@ ENVIRONMENT = {
         "type": "object",
         "additionalProperties": False,
         "required": ["name"],
-        "properties": {"name": {"type": "string"}, "value": {"type": "string"}, "valueFrom": {"type": "object"}},
+        "properties": {"name": {"type": "string"}, "value": PLAIN, "valueFrom": {"type": "object"}},
     }
 }
 SIZES = ("small", "large", "gpu")
@@ -60,15 +62,15 @@ RULES: dict[str, dict[str, Any]] = {
     "gpu.memoryGiB": {"type": "number", "minimum": 0},
     "images.registry": {"pattern": r"^([^/\s]+(/[^/\s]+)*)?$"},
     "gpu.sharedMemory": MEMORY,
-    "gpu.nodeSelector": TEXTS,
+    "gpu.nodeSelector": LABELS,
     "gpu.tolerations": TOLERATIONS,
     "extraEnv": ENVIRONMENT,
     "extraVolumes": OBJECTS,
     "extraVolumeMounts": OBJECTS,
     "networkPolicy.extraEgress": OBJECTS,
-    "podLabels": TEXTS,
-    "podAnnotations": TEXTS,
-    "nodeSelector": TEXTS,
+    "podLabels": LABELS,
+    "podAnnotations": {"additionalProperties": PLAIN},
+    "nodeSelector": LABELS,
     "tolerations": TOLERATIONS,
     "workflow.namePrefix": {"pattern": "^([a-z0-9]([a-z0-9-]*))?$"},
     "schedule.cron": {"pattern": cron_pattern()},

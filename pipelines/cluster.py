@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from finemill.config import StepConfig
 from finemill.pipelines.graph import Resources
@@ -31,6 +31,22 @@ CONFIG_KEYS = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI", 
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 HUB_KEYS = ("HF_TOKEN",)
+
+
+LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$"
+"""Regular expression of a label's value as Kubernetes takes it."""
+
+
+def _plain(text: str) -> str:
+    if "{{" in text:
+        raise ValueError(f"'{text}' holds '{{{{', which Argo, and KFP on it, would evaluate: leave it out")
+    return text
+
+
+Plain = Annotated[str, AfterValidator(_plain)]
+"""Type of texts that arrive in a pod as they are."""
+Labels = Mapping[str, Annotated[str, Field(pattern=LABEL_VALUE)]]
+"""Type of labels by name."""
 
 
 class ContainerSize(StepConfig):
@@ -128,19 +144,19 @@ class ClusterConfig(StepConfig):
     gpu_resource: str = "nvidia.com/gpu"
     """Name of the extended resource that a GPU is."""
 
-    gpu_node_selector: Mapping[str, str] = Field(default_factory=dict)
+    gpu_node_selector: Labels = Field(default_factory=dict)
     """Labels of the nodes that GPU steps run on."""
 
     gpu_tolerations: tuple[Toleration, ...] = (Toleration(key="nvidia.com/gpu", operator="Exists"),)
     """Taints that GPU steps tolerate."""
 
-    node_selector: Mapping[str, str] = Field(default_factory=dict)
+    node_selector: Labels = Field(default_factory=dict)
     """Labels of the nodes that all steps run on."""
 
     tolerations: tuple[Toleration, ...] = ()
     """Taints that all steps tolerate."""
 
-    env: Mapping[str, str] = Field(default_factory=dict)
+    env: Mapping[str, Plain] = Field(default_factory=dict)
     """Environment variables of all steps: proxies, MLFLOW_TRACKING_INSECURE_TLS. No secrets: they are written out."""
 
     mounts: tuple[Mount, ...] = ()
@@ -149,10 +165,10 @@ class ClusterConfig(StepConfig):
     ca_config_map: str | None = None
     """Name of a ConfigMap with the certificates of all authorities to trust under `ca.crt`; none trusts the image's."""
 
-    pod_labels: Mapping[str, str] = Field(default_factory=dict)
+    pod_labels: Labels = Field(default_factory=dict)
     """Labels of all steps' pods."""
 
-    pod_annotations: Mapping[str, str] = Field(default_factory=dict)
+    pod_annotations: Mapping[str, Plain] = Field(default_factory=dict)
     """Annotations of all steps' pods."""
 
     priority_class: str | None = None

@@ -314,6 +314,10 @@ def test_what_kfp_s_pods_do_not_have_is_for_argo_and_refused_for_kfp(
         ("mounts: [{path: /x, claim: a, secret: b}]", "give one of config_map, secret and claim"),
         ("tolerations: [{keys: x}]", "unknown key 'tolerations.0.keys'"),
         ("gpu_nodeselector: {}", "unknown key 'gpu_nodeselector'"),
+        ("env: {A: 'x{{workflow.name}}'}", "'env.A': 'x{{workflow.name}}' holds '{{', which Argo"),
+        ("pod_annotations: {a/b: '{{x}}'}", "'pod_annotations.a/b': '{{x}}' holds '{{'"),
+        ("pod_labels: {a: x y}", "'pod_labels.a': String should match pattern"),
+        ("gpu_node_selector: {a: -x}", "'gpu_node_selector.a': String should match pattern"),
     ],
 )
 def test_wrong_cluster_settings_name_the_key(
