@@ -10,7 +10,6 @@ import finemill
 from finemill.cli import main
 from finemill.pipelines.catalog import PIPELINES
 from finemill.pipelines.graph import SMALL
-from finemill.runtime.catalog import STEPS
 from finemill.transport import unpack
 from tests.pipelines.compiled import CompiledTask, read_argo, read_kfp
 
@@ -176,10 +175,8 @@ def test_kubernetes_manifests_hold_the_pipeline(tmp_path: Path) -> None:
     assert main(["compile", "finetune", "--engine", "kfp", "--manifests", "-o", str(tmp_path / "out.yaml")]) == 0
     kinds = {item["kind"]: item for item in yaml.safe_load_all((tmp_path / "out.yaml").read_text())}
     assert set(kinds) == {"Pipeline", "PipelineVersion"}
-    assert set(kinds["PipelineVersion"]["spec"]["pipelineSpec"]["root"]["dag"]["tasks"]) == set(STEPS) - {
-        "detect-change",
-        "train-dpo",
-    }
+    tasks = kinds["PipelineVersion"]["spec"]["pipelineSpec"]["root"]["dag"]["tasks"]
+    assert set(tasks) == {task.name for task in PIPELINES["finetune"].tasks}
 
 
 @pytest.mark.parametrize(
