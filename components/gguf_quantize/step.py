@@ -2,12 +2,13 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from finemill.artifacts.chain import ChainLink, chain_table
 from finemill.artifacts.dataset import prompt_ids, read_held_out, spread
 from finemill.artifacts.files import IMATRIX_FILE
 from finemill.artifacts.gguf import GGUFFileRecord, GGUFRecord, write_gguf_record
@@ -81,9 +82,12 @@ def run(
     ]
     reference = _reference(stored, tokenizer, dataset, config, context)
     comparisons: dict[str, dict[str, float]] = {}
+    links: list[ChainLink] = []
     for quantization in config.quantizations:
-        compared = _compare(files[quantization], quantization, reference, tokenizer, model, config, context)
-        _check_divergence(quantization, compared["kl"], config)
+        compared, link = _compare(files[quantization], quantization, reference, tokenizer, model, config, context)
+        _check_divergence(quantization, link.kl, config)
+        _check_answers(quantization, link, config)
+        links.append(link)
         comparisons[quantization] = {**compared, "max_tensor_error": errors[quantization]}
     lost = _points_lost(reference.exact_match, comparisons, config)
     other_prompts = _other_prompts(comparisons)
@@ -93,8 +97,8 @@ def run(
         logger.warning(line)
     default_file = files[config.quantizations[-1]].path.name
     (output_dir / "Modelfile").write_text(_modelfile(default_file, tokenizer, model), encoding="utf-8")
-    _write_record(output_dir, name, files, comparisons, reference, [*fallbacks, *lost, *other_prompts])
-    _write_card(output_dir, name, model, files, comparisons, is_mixture=bool(source.num_experts))
+    _write_record(output_dir, name, files, comparisons, reference, links, [*fallbacks, *lost, *other_prompts])
+    _write_card(output_dir, name, model, files, comparisons, links, is_mixture=bool(source.num_experts))
     metrics = _metrics(files, comparisons, reference)
     if lost and config.strict:
         raise GateFailedError(f"gguf-quantize: {'; '.join(lost)}")
@@ -154,14 +158,14 @@ def _reference(
     rows = read_held_out(dataset, "test")
     context.recorder.log_progress(f"what the merged model expects on {config.kl_rows} rows")
     length = config.context_length or stored.model.config.max_position_embeddings
-    prompts, expected = compared_positions(stored, spread(rows, config.kl_rows), config.kl_positions, length)
-    if not prompts:
+    compared = compared_positions(stored, spread(rows, config.kl_rows), config.kl_positions, length)
+    if not compared:
         raise UserError(f"gguf-quantize: no held-out row in {dataset} has an answer: run chat-format on other rows")
     with_answer = [row for row in rows if row.answer is not None]
     answer_rows = spread(with_answer or rows, config.verify_rows)
     answers_to = [prompt_ids(row, tokenizer) for row in answer_rows]
     answers = _answers(stored, tokenizer, answers_to, config, context)
-    return Reference(prompts, expected, answer_rows, answers_to, answers)
+    return Reference(compared, answer_rows, answers_to, answers)
 
 
 def _answers(
@@ -191,7 +195,7 @@ def _compare(
     model: Path,
     config: GGUFQuantizeConfig,
     context: StepContext,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], ChainLink]:
     """What llama.cpp makes of a file, against the merged model."""
     context.recorder.log_progress(f"{quantization} in llama.cpp: distributions")
 
@@ -199,11 +203,12 @@ def _compare(
         if done % 16 == 0 or done == len(reference.prompts):
             context.recorder.log_progress(f"{quantization} in llama.cpp: {done} of {len(reference.prompts)} answers")
 
-    longest = max(len(prompt) for prompt in (*reference.kl_prompts, *reference.prompts))
+    longest = max(len(prompt) for prompt in (*(one.prompt for one in reference.compared), *reference.prompts))
     num_threads = config.num_threads or (1 if file.num_parameters < SMALL_MODEL else available_cores())
     length = max(longest + config.max_new_tokens, chat_room(tokenizer))
     with serve(file.path, num_threads, length) as server:
-        return compare(
+        found = compare(
+            quantization,
             server,
             reference,
             tokenizer,
@@ -211,6 +216,7 @@ def _compare(
             max_new_tokens=config.max_new_tokens,
             on_progress=show,
         )
+    return found.metrics, found.link
 
 
 def _check_divergence(quantization: Quantization, kl: float, config: GGUFQuantizeConfig) -> None:
@@ -220,6 +226,17 @@ def _check_divergence(quantization: Quantization, kl: float, config: GGUFQuantiz
         raise StepError(
             f"gguf-quantize: {quantization} in llama.cpp differs from the merged model by {kl:.3g} nats per token "
             f"(KL; allowed {allowed:g}): choose a type with more bits, imatrix true, or a larger max_kl for it"
+        )
+
+
+def _check_answers(quantization: Quantization, link: ChainLink, config: GGUFQuantizeConfig) -> None:
+    """Raises: GateFailedError: beyond chance, the file answers worse than its type may."""
+    allowed = config.allowed_points(quantization)
+    if link.points_surely_lost > allowed:
+        raise GateFailedError(
+            f"gguf-quantize: {quantization} loses {-(link.points_change or 0):.1f} points of exact match against the "
+            f"merged model on {link.answers} problems, surely {link.points_surely_lost:.1f} (allowed {allowed:g}): "
+            "choose a type with more bits, imatrix true, or a larger max_points_lost"
         )
 
 
@@ -290,6 +307,7 @@ def _write_card(
     model: Path,
     files: Mapping[str, WrittenFile],
     comparisons: Mapping[str, Mapping[str, float]],
+    links: Sequence[ChainLink],
     *,
     is_mixture: bool,
 ) -> None:
@@ -322,6 +340,7 @@ def _write_card(
             }
             for quantization, file in files.items()
         },
+        chain=chain_table([*(merge.chain if merge else ()), *links]),
     )
 
 
@@ -331,12 +350,13 @@ def _write_record(
     files: Mapping[str, WrittenFile],
     comparisons: Mapping[str, Mapping[str, float]],
     reference: Reference,
+    links: Sequence[ChainLink],
     warnings: list[str],
 ) -> None:
     record = GGUFRecord(
         name=name,
         merged_exact_match=reference.exact_match,
-        kl_positions=len(reference.kl_prompts),
+        kl_positions=len(reference.compared),
         answers=len(reference.prompts),
         files={
             quantization: GGUFFileRecord(
@@ -350,6 +370,7 @@ def _write_record(
             )
             for quantization, file in files.items()
         },
+        chain=tuple(links),
         warnings=tuple(warnings),
     )
     write_gguf_record(output_dir, record)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from finemill.artifacts.chain import ChainLink
 from finemill.artifacts.dataset import IGNORE_INDEX, HeldOutRow
 from finemill.errors import StepError
+from finemill.metrics.chain import AnsweredProblem, Position, chain_link
 from finemill.metrics.maths import judge
 from finemill.models.generation import Answer
 from finemill.models.llama_cpp import LlamaServer
@@ -39,17 +41,38 @@ PROBES = (
     "emoji 😀👩‍👩‍👧‍👦🇪🇺 and ½ ² ¾ Ⅷ",
     "<think>\n12 + 7 = 19\n</think>\n\n\\boxed{19}",
 )
+# Nats of a token whose probability underflows in float32.
+_LARGEST_LOSS = 100.0
 # Next-token probabilities asked of llama.cpp per position: more would be slow to pass as JSON.
 MAX_PROBABILITIES = 4096
+
+
+@dataclass(frozen=True)
+class ComparedPosition:
+    """The beginning of a row, the token that it goes on with, and what the merged model expects there.
+
+    `log_probabilities` are of the next token, shape (V,), float64.
+    """
+
+    row: int
+    prompt: list[int]
+    next_token: int
+    log_probabilities: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a file came to: metrics by name, and the link from the merged model to it."""
+
+    metrics: dict[str, float]
+    link: ChainLink
 
 
 @dataclass(frozen=True)
 class Reference:
     """What the merged model says: the yardstick for every file."""
 
-    kl_prompts: list[list[int]]
-    log_probabilities: list[torch.Tensor]
-    """Next-token log-probabilities after each of `kl_prompts`, shape (V,), float64."""
+    compared: list["ComparedPosition"]
     rows: list[HeldOutRow]
     prompts: list[list[int]]
     answers: list[Answer]
@@ -62,13 +85,16 @@ class Reference:
 
 def compared_positions(
     stored: StoredModel, rows: Sequence[HeldOutRow], count: int, context_length: int
-) -> tuple[list[list[int]], list[torch.Tensor]]:
+) -> list[ComparedPosition]:
     """Beginnings of `rows`, at most `count` of each, and what the merged model expects after them."""
     ids = [row.input_ids[:context_length] for row in rows]
     lengths = [_positions(row.labels[:context_length], count) for row in rows]
     expected = log_probabilities(stored, ids, lengths)
-    prompts = [row[:length] for row, beginnings in zip(ids, lengths, strict=True) for length in beginnings]
-    return prompts, [after_V for after_NV in expected for after_V in after_NV]
+    return [
+        ComparedPosition(index, row[:length], row[length], after_V)
+        for index, (row, beginnings, after_NV) in enumerate(zip(ids, lengths, expected, strict=True))
+        for length, after_V in zip(beginnings, after_NV, strict=True)
+    ]
 
 
 def _positions(labels: Sequence[int], count: int) -> list[int]:
@@ -79,6 +105,7 @@ def _positions(labels: Sequence[int], count: int) -> list[int]:
 
 
 def compare(
+    name: str,
     server: LlamaServer,
     reference: Reference,
     tokenizer: Any,
@@ -86,8 +113,8 @@ def compare(
     stop_token_ids: Sequence[int],
     max_new_tokens: int,
     on_progress: Callable[[int], None],
-) -> dict[str, float]:
-    """Metrics of the loaded file against `reference`.
+) -> Comparison:
+    """Compare the loaded file, which the chain calls `name`, with `reference`.
 
     `kl` is the mean, over the reference's positions, of KL(merged || file) between next-token distributions in nats:
     over the whole vocabulary up to `MAX_PROBABILITIES` tokens; over llama.cpp's likeliest that many and one event for
@@ -99,33 +126,40 @@ def compare(
     """
     metrics = {"tokenization_match": check_tokenization(server, tokenizer, [row.prompt for row in reference.rows])}
     metrics |= check_chats(server, tokenizer)
-    metrics |= _compare_distributions(server, reference)
+    positions = _compare_distributions(server, reference)
     answers = server.answers(
         reference.prompts,
         stop_texts=tokenizer.convert_ids_to_tokens(list(stop_token_ids)),
         max_new_tokens=max_new_tokens,
         on_progress=on_progress,
     )
-    if answers:
-        same = [
-            _said(row, mine) == _said(row, theirs)
-            for row, mine, theirs in zip(reference.rows, answers, reference.answers, strict=True)
-        ]
-        metrics["same_answer_rate"] = sum(same) / len(same)
-    score = exact_match(reference.rows, answers)
-    if score is not None:
+    problems = [
+        AnsweredProblem(_said(row, mine) == _said(row, theirs), _is_right(row, theirs), _is_right(row, mine))
+        for row, mine, theirs in zip(reference.rows, answers, reference.answers, strict=True)
+    ]
+    link = chain_link(name, "merged", positions, problems)
+    metrics |= {"kl": link.kl, "max_kl": max(max(one.kl for one in positions), 0.0), "top1_agreement": link.same_token}
+    metrics |= {"kl_error": link.kl_error, "loss_change": link.loss_change, "perplexity": link.perplexity}
+    metrics["loss_change_error"] = link.loss_change_error
+    if link.same_answer is not None:
+        metrics["same_answer_rate"] = link.same_answer
+    if (score := exact_match(reference.rows, answers)) is not None:
         metrics["exact_match"] = score
-    return metrics
+    return Comparison(metrics, link)
 
 
 def exact_match(rows: Sequence[HeldOutRow], answers: Sequence[Answer]) -> float | None:
     """Share of the rows with a known answer whose final answer is that; None if no row has one."""
-    right = [
-        judge(row.answer, answer.text, prompt=row.prompt, finished=answer.finished).outcome == "right"
-        for row, answer in zip(rows, answers, strict=True)
-        if row.answer is not None
-    ]
-    return sum(right) / len(right) if right else None
+    outcomes = [_is_right(row, answer) for row, answer in zip(rows, answers, strict=True)]
+    known = [outcome for outcome in outcomes if outcome is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _is_right(row: HeldOutRow, answer: Answer) -> bool | None:
+    """Whether the final answer is the row's; None for a row without one."""
+    if row.answer is None:
+        return None
+    return judge(row.answer, answer.text, prompt=row.prompt, finished=answer.finished).outcome == "right"
 
 
 def _said(row: HeldOutRow, answer: Answer) -> str:
@@ -191,17 +225,23 @@ def _rendered(tokenizer: Any, chat: Messages, thinking: bool) -> str | None:
     return text.removeprefix(tokenizer.bos_token or "")
 
 
-def _compare_distributions(server: LlamaServer, reference: Reference) -> dict[str, float]:
-    divergences, agreements = [], []
-    for prompt, expected_V in zip(reference.kl_prompts, reference.log_probabilities, strict=True):
-        found = server.next_token_log_probabilities(prompt, min(len(expected_V), MAX_PROBABILITIES))
-        divergences.append(kl_divergence(expected_V, found))
-        agreements.append(int(expected_V.argmax()) == max(found, key=lambda token_id: found[token_id]))
-    return {
-        "kl": sum(divergences) / len(divergences),
-        "max_kl": max(divergences),
-        "top1_agreement": sum(agreements) / len(agreements),
-    }
+def _compare_distributions(server: LlamaServer, reference: Reference) -> list[Position]:
+    positions = []
+    for one in reference.compared:
+        expected_V = one.log_probabilities
+        found = server.next_token_log_probabilities(one.prompt, min(len(expected_V), MAX_PROBABILITIES))
+        # A token beyond the likeliest ones is less likely than the last of them.
+        log_q = found.get(one.next_token, min(found.values()))
+        positions.append(
+            Position(
+                row=one.row,
+                kl=kl_divergence(expected_V, found),
+                loss_before=min(-float(expected_V[one.next_token]), _LARGEST_LOSS),
+                loss=min(-log_q, _LARGEST_LOSS),
+                agrees=int(expected_V.argmax()) == max(found, key=lambda token_id: found[token_id]),
+            )
+        )
+    return positions
 
 
 def kl_divergence(expected_V: torch.Tensor, found: Mapping[int, float]) -> float:

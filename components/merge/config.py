@@ -17,6 +17,11 @@ class MergeConfig(StepConfig):
     scale: float = Field(default=1.0, gt=0)
     """Factor on the adapter's part, beside its own lora_alpha: 0.5 is the average of base and tuned model."""
 
+    base: Literal["unquantized", "dequantized"] = "unquantized"
+    """What the adapter is added to. `unquantized` is the base itself; `dequantized` is what a training in 4 bits
+    computed with, 4-bit values in 16 bits: the model that was trained, with the error that 4 bits have. The result says
+    how far the two are from each other under the adapter."""
+
     max_shard_size: str = Field(default="4GB", pattern=r"^\d+(KB|MB|GB)$")
     """Largest safetensors file; a larger model becomes several, with an index."""
 
@@ -26,6 +31,10 @@ class MergeConfig(StepConfig):
 
     min_top1_agreement: float = Field(default=0.95, gt=0, le=1)
     """Smallest share of tokens at which both find the same next token likeliest."""
+
+    max_trained_base_kl: float = Field(default=0.5, gt=0)
+    """Largest mean KL divergence, in nats per token, between the base in 4 bits that was trained on and the base
+    itself, each with the adapter."""
 
     force: bool = False
     """Merge although nothing shows that the base is the one the adapter was trained on, which the result says, or

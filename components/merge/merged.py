@@ -109,7 +109,8 @@ class MergedModel:
 
     def _tensors(self, group: Group) -> Iterator[tuple[str, torch.Tensor]]:
         is_as_stored = self._stored.layout(group).keys() == group.keys.keys()
-        if self.changed.isdisjoint(group.names) and is_as_stored:
+        is_untouched = self.changed.isdisjoint(group.names) and not (group.names and self._stored.is_rounded)
+        if is_untouched and is_as_stored:
             for key in self._stored.layout(group):
                 yield key, _round(key, self._stored.read_stored(key), self._type_of(group, key))
             return

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from finemill.artifacts.chain import ChainLink
+from finemill.metrics.chain import Position, chain_link
 from finemill.models.stored_model import StoredModel
 from finemill.models.streaming import streamed
 
@@ -73,3 +75,25 @@ def compare_logits(expected: Sequence[torch.Tensor], found: Sequence[torch.Tenso
         "kl": max(float(torch.cat(kl).mean()), 0.0),
         "top1_agreement": float(torch.cat(agrees).double().mean()),
     }
+
+
+def link_of_logits(
+    name: str,
+    against: str,
+    prompts: Sequence[Sequence[int]],
+    expected: Sequence[torch.Tensor],
+    found: Sequence[torch.Tensor],
+) -> ChainLink:
+    """The link from `against`, whose logits are `expected`, to `name`, at each token of `prompts` but the last."""
+    positions = []
+    for row, (prompt, expected_TV, found_TV) in enumerate(zip(prompts, expected, found, strict=True)):
+        log_p_TV, log_q_TV = expected_TV[:-1].double().log_softmax(-1), found_TV[:-1].double().log_softmax(-1)
+        following = torch.tensor(prompt[1:])[:, None]
+        columns = (
+            (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1).tolist(),
+            (-log_p_TV.gather(-1, following))[:, 0].tolist(),
+            (-log_q_TV.gather(-1, following))[:, 0].tolist(),
+            (log_p_TV.argmax(-1) == log_q_TV.argmax(-1)).tolist(),
+        )
+        positions += [Position(row, *values) for values in zip(*columns, strict=True)]
+    return chain_link(name, against, positions)

@@ -9,19 +9,21 @@ from typing import Any
 import torch
 
 from finemill.artifacts.adapter import read_training
+from finemill.artifacts.chain import ChainLink, chain_table
 from finemill.artifacts.model import LandedTensor, MergeRecord, write_merge
 from finemill.artifacts.records import content_name
 from finemill.components.merge.config import MergeConfig
 from finemill.components.merge.files import copy_tokenizer, write_config, write_generation_config
 from finemill.components.merge.landed import check_written
 from finemill.components.merge.merged import MergedModel
-from finemill.components.merge.parity import compare_logits, logits_of, probe_prompts
+from finemill.components.merge.parity import compare_logits, link_of_logits, logits_of, probe_prompts
 from finemill.errors import StepError, UserError
 from finemill.models.adapter import check_base, load_adapter
 from finemill.models.base.resolve import resolve_base_model
 from finemill.models.generation import stop_token_ids
 from finemill.models.model_card import serve_commands, write_card
-from finemill.models.stored_model import StoredModel
+from finemill.models.stored_model import Rounding, StoredModel
+from finemill.models.trained_base import trained_rounding
 from finemill.models.write_weights import total_bytes, write_model
 from finemill.runtime.context import StepContext
 from finemill.storage.space import require_space
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Share of the adapter's whole change below which rounding is worth a word.
 _MIN_SHARE = 0.9
+_ADDED_TO = {"unquantized": "16-bit base + adapter", "dequantized": "4-bit base + adapter"}
 # What mixtures of experts call the layer that chooses among them.
 _ROUTERS = ("gate", "router")
 
@@ -46,7 +49,9 @@ def run(
     """
     refuse_quantized(base_model)
     known_by = base_known_by(adapter, config, context)
-    stored = StoredModel(base_model)
+    unquantized = StoredModel(base_model)
+    rounding = _trained_rounding(unquantized, adapter, context)
+    stored = _chosen_base(unquantized, rounding, config)
     dtype = output_dtype(stored, config)
     output_dir.mkdir(parents=True, exist_ok=True)
     require_space(output_dir, stored.num_elements * dtype.itemsize, "the merged model")
@@ -56,6 +61,7 @@ def run(
     refuse_router(tuned, config)
     context.recorder.log_progress("what base and adapter say to the probes")
     expected = logits_of(tuned, stored, prompts)
+    chain = _trained_base(base_model, adapter, rounding, prompts, config, context)
     write_config(
         base_model,
         output_dir,
@@ -70,9 +76,12 @@ def run(
     write_model(output_dir, shapes, merged, config.max_shard_size)
     context.recorder.log_progress("comparing the written model with base and adapter")
     written = StoredModel(output_dir)
-    parity = compare_logits(expected, logits_of(written.model, written, prompts))
+    found = logits_of(written.model, written, prompts)
+    parity = compare_logits(expected, found)
+    chain.append(link_of_logits("merged", _ADDED_TO[config.base], prompts, expected, found))
     context.recorder.log_progress("comparing every written tensor with base and adapter")
-    tensors = check_written(written, put_adapter_on(StoredModel(base_model), adapter, config)[1])
+    used_rounding = rounding if config.base == "dequantized" else None
+    tensors = check_written(written, put_adapter_on(StoredModel(base_model, used_rounding), adapter, config)[1])
     landed = summarize(tensors)
     record = MergeRecord(
         base_model=content_name(context.references["base_model"]),
@@ -85,6 +94,8 @@ def run(
         min_top1_agreement=config.min_top1_agreement,
         **landed,
         tensors=tuple(tensors),
+        base=config.base,
+        chain=tuple(chain),
     )
     write_merge(output_dir, record)
     _write_card(output_dir, record, tokenizer.chat_template, written.num_experts)
@@ -95,8 +106,68 @@ def run(
             f"{config.min_top1_agreement:.1%})"
         )
     return {
+        **{f"merge/{name}": value for name, value in _shift(chain).items()},
         **{f"merge/{name}": value for name, value in {**parity, **landed}.items()},
         "merge/size_bytes": sum(path.stat().st_size for path in output_dir.glob("*.safetensors")),
+    }
+
+
+def _trained_rounding(stored: StoredModel, adapter: Path, context: StepContext) -> Rounding | None:
+    manifest, training = context.manifests.get("adapter"), read_training(adapter)
+    return trained_rounding(stored, manifest.config if manifest else {}, training.layers_in_16_bits if training else ())
+
+
+def _chosen_base(stored: StoredModel, rounding: Rounding | None, config: MergeConfig) -> StoredModel:
+    """The base that the adapter is added to. Raises: UserError: a dequantized one, and what it was is not known."""
+    if config.base == "unquantized":
+        return stored
+    if rounding is None:
+        raise UserError(
+            "merge: base 'dequantized' needs an adapter that train-qlora or train-dpo trained in 4 bits, on a dense "
+            "model and without LoftQ: use base 'unquantized'"
+        )
+    return StoredModel(stored.folder, rounding)
+
+
+def _trained_base(
+    base_model: Path,
+    adapter: Path,
+    rounding: Rounding | None,
+    prompts: Sequence[Sequence[int]],
+    config: MergeConfig,
+    context: StepContext,
+) -> list[ChainLink]:
+    """How far the base is, under the adapter, from the base in 4 bits that was trained on; empty if there was none.
+
+    Raises: StepError: it is another model than the one that was trained.
+    """
+    if rounding is None:
+        return []
+    context.recorder.log_progress("what the base in 4 bits that was trained on and the adapter say to the probes")
+    logits = []
+    for stored in (StoredModel(base_model, rounding), StoredModel(base_model)):
+        logits.append(logits_of(put_adapter_on(stored, adapter, config)[0], stored, prompts))
+    link = link_of_logits(_ADDED_TO["unquantized"], _ADDED_TO["dequantized"], prompts, *logits)
+    if link.kl > config.max_trained_base_kl:
+        raise StepError(
+            f"merge: the base with the adapter differs from the 4-bit base that was trained on by {link.kl:.3g} nats "
+            f"per token (KL; allowed {config.max_trained_base_kl:g}): train on more bits, or merge onto "
+            "base 'dequantized' with a larger max_trained_base_kl"
+        )
+    return [link]
+
+
+def _shift(chain: Sequence[ChainLink]) -> dict[str, float]:
+    """Metrics of the base in 4 bits against the base itself, where there was one."""
+    return {
+        name: value
+        for link in chain[:-1]
+        for name, value in (
+            ("trained_base_kl", link.kl),
+            ("trained_base_kl_error", link.kl_error),
+            ("trained_base_loss_change", link.loss_change),
+            ("trained_base_top1_agreement", link.same_token),
+        )
     }
 
 
@@ -131,8 +202,9 @@ def _write_card(output_dir: Path, record: MergeRecord, chat_template: object, nu
                 "KL, nats per token": f"{record.kl:.2g}",
                 "same likeliest token": f"{record.top1_agreement:.1%}",
                 "change that rounding left": f"{record.share_landed:.1%}",
-            }
+            },
         },
+        chain=chain_table(record.chain),
     )
 
 

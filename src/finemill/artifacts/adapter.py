@@ -19,6 +19,8 @@ class TrainingRecord(Record):
     """Digest of the base model, as `models/base/resolve.py` computes it."""
     unquantized_base_digest: str | None = None
     """The same of the model that the base was made from, where the base is in 4 bits on the disk: for merging."""
+    layers_in_16_bits: tuple[str, ...] = ()
+    """Linear layers that such a base keeps in 16 bits."""
     rope_parameters: dict[str, Any] | None = None
     """The base's positions where the training scaled them, as transformers' configuration has them."""
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from finemill.artifacts.chain import ChainLink
 from finemill.artifacts.files import GGUF_FILE
 from finemill.artifacts.records import Record, read_record, write_record
 
@@ -31,6 +32,8 @@ class GGUFRecord(Record):
     kl_positions: int
     answers: int
     files: dict[str, GGUFFileRecord]
+    chain: tuple[ChainLink, ...] = ()
+    """From the merged model to each file; the way to the merged model is in its merge.json."""
     warnings: tuple[str, ...]
 
 

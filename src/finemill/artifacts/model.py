@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from finemill.artifacts.chain import ChainLink
 from finemill.artifacts.files import MERGE_FILE
 from finemill.artifacts.records import Record, read_record, write_record
 
@@ -38,6 +39,10 @@ class MergeRecord(Record):
     share_landed: float
     min_share_landed: float
     tensors: tuple[LandedTensor, ...]
+    base: str = "unquantized"
+    """What the adapter was added to: the base, or what training in 4 bits computed with (`dequantized`)."""
+    chain: tuple[ChainLink, ...] = ()
+    """From the base in 4 bits with the adapter, where the training had one, to the merged model, on probe chats."""
 
 
 def write_merge(folder: Path, record: MergeRecord) -> None:

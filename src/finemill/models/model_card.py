@@ -30,6 +30,7 @@ def write_card(
     summary: str,
     commands: Sequence[tuple[str, str]],
     table: Mapping[str, Mapping[str, str]],
+    chain: Mapping[str, Mapping[str, str]] = {},
 ) -> None:
     """Write README.md.
 
@@ -38,6 +39,7 @@ def write_card(
         form: what kind of weights lie there.
         commands: (program, command line) of each way to run it.
         table: measured values, by row and column.
+        chain: each form of the model from training on, against the one before it, with 95 % intervals.
     """
     from huggingface_hub import ModelCardData
 
@@ -54,6 +56,8 @@ def write_card(
     parts += ["## Run", *(f"{program}:\n\n```sh\n{line}\n```" for program, line in commands)]
     if table:
         parts += ["## Measured", _table(table)]
+    if chain:
+        parts += ["## From training to here", _table(chain)]
     (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

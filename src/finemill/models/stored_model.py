@@ -50,7 +50,7 @@ class StoredModel:
 
     def __init__(self, folder: Path, rounding: Rounding | None = None) -> None:
         self.folder = folder
-        self._rounding = rounding or (lambda _name, values: values)
+        self._rounding = rounding or _as_it_is
         self.tensors: Mapping[str, StoredTensor] = stored_tensors(folder)
         self.model = _hollow_model(folder, self.tensors)
         # By identity, which only holds while nothing else takes a parameter's address.
@@ -94,6 +94,11 @@ class StoredModel:
     def group_of(self) -> dict[str, Group]:
         """The group that each parameter and buffer comes from."""
         return {name: group for group in self.groups for name in group.names}
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether parameters are read as something else than the files hold."""
+        return self._rounding is not _as_it_is
 
     @property
     def num_elements(self) -> int:
@@ -368,6 +373,10 @@ def _by_expert(keys: Iterable[str]) -> list[list[str]]:
             return []
         found.setdefault(int(number[1]), []).append(key)
     return [found[number] for number in sorted(found)]
+
+
+def _as_it_is(_name: str, values: torch.Tensor) -> torch.Tensor:
+    return values
 
 
 def _float32(values: torch.Tensor) -> torch.Tensor:

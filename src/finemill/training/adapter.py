@@ -193,12 +193,13 @@ def save_adapter(
     else:
         _save_whole(model, weights, output_dir, base)
     tokenizer.save_pretrained(output_dir)
-    state = trainer.state
+    state, four_bit = trainer.state, read_four_bit(base.path)
     record = TrainingRecord(
         max_steps=state.max_steps,
         log_history=tuple(map(_without_times, state.log_history)),
         base_digest=base.digest,
-        unquantized_base_digest=four_bit.base_digest if (four_bit := read_four_bit(base.path)) else None,
+        unquantized_base_digest=four_bit.base_digest if four_bit else None,
+        layers_in_16_bits=four_bit.kept if four_bit else (),
         rope_parameters=dict(model.config.get_text_config().rope_parameters) if rope_scaling else None,
     )
     write_training(output_dir, record)

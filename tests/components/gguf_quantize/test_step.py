@@ -1,6 +1,7 @@
 import math
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from finemill.components.gguf_quantize.imatrix import channel_importance
 from finemill.components.gguf_quantize.step import default_name
 from finemill.components.gguf_quantize.step import run as quantize_gguf
 from finemill.components.gguf_quantize.verify import (
+    Comparison,
     chat_room,
     check_chats,
     check_tokenization,
@@ -28,6 +30,7 @@ from finemill.components.gguf_quantize.verify import (
 )
 from finemill.components.gguf_quantize.write import write_gguf
 from finemill.errors import GateFailedError, StepError, UserError
+from finemill.metrics.chain import AnsweredProblem, Position, chain_link
 from finemill.models.causal_lm import load_causal_lm
 from finemill.models.generation import Answer
 from finemill.models.llama_cpp import serve
@@ -158,7 +161,7 @@ def test_probabilities_are_the_models_own_even_where_the_likeliest_token_is_half
     assert sum(math.exp(value) for value in found.values()) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_a_file_that_loses_too_many_points_fails_only_under_strict(
+def test_a_file_that_loses_too_many_points_fails_under_strict_or_beyond_chance(
     tiny_model_dir: Path,
     tiny_dataset_dir: Path,
     step_context: StepContext,
@@ -168,14 +171,35 @@ def test_a_file_that_loses_too_many_points_fails_only_under_strict(
 ) -> None:
     from finemill.components.gguf_quantize import step
 
-    def worse(*_: Any, **__: Any) -> dict[str, float]:
-        return {"kl": 0.01, "exact_match": -0.5}
+    positions = [Position(row, 0.01, 1.0, 1.1, agrees=True) for row in range(3)]
+
+    def worse(name: str, *_: Any, num_problems: int = 1, **__: Any) -> Comparison:
+        problems = [AnsweredProblem(same=False, right_before=True, right=False)] * num_problems
+        return Comparison({"kl": 0.01, "exact_match": -0.5}, chain_link(name, "merged", positions, problems))
 
     monkeypatch.setattr(step, "compare", worse)
     run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q8_0"])
     assert "Q8_0 loses" in caplog.text
     with pytest.raises(GateFailedError, match=r"loses .* points of exact match"):
         run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q8_0"], strict=True)
+    monkeypatch.setattr(step, "compare", partial(worse, num_problems=100))
+    with pytest.raises(
+        GateFailedError, match=r"Q8_0 loses 100\.0 points of exact match .* surely 9\d\.\d \(allowed 5\)"
+    ):
+        run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q8_0"])
+    # What two bits cost is known.
+    run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q2_K"])
+
+
+def test_the_chain_goes_from_the_merged_model_to_each_file(quantized: tuple[Path, Mapping[str, float]]) -> None:
+    folder, metrics = quantized
+    links = {link.name: link for link in read_gguf_record(folder).chain}
+    assert list(links) == ["F16", "Q8_0", "Q4_K_M"]
+    assert {link.against for link in links.values()} == {"merged"}
+    assert links["Q4_K_M"].kl == metrics["gguf/q4_k_m/kl"] > links["Q4_K_M"].kl_error == metrics["gguf/q4_k_m/kl_error"]
+    assert abs(links["F16"].loss_change) < 0.01
+    assert (links["F16"].positions, links["F16"].answers, links["F16"].same_answer) == (9, 4, 1.0)
+    assert "| F16 | merged | " in (folder / "README.md").read_text()
 
 
 def test_a_file_that_differs_from_the_merged_model_is_not_published(

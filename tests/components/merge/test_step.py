@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from finemill.artifacts.manifest import Producer, new_manifest
 from finemill.artifacts.model import read_merge
 from finemill.components.merge.config import MergeConfig
 from finemill.components.merge.merged import MergedModel
 from finemill.components.merge.parity import compare_logits
 from finemill.components.merge.step import run as merge_adapter
+from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.errors import StepError, UserError
+from finemill.models.adapter import WEIGHTS_NAME
+from finemill.models.nf4.encode import round_trip
 from finemill.runtime.context import StepContext
 
 
@@ -87,6 +92,55 @@ def test_generation_ends_at_the_end_of_the_turn(merged: tuple[Path, Mapping[str,
     assert tokenizer.convert_ids_to_tokens(stops) == ["<|im_end|>", "<|endoftext|>"]
 
 
+@pytest.fixture
+def trained_in_4_bits(step_context: StepContext, tiny_adapter_dir: Path) -> StepContext:
+    """What the harness says of an adapter that `train-qlora` made."""
+    settings = TrainQLoRAConfig().model_dump(mode="json")
+    made_by = Producer(step="train-qlora", version="0", code="test")
+    manifest = new_manifest("adapter", tiny_adapter_dir, made_by, config=settings)
+    return dataclasses.replace(step_context, manifests={"adapter": manifest})
+
+
+def test_the_result_says_how_far_the_base_is_from_the_one_in_4_bits_that_was_trained_on(
+    tiny_model_dir: Path, tiny_adapter_dir: Path, trained_in_4_bits: StepContext, tmp_path: Path
+) -> None:
+    metrics = merge(tiny_model_dir, tiny_adapter_dir, tmp_path, trained_in_4_bits)
+    record = read_merge(tmp_path)
+    assert record is not None
+    shift, merged = record.chain
+    assert (shift.against, shift.name) == ("4-bit base + adapter", "16-bit base + adapter")
+    assert (merged.against, merged.name) == ("16-bit base + adapter", "merged")
+    assert metrics["merge/trained_base_kl"] == shift.kl > 1e-3 > merged.kl
+    assert shift.positions == merged.positions > 100
+    assert "| 16-bit base + adapter | 4-bit base + adapter |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_dequantized_base_gives_the_model_that_was_trained(
+    tiny_model_dir: Path, tiny_adapter_dir: Path, trained_in_4_bits: StepContext, tmp_path: Path
+) -> None:
+    merge(tiny_model_dir, tiny_adapter_dir, tmp_path, trained_in_4_bits, base="dequantized")
+    record = read_merge(tmp_path)
+    assert record is not None
+    assert (record.base, record.chain[-1].against) == ("dequantized", "4-bit base + adapter")
+    base, adapter = load_file(tiny_model_dir / "model.safetensors"), load_file(tiny_adapter_dir / WEIGHTS_NAME)
+    key = "model.layers.3.mlp.down_proj"
+    change = adapter[f"base_model.model.{key}.lora_B.weight"] @ adapter[f"base_model.model.{key}.lora_A.weight"]
+    expected = (round_trip(base[f"{key}.weight"], torch.bfloat16) + 2 * change).bfloat16()
+    written = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(written[f"{key}.weight"], expected)
+    assert torch.equal(written["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+
+
+def test_a_base_that_4_bits_change_too_much_and_one_that_nothing_is_known_of_are_refused(
+    tiny_model_dir: Path, tiny_adapter_dir: Path, trained_in_4_bits: StepContext, step_context: StepContext,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    with pytest.raises(StepError, match=r"differs from the 4-bit base that was trained on by .* allowed 0\.0001"):
+        merge(tiny_model_dir, tiny_adapter_dir, tmp_path / "a", trained_in_4_bits, max_trained_base_kl=1e-4)
+    with pytest.raises(UserError, match="base 'dequantized' needs an adapter that train-qlora"):
+        merge(tiny_model_dir, tiny_adapter_dir, tmp_path / "b", step_context, base="dequantized")
+
+
 def test_a_wrong_merge_is_caught(
     tiny_model_dir: Path,
     tiny_adapter_dir: Path,
@@ -142,8 +196,10 @@ def test_an_adapter_of_another_model_is_refused(
         merge(tiny_model_dir, adapter, tmp_path / "out", step_context)
 
 
-def merge(base: Path, adapter: Path, output: Path, context: StepContext) -> Mapping[str, float]:
-    return merge_adapter(base_model=base, adapter=adapter, output_dir=output, config=MergeConfig(), context=context)
+def merge(base_model: Path, adapter: Path, output: Path, context: StepContext, **config: Any) -> Mapping[str, float]:
+    return merge_adapter(
+        base_model=base_model, adapter=adapter, output_dir=output, config=MergeConfig(**config), context=context
+    )
 
 
 def test_logits_are_compared_by_difference_divergence_and_likeliest_token() -> None:

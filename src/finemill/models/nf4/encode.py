@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import bitsandbytes as bnb
 import torch
@@ -17,18 +17,26 @@ _STATE = "quant_state.bitsandbytes__nf4"
 Shape = tuple[tuple[int, ...], torch.dtype]
 
 
-def quantize(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Any]:
+QuantType = Literal["nf4", "fp4"]
+
+
+def quantize(
+    values: torch.Tensor, dtype: torch.dtype, *, quant_type: QuantType = "nf4", double_quant: bool = True
+) -> tuple[torch.Tensor, Any]:
     """Codes, shape (elements / 2, 1), and bitsandbytes' state of a weight that has `dtype` when it is decoded."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     packed, state = bnb.functional.quantize_4bit(
-        values.to(device, dtype), blocksize=_BLOCK, quant_type="nf4", compress_statistics=True
+        values.to(device, dtype), blocksize=_BLOCK, quant_type=quant_type, compress_statistics=double_quant
     )
     return packed, state
 
 
-def round_trip(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def round_trip(
+    values: torch.Tensor, dtype: torch.dtype, *, quant_type: QuantType = "nf4", double_quant: bool = True
+) -> torch.Tensor:
     """What training computes with in the place of a weight: float32, on the weight's device."""
-    decoded: torch.Tensor = bnb.functional.dequantize_4bit(*quantize(values, dtype))
+    packed, state = quantize(values, dtype, quant_type=quant_type, double_quant=double_quant)
+    decoded: torch.Tensor = bnb.functional.dequantize_4bit(packed, state)
     return decoded.to(values.device, torch.float32)
 
 
