@@ -228,9 +228,11 @@ class ScaleRun(_Run):
     """A training on several GPUs of one host (`finemill bench scale`): ours, or Accelerate's and DeepSpeed's own.
 
     Args:
+        layers: that the model was cut to; 0 for all.
         method: "qlora", "lora" or "full".
         strategy: what the GPUs share.
         rows: per optimizer step in all GPUs together.
+        memory_gb: limit of a GPU that was asked for, GiB; None for the card's.
         peak_bytes: of each GPU.
         recompute: whether layers were computed again in the backward pass; None where it was not recorded, or planned.
         waiting: share of a step in which nothing ran but communication.
@@ -240,6 +242,7 @@ class ScaleRun(_Run):
     kind: Literal["scale"]
     implementation: str
     shape: str
+    layers: int = 0
     method: str
     strategy: str
     offload: bool
@@ -247,6 +250,7 @@ class ScaleRun(_Run):
     processes: int
     seq: int
     rows: int
+    memory_gb: float | None = None
     tokens_per_s: float
     step_s: Quantiles
     peak_bytes: list[int]

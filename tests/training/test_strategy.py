@@ -78,6 +78,8 @@ def test_auto_divides_a_4_bit_base_where_copies_would_come_from_host_memory(
     assert chosen == ["ddp", "shard"]
     unreadable = config.model_copy(update={"strategy": "shard"})
     assert settle_strategy(unreadable, tmp_path, 18 * GIB).strategy == "shard"
+    with pytest.raises(UserError, match=r"no plan fits 7\.88 GiB: the leanest needs"):
+        settle_strategy(unreadable, tmp_path, 8 * GIB)
     monkeypatch.setattr("finemill.training.strategy._readable_gpus", lambda: 1)
     assert settle_strategy(config, tmp_path, 18 * GIB).strategy == "ddp"
     with pytest.raises(UserError, match="no GPUs that can read each other's memory; use strategy 'ddp' or 'fsdp2'"):

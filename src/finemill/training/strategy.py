@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
@@ -14,11 +15,13 @@ import yaml
 from transformers import Trainer
 
 from finemill.errors import UserError
+from finemill.kernels.planning.planner import plan_step
 from finemill.runtime.processes import num_processes
 from finemill.training.config import SHARDED, ConfigT, LoRATrainingConfig
 from finemill.training.memory import (
     GIB,
     covered_workload,
+    eight_bit_moments,
     fits_without_recompute,
     needed_gib,
     not_on_kernels,
@@ -93,23 +96,27 @@ def _with_strategy(config: ConfigT, model: Mapping[str, Any], limit: float | Non
 
 
 def _check_shards(model: Mapping[str, Any], config: LoRATrainingConfig, limit: float | None) -> None:
-    """Refuse shards of a 4-bit base where the kernels do not run, or GPUs cannot read each other. Raises: UserError."""
-    reason = None
+    """Look before anything is loaded whether shards of a 4-bit base can be trained.
+
+    Raises: UserError: the kernels do not run, GPUs cannot read each other's memory, or no plan fits.
+    """
+    reason, work, gpus = None, covered_workload(model, config), _readable_gpus()
     if limit is None:
         reason = "there is no GPU"
-    elif covered_workload(model, config) is None:
+    elif work is None:
         reason = not_on_kernels(config) or f"the kernels do not cover a {model.get('model_type')}"
     elif model.get("quantization_config"):
         reason = "layers of a base that is quantized already may differ in their bits"
-    elif _readable_gpus() == 1:
+    elif gpus == 1:
         reason = "the processes of a host have no GPUs that can read each other's memory"
-    if reason:
+    if reason or limit is None or work is None:
         raise UserError(f"strategy 'shard' cannot run here: {reason}; use strategy 'ddp' or 'fsdp2'")
+    plan_step(replace(work, shards=gpus), int(limit), streamed=True, eight_bit=eight_bit_moments(config))
 
 
 def _readable_gpus() -> int:
     """GPUs of this host's processes that can read each other's memory; 1 if some cannot."""
-    count = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    count = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if torch.cuda.is_available() else 1
     pairs = permutations(range(count), 2)
     return count if all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs) else 1
 
