@@ -202,10 +202,12 @@ def prefers_shards(
         return False
     choose = partial(plan_step, budget=budget, rates=rates, allow_stream=True, eight_bit=eight_bit)
     try:
-        whole, divided = choose(work), choose(replace(work, shards=shards), streamed=True)
+        whole = choose(work)
+        if not whole.stream_weights and work.loading_bytes() <= budget:
+            return False
+        return choose(replace(work, shards=shards), streamed=True).seconds < whole.seconds
     except NoPlanError:
         return False
-    return (whole.stream_weights or work.loading_bytes() > budget) and divided.seconds < whole.seconds
 
 
 def least_bytes(work: Workload, *, allow_stream: bool, eight_bit: bool | None = None) -> int:
