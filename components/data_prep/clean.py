@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 _MAX_SHOWN = 5
 _MAX_FIELD = 200
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_TEXT = json.JSONEncoder(ensure_ascii=False, default=str)
+_IDENTITY = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ def clean_rows(
         record = Record(
             source=number,
             number=counts.read,
-            row_id=_digest(json.dumps(row, ensure_ascii=False, sort_keys=True, default=str)).hex()[:16],
+            row_id=_digest(_IDENTITY.encode(row)).hex()[:16],
             shape=shape,
             prompt_key=_digest(normalize_text(first_question(conversation))),
             text_key=_digest(said),
@@ -173,7 +175,7 @@ def _row_text(row: Row, conversation: Conversation, config: DataPrepConfig) -> s
         raise DroppedRowError("too_short", f"{length} characters")
     if config.max_characters is not None and length > config.max_characters:
         raise DroppedRowError("too_long", f"{length} characters")
-    text = json.dumps(row, ensure_ascii=False, default=str)
+    text = _TEXT.encode(row)
     if not _is_unicode(text):
         raise DroppedRowError("not_unicode")
     return text

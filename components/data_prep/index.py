@@ -4,11 +4,14 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from finemill.artifacts.splits import SPLITS, Split
 from finemill.components.data_prep.clean import Record
 
 _CACHE_KIB = 32 * 1024
+# So many rows are written at once.
+_NEW_ROWS = 1000
 _TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
@@ -34,6 +37,7 @@ class RowIndex:
         self._database.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         self._database.executescript(_TABLES)
         self._num_rows = 0
+        self._new_rows: list[tuple[Any, ...]] = []
 
     def close(self) -> None:
         """Free the disk space."""
@@ -50,11 +54,15 @@ class RowIndex:
     def add(self, record: Record, split: Split, position: bytes) -> None:
         """Remember a usable row; `position` sorts it among the others of its split."""
         values = (record.source, record.number, record.row_id, record.shape, record.prompt_key)
-        self._database.execute(
-            "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (self._num_rows, *values, record.num_characters, record.offset, split, position),
-        )
+        self._new_rows.append((self._num_rows, *values, record.num_characters, record.offset, split, position))
         self._num_rows += 1
+        if len(self._new_rows) >= _NEW_ROWS:
+            self.complete()
+
+    def complete(self) -> None:
+        """Write what was added; before anything is asked about the rows."""
+        self._database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._new_rows)
+        self._new_rows.clear()
 
     def reject(self, place: Place, reason: str, field: str) -> None:
         """Remember a row that is left out."""

@@ -62,8 +62,16 @@ def flags_of(conversation: Conversation) -> list[Flag]:
 _IN_TEXT: Mapping[Flag, Callable[[str], bool]] = {
     "control_tokens": lambda text: ("<" in text or "[" in text) and _CONTROL.search(text) is not None,
     "damaged_encoding": lambda text: not text.isascii() and _DAMAGED.search(text) is not None,
-    "placeholder": lambda text: _PLACEHOLDER.search(text) is not None,
+    "placeholder": lambda text: _may_hold_placeholder(text) and _PLACEHOLDER.search(text) is not None,
 }
+
+
+def _may_hold_placeholder(text: str) -> bool:
+    """Whether a search is worth its time."""
+    if "[" in text or "<" in text or "{{" in text:
+        return True
+    lower = text.lower()
+    return "todo" in lower or "lorem" in lower
 
 
 def _repeats(texts: list[str]) -> bool:

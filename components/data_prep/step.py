@@ -61,6 +61,7 @@ def _read_rows(
     for number in numbers:
         for record in _read_source(number, config, spool, counts[number], checks, context):
             index.add(record, _split_of(record, config), order_key(record.row_id, config.seed))
+    index.complete()
     for number, (source, row), repeated in checks[0].near_duplicates():
         index.remove(number)
         counts[source].drop(row, "near_duplicate", repeated)

@@ -134,7 +134,7 @@ def whole_text(conversation: Conversation) -> str:
     """
     if conversation.text is not None:
         return conversation.text
-    parts = [json.dumps(conversation.tools, default=str)]
+    parts = [json.dumps(conversation.tools, default=str) if conversation.tools else "null"]
     for message in conversation.messages:
         parts += _message_texts(message)
     for message in conversation.rejected or ():
@@ -147,7 +147,8 @@ def _message_texts(message: Message) -> Iterator[str]:
     if message["role"] == "assistant":
         reasoning, content = split_thinking(content)
         yield message.get("reasoning_content") or reasoning or ""
-        yield json.dumps([call["function"] for call in message.get("tool_calls", ())], default=str)
+        calls = message.get("tool_calls")
+        yield json.dumps([call["function"] for call in calls], default=str) if calls else "[]"
         yield str(message.get("weight"))
     yield message["role"]
     yield content

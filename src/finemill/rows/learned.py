@@ -7,7 +7,7 @@ from typing import Any
 
 from finemill.rows.reader import Reader
 from finemill.rows.reasons import DroppedRowError
-from finemill.rows.speakers import snake_case
+from finemill.rows.speakers import ROLES, snake_case, turn_role
 from finemill.rows.values import is_true, parse_json
 
 # What tells good answers from bad ones in unpaired preferences.
@@ -147,18 +147,21 @@ def check_excluded(reader: Reader) -> None:
                 raise DroppedRowError("excluded_row", key)
 
 
-def excluded_turns(reader: Reader, roles: Sequence[str]) -> set[int]:
+def excluded_turns(reader: Reader, turns: Sequence[Mapping[str, Any]]) -> set[int]:
     """The turns that lists of flags beside them exclude: a flag for each turn, or for each of the assistant's.
 
     Args:
         reader: of the row.
-        roles: of the turns, as templates take them.
+        turns: each with a role.
     Raises: DroppedRowError: a list excludes something and is for neither, or excludes every answer.
     """
-    answers = [number for number, role in enumerate(roles) if role == "assistant"]
-    by_length = {len(answers): answers, len(roles): list(range(len(roles)))}
+    lists = list(_flag_lists(reader))
+    if not lists:
+        return set()
+    answers = [number for number, turn in enumerate(turns) if ROLES.get(turn_role(turn)) == "assistant"]
+    by_length = {len(answers): answers, len(turns): list(range(len(turns)))}
     excluded: set[int] = set()
-    for name, learned in _flag_lists(reader):
+    for name, learned in lists:
         places = by_length.get(len(learned))
         if places is None and not all(learned):
             raise DroppedRowError("partly_excluded_row", name)
@@ -170,7 +173,7 @@ def excluded_turns(reader: Reader, roles: Sequence[str]) -> set[int]:
 
 def _flag_lists(reader: Reader) -> Iterator[tuple[str, list[bool]]]:
     """Lists of nothing but flags by name, as what is learned."""
-    for name in list(reader.names):
+    for name in reader.names:
         if not isinstance(name, str) or (wanted := says_learned(name)) is None:
             continue
         value = parse_json(reader.peek(name))

@@ -10,7 +10,7 @@ from finemill.rows.conversation import Conversation, checked
 from finemill.rows.learned import FLAGS, MARKS, check_excluded, check_label, excluded_turns
 from finemill.rows.reader import Reader
 from finemill.rows.reasons import DroppedRowError
-from finemill.rows.speakers import ROLES, Turn, chat_turns, transcript_turns, turn_list, turn_role
+from finemill.rows.speakers import Turn, chat_turns, transcript_turns, turn_list
 from finemill.rows.tools import are_calls, to_calls, to_tools
 from finemill.rows.turns import (
     THINKING_KEYS,
@@ -166,7 +166,9 @@ def _without_excluded(row: Reader, shape: str, conversation: Conversation) -> Co
     """The conversation with the answers marked that lists of flags beside a row of columns exclude."""
     if shape in _CHAT_SHAPES or shape in ("preference", "multiple_choice") or conversation.text is not None:
         return conversation
-    excluded = excluded_turns(row, [message["role"] for message in conversation.messages])
+    excluded = excluded_turns(row, conversation.messages)
+    if not excluded:
+        return conversation
     messages = [
         {**message, "weight": 0} if number in excluded and message["role"] == "assistant" else message
         for number, message in enumerate(conversation.messages)
@@ -189,8 +191,8 @@ def _with_system(row: Reader, messages: list[Message]) -> list[Message]:
 def _from_chat(column: str) -> Callable[[Reader], Conversation]:
     def convert(row: Reader) -> Conversation:
         turns, tools = _split_tools(chat_turns(row.get(column)) or [])
-        excluded = excluded_turns(row, [ROLES.get(turn_role(turn), "") for turn in turns])
-        turns = [{**turn, "weight": 0} if number in excluded else turn for number, turn in enumerate(turns)]
+        if excluded := excluded_turns(row, turns):
+            turns = [{**turn, "weight": 0} if number in excluded else turn for number, turn in enumerate(turns)]
         messages = _with_system(row, _with_row_thinking(row, to_messages(turns, row, column)))
         if row.has("prompt") and any(message["content"] == row.peek("prompt") for message in messages):
             row.get("prompt")

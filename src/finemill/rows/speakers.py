@@ -50,11 +50,16 @@ def turn_list(value: Any) -> list[Turn] | None:
     turns = _by_turn(turns) if isinstance(turns, Mapping) else turns
     if not isinstance(turns, list) or not turns:
         return None
-    turns = [parse_json(turn) for turn in turns]
-    if not all(isinstance(turn, Mapping) for turn in turns):
-        return None
-    turns = [turn if "role" in turn else _with_author(turn) for turn in turns]
-    return turns if all(map(turn_role, turns)) else None
+    found: list[Turn] = []
+    for item in turns:
+        turn = item if type(item) is dict else parse_json(item)
+        if type(turn) is not dict and not isinstance(turn, Mapping):
+            return None
+        turn = turn if "role" in turn else _with_author(turn)
+        if not turn_role(turn):
+            return None
+        found.append(turn)
+    return found
 
 
 def _by_turn(turns: Turn) -> list[Turn]:
@@ -92,8 +97,10 @@ def chat_turns(value: Any) -> list[Turn] | None:
 
 def _with_assistant(turns: list[Turn]) -> list[Turn]:
     """Turns in which the one who answers is called the system, as in MultiWOZ, with an assistant."""
+    if turn_role(turns[-1]) != "system":
+        return turns
     roles = list(map(turn_role, turns))
-    if roles[-1] != "system" or not {"user", "system"}.issuperset(ROLES.get(role) for role in roles):
+    if not {"user", "system"}.issuperset(ROLES.get(role) for role in roles):
         return turns
     answers = [
         {"role": "assistant", **{key: value for key, value in turn.items() if key not in ROLE_KEYS}}

@@ -45,6 +45,7 @@ def reasons(mode: str, *texts: str) -> list[str | None]:
         for (record, _), reason in zip(cleaned, found, strict=True):
             if reason is None:
                 index.add(record, "train", b"")
+        index.complete()
         near = {row for _, (_, row), _ in dedup.near_duplicates()}
     return [
         "near_duplicate" if record.number in near else reason
