@@ -19,6 +19,8 @@ from finemill.artifacts.dataset import IGNORE_INDEX, DatasetRow, read_dataset_ro
 from finemill.artifacts.files import DATA_CARD_FILE, DATA_CARD_PAGE, DATA_CARD_TEXT
 from finemill.artifacts.records import write_json
 from finemill.artifacts.rows import RowsReport, RowsSource, find_rows, read_rows_report
+from finemill.components.chat_format.advice import advice_on
+from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.chat_format.packing import PACKED_ROWS, packing
 from finemill.components.chat_format.report import SplitCounts
 from finemill.components.chat_format.tokenize import ChatTokenizer
@@ -34,7 +36,9 @@ def write_card(
     train: SplitCounts,
     dataset: Mapping[str, Any],
     tokenizer: ChatTokenizer,
-    max_length: int | None,
+    config: ChatFormatConfig,
+    *,
+    has_own_template: bool,
 ) -> None:
     """Write the three files.
 
@@ -44,21 +48,23 @@ def write_card(
         train: the counts of the training rows.
         dataset: what dataset.json says.
         tokenizer: the base model's, which decodes examples.
-        max_length: longest sequence in tokens, which a pack of sequences is filled up to.
+        config: the step's; packs of sequences are filled up to its `max_length`.
+        has_own_template: whether the base brings a chat template.
     """
     prepared = read_rows_report(rows)
-    lengths, first = train.lengths, read_dataset_rows(folder, "train", _FIRST_ROWS)
+    lengths, packed = train.lengths, packing(train.lengths[:PACKED_ROWS].tolist(), config.max_length)
+    padding, first = packed.get("padding_in_batches_of_8", 0.0), read_dataset_rows(folder, "train", _FIRST_ROWS)
     facts = {
         "sources": [_source(own, before) for own, before in zip(dataset["sources"], prepared.sources, strict=True)],
         "left_out": list(_left_out(prepared, dataset)),
-        "advice": prepared.advice,
+        "advice": list(advice_on(train, config, padding, size=prepared.advice, has_own_template=has_own_template)),
         "splits": dataset["splits"],
         "mix": dataset["mix"],
         "tokenizer_sha256": dataset["tokenizer_sha256"],
         "chat_template_sha256": dataset["chat_template_sha256"],
         "end_of_turn_tokens": dataset["end_of_turn_tokens"],
         "lengths": histogram(lengths),
-        "packing": packing(lengths[:PACKED_ROWS].tolist(), max_length),
+        "packing": packed,
         "scripts": _scripts(first),
         "examples": list(_examples(_of_all_sources(first), rows, tokenizer)),
     }

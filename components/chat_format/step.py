@@ -74,7 +74,8 @@ def run(
         (output_dir / CHAT_TEMPLATE_FILE).write_text(formatter.template.source, encoding="utf-8")
     described = describe(counts, asked, formatter.tokenizer, formatter.template)
     write_json(output_dir / DATASET_FILE, described)
-    write_card(output_dir, rows, train, described, formatter.tokenizer, config.max_length)
+    own = formatter.template is not None and config.chat_template is None
+    write_card(output_dir, rows, train, described, formatter.tokenizer, config, has_own_template=own)
     return report_metrics(counts, asked)
 
 
