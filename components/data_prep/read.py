@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ FORMATS = {
     ".json": "json",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".jsonlines": "jsonl",
+    ".jl": "jsonl",
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".csv": "csv",
@@ -39,13 +42,13 @@ def _open_zstd(path: Path) -> Any:
     return pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
 
 
-COMPRESSIONS: Mapping[str, Callable[[Path], Any]] = {
-    ".gz": gzip.GzipFile,
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
-    ".zst": _open_zstd,
+COMPRESSIONS: Mapping[str, tuple[bytes, Callable[[Path], Any]]] = {
+    ".gz": (b"\x1f\x8b", gzip.GzipFile),
+    ".bz2": (b"BZh", bz2.BZ2File),
+    ".xz": (b"\xfd7zXZ", lzma.LZMAFile),
+    ".zst": (b"\x28\xb5\x2f\xfd", _open_zstd),
 }
-"""How files that end so are opened."""
+"""How compressed files may end, how they begin, and how they are opened."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class Damaged:
     problem: str
 
 
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+# So much of a file shows what is in it.
+_SNIFFED = 4096
 _MAX_CHARACTERS = 2**28
 """Characters of the longest row of a text format: more than any book, less than what a gigabyte of memory holds."""
 
@@ -79,6 +85,8 @@ def read_rows(path: Path, file_format: str = "auto", shown_as: str | None = None
                 f"{where}: cannot tell the format from the ending '{path.suffix}'; "
                 "set format to json, jsonl, parquet, arrow, csv or text"
             )
+        if file_format == "text" and _is_json(lambda: _open_text(path, "surrogateescape")):
+            file_format = "json"
     try:
         if file_format in ("parquet", "arrow"):
             yield from read_table(path, where, file_format)
@@ -101,11 +109,29 @@ def _ending(name: str) -> str:
 
 
 def _open_text(path: Path, errors: str) -> TextIO:
+    opened = _opener(path)
+    with opened(path) as file:
+        encoding = "utf-16" if file.read(2) in _UTF_16 else "utf-8-sig"
     # newline="": the csv module needs line ends as they are, the other readers strip them.
-    opened = COMPRESSIONS.get(path.suffix.lower())
-    if opened is None:
-        return path.open(encoding="utf-8-sig", newline="", errors=errors)
-    return TextIOWrapper(opened(path), encoding="utf-8-sig", newline="", errors=errors)
+    return TextIOWrapper(opened(path), encoding=encoding, newline="", errors=errors)
+
+
+def _opener(path: Path) -> Callable[[Path], Any]:
+    """How a file is opened: compressed if it begins so, or is called so and does not begin as JSON does."""
+    plain: Callable[[Path], Any] = lambda path: path.open("rb")  # noqa: E731
+    with plain(path) as file:
+        begin = file.read(8)
+    if begin.lstrip()[:1] in (b"{", b"["):
+        return plain
+    named = COMPRESSIONS.get(path.suffix.lower(), (b"", plain))[1]
+    return next((opened for magic, opened in COMPRESSIONS.values() if begin.startswith(magic)), named)
+
+
+def _is_json(open_file: Callable[[], TextIO]) -> bool:
+    """Whether a file named as text begins with an object, or a list of them, on its first line or over many."""
+    with open_file() as file:
+        begin = file.read(_SNIFFED).lstrip()
+    return re.match(r'\[?\s*\{\s*"(?:[^"\\\\]|\\\\.)*"\s*:', begin) is not None
 
 
 def _lines(file: TextIO, where: str) -> Iterator[str]:
@@ -124,6 +150,12 @@ def _check_length(characters: int, where: str) -> None:
 
 
 def _read_jsonl(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
+    with open_file() as file:
+        begin = next((line.strip() for line in iter(lambda: file.readline(_SNIFFED), "") if line.strip()), "")
+    if begin == "{" or re.match(r"\[\s*(?:\{|\Z)", begin):
+        # One list, or objects over several lines, under the name of the other format.
+        yield from _read_values(open_file, where)
+        return
     with open_file() as file:
         for number, line in enumerate(_lines(file, where), start=1):
             if line.strip():
@@ -153,9 +185,13 @@ def _read_json(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Da
     if first == "{" and _has_object_lines(open_file, where):
         yield from _read_jsonl(open_file, where)
         return
+    yield from _read_values(open_file, where)
+
+
+def _read_values(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
     with open_file() as file:
         values = JsonValues(file, where)
-        found = values.items() if first == "[" else _unwrapped(values)
+        found = values.items() if values.peek() == "[" else _unwrapped(values)
         for number, value in enumerate(found, start=1):
             yield _as_row(value, f"{where}, row {number}")
         if values.peek():
@@ -170,15 +206,35 @@ def _has_object_lines(open_file: Callable[[], TextIO], where: str) -> bool:
 
 
 def _unwrapped(values: JsonValues) -> Iterator[Any]:
-    """Objects one after the other; of a single one that is no row itself, the list of rows that it holds."""
+    """Objects one after the other; of a single one that is no row itself, the rows that it holds."""
     first = values.value()
-    lists = [v for v in first.values() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)]
-    if not values.peek() and detect_shape(first) is None and len(lists) == 1:
-        yield from lists[0]
+    if not values.peek() and (rows := _rows_in(first)):
+        yield from rows
         return
     yield first
     while values.skip(",") or values.peek() == "{":
         yield values.value()
+
+
+def _rows_in(value: dict[str, Any]) -> list[Row]:
+    """The rows of an object: a list of them beside descriptions, rows by name, or cells by column, as pandas writes."""
+    shape = detect_shape(value)
+    lists = [v for v in value.values() if isinstance(v, list) and v and all(isinstance(row, dict) for row in v)]
+    if shape is None and len(lists) == 1:
+        return lists[0]
+    if shape is None and value and all(isinstance(row, dict) and detect_shape(row) for row in value.values()):
+        return list(value.values())
+    names, cells = value.get("columns"), value.get("data")
+    if isinstance(names, list) and isinstance(cells, list) and all(isinstance(row, list) for row in cells):
+        # pandas' `orient="split"`.
+        return [dict(zip(names, row, strict=False)) for row in cells]
+    columns = [list(v.values()) if isinstance(v, dict) else v for v in value.values()]
+    if shape in ("messages", "sharegpt", "turns") or len(columns) < 2 or not all(isinstance(c, list) for c in columns):
+        return []
+    if len(set(map(len, columns))) != 1 or not columns[0]:
+        return []
+    rows = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    return rows if detect_shape(rows[0]) else []
 
 
 def _as_row(value: Any, where: str) -> Row | Damaged:
@@ -191,7 +247,7 @@ def _read_csv(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Dam
     csv.field_size_limit(_MAX_CHARACTERS)
     with open_file() as file:
         header = next(_lines(file, where), "")
-    delimiter = "\t" if header.count("\t") > header.count(",") else ","
+    delimiter = max(",\t;|", key=header.count)
     with open_file() as file:
         reader = csv.DictReader(_lines(file, where), delimiter=delimiter, strict=True)
         try:

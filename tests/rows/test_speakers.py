@@ -86,6 +86,12 @@ def test_a_system_that_answers_a_user_is_the_assistant() -> None:
     assert messages_of({"dialogue": turns}) == ASKED
 
 
+def test_objects_under_a_general_name_are_no_chat() -> None:
+    assert detect_shape({"data": [{"prompt": "2+2?", "completion": "4"}]}) is None
+    assert detect_shape({"turns": ["2+2?", "3+3?"]}) == "turns"
+    assert detect_shape({"data": ["2+2?", "4"]}) == "sharegpt"
+
+
 def test_a_speaker_who_is_not_known_leaves_the_row_out() -> None:
     with pytest.raises(DroppedRowError, match=r"^unknown_role$"):
         messages_of({"dialogue": [{"speaker": "Alice", "text": "Hi"}, {"speaker": "Bob", "text": "Hello"}]})

@@ -243,10 +243,13 @@ def _first_chat(row: Reader) -> str | None:
 
 def _is_chat(row: Reader, name: str) -> bool:
     value = row.peek(name)
-    # A list of texts under `turns` are MT-bench's questions, under another general name anything.
-    if name == "turns" and isinstance(value, list) and all(isinstance(turn, str) for turn in value):
-        return False
-    return chat_turns(value) is not None
+    texts = isinstance(value, list) and all(isinstance(turn, str) for turn in value)
+    # Texts under `turns` are MT-bench's questions; under `data` they alone are a chat, objects may be rows.
+    return (
+        texts is (name == "data") and chat_turns(value) is not None
+        if name in ("turns", "data")
+        else (chat_turns(value) is not None)
+    )
 
 
 def _history(row: Reader) -> list[Message]:

@@ -56,6 +56,18 @@ CSV = "question,answer\n" + "\n".join(f'"{row["question"]}",{row["answer"]}' for
         ("a.json", "\n".join(json.dumps(row, indent=1) for row in ROWS)),
         ("a.json", json.dumps({"version": 1, "data": ROWS}, indent=1)),
         ("a.json", json.dumps({"version": 1, "data": ROWS})),
+        ("a.json", json.dumps({f"row {number}": row for number, row in enumerate(ROWS)})),
+        ("a.json", json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]})),
+        ("a.json", json.dumps({name: {str(n): row[name] for n, row in enumerate(ROWS)} for name in ROWS[0]})),
+        ("a.json", json.dumps({"columns": list(ROWS[0]), "index": [0, 1, 2], "data": [[*r.values()] for r in ROWS]})),
+        ("a.jsonl", json.dumps(ROWS)),
+        ("a.jsonl", json.dumps(ROWS, indent=1)),
+        ("a.jsonl", "\n".join(json.dumps(row, indent=1) for row in ROWS)),
+        ("a.jsonlines", JSONL),
+        ("a.txt", JSONL),
+        ("a.txt", json.dumps(ROWS)),
+        ("a.csv", CSV.replace(",", ";")),
+        ("a.csv", CSV.replace(",", "|")),
     ],
 )
 def test_text_formats_give_the_same_rows(tmp_path: Path, name: str, text: str) -> None:
@@ -139,6 +151,17 @@ def test_data_files_are_told_by_their_endings() -> None:
         "a.parquet",
         "b.JSONL.gz",
     ]
+
+
+def test_how_a_file_begins_tells_how_it_is_packed_and_encoded(tmp_path: Path) -> None:
+    for name, data in (
+        ("packed.jsonl", gzip.compress(JSONL.encode())),
+        ("unpacked.jsonl.gz", JSONL.encode()),
+        ("windows.jsonl", JSONL.encode("utf-16")),
+        ("windows.json.gz", gzip.compress(json.dumps(ROWS).encode("utf-16"))),
+    ):
+        (tmp_path / name).write_bytes(data)
+        assert list(read_rows(tmp_path / name)) == ROWS
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.txt.gz"])

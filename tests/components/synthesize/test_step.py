@@ -10,7 +10,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from finemill.components.gguf_quantize.convert import SourceModel
+from finemill.components.gguf_quantize.write import write_gguf
 from finemill.errors import TemporaryError, UserError
+from finemill.models.llama_cpp import serve_chats
 from finemill.runtime.run import StepResult, run_step
 from finemill.storage.store import fetch_artifact
 
@@ -228,3 +231,20 @@ def test_cost_is_counted_by_the_prices(synthesize: Callable[..., StepResult]) ->
 def test_settings_that_do_not_fit_together_are_refused(fields: Row, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run_step("synthesize", store="unused", inputs={"rows": "x"}, config={"url": "http://x/v1", **fields})
+
+
+def test_llama_cpp_s_server_writes_rows(
+    tiny_model_dir: Path, tmp_path: Path, synthesize: Callable[..., StepResult]
+) -> None:
+    """A small model's own words: rows of them, or a reason for each that says too little."""
+    write_gguf(SourceModel(tiny_model_dir), tmp_path / "small.gguf", "Q8_0", "small", 1)
+    with serve_chats(tmp_path / "small.gguf", 1, 1024, parallel=2) as address:
+        result = synthesize("back_translate", url=f"{address}/v1", documents=True, max_rows=4, max_new_tokens=48)
+    metrics, rejected = result.manifest.metrics, lines(result, "rejected.jsonl")
+    assert metrics["synthesize/rows_written"] + len(rejected) == metrics["synthesize/rows_read"] == 4
+    assert {line["reason"] for line in rejected} <= {"reply_cut", "reply_empty", "empty_turn"}
+    assert metrics["synthesize/reply_tokens"] > 0
+    for row in lines(result, "synthetic.jsonl"):
+        assert row["chosen"].startswith("Paper")
+        assert row["prompt"]
+        assert row["rejected"]
