@@ -64,6 +64,12 @@ def test_a_list_of_flags_beside_the_turns_says_which_are_learned(name: str, flag
     assert list(conversation.unread) == []
 
 
+@pytest.mark.parametrize("name", ["mask", "turn_mask", "masks", "learn_mask", "prompt_mask"])
+@pytest.mark.parametrize("flags", [[0, 0, 0, 1], [1, 1, 1, 0]])
+def test_of_a_mask_what_the_questions_have_is_not_learned(name: str, flags: list[int]) -> None:
+    assert learned({"messages": turns({}, {}), name: flags}) == [False, True]
+
+
 @pytest.mark.parametrize("name", ["mask", "is_masked", "excluded", "ignore"])
 def test_a_list_of_masks_says_which_turns_are_not_learned(name: str) -> None:
     assert learned({"messages": turns({}, {}), name: [1, 1, 1, 0]}) == [False, True]

@@ -244,6 +244,8 @@ def test_thinking_that_is_there_already_or_is_about_two_answers_is_named_as_not_
 
 
 def test_thinking_beside_messages_is_that_of_a_single_answer() -> None:
+    row = {"prompt": pair("2+2?", "")[:1], "completion": pair("", "4")[1:], "reasoning": ["2", "and 2"]}
+    assert messages_of(row)[1]["reasoning_content"] == "2\nand 2"
     beside = {"messages": pair("2+2?", "4"), "reasoning": "2 and 2"}
     assert messages_of(beside) == [pair("2+2?", "4")[0], {**pair("2+2?", "4")[1], "reasoning_content": "2 and 2"}]
     assert messages_of({**beside, "reasoning": "on"}) == pair("2+2?", "4")

@@ -81,8 +81,10 @@ _SAYS_EXCLUDED = re.compile(
     r"|excluded?|mask(?:ed|s)?|omit(?:ted)?|frozen|freeze)(?:_|$)"
 )
 _LEARNED_MASK = re.compile(
-    r"(?:^|_)(?:loss|train|training|assistants?|labels?|targets?|completions?|responses?|answers?|learned|sft)_masks?$"
+    r"(?:^|_)(?:loss|train\w*|learn\w*|assistants?|labels?|targets?|completions?|responses?|answers?|outputs?|sft"
+    r"|supervis\w*|gradients?)_masks?$"
 )
+_MASK = re.compile(r"(?:^|_)masks?(?:_|$)")
 
 
 @lru_cache(maxsize=4096)
@@ -162,6 +164,8 @@ def excluded_turns(reader: Reader, turns: Sequence[Mapping[str, Any]]) -> set[in
     by_length = {len(answers): answers, len(turns): list(range(len(turns)))}
     excluded: set[int] = set()
     for name, learned in lists:
+        if len(learned) == len(turns) and _MASK.search(snake_case(name)):
+            learned = _by_questions(learned, answers)
         places = by_length.get(len(learned))
         if places is None and not all(learned):
             raise DroppedRowError("partly_excluded_row", name)
@@ -169,6 +173,12 @@ def excluded_turns(reader: Reader, turns: Sequence[Mapping[str, Any]]) -> set[in
         if answers and excluded.issuperset(answers):
             raise DroppedRowError("excluded_row", name)
     return excluded
+
+
+def _by_questions(learned: list[bool], answers: Sequence[int]) -> list[bool]:
+    """What a mask says is learned, which may be its ones or its zeros: what all questions have is not."""
+    asked = {flag for number, flag in enumerate(learned) if number not in answers}
+    return [not flag for flag in learned] if asked == {True} and not all(learned) else learned
 
 
 def _flag_lists(reader: Reader) -> Iterator[tuple[str, list[bool]]]:

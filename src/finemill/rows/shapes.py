@@ -299,7 +299,7 @@ def _from_pair(shape: str) -> Callable[[Reader], Conversation]:
             raise DroppedRowError("no_answer", " or ".join(answers))
         value = _single(row.get(column)) if column == "answers" else row.get(column)
         if turn_list(value):
-            said = _turns(row, column, value)
+            said = _with_row_thinking(row, _turns(row, column, value))
         elif column == "answers" and are_calls(value):
             said = [{"role": "assistant", "content": "", "tool_calls": to_calls(value)}]
         else:

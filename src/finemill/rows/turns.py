@@ -276,7 +276,9 @@ def thinking_under(reader: Reader, keys: Sequence[str]) -> str:
     value = None if key is None else reader.get(key)
     if isinstance(value, Mapping):
         return _thinking_text(value)
-    return "".join(map(_thinking_text, _parts(value))) if isinstance(value, list) else text_of(value)
+    if not isinstance(value, list):
+        return text_of(value)
+    return ("\n" if isinstance(value[0], str) else "").join(map(_thinking_text, _parts(value)))
 
 
 def _holds_thinking(value: Any) -> bool:

@@ -101,7 +101,7 @@ def test_a_set_format_overrides_the_ending(tmp_path: Path) -> None:
         ("a.csv", b'a,b\n"1,2\n', "not valid CSV"),
         ("a.json", b'[{"a": 1}] x', "a.json, line 1: not valid JSON .Extra data at column 12"),
         ("a.json", b'[{"a": 1}', "a.json, line 1: not valid JSON"),
-        ("a.csv", b"\xff\xfe", "not UTF-8 text at byte 0"),
+        ("a.csv", b"\xff\xfa", "not UTF-8 text at byte 0"),
         ("a.arrow", b"not really", "not a readable Arrow file"),
         ("a.jsonl.zst", b"not zstd", "not a complete .zst file"),
         ("a.jsonl.xz", b"not xz", "not a complete .xz file"),
