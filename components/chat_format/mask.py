@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
@@ -153,7 +154,7 @@ def _find_turn(text: str, chunk: _Chunk, header: str, number: int, message: Mess
     else:
         said = text.rindex(content, chunk.start, chunk.end) + len(content)
     # Adjoining control tokens all end the turn; one that stands on a line of its own closes the whole conversation.
-    closing = re.compile(rf"\s*((?:{control.pattern})+)").match(text, said, chunk.end)
+    closing = _closing(control).match(text, said, chunk.end)
     if closing is None:
         return Turn(number, start, start + len(text[start : chunk.end].rstrip()), None)
     return Turn(number, start, closing.end(), closing[1])
@@ -165,8 +166,21 @@ def _shared_header(written: str, header: str, control: re.Pattern[str]) -> int:
     In history a template may write less than the whole prompt: Qwen3 leaves out its empty thinking block. What may be
     missing is cut off after a line break or a control token, so that `<think>` and `<tool_call>` share nothing.
     """
-    cuts = {len(header), *(match.end() for match in re.finditer(rf"\n|{control.pattern}", header))}
-    return max((cut for cut in cuts if written.startswith(header[:cut])), default=0)
+    return next((cut for cut in _cuts(header, control) if written.startswith(header[:cut])), 0)
+
+
+@lru_cache(maxsize=64)
+def _closing(control: re.Pattern[str]) -> re.Pattern[str]:
+    """Control tokens one after the other."""
+    return re.compile(rf"\s*((?:{control.pattern})+)")
+
+
+@lru_cache(maxsize=1024)
+def _cuts(header: str, control: re.Pattern[str]) -> list[int]:
+    """Where a generation prompt may be cut off, the longest part first: conversations have the same few prompts."""
+    return sorted(
+        {len(header), *(match.end() for match in re.finditer(rf"\n|{control.pattern}", header))}, reverse=True
+    )
 
 
 def _mark_complete(turn: Turn, text: str, messages: list[Message], template: ChatTemplate) -> Turn:

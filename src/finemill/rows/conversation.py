@@ -51,7 +51,7 @@ def checked(conversation: Conversation) -> Conversation:
     messages = _until_learned(_with_checked_calls(conversation.messages, conversation.tools))
     check_messages(messages)
     if conversation.rejected is None:
-        return replace(conversation, messages=messages)
+        return conversation if messages is conversation.messages else replace(conversation, messages=messages)
     rejected = _with_checked_calls(conversation.rejected, conversation.tools)
     check_messages(rejected)
     return replace(conversation, messages=messages, rejected=rejected)
@@ -107,7 +107,9 @@ def _said(message: Message, where: str) -> str:
         raise reason.within(where) from None
 
 
-def _with_checked_calls(messages: Sequence[Message], tools: list[Tool] | None) -> list[Message]:
+def _with_checked_calls(messages: list[Message], tools: list[Tool] | None) -> list[Message]:
+    if not any("tool_calls" in message for message in messages):
+        return messages
     checked_messages = []
     for number, message in enumerate(messages, start=1):
         try:
@@ -124,7 +126,9 @@ def _until_learned(messages: list[Message]) -> list[Message]:
     learned = [number for number in said if messages[number].get("weight") != 0]
     if said and not learned:
         raise DroppedRowError("no_learned_turn")
-    return messages[: learned[-1] + 1] if said and messages[-1]["role"] == "assistant" else messages
+    if not said or learned[-1] == len(messages) - 1 or messages[-1]["role"] != "assistant":
+        return messages
+    return messages[: learned[-1] + 1]
 
 
 def whole_text(conversation: Conversation) -> str:

@@ -157,7 +157,8 @@ def to_conversation(row: Row, shape: str) -> Conversation:
         # Beside a preference stands why one answer is better; beside an answer that thinks the same thinking again.
         if conversation.text is None and conversation.rejected is None and not any(map(_thinks, conversation.messages)):
             check_unread_thinking(reader)
-        return replace(conversation, unread=reader.unread)
+        unread = reader.unread
+        return replace(conversation, unread=unread) if unread else conversation
     except RecursionError:
         raise DroppedRowError("too_deep") from None
 

@@ -36,7 +36,9 @@ VALUES: tuple[Any, ...] = (
 KEYS = (
     "role", "content", "from", "value", "tool_calls", "tools", "system", "input", "history", "weight", "train", "label",
     "reasoning", "thinking", "function_call", "name", "chosen", "rejected", "prompt", "messages", "text", "answer",
-    "images", "parameters", "required", "properties", "arguments", "id", "choices",
+    "images", "parameters", "required", "properties", "arguments", "id", "choices", "speaker", "author", "utterance",
+    "loss_mask", "turns", "conversation", "data", "context", "answers", "user", "assistant", "chosen_response",
+    "rejected_response", "parts", "tool_call", "toolCalls", "A", "B", "refusal",
 )  # fmt: skip
 
 
