@@ -43,6 +43,7 @@ def test_a_turn_that_its_data_exclude_is_context(flag: Row) -> None:
     [
         {"weight": None}, {"weight": 1}, {"train": True}, {"mask": False}, {"label": True}, {"constraint": False},
         {"non_english": True}, {"masking_tape": True}, {"trainer": 0}, {"weightless": 0}, {"label": "sports"},
+        {"train_id": 0}, {"training_step": 0}, {"loss_value": 0}, {"mask_type": 1},
     ],
 )  # fmt: skip
 def test_other_flags_leave_a_turn_learned(flag: Row) -> None:

@@ -108,6 +108,13 @@ def test_anthropic_parts_are_calls_and_results() -> None:
     ]
 
 
+def test_what_parts_hold_that_is_not_read_is_named() -> None:
+    part = {"type": "text", "text": "1.1", "citations": [{"url": "a"}], "cache_control": None}
+    reader = Reader({})
+    to_messages([USER, {"role": "assistant", "content": [part]}], reader, "messages")
+    assert reader.unread == ["messages[].content[].citations"]
+
+
 def test_text_and_the_call_after_it_are_one_turn() -> None:
     messages = conversation_of(("human", "Rate?"), ("gpt", "Let me see."), ("function_call", json.dumps(CALL)))
     assert messages[1] == {"role": "assistant", "content": "Let me see.", "tool_calls": [FUNCTION_CALL]}

@@ -84,6 +84,11 @@ _LEARNED_MASK = re.compile(
     r"(?:^|_)(?:loss|train\w*|learn\w*|assistants?|labels?|targets?|completions?|responses?|answers?|outputs?|sft"
     r"|supervis\w*|gradients?)_masks?$"
 )
+# What ends so counts or names something.
+_NO_FLAG = re.compile(
+    r"_(?:ids?|idx|index|no|num|number|steps?|epochs?|count|size|split|set|scores?|types?|names?|dates?|time|versions?"
+    r"|order|rank|history|values?)$"
+)
 _MASK = re.compile(r"(?:^|_)masks?(?:_|$)")
 
 
@@ -91,6 +96,8 @@ _MASK = re.compile(r"(?:^|_)masks?(?:_|$)")
 def says_learned(name: str) -> bool | None:
     """Whether a flag of this name says what is learned (True) or what is not (False); None for other names."""
     name = snake_case(name)
+    if _NO_FLAG.search(name):
+        return None
     if name in _LEARNED_KEYS or _LEARNED_MASK.search(name):
         return True
     if name in _EXCLUDED_KEYS or _SAYS_EXCLUDED.search(name):

@@ -82,6 +82,9 @@ def media_in(values: Mapping[Any, Any]) -> str | None:
     return None
 
 
+_PART_KEYS = frozenset(
+    ("type", "id", "name", "input", "tool_use_id", "refusal", *_CONTENT_KEYS, *_THINKING_TEXTS, *_THINKING_PARTS)
+)
 _TURN_KEYS = frozenset((*ROLE_KEYS, *_CONTENT_KEYS, *_RESULT_KEYS, *_CALL_KEYS, *THINKING_KEYS, *FLAGS, "tool_call_id"))
 
 
@@ -149,6 +152,7 @@ def _read_turn(turn: Reader) -> Iterator[Message]:
         raise DroppedRowError("unknown_role", "role")
     if role != "tool" and (media := media_in(turn.values)):
         raise DroppedRowError("not_text", media)
+    _note_unread_parts(turn)
     if role == "assistant":
         yield from _assistant_turn(turn, name)
         return
@@ -165,6 +169,17 @@ def _read_turn(turn: Reader) -> Iterator[Message]:
         yield {"role": role, "content": _result(content), **known}
     elif content or not parts:
         yield {"role": role, "content": text_of(content)}
+
+
+def _note_unread_parts(turn: Reader) -> None:
+    """Name what the parts of a content hold that nothing is made of."""
+    parts = _parts(turn.peek("content"))
+    turn.note_unread(
+        f"content[].{key}"
+        for part in parts
+        for key, value in part.items()
+        if key not in _PART_KEYS and not holds_nothing(value)
+    )
 
 
 def _speaker(turn: Reader) -> str:
