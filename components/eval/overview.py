@@ -1,5 +1,6 @@
 """What the report says before its details: the verdict in a sentence, where errors are, what to read first."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,6 +10,7 @@ from finemill.artifacts.metrics import BROKEN, FIXED, delta_metric, model_metric
 from finemill.components.eval.metrics import sources
 
 _Z95 = 1.96
+_COMMIT = re.compile(r"@([0-9a-f]{8})[0-9a-f]{32}$")
 _MINUS = "\N{MINUS SIGN}"
 # What a reader looks at first.
 _ORDER = {"broken": 0, "wrong": 1, "unscored": 2, "fixed": 3, "right": 4}
@@ -109,5 +111,5 @@ def heat_map(tuned: Sequence[Sample]) -> HeatMap | None:
 
 
 def short_name(source: str) -> str:
-    """A source as people speak of it: the last part of a path."""
-    return source.rstrip("/").rpartition("/")[2] or source
+    """A source as people speak of it: the last part of a path, of a commit its first digits."""
+    return _COMMIT.sub(r"@\1", source.rstrip("/").rpartition("/")[2] or source)

@@ -60,6 +60,14 @@ def test_prompts_of_one_length_have_columns_all_the_same() -> None:
     assert sum(cell.rows for cell in found.rows[0][1]) == 20
 
 
-@pytest.mark.parametrize(("source", "name"), [("s3://b/data/rows.jsonl", "rows.jsonl"), ("own", "own"), ("/", "/")])
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("s3://b/data/rows.jsonl", "rows.jsonl"),
+        ("own", "own"),
+        ("/", "/"),
+        (f"hf://openai/gsm8k@{'0123456789' * 4}", "gsm8k@01234567"),
+    ],
+)
 def test_a_source_is_called_by_the_last_part_of_its_path(source: str, name: str) -> None:
     assert short_name(source) == name
