@@ -2,21 +2,30 @@
 
 Rows are pairs of `--seq` tokens each, a prompt and two answers of random ids; the base is a random checkpoint in NF4,
 its own reference. TRL's trainer runs first, with its fused head and checkpointed activations as it comes; then ours,
-twice: within `--share` of the memory that TRL's took, and with what the card has. Prints a line of JSON for each:
-tokens_per_s (of both answers, median after warm-up), peak_bytes, losses; and the ratios to TRL's.
+twice: within `--share` of the memory that TRL's took (with the leanest plan, if that is more), and with what the card
+has. Prints a line of JSON for each: tokens_per_s (of both answers, median after warm-up), peak_bytes, losses; and the
+ratios to TRL's.
+
+Every step trains on the same pairs, so that losses fall far below what 16-bit rounding changes in a sum of a thousand
+log probabilities, and both lists can be held against each other. A line of agreement ends each comparison: the largest
+difference of the losses, and the cosine between the first step's gradients. The exit code is 1 where one is beyond
+`LARGEST_DIFFERENCE` or `LEAST_COSINE`.
 """
 
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
@@ -26,31 +35,71 @@ from finemill.kernels.bench.data import ensure_checkpoint
 from finemill.kernels.bench.runs import environment
 from finemill.kernels.bench.step import check_device
 from finemill.kernels.engine.model import LINEARS
+from finemill.kernels.engine.plan import Plan
 from finemill.kernels.planning.model_shapes import SHAPES
-from finemill.kernels.preferences import FastDPOTrainer, FastKTOTrainer
+from finemill.kernels.planning.planner import MARGIN, NoPlanError
+from finemill.kernels.preferences import FastDPOTrainer, FastKTOTrainer, PreferenceSteps
 
 TRAINERS: dict[str, tuple[Any, Any, Any]] = {
     "dpo": (DPOTrainer, FastDPOTrainer, DPOConfig),
     "kto": (KTOTrainer, FastKTOTrainer, KTOConfig),
 }
 """By loss: TRL's trainer, ours, and their arguments."""
+LARGEST_DIFFERENCE = 0.05
+"""Of a step's loss to TRL's, in 16 bits over a thousand tokens."""
+LEAST_COSINE = 0.95
+"""Between the gradients of the first step, which both take at the same adapters."""
+
+
+@dataclass
+class Outcome:
+    """A training that was measured: its line of JSON, and the first step's gradient by parameter, on the CPU."""
+
+    record: dict[str, Any]
+    gradient: dict[str, Tensor]
 
 
 def main(argv: list[str]) -> int:
-    """Run the benchmark. Returns: exit code."""
+    """Run the benchmark. Returns: exit code, 1 where losses are not TRL's."""
     args = _parse(argv)
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     path = ensure_checkpoint(args.shape, args.layers, device)
     base = load_base(path, device)
     theirs = measure(base, path, args, device, None)
-    _print(theirs)
-    limits = [args.share * theirs["peak_bytes"] / 2**30] if device.type == "cuda" else []
+    _print(theirs.record)
+    limits = [args.share * theirs.record["peak_bytes"] / 2**30] if device.type == "cuda" else []
+    same = True
     for memory_gb in (*limits, 0.0):
         ours = measure(base, path, args, device, memory_gb)
-        ours["speed_ratio"] = round(ours["tokens_per_s"] / theirs["tokens_per_s"], 3)
-        ours["memory_ratio"] = round(ours["peak_bytes"] / max(1, theirs["peak_bytes"]), 3)
-        _print(ours)
-    return 0
+        record, reference = ours.record, theirs.record
+        record["speed_ratio"] = round(record["tokens_per_s"] / reference["tokens_per_s"], 3)
+        record["memory_ratio"] = round(record["peak_bytes"] / max(1, reference["peak_bytes"]), 3)
+        _print(record)
+        agreement = compare(theirs, ours)
+        print("AGREEMENT " + json.dumps(agreement), flush=True)
+        same = same and agreement["same"]
+    return 0 if same else 1
+
+
+def compare(theirs: Outcome, ours: Outcome) -> dict[str, Any]:
+    """Hold two trainings' losses and first gradients against each other, `same` if both are within the bounds."""
+    losses = [outcome.record["losses"] for outcome in (theirs, ours)]
+    difference = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    products = torch.zeros(3, dtype=torch.float64)
+    for name, wanted in theirs.gradient.items():
+        left, right = wanted.double().flatten(), ours.gradient[name].double().flatten()
+        products += torch.stack((left @ right, left @ left, right @ right))
+    inner, *squares = products.tolist()
+    cosine = inner / max(math.sqrt(math.prod(squares)), 1e-30)
+    return {
+        "losses_trl": losses[0],
+        "losses": losses[1],
+        "largest_difference": round(difference, 5),
+        "bound": LARGEST_DIFFERENCE,
+        "gradient_cosine": round(cosine, 5),
+        "least_cosine": LEAST_COSINE,
+        "same": difference <= LARGEST_DIFFERENCE and cosine >= LEAST_COSINE,
+    }
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -92,7 +141,7 @@ def load_base(path: Path, device: torch.device) -> Any:
 
 
 def make_rows(args: argparse.Namespace) -> Dataset:
-    """Draw random pairs, or for KTO answers that are good and bad in turn."""
+    """Draw a step's random pairs, or for KTO answers that are good and bad in turn."""
     generator = torch.Generator().manual_seed(99)
     limit = SHAPES[args.shape].vocabulary - 16
 
@@ -104,7 +153,7 @@ def make_rows(args: argparse.Namespace) -> Dataset:
     if args.loss == "dpo":
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows: list[dict[str, Any]] = []
-    for index in range(args.bs * args.accum * args.steps):
+    for index in range(args.bs * args.accum):
         sizes = (args.prompt, answer, answer)
         row: dict[str, Any] = dict(zip(columns, map(draw, sizes), strict=True))
         rows.append(row if args.loss == "dpo" else row | {"label": index % 2 == 0})
@@ -134,9 +183,31 @@ class StepTimer(TrainerCallback):  # type: ignore[misc]
         self.seconds.append(time.perf_counter() - self._begin)
 
 
-def measure(
-    base: Any, path: Path, args: argparse.Namespace, device: torch.device, memory_gb: float | None
-) -> dict[str, Any]:
+@dataclass
+class FirstGradient(TrainerCallback):  # type: ignore[misc]
+    """Keeps the first step's gradient, by parameter, on the CPU; clipped or not."""
+
+    gradient: dict[str, Tensor] = field(default_factory=dict)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Copy what the first step is about to take."""
+        if not self.gradient:
+            trained = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+            self.gradient = {name: grad.to("cpu", torch.float32, copy=True) for name, grad in trained}
+
+
+class LeanestPlan(PreferenceSteps):
+    """Part of a trainer that goes on with the leanest plan where its limit of memory has none."""
+
+    def _make_plan(self) -> Plan:
+        try:
+            return super()._make_plan()
+        except NoPlanError as error:
+            self._memory_gb = error.least / MARGIN / 2**30 + 1e-3
+            return super()._make_plan()
+
+
+def measure(base: Any, path: Path, args: argparse.Namespace, device: torch.device, memory_gb: float | None) -> Outcome:
     """Train fresh adapters on the base, and take them off it.
 
     Args:
@@ -147,19 +218,22 @@ def measure(
         memory_gb: GiB that ours may take, 0 for the card's; None for TRL's trainer.
     """
     plain, fast, arguments = TRAINERS[args.loss]
-    kind = type("Tokenized", (plain if memory_gb is None else fast,), {"_prepare_dataset": lambda _, rows, *__: rows})
-    timer = StepTimer(args.warmup, device)
+    parents = (plain,) if memory_gb is None else (LeanestPlan, fast)
+    kind: Any = type("Tokenized", parents, {"_prepare_dataset": lambda _, rows, *__: rows})
+    timer, first = StepTimer(args.warmup, device), FirstGradient()
     trainer = kind(
         model=base,
         args=arguments(**_settings(args, device)),
         train_dataset=make_rows(args),
         processing_class=AutoTokenizer.from_pretrained(path),
         peft_config=LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=list(LINEARS), task_type="CAUSAL_LM"),
-        callbacks=[timer],
+        callbacks=[timer, first],
         **({"memory_gb": memory_gb} if memory_gb else {}),
     )
     record: dict[str, Any] = {"implementation": "trl" if memory_gb is None else "finemill", "memory_gb": memory_gb}
     if memory_gb is not None:
+        if memory_gb:
+            record["memory_gb"] = round(trainer._memory_gb, 3)
         if not trainer.fast:
             raise UserError(f"the engine does not run this model: {trainer.acceleration.reason}")
         record |= {"predicted_peak_bytes": trainer._plan.peak, "levels": [level.name for level in trainer._plan.levels]}
@@ -184,7 +258,7 @@ def measure(
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return record
+    return Outcome(record, first.gradient)
 
 
 def _settings(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
