@@ -27,7 +27,7 @@ from finemill.kernels.ops.nf4_stack import NF4Stack
 from finemill.kernels.ops.packing import length_classes, pack_rows, splittable
 from finemill.kernels.planning.mixture import MixtureWorkload
 from finemill.kernels.planning.workload import FAMILIES, Workload
-from finemill.kernels.streamed import attach_stream, detach_stream, weight_stream_of
+from finemill.kernels.streamed import attach_stream, detach_stream, point_model_at, weight_stream_of
 from finemill.kernels.token_scores import TokenScorer
 
 logger = logging.getLogger(__name__)
@@ -173,9 +173,12 @@ def adopt_plan(model: nn.Module, plan: Plan) -> None:
     causal = _causal_model(model)
     engine: FastModel = causal._finemill_engine
     engine.apply_plan(plan)
-    if engine.weight_stream is not None and weight_stream_of(causal) is None:
-        layers = [layer.weights for layer in engine.layers]
-        attach_stream(causal, engine.weight_stream, layers)  # type: ignore[arg-type]
+    if engine.weight_stream is not None:
+        layers: list[list[Any]] = [layer.weights for layer in engine.layers]
+        if weight_stream_of(causal) is None:
+            attach_stream(causal, engine.weight_stream, layers)
+        else:
+            point_model_at(causal, layers)
     embedding = causal.model.embed_tokens
     on_host = embedding.weight.device != engine.device
     if plan.embedding_on_host == on_host or engine.head.data_ptr() == engine.embedding.data_ptr():

@@ -97,6 +97,11 @@ def attach_stream(causal: Any, stream: WeightStream, layers: list[list[NF4Tensor
     causal._finemill_hooks = [
         layer.register_forward_pre_hook(_fetch(stream, index)) for index, layer in enumerate(causal.model.layers)
     ]
+    point_model_at(causal, layers)
+
+
+def point_model_at(causal: Any, layers: Sequence[Sequence[NF4Tensor | NF4Stack]]) -> None:
+    """Let all decoder layers share the memory of such weights."""
     for layer, weights in zip(causal.model.layers, layers, strict=True):
         point_layer_at(layer, weights)
 
@@ -157,8 +162,7 @@ def _fetch(stream: WeightStream, index: int) -> Any:
     def fetch(*_: Any) -> None:
         if index == 0:
             stream.begin()
-        stream.wait(index)
-        stream.prefetch(index + 1)
+        stream.visit(index)
 
     return fetch
 

@@ -17,6 +17,7 @@ down_proj is never recomputed: nothing in the backward reads its output. All lev
 values, so they give bitwise equal gradients. The adapters' skinny products x A^T (R columns) are always kept.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,6 +71,14 @@ class DecoderLayer:
         """All frozen matrices, in forward order."""
         dense = [weight for group in self.projections for weight in group.weights]
         return [*dense, *(stack.weight for stack in self.mlp.stacks)]
+
+    def place_weights(self, weights: Sequence[NF4Tensor | NF4Stack]) -> None:
+        """Take the same NF4 matrices in other memory, in the order of `weights`."""
+        views = iter(weights)
+        for group in self.projections:
+            group.weights = [next(views) for _ in group.weights]  # type: ignore[misc]
+        for stack in self.mlp.stacks:
+            stack.weight = next(views)  # type: ignore[assignment]
 
     @property
     def grad_pad(self) -> int:

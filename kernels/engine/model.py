@@ -20,7 +20,7 @@ from finemill.kernels.engine.experts import ExpertMLP, ExpertProjection
 from finemill.kernels.engine.host_memory import HostArena, gather_rows
 from finemill.kernels.engine.loss_head import HeadResult, loss_head
 from finemill.kernels.engine.mlp import DenseMLP
-from finemill.kernels.engine.plan import LayerShape, Level, Plan
+from finemill.kernels.engine.plan import LayerShape, Level, Plan, streamed_layers
 from finemill.kernels.engine.projection import Projection
 from finemill.kernels.engine.saved import Saved
 from finemill.kernels.engine.weight_shards import WeightShards
@@ -155,6 +155,10 @@ class FastModel:
             self._stack_scratch = None
         if plan.stream_weights and self.weight_stream is None:
             self.stream_weights()
+        stream = self.weight_stream
+        if stream is not None and stream.place(streamed_layers(len(self.layers), plan.resident_layers)):
+            for index, layer in enumerate(self.layers):
+                layer.place_weights(stream.locate(index, layer.weights))  # type: ignore[type-var]
         self.arena = begin_arena(plan, self.device, self.arena)
 
     def stream_weights(self, shards: WeightShards | None = None) -> None:
@@ -165,11 +169,7 @@ class FastModel:
             raise ValueError("only NF4 weights are streamed: this base is not quantized")
         self.weight_stream = WeightStream(quantized[0], len(self.layers), self.device, shards)
         for index, layer in enumerate(self.layers):
-            views = iter(self.weight_stream.put(index, quantized[index]))
-            for group in layer.projections:
-                group.weights = [next(views) for _ in group.weights]  # type: ignore[misc]
-            for stack in layer.mlp.stacks:
-                stack.weight = next(views)  # type: ignore[assignment]
+            layer.place_weights(self.weight_stream.put(index, quantized[index]))
         if shards is not None:
             shards.connect()
 
@@ -230,7 +230,8 @@ class FastModel:
         if self.weight_stream is not None:
             self.weight_stream.begin()
         for index, layer in enumerate(self.layers):
-            self._fetch_weights(index, index + 1)
+            if self.weight_stream is not None:
+                self.weight_stream.visit(index)
             for group in layer.projections:  # here and not all at first: the device would wait for the launches
                 group.refresh()
             level = self.plan.levels[index] if train else None
@@ -275,7 +276,8 @@ class FastModel:
         self._prefetch(state, len(self.layers) - 1)
         for index in reversed(range(len(self.layers))):
             self._unpark(state, index)
-            self._fetch_weights(index, index - 1)
+            if self.weight_stream is not None:
+                self.weight_stream.visit(index, backward=True)
             self._prefetch(state, index - 1)
             assert grad is not None
             grad = self.layers[index].backward(
@@ -312,12 +314,6 @@ class FastModel:
         layers, levels = zip(*kinds.values(), strict=True)
         plan = replace(self.plan, levels=levels, host_levels=(None,) * len(levels))
         replace(self, layers=list(layers), plan=plan).loss_and_grad(batch, scale)
-
-    def _fetch_weights(self, now: int, then: int) -> None:
-        """Have one layer's streamed weights on the device, and the next one's on their way."""
-        if self.weight_stream is not None:
-            self.weight_stream.wait(now)
-            self.weight_stream.prefetch(then)
 
     def _rope(self, batch: PackedBatch) -> Rope:
         needed = batch.sequences.max_length

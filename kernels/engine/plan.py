@@ -73,6 +73,7 @@ class Plan:
         embedding_on_host: an untied embedding waits in pinned host memory.
         eight_bit: 8-bit instead of fp32 optimizer states.
         stream_weights: NF4 weights wait in pinned host memory.
+        resident_layers: layers whose NF4 weights stay on the device although those of the others wait.
         in_flight: parked layers whose device memory may wait for their copies.
         key_heads: that attention's backward takes at once; None for all.
         workspace: bytes this may take; None for attention's own limit.
@@ -89,6 +90,7 @@ class Plan:
     embedding_on_host: bool = False
     eight_bit: bool = False
     stream_weights: bool = False
+    resident_layers: int = 0
     in_flight: int = 1
     key_heads: int | None = None
     workspace: int | None = None
@@ -102,3 +104,12 @@ class Plan:
         """Host memory that a micro-batch of this many tokens parks."""
         slack = 16 * 512
         return sum(self.bytes_per_token[level] * tokens + slack for level in self.host_levels if level is not None)
+
+
+def streamed_layers(layers: int, resident: int) -> tuple[bool, ...]:
+    """Which layers' weights wait in host memory where so many stay on the device.
+
+    Those that stay are spread evenly, so that the bus catches up in them; the first is one, because nothing runs before
+    it that would hide a copy.
+    """
+    return tuple(-(-(index + 1) * resident // layers) == -(-index * resident // layers) for index in range(layers))

@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 from itertools import product
 
 from finemill.errors import UserError
-from finemill.kernels.engine.plan import HostLevels, Level, Plan
+from finemill.kernels.engine.plan import HostLevels, Level, Plan, streamed_layers
 from finemill.kernels.ops.division import divisors
 from finemill.kernels.planning.rates import Rates, layer_seconds
 from finemill.kernels.planning.workload import NF4_BYTES, OPTIMIZER_BYTES, LayerBytes, Workload, layer_bytes
@@ -55,6 +55,7 @@ def workload_under(work: Workload, plan: Plan) -> Workload:
         optimizer_bytes=OPTIMIZER_BYTES[plan.eight_bit],
         embedding_on_host=plan.embedding_on_host,
         stream_weights=plan.stream_weights,
+        resident_layers=plan.resident_layers,
         key_heads=plan.key_heads,
     )
 
@@ -105,16 +106,21 @@ def step_seconds(work: Workload, rates: Rates, plan: Plan) -> float:
     """Predict an optimizer step's time layer by layer, with the bus beside it; `work` as in `peak_bytes`."""
     s, tokens = work.shape, plan.micro_batch or work.tokens
     times = layer_seconds(work, rates, tokens, cached=plan.cached_layers > 0)
-    weights = work.layer_weights * NF4_BYTES if work.stream_weights else 0.0
-    gather = 0.0
-    if work.shards > 1:  # the host's bus has no part in it
-        gather, weights = weights * (1 - 1 / work.shards) / rates.link_bytes, 0.0
-    rate = rates.shared_bus_bytes if weights else rates.bus_bytes
+    weights, gather = work.layer_weights * NF4_BYTES, 0.0
+    if work.stream_weights and work.shards > 1:  # the host's bus has no part in it
+        gather = weights * (1 - 1 / work.shards) / rates.link_bytes
+    waits = work.stream_weights and work.shards == 1
+    streamed = streamed_layers(work.num_layers, work.resident_layers) if waits else ()
+    order = [layer for layer, visits in enumerate(streamed) if visits]
+    rate = rates.shared_bus_bytes if order else rates.bus_bytes
     parked = [0 if level is None else tokens * plan.bytes_per_token[level] for level in plan.host_levels]
-    now = bus = 0.0
+    now = bus = arriving = 0.0
+    visits = _Visits(order, weights / rate)
     leaving = [0.0] * plan.in_flight
-    for size in parked:
-        now += max(times.forward, weights / rate, gather)
+    for layer, size in enumerate(parked):
+        arriving = visits.begin(arriving)
+        now = max(now, visits.ready.get(layer, 0.0)) + max(times.forward, gather)
+        visits.release(layer, now)
         if size:
             bus = max(now, bus) + size / rate
             now = max(now, leaving[0])
@@ -122,13 +128,44 @@ def step_seconds(work: Workload, rates: Rates, plan: Plan) -> float:
     now = max(now, *leaving)
     now += 4 * tokens * s.hidden * work.vocabulary / rates.flops + 6 * tokens * work.vocabulary / rates.bytes
     # A layer's tensors and weights are fetched while the layer behind it runs backward.
+    visits = _Visits(order[::-1], weights / rates.bus_bytes, present=2)
     bus = fetched = now
-    for level, size in zip(reversed(plan.levels), reversed([0, *parked[:-1]]), strict=True):
-        now = max(now, fetched)
-        bus = fetched = max(now, bus) + (weights + size) / rates.bus_bytes
-        now += max(times.backward[level], gather)
+    for layer in reversed(range(work.num_layers)):
+        now = max(now, fetched, visits.ready.get(layer, 0.0))
+        bus = visits.begin(max(now, bus))
+        if size := parked[layer - 1] if layer else 0:
+            bus = fetched = bus + size / rates.bus_bytes
+        now += max(times.backward[plan.levels[layer]], gather)
+        visits.release(layer, now)
     embedding = 2 * tokens * s.hidden / rates.bus_bytes if work.embedding_on_host else 0.0
     return (now + embedding) * max(1, work.tokens // tokens)
+
+
+class _Visits:
+    """When layers' weights are in the two slots that they visit (engine/weight_stream.py).
+
+    Args:
+        order: the layers that visit.
+        seconds: of a copy.
+        present: leading ones that are there already.
+    """
+
+    def __init__(self, order: Sequence[int], seconds: float, present: int = 0) -> None:
+        self._seconds, self._waiting = seconds, list(order[present:])
+        self._free = [0.0] * (2 - min(present, len(order)))
+        self.ready = dict.fromkeys(order[:present], 0.0)
+
+    def begin(self, bus: float) -> float:
+        """Begin the copies that have a slot. Returns: when the bus is free again."""
+        while self._free and self._waiting:
+            bus = max(bus, self._free.pop(0)) + self._seconds
+            self.ready[self._waiting.pop(0)] = bus
+        return bus
+
+    def release(self, layer: int, now: float) -> None:
+        """Give a layer's slot to another one, if it had any."""
+        if layer in self.ready:
+            self._free.append(now)
 
 
 def plan_step(
@@ -161,10 +198,10 @@ def plan_step(
     moments = OPTIMIZER_BYTES if eight_bit is None else OPTIMIZER_BYTES[eight_bit : eight_bit + 1]
     rows = max(1, work.tokens // work.row)
 
-    def candidates(heads: Sequence[int], micro_batches: Sequence[int]) -> list[Plan]:
+    def candidates(variants: Sequence[Workload], micro_batches: Sequence[int]) -> list[Plan]:
         return [
             candidate
-            for variant in _variants(work, heads, streams, moments, allow_host=allow_host)
+            for variant in variants
             for tokens in micro_batches
             for candidate in _candidates(variant, budget, rates, tokens, allow_host=allow_host)
         ]
@@ -175,14 +212,18 @@ def plan_step(
     micro_batches = [pieces * work.row for pieces in reversed(divisors(rows))]
     if work.whole:
         micro_batches = micro_batches[:1]
-    leanest_and_fastest = candidates(sorted({heads[0], heads[-1]}, reverse=True), micro_batches)
+    variants = partial(_variants, work, streams=streams, moments=moments, allow_host=allow_host)
+    leanest_and_fastest = candidates(variants(sorted({heads[0], heads[-1]}, reverse=True)), micro_batches)
     fitting = [candidate for candidate in leanest_and_fastest if candidate.peak <= budget]
     if not fitting:
         least = min(candidate.peak for candidate in leanest_and_fastest)
         raise NoPlanError(budget, least)
     best = min(fitting, key=lambda candidate: candidate.seconds)
     assert best.micro_batch is not None
-    fitting = [candidate for candidate in candidates(heads[1:-1], [best.micro_batch]) if candidate.peak <= budget]
+    finer = variants(heads[1:-1])
+    if True in streams and work.shape.experts and work.shards == 1 and not best.cached_layers:
+        finer += _partly_streamed(variants([best.key_heads or heads[-1]]))
+    fitting = [candidate for candidate in candidates(finer, [best.micro_batch]) if candidate.peak <= budget]
     return min([best, *fitting], key=lambda candidate: candidate.seconds)
 
 
@@ -262,6 +303,19 @@ def plan_graphed_step(
     return plan, patience
 
 
+def _partly_streamed(variants: Sequence[Workload]) -> list[Workload]:
+    """Streamed workloads with some of the layers on the device: one, and a twelfth more each time.
+
+    Of mixtures: the weights of a dense layer are copied in less time than it computes.
+    """
+    streamed = [work for work in variants if work.stream_weights]
+    return [
+        replace(work, resident_layers=resident)
+        for work in streamed
+        for resident in range(1, work.num_layers - 2, -(-work.num_layers // 12))
+    ]
+
+
 def _variants(
     work: Workload, heads: Sequence[int], streams: Sequence[bool], moments: Sequence[float], *, allow_host: bool
 ) -> list[Workload]:
@@ -297,6 +351,7 @@ def _candidates(work: Workload, budget: int, rates: Rates, tokens: int, *, allow
                 embedding_on_host=work.embedding_on_host,
                 eight_bit=work.optimizer_bytes < OPTIMIZER_BYTES[0],
                 stream_weights=work.stream_weights,
+                resident_layers=work.resident_layers,
                 in_flight=in_flight,
                 key_heads=work.key_heads,
                 workspace=work.attention_workspace(tokens),

@@ -85,6 +85,7 @@ class Workload:
         embedding_on_host: whether the embedding lives in host memory.
         stream_weights: whether NF4 weights visit the device two layers at a time.
         shards: GPUs that keep a part of the NF4 weights each, from which they visit; 1 where they come from the host.
+        resident_layers: whose weights stay there all the same.
         typical: length of the sequence that a token is in, on average, in a ragged batch; None for `row`. Only time
             depends on it: memory is planned for the longest.
         key_heads: that cuDNN's backward takes at once, with their query heads; None for all.
@@ -107,6 +108,7 @@ class Workload:
     stream_weights: bool = False
     kept_bytes: int = 0
     shards: int = 1
+    resident_layers: int = 0
     key_heads: int | None = None
     fa4: bool = False
 
@@ -162,8 +164,10 @@ class Workload:
         table = 2 * self.vocabulary * s.hidden
         tables = table * (1 if self.tied or self.embedding_on_host else 2)
         layers: float = self.num_layers
-        if self.stream_weights:
-            layers = 2 + (self.num_layers / self.shards if self.shards > 1 else 0)
+        if self.stream_weights and self.shards > 1:
+            layers = 2 + self.num_layers / self.shards
+        elif self.stream_weights:
+            layers = min(2 + self.resident_layers, self.num_layers)
         base = int(layers * (self.nf4_bytes if self.quantized else self.extended_bytes))
         norms = 2 * self.num_layers * (2 * s.hidden + 2 * s.head_dim)
         adapters = int(self.adapter_elements * (8 + self.optimizer_bytes))

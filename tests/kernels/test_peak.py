@@ -27,7 +27,7 @@ from finemill.kernels.engine import decoder_layer, experts, model, projection
 from finemill.kernels.engine.adapters import LoraPair
 from finemill.kernels.engine.decoder_layer import Rope
 from finemill.kernels.engine.expert_layout import EXPERT_STACKS
-from finemill.kernels.engine.plan import Level, Plan
+from finemill.kernels.engine.plan import Level, Plan, streamed_layers
 from finemill.kernels.ops import expert_lora, grouped_gemm, lora_b, swiglu_lora
 from finemill.kernels.ops.adamw import AdamWState
 from finemill.kernels.ops.attention_cudnn import key_heads_at_once
@@ -200,10 +200,16 @@ def simulated_peak(work: Workload, plan: Plan) -> int:
         parts: list[model.LayerParts] = []
         bases: list[dict[str, NF4Tensor | torch.Tensor]] = []
         stacks: list[dict[str, NF4Stack | torch.Tensor]] = []
-        for _ in range(work.num_layers):
+        visits: list[int] = []
+        for visiting in streamed_layers(work.num_layers, plan.resident_layers):
             # Streamed weights visit two slots in turn.
-            streamed = plan.stream_weights and len(bases) >= 2
-            bases.append(dict(bases[-2]) if streamed else dict(zip(linears, map(nf4, outputs, inputs), strict=False)))
+            streamed = plan.stream_weights and visiting
+            visits += [len(bases)] * streamed
+            streamed = streamed and len(visits) > 2
+            made_before = visits[-3] if streamed else 0
+            bases.append(
+                dict(bases[made_before]) if streamed else dict(zip(linears, map(nf4, outputs, inputs), strict=False))
+            )
             pairs = {name: pair(work.rank, n, k) for name, n, k in zip(linears, outputs, inputs, strict=False)}
             norms = (table(s.hidden), table(s.hidden), table(s.head_dim), table(s.head_dim))
             router = None
@@ -211,7 +217,7 @@ def simulated_peak(work: Workload, plan: Plan) -> int:
                 router = table(work.experts.count, s.hidden)
                 shapes = {name: model.stack_shape(name, s) for name in EXPERT_STACKS}
                 made = {name: stack(2 - index, *shapes[name]) for index, name in enumerate(EXPERT_STACKS)}
-                stacks.append(dict(stacks[-2]) if streamed else dict(made))
+                stacks.append(dict(stacks[made_before]) if streamed else dict(made))
                 del made
                 if work.expert_rank:
                     pairs |= {name: pair(work.expert_rank, n, k, count) for name, (count, n, k) in shapes.items()}
@@ -276,6 +282,7 @@ def check(work: Workload, plan: Plan) -> None:
         ("llama3-1b", 1024, 4, 4, False),
         ("qwen3-14b", 2048, 8, 12, False),
         ("qwen3-30b-a3b", 2048, 8, 17.5, True),
+        ("qwen3-30b-a3b", 2048, 8, 20, True),
         ("mixtral-8x7b", 2048, 2, 24, True),
     ],
 )
@@ -304,6 +311,7 @@ def test_predicted_peaks_of_any_plan_cover_what_is_allocated(shape: str, seed: i
         micro_batch=draw.choice([2048, 4096]),
         eight_bit=streamed,
         stream_weights=streamed,
+        resident_layers=work.num_layers // 3 if streamed else 0,
         in_flight=draw.choice([1, 2]),
     )
     check(work, plan)

@@ -73,6 +73,7 @@ def test_levels_host_memory_kept_and_streamed_weights_and_graphs_change_no_bit(k
         replace(parked(Level.GATE_UP, Level.GATE_UP), in_flight=2),
         replace(parked(Level.ALL, Level.GATE_UP), host_levels=(Level.GATE_UP, Level.INPUT, None, None), in_flight=2),
         replace(parked(Level.GATE_UP, Level.ATTENTION), stream_weights=True),
+        replace(parked(Level.GATE_UP, Level.ATTENTION), stream_weights=True, resident_layers=1),
     ]
     for plan in plans:
         model.apply_plan(plan)

@@ -1,5 +1,6 @@
 """A base whose NF4 weights wait in host memory computes what one on the device does, bit for bit."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from transformers import (
 )
 
 from finemill.errors import UserError
-from finemill.kernels.accelerate import UnsupportedModelError, accelerate_model, restore_model
+from finemill.kernels.accelerate import UnsupportedModelError, accelerate_model, adopt_plan, restore_model
+from finemill.kernels.engine.plan import Plan
 from finemill.kernels.engine.quantized_experts import quantize_experts
 from finemill.kernels.streamed import load_streamed, quantized_linears, weight_stream_of
 from tests.kernels.test_accelerate import ATTENTION_AND_EXPERTS
@@ -118,21 +120,29 @@ def test_own_forward_and_generation_are_those_of_a_resident_base(
 
 
 def test_gradients_are_those_of_a_resident_base(checkpoint: Path, batch: dict[str, torch.Tensor]) -> None:
-    losses, grads = [], []
-    for base in (streamed(checkpoint), resident(checkpoint)):
-        model = adapted(base)
-        assert accelerate_model(model).active
+    model = adapted(resident(checkpoint))
+    assert accelerate_model(model).active
+    expected_loss, expected = gradients(model, batch)
+    model = adapted(streamed(checkpoint))
+    assert accelerate_model(model).active
+    for staying in (0, 1, 3, 2, 0):
+        adopt_plan(model, replace(Plan.everything(5), stream_weights=True, resident_layers=staying))
+        model.zero_grad()
         loss, grad = gradients(model, batch)
-        losses.append(loss)
-        grads.append(grad)
-    assert torch.equal(*losses)
-    assert all(map(torch.equal, *grads))
+        assert torch.equal(loss, expected_loss)
+        assert all(map(torch.equal, grad, expected))
+        places = {linear.weight.data_ptr() for linear in first_linears(model.get_base_model())}
+        assert len(places) == 2 + staying
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(**batch).loss, expected_loss)
 
 
 def test_two_layers_are_on_the_device(checkpoint: Path) -> None:
-    layers = [quantized_linears(layer) for layer in streamed(checkpoint).model.layers]
-    places = {linear.weight.data_ptr() for layer in layers for linear in layer}
-    assert len(places) == 2 * len(layers[0])
+    assert len({linear.weight.data_ptr() for linear in first_linears(streamed(checkpoint))}) == 2
+
+
+def first_linears(causal: Any) -> list[Any]:
+    return [quantized_linears(layer)[0] for layer in causal.model.layers]
 
 
 def test_restoring_brings_the_weights_back(checkpoint: Path, batch: dict[str, torch.Tensor]) -> None:

@@ -11,7 +11,7 @@ from finemill.commands.estimate import workload
 from finemill.kernels.bench.moe import make_parser, make_plan
 from finemill.kernels.bench.results import H100, H200, WITHIN, Within, setting
 from finemill.kernels.bench.runs import MixtureRun, StepRun, read_runs
-from finemill.kernels.engine.plan import Level, Plan
+from finemill.kernels.engine.plan import Level, Plan, streamed_layers
 from finemill.kernels.ops.division import capacity
 from finemill.kernels.planning.planner import (
     MARGIN,
@@ -241,6 +241,25 @@ def test_weights_that_wait_in_host_memory_stay_there() -> None:
     plan, _ = plan_graphed_step(step(), 80 * GIB, 90 * GIB, streamed=True)
     assert plan.stream_weights
     assert plan.cached_layers == 0
+
+
+def test_layers_that_stay_while_others_stream_are_spread_and_begin_with_the_first() -> None:
+    assert streamed_layers(6, 2) == (False, True, True, False, True, True)
+    assert streamed_layers(3, 0) == (True,) * 3
+    assert all(streamed_layers(36, number).count(False) == number for number in range(37))
+
+
+def test_a_mixture_streams_some_layers_where_that_is_faster_than_all_or_none() -> None:
+    args = make_parser().parse_args(["step", "--memory-gb", "9.1"])
+    plan = make_plan(args, "NVIDIA H200")
+    assert 0 < plan.resident_layers < args.layers
+    assert plan.peak <= args.memory_gb * GIB
+    work = workload_under(replace(step("qwen3-30b-a3b"), num_layers=args.layers), plan)
+    everywhere, nowhere = (
+        step_seconds(replace(work, resident_layers=number), RATES["h200"], plan) for number in (0, args.layers)
+    )
+    assert everywhere > 1.02 * nowhere
+    assert plan.seconds == pytest.approx(nowhere, rel=0.01)
 
 
 def test_loading_takes_the_base_and_a_matrix_on_its_way() -> None:
