@@ -4,11 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from finemill.errors import UserError
 from finemill.runtime.context import StepContext
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.report_to import reporting
+from finemill.training.system import system_metrics
 from tests.contexts import training_context
 from tests.recorder import ListRecorder, recorded
 
@@ -33,6 +35,29 @@ def test_mlflow_gets_the_points_if_it_is_named(report_to: tuple[str, ...], point
     report(context, *report_to)
     assert len(recorded(context).points) == points
     assert recorded(context).lines == ["half"]
+
+
+def test_mlflow_gets_how_busy_the_machine_is_with_every_point(context: StepContext) -> None:
+    report(context, "mlflow")
+    for step, metrics in recorded(context).points:
+        system = {name: value for name, value in metrics.items() if name.startswith("system/")}
+        assert {name: value for name, value in metrics.items() if name not in system} == POINTS[step]
+        assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(system)
+        assert all(isinstance(value, int | float) and value >= 0 for value in system.values())
+
+
+def test_a_card_without_sensors_is_left_out_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object) -> int:
+        raise RuntimeError("NVML Shared Library Not Found")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (25, 100))
+    monkeypatch.setattr(torch.cuda, "utilization", absent)
+    found = system_metrics(torch.device("cuda", 1))
+    assert found["system/gpu_1_memory_usage_percentage"] == 75
+    assert "system/gpu_1_utilization_percentage" not in found
+    monkeypatch.setattr(torch.cuda, "utilization", lambda _: 97)
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda _: 650_000)
+    assert system_metrics(torch.device("cuda", 1))["system/gpu_1_power_usage_watts"] == 650
 
 
 def test_tensorboard_holds_every_point(context: StepContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

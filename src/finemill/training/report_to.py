@@ -6,10 +6,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finemill.errors import UserError
 from finemill.runtime.context import Recorder, StepContext
 from finemill.runtime.processes import is_main_process
 from finemill.training.config import LoRATrainingConfig
+from finemill.training.system import system_metrics
 
 PROJECT = "finemill"
 """Project in Weights & Biases where WANDB_PROJECT names none."""
@@ -36,9 +39,11 @@ class _Reports:
 def reporting(config: LoRATrainingConfig, context: StepContext) -> Iterator[Recorder]:
     """The context's recorder, its metrics sent to what `report_to` names.
 
+    MLflow gets how busy the machine is with every point; Weights & Biases measures that by itself.
+
     Raises: UserError: a package is missing, or Weights & Biases has no key.
     """
-    logs: list[Log] = [context.recorder.log_metrics] if "mlflow" in config.report_to else []
+    logs: list[Log] = [_with_system_metrics(context.recorder)] if "mlflow" in config.report_to else []
     with ExitStack() as stack:
         if is_main_process():
             if "wandb" in config.report_to:
@@ -46,6 +51,15 @@ def reporting(config: LoRATrainingConfig, context: StepContext) -> Iterator[Reco
             if "tensorboard" in config.report_to:
                 logs.append(stack.enter_context(_tensorboard(context)))
         yield _Reports(context.recorder, logs)
+
+
+def _with_system_metrics(recorder: Recorder) -> Log:
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    def log(metrics: Mapping[str, float], step: int) -> None:
+        recorder.log_metrics({**metrics, **system_metrics(device)}, step)
+
+    return log
 
 
 def _name(context: StepContext) -> str:
