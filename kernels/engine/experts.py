@@ -167,7 +167,7 @@ class ExpertMLP:
         rows = routing.rows
         factors = self.gate_up.factors()
         gathered, low = self._gather(normed, rows, factors)
-        gate_up = self._project_gate_up(gathered, low, rows, factors)
+        gate_up = self._project_gate_up(gathered, low, rows, factors, self.gate_up.decoded())
         del gathered, low
         hidden = self._empty_rows(rows, self.experts.intermediate)
         swiglu_forward(gate_up, hidden)
@@ -200,13 +200,21 @@ class ExpertMLP:
             saved.normed_mid = self.extended_input(mid.shape[0])
             _, saved.rstd_mid = normalize(mid, None, self.norm, self.shape, saved.normed_mid)
         normed, saved.normed_mid = saved.normed_mid, None
+        hidden, down_b, weights = self._backward_down(stream, saved, routing)
         factors = self.gate_up.factors()
+        gathered, low, weight = None, None, None
         if saved.gate_up is None:
-            saved.gate_up = self._project_gate_up(*self._gather(normed, rows, factors), rows, factors)
-        d_weights = self._backward_down(stream, saved.gate_up, saved, routing)
+            # After down, whose weight shares its memory with this one: it is decoded once for both products.
+            gathered, low = self._gather(normed, rows, factors)
+            weight = self.gate_up.decoded()
+            saved.gate_up = self._project_gate_up(gathered, low, rows, factors, weight)
         grad_gate_up, saved.gate_up = saved.gate_up, None
-        # Gathered anew: beside down's gradients these rows would be the peak of the whole step.
-        gathered, low = self._gather(normed, rows, factors)
+        d_weights = swiglu_experts_backward(hidden, grad_gate_up, rows, weights)
+        if down_b is not None:
+            self.down.add_grad_a((down_b * weights[:, None]).to(hidden.dtype), hidden, rows)
+        del hidden, down_b
+        if gathered is None:
+            gathered, low = self._gather(normed, rows, factors)
         del normed
         dy_b = self.gate_up.empty_low(rows)
         if factors is not None and dy_b is not None:
@@ -214,7 +222,8 @@ class ExpertMLP:
         self.gate_up.add_grad_b(low, grad_gate_up, rows)
         self.gate_up.add_grad_a(dy_b, gathered, rows)
         a = None if factors is None else factors.a
-        grouped_gemm(grad_gate_up, self.gate_up.decoded(), rows, gathered, dy_b, a, transposed=True)
+        weight = self.gate_up.decoded() if weight is None else weight
+        grouped_gemm(grad_gate_up, weight, rows, gathered, dy_b, a, transposed=True)
         del grad_gate_up
         grad_normed = combine_experts(gathered, rows, torch.empty_like(mid))
         del gathered
@@ -230,8 +239,11 @@ class ExpertMLP:
         saved.mid = saved.routing = None
         return grad
 
-    def _backward_down(self, grad: Tensor, gate_up: Tensor, saved: Saved, routing: Routing) -> Tensor:
-        """Make gate|up its gradient and add down's adapters' gradients. Returns: (R,), of the routing weights."""
+    def _backward_down(self, grad: Tensor, saved: Saved, routing: Routing) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Add the gradient of down's B.
+
+        Returns: (R, I), the gradient of h for rows whose weight is one; (R, r), dy B of the same; (R,), the weights.
+        """
         rows = routing.rows
         weights = rows.of_rows(routing.weights)
         factors, dy_b = self.down.factors(), self.down.empty_low(rows)
@@ -243,11 +255,7 @@ class ExpertMLP:
         if dy_b is not None:
             # A row's weight multiplies its result: it is on neither dy nor h, but on one side of each product.
             self.down.add_grad_b((saved.xa_down * weights[:, None]).to(dy.dtype), dy, rows)
-        del dy
-        d_weights = swiglu_experts_backward(hidden, gate_up, rows, weights)
-        if dy_b is not None:
-            self.down.add_grad_a((dy_b * weights[:, None]).to(hidden.dtype), hidden, rows)
-        return d_weights
+        return hidden, dy_b, weights
 
     def _route(self, normed: Tensor) -> Routing:
         shape, tokens = self.experts, normed.shape[0]
@@ -270,11 +278,11 @@ class ExpertMLP:
         return gathered, low
 
     def _project_gate_up(
-        self, gathered: Tensor, low: Tensor | None, rows: ExpertRows, factors: Factors | None
+        self, gathered: Tensor, low: Tensor | None, rows: ExpertRows, factors: Factors | None, weight: Tensor
     ) -> Tensor:
         gate_up = self._empty_rows(rows, 2 * self.experts.intermediate)
         b = None if factors is None else factors.b
-        return grouped_gemm(gathered, self.gate_up.decoded(), rows, gate_up, low, b)
+        return grouped_gemm(gathered, weight, rows, gate_up, low, b)
 
     def _empty_rows(self, rows: ExpertRows, width: int) -> Tensor:
         return torch.empty((rows.num_rows, width), dtype=self.norm.dtype, device=self.norm.device)
