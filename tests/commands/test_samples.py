@@ -6,6 +6,7 @@ import pytest
 
 from finemill.artifacts.evaluation import Sample, write_samples
 from finemill.cli import main
+from finemill.rows.shapes import detect_shape, to_conversation
 
 PROMPT = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 3 + 4?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -58,6 +59,20 @@ def test_weave_s_logger_takes_the_lines(evaluation: str, capsys: pytest.CaptureF
         log_example(**line)
     assert [scores["exact_match"] for scores in logged] == [False, False, True, True]
     assert logged[0] == {"cut_off": False, "exact_match": False, "finished": True, "format_ok": True, "loss": 0.5}
+
+
+def test_answers_that_differ_from_the_reference_become_preferences_that_data_prep_reads(
+    evaluation: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A round of SPIN: the model's own answers are rejected; what it says as the reference does teaches nothing."""
+    assert main(["samples", evaluation, "--format", "preferences"]) == 0
+    found = lines(capsys)
+    assert len(found) == 2
+    assert detect_shape(found[0]) == "preference"
+    conversation = to_conversation(found[0], "preference")
+    assert [message["content"] for message in conversation.messages] == ["Be brief.", "What is 3 + 4?", "It is 7."]
+    assert conversation.rejected is not None
+    assert conversation.rejected[-1]["content"] == "It is 8."
 
 
 def test_what_is_no_evaluation_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""`finemill samples EVALUATION`: the rows of an evaluation as JSON lines, for other tools and for `finemill score`."""
+"""`finemill samples EVALUATION`: the rows of an evaluation as JSON lines, for other tools, `score` and data-prep."""
 
 import argparse
 import json
@@ -30,7 +30,8 @@ def _parser(name: str) -> argparse.ArgumentParser:
         prog=f"finemill {name}",
         description="Print an evaluation's rows as JSON lines. `score` is what `finemill score` reads; `evalscope` is "
         "EvalScope's general_qa (query and the right response, a line per row), so that it asks any model the same; "
-        "`weave` holds the arguments of weave.EvaluationLogger's log_example for each answer.",
+        "`weave` holds the arguments of weave.EvaluationLogger's log_example for each answer; `preferences` is what "
+        "data-prep reads for DPO, the reference chosen and a model's own answer rejected (SPIN), where they differ.",
         allow_abbrev=False,
     )
     parser.add_argument("evaluation", metavar="EVALUATION", help="eval's reference, <uri>@sha256:<digest>, or folder")
@@ -77,6 +78,20 @@ def _for_weave(samples: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
         }
 
 
+def _for_preferences(samples: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
+    for sample in samples:
+        turns = _turns(sample.prompt)
+        chosen, rejected = sample.reference, sample.completion
+        if not sample.finished or not rejected.strip() or rejected.strip() == chosen.strip():
+            continue
+        yield {
+            "prompt": [{"role": role, "content": turns[role]} for role in ("system", "user") if role in turns]
+            or [{"role": "user", "content": sample.prompt}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
+
+
 def _turns(prompt: str) -> dict[str, str]:
     """The last text of each role in a rendered prompt, where its template's marks are known."""
     found: dict[str, str] = {}
@@ -93,4 +108,5 @@ _FORMATS: Mapping[str, Callable[[Sequence[Sample]], Iterator[Mapping[str, Any]]]
     "score": _for_score,
     "evalscope": _for_evalscope,
     "weave": _for_weave,
+    "preferences": _for_preferences,
 }
