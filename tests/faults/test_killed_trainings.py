@@ -1,0 +1,100 @@
+"""A training is killed at any moment, between its checkpoints and within one: it ends in the same adapter."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from finemill.artifacts.files import TRAINING_FILE
+from finemill.artifacts.manifest import Reference
+from finemill.storage.store import fetch_artifact
+from tests.faults.conftest import rounds
+from tests.line.commands import finemill
+
+BASE = "builtin:tiny-qwen3"
+TRAIN = ["train-qlora", "--base-model", BASE, "--max-steps", "10", "--save-steps", "1", "--max-length", "128"]
+TRAIN += ["--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "2", "--lora-dropout", "0.1"]
+LIBRARIES = ["finemill.cli", "finemill.components.train_qlora.step", "bitsandbytes", "mlflow"]
+KILLS_PER_TRAINING = 10
+
+
+def train(arguments: list[str], folder: Path) -> None:
+    """What a child does: the command, in a folder, with what it prints in files."""
+    from finemill.cli import main
+
+    os.chdir(folder)
+    for name, descriptor in {"stdout": 1, "stderr": 2}.items():
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.exit(main(arguments))
+
+
+@pytest.fixture(scope="module")
+def forks() -> ForkServerContext:
+    """Processes that begin with the libraries imported, which takes longer than the training."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    return context
+
+
+def ended(context: ForkServerContext, arguments: list[str], folder: Path, after_s: float | None = None) -> float:
+    """Train until the end, or kill it after a while. Returns: seconds."""
+    began = time.monotonic()
+    process = context.Process(target=train, args=(arguments, folder))
+    process.start()
+    process.join(after_s)
+    if after_s is None:
+        assert process.exitcode == 0, (folder / "stderr").read_text()
+    else:
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), (folder / "stderr").read_text()
+    assert not (folder / "stderr").exists() or "Traceback" not in (folder / "stderr").read_text()
+    return time.monotonic() - began
+
+
+def adapter(folder: Path) -> dict[str, str]:
+    """The digest of each file of the adapter that a training printed, all verified.
+
+    But for the log of losses, whose means begin anew where a training goes on.
+    """
+    _, manifest = fetch_artifact(Reference.parse((folder / "stdout").read_text().strip()))
+    return {name: file.sha256 for name, file in manifest.files.items() if name != TRAINING_FILE}
+
+
+def test_a_training_that_is_killed_ends_in_the_same_adapter(
+    forks: ForkServerContext, tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINEMILL_CACHE", str(tmp_path / "cache"))
+    rows = finemill(
+        "data-prep", "--sources", '[{uri: "example:reasoning", max_rows: 60}]', "--store", "store", cwd=tmp_path
+    )
+    assert rows.returncode == 0, rows.stderr
+    made = ["chat-format", "--rows", rows.stdout.strip(), "--base-model", BASE, "--store", "store"]
+    dataset = finemill(*made, cwd=tmp_path)
+    assert dataset.returncode == 0, dataset.stderr
+    arguments = [*TRAIN, "--dataset", dataset.stdout.strip()]
+
+    def folder_of(name: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        return folder
+
+    ended(forks, arguments, folder_of("first"))  # this one starts the server of forks, too
+    took = ended(forks, arguments, folder_of("calm"))
+    expected = adapter(tmp_path / "calm")
+    assert "adapter_model.safetensors" in expected
+    assert adapter(tmp_path / "first") == expected
+    left = rounds(200)
+    while left > 0:
+        folder = folder_of(f"killed-{left}")
+        for _ in range(min(left, KILLS_PER_TRAINING)):
+            left -= 1
+            ended(forks, arguments, folder, rng.uniform(0.1, took))
+        ended(forks, arguments, folder)
+        assert adapter(folder) == expected
