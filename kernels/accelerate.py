@@ -342,11 +342,11 @@ def _check_architecture(causal: Any) -> None:
 
 
 def _check_tensors(causal: Any, parts: list[LayerParts]) -> None:
-    """Refuse tensors on several devices or of several dtypes, and float16, whose gradients need a scale."""
+    """Refuse tensors on several devices or of several dtypes."""
     decoder = causal.model
     dtype, device = decoder.norm.weight.dtype, decoder.norm.weight.device
-    if dtype not in (torch.bfloat16, torch.float32):
-        raise UnsupportedModelError(f"the model computes in {_name(dtype)}: bfloat16 and float32 are covered")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise UnsupportedModelError(f"the model computes in {_name(dtype)}: bfloat16, float16 and float32 are covered")
     found = {"embedding": decoder.embed_tokens.weight, "output layer": causal.lm_head.weight}
     if getattr(causal.lm_head, "bias", None) is not None:
         raise UnsupportedModelError("the output layer has a bias")

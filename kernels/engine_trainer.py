@@ -106,6 +106,12 @@ class EngineTrainer(Trainer):  # type: ignore[misc]
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if isinstance(optimizer, FlatAdamW) else None
 
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        """What multiplies the loss in float16, whose gradients would be zero without it."""
+        scaler: torch.amp.GradScaler | None = self.accelerator.scaler
+        return scaler
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Estimate a micro-batch's operations as transformers does, without counting the parameters each time."""
         if not self.fast:
@@ -132,7 +138,11 @@ class EngineTrainer(Trainer):  # type: ignore[misc]
     def _clip_grad_norm(self, model: Any) -> Any:
         """FlatAdamW clips inside its step; its norm is reported."""
         optimizer = self._flat_optimizer
-        return super()._clip_grad_norm(model) if optimizer is None else optimizer.measure_norm()
+        if optimizer is None:
+            return super()._clip_grad_norm(model)
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer)
+        return optimizer.measure_norm()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if self._flat_optimizer is None:

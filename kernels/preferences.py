@@ -74,7 +74,6 @@ class PreferenceSteps(EngineTrainer):
         args = self.args
         reasons = {
             "DeepSpeed or FSDP own the model": self.is_deepspeed_enabled or self.is_fsdp_enabled,
-            "fp16 scales its loss, bf16 and float32 are covered": args.fp16,
             "only some layers have experts, and plans are of equal layers": has_unequal_layers(self.model),
             f"neftune_noise_alpha is {args.neftune_noise_alpha}": args.neftune_noise_alpha is not None,
             "use_weighting asks for more than log probabilities": getattr(args, "use_weighting", False),

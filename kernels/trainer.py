@@ -92,7 +92,6 @@ class FastSFTTrainer(EngineTrainer, SFTTrainer):  # type: ignore[misc]
         loss_type = getattr(args, "loss_type", None) or "nll"
         reasons = {
             "DeepSpeed or FSDP own the model": self.is_deepspeed_enabled or self.is_fsdp_enabled,
-            "fp16 scales its loss, bf16 and float32 are covered": args.fp16,
             "only some layers have experts, and plans are of equal layers": has_unequal_layers(self.model),
             f"loss_type is {loss_type!r}": loss_type not in ("nll", "chunked_nll"),
             f"label_smoothing_factor is {args.label_smoothing_factor}": args.label_smoothing_factor > 0,
@@ -136,7 +135,7 @@ class FastSFTTrainer(EngineTrainer, SFTTrainer):  # type: ignore[misc]
             return torch.zeros((), device=engine.device)
         if not model.training:  # visiting every module takes milliseconds
             model.train()
-        if self._flat_optimizer is None:
+        if self._flat_optimizer is None or self._scaler is not None:
             engine.adapters.attach_grads()
         total = torch.zeros(5, dtype=torch.float64, device=engine.device)
         while True:
@@ -158,7 +157,10 @@ class FastSFTTrainer(EngineTrainer, SFTTrainer):  # type: ignore[misc]
 
     def _run_batches(self, batches: list[PackedBatch]) -> Tensor:
         """Add the gradient of a step's batches. Returns: their summed loss, entropy and correct predictions."""
-        engine, scale = self._engine, 1.0 / max(1, self._labels)
+        engine = self._engine
+        scale: Tensor | float = 1.0 / max(1, self._labels)
+        if self._scaler is not None:
+            scale = self._scaler.scale(torch.full((1,), scale, device=engine.device))
         total = torch.zeros(3, dtype=torch.float64, device=engine.device)
         for index, batch in enumerate(batches):
             if engine.dropout_seed is not None:

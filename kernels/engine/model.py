@@ -371,7 +371,9 @@ def begin_arena(plan: Plan, device: torch.device, arena: HostArena | None = None
 class ModelLoss(torch.autograd.Function):
     """Autograd node of the whole model: forward gives the scaled loss, backward fills the flat gradient.
 
-    `anchor` is any adapter parameter: it makes autograd call the backward, which writes gradients itself.
+    `anchor` is any adapter parameter: it makes autograd call the backward, which writes gradients itself. The gradient
+    is begun in the forward, in float16 without the scale: with it, before a `GradScaler` has multiplied the loss, most
+    of it would be zero.
     """
 
     @staticmethod
@@ -379,7 +381,8 @@ class ModelLoss(torch.autograd.Function):
         ctx: Any, anchor: Tensor, model: FastModel, batch: PackedBatch, scale: Tensor | float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return scale * loss, and the entropy and correct sums for metrics."""
-        result, ctx.state = model.forward(batch, scale, train=True)
+        ctx.later = scale if model.final_norm.dtype == torch.float16 else None
+        result, ctx.state = model.forward(batch, scale if ctx.later is None else 1.0, train=True)
         ctx.model = model
         ctx.mark_non_differentiable(result.entropy, result.correct)
         return result.loss * scale, result.entropy, result.correct
@@ -391,7 +394,7 @@ class ModelLoss(torch.autograd.Function):
             raise RuntimeError("this loss was differentiated already: its saved tensors are gone, run forward again")
         ctx.model.adapters.attach_grads()
         state, ctx.state = ctx.state, None
-        ctx.model.backward(state, grad_loss)
+        ctx.model.backward(state, grad_loss if ctx.later is None else grad_loss * ctx.later)
         return None, None, None, None
 
 

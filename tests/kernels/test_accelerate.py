@@ -472,7 +472,7 @@ REFUSED: dict[str, Callable[[Any], object]] = {
     "other parameters are trainable": lambda model: model.get_input_embeddings().weight.requires_grad_(True),
     "scores are scaled by 0.5": lambda model: model.model.layers[2].self_attn.__setattr__("scaling", 0.5),
     "NEFTune": lambda model: model.get_input_embeddings().__setattr__("neftune_noise_alpha", 5.0),
-    "computes in float16": lambda model: model.half(),
+    "computes in float64": lambda model: model.double(),
     "float32, the final norm bfloat16": lambda model: model.model.norm.bfloat16(),
     "is a Conv1D": lambda model: model.model.layers[1].mlp.up_proj.__setattr__("base_layer", Conv1D(96, 64)),
     "has a frozen adapter": lambda model: (

@@ -9,11 +9,18 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from finemill.kernels.engine.optimizer import FlatAdamW
 from finemill.kernels.preferences import FastDPOTrainer, FastKTOTrainer
+from tests.kernels.test_accelerate import ATTENTION_AND_EXPERTS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -47,11 +54,17 @@ def rows(unpaired: bool, number: int = 12) -> Dataset:
     )
 
 
-def train(trainer_class: Any, folder: Path, lora: dict[str, Any] | None = None, **settings: Any) -> Any:
-    """A tiny Qwen3, its adapters not at the reference but away from it."""
+def train(
+    trainer_class: Any, folder: Path, lora: dict[str, Any] | None = None, experts: bool = False, **settings: Any
+) -> Any:
+    """A tiny Qwen3, or one with experts, its adapters not at the reference but away from it."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 16}
-    config = Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config: PretrainedConfig = Qwen3Config(**sizes, **heads)
+    if experts:
+        mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+        config, lora = Qwen3MoeConfig(**sizes, **heads, **mixture), ATTENTION_AND_EXPERTS
     unpaired = issubclass(trainer_class, KTOTrainer)
     defaults = {
         "use_cpu": True,
@@ -100,7 +113,9 @@ def adapters(trainer: Any) -> dict[str, torch.Tensor]:
         (DPOTrainer, FastDPOTrainer, {"precompute_ref_log_probs": True}),
         (DPOTrainer, FastDPOTrainer, {"optim": "adafactor", "ld_alpha": 0.5}),
         (DPOTrainer, FastDPOTrainer, {"eval_strategy": "steps", "eval_steps": 2}),
+        (DPOTrainer, FastDPOTrainer, {"experts": True, "router_aux_loss_coef": 0.0}),
         (KTOTrainer, FastKTOTrainer, {}),
+        (KTOTrainer, FastKTOTrainer, {"experts": True, "router_aux_loss_coef": 0.0}),
         (KTOTrainer, FastKTOTrainer, {"loss_type": "apo_zero_unpaired", "precompute_ref_log_probs": True}),
     ],
     ids=str,
@@ -116,6 +131,25 @@ def test_every_logged_number_and_the_adapters_equal_trls(
     wanted = adapters(expected)
     for name, value in adapters(got).items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-2, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize(("plain", "fast"), [(DPOTrainer, FastDPOTrainer)])
+def test_float16_with_a_scaled_loss_trains_as_float32(
+    plain: Any, fast: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = train(plain, tmp_path)
+    from_config, begin = AutoModelForCausalLM.from_config, fast.train
+
+    def begin_scaled(self: Any) -> Any:
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        return begin(self)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda config: from_config(config, dtype=torch.float16))
+    monkeypatch.setattr(fast, "train", begin_scaled)
+    got = train(fast, tmp_path)
+    assert got.fast, got.acceleration.reason
+    for ours, theirs in zip(history(got), history(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=0.05, abs=0.05)
 
 
 def test_adamw_is_the_flat_one(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def make_trainer(
     rows: int = 24,
     mixture: dict[str, Any] | None = None,
     model: Any = None,
+    dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> Any:
     """A tiny Qwen3 on rows of 5 to 29 tokens; `given` are arguments of the trainer, `settings` of SFTConfig.
@@ -89,7 +90,7 @@ def make_trainer(
         "gradient_checkpointing": False,
     }
     if model is None:
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return trainer_class(
         model=model,
         args=SFTConfig(output_dir=str(tmp_path), **(defaults | settings)),
@@ -392,3 +393,31 @@ def test_operations_are_counted_as_sft_trainer_does(tmp_path: Path) -> None:
     inputs = {"input_ids": torch.ones((2, 3), dtype=torch.long)}
     for _ in range(2):
         assert trainer.floating_point_ops(inputs) == SFTTrainer.floating_point_ops(trainer, inputs) > 0
+
+
+def half_trainer(tmp_path: Path, scaler: torch.amp.GradScaler, **settings: Any) -> Any:
+    """A trainer in float16 with a scaler of the loss, which transformers makes on a GPU only."""
+    trainer = make_trainer(FastSFTTrainer, tmp_path, dtype=torch.float16, **settings)
+    trainer.accelerator.scaler = scaler
+    return trainer
+
+
+@pytest.mark.parametrize("settings", [{}, {"mixture": {}, "router_aux_loss_coef": 0.0}], ids=["dense", "mixture"])
+def test_float16_with_a_scaled_loss_trains_as_float32(settings: dict[str, Any], tmp_path: Path) -> None:
+    expected, _ = train(FastSFTTrainer, tmp_path, **settings)
+    # Unscaled, gradients of a loss divided by as much are zero in float16.
+    trainer = half_trainer(tmp_path, torch.amp.GradScaler("cpu", init_scale=2.0**16), **settings)
+    assert trainer.fast, trainer.acceleration.reason
+    trainer.train()
+    torch.testing.assert_close(history(trainer), expected, rtol=2e-2, atol=2e-3)
+
+
+def test_a_step_that_overflows_in_float16_is_left_out(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)
+    trainer = half_trainer(tmp_path, scaler, max_steps=3)
+    trainer.train()
+    assert not history(trainer)[0].isfinite().all()
+    assert history(trainer)[1:].isfinite().all()
+    assert scaler.get_scale() == 2.0**10
+    assert trainer._flat_optimizer.count == 2
+    assert trainer._engine.adapters.master.isfinite().all()

@@ -50,6 +50,9 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Record one point of the curve. Raises: UserError: the loss or the gradient is not finite."""
         metrics = {METRIC_NAMES[name]: float(value) for name, value in (logs or {}).items() if name in METRIC_NAMES}
+        if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            # In float16 a gradient that overflows is not applied, and the next loss is multiplied with less.
+            metrics.pop("train/grad_norm", None)
         if not metrics or not state.is_world_process_zero:
             return
         for name, value in metrics.items():
