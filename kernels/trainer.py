@@ -157,10 +157,10 @@ class FastSFTTrainer(EngineTrainer, SFTTrainer):  # type: ignore[misc]
 
     def _run_batches(self, batches: list[PackedBatch]) -> Tensor:
         """Add the gradient of a step's batches. Returns: their summed loss, entropy and correct predictions."""
-        engine = self._engine
-        scale: Tensor | float = 1.0 / max(1, self._labels)
+        engine, mean = self._engine, 1.0 / max(1, self._labels)
+        scale: Tensor | float = mean
         if self._scaler is not None:
-            scale = self._scaler.scale(torch.full((1,), scale, device=engine.device))
+            scale = self._scaler.scale(torch.full((1,), mean, device=engine.device))
         total = torch.zeros(3, dtype=torch.float64, device=engine.device)
         for index, batch in enumerate(batches):
             if engine.dropout_seed is not None:

@@ -34,7 +34,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from finemill.errors import UserError
 from finemill.kernels.accelerate import restore_model
 from finemill.kernels.bench.data import ensure_checkpoint
-from finemill.kernels.bench.runs import environment
+from finemill.kernels.bench.runs import PreferenceRun, Quantiles, add_record_argument, environment, header, record_runs
 from finemill.kernels.bench.step import check_device
 from finemill.kernels.engine.model import LINEARS
 from finemill.kernels.engine.plan import Plan
@@ -67,12 +67,14 @@ def main(argv: list[str]) -> int:
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     path = ensure_checkpoint(args.shape, args.layers, device)
     exact = measure(load_base(path, device, torch.float32), path, args, device, None)
+    records = [exact.record]
     _print(exact.record)
     _free(device)
     theirs = exact
     base = load_base(path, device)
     if base.dtype != torch.float32:
         theirs = measure(base, path, args, device, None)
+        records.append(theirs.record)
         _print(theirs.record)
     limits = [args.share * theirs.record["peak_bytes"] / 2**30] if device.type == "cuda" else []
     same = True
@@ -81,11 +83,27 @@ def main(argv: list[str]) -> int:
         record, reference = ours.record, theirs.record
         record["speed_ratio"] = round(record["tokens_per_s"] / reference["tokens_per_s"], 3)
         record["memory_ratio"] = round(record["peak_bytes"] / max(1, reference["peak_bytes"]), 3)
+        records.append(record)
         _print(record)
         agreement = compare(exact, theirs, ours)
         print("AGREEMENT " + json.dumps(agreement), flush=True)
         same = same and agreement["same"]
+    if args.record:
+        record_runs(args.record, [_preference_run(args, argv, record) for record in records])
     return 0 if same else 1
+
+
+def _preference_run(args: argparse.Namespace, argv: list[str], record: dict[str, Any]) -> PreferenceRun:
+    """Put a record into a line of results."""
+    same = ("implementation", "dtype", "loss", "shape", "seq", "tokens_per_s", "peak_bytes", "losses")
+    return PreferenceRun(
+        **header("dpo", argv),
+        kind="preferences",
+        rows=args.bs * args.accum,
+        memory_gb=record["memory_gb"] or None,
+        step_s=Quantiles.of(record["step_s"][args.warmup :]),
+        **{name: record[name] for name in same},
+    )
 
 
 def compare(exact: Outcome, theirs: Outcome, ours: Outcome) -> dict[str, Any]:
@@ -133,6 +151,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=5e-6)
     parser.add_argument("--share", type=float, default=0.6, help="of TRL's memory that ours may take")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    add_record_argument(parser)
     args = parser.parse_args(argv)
     if args.warmup >= args.steps:
         parser.error(f"--warmup {args.warmup} must be smaller than --steps {args.steps}")

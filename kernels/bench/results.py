@@ -15,7 +15,17 @@ from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from finemill.kernels.bench.runs import RESULTS, GradientRun, LossRun, MixtureRun, Run, ScaleRun, StepRun, read_runs
+from finemill.kernels.bench.runs import (
+    RESULTS,
+    GradientRun,
+    LossRun,
+    MixtureRun,
+    PreferenceRun,
+    Run,
+    ScaleRun,
+    StepRun,
+    read_runs,
+)
 from finemill.kernels.planning.model_shapes import SHAPES
 
 PAGE = RESULTS.with_suffix(".md")
@@ -77,6 +87,7 @@ def page(runs: Sequence[Run]) -> str:
         several=[run for run in steps if run.processes > 1],
         losses=[run for run in runs if isinstance(run, LossRun)],
         mixtures=[run for run in runs if isinstance(run, MixtureRun)],
+        preferences=[run for run in runs if isinstance(run, PreferenceRun)],
         scales=[run for run in runs if isinstance(run, ScaleRun)],
         gradients=list({(run.family, run.layout): run for run in runs if isinstance(run, GradientRun)}.values()),
         within=WITHIN,

@@ -159,6 +159,31 @@ class MixtureRun(_Run):
     losses: list[float]
 
 
+class PreferenceRun(_Run):
+    """A training on preferences (`finemill bench dpo`): ours or TRL's own, on the same pairs in every step.
+
+    Args:
+        dtype: of the products.
+        loss: "dpo" or "kto".
+        seq: tokens of a prompt with an answer.
+        rows: pairs, or answers of "kto", per optimizer step.
+        memory_gb: limit that was asked for, GiB; None for the card's.
+    """
+
+    kind: Literal["preferences"]
+    implementation: str
+    dtype: str
+    loss: str
+    shape: str
+    seq: int
+    rows: int
+    memory_gb: float | None
+    tokens_per_s: float
+    step_s: Quantiles
+    peak_bytes: int
+    losses: list[float]
+
+
 class SeedLosses(_Model):
     """One seed of two trainings on the same rows: means over the last steps, and mean difference of a step's loss."""
 
@@ -259,7 +284,7 @@ class ScaleRun(_Run):
     idle: float | None = None
 
 
-Run = StepRun | MixtureRun | ScaleRun | LossRun | GradientRun | OpRun
+Run = StepRun | MixtureRun | PreferenceRun | ScaleRun | LossRun | GradientRun | OpRun
 _LINE: TypeAdapter[Run] = TypeAdapter(Annotated[Run, Field(discriminator="kind")])
 
 

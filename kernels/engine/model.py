@@ -158,7 +158,7 @@ class FastModel:
         stream = self.weight_stream
         if stream is not None and stream.place(streamed_layers(len(self.layers), plan.resident_layers)):
             for index, layer in enumerate(self.layers):
-                layer.place_weights(stream.locate(index, layer.weights))  # type: ignore[type-var]
+                layer.place_weights(stream.locate(index, layer.weights))  # type: ignore[arg-type]
         self.arena = begin_arena(plan, self.device, self.arena)
 
     def stream_weights(self, shards: WeightShards | None = None) -> None:

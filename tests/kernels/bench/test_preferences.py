@@ -9,6 +9,7 @@ import torch
 
 from finemill.kernels.bench import data as bench_data
 from finemill.kernels.bench import preferences
+from finemill.kernels.bench.runs import PreferenceRun, read_runs
 from finemill.kernels.planning.planner import MARGIN, NoPlanError
 from finemill.kernels.preferences import PreferenceSteps
 from finemill.kernels.token_scores import TokenScorer
@@ -22,11 +23,18 @@ def test_both_trainers_are_measured_on_one_base_and_log_the_same(
     loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench_data, "FOLDERS", (tmp_path / "models",))
-    assert preferences.main([*ARGUMENTS.split(), "--loss", loss, "--lr", "1e-3"]) == 0
+    recorded = tmp_path / "runs.jsonl"
+    arguments = [*ARGUMENTS.split(), "--loss", loss, "--lr", "1e-3", "--record", str(recorded)]
+    assert preferences.main(arguments) == 0
     theirs, ours, agreement = (json.loads(line.split(" ", 1)[1]) for line in _lines(capsys))
     assert (theirs["implementation"], ours["implementation"]) == ("trl", "finemill")
     assert agreement["same"]
     assert agreement["gradient_cosine"] > 0.9999
+    runs = [run for run in read_runs(recorded) if isinstance(run, PreferenceRun)]
+    assert [(run.implementation, run.losses) for run in runs] == [
+        ("trl", theirs["losses"]),
+        ("finemill", ours["losses"]),
+    ]
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-3)
     assert ours["speed_ratio"] == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"], abs=1e-2)
 
@@ -39,7 +47,7 @@ def test_losses_or_gradients_that_are_not_trls_fail_the_benchmark(
     scored = TokenScorer.score
 
     def wrong(self: TokenScorer, *args: Any, **settings: Any) -> Any:
-        scores = scored(self, *args, **settings)
+        scores: Any = scored(self, *args, **settings)
         scores.log_probs = scores.log_probs * torch.linspace(-1, 1, scores.log_probs.shape[1])
         return scores
 
@@ -51,7 +59,7 @@ def test_losses_or_gradients_that_are_not_trls_fail_the_benchmark(
 
 
 def test_a_limit_without_a_plan_becomes_what_the_leanest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def plan(self: PreferenceSteps) -> float:
+    def plan(self: Any) -> Any:
         if self._memory_gb < 2:
             raise NoPlanError(int(self._memory_gb * 2**30), 2**31)
         return self._memory_gb
