@@ -295,13 +295,16 @@ def _match(gold: Sequence[str], said: Sequence[str]) -> bool:
 def _equal_formulas(gold: str, said: str) -> bool:
     moduli = _MODULUS.search(gold), _MODULUS.search(said)
     if any(moduli):
-        if moduli[0] and moduli[1] and moduli[0]["modulus"] != moduli[1]["modulus"]:
-            return False
-        return _equal(_MODULUS.sub("", gold), _MODULUS.sub("", said))
+        if moduli[0] and moduli[1]:
+            same = moduli[0]["modulus"] == moduli[1]["modulus"]
+            return same and _equal(_MODULUS.sub("", gold), _MODULUS.sub("", said))
+        # Without its modulus it is a number and no quantity.
+        other = said if moduli[0] else gold
+        return re.fullmatch(r"-?\w+", other) is not None and _equal(_MODULUS.sub("", gold), _MODULUS.sub("", said))
     plain = tidy(gold), tidy(said)
     if plain[0] == plain[1]:
         return True
-    if any(map(_has_unit, plain)):
+    if any(map(_has_unit, plain)) and not any(map(_IN_A_BASE.fullmatch, plain)):
         units = [match[0].replace(" ", "") if (match := _FORMULA_UNIT.search(text)) else "" for text in plain]
         return (not all(units) or units[0] == units[1]) and _equal(*(_FORMULA_UNIT.sub("", text) for text in plain))
     if any(_WORDS.fullmatch(text) and len(text) > 1 for text in plain):

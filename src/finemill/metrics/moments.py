@@ -41,8 +41,9 @@ def _same_time(gold: re.Match[str] | None, said: re.Match[str] | None) -> bool:
     if gold is None or said is None:
         return False
     mine, theirs = _parts(gold), _parts(said)
-    # A half of the day that the right answer leaves open may be named.
-    return mine[:3] == theirs[:3] and mine[3] in ("", theirs[3])
+    # A half of the day that the right answer leaves open may be named, not said by another hour: 22:00 is not 10:00.
+    same_half = mine[3] == theirs[3] or (not mine[3] and int(gold["h"]) == int(said["h"]))
+    return mine[:3] == theirs[:3] and same_half
 
 
 def _parts(time: re.Match[str]) -> tuple[int, int, int, str]:

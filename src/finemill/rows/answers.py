@@ -64,7 +64,8 @@ _NOTED = re.compile(r"<<[^<>\n]*>>")
 # A JSON text in which a command's backslash was not escaped.
 _UNESCAPED = (("\x08oxed", "\\boxed"), ("\x0crac", "\\frac"), ("\text{", "\\text{"), ("\times", "\\times"))
 _COPULA = re.compile(
-    r"(?i)(?:^|[.!?\n:,]\s*)(?:(?:so|thus|therefore|hence),?\s+)?(?:it|this|that|there|the\s+[\w\s'-]{1,40}?)(?:\s+(?:is|are|was)\b|['\u2019]s\b)\s+"
+    r"(?i)(?:^|[.!?\n:,]\s*)(?:(?:so|thus|therefore|hence),?\s+)?(?:it|this|that|there|the\s+[\w\s'-]{1,40}?)"
+    r"(?:\s+(?:is|are|was|must be|will be|would be|should be)\b|['\u2019]s\b)\s+"
     r"(?P<said>[^\W\d][\w'-]*(?:\s[\w'-]+){0,2})[.!*\s]*$"
 )
 _RANGE_BEFORE = re.compile(
