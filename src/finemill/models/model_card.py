@@ -9,10 +9,12 @@ from typing import Literal
 from finemill.models.base.resolve import hub_name
 
 CARD_FILE = "README.md"
-Form = Literal["safetensors", "bitsandbytes", "gguf"]
+Form = Literal["safetensors", "lora", "bitsandbytes", "gguf"]
 # What the hub calls them beside their base, and the libraries that open them.
-_RELATIONS: Mapping[Form, str] = {"safetensors": "finetune", "bitsandbytes": "quantized", "gguf": "quantized"}
-_LIBRARIES: Mapping[Form, str] = {"gguf": "gguf"}
+_RELATIONS: Mapping[Form, str] = {
+    "safetensors": "finetune", "lora": "adapter", "bitsandbytes": "quantized", "gguf": "quantized"
+}  # fmt: skip
+_LIBRARIES: Mapping[Form, str] = {"gguf": "gguf", "lora": "peft"}
 # What a chat template writes -> the parsers of vLLM and SGLang that read it.
 _REASONING = {"<think>": ("qwen3", "qwen3")}
 _TOOLS = {

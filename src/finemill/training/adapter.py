@@ -19,6 +19,7 @@ from finemill.models.adapter import CONFIG_NAME, WEIGHTS_NAME
 from finemill.models.base.resolve import ResolvedBase
 from finemill.models.rope import RopeScaling
 from finemill.models.weights import read_header
+from finemill.training.adapter_card import write_adapter_card
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.mixture import Mixture
 from finemill.training.whole_state import trained_weights
@@ -188,8 +189,6 @@ def save_adapter(
         _sort_names(model.peft_config["default"])
         # Said outright: PEFT would ask the hub whether adapters were put on the embeddings' vocabulary.
         model.save_pretrained(output_dir, state_dict=weights, safe_serialization=True, save_embedding_layers=False)
-        # PEFT's model card is an empty template with this machine's path to the base in it.
-        (output_dir / "README.md").unlink(missing_ok=True)
     else:
         _save_whole(model, weights, output_dir, base)
     tokenizer.save_pretrained(output_dir)
@@ -203,6 +202,7 @@ def save_adapter(
         rope_parameters=dict(model.config.get_text_config().rope_parameters) if rope_scaling else None,
     )
     write_training(output_dir, record)
+    write_adapter_card(output_dir, base, record)
 
 
 def _without_times(entry: dict[str, float]) -> dict[str, float]:
