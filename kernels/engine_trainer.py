@@ -59,6 +59,11 @@ class EngineTrainer(Trainer):  # type: ignore[misc]
         asked = FLAT_ADAMW.get(self._optimizer_name, False)
         self._eight_bit = eight_bit if asked is None else asked
 
+    def keep_moments(self, eight_bit: bool) -> None:
+        """Go on with moments of a checkpoint's precision, whatever this card's memory would allow."""
+        if self._eight_bit is None:
+            self._eight_bit = eight_bit
+
     def _hold_model(self) -> None:
         """Have one set of adapters in all processes, and no wrapper around the model."""
         if self.args.world_size > 1:

@@ -84,24 +84,25 @@ def find_checkpoint(config: LoRATrainingConfig, context: StepContext) -> Path | 
     return folder
 
 
-def check_optimizer(checkpoint: Path, *, flat: bool) -> None:
+def check_optimizer(checkpoint: Path, *, flat: bool) -> bool | None:
     """Refuse a checkpoint whose optimizer counts otherwise than the one that would go on.
 
     Args:
         checkpoint: of this training.
         flat: whether the one that would go on is that of finemill's kernels.
+    Returns: whether moments of the kernels have 8 bits; None for any other optimizer's.
     Raises: UserError: one is of the kernels, and the other is not.
     """
-    file = checkpoint / "optimizer.pt"
-    if not file.is_file() or flat == ("moments" in torch.load(file, map_location="cpu", mmap=True, weights_only=True)):
-        return
-    then, now = (
-        ("transformers' layers", "finemill's kernels") if flat else ("finemill's kernels", "transformers' layers")
-    )
-    raise UserError(
-        f"checkpoint {checkpoint.name} was written on {then}, and this training would go on on {now}, whose optimizer "
-        "counts otherwise: set strategy and kernels, and take a GPU or none, as then, or start over with resume: never"
-    )
+    saved = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
+    if flat != ("moments" in saved):
+        then, now = "finemill's kernels", "transformers' layers"
+        then, now = (now, then) if flat else (then, now)
+        raise UserError(
+            f"checkpoint {checkpoint.name} was written on {then}, and this training would go on on {now}, whose "
+            "optimizer counts otherwise: set strategy and kernels, and take a GPU or none, as then, or start over with "
+            "resume: never"
+        )
+    return saved["moments"]["exp_avg"].dtype == torch.uint8 if flat else None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -169,7 +169,9 @@ def prepare_shards(trainer: Trainer) -> None:
     """Make up for what Accelerate leaves out: shards on a CPU, and whole layers as ZeRO-3's unit."""
     if trainer.args.fsdp and trainer.args.device.type == "cpu":
         _shard_on_cpu(trainer)
-    if trainer.is_deepspeed_enabled and trainer.accelerator.deepspeed_plugin.zero_stage == 3:
+    in_pieces = trainer.is_deepspeed_enabled and trainer.accelerator.deepspeed_plugin.zero_stage == 3
+    # Beside frozen weights it would take adapters away before their gradients are computed.
+    if in_pieces and all(parameter.requires_grad for parameter in trainer.model.parameters()):
         gather_whole_layers(trainer.model)
 
 

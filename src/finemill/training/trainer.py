@@ -38,7 +38,12 @@ from finemill.training.peers import together
 from finemill.training.quantized_base import compute_dtype, memory_limit
 from finemill.training.record import METRIC_NAMES, RecordCallback
 from finemill.training.report_to import reporting
-from finemill.training.strategy import prepare_shards, settle_strategy, strategy_arguments, write_strategy
+from finemill.training.strategy import (
+    prepare_shards,
+    settle_strategy,
+    strategy_arguments,
+    write_strategy,
+)
 from finemill.training.whole_state import WholeState
 
 logger = logging.getLogger(__name__)
@@ -247,7 +252,9 @@ def _train(
         with read_again(base) if is_main_process() else nullcontext():
             trainer = build_trainer(scratch, config)
         if checkpoint:
-            check_optimizer(checkpoint, flat=getattr(trainer, "steps_flat", False))
+            eight_bit = check_optimizer(checkpoint, flat=getattr(trainer, "steps_flat", False))
+            if eight_bit is not None:
+                trainer.keep_moments(eight_bit)
         checkpoints = CheckpointCallback(asked, context, global_batch(config))
         # It prints every log entry as a dictionary; RecordCallback says the same in a line.
         trainer.remove_callback(PrinterCallback)

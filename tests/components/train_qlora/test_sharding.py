@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.step import run as train_qlora
@@ -60,6 +61,7 @@ def train_as(rank: int, port: int, strategy: str, base_model: Path, dataset: Pat
     for name, method in METHODS.items():
         values = method | {"strategy": strategy, "gradient_accumulation_steps": 1}
         train(base_model, dataset, folder / name, f"shared-{rank}", values)
+        unset_hf_deepspeed_config()  # else the next base would be loaded in pieces
     torch.distributed.destroy_process_group()
 
 
