@@ -107,7 +107,7 @@ def iterate_rows(folder: Path, split: Split, *, batch_rows: int) -> Iterator[lis
 
 def find_rows(folder: Path, split: Split, ids: Collection[str]) -> dict[str, PreparedRow]:
     """The rows of a split that have these ids. Raises: UserError: the split is missing."""
-    return {row.id: row for batch in iterate_rows(folder, split, batch_rows=10_000) for row in batch if row.id in ids}
+    return {row.id: row for batch in iterate_rows(folder, split, batch_rows=1000) for row in batch if row.id in ids}
 
 
 def num_rows(folder: Path, split: Split) -> int:
