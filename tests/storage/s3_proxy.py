@@ -51,7 +51,7 @@ def s3_proxy(endpoint: str, faults: Faults) -> Iterator[str]:
                 self.send_header("Content-Length", str(len(refusal.body)))
                 self.end_headers()
                 self.wfile.write(b"" if self.command == "HEAD" else refusal.body)
-            except ConnectionResetError:
+            except (ConnectionResetError, BrokenPipeError):
                 self.close_connection = True
 
         def forward(self) -> None:
