@@ -124,6 +124,9 @@ def _parse_top_level(arguments: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"finemill {__version__}")
+    named = next((argument for argument in arguments[1:] if argument in _MODULES), None)
+    if arguments and arguments[0] not in ("-h", "--help", "--version") and arguments[0].startswith("-") and named:
+        parser.error(f"the command comes before its options: finemill {named} {arguments[0]} ...")
     # A word that is no command is an error whatever follows it, `--help` too.
     if not arguments or arguments[0].startswith("-"):
         parser.parse_args(arguments or ["--help"])

@@ -33,6 +33,13 @@ def test_unknown_command_is_an_error_that_lists_the_commands(
     assert shown.out == ""
 
 
+def test_options_before_the_command_are_said_to_belong_behind_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", "my.yaml", "run", "finetune"])
+    assert ended.value.code == 2
+    assert "the command comes before its options: finemill run --config ..." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["schema", "trian", "--help"], ["run", "trian", "--help"]])
 def test_unknown_argument_is_an_error_with_help_asked_for_too(
     arguments: list[str], capsys: pytest.CaptureFixture[str]

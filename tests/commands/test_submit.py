@@ -139,6 +139,7 @@ def test_an_unreachable_cluster_is_one_line(
         (["--engine", "argo"], "--engine argo needs --namespace"),
         (["--engine", "kfp"], "--engine kfp needs --host"),
         ([*ARGO, "--timezone", "UTC"], "give both"),
+        ([*ARGO, "--start-timeout", "1.5"], "'1.5': give whole seconds, or 0 for no limit"),
         ([*ARGO, "--train-qlora.lora-rank", "8"], "unrecognized arguments: --train-qlora.lora-rank"),
     ],
 )

@@ -25,6 +25,7 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a tot
         (PermissionError(13, "Permission denied", "/s/x"), UserError, r"Permission denied \(/s/x\): .*--store"),
         (OSError(30, "Read-only file system"), UserError, r"Read-only file system: "),
         (FileNotFoundError(2, "No such file or directory", "/m/x"), UserError, r"No such file or directory \(/m/x\)$"),
+        (IsADirectoryError(21, "Is a directory", "/m"), UserError, r"Is a directory \(/m\)$"),
         (OSError("/m does not appear to have a file\nnamed x"), UserError, "does not appear to have a file named x$"),
         (ConnectionResetError(104, "Connection reset by peer"), TemporaryError, "Connection reset by peer: try again"),
         (OSError(116, "Stale file handle"), TemporaryError, "Stale file handle"),

@@ -81,14 +81,16 @@ def _parse(name: str, argv: list[str]) -> argparse.Namespace:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no count: at least 1 is needed")
-    return value
+    return int(text)
 
 
 def _gib(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no amount of memory: GiB above 0 are needed")
     return value

@@ -71,10 +71,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _seconds(text: str) -> int:
-    seconds = int(text)
-    if seconds < 0:
-        raise argparse.ArgumentTypeError(f"{text}: give seconds, or 0 for no limit")
-    return seconds
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}': give whole seconds, or 0 for no limit")
+    return int(text)
 
 
 def _parameters(parsed: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:

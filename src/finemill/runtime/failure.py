@@ -59,7 +59,7 @@ def _explain_os(error: OSError, place: Path | None) -> StepError | None:
         # transformers says so what a model's folder lacks; subclasses belong to libraries that speak to servers.
         return UserError(" ".join(str(error).split())) if type(error) is OSError else None
     what = f"{error.strerror} ({error.filename or place})" if error.filename or place else str(error.strerror)
-    return UserError(f"{what}: {_PLACES}" if error.errno != errno.ENOENT else what)
+    return UserError(what if error.errno in (errno.ENOENT, errno.EISDIR) else f"{what}: {_PLACES}")
 
 
 def _explain_import(error: ImportError) -> StepError | None:
