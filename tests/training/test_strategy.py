@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -39,8 +39,17 @@ def test_layers_are_computed_again_where_a_card_would_not_hold_them(
     monkeypatch.setenv("WORLD_SIZE", "2")
     config = TrainQLoRAConfig(per_device_train_batch_size=8, **values)
     needed = needed_gib(json.loads((BASE / "config.json").read_text()), config) * GIB
-    recompute = [settle_strategy(config, BASE, limit).gradient_checkpointing for limit in (None, needed, 10 * needed)]
-    assert recompute == [True, True, False]
+    recompute = [settle_strategy(config, BASE, limit).gradient_checkpointing for limit in (needed, 10 * needed)]
+    assert recompute == [True, False]
+
+
+@pytest.mark.parametrize(("rows", "strategy", "again"), [(2, "auto", False), (64, "auto", True), (2, "fsdp2", True)])
+def test_layers_are_computed_once_on_a_cpu_where_little_memory_holds_them(
+    rows: int, strategy: Literal["auto", "fsdp2"], again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = TrainQLoRAConfig(per_device_train_batch_size=rows, strategy=strategy)
+    assert settle_strategy(config, BASE, None).gradient_checkpointing is again
 
 
 def test_layers_are_gathered_once_per_pass_where_a_card_holds_them_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,7 +215,7 @@ class LoRATrainingConfig(StepConfig):
 
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: much less memory, about a quarter more time. `auto` does so where the
-    card would not hold them; on a CPU always. Shards without it keep whole logits, too."""
+    card would not hold them, on a CPU where all takes more than a GiB. Shards without it keep whole logits, too."""
 
     kernels: Literal["auto", "on", "off"] = "auto"
     """Run steps on finemill's own kernels: on a GPU wherever they cover the model, or fail where they do not, or never.

@@ -37,6 +37,8 @@ DEEPSPEED_FILE = "deepspeed_config.json"
 """DeepSpeed's own configuration, which that file names."""
 KEEPS_LAYERS = {"reshard_after_forward": False, "activation_checkpointing": False}
 """FSDP2 where a card holds whole layers and activations: gathered once per pass, not again for its backward half."""
+_ANY_MACHINE = GIB
+"""Bytes that a training on a CPU may take for granted, whatever else its container holds."""
 PREFETCHED = 500_000_000
 """Weights that ZeRO-3 gathers ahead of their use: a layer of any model, where DeepSpeed's default is a tenth."""
 
@@ -63,11 +65,10 @@ def settle_strategy(config: ConfigT, base_model: Path, limit: float | None) -> C
     if config.gradient_checkpointing != "auto":
         return config
     # The kernels plan by themselves; what they turn out not to cover is recomputed.
-    fits = (
-        limit is not None
-        and not_on_kernels(config) is not None
-        and fits_without_recompute(model, config, limit, num_processes())
-    )
+    if limit is None:
+        fits = config.strategy not in SHARDED and fits_without_recompute(model, config, _ANY_MACHINE, 1)
+    else:
+        fits = not_on_kernels(config) is not None and fits_without_recompute(model, config, limit, num_processes())
     if fits and config.strategy == "fsdp2" and not (config.offload or config.strategy_config):
         config = config.model_copy(update={"strategy_config": KEEPS_LAYERS})
     return config.model_copy(update={"gradient_checkpointing": not fits})

@@ -162,7 +162,7 @@ def test_probabilities_are_the_models_own_even_where_the_likeliest_token_is_half
 
 
 def test_a_file_that_loses_too_many_points_fails_under_strict_or_beyond_chance(
-    tiny_model_dir: Path,
+    short_model_dir: Path,
     tiny_dataset_dir: Path,
     step_context: StepContext,
     tmp_path: Path,
@@ -178,17 +178,17 @@ def test_a_file_that_loses_too_many_points_fails_under_strict_or_beyond_chance(
         return Comparison({"kl": 0.01, "exact_match": -0.5}, chain_link(name, "merged", positions, problems))
 
     monkeypatch.setattr(step, "compare", worse)
-    run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q8_0"])
+    run(short_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q8_0"])
     assert "Q8_0 loses" in caplog.text
     with pytest.raises(GateFailedError, match=r"loses .* points of exact match"):
-        run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q8_0"], strict=True)
+        run(short_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q8_0"], strict=True)
     monkeypatch.setattr(step, "compare", partial(worse, num_problems=100))
     with pytest.raises(
         GateFailedError, match=r"Q8_0 loses 100\.0 points of exact match .* surely 9\d\.\d \(allowed 5\)"
     ):
-        run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q8_0"])
+        run(short_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q8_0"])
     # What two bits cost is known.
-    run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q2_K"])
+    run(short_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["Q2_K"])
 
 
 def test_the_chain_goes_from_the_merged_model_to_each_file(quantized: tuple[Path, Mapping[str, float]]) -> None:

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.multiprocessing.spawn import spawn
 
 from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_dpo.step import run as train_dpo
 from finemill.runtime.context import Unheard
-from tests.components.train_qlora.test_sharding import free_port
+from tests.components.train_qlora.test_sharding import free_port, train_in_two
 from tests.contexts import training_context
 
 pytestmark = [
@@ -54,7 +53,7 @@ def train_as(rank: int, port: int, base_model: Path, preferences: Path, folder: 
 def test_shards_equal_one_process_with_reference_computed_before(
     tiny_model_dir: Path, preferences: Path, tmp_path: Path
 ) -> None:
-    spawn(train_as, args=(free_port(), tiny_model_dir, preferences, tmp_path), nprocs=2)
+    train_in_two(train_as, free_port(), tiny_model_dir, preferences, tmp_path)
     train(tiny_model_dir, preferences, tmp_path / "alone", gradient_accumulation_steps=2)
     expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "shared-0"))
     assert found.keys() == expected.keys()

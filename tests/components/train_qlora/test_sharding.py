@@ -2,7 +2,9 @@
 
 import os
 import socket
+from collections.abc import Callable
 from importlib.util import find_spec
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finemill.components.train_qlora.config import TrainQLoRAConfig
@@ -36,6 +38,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "QLoRA": {"lora_r": 4},
     "full": {"method": "full"},
 }
+
+
+def train_in_two(train_as: Callable[..., None], *arguments: Any) -> None:
+    """Have two processes run `train_as(rank, *arguments)`, forked from one that has loaded what they need."""
+    set_forkserver_preload([train_as.__module__])
+    start_processes(train_as, args=arguments, nprocs=2, start_method="forkserver")
 
 
 def free_port() -> int:
@@ -72,7 +80,7 @@ def train_as(rank: int, port: int, strategy: str, base_model: Path, dataset: Pat
 def test_shards_equal_one_process_and_it_continues_their_checkpoint(
     strategy: str, base_model: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    spawn(train_as, args=(free_port(), strategy, base_model, dataset, tmp_path), nprocs=2)
+    train_in_two(train_as, free_port(), strategy, base_model, dataset, tmp_path)
     for name, method in METHODS.items():
         folder = tmp_path / name
         # From the checkpoint of step 1 to the end, with twice the accumulation and without shards.
