@@ -164,11 +164,12 @@ def test_a_job_that_failed_is_deleted_and_ends_the_step_as_its_nodes_ended(
 
 def test_sigterm_deletes_the_job(cluster: FakeCluster) -> None:
     cluster.pods = [pod(0)]
+    before = signal.getsignal(signal.SIGTERM)
     Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(TemporaryError, match="told to stop"):
         run_train_job(NAME, ARGUMENTS, 2)
     assert cluster.jobs == {}
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_job_that_somebody_deleted_is_temporary(cluster: FakeCluster) -> None:

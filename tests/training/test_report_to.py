@@ -1,6 +1,7 @@
 """Curves arrive where they were asked for, read back from the files that the libraries write."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,10 @@ def test_wandb_writes_a_run_offline(context: StepContext, tmp_path: Path, monkey
         monkeypatch.setenv(name, value)
     report(context, "wandb")
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    # Its own process writes the file.
+    until = time.monotonic() + 60
+    while file.read_bytes().count(b"train/loss") < 2 and time.monotonic() < until:
+        time.sleep(0.1)
     written = file.read_bytes()
     assert b"train-qlora-0123456789ab" in written
     assert written.count(b"train/loss") >= 2

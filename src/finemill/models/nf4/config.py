@@ -9,7 +9,10 @@ import torch
 
 def is_quantized(folder: Path) -> bool:
     """Whether the weights in `folder` are in 4 bits of bitsandbytes'."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    path = folder / "config.json"
+    if not path.is_file():
+        return False  # whoever loads the model says what is missing
+    config = json.loads(path.read_text(encoding="utf-8"))
     quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and bool(quantization.get("load_in_4bit"))
 
