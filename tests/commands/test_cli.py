@@ -146,6 +146,7 @@ def test_a_pipeline_that_could_never_run_is_not_compiled(options: list[str], tmp
     assert not file.exists()
 
 
+@pytest.mark.usefixtures("quick_kfp")
 @pytest.mark.parametrize("engine", ["kfp", "argo"])
 def test_a_dash_is_standard_output(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,12 +1,10 @@
 """Two processes of FastSFTTrainer take the steps of one with twice the accumulation, and those with a divided base."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from finemill.kernels.accelerate import restore_model
@@ -15,17 +13,12 @@ from finemill.kernels.streamed import load_streamed, weight_stream_of
 from finemill.kernels.trainer import FastSFTTrainer
 from tests.kernels.test_streamed import SIZES
 from tests.kernels.test_trainer import adapters, train
+from tests.two_processes import free_port, run_in_two
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="runs over gloo on a CPU"),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def train_as(rank: int, port: int, folder: Path) -> None:
@@ -53,7 +46,7 @@ def train_as(rank: int, port: int, folder: Path) -> None:
 def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path: Path) -> None:
     config = Qwen3Config(**SIZES)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    spawn(train_as, args=(free_port(), tmp_path), nprocs=2)
+    run_in_two(train_as, free_port(), tmp_path)
     expected, trainer = train(FastSFTTrainer, tmp_path / "alone", gradient_accumulation_steps=2)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

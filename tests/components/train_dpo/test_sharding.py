@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_dpo.step import run as train_dpo
 from finemill.runtime.context import Unheard
-from tests.components.train_qlora.test_sharding import free_port, train_in_two
 from tests.contexts import training_context
+from tests.two_processes import free_port, run_in_two
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,7 +53,7 @@ def train_as(rank: int, port: int, base_model: Path, preferences: Path, folder: 
 def test_shards_equal_one_process_with_reference_computed_before(
     tiny_model_dir: Path, preferences: Path, tmp_path: Path
 ) -> None:
-    train_in_two(train_as, free_port(), tiny_model_dir, preferences, tmp_path)
+    run_in_two(train_as, free_port(), tiny_model_dir, preferences, tmp_path)
     train(tiny_model_dir, preferences, tmp_path / "alone", gradient_accumulation_steps=2)
     expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "shared-0"))
     assert found.keys() == expected.keys()

@@ -1,10 +1,7 @@
 """Shards train what one process trains, over gloo on a CPU, and leave the same files."""
 
 import os
-import socket
-from collections.abc import Callable
 from importlib.util import find_spec
-from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +9,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch.multiprocessing.spawn import start_processes
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.step import run as train_qlora
 from finemill.runtime.context import Unheard
 from tests.contexts import training_context
+from tests.two_processes import free_port, run_in_two
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,18 +35,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "QLoRA": {"lora_r": 4},
     "full": {"method": "full"},
 }
-
-
-def train_in_two(train_as: Callable[..., None], *arguments: Any) -> None:
-    """Have two processes run `train_as(rank, *arguments)`, forked from one that has loaded what they need."""
-    set_forkserver_preload([train_as.__module__])
-    start_processes(train_as, args=arguments, nprocs=2, start_method="forkserver")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def train(base_model: Path, dataset: Path, folder: Path, output: str, values: dict[str, Any]) -> None:
@@ -80,7 +65,7 @@ def train_as(rank: int, port: int, strategy: str, base_model: Path, dataset: Pat
 def test_shards_equal_one_process_and_it_continues_their_checkpoint(
     strategy: str, base_model: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    train_in_two(train_as, free_port(), strategy, base_model, dataset, tmp_path)
+    run_in_two(train_as, free_port(), strategy, base_model, dataset, tmp_path)
     for name, method in METHODS.items():
         folder = tmp_path / name
         # From the checkpoint of step 1 to the end, with twice the accumulation and without shards.
