@@ -19,7 +19,7 @@ from finemill.kernels.engine.shapes import Buckets, Shapes
 from finemill.kernels.engine.weight_shards import WeightShards
 from finemill.kernels.ops.nf4 import dequantize_nf4
 from finemill.kernels.ops.packing import PackedBatch, pack_rows, pack_sequences
-from tests.kernels.test_trainer_processes import free_port
+from tests.two_processes import free_port
 
 pytestmark = pytest.mark.gpu
 LAYERS = 4
