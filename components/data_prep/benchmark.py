@@ -4,13 +4,14 @@ import re
 from collections.abc import Iterator
 from contextlib import closing
 
-from finemill.components.data_prep.clean import Record, normalize_text
+from finemill.components.data_prep.clean import Record
 from finemill.components.data_prep.config import DataPrepConfig, Source
 from finemill.components.data_prep.load import load_source
 from finemill.components.data_prep.read import Damaged, Row
 from finemill.components.data_prep.units import runs_of, units_of
 from finemill.errors import UserError
 from finemill.rows.conversation import whole_text
+from finemill.rows.identity import normalize_text
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.shapes import detect_shape, to_conversation
 

@@ -1,11 +1,9 @@
 """From raw rows to records: a known shape, an identity, a length; or the reason why a row is left out."""
 
-import hashlib
 import json
 import logging
 import re
 import tempfile
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +12,8 @@ from finemill.components.data_prep.config import DataPrepConfig, Source
 from finemill.components.data_prep.quality import flags_of
 from finemill.components.data_prep.read import Damaged, Row
 from finemill.errors import UserError
-from finemill.rows.conversation import Conversation, first_question, num_characters, whole_text
+from finemill.rows.conversation import Conversation, num_characters, whole_text
+from finemill.rows.identity import normalize_text, question_key, row_id, text_key
 from finemill.rows.reasons import WHOLE_ROW, DroppedRowError
 from finemill.rows.shapes import SHAPES, detect_shape, to_conversation
 
@@ -24,7 +23,6 @@ _MAX_SHOWN = 5
 _MAX_FIELD = 200
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TEXT = json.JSONEncoder(ensure_ascii=False, default=str)
-_IDENTITY = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,21 +139,16 @@ def clean_rows(
         record = Record(
             source=number,
             number=counts.read,
-            row_id=_digest(_IDENTITY.encode(row)).hex()[:16],
+            row_id=row_id(row),
             shape=shape,
-            prompt_key=_digest(normalize_text(first_question(conversation))),
-            text_key=_digest(said),
+            prompt_key=question_key(conversation),
+            text_key=text_key(said),
             num_characters=num_characters(conversation),
             offset=spool.append(text),
         )
         yield record, said
     if counts.read and not counts.shapes:
         raise UserError(_unknown_message(source, counts, columns))
-
-
-def normalize_text(text: str) -> str:
-    """One spelling for texts that differ only in case, character width or white space."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _count_damaged(row: Damaged, counts: SourceCounts, config: DataPrepConfig) -> None:
@@ -184,10 +177,6 @@ def _row_text(row: Row, conversation: Conversation, config: DataPrepConfig) -> s
 def _is_unicode(text: str) -> bool:
     """False for lone surrogates, which JSON's escapes allow and UTF-8 does not."""
     return text.isascii() or not _SURROGATE.search(text)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()[:16]
 
 
 def _unknown_message(source: Source, counts: SourceCounts, columns: str) -> str:

@@ -1,6 +1,5 @@
 """The step `synthesize`: rows in, rows that a model made of them out."""
 
-import hashlib
 import json
 import logging
 from collections import Counter, defaultdict, deque
@@ -27,7 +26,7 @@ from finemill.components.synthesize.report import write_report
 from finemill.components.synthesize.tasks import Row, make_rows
 from finemill.errors import TemporaryError, UserError
 from finemill.models.endpoint import Endpoint
-from finemill.rows.conversation import Conversation, first_question
+from finemill.rows.identity import question_key, row_id
 from finemill.rows.reasons import WHOLE_ROW, DroppedRowError
 from finemill.rows.shapes import detect_shape, to_conversation
 from finemill.runtime.context import Checkpoints, StepContext
@@ -133,12 +132,8 @@ def _copy_held_out(rows: Path, output_dir: Path) -> set[bytes]:
         with rows_writer(output_dir, split) as writer:
             for batch in iterate_rows(rows, split, batch_rows=_BATCH_ROWS):
                 writer.write(batch)
-                questions |= {_question_key(to_conversation(json.loads(row.row), row.shape)) for row in batch}
+                questions |= {question_key(to_conversation(json.loads(row.row), row.shape)) for row in batch}
     return questions
-
-
-def _question_key(conversation: Conversation) -> bytes:
-    return hashlib.sha256(" ".join(first_question(conversation).casefold().split()).encode()).digest()[:16]
 
 
 def _made_rows(
@@ -207,14 +202,13 @@ def _prepared(record: PreparedRow, row: Row, held_out: set[bytes]) -> PreparedRo
     """A new row in the place of the one that it was made of. Raises: DroppedRowError: it says nothing to learn."""
     shape = detect_shape(row) or "text"
     conversation = to_conversation(row, shape)
-    if _question_key(conversation) in held_out:
-        raise DroppedRowError("held_out_question")
-    text = json.dumps(row, ensure_ascii=False)
     try:
-        digest = hashlib.sha256(json.dumps(row, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+        identity, question = row_id(row), question_key(conversation)
     except UnicodeEncodeError:
         raise DroppedRowError("not_unicode") from None
-    return replace(record, id=digest[:16], shape=shape, row=text)
+    if question in held_out:
+        raise DroppedRowError("held_out_question")
+    return replace(record, id=identity, shape=shape, row=json.dumps(row, ensure_ascii=False))
 
 
 def _drop(record: PreparedRow, reason: str, field: str, outcome: Outcome, rejected: TextIO) -> None:

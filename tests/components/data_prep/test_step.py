@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from finemill.artifacts.splits import SPLITS
-from finemill.components.data_prep.clean import normalize_text
 from finemill.errors import UserError
 from finemill.rows.conversation import first_question
+from finemill.rows.identity import normalize_text
 from finemill.rows.shapes import to_conversation
 from finemill.runtime.run import StepResult, run_step
 from finemill.storage.store import fetch_artifact
