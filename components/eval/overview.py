@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from finemill.artifacts.evaluation import Sample
-from finemill.artifacts.metrics import BROKEN, FIXED, delta_metric, model_metric, stderr_of
+from finemill.artifacts.metrics import BROKEN, FIXED, Z95, delta_metric, model_metric, stderr_of
 from finemill.components.eval.metrics import sources
 
-_Z95 = 1.96
 _COMMIT = re.compile(r"@([0-9a-f]{8})[0-9a-f]{32}$")
 _MINUS = "\N{MINUS SIGN}"
 # What a reader looks at first.
@@ -50,7 +49,7 @@ def verdict(metrics: Mapping[str, float]) -> str:
     if delta is None:
         return "Nothing was scored for both models."
     factor = 1 if name == "loss" else 100
-    margin = _Z95 * metrics.get(stderr_of(delta_metric(name)), 0.0)
+    margin = Z95 * metrics.get(stderr_of(delta_metric(name)), 0.0)
     better = (delta < 0) == (name == "loss")
     if abs(delta) <= margin:
         said = "Tuning makes no difference that these rows can show"

@@ -17,6 +17,7 @@ from finemill.artifacts.metrics import (
     FIXED_RATE,
     MODELS,
     ROWS,
+    Z95,
     delta_metric,
     is_stderr,
     metric_parts,
@@ -34,7 +35,6 @@ from finemill.components.eval.think_lengths import think_lengths
 from finemill.runtime.context import StepContext
 
 _MINUS = "\N{MINUS SIGN}"
-_Z95 = 1.96
 """Half-width of a 95 % interval in standard errors."""
 
 
@@ -208,7 +208,7 @@ def _other_cell(measure: Measure, metrics: Mapping[str, float], name: str) -> Ot
     error = _error(measure, metrics.get(stderr_of(model_metric(name, measure.key))))
     if delta is None:
         return OtherCell(_value(measure, value), error, "", "", "")
-    margin = _Z95 * metrics.get(stderr_of(model_metric(name, f"delta/{measure.key}")), 0.0)
+    margin = Z95 * metrics.get(stderr_of(model_metric(name, f"delta/{measure.key}")), 0.0)
     better = (delta < 0) == measure.lower_is_better
     said = ("better" if better else "worse") if abs(delta) > margin else ""
     return OtherCell(_value(measure, value), error, _signed(measure, delta), _error(measure, margin), said)
@@ -220,7 +220,7 @@ def _table_row(measure: Measure, metrics: Mapping[str, float], source: str) -> T
     errors = [metrics.get(stderr_of(name)) for name in names]
     delta = tuned - base
     paired = metrics.get(stderr_of(delta_metric(f"{source}{measure.key}")))
-    margin = _Z95 * paired if paired is not None else None
+    margin = Z95 * paired if paired is not None else None
     clear = margin is not None and abs(delta) > margin
     improved = (delta < 0) == measure.lower_is_better
     return TableRow(

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
+from finemill.artifacts.metrics import Z95
 from finemill.artifacts.records import Record
-
-_Z95 = 1.96
 
 
 class ChainLink(Record):
@@ -40,7 +39,7 @@ class ChainLink(Record):
         """Percentage points that are lost at least, with 97.5 % confidence; 0 where none are known to be."""
         if self.points_change is None:
             return 0.0
-        return max(0.0, -self.points_change - _Z95 * self.points_change_error)
+        return max(0.0, -self.points_change - Z95 * self.points_change_error)
 
 
 def chain_table(links: Sequence[ChainLink]) -> dict[str, dict[str, str]]:
@@ -51,13 +50,13 @@ def chain_table(links: Sequence[ChainLink]) -> dict[str, dict[str, str]]:
 def _cells(link: ChainLink) -> dict[str, str]:
     cells = {
         "against": link.against,
-        "KL, nats per token": f"{link.kl:.2g} ± {_Z95 * link.kl_error:.1g}",
+        "KL, nats per token": f"{link.kl:.2g} ± {Z95 * link.kl_error:.1g}",
         "perplexity": f"{link.perplexity:.4g}",
-        "change of loss": f"{link.loss_change:+.2g} ± {_Z95 * link.loss_change_error:.1g}",
-        "same likeliest token": f"{link.same_token:.1%} ± {_Z95 * link.same_token_error:.1%}",
+        "change of loss": f"{link.loss_change:+.2g} ± {Z95 * link.loss_change_error:.1g}",
+        "same likeliest token": f"{link.same_token:.1%} ± {Z95 * link.same_token_error:.1%}",
     }
     if link.same_answer is not None:
-        cells["same answer"] = f"{link.same_answer:.1%} ± {_Z95 * link.same_answer_error:.1%}"
+        cells["same answer"] = f"{link.same_answer:.1%} ± {Z95 * link.same_answer_error:.1%}"
     if link.points_change is not None:
-        cells["exact match, points"] = f"{link.points_change:+.1f} ± {_Z95 * link.points_change_error:.1f}"
+        cells["exact match, points"] = f"{link.points_change:+.1f} ± {Z95 * link.points_change_error:.1f}"
     return cells

@@ -14,6 +14,9 @@ from typing import Literal, get_args
 ModelName = Literal["base", "tuned"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 
+Z95 = 1.96
+"""Standard errors in half of a 95 % interval."""
+
 ROWS = "eval/rows"
 FIXED = "eval/fixed"
 """Number of problems that only the tuned model answers; `eval/fixed_rate` is their share of those that base fails."""

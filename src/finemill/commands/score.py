@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from finemill.artifacts.metrics import Z95
 from finemill.errors import UserError
 from finemill.metrics.scoring import METRICS, Mean, Prediction, Value, means, read_predictions, score_predictions
-
-_Z95 = 1.96
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -86,7 +85,7 @@ def _table(groups: Mapping[str, Mapping[str, Mean]]) -> str:
     """A line per source and metric: rows, mean, and half the width of its 95 % interval."""
     head = ["source", "metric", "rows", "mean", "95 %"]
     cells = [
-        [source or "all", metric, str(value.rows), f"{value.mean:.4f}", f"± {_Z95 * value.stderr:.4f}"]
+        [source or "all", metric, str(value.rows), f"{value.mean:.4f}", f"± {Z95 * value.stderr:.4f}"]
         for source, group in groups.items()
         for metric, value in group.items()
     ]

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from finemill.artifacts.metrics import Z95
 from finemill.comparison.judge import WinRate
 from finemill.comparison.summary import Line, Score
 
-_Z95 = 1.96
 _PERCENT = ("exact_match", "cut_off", "rougeL", "chrf", "majority", "thinking_closed", "thinking_agrees")
 _COLUMNS = (*_PERCENT, "tokens", "thinking_characters")
 
@@ -22,7 +22,7 @@ class Opinions:
     def columns(self) -> dict[str, dict[tuple[str, str], str]]:
         """A cell by model and mode, for each column that has any."""
         found = {
-            "judge score": {key: f"{one.mean:.1f} ± {_Z95 * one.stderr:.1f}" for key, one in self.scores.items()},
+            "judge score": {key: f"{one.mean:.1f} ± {Z95 * one.stderr:.1f}" for key, one in self.scores.items()},
             "judge wins": {(one.model, one.mode): _rate(one) for one in self.judge},
             "votes win": {(one.model, one.mode): _rate(one) for one in self.votes},
         }
@@ -87,16 +87,16 @@ def _note(who: str, rate: WinRate) -> str:
 def _rate(rate: WinRate) -> str:
     if rate.rate is None or rate.stderr is None:
         return ""
-    return f"{100 * rate.rate:.1f} ± {100 * _Z95 * rate.stderr:.1f}"
+    return f"{100 * rate.rate:.1f} ± {100 * Z95 * rate.stderr:.1f}"
 
 
 def _cell(name: str, score: Score | None) -> str:
     if score is None:
         return ""
     if name in _PERCENT or name.startswith("pass@"):
-        return f"{100 * score.mean:.1f} ± {100 * _Z95 * score.stderr:.1f}"
+        return f"{100 * score.mean:.1f} ± {100 * Z95 * score.stderr:.1f}"
     return f"{score.mean:.0f}"
 
 
 def _change(score: Score | None) -> str:
-    return f"{100 * score.mean:+.1f} ± {100 * _Z95 * score.stderr:.1f}" if score else ""
+    return f"{100 * score.mean:+.1f} ± {100 * Z95 * score.stderr:.1f}" if score else ""
