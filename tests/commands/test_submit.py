@@ -154,16 +154,22 @@ def test_bad_flags_are_refused_before_anything_is_asked(
     assert message in capsys.readouterr().err
 
 
+def with_training_pending(message: str) -> dict[str, Any]:
+    workflow = recorded("done")
+    workflow["status"] |= {"phase": "Running"}
+    for node in workflow["status"]["nodes"].values():
+        if node["displayName"].startswith("train-qlora"):
+            node |= {"phase": "Pending", "message": message}
+            del node["finishedAt"]
+    return workflow
+
+
 def test_a_step_that_waits_in_vain_ends_the_wait(
     api: Api, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_table, "BLOCKED_S", 0.0)
     monkeypatch.setattr(run_table, "POLL_S", 0.01)
-    workflow = recorded("done")
-    workflow["status"] |= {"phase": "Running"}
-    for node in workflow["status"]["nodes"].values():
-        if node["displayName"].startswith("train-qlora"):
-            node |= {"phase": "Pending", "message": 'ErrImageNeverPull: Container image "x" is not present'}
+    workflow = with_training_pending('ErrImageNeverPull: Container image "x" is not present')
     api.answers["GET", f"{OBJECTS}/workflows/finetune-x"] = (200, workflow)
     assert main(["watch", "finetune-x", *ARGO]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
@@ -174,12 +180,7 @@ def test_a_run_whose_step_finds_no_place_for_too_long_is_ended(
     api: Api, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_table, "POLL_S", 0.01)
-    workflow = recorded("done")
-    workflow["status"] |= {"phase": "Running"}
-    for node in workflow["status"]["nodes"].values():
-        if node["displayName"].startswith("train-qlora"):
-            node |= {"phase": "Pending", "message": "Unschedulable: 0/4 nodes are available: 4 Insufficient GPU"}
-            del node["finishedAt"]
+    workflow = with_training_pending("Unschedulable: 0/4 nodes are available: 4 Insufficient GPU")
     api.answers["GET", f"{OBJECTS}/workflows/finetune-x"] = (200, workflow)
     api.answers["PATCH", f"{OBJECTS}/workflows/finetune-x"] = (200, workflow)
     assert main(["watch", "finetune-x", *ARGO, "--start-timeout", "600"]) == 75

@@ -1,5 +1,4 @@
 import json
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from finemill.cli import main
 from finemill.comparison.vote_server import Ballot, open_server
 from finemill.comparison.votes import VOTES_FILE, pairs_of, read_votes, vote_rates
 from finemill.errors import UserError
+from tests.serving import serving
 
 
 def answer(model: str, text: str, number: int) -> ComparedAnswer:
@@ -30,13 +30,8 @@ ANSWERS = [
 
 @pytest.fixture
 def page(tmp_path: Path) -> Iterator[str]:
-    server = open_server(Ballot(tmp_path, pairs_of(ANSWERS), "Ann"), 0)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(open_server(Ballot(tmp_path, pairs_of(ANSWERS), "Ann"), 0)) as server:
+        yield f"http://127.0.0.1:{server.server_port}"
 
 
 def fetch(address: str, body: Any = None, **headers: str) -> Any:

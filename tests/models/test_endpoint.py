@@ -1,5 +1,4 @@
 import json
-import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -10,6 +9,7 @@ from finemill.errors import StepError, TemporaryError, UserError
 from finemill.models.endpoint import Endpoint
 from finemill.models.reply import Reply, collect
 from finemill.models.sampling import GREEDY, Sampling
+from tests.serving import serving
 
 QUESTION = [{"role": "user", "content": "How many?"}]
 JSON, EVENTS = "application/json", "text/event-stream"
@@ -46,12 +46,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
+    with serving(Server(("127.0.0.1", 0), Handler)) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture

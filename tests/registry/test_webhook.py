@@ -1,5 +1,4 @@
 import json
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -7,6 +6,7 @@ from typing import Any
 import pytest
 
 from finemill.registry.webhook import SECRET_VARIABLE, check_webhook_url, send_champion
+from tests.serving import serving
 
 
 class Receiver(ThreadingHTTPServer):
@@ -38,13 +38,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    server = Receiver()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Receiver()) as server:
+        yield server
 
 
 def send(receiver: Receiver) -> bool:

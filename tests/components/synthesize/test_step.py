@@ -1,7 +1,6 @@
 """The step against a server that answers as a model does, and against one that fails in every way."""
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +15,7 @@ from finemill.errors import TemporaryError, UserError
 from finemill.models.llama_cpp import serve_chats
 from finemill.runtime.run import StepResult, run_step
 from finemill.storage.store import fetch_artifact
+from tests.serving import serving
 
 Row = dict[str, Any]
 # A status to answer with (200 for an answer), or a body that is no answer, or None for a connection that breaks off.
@@ -86,13 +86,9 @@ def answer(task: str, text: str) -> str:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server(("127.0.0.1", 0), Handler) as running:
+    with serving(Server(("127.0.0.1", 0), Handler)) as running:
         running.failures = []
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture
