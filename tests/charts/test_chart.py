@@ -207,8 +207,11 @@ def test_the_cache_is_a_claim_or_scratch_space() -> None:
 @needs_helm
 def test_the_training_runtime_is_restricted_and_starts_torchrun() -> None:
     (runtime,) = [item for item in render("--set", "trainingRuntime.enabled=true") if item["kind"] == "TrainingRuntime"]
-    pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    job = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
     (container,) = pod["containers"]
+    # The step that follows reads how its nodes ended, which no restart may hide, and makes the next job itself.
+    assert (job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
     assert container["command"] == ["torchrun"]  # a TrainJob that a step makes has a command of its own
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert pod["automountServiceAccountToken"] is False

@@ -106,10 +106,11 @@ def test_wait_ends_with_the_run_s_exit_code(
             "WorkflowTemplate finetune not found in namespace ml: install the chart there",
         ),
         (
-            status_answer(403, "Forbidden", 'workflowtemplates is forbidden: User "me" cannot get'),
+            status_answer(403, "Forbidden", 'workflowtemplates is forbidden: User "me" cannot get resource "x"'),
             2,
-            'User "me" cannot get: bind the Role `<release>-submit`',
+            'User "me" cannot get resource "x": bind the Role `<release>-submit`',
         ),
+        (status_answer(403, "Forbidden", "exceeded quota: runs"), 75, "exceeded quota: runs: run again"),
         (status_answer(401, "Unauthorized", "Unauthorized"), 2, "does not accept the credentials in KUBECONFIG"),
         (status_answer(503, "ServiceUnavailable", "try later"), 75, "answers 503: try later"),
     ],

@@ -34,14 +34,14 @@ class FakeCluster:
         self.log = ""
         self.calls: list[str] = []
         self.created: list[dict[str, Any]] = []
-        self.status = 200
+        self.status, self.message = 200, ""
 
     def answer(self, method: str, path: str, query: dict[str, list[str]], body: Any) -> tuple[int, Any]:
         """Status and body, text or JSON."""
         self.calls.append(f"{method} {path}")
         name = path.rpartition("/")[2]
         if self.status != 200:
-            return self.status, {"message": "the server says no"}
+            return self.status, {"message": self.message}
         if path == PODS:
             assert query["labelSelector"] == [f"jobset.sigs.k8s.io/jobset-name={NAME}"]
             return 200, {"items": self.pods}
@@ -107,13 +107,14 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClu
     server.server_close()
 
 
-def test_a_job_is_created_followed_and_left_when_it_completes(
+def test_a_job_is_created_followed_and_deleted_when_it_completes(
     cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(QUEUE_VARIABLE, "gpus")
     cluster.lives = [condition("Suspended", "no quota"), [], [], condition("Complete")]
     cluster.pods = [pod(1), pod(0)]
-    cluster.log = "2026-11-30T12:00:00.1Z step 1/2\n2026-11-30T12:00:00.2Z step 2/2\n"
+    # A progress bar returns the carriage.
+    cluster.log = "2026-11-30T12:00:00.1Z 50%\rstep 1/2\n2026-11-30T12:00:00.2Z step 2/2\n"
     run_train_job(NAME, ARGUMENTS, 2)
     (job,) = cluster.created
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
@@ -127,6 +128,42 @@ def test_a_job_is_created_followed_and_left_when_it_completes(
         f"TrainJob {NAME} waits in its queue: no quota",
     ]
     assert f"GET {PODS}/node-1/log" not in cluster.calls
+    assert cluster.jobs == {}
+
+
+@pytest.mark.parametrize(
+    ("status", "line"),
+    [
+        (
+            {"conditions": [{"type": "PodScheduled", "reason": "Unschedulable", "message": "0/1 nodes are available"}]},
+            "a node waits: Unschedulable: 0/1 nodes are available",
+        ),
+        (
+            {
+                "containerStatuses": [
+                    {"state": {"waiting": {"reason": "CreateContainerConfigError", "message": "keys"}}}
+                ]
+            },
+            "a node waits: a secret or config map is missing (keys)",
+        ),
+        ({"containerStatuses": [{"state": {"waiting": {"reason": "ContainerCreating"}}}]}, None),
+    ],
+)
+def test_what_a_node_waits_for_is_said_once(
+    status: dict[str, Any], line: str | None, cluster: FakeCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.lives = [[], [], condition("Complete")]
+    cluster.pods = [{"metadata": {"name": "node-0"}, "status": status}]
+    run_train_job(NAME, ARGUMENTS, 2)
+    said = [f"TrainJob {NAME} created, 2 nodes", *([f"TrainJob {NAME}: {line}"] if line else [])]
+    assert capsys.readouterr().err.splitlines() == said
+
+
+def test_another_node_s_own_failure_is_shown(cluster: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.lives, cluster.pods, cluster.log = [condition("Failed")], [pod(0, 75), pod(1, 2)], "rows differ\n"
+    with pytest.raises(UserError):
+        run_train_job(NAME, ARGUMENTS, 2)
+    assert "node 1: rows differ" in capsys.readouterr().err
 
 
 def test_a_retry_follows_the_job_that_runs_and_replaces_one_that_has_ended(
@@ -137,6 +174,7 @@ def test_a_retry_follows_the_job_that_runs_and_replaces_one_that_has_ended(
     run_train_job(NAME, ARGUMENTS, 2)
     assert cluster.created == []
     assert "runs already" in capsys.readouterr().err
+    cluster.jobs[NAME] = {"metadata": {"name": NAME}}
     cluster.lives = [condition("Failed"), [], condition("Complete")]
     run_train_job(NAME, ARGUMENTS, 3)
     assert [job["spec"]["trainer"]["numNodes"] for job in cluster.created] == [3]
@@ -172,22 +210,26 @@ def test_sigterm_deletes_the_job(cluster: FakeCluster) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_job_that_somebody_deleted_is_temporary(cluster: FakeCluster) -> None:
+def test_a_job_that_another_run_deleted_has_ended(cluster: FakeCluster, capsys: pytest.CaptureFixture[str]) -> None:
     Timer(0.2, cluster.jobs.clear).start()
-    with pytest.raises(TemporaryError, match="was deleted: run again"):
-        run_train_job(NAME, ARGUMENTS, 2)
+    run_train_job(NAME, ARGUMENTS, 2)
+    assert capsys.readouterr().err.splitlines()[-1] == f"TrainJob {NAME} was deleted"
 
 
 @pytest.mark.parametrize(
-    ("status", "kind", "line"),
+    ("status", "message", "kind", "line"),
     [
-        (403, UserError, "the server says no: bind the Role of the chart"),
-        (503, TemporaryError, "the Kubernetes API answers 503"),
-        (422, UserError, "the server says no"),
+        (403, 'User "a" cannot get resource "trainjobs"', UserError, '"trainjobs": bind the Role of the chart'),
+        (403, "admission webhook denied the request: no such runtime", UserError, "no such runtime$"),
+        (403, "exceeded quota: jobs, limited: 1", TemporaryError, "exceeded quota: .* when there is room"),
+        (503, "no", TemporaryError, "the Kubernetes API answers 503"),
+        (422, "the server says no", UserError, "the server says no"),
     ],
 )
-def test_what_the_api_refuses_is_one_line(status: int, kind: type[StepError], line: str, cluster: FakeCluster) -> None:
-    cluster.status = status
+def test_what_the_api_refuses_is_one_line(
+    status: int, message: str, kind: type[StepError], line: str, cluster: FakeCluster
+) -> None:
+    cluster.status, cluster.message = status, message
     with pytest.raises(kind, match=line):
         run_train_job(NAME, ARGUMENTS, 2)
 

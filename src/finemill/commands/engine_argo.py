@@ -5,12 +5,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from finemill.commands.kubernetes_client import NO_PLACE, WAITING_IN_VAIN, PodLogs, load_client, readable_errors
+from finemill.commands.kubernetes_client import PodLogs, load_client, readable_errors
 from finemill.commands.run_status import Phase, RunStatus, StepStatus
 from finemill.errors import UserError
 from finemill.pipelines.graph import Pipeline
 from finemill.pipelines.parameters import for_argo
 from finemill.runtime.catalog import STEPS
+from finemill.runtime.pods import NO_PLACE, WAITING_IN_VAIN
 
 _GROUP, _VERSION = "argoproj.io", "v1alpha1"
 _PHASES: Mapping[str, Phase] = {

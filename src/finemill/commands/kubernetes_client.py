@@ -5,24 +5,14 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 from finemill.errors import StepError, TemporaryError, UserError
-
-# What a pod waits for in vain, by the reason that its container gives.
-WAITING_IN_VAIN: Mapping[str, str] = {
-    "ErrImageNeverPull": "the image is not on the node and may not be pulled",
-    "ErrImagePull": "the image cannot be pulled",
-    "ImagePullBackOff": "the image cannot be pulled",
-    "InvalidImageName": "the image's name is wrong",
-    "CreateContainerConfigError": "a secret or config map is missing",
-}
-
-NO_PLACE = ("Unschedulable", "SchedulingGated")
-"""Reasons of a pod that waits for room in the cluster, or in Kueue's queue."""
+from finemill.runtime.kubernetes_api import forbidden
+from finemill.runtime.pods import NO_PLACE, WAITING_IN_VAIN
 
 # What Argo's executor says of itself, 3.x and 4.x.
 _EXECUTOR_LINE = re.compile(r"time=\S+ .* argo=true( |$)|Error: exit status \d+$")
@@ -73,7 +63,7 @@ def _describe(error: Any, what: str, namespace: str) -> StepError:
     if error.status == 401:
         return UserError("the Kubernetes API does not accept the credentials in KUBECONFIG: log in again")
     if error.status == 403:
-        return UserError(f"{message}: bind the Role `<release>-submit` of the chart to this user")
+        return forbidden(message, "bind the Role `<release>-submit` of the chart to this user")
     if error.status == 404 and not answer.get("details", {}).get("name"):
         return UserError(f"{what}: this cluster does not know the kind; install Argo Workflows and its CRDs")
     if error.status == 404:

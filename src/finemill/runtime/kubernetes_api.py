@@ -5,6 +5,7 @@ The `kubernetes` package is not in the images; what a step needs of it are four 
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +13,7 @@ from urllib.parse import urlencode
 
 import urllib3
 
-from finemill.errors import TemporaryError, UserError
+from finemill.errors import StepError, TemporaryError, UserError
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where the kubelet puts the token, the namespace and the certificate of the API server."""
@@ -83,10 +84,8 @@ class KubernetesAPI:
         message = found.get("message") or answer.reason or f"status {answer.status}"
         if answer.status == 429 or answer.status >= 500:
             raise TemporaryError(f"the Kubernetes API answers {answer.status}: {message}")
-        if answer.status in (401, 403):
-            raise UserError(
-                f"{message}: bind the Role of the chart with trainingRuntime.enabled to this service account"
-            )
+        if answer.status == 403:
+            raise forbidden(message, "bind the Role of the chart with trainingRuntime.enabled to this service account")
         if answer.status == 404:
             raise UserError(f"{path}: {message}: install Kubeflow Trainer 2 in this cluster")
         raise UserError(f"{path}: {message}")
@@ -102,6 +101,13 @@ class KubernetesAPI:
         except urllib3.exceptions.HTTPError as error:
             line = " ".join(str(error).split())
             raise TemporaryError(f"the Kubernetes API is out of reach: {line:.300}") from None
+
+
+def forbidden(message: str, rights: str) -> StepError:
+    """Why the API answers 403: rights, for which `rights` says what to do, a quota, or a webhook that says no."""
+    if "exceeded quota" in message:
+        return TemporaryError(f"{message}: run again when there is room")
+    return UserError(f"{message}: {rights}" if re.search(r"\bcannot \w+ resource\b", message) else message)
 
 
 def _server() -> str:

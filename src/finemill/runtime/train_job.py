@@ -16,6 +16,7 @@ from typing import Any
 
 from finemill.errors import StepError, TemporaryError, UserError, kind_of
 from finemill.runtime.kubernetes_api import KubernetesAPI
+from finemill.runtime.pods import pod_waits_for
 
 RUNTIME_VARIABLE = "FINEMILL_TRAINING_RUNTIME"
 """Names the TrainingRuntime that nodes are made from; the chart sets it."""
@@ -26,19 +27,21 @@ POLL_S = 5.0
 PATIENCE_S = 120.0
 """Seconds that the API may be out of reach while a job runs, and that a deleted job may take to its end."""
 _GROUP = "trainer.kubeflow.org"
-_KILLED = (137, 143)
-"""Exit codes of a container that was killed, or told to stop."""
+_NO_FAULT = {137, 143, TemporaryError.exit_code}
+"""Exit codes of a container that was killed, told to stop, or lost another."""
+_TAIL_LINES = "20"
+"""Lines that are shown of a node that failed beside the main one."""
 
 
 def run_train_job(name: str, arguments: Sequence[str], num_nodes: int) -> None:
-    """Have the nodes of a TrainJob run `finemill <arguments>`, and wait for its end.
+    """Have the nodes of a TrainJob run `finemill <arguments>`, and wait until they have, or somebody deletes it.
 
     Args:
         name: of the job; one that runs already is followed, one that has ended is replaced.
         arguments: the step and its options, the same on every node.
         num_nodes: how many nodes a new job has.
     Raises: UserError: there is no runtime, or the nodes ended so. TemporaryError: this process was told to stop, and
-        the job is deleted; a node was lost, or the job was deleted: the next one continues from the last checkpoint.
+        the job is deleted; a node was lost: the next one continues from the last checkpoint.
     """
     runtime = os.environ.get(RUNTIME_VARIABLE)
     if not runtime:
@@ -90,13 +93,14 @@ class TrainJob:
     def __init__(self, api: KubernetesAPI, name: str) -> None:
         self._api, self.name = api, name
         self._jobs = f"/apis/{_GROUP}/v1alpha1/namespaces/{api.namespace}/trainjobs"
+        self._path = f"{self._jobs}/{name}"
         self._pods = f"/api/v1/namespaces/{api.namespace}/pods"
         self._said: str | None = None
         self._stamp = ""
 
     def start(self, wanted: dict[str, Any]) -> None:
         """Create the job, unless it runs already; one that has ended makes place first."""
-        found = self._api.get(f"{self._jobs}/{self.name}")
+        found = self._api.get(self._path)
         if found is not None and _end(found) is None and not found["metadata"].get("deletionTimestamp"):
             self._say(f"TrainJob {self.name} runs already: follows it")
             return
@@ -106,12 +110,16 @@ class TrainJob:
             self._say(f"TrainJob {self.name} created, {wanted['spec']['trainer']['numNodes']} nodes")
 
     def follow(self) -> None:
-        """Show the main node's log and the job's state until it completes. Raises: StepError: it does not."""
+        """Show the main node's log and the job's state until it has ended, and delete it.
+
+        Raises: StepError: it does not complete.
+        """
         heard = time.monotonic()
         while True:
             try:
-                found = self._api.get(f"{self._jobs}/{self.name}")
-                self._show_log()
+                found = self._api.get(self._path)
+                pods = self._nodes()
+                self._show_log(pods)
                 heard = time.monotonic()
             except TemporaryError:
                 if time.monotonic() - heard > PATIENCE_S:
@@ -119,37 +127,38 @@ class TrainJob:
                 time.sleep(POLL_S)
                 continue
             if found is None:
-                raise TemporaryError(
-                    f"TrainJob {self.name} was deleted: run again to continue from the last checkpoint"
-                )
+                self._say(f"TrainJob {self.name} was deleted")
+                return
             end = _end(found)
             if end == "Complete":
+                # Its pods would stay for good.
+                self._api.delete(self._path)
                 return
             if end == "Failed":
-                failure = self._failure(_message(found, "Failed"))
+                self._show_other_ends(pods)
+                failure = self._failure(pods, _message(found, "Failed"))
                 self.delete()
                 raise failure
-            if _is(found, "Suspended"):
-                self._say(f"TrainJob {self.name} waits in its queue: {_message(found, 'Suspended')}")
+            self._say_what_it_waits_for(found, pods)
             time.sleep(POLL_S)
 
     def delete(self) -> None:
         """Delete the job, and wait until its pods have written what they write at their end."""
-        path, began = f"{self._jobs}/{self.name}", time.monotonic()
-        self._api.delete(path)
-        while self._api.get(path) is not None:
+        began = time.monotonic()
+        self._api.delete(self._path)
+        while self._api.get(self._path) is not None:
             if time.monotonic() - began > PATIENCE_S:
                 raise TemporaryError(f"TrainJob {self.name} is still being deleted: run again")
             time.sleep(POLL_S)
 
-    def _failure(self, message: str) -> StepError:
+    def _failure(self, pods: Sequence[dict[str, Any]], message: str) -> StepError:
         """What the job failed with, from its containers' ends; pods that are gone were lost with their node."""
-        ends = [end for pod in self._nodes() for end in _container_ends(pod) if end.get("exitCode")]
+        ends = [end for pod in pods for end in _container_ends(pod) if end.get("exitCode")]
         if any(end.get("reason") == "OOMKilled" for end in ends):
             return UserError(
                 f"TrainJob {self.name}: a node's memory was not enough: give the chart's resources.gpu more"
             )
-        codes = {int(end["exitCode"]) for end in ends} - {*_KILLED, TemporaryError.exit_code}
+        codes = {int(end["exitCode"]) for end in ends} - _NO_FAULT
         if codes:
             # A user's mistake is what every node ends with; other codes may be its consequence.
             code = UserError.exit_code if UserError.exit_code in codes else min(codes)
@@ -160,19 +169,36 @@ class TrainJob:
         found = self._api.get(self._pods, labelSelector=f"jobset.sigs.k8s.io/jobset-name={self.name}")
         return list((found or {}).get("items", []))
 
-    def _show_log(self) -> None:
+    def _say_what_it_waits_for(self, job: dict[str, Any], pods: Sequence[dict[str, Any]]) -> None:
+        if _is(job, "Suspended"):
+            self._say(f"TrainJob {self.name} waits in its queue: {_message(job, 'Suspended')}")
+        for reason in filter(None, map(pod_waits_for, pods)):
+            self._say(f"TrainJob {self.name}: a node waits: {reason}")
+            break
+
+    def _show_log(self, pods: Sequence[dict[str, Any]]) -> None:
         """Print what the main node has said since the last look."""
-        for pod in self._nodes():
+        for pod in pods:
             metadata = pod["metadata"]
-            if metadata.get("labels", {}).get("batch.kubernetes.io/job-completion-index", "0") != "0":
+            if _rank(pod) != "0":
                 continue
             since = {"sinceTime": self._stamp} if self._stamp else {}
             text = self._api.text(f"{self._pods}/{metadata['name']}/log", container="node", timestamps="true", **since)
-            for line in text.splitlines():
+            # Not splitlines(): a progress bar returns the carriage, and what follows it has no timestamp.
+            for line in text.split("\n"):
                 stamp, _, content = line.partition(" ")
                 if stamp > self._stamp:
                     self._stamp = stamp
-                    print(content, file=sys.stderr, flush=True)
+                    print(content.rstrip("\r").rpartition("\r")[2], file=sys.stderr, flush=True)
+
+    def _show_other_ends(self, pods: Sequence[dict[str, Any]]) -> None:
+        """Print what the other nodes said at their end, if that was a failure of their own."""
+        for pod in pods:
+            codes = {end["exitCode"] for end in _container_ends(pod)} - _NO_FAULT - {0}
+            if codes and _rank(pod) != "0":
+                log = f"{self._pods}/{pod['metadata']['name']}/log"
+                for line in self._api.text(log, container="node", tailLines=_TAIL_LINES).splitlines():
+                    print(f"node {_rank(pod)}: {line}", file=sys.stderr, flush=True)
 
     def _say(self, line: str) -> None:
         if line != self._said:
@@ -186,6 +212,11 @@ def _is(job: dict[str, Any], condition: str) -> bool:
 
 def _end(job: dict[str, Any]) -> str | None:
     return next((end for end in ("Complete", "Failed") if _is(job, end)), None)
+
+
+def _rank(pod: dict[str, Any]) -> str:
+    rank: str = pod["metadata"].get("labels", {}).get("batch.kubernetes.io/job-completion-index", "0")
+    return rank
 
 
 def _message(job: dict[str, Any], condition: str) -> str:
