@@ -2,6 +2,7 @@
 
     finemill bench moe step    Qwen3-30B-A3B's widths, random weights, 8 rows of 2048, LoRA on attention and experts
     finemill bench moe tiles   every product of a layer with every candidate of tile sizes
+    finemill bench moe losses  a short training's losses, on the engine and by transformers (moe_losses.py)
 
 Prints JSON lines. The checkpoint's weights, the batches, the optimizer and its settings are those of a transformers +
 PEFT step on the same folder, so that first losses agree: adapters start with B = 0.
@@ -64,13 +65,17 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.warmup >= args.steps:
         parser.error(f"--warmup {args.warmup} must be smaller than --steps {args.steps}")
-    if args.rows % args.micro_rows:
+    if args.what != "losses" and args.rows % args.micro_rows:
         parser.error(f"--rows {args.rows} must be a multiple of --micro-rows {args.micro_rows}")
     if args.stream and args.quant != "nf4":
         parser.error("--stream: only NF4 weights are streamed")
     check_device(parser, args.device)
     if args.what == "tiles":
         measure_tiles(args)
+    elif args.what == "losses":
+        from finemill.kernels.bench.moe_losses import measure_losses
+
+        return measure_losses(args, argv, ensure_checkpoint(args.folder, args.layers, torch.device(args.device)))
     else:
         record = run_step(args)
         print("BENCH " + json.dumps(record | environment()), flush=True)
@@ -82,7 +87,7 @@ def main(argv: list[str]) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """What the command line takes."""
     parser = argparse.ArgumentParser(prog="finemill bench moe", description=__doc__)
-    parser.add_argument("what", choices=["step", "tiles"])
+    parser.add_argument("what", choices=["step", "tiles", "losses"])
     parser.add_argument("--layers", type=int, default=12, help="of Qwen3-30B-A3B's 48")
     parser.add_argument("--rows", type=int, default=8, help="per optimizer step")
     parser.add_argument("--seq", type=int, default=2048, help="tokens per row")
@@ -100,6 +105,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", action="store_true", help="list the kernels of one eager step by time")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3, help="steps left out of the timing")
+    parser.add_argument("--sets", type=int, default=4, help="losses: batches that are repeated in turn")
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the checkpoint is found or made")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     add_record_argument(parser)
@@ -130,7 +137,7 @@ def run_step(args: argparse.Namespace) -> dict[str, Any]:
             layer.mlp.router[0] *= SKEW  # type: ignore[union-attr]
     _sync(device)
     loaded = time.time()
-    optimizer = FlatAdamW(model.adapters, lr=5e-4, weight_decay=0.01, max_norm=1.0, bits=8 if plan.eight_bit else 32)
+    optimizer = FlatAdamW(model.adapters, lr=args.lr, weight_decay=0.01, max_norm=1.0, bits=8 if plan.eight_bit else 32)
     static = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     runner = None if args.eager or device.type == "cpu" else GraphRunner(model, patience=1)
     generator, shapes, scale = torch.Generator().manual_seed(9), Shapes(), 1.0 / (args.rows * (args.seq - 1))

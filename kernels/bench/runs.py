@@ -159,6 +159,35 @@ class MixtureRun(_Run):
     losses: list[float]
 
 
+class MixtureLosses(_Run):
+    """Losses of a mixture's training on the engine and by transformers (`finemill bench moe losses`).
+
+    Args:
+        layers: of the model's 48.
+        rows: per step.
+        losses: of each step, by training: transformers with its attentions, transformers in float32, ours.
+        difference: mean difference of a step's loss between ours and transformers' with "sdpa".
+        largest_difference: of a step.
+        spread: the largest mean difference between two of transformers' trainings.
+        from_float32: mean difference of each training from that in float32.
+        same: whether ours is within the spread.
+    """
+
+    kind: Literal["mixture-losses"]
+    layers: int
+    quant: str
+    rank: int
+    seq: int
+    rows: int
+    steps: int
+    losses: dict[str, list[float]]
+    difference: float
+    largest_difference: float
+    spread: float
+    from_float32: dict[str, float]
+    same: bool
+
+
 class PreferenceRun(_Run):
     """A training on preferences (`finemill bench dpo`): ours or TRL's own, on the same pairs in every step.
 
@@ -284,7 +313,7 @@ class ScaleRun(_Run):
     idle: float | None = None
 
 
-Run = StepRun | MixtureRun | PreferenceRun | ScaleRun | LossRun | GradientRun | OpRun
+Run = StepRun | MixtureRun | MixtureLosses | PreferenceRun | ScaleRun | LossRun | GradientRun | OpRun
 _LINE: TypeAdapter[Run] = TypeAdapter(Annotated[Run, Field(discriminator="kind")])
 
 
