@@ -7,20 +7,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from transformers import Trainer
 from trl import DPOConfig, KTOConfig
 
-from finemill.artifacts.dataset import take_chat_template
 from finemill.artifacts.splits import Split
 from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_dpo.rows import load_answers, load_pairs
 from finemill.components.train_dpo.trainers import ORPOTrainer, TokenizedDPOTrainer, TokenizedKTOTrainer
 from finemill.runtime.context import StepContext
-from finemill.training.adapter import lora_config
-from finemill.training.kernels import check_kernels, open_trainer
+from finemill.training.inputs import TrainingInputs, open_inputs
+from finemill.training.kernels import make_trainer
 from finemill.training.positions import check_positions
-from finemill.training.strategy import check_strategy
-from finemill.training.trainer import choose_device, run_training, shared_arguments
+from finemill.training.trainer import run_training, shared_arguments
 
 
 def run(
@@ -33,52 +31,27 @@ def run(
     Raises: UserError: no preferences, a loss that is not finite, a checkpoint of another training.
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
     """
-    check_strategy(config)
-    lora_config(base_model, config)  # refuses what the base has not, before anything is loaded
-    device = choose_device()
-    tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
-    take_chat_template(dataset, tokenizer)
-
-    def build(scratch: Path, config: TrainDPOConfig) -> Trainer:
-        return build_trainer(base_model, dataset, tokenizer, scratch, config, device)
-
-    return run_training(build, dataset, tokenizer, output_dir, config, context)
+    inputs = open_inputs(base_model, dataset, config)
+    return run_training(partial(build_trainer, inputs), inputs, output_dir, config, context)
 
 
-def build_trainer(
-    base_model: Path,
-    dataset: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    scratch: Path,
-    config: TrainDPOConfig,
-    device: torch.device,
-) -> Trainer:
+def build_trainer(inputs: TrainingInputs, scratch: Path, config: TrainDPOConfig) -> Trainer:
     """TRL's trainer on chat-format's tokens, without a second model as reference."""
     trainer_class, load = _trainer_and_rows(config)
-    rows = load(dataset, "train", config.max_length)
+    rows = load(inputs.dataset, "train", config.max_length)
     answers = [name for name in rows.column_names if name.endswith("_ids") and name != "prompt_ids"]
     longest = max(len(row["prompt_ids"]) + max(len(row[name]) for name in answers) for row in rows)
-    check_positions(base_model, min(longest, config.max_length), config.max_length, config.rope_scaling)
-    shared: dict[str, Any] = {
-        **shared_arguments(config, scratch, device),
-        "beta": config.beta,
-        "precompute_ref_log_probs": config.precompute_ref_log_probs,
-        # TRL would switch off the adapters' own dropout too.
-        "disable_dropout": not config.lora_dropout,
-    }
-    make_trainer, model = open_trainer(base_model, config, device, trainer_class, partial(_on_kernels, trainer_class))
-    adapters = lora_config(base_model, config)  # before the arguments: with them DeepSpeed would cut its empty model
-    trainer = make_trainer(
-        model=model,
+    check_positions(inputs.base_model, min(longest, config.max_length), config.max_length, config.rope_scaling)
+    return make_trainer(
+        inputs,
+        config,
+        plain=trainer_class,
+        fast=partial(_on_kernels, trainer_class),
+        arguments=lambda: _arguments(config, scratch, inputs.device),
         ref_model=None,
-        args=_kto_arguments(config, shared) if config.is_unpaired else _dpo_arguments(config, shared),
         train_dataset=rows,
-        eval_dataset=load(dataset, "validation", config.max_length) if config.eval_steps else None,
-        processing_class=tokenizer,
-        peft_config=adapters,
+        eval_dataset=load(inputs.dataset, "validation", config.max_length) if config.eval_steps else None,
     )
-    check_kernels(trainer, config)
-    return trainer
 
 
 def _on_kernels(trainer_class: type[Trainer]) -> type[Trainer]:
@@ -92,6 +65,17 @@ def _trainer_and_rows(config: TrainDPOConfig) -> tuple[type[Trainer], Callable[[
         batch = config.per_device_train_batch_size
         return TokenizedKTOTrainer, partial(load_answers, batch_size=batch, seed=config.seed)
     return (ORPOTrainer if config.loss_type == "orpo" else TokenizedDPOTrainer), load_pairs
+
+
+def _arguments(config: TrainDPOConfig, scratch: Path, device: torch.device) -> DPOConfig | KTOConfig:
+    shared: dict[str, Any] = {
+        **shared_arguments(config, scratch, device),
+        "beta": config.beta,
+        "precompute_ref_log_probs": config.precompute_ref_log_probs,
+        # TRL would switch off the adapters' own dropout too.
+        "disable_dropout": not config.lora_dropout,
+    }
+    return _kto_arguments(config, shared) if config.is_unpaired else _dpo_arguments(config, shared)
 
 
 def _dpo_arguments(config: TrainDPOConfig, shared: dict[str, Any]) -> DPOConfig:

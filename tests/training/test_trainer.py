@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finemill.errors import TemporaryError
 from finemill.models.base.resolve import _resolve, resolve_base_model
 from finemill.runtime.context import Unheard
 from finemill.training.config import LoRATrainingConfig
+from finemill.training.inputs import TrainingInputs
 from finemill.training.trainer import run_training
 from tests.contexts import training_context
 
@@ -34,6 +36,7 @@ def test_training_ends_before_its_first_step_on_a_base_that_is_not_what_was_reme
         loaded.append(base)
         return object()
 
+    inputs = TrainingInputs(base, tmp_path, object(), torch.device("cpu"))
     with pytest.raises(TemporaryError, match=r"model\.safetensors has changed without another size or time"):
-        run_training(build, tmp_path, None, tmp_path / "output", LoRATrainingConfig(), context)
+        run_training(build, inputs, tmp_path / "output", LoRATrainingConfig(), context)
     assert loaded

@@ -26,9 +26,10 @@ from finemill.components.train_qlora.step import build_trainer
 from finemill.kernels.bench.data import ensure_checkpoint, make_batches
 from finemill.kernels.planning.model_shapes import SHAPES
 from finemill.runtime.processes import is_main_process, num_processes
+from finemill.training.inputs import TrainingInputs, choose_device
 from finemill.training.memory import not_on_kernels
 from finemill.training.strategy import check_strategy, prepare_shards
-from finemill.training.trainer import choose_device, settle
+from finemill.training.trainer import settle
 
 _COMMUNICATION = ("nccl", "gloo", "memcpy ptop")
 Interval = tuple[float, float]
@@ -132,7 +133,8 @@ def _train(args: argparse.Namespace, config: TrainQLoRAConfig, path: Path, devic
         rows = [row.tolist() for row in _rows(args)]
         write_rows(split_path(dataset, "train"), LabelledRow, [LabelledRow(input_ids=row, labels=row) for row in rows])
         tokenizer = AutoTokenizer.from_pretrained(path)
-        trainer = build_trainer(path, dataset, tokenizer, Path(folder, "scratch"), config, device)
+        inputs = TrainingInputs(path, dataset, tokenizer, device)
+        trainer = build_trainer(inputs, Path(folder, "scratch"), config)
         prepare_shards(trainer)
         trainer.add_callback(timer)
         trainer.train()

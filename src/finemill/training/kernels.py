@@ -5,14 +5,16 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer
 
 from finemill.errors import UserError
 from finemill.models.nf4.config import is_quantized
-from finemill.training.adapter import keep_trained_in_float32
+from finemill.training.adapter import keep_trained_in_float32, lora_config
 from finemill.training.config import LoRATrainingConfig
+from finemill.training.inputs import TrainingInputs
 from finemill.training.memory import eight_bit_moments, must_stream, not_on_kernels
 from finemill.training.positions import base_config
 from finemill.training.quantized_base import compute_dtype, load_base, memory_limit
@@ -21,7 +23,40 @@ from finemill.training.trainer import cap_memory
 logger = logging.getLogger(__name__)
 
 
-def open_trainer(
+def make_trainer(
+    inputs: TrainingInputs,
+    config: LoRATrainingConfig,
+    *,
+    plain: type[Trainer],
+    fast: Callable[[], Callable[..., Trainer]],
+    arguments: Callable[[], Any],
+    **options: Any,
+) -> Trainer:
+    """Load the base and make the trainer that runs here, which puts the adapters on it.
+
+    Args:
+        inputs: of the training.
+        config: what is trained, and how.
+        plain: TRL's trainer.
+        fast: imports and returns the one on the kernels.
+        arguments: makes the trainer's; after the base, for with them DeepSpeed would cut its empty model.
+        options: of the trainer, rows among them.
+    Raises: UserError: as `_open_trainer`, or `kernels` is on, and they cannot run.
+    """
+    make, model = _open_trainer(inputs.base_model, config, inputs.device, plain, fast)
+    adapters = lora_config(inputs.base_model, config)
+    trainer = make(
+        model=model,
+        args=arguments(),
+        processing_class=inputs.tokenizer,
+        peft_config=adapters,
+        **options,
+    )
+    check_kernels(trainer, config)
+    return trainer
+
+
+def _open_trainer(
     base_model: Path,
     config: LoRATrainingConfig,
     device: torch.device,
@@ -30,12 +65,6 @@ def open_trainer(
 ) -> tuple[Callable[..., Trainer], PreTrainedModel]:
     """Choose a trainer, and load the base as it needs it.
 
-    Args:
-        base_model: folder of the base.
-        config: what is trained, and how.
-        device: where.
-        plain: TRL's trainer.
-        fast: imports and returns the one on the kernels.
     Returns: what makes the trainer, and the base for it.
     Raises: UserError: not even the leanest plan fits into `memory_gb`, or LoftQ with a base that waits in host memory.
     """

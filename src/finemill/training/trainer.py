@@ -1,4 +1,4 @@
-"""What the trainers of all steps share: the device, the arguments, the run from checkpoint to saved adapter."""
+"""What the trainers of all steps share: their arguments, and the run from checkpoint to saved adapter."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from finemill.artifacts.ports import BASE_MODEL
 from finemill.errors import TemporaryError, UserError
@@ -32,6 +32,7 @@ from finemill.training.checkpoint import (
 )
 from finemill.training.config import SHARDED, ConfigT, LoRATrainingConfig
 from finemill.training.early_stopping import EarlyStopping
+from finemill.training.inputs import TrainingInputs
 from finemill.training.optimizer import set_learning_rates
 from finemill.training.pace import Card, Pace, summary
 from finemill.training.peers import together
@@ -56,21 +57,6 @@ _CHECKPOINTING_FIELD = next(
 )
 # What a training returns of the last point of its curve, by the trainer's names.
 _RESULTS = ("loss", "rewards/accuracies", "rewards/margins")
-
-
-def choose_device() -> torch.device:
-    """The GPU of this process, or the CPU. Raises: UserError: there are not as many processes here as visible GPUs."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    num_gpus, num_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or num_processes())
-    if num_gpus != num_here:
-        raise UserError(
-            f"{num_gpus} GPUs are visible to {num_here} processes: start one a GPU (torchrun --nproc-per-node), or "
-            "choose GPUs with CUDA_VISIBLE_DEVICES"
-        )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
 
 
 def settle(config: ConfigT, base_model: Path, device: torch.device) -> ConfigT:
@@ -174,8 +160,7 @@ def _without_renaming_warnings() -> Iterator[None]:
 
 def run_training(
     build_trainer: Callable[[Path, ConfigT], Trainer],
-    dataset: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    inputs: TrainingInputs,
     output_dir: Path,
     config: ConfigT,
     context: StepContext,
@@ -187,19 +172,18 @@ def run_training(
 
     Args:
         build_trainer: makes the trainer, given the folder that its own checkpoints go to, and the configuration.
-        dataset: whose rows are named where a loss is no number, or a spike.
+        inputs: of the training; rows of its data set are named where a loss is no number, or a spike.
     Returns: the last logged loss (and rewards), tokens and steps, seconds, tokens per second, peak memory in bytes.
     Raises: UserError: a loss that is not finite, a checkpoint of another training, or processes that differ.
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it. Or another
             process was lost. Or the base model is not what was remembered of it, and the same call takes it as it is.
     """
-    device = choose_device()
-    with together(config, context, device) as watch:
-        config = settle(config, resolve_base_model(context.references[BASE_MODEL]).path, device)
+    with together(config, context, inputs.device) as watch:
+        config = settle(config, inputs.base_model, inputs.device)
         smaller: ConfigT | None = config
         while smaller is not None:
             try:
-                return _train(build_trainer, dataset, tokenizer, output_dir, smaller, config, context, watch)
+                return _train(build_trainer, inputs, output_dir, smaller, config, context, watch)
             except torch.OutOfMemoryError as error:
                 line = " ".join(str(error).split())
                 smaller = _with_smaller_batches(smaller) if num_processes() == 1 and not _is_ours(error) else None
@@ -235,8 +219,7 @@ def _with_smaller_batches(config: ConfigT) -> ConfigT | None:
 
 def _train(
     build_trainer: Callable[[Path, ConfigT], Trainer],
-    dataset: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    inputs: TrainingInputs,
     output_dir: Path,
     config: ConfigT,
     asked: ConfigT,
@@ -247,7 +230,7 @@ def _train(
     checkpoint = find_checkpoint(asked, context)
     config = keep_global_batch(config, checkpoint) if checkpoint else config
     base = resolve_base_model(context.references[BASE_MODEL])
-    card = Card.of(choose_device())
+    card = Card.of(inputs.device)
     with _scratch_folder() as scratch, _without_renaming_warnings(), reporting(config, context) as recorder:
         with read_again(base) if is_main_process() else nullcontext():
             trainer = build_trainer(scratch, config)
@@ -258,7 +241,7 @@ def _train(
         checkpoints = CheckpointCallback(asked, context, global_batch(config))
         # It prints every log entry as a dictionary; RecordCallback says the same in a line.
         trainer.remove_callback(PrinterCallback)
-        batches = BatchWatch(dataset)
+        batches = BatchWatch(inputs.dataset)
         batches.attach(trainer)
         pace = Pace(trainer.model, card, trainer.args.world_size)
         trainer.add_callback(RecordCallback(recorder, config.learning_rate, pace, batches))
@@ -280,7 +263,7 @@ def _train(
             best.restore(trainer.model)
     if checkpoints.stop_requested and trainer.state.global_step < trainer.state.max_steps:
         raise TemporaryError(f"stopped at step {trainer.state.global_step}; run again to continue from there")
-    save_adapter(trainer, tokenizer, output_dir, base, rope_scaling=config.rope_scaling)
+    save_adapter(trainer, inputs.tokenizer, output_dir, base, rope_scaling=config.rope_scaling)
     if num_processes() > 1:
         write_strategy(output_dir, config, trainer)
     if initial:

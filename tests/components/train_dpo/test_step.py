@@ -17,6 +17,7 @@ from finemill.components.train_dpo.step import run as train_dpo
 from finemill.components.train_dpo.trainers import TokenizedDPOTrainer
 from finemill.errors import TemporaryError, UserError
 from finemill.runtime.context import StepContext
+from finemill.training.inputs import TrainingInputs
 from tests.recorder import recorded
 
 CONFIG = TrainDPOConfig(
@@ -77,7 +78,8 @@ def test_the_trainer_s_batches_are_the_pairs_and_the_base_is_its_own_reference(
     tiny_model_dir: Path, preferences: Path, tmp_path: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    trainer = build_trainer(tiny_model_dir, preferences, tokenizer, tmp_path, CONFIG, torch.device("cpu"))
+    inputs = TrainingInputs(tiny_model_dir, preferences, tokenizer, torch.device("cpu"))
+    trainer = build_trainer(inputs, tmp_path, CONFIG)
     assert trainer.ref_model is None
     pair = trainer.train_dataset[0]
     batch = trainer.data_collator([pair])

@@ -1,0 +1,50 @@
+"""What every training begins with: base, data set, the tokenizer of the tuned model, the device."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from finemill.artifacts.dataset import take_chat_template
+from finemill.errors import UserError
+from finemill.runtime.processes import num_processes
+from finemill.training.adapter import lora_config
+from finemill.training.config import LoRATrainingConfig
+from finemill.training.strategy import check_strategy
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """Folders of base and data set; a tokenizer with the template that the data were written with; the device."""
+
+    base_model: Path
+    dataset: Path
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+
+
+def open_inputs(base_model: Path, dataset: Path, config: LoRATrainingConfig) -> TrainingInputs:
+    """Raises: UserError: what the machine or the base does not have is refused, before anything is loaded."""
+    check_strategy(config)
+    lora_config(base_model, config)
+    device = choose_device()
+    tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
+    take_chat_template(dataset, tokenizer)
+    return TrainingInputs(base_model, dataset, tokenizer, device)
+
+
+def choose_device() -> torch.device:
+    """The GPU of this process, or the CPU. Raises: UserError: there are not as many processes here as visible GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    num_gpus, num_here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or num_processes())
+    if num_gpus != num_here:
+        raise UserError(
+            f"{num_gpus} GPUs are visible to {num_here} processes: start one a GPU (torchrun --nproc-per-node), or "
+            "choose GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
