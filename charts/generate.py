@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hera.workflows.models import Affinity, EnvVarSource, Volume, VolumeMount
 
 from finemill.config import parse_config
 from finemill.pipelines.catalog import PIPELINES
@@ -26,7 +27,6 @@ URL = {"pattern": r"^(https?://[^/\s]+(/\S*)?)?$"}
 # Argo would evaluate it.
 PLAIN = {"type": "string", "not": {"pattern": r"\{\{"}}
 LABELS = {"additionalProperties": {"type": "string", "pattern": LABEL_VALUE}}
-OBJECTS = {"items": {"type": "object"}}
 TOLERATIONS = {
     "items": {
         "type": "object",
@@ -42,7 +42,16 @@ ENVIRONMENT = {
         "type": "object",
         "additionalProperties": False,
         "required": ["name"],
-        "properties": {"name": {"type": "string"}, "value": PLAIN, "valueFrom": {"type": "object"}},
+        "properties": {"name": {"type": "string"}, "value": PLAIN, "valueFrom": {"$ref": "#/definitions/EnvVarSource"}},
+    }
+}
+OF_KUBERNETES = (Affinity, EnvVarSource, Volume, VolumeMount)
+"""What values hold as Kubernetes spells it."""
+EGRESS = {
+    "items": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {key: {"type": "array", "items": {"type": "object"}} for key in ("ports", "to")},
     }
 }
 SIZES = ("small", "large", "gpu")
@@ -65,9 +74,10 @@ RULES: dict[str, dict[str, Any]] = {
     "gpu.nodeSelector": LABELS,
     "gpu.tolerations": TOLERATIONS,
     "extraEnv": ENVIRONMENT,
-    "extraVolumes": OBJECTS,
-    "extraVolumeMounts": OBJECTS,
-    "networkPolicy.extraEgress": OBJECTS,
+    "affinity": {"$ref": "#/definitions/Affinity"},
+    "extraVolumes": {"items": {"$ref": "#/definitions/Volume"}},
+    "extraVolumeMounts": {"items": {"$ref": "#/definitions/VolumeMount"}},
+    "networkPolicy.extraEgress": EGRESS,
     "podLabels": LABELS,
     "podAnnotations": {"additionalProperties": PLAIN},
     "nodeSelector": LABELS,
@@ -137,7 +147,18 @@ def definitions() -> dict[str, Any]:
     for model in sections:
         schema = model.model_json_schema(ref_template="#/definitions/{model}")
         found |= {**schema.pop("$defs", {}), model.__name__: schema}
+    for shape in OF_KUBERNETES:
+        schema = shape.model_json_schema(ref_template="#/definitions/{model}")
+        found |= {name: _strict(item) for name, item in {**schema.pop("$defs", {}), shape.__name__: schema}.items()}
     return dict(sorted((name, _without_texts(schema)) for name, schema in found.items()))
+
+
+def _strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a class of Kubernetes without what is null and keys that it does not have."""
+    if "properties" not in schema:
+        return schema
+    properties = {name: item["anyOf"][0] if "anyOf" in item else item for name, item in schema["properties"].items()}
+    return {**schema, "properties": properties, "additionalProperties": False}
 
 
 def _without_texts(schema: Any) -> Any:

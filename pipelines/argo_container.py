@@ -16,6 +16,7 @@ from hera.workflows.models import (
     Mutex,
     ResourceFieldSelector,
     SecretEnvSource,
+    SecretKeySelector,
     SecurityContext,
     Synchronization,
     Toleration,
@@ -23,7 +24,14 @@ from hera.workflows.models import (
     VolumeMount,
 )
 
-from finemill.pipelines.cluster import CACHE_PATH, CACHE_VARIABLES, SHARED_MEMORY_PATH, THREADS_VARIABLE, ClusterConfig
+from finemill.pipelines.cluster import (
+    CACHE_PATH,
+    CACHE_VARIABLES,
+    SHARED_MEMORY_PATH,
+    THREADS_VARIABLE,
+    ClusterConfig,
+    SecretKey,
+)
 from finemill.pipelines.graph import GPUS, STORE, Parameter, Task
 from finemill.runtime.images import IMAGE_VARIABLE
 from finemill.transport import TEXT_MARK
@@ -59,6 +67,7 @@ def build_container(task: Task, checks: Iterable[Parameter], cluster: ClusterCon
             # Libraries count the node's cores, not the container's: too many threads only get in each other's way.
             EnvVar(name=THREADS_VARIABLE, value_from=_CPU_LIMIT),
             *(EnvVar(name=name, value=value) for name, value in cluster.variables.items()),
+            *(EnvVar(name=name, value_from=_key_of(item)) for name, item in cluster.secret_env.items()),
         ],
         env_from=_environment(cluster),
         inputs=[ArgoParameter(name=port) for port, source in task.inputs.items() if isinstance(source, Task)],
@@ -154,6 +163,10 @@ def _environment(cluster: ClusterConfig) -> list[EnvFromSource]:
         EnvFromSource(config_map_ref=ConfigMapEnvSource(name=cluster.config_map, optional=True)),
         *(EnvFromSource(secret_ref=SecretEnvSource(name=name, optional=True)) for name in secrets),
     ]
+
+
+def _key_of(item: SecretKey) -> EnvVarSource:
+    return EnvVarSource(secret_key_ref=SecretKeySelector(name=item.secret, key=item.key))
 
 
 def _pod_spec_patch(task: Task, cluster: ClusterConfig) -> str:

@@ -1,5 +1,6 @@
 """How pipelines are set into a cluster: images, secrets by name, resources, placement. The same for KFP and Argo."""
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,16 @@ def _plain(text: str) -> str:
     if "{{" in text:
         raise ValueError(f"'{text}' holds '{{{{', which Argo, and KFP on it, would evaluate: leave it out")
     return text
+
+
+def _affinity(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same, if Kubernetes knows every key in it."""
+    from hera.workflows.models import Affinity
+
+    known = Affinity.model_validate(value).model_dump(by_alias=True, exclude_none=True)
+    if known != value:
+        raise ValueError(f"Kubernetes would read {json.dumps(known)} of it: correct the key that is missing there")
+    return value
 
 
 Plain = Annotated[str, AfterValidator(_plain)]
@@ -108,6 +119,16 @@ class Mount(StepConfig):
         return self
 
 
+class SecretKey(StepConfig):
+    """A value of a secret."""
+
+    secret: str
+    """The secret's name."""
+
+    key: str
+    """The value's key in it."""
+
+
 class ClusterConfig(StepConfig):
     """What a platform engineer decides, and a pipeline's author need not know."""
 
@@ -156,14 +177,23 @@ class ClusterConfig(StepConfig):
     tolerations: tuple[Toleration, ...] = ()
     """Taints that all steps tolerate."""
 
+    affinity: Annotated[Mapping[str, Any], AfterValidator(_affinity)] = Field(default_factory=dict)
+    """Affinity of all steps' pods, as Kubernetes spells it. KFP knows `nodeAffinity` only."""
+
     env: Mapping[str, Plain] = Field(default_factory=dict)
     """Environment variables of all steps: proxies, MLFLOW_TRACKING_INSECURE_TLS. No secrets: they are written out."""
+
+    secret_env: Mapping[str, SecretKey] = Field(default_factory=dict)
+    """Environment variables of all steps that are secret, each a key of a Secret."""
 
     mounts: tuple[Mount, ...] = ()
     """Folders of every step's container."""
 
     ca_config_map: str | None = None
-    """Name of a ConfigMap with the certificates of all authorities to trust under `ca.crt`; none trusts the image's."""
+    """Name of a ConfigMap with the certificates of all authorities to trust; none trusts the image's."""
+
+    ca_key: str = "ca.crt"
+    """Key in that ConfigMap."""
 
     pod_labels: Labels = Field(default_factory=dict)
     """Labels of all steps' pods."""
@@ -173,6 +203,9 @@ class ClusterConfig(StepConfig):
 
     priority_class: str | None = None
     """Name of the PriorityClass of all steps' pods. Argo only."""
+
+    pod_disruption_budget: bool = False
+    """Keep nodes from being drained while a step runs. Argo only."""
 
     queue: str | None = None
     """Kueue's LocalQueue that GPU steps wait in."""
@@ -204,7 +237,7 @@ class ClusterConfig(StepConfig):
     @property
     def variables(self) -> dict[str, str]:
         """Environment variables of all steps, those for the certificates among them; the kubelet expands nothing."""
-        ca = dict.fromkeys(_CA_VARIABLES, f"{_CA_PATH}/ca.crt") if self.ca_config_map else {}
+        ca = dict.fromkeys(_CA_VARIABLES, f"{_CA_PATH}/{self.ca_key}") if self.ca_config_map else {}
         return {**ca, **{name: value.replace("$", "$$") for name, value in self.env.items()}}
 
     def image(self, role: str) -> str:

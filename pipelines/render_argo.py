@@ -15,9 +15,11 @@ from hera.workflows import (
 from hera.workflows import Parameter as ArgoParameter
 from hera.workflows import Task as ArgoTask
 from hera.workflows.models import (
+    Affinity,
     ConfigMapVolumeSource,
     LocalObjectReference,
     PersistentVolumeClaimVolumeSource,
+    PodDisruptionBudgetSpec,
     PodGC,
     PodSecurityContext,
     Quantity,
@@ -71,6 +73,9 @@ def build_argo_template(pipeline: Pipeline, defaults: Mapping[str, Any], cluster
         ),
         volumes=_volumes(cluster),
         pod_priority_class_name=cluster.priority_class,
+        affinity=Affinity.model_validate(cluster.affinity) if cluster.affinity else None,
+        # More than a workflow has pods: none of them may be evicted.
+        pod_disruption_budget=PodDisruptionBudgetSpec(min_available=9999) if cluster.pod_disruption_budget else None,
         active_deadline_seconds=cluster.run_timeout_s or None,
         ttl_strategy=TTLStrategy(seconds_after_completion=cluster.ttl_s),
         # Pods of failed steps stay as long as the workflow does: they hold the log that tells why.

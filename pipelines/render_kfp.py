@@ -156,6 +156,8 @@ def _set_pod(call: Any, cluster: ClusterConfig) -> None:
     """What a platform adds to every pod."""
     for name, value in cluster.variables.items():
         call.set_env_variable(name, value)
+    for name, item in cluster.secret_env.items():
+        kubernetes.use_secret_as_env(call, item.secret, {item.key: name})
     for mount in cluster.all_mounts:
         if mount.config_map:
             kubernetes.use_config_map_as_volume(call, mount.config_map, mount.path)
@@ -167,6 +169,8 @@ def _set_pod(call: Any, cluster: ClusterConfig) -> None:
         kubernetes.add_node_selector(call, label, value)
     for toleration in cluster.tolerations:
         kubernetes.add_toleration(call, **toleration.model_dump(exclude_none=True))
+    if cluster.affinity:
+        kubernetes.add_node_affinity_json(call, cluster.affinity["nodeAffinity"])
     for label, value in cluster.pod_labels.items():
         kubernetes.add_pod_label(call, label, value)
     for name, value in cluster.pod_annotations.items():
@@ -175,7 +179,9 @@ def _set_pod(call: Any, cluster: ClusterConfig) -> None:
 
 def _refuse_argo_s(cluster: ClusterConfig) -> None:
     sized = [f"sizes.{name}.ephemeral_storage" for name, size in cluster.sizes.items() if size.ephemeral_storage]
-    given = [*sized, *(["priority_class"] if cluster.priority_class else [])]
+    affinity = [f"affinity.{name}" for name in cluster.affinity if name != "nodeAffinity"]
+    own = [name for name in ("priority_class", "pod_disruption_budget") if getattr(cluster, name)]
+    given = [*sized, *affinity, *own]
     if given:
         raise UserError(f"cluster settings: {', '.join(given)}: KFP's pods have no such field, leave it out")
 

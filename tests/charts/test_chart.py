@@ -255,6 +255,11 @@ def test_steps_may_make_train_jobs_where_there_is_a_runtime_and_nowhere_else() -
         ("config.base_model=5", "base_model"),
         ("gpu.tolerations[0].keys=x", "keys"),
         ("extraEnv[0].values=x", "values"),
+        ("extraEnv[0].name=A,extraEnv[0].valueFrom.secretKeyReff.name=x", "secretKeyReff"),
+        ("extraVolumes[0].name=x,extraVolumes[0].secret.name=x", "secret"),
+        ("extraVolumeMounts[0].name=x,extraVolumeMounts[0].path=/x", "path"),
+        ("affinity.nodeAfinity.a=b", "nodeAfinity"),
+        ("networkPolicy.extraEgress[0].port=5", "port"),
         ("extraEnv[0].value=a{{x}},extraEnv[0].name=A", "value"),
         ("podAnnotations.a=a{{x}}", "podAnnotations"),
         ("podLabels.a=x y", "podLabels"),
@@ -281,15 +286,20 @@ def test_nodes_of_a_training_reach_each_other_and_nothing_else_of_the_release() 
 
 
 PLATFORM = """
-extraEnv: [{name: HTTPS_PROXY, value: "http://proxy:3128"}]
-extraVolumes: [{name: extra, configMap: {name: extra}}]
+extraEnv:
+  - {name: HTTPS_PROXY, value: "http://proxy:3128"}
+  - {name: PROXY_PASSWORD, valueFrom: {secretKeyRef: {name: proxy, key: password}}}
+extraVolumes: [{name: extra, emptyDir: {sizeLimit: 1Gi}}]
 extraVolumeMounts: [{name: extra, mountPath: /etc/extra}]
 podLabels: {sidecar.istio.io/inject: "false"}
 podAnnotations: {cluster-autoscaler.kubernetes.io/safe-to-evict: "false"}
 priorityClassName: batch
 nodeSelector: {kubernetes.io/arch: amd64}
 tolerations: [{key: team, operator: Exists, effect: NoExecute, tolerationSeconds: 60}]
-affinity: {nodeAffinity: {}}
+affinity:
+  podAntiAffinity:
+    preferredDuringSchedulingIgnoredDuringExecution:
+      - {weight: 1, podAffinityTerm: {topologyKey: host, labelSelector: {matchLabels: {a: b}}}}
 caBundle: {configMap: corporate-ca}
 resources: {small: {ephemeralStorage: 20Gi}, gpu: {ephemeralStorage: 50Gi}}
 gpu: {nodeSelector: {accelerator: a100}}
@@ -316,7 +326,7 @@ def test_what_a_platform_adds_reaches_every_step(platform: list[dict[str, Any]])
         spec = template["spec"]
         assert spec["podMetadata"]["labels"] == {"sidecar.istio.io/inject": "false"}
         assert spec["podMetadata"]["annotations"] == {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
-        assert (spec["podPriorityClassName"], spec["affinity"]) == ("batch", {"nodeAffinity": {}})
+        assert (spec["podPriorityClassName"], list(spec["affinity"])) == ("batch", ["podAntiAffinity"])
         assert spec["nodeSelector"] == {"kubernetes.io/arch": "amd64"}
         assert spec["podDisruptionBudget"]["minAvailable"] > 100
         assert {"extra", "ca-bundle"} <= set(by_name(spec["volumes"]))

@@ -32,6 +32,8 @@ class CompiledTask:
     tolerations: tuple[str, ...]
     queue: str | None
     variables: dict[str, str]
+    secret_variables: dict[str, str]
+    node_affinity: dict[str, Any]
     mounts: dict[str, str]
     labels: dict[str, str]
     annotations: dict[str, str]
@@ -45,14 +47,19 @@ def read_argo(path: Path) -> tuple[dict[str, Any], dict[str, CompiledTask]]:
     (dag,) = [item["dag"] for item in spec["templates"] if "dag" in item]
     volumes = {item["name"]: item for item in spec["volumes"]}
     parameters = {item["name"]: _argo_value(item.get("value")) for item in spec["arguments"]["parameters"]}
-    return parameters, {item["name"]: _argo_task(item, containers[item["template"]], volumes) for item in dag["tasks"]}
+    affinity = spec.get("affinity", {}).get("nodeAffinity", {})
+    return parameters, {
+        item["name"]: _argo_task(item, containers[item["template"]], volumes, affinity) for item in dag["tasks"]
+    }
 
 
 def _argo_value(text: str | None) -> Any:
     return json.loads(text) if text is not None and text.startswith("{") else text
 
 
-def _argo_task(task: dict[str, Any], template: dict[str, Any], volumes: dict[str, Any]) -> CompiledTask:
+def _argo_task(
+    task: dict[str, Any], template: dict[str, Any], volumes: dict[str, Any], affinity: dict[str, Any]
+) -> CompiledTask:
     container = template["container"]
     patch = json.loads(template["podSpecPatch"])
     gpus = patch.get("containers", [{}])[0].get("resources", {}).get("limits", {}).get("nvidia.com/gpu")
@@ -88,6 +95,12 @@ def _argo_task(task: dict[str, Any], template: dict[str, Any], volumes: dict[str
             for item in container["env"]
             if "value" in item and item["name"] not in ("FINEMILL_IMAGE", *CACHE_VARIABLES)
         },
+        secret_variables={
+            item["name"]: " ".join(item["valueFrom"]["secretKeyRef"][key] for key in ("name", "key"))
+            for item in container["env"]
+            if "secretKeyRef" in item.get("valueFrom", {})
+        },
+        node_affinity=affinity,
         mounts={path: sources[name] for name, path in mounts.items() if name.startswith("mount-")},
         labels={key: value for key, value in template["metadata"]["labels"].items() if not OWN_LABEL.match(key)},
         annotations=template["metadata"].get("annotations", {}),
@@ -149,7 +162,7 @@ def _kfp_task(
         memory=container["resources"]["resourceMemoryLimit"],
         gpus=re.sub(r"{{\$\.inputs\.parameters\['pipelinechannel--(\w+)'\]}}", r"\1", gpus) if gpus else None,
         shared_memory=next((item["sizeLimit"] for item in kubernetes.get("emptyDirMounts", [])), None),
-        secrets=frozenset(item["secretName"] for item in kubernetes["secretAsEnv"]),
+        secrets=frozenset(item["secretName"] for item in kubernetes["secretAsEnv"] if item.get("optional")),
         config_map=kubernetes["configMapAsEnv"][0]["configMapName"],
         pull_policy=kubernetes["imagePullPolicy"],
         node_selector=tuple(sorted(kubernetes.get("nodeSelector", {}).get("labels", {}).items())),
@@ -162,6 +175,15 @@ def _kfp_task(
             for item in container["env"]
             if item["name"] not in ("FINEMILL_IMAGE", "OMP_NUM_THREADS", *CACHE_VARIABLES)
         },
+        secret_variables={
+            key["envVar"]: f"{item['secretName']} {key['secretKey']}"
+            for item in kubernetes["secretAsEnv"]
+            if not item.get("optional")
+            for key in item["keyToEnv"]
+        },
+        node_affinity=kubernetes["nodeAffinity"][0]["nodeAffinityJson"]["runtimeValue"]["constant"]
+        if "nodeAffinity" in kubernetes
+        else {},
         mounts={
             **{
                 item["mountPath"]: f"configMap {item['configMapName']}"

@@ -258,10 +258,16 @@ def test_defaults_that_an_engine_would_change_are_packed_for_kfp_and_braceless_f
 
 PLATFORM = """
 env: {HTTPS_PROXY: "http://proxy:3128", PRICE: "$$5 $(HOME)"}
+secret_env: {PROXY_PASSWORD: {secret: proxy, key: password}}
 mounts:
   - {path: /etc/extra, secret: extra}
   - {path: /data, claim: shared}
 ca_config_map: corporate-ca
+ca_key: bundle.pem
+affinity:
+  nodeAffinity:
+    requiredDuringSchedulingIgnoredDuringExecution:
+      nodeSelectorTerms: [{matchExpressions: [{key: zone, operator: In, values: [a, b]}]}]
 pod_labels: {sidecar.istio.io/inject: "false"}
 pod_annotations: {cluster-autoscaler.kubernetes.io/safe-to-evict: "false"}
 node_selector: {kubernetes.io/arch: amd64}
@@ -278,7 +284,9 @@ def test_what_a_platform_adds_reaches_every_step_on_both_engines(tmp_path: Path)
     for task in argo.values():
         assert task.variables["HTTPS_PROXY"] == "http://proxy:3128"
         assert task.variables["PRICE"] == "$$$$5 $$(HOME)"
-        assert task.variables["AWS_CA_BUNDLE"] == "/etc/finemill/ca/ca.crt"
+        assert task.variables["AWS_CA_BUNDLE"] == "/etc/finemill/ca/bundle.pem"
+        assert task.secret_variables == {"PROXY_PASSWORD": "proxy password"}
+        assert task.node_affinity == yaml.safe_load(PLATFORM)["affinity"]["nodeAffinity"]
         assert task.mounts == {
             "/etc/extra": "secret extra",
             "/data": "persistentVolumeClaim shared",
@@ -291,7 +299,13 @@ def test_what_a_platform_adds_reaches_every_step_on_both_engines(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "settings", ["priority_class: batch", "sizes: {gpu: {cpu: 1, memory: 1Gi, ephemeral_storage: 50Gi}}"]
+    "settings",
+    [
+        "priority_class: batch",
+        "sizes: {gpu: {cpu: 1, memory: 1Gi, ephemeral_storage: 50Gi}}",
+        "pod_disruption_budget: true",
+        "affinity: {podAntiAffinity: {preferredDuringSchedulingIgnoredDuringExecution: []}}",
+    ],
 )
 def test_what_kfp_s_pods_do_not_have_is_for_argo_and_refused_for_kfp(
     settings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -299,7 +313,8 @@ def test_what_kfp_s_pods_do_not_have_is_for_argo_and_refused_for_kfp(
     file, out = tmp_path / "cluster.yaml", tmp_path / "out.yaml"
     file.write_text(settings)
     assert main(["compile", "finetune", "--engine", "argo", "--cluster", str(file), "-o", str(out)]) == 0
-    assert re.search("podPriorityClassName: batch|ephemeral-storage: 50Gi", out.read_text())
+    wanted = "podPriorityClassName: batch|ephemeral-storage: 50Gi|minAvailable: 9999|podAntiAffinity"
+    assert re.search(wanted, out.read_text())
     assert main(["compile", "finetune", "--engine", "kfp", "--cluster", str(file), "-o", str(out)]) == 2
     assert "KFP's pods have no such field" in capsys.readouterr().err
 
@@ -310,6 +325,10 @@ def test_what_kfp_s_pods_do_not_have_is_for_argo_and_refused_for_kfp(
         ("mounts: [{path: /x}]", "give one of config_map, secret and claim"),
         ("mounts: [{path: /x, claim: a, secret: b}]", "give one of config_map, secret and claim"),
         ("tolerations: [{keys: x}]", "unknown key 'tolerations.0.keys'"),
+        ("affinity: {nodeAfinity: {}}", "'affinity': Kubernetes would read {} of it"),
+        ("affinity: {nodeAffinity: {preferred: []}}", "'affinity': Kubernetes would read"),
+        ("affinity: {nodeAffinity: 5}", "'affinity"),
+        ("secret_env: {A: {secret: b}}", "secret_env.A.key"),
         ("gpu_nodeselector: {}", "unknown key 'gpu_nodeselector'"),
         ("env: {A: 'x{{workflow.name}}'}", "'env.A': 'x{{workflow.name}}' holds '{{', which Argo"),
         ("pod_annotations: {a/b: '{{x}}'}", "'pod_annotations.a/b': '{{x}}' holds '{{'"),
