@@ -10,7 +10,7 @@ import pyarrow as pa
 from finemill.artifacts.dataset import CHAT_TEMPLATE_FILE
 from finemill.artifacts.files import CHAT_FILE, DATASET_FILE, REJECTED_FILE
 from finemill.artifacts.records import write_json
-from finemill.artifacts.rows import iterate_rows, num_rows, read_rows_report
+from finemill.artifacts.rows import num_rows, read_rows_report
 from finemill.artifacts.splits import SPLITS, Split
 from finemill.components.chat_format.batch import FormattedBatch
 from finemill.components.chat_format.card import write_card
@@ -25,7 +25,7 @@ from finemill.components.chat_format.report import (
     warn_of_missing_ends,
     warn_of_mix,
 )
-from finemill.components.chat_format.workers import format_batches
+from finemill.components.chat_format.workers import Work, format_rows
 from finemill.components.chat_format.write import write_split
 from finemill.errors import UserError
 from finemill.runtime.context import StepContext
@@ -51,15 +51,8 @@ def run(
     ):
         for split in SPLITS:
             num_proc = min(config.num_proc, num_rows(rows, split) // _BATCH_ROWS) or 1
-            formatted = format_batches(
-                iterate_rows(rows, split, batch_rows=_BATCH_ROWS),
-                formatter,
-                base_model,
-                config,
-                unroll=split == "train",
-                num_proc=num_proc,
-            )
-            with closing(formatted):
+            work = Work(rows, split, _BATCH_ROWS, base_model, config)
+            with closing(format_rows(work, formatter, num_proc=num_proc)) as formatted:
                 batches = _count(formatted, split, counts[split], rejected, context)
                 write_split(output_dir, split, batches, counts[split], asked.mix, chat if split == "train" else None)
     train = counts["train"]

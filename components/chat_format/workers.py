@@ -4,19 +4,19 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from finemill.artifacts.rows import PreparedRow
+from finemill.artifacts.rows import iterate_rows
+from finemill.artifacts.splits import Split
 from finemill.components.chat_format.batch import FormattedBatch, format_batch
 from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.chat_format.formatter import Formatter, load_formatter
 from finemill.errors import StepError, TemporaryError
 
-Batches = Iterable[Sequence[PreparedRow]]
 _PROGRAM = """
 import sys
 from multiprocessing.connection import Connection
@@ -28,40 +28,46 @@ serve(connection)
 _DIED = "a process that formats rows was killed, most likely for want of memory: run it again, or with a lower num_proc"
 
 
-def format_batches(
-    batches: Batches, formatter: Formatter, base_model: Path, config: ChatFormatConfig, *, unroll: bool, num_proc: int
-) -> Generator[FormattedBatch, None, None]:
-    """Format batches in order.
+@dataclass(frozen=True)
+class Work:
+    """Rows to format: of a split's batches of `batch_rows` rows those from number `first` on, each `step`-th."""
+
+    rows: Path
+    split: Split
+    batch_rows: int
+    base_model: Path
+    config: ChatFormatConfig
+    first: int = 0
+    step: int = 1
+
+    def run(self, formatter: Formatter) -> Iterator[FormattedBatch]:
+        """Read and format them in order."""
+        batches = iterate_rows(self.rows, self.split, batch_rows=self.batch_rows, first=self.first, step=self.step)
+        return (format_batch(formatter, batch, unroll=self.split == "train") for batch in batches)
+
+
+def format_rows(work: Work, formatter: Formatter, *, num_proc: int) -> Generator[FormattedBatch, None, None]:
+    """Format the batches of a split, all of them, in order.
 
     Args:
-        batches: rows.
+        work: which rows; turns that are rewritten get examples of their own in the training split.
         formatter: what formats them in this process.
-        base_model: folder from which other processes make theirs.
-        config: the step's.
-        unroll: whether rewritten turns get examples of their own.
-        num_proc: how many processes there are; with one there is no other than this.
+        num_proc: how many processes there are, this one among them: each reads and formats every `num_proc`-th batch.
     Raises: StepError: as in one process. TemporaryError: a process was killed.
     """
-    if num_proc == 1:
-        for batch in batches:
-            yield format_batch(formatter, batch, unroll=unroll)
-        return
     with ExitStack() as stack:
-        idle = deque(_start(stack, base_model, config, unroll=unroll) for _ in range(num_proc))
-        busy: deque[Connection] = deque()
-        for batch in batches:
-            # Whoever has worked longest comes first, so that results come in the order of the batches.
-            done = None if idle else _receive(busy[0])
-            worker = idle.popleft() if idle else busy.popleft()
-            _send(worker, batch)
-            busy.append(worker)
-            if done is not None:
-                yield done
-        for worker in busy:
-            yield _receive(worker)
+        others = [_start(stack, replace(work, first=place, step=num_proc)) for place in range(1, num_proc)]
+        own = replace(work, step=num_proc).run(formatter)
+        for batch in own:
+            yield batch
+            for other in others:
+                formatted = _receive(other)
+                if formatted is None:
+                    return
+                yield formatted
 
 
-def _start(stack: ExitStack, base_model: Path, config: ChatFormatConfig, *, unroll: bool) -> Connection:
+def _start(stack: ExitStack, work: Work) -> Connection:
     """A process, as a connection to it; it ends when that is closed, or when this process is gone.
 
     A new interpreter: a forked one would have this one's locks, but not its threads; multiprocessing's would import the
@@ -73,41 +79,35 @@ def _start(stack: ExitStack, base_model: Path, config: ChatFormatConfig, *, unro
     connection = Connection(ours.detach())
     stack.callback(process.wait)
     stack.callback(connection.close)
-    connection.send(sys.path)
-    _send(connection, (base_model, config, unroll))
+    for message in (sys.path, work):
+        try:
+            connection.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            raise TemporaryError(_DIED) from None
     return connection
 
 
-def _send(worker: Connection, message: object) -> None:
-    try:
-        worker.send(message)
-    except (BrokenPipeError, ConnectionResetError):
-        raise TemporaryError(_DIED) from None
-
-
-def _receive(worker: Connection) -> FormattedBatch:
+def _receive(worker: Connection) -> FormattedBatch | None:
+    """What a process has formatted next, None where it has no more."""
     try:
         result = worker.recv()
     except (EOFError, ConnectionResetError):
         raise TemporaryError(_DIED) from None
     if isinstance(result, BaseException):
         raise result
-    formatted: FormattedBatch = result
+    formatted: FormattedBatch | None = result
     return formatted
 
 
 def serve(connection: Connection) -> None:
-    """Format what comes, in a process of its own, until nothing more does."""
-    formatter: Formatter | None = None
+    """Format what this process, one of several, is to, and send it, then None."""
     with suppress(EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
-        base_model, config, unroll = connection.recv()
-        while True:
-            batch = connection.recv()
-            try:
-                formatter = formatter or load_formatter(base_model, config)
-                result: FormattedBatch | BaseException = format_batch(formatter, batch, unroll=unroll)
-            except StepError as error:
-                result = error
-            except Exception:
-                result = RuntimeError(traceback.format_exc())
-            connection.send(result)
+        work = connection.recv()
+        try:
+            for formatted in work.run(load_formatter(work.base_model, work.config)):
+                connection.send(formatted)
+            connection.send(None)
+        except StepError as error:
+            connection.send(error)
+        except Exception:
+            connection.send(RuntimeError(traceback.format_exc()))

@@ -100,9 +100,15 @@ def rows_writer(folder: Path, split: Split) -> RowWriter[PreparedRow]:
     return RowWriter(split_path(folder, split), PreparedRow)
 
 
-def iterate_rows(folder: Path, split: Split, *, batch_rows: int) -> Iterator[list[PreparedRow]]:
-    """The rows of a split in order, `batch_rows` at a time. Raises: UserError: the split is missing."""
-    return iterate_batches(split_path(folder, split), PreparedRow, _WRITER, batch_rows=batch_rows)
+def iterate_rows(
+    folder: Path, split: Split, *, batch_rows: int, first: int = 0, step: int = 1
+) -> Iterator[list[PreparedRow]]:
+    """The rows of a split in order, `batch_rows` at a time, of these batches every `step`-th one from `first` on.
+
+    Raises: UserError: the split is missing.
+    """
+    path = split_path(folder, split)
+    return iterate_batches(path, PreparedRow, _WRITER, batch_rows=batch_rows, first=first, step=step)
 
 
 def find_rows(folder: Path, split: Split, ids: Collection[str]) -> dict[str, PreparedRow]:

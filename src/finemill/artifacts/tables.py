@@ -6,6 +6,7 @@ A reader takes the class that has the columns it needs, so that only those are r
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -78,17 +79,25 @@ def write_rows(path: Path, row_type: type[RowT], rows: Sequence[RowT]) -> None:
         writer.write(rows)
 
 
-def iterate_batches(path: Path, row_type: type[RowT], writer: str, *, batch_rows: int) -> Iterator[list[RowT]]:
+def iterate_batches(
+    path: Path, row_type: type[RowT], writer: str, *, batch_rows: int, first: int = 0, step: int = 1
+) -> Iterator[list[RowT]]:
     """The rows of a file in order, `batch_rows` at a time.
 
     Args:
+        path: the file.
+        row_type: the class of its rows.
         writer: the step that writes such a file, for the message.
+        batch_rows: rows of a batch; the last has what is left.
+        first: number of the first batch that is taken, from 0.
+        step: after it every `step`-th one is.
     Raises: UserError: there is no such file, or it lacks a column.
     """
     names = _checked_columns(path, row_type, writer)
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=batch_rows, columns=names):
-            yield [row_type(**record) for record in batch.to_pylist()]
+        for batch in islice(file.iter_batches(batch_size=batch_rows, columns=names), first, None, step):
+            columns = [batch.column(name).to_pylist() for name in names]
+            yield [row_type(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
 
 
 def count_rows(path: Path, row_type: type, writer: str) -> int:
