@@ -1,10 +1,36 @@
 """Configuration of merge."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from finemill.artifacts.manifest import Reference
 from finemill.config import StepConfig
+from finemill.errors import UserError
+
+
+class FurtherAdapter(StepConfig):
+    """An adapter that is added beside the step's input."""
+
+    adapter: str
+    """Reference of an output of train-qlora or train-dpo, of the same base: plain LoRA."""
+
+    scale: float = 1.0
+    """Factor on its part, beside its own lora_alpha; below 0 its change is taken away."""
+
+    @field_validator("adapter")
+    @classmethod
+    def _check_reference(cls, value: str) -> str:
+        try:
+            return str(Reference.parse(value))
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> Self:
+        if not self.scale:
+            raise ValueError("scale 0 leaves the adapter out: take it out of the list")
+        return self
 
 
 class MergeConfig(StepConfig):
@@ -16,6 +42,10 @@ class MergeConfig(StepConfig):
 
     scale: float = Field(default=1.0, gt=0)
     """Factor on the adapter's part, beside its own lora_alpha: 0.5 is the average of base and tuned model."""
+
+    further_adapters: tuple[FurtherAdapter, ...] = ()
+    """More adapters on the same base, each with a factor of its own: what is merged is base + scale * adapter + the sum
+    of these. Tokenizer, positions and the base in 4 bits are those of the step's input."""
 
     base: Literal["unquantized", "dequantized"] = "unquantized"
     """What the adapter is added to. `unquantized` is the base itself; `dequantized` is what a training in 4 bits
@@ -35,6 +65,13 @@ class MergeConfig(StepConfig):
     max_trained_base_kl: float = Field(default=0.5, gt=0)
     """Largest mean KL divergence, in nats per token, between the base in 4 bits that was trained on and the base
     itself, each with the adapter."""
+
+    merged_4bit: bool = False
+    """Write the merged model in bitsandbytes' NF4, too, into the folder `merged_4bit` of the output; the result says
+    what that costs. `finemill quantize-4bit` keeps 16 bits where NF4 costs most."""
+
+    max_4bit_kl: float = Field(default=0.5, gt=0)
+    """Largest mean KL divergence, in nats per token, of that one from the model in 16 bits."""
 
     force: bool = False
     """Merge although nothing shows that the base is the one the adapter was trained on, which the result says, or

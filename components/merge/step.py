@@ -10,16 +10,22 @@ import torch
 
 from finemill.artifacts.adapter import read_training
 from finemill.artifacts.chain import ChainLink, chain_table
-from finemill.artifacts.model import LandedTensor, MergeRecord, write_merge
+from finemill.artifacts.model import LandedTensor, MergeRecord, ScaledAdapter, write_merge
 from finemill.artifacts.records import content_name
+from finemill.components.merge.adapters import Addition, all_adapters, base_known_by, refuse_router
 from finemill.components.merge.config import MergeConfig
 from finemill.components.merge.files import copy_tokenizer, write_config, write_generation_config
+from finemill.components.merge.four_bit import (
+    FOLDER,
+    four_bit_bytes,
+    four_bit_link,
+    write_four_bit_card,
+    write_four_bit_model,
+)
 from finemill.components.merge.landed import check_written
 from finemill.components.merge.merged import MergedModel
 from finemill.components.merge.parity import compare_logits, link_of_logits, logits_of, probe_prompts
 from finemill.errors import StepError, UserError
-from finemill.models.adapter import check_base, load_adapter
-from finemill.models.base.resolve import resolve_base_model
 from finemill.models.generation import stop_token_ids
 from finemill.models.model_card import serve_commands, write_card
 from finemill.models.stored_model import Rounding, StoredModel
@@ -33,8 +39,6 @@ logger = logging.getLogger(__name__)
 # Share of the adapter's whole change below which rounding is worth a word.
 _MIN_SHARE = 0.9
 _ADDED_TO = {"unquantized": "16-bit base + adapter", "dequantized": "4-bit base + adapter"}
-# What mixtures of experts call the layer that chooses among them.
-_ROUTERS = ("gate", "router")
 
 
 def run(
@@ -48,20 +52,35 @@ def run(
     written model is not base plus adapter within the tolerances.
     """
     refuse_quantized(base_model)
-    known_by = base_known_by(adapter, config, context)
+    manifest = context.manifests.get("adapter")
+    known_by = base_known_by(adapter, manifest.parents if manifest else {}, config, context)
+    with all_adapters(base_model, adapter, config, context) as addition:
+        return _merge(base_model, adapter, addition, known_by, output_dir, config, context)
+
+
+def _merge(
+    base_model: Path,
+    adapter: Path,
+    addition: Addition,
+    known_by: str,
+    output_dir: Path,
+    config: MergeConfig,
+    context: StepContext,
+) -> Mapping[str, float]:
     unquantized = StoredModel(base_model)
     rounding = _trained_rounding(unquantized, adapter, context)
     stored = _chosen_base(unquantized, rounding, config)
     dtype = output_dtype(stored, config)
     output_dir.mkdir(parents=True, exist_ok=True)
-    require_space(output_dir, stored.num_elements * dtype.itemsize, "the merged model")
+    size = stored.num_elements * dtype.itemsize + (four_bit_bytes(stored, dtype) if config.merged_4bit else 0)
+    require_space(output_dir, size, "the merged model")
     tokenizer = copy_tokenizer(adapter, base_model, output_dir)
     prompts = probe_prompts(tokenizer)
-    tuned, merged = put_adapter_on(stored, adapter, config)
+    tuned, merged = put_on(stored, addition, config)
     refuse_router(tuned, config)
     context.recorder.log_progress("what base and adapter say to the probes")
     expected = logits_of(tuned, stored, prompts)
-    chain = _trained_base(base_model, adapter, rounding, prompts, config, context)
+    trained = _trained_base(base_model, addition, rounding, prompts, config, context)
     write_config(
         base_model,
         output_dir,
@@ -78,16 +97,21 @@ def run(
     written = StoredModel(output_dir)
     found = logits_of(written.model, written, prompts)
     parity = compare_logits(expected, found)
-    chain.append(link_of_logits("merged", _ADDED_TO[config.base], prompts, expected, found))
+    link = link_of_logits("merged", _ADDED_TO[config.base], prompts, expected, found)
     context.recorder.log_progress("comparing every written tensor with base and adapter")
     used_rounding = rounding if config.base == "dequantized" else None
-    tensors = check_written(written, put_adapter_on(StoredModel(base_model, used_rounding), adapter, config)[1])
+    tensors = check_written(written, put_on(StoredModel(base_model, used_rounding), addition, config)[1])
     landed = summarize(tensors)
+    in_4_bits = _four_bits(written, dtype, prompts, found, config, context)
     record = MergeRecord(
         base_model=content_name(context.references["base_model"]),
         base_known_by=known_by,
         adapter=content_name(context.references["adapter"]),
         scale=config.scale,
+        further_adapters=tuple(
+            ScaledAdapter(adapter=content_name(further.adapter), scale=further.scale)
+            for further in config.further_adapters
+        ),
         dtype=str(dtype).removeprefix("torch."),
         **parity,
         max_kl=config.max_kl,
@@ -95,10 +119,12 @@ def run(
         **landed,
         tensors=tuple(tensors),
         base=config.base,
-        chain=tuple(chain),
+        chain=(*trained, link, *in_4_bits),
     )
     write_merge(output_dir, record)
     _write_card(output_dir, record, tokenizer.chat_template, written.num_experts)
+    for own in in_4_bits:
+        write_four_bit_card(output_dir, record.base_model, tokenizer.chat_template, own)
     if parity["kl"] > config.max_kl or parity["top1_agreement"] < config.min_top1_agreement:
         raise StepError(
             f"merge: the written model differs from base and adapter: KL {parity['kl']:.3g} nats per token (allowed "
@@ -106,10 +132,16 @@ def run(
             f"{config.min_top1_agreement:.1%})"
         )
     return {
-        **{f"merge/{name}": value for name, value in _shift(chain).items()},
+        **_link_metrics("trained_base", trained),
+        **_link_metrics("merged_4bit", in_4_bits),
         **{f"merge/{name}": value for name, value in {**parity, **landed}.items()},
-        "merge/size_bytes": sum(path.stat().st_size for path in output_dir.glob("*.safetensors")),
+        "merge/size_bytes": _weight_bytes(output_dir),
+        **({"merge/merged_4bit_size_bytes": _weight_bytes(output_dir / FOLDER)} if in_4_bits else {}),
     }
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _trained_rounding(stored: StoredModel, adapter: Path, context: StepContext) -> Rounding | None:
@@ -131,7 +163,7 @@ def _chosen_base(stored: StoredModel, rounding: Rounding | None, config: MergeCo
 
 def _trained_base(
     base_model: Path,
-    adapter: Path,
+    addition: Addition,
     rounding: Rounding | None,
     prompts: Sequence[Sequence[int]],
     config: MergeConfig,
@@ -146,7 +178,7 @@ def _trained_base(
     context.recorder.log_progress("what the base in 4 bits that was trained on and the adapter say to the probes")
     logits = []
     for stored in (StoredModel(base_model, rounding), StoredModel(base_model)):
-        logits.append(logits_of(put_adapter_on(stored, adapter, config)[0], stored, prompts))
+        logits.append(logits_of(put_on(stored, addition, config)[0], stored, prompts))
     link = link_of_logits(_ADDED_TO["unquantized"], _ADDED_TO["dequantized"], prompts, *logits)
     if link.kl > config.max_trained_base_kl:
         raise StepError(
@@ -157,16 +189,42 @@ def _trained_base(
     return [link]
 
 
-def _shift(chain: Sequence[ChainLink]) -> dict[str, float]:
-    """Metrics of the base in 4 bits against the base itself, where there was one."""
+def _four_bits(
+    written: StoredModel,
+    dtype: torch.dtype,
+    prompts: Sequence[Sequence[int]],
+    logits: Sequence[torch.Tensor],
+    config: MergeConfig,
+    context: StepContext,
+) -> list[ChainLink]:
+    """The link to the merged model in 4 bits, which is written, where it is asked for.
+
+    Raises: StepError: 4 bits make another model of it.
+    """
+    if not config.merged_4bit:
+        return []
+    context.recorder.log_progress("writing the merged model in 4 bits, and comparing it")
+    write_four_bit_model(written, dtype)
+    link = four_bit_link(written.folder, prompts, logits)
+    if link.kl > config.max_4bit_kl:
+        raise StepError(
+            f"merge: in 4 bits the merged model differs by {link.kl:.3g} nats per token (KL; allowed "
+            f"{config.max_4bit_kl:g}): use finemill quantize-4bit, which keeps 16 bits where they count, or a larger "
+            "max_4bit_kl"
+        )
+    return [link]
+
+
+def _link_metrics(name: str, links: Sequence[ChainLink]) -> dict[str, float]:
+    """Metrics of a link, where there is one."""
     return {
-        name: value
-        for link in chain[:-1]
-        for name, value in (
-            ("trained_base_kl", link.kl),
-            ("trained_base_kl_error", link.kl_error),
-            ("trained_base_loss_change", link.loss_change),
-            ("trained_base_top1_agreement", link.same_token),
+        f"merge/{name}_{metric}": value
+        for link in links
+        for metric, value in (
+            ("kl", link.kl),
+            ("kl_error", link.kl_error),
+            ("loss_change", link.loss_change),
+            ("top1_agreement", link.same_token),
         )
     }
 
@@ -176,13 +234,9 @@ def _rope_parameters(adapter: Path) -> Mapping[str, Any] | None:
     return training.rope_parameters if training else None
 
 
-def put_adapter_on(stored: StoredModel, adapter: Path, config: MergeConfig) -> tuple[Any, MergedModel]:
-    """PEFT's model of base and adapter, and what is written for it.
-
-    Raises: UserError: the adapter does not fit the base, or takes no `scale`.
-    """
-    tuned = load_adapter(stored.model, adapter, assign=True)
-    scale_adapter(tuned, config.scale)
+def put_on(stored: StoredModel, addition: Addition, config: MergeConfig) -> tuple[Any, MergedModel]:
+    """PEFT's model of base and adapter, and what is written for it. Raises: UserError: as `Addition.on`."""
+    tuned = addition.on(stored)
     dtype = output_dtype(stored, config)
     # A 16-bit base may keep a few tensors in 32 bits on purpose.
     return tuned, MergedModel(stored, tuned, dtype if config.dtype or dtype != stored.dtype else None)
@@ -194,8 +248,8 @@ def _write_card(output_dir: Path, record: MergeRecord, chat_template: object, nu
         title="Merged model",
         base_model=record.base_model,
         form="safetensors",
-        summary=f"The base model `{record.base_model}` with the adapter `{record.adapter}`, merged in {record.dtype} "
-        "by finemill.",
+        summary=f"The base model `{record.base_model}` with the adapter `{record.adapter}`{_others(record)}, merged in "
+        f"{record.dtype} by finemill.",
         commands=serve_commands(chat_template, num_experts=num_experts),
         table={
             "merged, against base and adapter": {
@@ -208,6 +262,12 @@ def _write_card(output_dir: Path, record: MergeRecord, chat_template: object, nu
     )
 
 
+def _others(record: MergeRecord) -> str:
+    """What was added besides, and the factors."""
+    factor = f" x {record.scale:g}" if record.scale != 1 or record.further_adapters else ""
+    return factor + "".join(f" and `{further.adapter}` x {further.scale:g}" for further in record.further_adapters)
+
+
 def refuse_quantized(base_model: Path) -> None:
     """Raises: UserError: the base's weights are quantized. Merging into them would round the adapter away."""
     config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
@@ -217,53 +277,6 @@ def refuse_quantized(base_model: Path) -> None:
             f"merge: the base model is quantized ({quantization.get('quant_method', 'unknown method')}): pass the "
             "unquantized model it was made from; training in 4 bits quantizes that by itself"
         )
-
-
-def base_known_by(adapter: Path, config: MergeConfig, context: StepContext) -> str:
-    """How the base is known to be the adapter's own. Raises: UserError: it is not, and `force` is off."""
-    manifest = context.manifests.get("adapter")
-    given = resolve_base_model(context.references["base_model"])
-    try:
-        return check_base(adapter, manifest.parents if manifest else {}, given)
-    except UserError as error:
-        if not config.force:
-            raise UserError(f"merge: {error}; --force true merges them all the same, and says so") from None
-        logger.warning("forced: %s", error)
-        return f"forced: {error}"
-
-
-def refuse_router(tuned: Any, config: MergeConfig) -> None:
-    """Raises: UserError: LoRA on a mixture's routers, and `force` is off."""
-    from peft.tuners.lora import LoraLayer
-
-    routers = [
-        name.removeprefix("base_model.model.")
-        for name, module in tuned.named_modules()
-        if isinstance(module, LoraLayer) and name.rpartition(".")[2] in _ROUTERS
-    ]
-    if routers and not config.force:
-        raise UserError(
-            f"merge: the adapter has LoRA on the router, {routers[0]} for one of {len(routers)}: PEFT's all-linear "
-            "puts it there unasked, and without the auxiliary loss some experts fall out of use; leave it out of "
-            "target_modules, or train routers as a whole (modules_to_save); --force true merges it all the same"
-        )
-
-
-def scale_adapter(tuned: Any, scale: float) -> None:
-    """Multiply the adapter's part by `scale`. Raises: UserError: the adapter is more than a sum with a factor."""
-    from peft.tuners.lora import LoraLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    if scale == 1.0:
-        return
-    for name, module in tuned.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) or getattr(module, "lora_variant", None):
-            raise UserError(
-                f"merge: scale {scale:g} needs plain LoRA; {name.removeprefix('base_model.model.')} is trained as a "
-                "whole, or with DoRA: merge with scale 1"
-            )
-        if isinstance(module, LoraLayer):
-            module.scale_layer(scale)
 
 
 def output_dtype(stored: StoredModel, config: MergeConfig) -> torch.dtype:

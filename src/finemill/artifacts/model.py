@@ -22,6 +22,13 @@ class LandedTensor(Record):
     """Norm of each expert's change, of a stack: 0 for one that no token of the training came to."""
 
 
+class ScaledAdapter(Record):
+    """An adapter that was merged beside the first one."""
+
+    adapter: str
+    scale: float
+
+
 class MergeRecord(Record):
     """From what a model was merged, and how closely it agrees with that."""
 
@@ -42,7 +49,9 @@ class MergeRecord(Record):
     base: str = "unquantized"
     """What the adapter was added to: the base, or what training in 4 bits computed with (`dequantized`)."""
     chain: tuple[ChainLink, ...] = ()
-    """From the base in 4 bits with the adapter, where the training had one, to the merged model, on probe chats."""
+    """From the base in 4 bits with the adapter, where the training had one, to the merged model, and to that in 4 bits,
+    where it was asked for, on probe chats."""
+    further_adapters: tuple[ScaledAdapter, ...] = ()
 
 
 def write_merge(folder: Path, record: MergeRecord) -> None:
