@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share."""
 
+import gc
 import itertools
 import json
 import os
@@ -36,6 +37,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: of several processes, the one that starts such a file last ends last."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_modules_are_no_garbage() -> None:
+    """Trainers collect garbage by hand: a second each time, if all that is imported for 5,000 tests is searched."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """What libraries hold is freed at the exit as ever."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
