@@ -8,6 +8,7 @@ from typing import Any, Literal
 from finemill.rows.answers import final_answer
 from finemill.rows.conversation import Conversation, checked
 from finemill.rows.learned import FLAGS, MARKS, check_excluded, check_label, excluded_turns
+from finemill.rows.rankings import RANKED_COLUMNS, Answer, ranked_answers, ranks_answers
 from finemill.rows.reader import Reader
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.speakers import Turn, chat_turns, transcript_turns, turn_list
@@ -105,7 +106,7 @@ _PREFERENCES = [
             ("positive", "negative"), ("good", "bad"),
         )
     )
-]  # fmt: skip
+] + [("response_j", "response_k")]  # fmt: skip
 _BETTER = frozenset(better for better, _ in _PREFERENCES)
 # What self-instruct and others write where there is no input.
 _NO_INPUT = ("<noinput>", "noinput", "no input", "n/a", "nan", "none", "null")
@@ -374,9 +375,9 @@ def _answer_columns(row: Reader) -> tuple[str, str] | None:
 
 def _is_preference(row: Reader) -> bool:
     columns = _answer_columns(row)
+    asked = row.has(*_PROMPTS) or any(turn_list(row.peek(name)) for name in (*_CHATS, "messages", "history"))
     if columns is None:
-        return False
-    asked = row.has(*_PROMPTS) or any(turn_list(row.peek(name)) for name in (*_CHATS, "messages"))
+        return ranks_answers(row) and (asked or row.has("history") or _is_chat(row, "conversation_a"))
     answers = [row.peek(column) for column in columns]
     # A text beside a yes or no is an answer with a label.
     return all(is_true(answer) is None for answer in answers) and (
@@ -395,18 +396,24 @@ def _whole_chat(answer: Any) -> list[Turn] | None:
 
 def _from_preference(row: Reader) -> Conversation:
     """Both answers after what they share. Each may be a text, or messages with or without those before them."""
-    asked = _preference_prompt(row)
-    columns = _answer_columns(row) or _PREFERENCES[0]
-    better, worse = (_after(asked, _answer_messages(row, column)) for column in columns)
+    columns = _answer_columns(row)
+    answers = ranked_answers(row) if columns is None else [Answer(column, row.peek(column)) for column in columns]
+    if answers is None:
+        raise DroppedRowError("no_answer", " or ".join(_PREFERENCES[0]))
+    for column in columns or ():
+        row.get(column)
+    whole = _turn_by_turn(row, answers)
+    asked = [] if whole else _preference_prompt(row)
+    better, worse = (_after(asked, _answer_messages(row, answer)) for answer in whole or answers)
     if not asked and worse and worse[0]["role"] == "assistant":
         worse = [*better[:-1], *worse]
     better, worse = _with_system(row, better), _with_system(row, worse)
     if better == worse:
-        raise DroppedRowError("chosen_is_rejected", columns[1])
+        raise DroppedRowError("chosen_is_rejected", answers[1].field)
     pairs = zip(better, worse, strict=False)
     shared = next((n for n, (one, other) in enumerate(pairs) if one != other), min(len(better), len(worse)))
     if any(message["role"] in ("system", "user") for message in (*better[shared:], *worse[shared:])):
-        raise DroppedRowError("histories_differ", columns[1])
+        raise DroppedRowError("histories_differ", answers[1].field)
     before = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in better[:shared]]
     return Conversation(
         [*before, *better[shared:]],
@@ -415,21 +422,40 @@ def _from_preference(row: Reader) -> Conversation:
     )
 
 
+def _turn_by_turn(row: Reader, answers: Sequence[Answer]) -> list[Answer] | None:
+    """Whole conversations of questions and answers that are lists, a text a turn; None for other rows."""
+    column = next((name for name in _PROMPTS if row.has(name)), None)
+    questions, *said = (parse_json(v) for v in (row.peek(column or ""), *(answer.value for answer in answers)))
+    lists = (questions, *said)
+    if not all(isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts) for texts in lists):
+        return None
+    if len({*map(len, lists)}) > 1:
+        raise DroppedRowError("no_answer", answers[0].field)
+    row.get(column or "")
+    turns = [
+        [turn for asked, text in zip(questions, texts, strict=True) for turn in (_user(asked), assistant(text))]
+        for texts in said
+    ]
+    return [Answer(answer.field, own) for answer, own in zip(answers, turns, strict=True)]
+
+
 def _preference_prompt(row: Reader) -> list[Message]:
     column = next((name for name in _PROMPTS if row.has(name)), None)
     if column is not None:
         return _asked(row, (column,))
-    chat = next((name for name in (*_CHATS, "messages") if turn_list(row.peek(name))), None)
-    return [] if chat is None else _messages(row, chat)
+    chat = next((name for name in (*_CHATS, "messages", "history") if turn_list(row.peek(name))), None)
+    if chat is not None:
+        return _messages(row, chat)
+    # SHP's question.
+    return [_user(row.text("history"))] if isinstance(row.peek("history"), str) else []
 
 
-def _answer_messages(row: Reader, column: str) -> list[Message]:
-    value = row.get(column)
-    turns = _whole_chat(value) or turn_list(value)
+def _answer_messages(row: Reader, answer: Answer) -> list[Message]:
+    turns = _whole_chat(answer.value) or turn_list(answer.value)
     if turns:
-        return to_messages(turns, row, column)
-    thinking = thinking_under(row, [f"{column}_{name}" for name in THINKING_KEYS])
-    return [_in_column(column, assistant, as_text(value, column), thinking)]
+        return to_messages(turns, row, answer.field)
+    thinking = thinking_under(row, [f"{answer.field}_{name}" for name in THINKING_KEYS])
+    return [_in_column(answer.field, assistant, as_text(_single(answer.value), answer.field), thinking)]
 
 
 def _after(asked: list[Message], answer: list[Message]) -> list[Message]:
@@ -565,6 +591,13 @@ SHAPES: Mapping[str, Shape] = {
 
 _OTHERS = (*_CHATS, *_TEXTS, *_SYSTEM, *_TOOLS, *_CONTEXT, *_FINAL, *_CHOICES, *_CORRECT, *_ROW_THINKING, *_HISTORY)
 KNOWN_COLUMNS = frozenset(
-    (*(name for shape in SHAPES.values() for name in shape.main), *_OTHERS, *MARKS, *FLAGS, "reference")
+    (
+        *(name for shape in SHAPES.values() for name in shape.main),
+        *_OTHERS,
+        *MARKS,
+        *FLAGS,
+        *RANKED_COLUMNS,
+        "reference",
+    )
 )
 """Every column that some shape reads."""
