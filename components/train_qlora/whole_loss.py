@@ -14,7 +14,7 @@ class WholeLossTrainer(SFTTrainer):  # type: ignore[misc]
 
     TRL's computes them in pieces, again in the backward pass, and waits for all processes after each forward pass to
     add up its metrics. It also reads the output layer's weight without the layer's own forward pass, which FSDP2's
-    prefetching needs.
+    prefetching needs. A host that never waits for its GPU is what keeps the GPU busy.
     """
 
     _sums: Tensor | None = None
@@ -30,12 +30,19 @@ class WholeLossTrainer(SFTTrainer):  # type: ignore[misc]
         """The loss of a training pass, a scalar; of an evaluation, or a mixture whose routers learn, as TRL has it."""
         if not model.training or return_outputs or self.aux_loss_enabled or "attention_mask" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch)
+        # TRL pads on the right, where no token of a causal model looks, and padding has no label. transformers would
+        # read the mask back to find out.
+        unmasked = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        outputs = model(**unmasked, use_cache=False, num_items_in_batch=num_items_in_batch)
         self._count(outputs.logits.detach(), inputs)
         if num_items_in_batch is None or not self.args.average_tokens_across_devices:
             return outputs.loss
         # The items are those of all processes, whose gradients are averaged.
         return outputs.loss * self.accelerator.num_processes
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """None: transformers would count the weights, shard by shard, in every pass."""
+        return 0
 
     def _count(self, logits: Tensor, inputs: dict[str, Any]) -> None:
         labels = inputs["labels"][:, 1:]

@@ -14,11 +14,15 @@ def test_two_processes_are_measured_together(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file = tmp_path / "runs.jsonl"
     arguments = "--gpus 2 --strategy fsdp2 --shape qwen3-tiny --method lora --device cpu --seq 32 --bs 1 --rows 4"
-    assert main([*arguments.split(), "--steps", "2", "--warmup", "1", "--record", str(file)]) == 0
+    more = ["--steps", "2", "--warmup", "1", "--record", str(file), "--profile", str(tmp_path)]
+    assert main([*arguments.split(), *more]) == 0
     (both,) = (run for run in read_runs(file) if isinstance(run, ScaleRun))
     assert (both.processes, both.strategy, len(both.losses), len(both.peak_bytes)) == (2, "fsdp2", 2, 2)
     assert (both.waiting or 0) > 0
     assert "100.0%" in table([both])
+    profile = (tmp_path / "finemill-fsdp2-2.txt").read_text()
+    assert "gloo:all_gather" in profile
+    assert "whole_loss.py" in profile or "training_step" in profile
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 Every run trains the same rows, as many per step in all, from the same random checkpoint, so that losses compare from
 one GPU to eight and from strategy to strategy. `ddp` and `shard` are on finemill's kernels, the others on the plain
 path; `--reference` adds the same training by Accelerate and DeepSpeed alone, with the same recomputation. A run is a
-group of processes of its own, and ends with a line `BENCH {...}`.
+group of processes of its own, and ends with a line `BENCH {...}`. `--profile` writes where the time of a step goes, on
+the GPU and in Python, so that two runs can be laid side by side.
 """
 
 import argparse
@@ -117,6 +118,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="steps left out of the timing")
     parser.add_argument("--memory-gb", type=float, help="memory of a GPU to stay within, GiB")
     parser.add_argument("--reference", action="store_true", help="the same by Accelerate and DeepSpeed alone, too")
+    parser.add_argument("--profile", type=Path, help="folder for a table per run: kernels, and Python's functions")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument(
         "--implementation", default="finemill", choices=["finemill", "reference"], help=argparse.SUPPRESS

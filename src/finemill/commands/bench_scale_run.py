@@ -1,11 +1,15 @@
 """One run of `finemill bench scale`, in a process of its group: the training that is timed, or the reference."""
 
 import argparse
+import cProfile
+import io
 import json
 import math
 import os
+import pstats
 import resource
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +36,7 @@ from finemill.training.strategy import check_strategy, prepare_shards
 from finemill.training.trainer import settle
 
 _COMMUNICATION = ("nccl", "gloo", "memcpy ptop")
+_TABLE_ROWS = 60
 Interval = tuple[float, float]
 
 
@@ -71,8 +76,7 @@ def _config(args: argparse.Namespace) -> TrainQLoRAConfig:
         max_length=args.seq,
         per_device_train_batch_size=args.bs,
         gradient_accumulation_steps=args.rows // (args.bs * gpus),
-        # One more, which is profiled.
-        max_steps=args.steps + 1,
+        max_steps=_num_steps(args),
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         warmup_steps=0.0,
@@ -82,12 +86,18 @@ def _config(args: argparse.Namespace) -> TrainQLoRAConfig:
     )
 
 
-class _Timer(TrainerCallback):  # type: ignore[misc]
-    """Times the steps, and profiles the one after them."""
+def _num_steps(args: argparse.Namespace) -> int:
+    """Those that are timed, one whose kernels are looked at, and with `--profile` one whose Python is."""
+    return int(args.steps) + 1 + (args.profile is not None)
 
-    def __init__(self, steps: int, device: torch.device) -> None:
-        self._steps, self._device = steps, device
+
+class _Timer(TrainerCallback):  # type: ignore[misc]
+    """Times the steps, and profiles those after them."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self._args, self._steps, self._device = args, args.steps, device
         self._profile = profile(activities=_activities(device))
+        self._python = cProfile.Profile()
         self._began = 0.0
         self.seconds: list[float] = []
         self.shares: dict[str, float] = {}
@@ -97,14 +107,19 @@ class _Timer(TrainerCallback):  # type: ignore[misc]
         _sync(self._device)
         if step == self._steps:
             self._profile.start()
+        elif step > self._steps:
+            self._python.enable()
         self._began = time.perf_counter()
 
     def end(self, step: int) -> None:
         """Stop the clock."""
+        self._python.disable()
         _sync(self._device)
         seconds = time.perf_counter() - self._began
         if step < self._steps:
             self.seconds.append(seconds)
+            return
+        if step > self._steps:
             return
         self._profile.stop()
         self.shares = _shares(self._profile, seconds, self._device)
@@ -119,14 +134,28 @@ class _Timer(TrainerCallback):  # type: ignore[misc]
 
     def found(self, losses: list[float]) -> dict[str, Any]:
         """What the runs' file is given."""
+        if self._args.profile and is_main_process():
+            self._write_profile()
         return {"step_s": self.seconds, "losses": [round(loss, 5) for loss in losses[: self._steps]], **self.shares}
+
+    def _write_profile(self) -> None:
+        """Kernels of one step, and Python's functions of the next, those that took longest first."""
+        (strategy,), folder = self._args.strategy, Path(self._args.profile)
+        folder.mkdir(parents=True, exist_ok=True)
+        python = io.StringIO()
+        stats = pstats.Stats(self._python, stream=python).strip_dirs()
+        stats.sort_stats("tottime").print_stats(_TABLE_ROWS)
+        stats.sort_stats("cumtime").print_stats(_TABLE_ROWS)
+        name = f"{self._args.implementation}-{strategy}-{num_processes()}.txt"
+        text = kernel_table(self._profile, self._device) + "\n" + python.getvalue()
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _train(args: argparse.Namespace, config: TrainQLoRAConfig, path: Path, device: torch.device) -> dict[str, Any]:
     """Through the trainer of train-qlora."""
     if config.strategy == "shard":
         PartialState()  # joins the processes: they exchange what they hold while the base is loaded
-    timer = _Timer(args.steps, device)
+    timer = _Timer(args, device)
     with TemporaryDirectory(prefix="finemill-scale-") as folder:
         dataset = Path(folder, "dataset")
         dataset.mkdir()
@@ -160,8 +189,8 @@ def _reference(args: argparse.Namespace, config: TrainQLoRAConfig, path: Path, d
     model, optimizer = accelerator.prepare(model, optimizer)
     rank, processes = accelerator.process_index, accelerator.num_processes
     batches = torch.split(torch.stack(list(_rows(args))), args.bs)[rank::processes]
-    timer, losses = _Timer(args.steps, device), []
-    for step in range(args.steps + 1):
+    timer, losses = _Timer(args, device), []
+    for step in range(_num_steps(args)):
         timer.begin(step)
         total = torch.zeros((), device=device)
         for batch in batches[step * passes : (step + 1) * passes]:
@@ -201,7 +230,7 @@ def _plugin(args: argparse.Namespace, config: TrainQLoRAConfig, passes: int) -> 
 
 def _rows(args: argparse.Namespace) -> Iterable[torch.Tensor]:
     """Every row of every step, in order; the same for any number of GPUs."""
-    sets = make_batches(SHAPES[args.shape].vocabulary, args.seq, 1, args.rows, args.steps + 1)
+    sets = make_batches(SHAPES[args.shape].vocabulary, args.seq, 1, args.rows, _num_steps(args))
     return (row for batches in sets for batch in batches for row in batch)
 
 
@@ -221,6 +250,18 @@ def _shares(profiled: profile, seconds: float, device: torch.device) -> dict[str
     if device.type == "cuda":
         shares["idle"] = round(max(0.0, 1 - _covered([*talking, *computing]) / seconds), 4)
     return shares
+
+
+def kernel_table(profiled: profile, device: torch.device) -> str:
+    """Milliseconds and calls of a step's kernels, or of a CPU's operations, the longest first."""
+    found: dict[str, list[float]] = defaultdict(list)
+    kineto: Any = profiled.profiler
+    for event in kineto.kineto_results.events():
+        if device.type == "cpu" or event.device_type() != DeviceType.CPU:
+            found[event.name()].append((event.end_ns() - event.start_ns()) / 1e6)
+    longest = sorted(found.items(), key=lambda item: sum(item[1]), reverse=True)[:_TABLE_ROWS]
+    lines = (f"{sum(times):>9.2f} {len(times):>7}  {name[:150]}" for name, times in longest)
+    return "\n".join([f"{'ms':>9} {'calls':>7}  kernel", *lines]) + "\n"
 
 
 def alone(intervals: list[Interval], others: list[Interval]) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from transformers import Trainer
 
 from finemill.errors import UserError
@@ -36,7 +37,7 @@ ACCELERATE_FILE = "accelerate_config.yaml"
 DEEPSPEED_FILE = "deepspeed_config.json"
 """DeepSpeed's own configuration, which that file names."""
 KEEPS_LAYERS = {"reshard_after_forward": False, "activation_checkpointing": False}
-"""FSDP2 where a card holds whole layers and activations: gathered once per pass, not again for its backward half."""
+"""FSDP2 where a card holds whole layers and activations: gathered once per step, for all of its passes."""
 _ANY_MACHINE = GIB
 """Bytes that a training on a CPU may take for granted, whatever else its container holds."""
 PREFETCHED = 500_000_000
@@ -167,9 +168,11 @@ def _deepspeed_config(config: LoRATrainingConfig) -> dict[str, Any]:
 
 
 def prepare_shards(trainer: Trainer) -> None:
-    """Make up for what Accelerate leaves out: shards on a CPU, and whole layers as ZeRO-3's unit."""
+    """Make up for what Accelerate leaves out: shards on a CPU, layers kept from pass to pass, ZeRO-3's unit."""
     if trainer.args.fsdp and trainer.args.device.type == "cpu":
         _shard_on_cpu(trainer)
+    if trainer.args.fsdp and not trainer.accelerator.state.fsdp_plugin.reshard_after_forward:
+        _keep_layers_between_passes(trainer)
     in_pieces = trainer.is_deepspeed_enabled and trainer.accelerator.deepspeed_plugin.zero_stage == 3
     # Beside frozen weights it would take adapters away before their gradients are computed.
     if in_pieces and all(parameter.requires_grad for parameter in trainer.model.parameters()):
@@ -183,15 +186,29 @@ def gather_whole_layers(model: Any) -> None:
     set_z3_leaf_modules(model, list(model._no_split_modules), raise_if_not_found=False)
 
 
+def _keep_layers_between_passes(trainer: Trainer) -> None:
+    """Have FSDP2 drop whole layers after the last pass of a step alone: no weight changes before."""
+    train = trainer.training_step
+
+    def training_step(model: Any, *inputs: Any, **named: Any) -> Tensor:
+        model.set_reshard_after_backward(trainer.accelerator.sync_gradients)
+        loss: Tensor = train(model, *inputs, **named)
+        return loss
+
+    trainer.training_step = training_step
+
+
 def _shard_on_cpu(trainer: Trainer) -> None:
     """PyTorch's FSDP2 shards on a CPU, too, over gloo, but Accelerate asks for GPUs."""
+    from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     settings = dict(trainer.args.fsdp_plugin_args)
     if settings.pop("cpu_offload", False):
         logger.warning("offload has no effect without a GPU: shards are in host memory anyway")
     state = trainer.accelerator.state
-    state.distributed_type = DistributedType.FSDP
+    # The one is copied into the other whenever Accelerate asks for it.
+    state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin(**settings)
     trainer.is_fsdp_enabled = True
 

@@ -22,6 +22,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 
     A collective of all processes that share the model.
     """
+    _drop_whole_layers(model)
     return {
         name: _whole(parameter).detach().cpu().contiguous().clone()
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -33,6 +34,7 @@ def set_trained_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Give the trained parameters these values, in the memory and the shards that they have."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
+    _drop_whole_layers(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
@@ -45,6 +47,15 @@ def set_trained_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
                 parameter.copy_(distribute_tensor(local, parameter.device_mesh, parameter.placements))
             else:
                 parameter.copy_(value)
+
+
+def _drop_whole_layers(model: nn.Module) -> None:
+    """Have FSDP2 put its shards in the place of the 16-bit layers that an evaluation has left whole."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _whole(parameter: nn.Parameter) -> Tensor:
@@ -114,6 +125,7 @@ class WholeState:
     def save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write AdamW's moments whole, as torch numbers them, and the schedule."""
         trainer = self._trainer
+        _drop_whole_layers(trainer.model)
         parameters = dict(trainer.model.named_parameters())
         names = [name for group in self._groups for name in group]
         state = {index: self._moments(parameters[name]) for index, name in enumerate(names)}

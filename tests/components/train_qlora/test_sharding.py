@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.step import run as train_qlora
 from finemill.runtime.context import Unheard
+from finemill.training.strategy import KEEPS_LAYERS
 from tests.contexts import training_context
 from tests.two_processes import free_port, run_in_two
 
@@ -24,8 +25,8 @@ pytestmark = [
 DEEPSPEED = pytest.mark.skipif(not find_spec("deepspeed"), reason="no DeepSpeed")
 SETTINGS: dict[str, Any] = {
     "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 4,
     "learning_rate": 1e-3,
     "logging_steps": 1,
     "gradient_checkpointing": False,
@@ -33,7 +34,7 @@ SETTINGS: dict[str, Any] = {
 }
 METHODS: dict[str, dict[str, Any]] = {
     "QLoRA": {"lora_r": 4},
-    "full": {"method": "full"},
+    "full": {"method": "full", "eval_steps": 1},
 }
 
 
@@ -52,7 +53,10 @@ def train_as(rank: int, port: int, strategy: str, base_model: Path, dataset: Pat
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     for name, method in METHODS.items():
-        values = method | {"strategy": strategy, "gradient_accumulation_steps": 1}
+        values = method | {"strategy": strategy, "gradient_accumulation_steps": 2}
+        if (strategy, name) == ("fsdp2", "full"):
+            # Layers are whole in the second pass, and after an evaluation where a checkpoint is written.
+            values |= {"strategy_config": KEEPS_LAYERS}
         train(base_model, dataset, folder / name, f"shared-{rank}", values)
         unset_hf_deepspeed_config()  # else the next base would be loaded in pieces
     torch.distributed.destroy_process_group()
@@ -69,7 +73,7 @@ def test_shards_equal_one_process_and_it_continues_their_checkpoint(
     for name, method in METHODS.items():
         folder = tmp_path / name
         # From the checkpoint of step 1 to the end, with twice the accumulation and without shards.
-        train(base_model, dataset, folder, "continued", method | {"gradient_accumulation_steps": 1, "resume": "must"})
+        train(base_model, dataset, folder, "continued", method | {"gradient_accumulation_steps": 2, "resume": "must"})
         train(base_model, dataset, folder, "alone", method | {"resume": "never"})
         expected = load_file(folder / "alone" / "adapter_model.safetensors")
         for output in ("shared-0", "continued"):
