@@ -3,7 +3,7 @@ import json
 import pytest
 
 from finemill.metrics.tool_calls import ToolCallScores, read_tool_calls, score_tool_calls
-from finemill.metrics.tool_notations import ToolCall
+from finemill.rows.call_texts import ToolCall
 
 WEATHER = ToolCall("weather", {"city": "Paris", "days": 2})
 TIME = ToolCall("time", {"zone": "CET"})

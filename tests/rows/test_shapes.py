@@ -249,8 +249,11 @@ def test_thinking_beside_messages_is_that_of_a_single_answer() -> None:
     beside = {"messages": pair("2+2?", "4"), "reasoning": "2 and 2"}
     assert messages_of(beside) == [pair("2+2?", "4")[0], {**pair("2+2?", "4")[1], "reasoning_content": "2 and 2"}]
     assert messages_of({**beside, "reasoning": "on"}) == pair("2+2?", "4")
+    two = [*pair("a?", "A."), *pair("b?", "B.")]
     with pytest.raises(DroppedRowError, match=r"^thinking_not_read$"):
-        read({**beside, "messages": [*pair("a?", "A."), *pair("b?", "B.")]})
+        read({**beside, "messages": two})
+    each = messages_of({"messages": two, "reasoning": ["", "because"]})
+    assert [message.get("reasoning_content") for message in each] == [None, None, None, "because"]
 
 
 def test_of_a_prompt_that_is_a_conversation_only_the_completion_is_learned() -> None:

@@ -91,12 +91,23 @@ def test_calls_are_read_in_other_forms(value: Any) -> None:
     assert call(value, [TOOL]) == {"to": "EUR"}
 
 
+DEEPSEEK = (
+    "I look.<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>"
+    'function<\uff5ctool\u2581sep\uff5c>f\n```json\n{"x": "it is"}\n```'
+    "<\uff5ctool\u2581call\u2581end\uff5c><\uff5ctool\u2581calls\u2581end\uff5c>"
+)
+
+
 @pytest.mark.parametrize(
     "text",
     [
         """I look. <functioncall> {"name": "f", "arguments": '{"x": "it is"}'} <|endoftext|>""",
         'I look.[TOOL_CALLS][{"name": "f", "arguments": {"x": "it is"}}]',
         'I look.<|python_tag|>{"name": "f", "parameters": {"x": "it is"}}<|eom_id|>',
+        'I look.[TOOL_CALLS]f[ARGS]{"x": "it is"}</s>',
+        'I look.<function=f>{"x": "it is"}</function>',
+        'I look.<|tool_call|>[{"name": "f", "arguments": {"x": "it is"}}]<|/tool_call|>',
+        DEEPSEEK,
     ],
 )
 def test_calls_in_the_text_of_other_families_are_read(text: str) -> None:
@@ -116,6 +127,27 @@ def test_calls_written_as_text_are_read() -> None:
         split_call_text("<tool_call>\nnot JSON\n</tool_call>")
     with pytest.raises(DroppedRowError, match=r"^bad_tool_call$"):
         split_call_text('<tool_call>{"name": "a", "arguments": {}}</tool_call> and more')
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I look.[TOOL_CALLS]f[ARGS]{broken",
+        'I look.<function=f>{"x": 1}</function> and then I answer.',
+        '{"name": "Bob", "input": {"x": 1}}',
+        "[f(x=1)]",
+        "Thought: I look.\nAction: f\nAction Input: {}",
+    ],
+)
+def test_text_that_is_not_only_calls_after_a_mark_stays_text(text: str) -> None:
+    assert split_call_text(text) == (text, [])
+
+
+def test_functions_are_read_as_gemini_and_bedrock_write_them() -> None:
+    schema = {"type": "object"}
+    read = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    assert to_tools([{"functionDeclarations": [{"name": "f", "parameters": schema}]}]) == read
+    assert to_tools({"tools": [{"toolSpec": {"name": "f", "inputSchema": {"json": schema}}}]}) == read
 
 
 def test_results_written_as_text_are_unwrapped() -> None:

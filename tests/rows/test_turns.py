@@ -108,6 +108,53 @@ def test_anthropic_parts_are_calls_and_results() -> None:
     ]
 
 
+TEXT, RESULT = {"role": "assistant", "content": "It is 1.1."}, {"role": "tool", "content": "1.1"}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "user", "parts": [{"text": "Rate?"}]},
+         {"role": "model", "parts": [{"functionCall": {"name": "get_rate", "args": {"to": "EUR"}}}]},
+         {"role": "function", "parts": [{"functionResponse": {"name": "get_rate", "response": "1.1"}}]},
+         {"role": "model", "parts": [{"text": "It is 1.1."}]}],
+        [{"role": "user", "content": [{"text": "Rate?"}]},
+         {"role": "assistant",
+          "content": [{"toolUse": {"toolUseId": "a", "name": "get_rate", "input": {"to": "EUR"}}}]},
+         {"role": "user", "content": [{"toolResult": {"toolUseId": "a", "content": [{"json": 1.1}]}}]}, TEXT],
+        [{"type": "human", "content": "Rate?"},
+         {"type": "ai", "content": "", "tool_calls": [{"name": "get_rate", "args": {"to": "EUR"}, "id": "a"}]},
+         {"type": "tool", "content": "1.1", "tool_call_id": "a"}, {"type": "ai", "content": "It is 1.1."}],
+        [{"type": "human", "data": {"content": "Rate?"}},
+         {"type": "ai", "data": {"content": "", "tool_calls": [{"name": "get_rate", "args": {"to": "EUR"}}]}},
+         {"type": "ToolMessage", "content": "1.1"}, {"type": "AIMessage", "content": "It is 1.1."}],
+        [USER, {"type": "function_call", "call_id": "a", "name": "get_rate", "arguments": '{"to": "EUR"}'},
+         {"type": "function_call_output", "call_id": "a", "output": "1.1"}, TEXT],
+        [USER, {"role": "assistant", "channel": "commentary", "recipient": "functions.get_rate",
+                "content": '{"to": "EUR"}'},
+         {"role": "tool", "name": "functions.get_rate", "content": "1.1"}, {**TEXT, "channel": "final"}],
+        [USER, {"role": "assistant", "content": "", "tool_calls": {"0": FUNCTION_CALL}}, RESULT, TEXT],
+    ],
+    ids=["gemini", "bedrock", "langchain", "langchain-data", "responses", "channels", "by-number"],
+)  # fmt: skip
+def test_a_call_its_result_and_the_answer_are_read_as_every_library_writes_them(turns: list[Row]) -> None:
+    messages = to_conversation({"messages": turns}, "messages").messages
+    called = [{"type": call["type"], "function": call["function"]} for call in messages[1].pop("tool_calls")]
+    names = {"id", "name", "tool_call_id"}
+    assert called == [FUNCTION_CALL]
+    assert [{k: v for k, v in message.items() if k not in names} for message in messages] == [
+        USER, {"role": "assistant", "content": ""}, RESULT, TEXT,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text", ['<function=f>{"x": 1}</function>', "[f(x=1)]", "Thought: I look.\nAction: f\nAction Input: {}"]
+)
+def test_a_result_may_follow_a_call_that_is_text_in_any_familys_way(text: str) -> None:
+    turns = [USER, {"role": "assistant", "content": text}, RESULT, TEXT]
+    assert to_conversation({"messages": turns}, "messages").messages == turns
+
+
 def test_what_parts_hold_that_is_not_read_is_named() -> None:
     part = {"type": "text", "text": "1.1", "citations": [{"url": "a"}], "cache_control": None}
     reader = Reader({})
@@ -140,6 +187,15 @@ THOUGHT = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}
         [{"role": "assistant", "content": "4", "reasoningContent": "2 and 2"}],
         [{"role": "assistant", "content": "4", "thinking_blocks": [{"type": "thinking", "thinking": "2 and 2"}]}],
         [{"role": "thinking", "content": "2 and 2"}, {"role": "assistant", "content": "4"}],
+        [{"role": "model", "parts": [{"text": "2 and 2", "thought": True}, {"text": "4"}]}],
+        [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "2 and 2"}]},
+         {"role": "assistant", "content": [{"type": "output_text", "text": "4"}]}],
+        [{"role": "assistant", "content": [
+            {"reasoningContent": {"reasoningText": {"text": "2 and 2"}}}, {"text": "4"}]}],
+        [{"role": "assistant", "content": "4", "reasoning": "2 and 2",
+          "reasoning_details": [{"type": "reasoning.text", "text": "2 and 2"}]}],
+        [{"role": "assistant", "content": "<|channel|>analysis<|message|>2 and 2<|end|>"
+          "<|start|>assistant<|channel|>final<|message|>4<|return|>"}],
         [{"role": "assistant", "content": "4", "reasoning_details": [{"type": "reasoning.text", "text": "2 and 2"}]}],
     ],
 )  # fmt: skip

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finemill.metrics.tool_notations import ToolCall, Untyped, read_calls
 from finemill.rows.answers import after_thinking
+from finemill.rows.call_texts import ToolCall, Untyped, read_calls
 
 
 @dataclass(frozen=True)

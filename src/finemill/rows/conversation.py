@@ -77,6 +77,8 @@ def check_messages(messages: Sequence[Message]) -> None:
     expected: tuple[str, ...] = ("system", "user")
     for number, message in enumerate(messages, start=1):
         role, content, where = message["role"], message["content"], f"turn {number}"
+        if role == "tool" and expected == ("user",) and _calls_in_text(messages[number - 2]):
+            expected = ("tool",)
         if role not in expected:
             raise DroppedRowError("tool_without_call" if role == "tool" else "role_order", where)
         said = _said(message, where)
@@ -93,9 +95,13 @@ def check_messages(messages: Sequence[Message]) -> None:
         elif message.get("tool_calls"):
             expected = ("tool",)
         else:
-            expected = ("tool", "user") if has_call_text(content) else ("user",)
+            expected = ("user",)
     if not messages or messages[-1]["role"] != "assistant":
         raise DroppedRowError("no_final_answer", f"turn {len(messages)}")
+
+
+def _calls_in_text(message: Message) -> bool:
+    return message["role"] == "assistant" and has_call_text(split_thinking(message["content"])[1])
 
 
 def _said(message: Message, where: str) -> str:

@@ -48,7 +48,7 @@ _TEXTS = ("text", "content", "document")
 _SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "system_instructions", "sys_prompt")
 _TOOLS = (
     *("tools", "functions", "available_tools", "available_functions", "tool_list", "function_list", "tool_definitions"),
-    *("function_definitions", "tools_json", "apis"),
+    *("function_definitions", "tools_json", "apis", "tool_config"),
 )
 _CONTEXT = ("input", "context", "contexts", "passage", "document", "background", "schema", "article", "paragraph")
 _HISTORY = (
@@ -222,12 +222,26 @@ def _with_row_thinking(row: Reader, messages: list[Message]) -> list[Message]:
         return messages
     column = next((name for name in _ROW_THINKING if row.has(name)), None)
     said = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    thoughts = parse_json(row.peek(column or ""))
+    if len(said) > 1 and isinstance(thoughts, list) and len(thoughts) == len(said):
+        return _with_each_thinking(messages, said, row.get(column or ""), column or "")
     if column is None or not is_prose(row.peek(column)) or any(_thinks(messages[number]) for number in said):
         return messages
     if len(said) != 1:
         raise DroppedRowError("thinking_not_read", column)
     answer = messages[said[0]]
     return [*messages[: said[0]], {**answer, **assistant(answer["content"], thinking_under(row, [column]))}]
+
+
+def _with_each_thinking(messages: list[Message], said: Sequence[int], value: Any, column: str) -> list[Message]:
+    """Messages with a text of a list as the thinking block of each answer; "" and null for none."""
+    thoughts = dict(zip(said, parse_json(value), strict=True))
+    return [
+        {**message, **_in_column(column, assistant, message["content"], as_text(thoughts[number] or "", column))}
+        if number in thoughts
+        else message
+        for number, message in enumerate(messages)
+    ]
 
 
 def _thinks(message: Message) -> bool:

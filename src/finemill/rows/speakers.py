@@ -21,6 +21,7 @@ ROLES = {
 }
 """The role, as transformers' templates take it, of every name that data sets give a speaker."""
 
+_TYPES = ("human", "ai", "user", "assistant", "system", "tool")
 ROLE_KEYS = ("role", "from", "speaker", "sender", "author")
 """Keys of a turn that may hold its speaker."""
 
@@ -177,8 +178,35 @@ def known_name(key: Any, known: Collection[str]) -> Any:
 def _with_author(turn: Turn) -> Turn:
     """A turn whose speaker has a known key, and is a text also where the data say more of the author."""
     turn = named(turn, ROLE_KEYS)
+    if not turn_role(turn) and isinstance(kind := turn.get("type"), str):
+        return _of_type(turn, kind.lower().removesuffix("message"))
     author = turn.get("author")
     return {**turn, "author": author["role"]} if isinstance(author, Mapping) and "role" in author else turn
+
+
+def _of_type(turn: Turn, kind: str) -> Turn:
+    """A turn whose type says who speaks: LangChain's messages, and the items of OpenAI's Responses."""
+    rest = {key: value for key, value in turn.items() if key != "type"}
+    if kind in _TYPES and isinstance(data := rest.get("data"), Mapping):
+        return {"role": kind, **{key: value for key, value in data.items() if key != "type"}}
+    if kind in _TYPES and "content" in rest:
+        return {"role": kind, **rest}
+    if kind == "function_call":
+        call = {
+            "id": rest.pop("call_id", None),
+            "name": rest.pop("name", None),
+            "arguments": rest.pop("arguments", None),
+        }
+        return {
+            "role": "assistant",
+            "tool_calls": [call],
+            **{k: v for k, v in rest.items() if k not in ("id", "status")},
+        }
+    if kind == "function_call_output":
+        return {"role": "tool", "tool_call_id": rest.get("call_id"), "content": rest.get("output")}
+    if kind == "reasoning" and (rest.get("summary") or rest.get("content")):
+        return {"role": "assistant", "reasoning": rest.get("content") or rest["summary"]}
+    return turn
 
 
 def turn_role(turn: Turn) -> str:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from finemill.rows.call_texts import marked_calls, read_calls
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.values import holds_nothing, is_missing, parse_json
 
@@ -54,6 +55,8 @@ def to_calls(value: Any) -> list[Call]:
     """
     if isinstance(value, str):
         value = list(_values_in(value))
+    if isinstance(value, Mapping) and value and all(str(key).isdecimal() for key in value):
+        value = list(value.values())
     return [_call(call) for call in (value if isinstance(value, list) else [value])]
 
 
@@ -192,7 +195,22 @@ def to_tools(value: Any) -> list[Tool] | None:
         tools = next((tools[key] for key in ("tools", "functions") if isinstance(tools.get(key), list)), [tools])
     if not isinstance(tools, list):
         raise DroppedRowError("bad_tools", "tools")
-    return [_tool(parse_json(tool)) for tool in tools] or None
+    return [_tool(tool) for given in tools for tool in _tools_in(parse_json(given))] or None
+
+
+def _tools_in(tool: Any) -> list[Any]:
+    """The descriptions in one entry: Gemini's holds a list of them, Bedrock's wraps each."""
+    if not isinstance(tool, Mapping):
+        return [tool]
+    declared = parse_json(next((tool[k] for k in ("functionDeclarations", "function_declarations") if k in tool), None))
+    if isinstance(declared, list):
+        return [parse_json(one) for one in declared]
+    spec = tool.get("toolSpec")
+    if not isinstance(spec, Mapping):
+        return [tool]
+    schema = spec.get("inputSchema")
+    inner = schema["json"] if isinstance(schema, Mapping) and "json" in schema else schema
+    return [{**{key: value for key, value in spec.items() if key != "inputSchema"}, "parameters": inner or {}}]
 
 
 def _tool(tool: Any) -> Tool:
@@ -227,15 +245,17 @@ def _without_nulls(schema: Any) -> Any:
 
 
 def has_call_text(content: str) -> bool:
-    """Whether an answer holds calls as text, in the way of Hermes and Qwen, Glaive, Mistral or Llama 3."""
-    return any(mark in content for mark in _CALL_MARKS) and _CALL_TEXT.search(content) is not None
+    """Whether an answer holds calls as text, in the way of any family."""
+    marked = any(mark in content for mark in _CALL_MARKS) and _CALL_TEXT.search(content) is not None
+    return marked or bool(read_calls(content))
 
 
 def split_call_text(content: str) -> tuple[str, list[Call]]:
     """The text before the calls in an answer, and the calls. Raises: DroppedRowError: they are no calls."""
     first = _CALL_TEXT.search(content)
     if first is None:
-        return content, []
+        before, marked = marked_calls(content) or (content, [])
+        return before, [check_call(_call({"name": c.name, "arguments": c.arguments}), None) for c in marked]
     if _CALL_TEXT.sub("", content[first.start() :]).strip():
         raise DroppedRowError("bad_tool_call", "tool_calls")
     return content[: first.start()].rstrip(), [check_call(call, None) for call in to_calls(content[first.start() :])]

@@ -47,6 +47,7 @@ THINKING_KEYS = (
     "internal_thoughts",
     "inner_thoughts",
     "scratchpad",
+    "think",
 )
 # Other names that some text of an assistant's turn may have which it is wrong to leave out.
 _SOUNDS_LIKE_THINKING = re.compile(
@@ -54,8 +55,15 @@ _SOUNDS_LIKE_THINKING = re.compile(
 )
 # Beside an answer these are about it; beside a row they may be anything.
 _THINKING_IN_TURNS = ("analysis", "internal", "plan", "planning", "reflection", "reflections")
-_TEXT_PARTS = ("", "text", "input_text", "output_text", "refusal")
+_TEXT_PARTS = ("", "text", "input_text", "output_text", "refusal", "summary_text", "reasoning_text")
 _THINKING_PARTS = ("thinking", "reasoning", "think")
+# gpt-oss's answers as its template writes them.
+_CHANNELS = ("<|channel|>", "<|start|>assistant<|channel|>")
+_ANALYSIS_AND_FINAL = re.compile(
+    r"(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>(?P<analysis>.*?)<\|end\|>\s*"
+    r"<\|start\|>assistant<\|channel\|>final<\|message\|>(?P<final>(?:(?!<\|channel\|>).)*?)(?:<\|return\|>|<\|end\|>)?\s*",
+    re.DOTALL,
+)
 _THINKING_TEXTS = ("thinking", "reasoning", "text", "content", "summary")
 # Names of pictures, sounds and films, and of where they lie; some of them are also what texts are called.
 _MEDIA = re.compile(
@@ -83,8 +91,31 @@ def media_in(values: Mapping[Any, Any]) -> str | None:
 
 
 _PART_KEYS = frozenset(
-    ("type", "id", "name", "input", "tool_use_id", "refusal", *_CONTENT_KEYS, *_THINKING_TEXTS, *_THINKING_PARTS)
+    (
+        "type",
+        "id",
+        "name",
+        "input",
+        "tool_use_id",
+        "refusal",
+        "thought",
+        *_CONTENT_KEYS,
+        *_THINKING_TEXTS,
+        *_THINKING_PARTS,
+    )
 )
+# What a call or a result is called in Gemini's and Bedrock's parts, and its fields.
+_GEMINI_CALL, _GEMINI_RESULT = {"name": "name", "args": "input"}, {"name": "name", "response": "content"}
+_FOREIGN_PARTS: tuple[tuple[str, str, Mapping[str, str]], ...] = (
+    ("functionCall", "tool_use", _GEMINI_CALL),
+    ("function_call", "tool_use", _GEMINI_CALL),
+    ("functionResponse", "tool_result", _GEMINI_RESULT),
+    ("function_response", "tool_result", _GEMINI_RESULT),
+    ("toolUse", "tool_use", {"toolUseId": "id", "name": "name", "input": "input"}),
+    ("toolResult", "tool_result", {"toolUseId": "tool_use_id", "content": "content"}),
+    ("reasoningContent", "thinking", {"reasoningText": "thinking"}),
+)
+_NAMESPACE = "functions."
 _TURN_KEYS = frozenset((*ROLE_KEYS, *_CONTENT_KEYS, *_RESULT_KEYS, *_CALL_KEYS, *THINKING_KEYS, *FLAGS, "tool_call_id"))
 
 
@@ -137,6 +168,8 @@ def assistant(content: str, reasoning: str = "") -> Message:
 
     Raises: DroppedRowError: there is another thinking block in the content.
     """
+    if content.startswith(_CHANNELS) and (channels := _ANALYSIS_AND_FINAL.fullmatch(content)):
+        reasoning, content = reasoning or channels["analysis"], channels["final"]
     written = split_thinking(content)[0]
     if not reasoning.strip() or (written is not None and written.strip() == reasoning.strip()):
         return {"role": "assistant", "content": content}
@@ -158,14 +191,20 @@ def _read_turn(turn: Reader) -> Iterator[Message]:
         return
     is_learned(turn, only_excluded=True)
     content = turn.get(*_CONTENT_KEYS)
-    parts = _parts(content) if role == "user" else []
+    parts = _parts(content) if role == "user" or _holds_results(content) else []
     for part in parts:
         if part.get("type") == "tool_result":
-            yield {"role": "tool", "content": _result(part.get("content")), **_named(part, tool_call_id="tool_use_id")}
+            yield {
+                "role": "tool",
+                "content": _result(part.get("content")),
+                **_named(part, name="name", tool_call_id="tool_use_id"),
+            }
     content = [part for part in parts if part.get("type") != "tool_result"] if parts else content
-    if role == "tool":
+    if role == "tool" and not parts:
         content = turn.get(*_RESULT_KEYS) if content is None else content
         known = {key: turn.get(key) for key in ("name", "tool_call_id") if turn.has(key)}
+        if isinstance(known.get("name"), str):
+            known["name"] = known["name"].removeprefix(_NAMESPACE)
         yield {"role": role, "content": _result(content), **known}
     elif content or not parts:
         yield {"role": role, "content": text_of(content)}
@@ -193,13 +232,16 @@ def _speaker(turn: Reader) -> str:
 def _assistant_turn(turn: Reader, name: str) -> Iterator[Message]:
     content, learned = turn.get(*_CONTENT_KEYS, "refusal"), is_learned(turn)
     thinking_parts = [part for part in _parts(content) if part.get("type") in _THINKING_PARTS]
-    reasoning = "".join(map(_thinking_text, thinking_parts)) or thinking_under(turn, THINKING_KEYS)
+    reasoning = "".join(map(_thinking_text, thinking_parts)) or _thinking_beside(turn)
     calls = [part for part in _parts(content) if part.get("type") == "tool_use"]
     if isinstance(content, list):
-        content = [part for part in content if part not in thinking_parts and part not in calls]
+        content = [part for part in _parts(content) if part not in thinking_parts and part not in calls]
     text = text_of(content)
     key = next((key for key in _CALL_KEYS if turn.has(key) and not holds_nothing(turn.peek(key))), None)
     stated = None if key is None else turn.get(key)
+    recipient = turn.peek("recipient")
+    if stated is None and isinstance(recipient, str) and recipient.startswith(_NAMESPACE):
+        stated, text = {"name": turn.get("recipient").removeprefix(_NAMESPACE), "arguments": text}, ""
     if name in CALL_ROLES and stated is None:
         written, stated = split_thinking(text)
         reasoning, text = reasoning or written or "", ""
@@ -209,6 +251,19 @@ def _assistant_turn(turn: Reader, name: str) -> Iterator[Message]:
     if calls or not is_missing(stated):
         message["tool_calls"] = [*to_calls(calls), *to_calls(parse_json(stated) if stated else [])]
     yield message if learned else {**message, "weight": 0}
+
+
+def _thinking_beside(turn: Reader) -> str:
+    """The thinking block under a key of its own; others that say the same, as OpenRouter's, are read with it."""
+    reasoning = thinking_under(turn, THINKING_KEYS)
+    for key in THINKING_KEYS if reasoning else ():
+        if (
+            turn.has(key)
+            and _holds_thinking(turn.peek(key))
+            and thinking_under(Reader(turn.values), [key]) == reasoning
+        ):
+            turn.get(key)
+    return reasoning
 
 
 def _continues(before: Message, message: Message) -> bool:
@@ -256,7 +311,22 @@ def _parts(content: Any) -> list[Mapping[str, Any]]:
         content = content["parts"]
     if not isinstance(content, list):
         return []
-    return [part if isinstance(part, Mapping) else {"type": "text", "text": part} for part in content]
+    return [_known_part(part) if isinstance(part, Mapping) else {"type": "text", "text": part} for part in content]
+
+
+def _known_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A part of Gemini's or Bedrock's as one of Anthropic's, any other as it is."""
+    if part.get("thought") is True and isinstance(part.get("text"), str):
+        return {"type": "thinking", "thinking": part["text"]}
+    for key, kind, names in _FOREIGN_PARTS:
+        if isinstance(inner := part.get(key), Mapping):
+            return {"type": kind, **{names[name]: value for name, value in inner.items() if name in names}}
+    return part
+
+
+def _holds_results(content: Any) -> bool:
+    parts = _parts(content)
+    return bool(parts) and all(part.get("type") == "tool_result" for part in parts)
 
 
 def text_of(content: Any, field: str = "") -> str:
@@ -308,6 +378,14 @@ def _result(content: Any) -> str:
         return ""
     if isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content):
         return text_of(content)
+    if (
+        isinstance(content, list)
+        and content
+        and all(isinstance(p, Mapping) and p.keys() <= {"json", "text"} for p in content)
+    ):
+        return "".join(
+            part["text"] if "text" in part else json.dumps(part["json"], ensure_ascii=False) for part in content
+        )
     return json.dumps(content, ensure_ascii=False, default=str)
 
 

@@ -37,6 +37,13 @@ _XML_CALLS: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = (
     ),
 )
 _FENCE = re.compile(r"```(?:json|python|tool_code|tool_call|tool_calls)?[ \t]*\n(?P<inside>.*?)\n?[ \t]*```", re.DOTALL)
+# What stands before the first call, and what closes calls.
+_OPENING = re.compile("(?:<\uff5ctool\u2581calls\u2581begin\uff5c>\\s*|<\\|tool_calls_section_begin\\|>\\s*)\\Z")
+_CLOSING = re.compile(
+    "(?:\\s|</function>|</tool_call>|</function_call>|</TOOLCALL>|</s>|<\\|/tool_call\\|>|<\\|tool_call_end\\|>|<\\|eo[tm]_id\\|>"
+    "|<\\|im_end\\|>|<\\|end_of_text\\|>|<\uff5ctool\u2581calls?\u2581end\uff5c>|<\uff5cend\u2581of\u2581sentence\uff5c>"
+    "|<\\|tool_call(?:s_section)?_end\\|>)+\\Z"
+)
 _NAME = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"]+)"')
 _GAP = re.compile(r"[\s;,]*")
 _NAMES = ("name", "tool_name", "tool", "function", "action")
@@ -61,6 +68,21 @@ def read_calls(text: str) -> list[ToolCall]:
     """The calls in `text`, which has no thinking, in order; of a broken one its name, if that can be read."""
     readers: tuple[Callable[[str], list[ToolCall]], ...] = (_marked, _xml, _named, _whole, _fenced, _at_line_start)
     return next((calls for reader in readers if (calls := reader(text))), [])
+
+
+def marked_calls(text: str) -> tuple[str, list[ToolCall]] | None:
+    """The text before calls that special marks announce, and these; None where there are none, or not only them after
+    the first mark.
+    """
+    marks = [match for pattern in (_JSON_MARK, _NAMED_MARK) if (match := pattern.search(text))]
+    first = min(marks, key=lambda match: match.start(), default=None)
+    if first is None or first.groupdict().get("react"):
+        return None
+    opening = _OPENING.search(text[: first.start()])
+    start = opening.start() if opening else first.start()
+    calls = _named(text[start:]) or _marked(text[start:])
+    ends = _CLOSING.sub("", text).rstrip().endswith(("}", "]", "```"))
+    return (text[:start].rstrip(), calls) if ends and all(call.arguments is not None for call in calls) else None
 
 
 def _xml(text: str) -> list[ToolCall]:
