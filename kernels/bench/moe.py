@@ -328,8 +328,15 @@ def ensure_checkpoint(folder: Path, layers: int, device: torch.device) -> Path:
     def ones(size: int) -> Tensor:
         return torch.ones(size, dtype=torch.bfloat16)
 
+    files: dict[str, str] = {}
+
+    def write(number: int, tensors: dict[str, Tensor]) -> None:
+        name = f"model-{number:05d}.safetensors"
+        save_file(tensors, path / name, metadata={"format": "pt"})
+        files.update(dict.fromkeys(tensors, name))
+
     tables = {"model.embed_tokens.weight": draw(VOCABULARY, HIDDEN), "lm_head.weight": draw(VOCABULARY, HIDDEN)}
-    save_file(tables | {"model.norm.weight": ones(HIDDEN)}, path / "model-00001.safetensors")
+    write(1, tables | {"model.norm.weight": ones(HIDDEN)})
     for layer in range(layers):
         tensors = {
             "self_attn.q_proj.weight": draw(HEADS * HEAD_DIM, HIDDEN),
@@ -349,8 +356,9 @@ def ensure_checkpoint(folder: Path, layers: int, device: torch.device) -> Path:
                 f"{prefix}.up_proj.weight": draw(INTERMEDIATE, HIDDEN),
                 f"{prefix}.down_proj.weight": draw(HIDDEN, INTERMEDIATE),
             }
-        named = {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
-        save_file(named, path / f"model-{layer + 2:05d}.safetensors")
+        write(layer + 2, {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()})
+    index = {"metadata": {}, "weight_map": files}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
     (path / "config.json").write_text(json.dumps(configuration(layers)))
     (path / "DONE").write_text("ok")
     return path

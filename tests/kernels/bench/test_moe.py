@@ -1,7 +1,6 @@
 """The benchmark of mixtures trains one model on the engine and by transformers, and holds their losses together."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,33 @@ import pytest
 from finemill.kernels.bench import moe
 from finemill.kernels.bench.moe_losses import compare
 from finemill.kernels.bench.runs import MixtureLosses, read_runs
+from finemill.kernels.planning.model_shapes import MIXTURES
+
+WIDTHS = {"HIDDEN": 64, "INTERMEDIATE": 64, "EXPERTS": 4, "HEADS": 4, "KV_HEADS": 2, "HEAD_DIM": 32, "VOCABULARY": 300}
+CONFIGURATION = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 300,
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_engine_and_transformers_train_one_mixture_alike(
-    tiny_mixture_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, recorded = tmp_path / "moe-L2", tmp_path / "runs.jsonl"
-    shutil.copytree(tiny_mixture_dir, folder)
-    (folder / "DONE").touch()
+    recorded = tmp_path / "runs.jsonl"
+    for name, size in WIDTHS.items():
+        monkeypatch.setattr(moe, name, size)
+    monkeypatch.setitem(MIXTURES, "qwen3-30b-a3b", CONFIGURATION)
     words = "losses --layers 2 --rows 2 --seq 16 --rank 4 --steps 5 --warmup 0 --sets 2 --lr 5e-3 --device cpu"
     assert moe.main([*words.split(), "--folder", str(tmp_path), "--record", str(recorded)]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("BENCH "))
