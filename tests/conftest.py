@@ -31,12 +31,17 @@ if TYPE_CHECKING:
 os.environ.update(HF_HUB_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING="false")
 # As the command line does, before anything imports torch: threads that wait do not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+gc.disable()  # until all tests are imported, which makes no garbage
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: of several processes, the one that starts such a file last ends last."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)

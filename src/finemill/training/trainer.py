@@ -1,6 +1,5 @@
 """What the trainers of all steps share: their arguments, and the run from checkpoint to saved adapter."""
 
-import gc
 import logging
 import os
 import resource
@@ -179,7 +178,6 @@ def run_training(
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it. Or another
             process was lost. Or the base model is not what was remembered of it, and the same call takes it as it is.
     """
-    gc.freeze()  # transformers collects garbage by hand: it need not search all that is imported
     with together(config, context, inputs.device) as watch:
         config = settle(config, inputs.base_model, inputs.device)
         smaller: ConfigT | None = config
