@@ -30,9 +30,10 @@ from finemill.pipelines.cluster import (
     SHARED_MEMORY_PATH,
     THREADS_VARIABLE,
     ClusterConfig,
+    ContainerSize,
     SecretKey,
 )
-from finemill.pipelines.graph import GPUS, STORE, Parameter, Task
+from finemill.pipelines.graph import GPUS, SMALL, STORE, Parameter, Task
 from finemill.runtime.images import IMAGE_VARIABLE
 from finemill.transport import TEXT_MARK
 
@@ -170,9 +171,22 @@ def _key_of(item: SecretKey) -> EnvVarSource:
 
 
 def _pod_spec_patch(task: Task, cluster: ClusterConfig) -> str:
-    """What a template has no field for, and the one quantity that is a parameter of the run."""
+    """What a template has no field for, and quantities that a run's parameters decide."""
     patch: dict[str, object] = {"terminationGracePeriodSeconds": cluster.termination_grace_period_s}
     if task.resources.gpu:
-        limits = {cluster.gpu_resource: f"{{{{workflow.parameters.{GPUS.name}}}}}"}
-        patch["containers"] = [{"name": "main", "resources": {"limits": limits}}]
+        gpus = f"workflow.parameters.{GPUS.name}"
+        resources: dict[str, dict[str, str]] = {"limits": {cluster.gpu_resource: f"{{{{{gpus}}}}}"}}
+        if task.step.multi_process:
+            # Without `>`, `<` and `&`: Go's JSON, which Argo searches for expressions, and Helm's escape them.
+            follows = f"(fromJSON({_parameter(task.config)}).num_nodes ?? 1) != 1"
+            resources = _smaller_if(follows, cluster.size(SMALL), cluster.size(task.resources))
+            resources["limits"][cluster.gpu_resource] = f"{{{{={follows} ? '0' : {gpus}}}}}"
+        patch["containers"] = [{"name": "main", "resources": resources}]
     return json.dumps(patch)
+
+
+def _smaller_if(condition: str, small: ContainerSize, size: ContainerSize) -> dict[str, dict[str, str]]:
+    """Requests and limits of a step that computes itself, or only follows the nodes of a TrainJob that do."""
+    names = ("cpu", "memory")
+    quantities = {name: f"{{{{={condition} ? '{getattr(small, name)}' : '{getattr(size, name)}'}}}}" for name in names}
+    return {"requests": dict(quantities), "limits": dict(quantities)}

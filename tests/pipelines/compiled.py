@@ -80,7 +80,7 @@ def _argo_task(
         retries=int(template["retryStrategy"]["limit"]),
         cpu=container["resources"]["limits"]["cpu"],
         memory=container["resources"]["limits"]["memory"],
-        gpus=re.sub(r"{{workflow\.parameters\.(\w+)}}", r"\1", gpus) if gpus else None,
+        gpus=re.sub(r"{{(=.* : )?workflow\.parameters\.(\w+)}}", r"\2", gpus) if gpus else None,
         shared_memory=volumes["shared-memory"]["emptyDir"]["sizeLimit"]
         if mounts.get("shared-memory") == "/dev/shm"
         else None,

@@ -1,3 +1,4 @@
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -126,6 +127,20 @@ def test_kfp_s_mlflow_plugin_and_we_set_no_variable_twice(name: str) -> None:
         variables = [item["envVar"] for source in sources for item in source["keyToEnv"]]
         assert "FINEMILL_MLFLOW_TRACKING_URI" in variables
         assert not [variable for variable in variables if variable.startswith("MLFLOW_")]
+
+
+def test_a_training_of_several_nodes_asks_argo_for_little_itself(tmp_path: Path) -> None:
+    main(["compile", "finetune", "--engine", "argo", "-o", str(tmp_path / "out.yaml")])
+    templates = yaml.safe_load((tmp_path / "out.yaml").read_text())["spec"]["templates"]
+    patches = {item["name"]: json.loads(item["podSpecPatch"]) for item in templates if "container" in item}
+    (training,) = patches["train-qlora"]["containers"]
+    follows = "(fromJSON(workflow.parameters.train_qlora).num_nodes ?? 1) != 1"
+    limits = training["resources"]["limits"]
+    assert limits.pop("nvidia.com/gpu") == f"{{{{={follows} ? '0' : workflow.parameters.gpus}}}}"
+    size = {"cpu": f"{{{{={follows} ? '1' : '8'}}}}", "memory": f"{{{{={follows} ? '2Gi' : '32Gi'}}}}"}
+    assert limits == training["resources"]["requests"] == size
+    (evaluation,) = patches["eval"]["containers"]
+    assert evaluation["resources"] == {"limits": {"nvidia.com/gpu": "{{workflow.parameters.gpus}}"}}
 
 
 @pytest.mark.parametrize("name", list(PIPELINES))

@@ -31,6 +31,8 @@ class FakeCluster:
         self.lives: list[list[dict[str, str]]] = []
         """Conditions of the jobs at each look, the last of them for good."""
         self.pods: list[dict[str, Any]] = []
+        self.deleted_pods: list[list[dict[str, Any]]] = []
+        """The pods after each look, the last first, once their job is deleted."""
         self.log = ""
         self.calls: list[str] = []
         self.created: list[dict[str, Any]] = []
@@ -44,7 +46,10 @@ class FakeCluster:
             return self.status, {"message": self.message}
         if path == PODS:
             assert query["labelSelector"] == [f"jobset.sigs.k8s.io/jobset-name={NAME}"]
-            return 200, {"items": self.pods}
+            found = self.pods
+            if self.deleted_pods:
+                self.pods = self.deleted_pods.pop()
+            return 200, {"items": found}
         if path.startswith(PODS):
             return 200, self.log
         if method == "POST":
@@ -54,6 +59,9 @@ class FakeCluster:
         if name not in self.jobs:
             return 404, {"message": "not found"}
         if method == "DELETE":
+            # Trainer makes the nodes of a job anew that waits for its nodes to be deleted first.
+            assert query["propagationPolicy"] == ["Background"]
+            self.deleted_pods = [[], self.pods]
             return 200, self.jobs.pop(name)
         if self.lives:
             self.jobs[name]["status"] = {"conditions": self.lives.pop(0)}
@@ -197,7 +205,7 @@ def test_a_job_that_failed_is_deleted_and_ends_the_step_as_its_nodes_ended(
     with pytest.raises(StepError, match=line) as error:
         run_train_job(NAME, ARGUMENTS, 2)
     assert type(error.value) is kind
-    assert cluster.jobs == {}
+    assert (cluster.jobs, cluster.pods) == ({}, [])
 
 
 def test_sigterm_deletes_the_job(cluster: FakeCluster) -> None:
@@ -206,7 +214,7 @@ def test_sigterm_deletes_the_job(cluster: FakeCluster) -> None:
     Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(TemporaryError, match="told to stop"):
         run_train_job(NAME, ARGUMENTS, 2)
-    assert cluster.jobs == {}
+    assert (cluster.jobs, cluster.pods) == ({}, [])
     assert signal.getsignal(signal.SIGTERM) is before
 
 

@@ -74,6 +74,29 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- end -}}
 {{- end }}
 
+{{/* What a run's parameters decide of a GPU step's requests and limits, dict "root" $ "step" the template: YAML. A step
+of several nodes has a TrainJob compute, and needs little itself. */}}
+{{- define "finemill.gpuResources" -}}
+{{- $values := .root.Values -}}
+{{- $limits := dict $values.gpu.resource "{{workflow.parameters.gpus}}" -}}
+{{- $resources := dict "limits" $limits -}}
+{{- $follows := regexFind "[(]fromJSON[^?]*[?][?] 1[)] != 1" .step.podSpecPatch -}}
+{{- if $follows -}}
+{{- $_ := set $limits $values.gpu.resource (printf "{{=%s ? '0' : workflow.parameters.gpus}}" $follows) -}}
+{{- $requests := dict -}}
+{{- $small := include "finemill.quantities" $values.resources.small | fromYaml -}}
+{{- range $name, $quantity := include "finemill.quantities" $values.resources.gpu | fromYaml -}}
+{{- if hasKey $small $name -}}
+{{- $either := printf "{{=%s ? '%s' : '%s'}}" $follows (index $small $name) $quantity -}}
+{{- $_ := set $limits $name $either -}}
+{{- $_ := set $requests $name $either -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set $resources "requests" $requests -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end }}
+
 {{/* A step's container template, given dict "root" $ "step" the template: YAML of the same with the release's values. */}}
 {{- define "finemill.step" -}}
 {{- $values := .root.Values -}}
@@ -102,8 +125,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- $_ := set $labels "app.kubernetes.io/instance" .root.Release.Name -}}
 {{- $patch := dict "terminationGracePeriodSeconds" $values.workflow.terminationGracePeriodSeconds -}}
 {{- if eq (index $labels "finemill/size") "gpu" -}}
-{{- $limits := dict $values.gpu.resource "{{workflow.parameters.gpus}}" -}}
-{{- $_ := set $patch "containers" (list (dict "name" "main" "resources" (dict "limits" $limits))) -}}
+{{- $_ := set $patch "containers" (list (dict "name" "main" "resources" (include "finemill.gpuResources" . | fromYaml))) -}}
 {{- $_ := set $step "nodeSelector" (merge dict $values.gpu.nodeSelector $values.nodeSelector) -}}
 {{- $_ := set $step "tolerations" (concat $values.gpu.tolerations $values.tolerations) -}}
 {{- if $values.gpu.queue -}}

@@ -60,8 +60,8 @@ class KubernetesAPI:
         return self._object("POST", path, body=body, allowed=(409,)) is not None
 
     def delete(self, path: str) -> None:
-        """Delete an object, and what it owns before it; there need not be one."""
-        self._object("DELETE", path, query={"propagationPolicy": "Foreground"})
+        """Delete an object, and what it owns after it; there need not be one."""
+        self._object("DELETE", path, query={"propagationPolicy": "Background"})
 
     def _object(
         self,

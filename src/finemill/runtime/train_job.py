@@ -143,10 +143,13 @@ class TrainJob:
             time.sleep(POLL_S)
 
     def delete(self) -> None:
-        """Delete the job, and wait until its pods have written what they write at their end."""
+        """Delete the job, and wait until its pods have written what they write at their end.
+
+        The job goes first: its controller makes anew what a job still there has lost.
+        """
         began = time.monotonic()
         self._api.delete(self._path)
-        while self._api.get(self._path) is not None:
+        while self._nodes():
             if time.monotonic() - began > PATIENCE_S:
                 raise TemporaryError(f"TrainJob {self.name} is still being deleted: run again")
             time.sleep(POLL_S)
