@@ -81,6 +81,7 @@ def test_a_question_from_a_pipe_is_answered_on_standard_output(
     ("arguments", "said"),
     [
         (["nothing", "Hi"], "names no model"),
+        (["nothing", " "], "names no model"),
         (["absent.gguf", "Hi"], "no such file"),
         ([BASE, "  "], "the question is empty"),
         ([BASE, "Hi", "--temperature", "-1"], "--temperature -1: allowed is 0 to 5"),

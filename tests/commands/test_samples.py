@@ -61,6 +61,22 @@ def test_weave_s_logger_takes_the_lines(evaluation: str, capsys: pytest.CaptureF
     assert logged[0] == {"cut_off": False, "exact_match": False, "finished": True, "format_ok": True, "loss": 0.5}
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # MLflow's own, of its type hints and of what it deprecates
+def test_mlflows_own_evaluation_judges_the_answers(
+    evaluation: str, tracking_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.genai import evaluate
+    from mlflow.genai.scorers import scorer
+
+    @scorer  # type: ignore[untyped-decorator]
+    def right(outputs: str, expectations: dict[str, str]) -> bool:
+        return expectations["answer"] in outputs
+
+    assert main(["samples", evaluation, "--format", "mlflow"]) == 0
+    assert evaluate(data=lines(capsys), scorers=[right]).metrics == {"right/mean": 0.5}
+
+
 def test_answers_that_differ_from_the_reference_become_preferences_that_data_prep_reads(
     evaluation: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

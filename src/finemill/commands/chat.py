@@ -16,7 +16,7 @@ from finemill.models.reply import End, Piece, Reply, collect
 def execute(name: str, arguments: list[str]) -> int:
     """Open the model, and talk. Returns: the exit code."""
     parsed = _parser(name).parse_intermixed_args(arguments)
-    question = parsed.question
+    found, question = found_model(parsed), parsed.question
     if question is None and not sys.stdin.isatty():
         question = _read_question()
     if question is not None and not question.strip():
@@ -25,7 +25,7 @@ def execute(name: str, arguments: list[str]) -> int:
     options = {
         "model_name": parsed.model_name, "context_length": parsed.context_length, "load_in_4bit": parsed.load_in_4bit
     }  # fmt: skip
-    with open_model(found_model(parsed), **options) as model:
+    with open_model(found, **options) as model:
 
         def ask(messages: Messages, thinking: bool | None) -> Iterator[Piece | End]:
             return model.streams.stream(

@@ -30,7 +30,8 @@ def _parser(name: str) -> argparse.ArgumentParser:
         prog=f"finemill {name}",
         description="Print an evaluation's rows as JSON lines. `score` is what `finemill score` reads; `evalscope` is "
         "EvalScope's general_qa (query and the right response, a line per row), so that it asks any model the same; "
-        "`weave` holds the arguments of weave.EvaluationLogger's log_example for each answer; `preferences` is what "
+        "`weave` holds the arguments of weave.EvaluationLogger's log_example for each answer; `mlflow` is the data of "
+        "mlflow.genai.evaluate, the answers given, so that its scorers judge them; `preferences` is what "
         "data-prep reads for DPO, the reference chosen and a model's own answer rejected (SPIN), where they differ.",
         allow_abbrev=False,
     )
@@ -78,6 +79,17 @@ def _for_weave(samples: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
         }
 
 
+def _for_mlflow(samples: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
+    for sample in samples:
+        expected = {"expected_response": sample.reference}
+        yield {
+            "inputs": {"id": sample.id, "prompt": sample.prompt},
+            "outputs": sample.completion,
+            "expectations": expected if sample.answer is None else {**expected, "answer": sample.answer},
+            "tags": {"model": sample.model, "source": sample.source, "outcome": sample.outcome},
+        }
+
+
 def _for_preferences(samples: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
     for sample in samples:
         turns = _turns(sample.prompt)
@@ -108,5 +120,6 @@ _FORMATS: Mapping[str, Callable[[Sequence[Sample]], Iterator[Mapping[str, Any]]]
     "score": _for_score,
     "evalscope": _for_evalscope,
     "weave": _for_weave,
+    "mlflow": _for_mlflow,
     "preferences": _for_preferences,
 }

@@ -23,15 +23,28 @@ _REALS = re.compile(
     re.IGNORECASE,
 )
 _UNEQUAL = re.compile(r"[A-Za-z]\s*(?:\\neq?(?![A-Za-z])|!=)\s*(?P<without>[^=<>,]+)")
+_EITHER = re.compile(r"\s*(?:\\text\{\s*or\s*\}|\\lor(?![A-Za-z])|\bor\b|\u2228)\s*")
+# `\{x \mid x > 2\}`: the values of a letter for which an inequality holds.
+_BUILT = re.compile(
+    r"\\?\{\s*(?P<letter>[A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{?R\}?)?\s*(?:\\mid(?![A-Za-z])|\||:)\s*(?P<holds>.*?)\s*\\?\}"
+)
 _OTHER_BRACKETS = re.compile(r"(?P<left>[\]\[])(?P<inside>[^\[\]]+)(?P<right>[\[\]])")
 
 
 def as_interval(text: str) -> str | None:
     r"""The interval of an inequality about one letter, of $\mathbb{R}$ without points, of `]1, 3[`; None for all else.
 
-    `-1 < x \le 3` is `(-1, 3]`, `x \ne 0` is `(-\infty, 0) \cup (0, \infty)`.
+    `-1 < x \le 3` is `(-1, 3]`, `x \ne 0` is `(-\infty, 0) \cup (0, \infty)`, `x < 2 or x > 3` a union, too, and
+    `\{x \mid x > 2\}` is `(2, \infty)`.
     """
     text = text.strip()
+    built = _BUILT.fullmatch(text)
+    if built and built["letter"] in built["holds"]:
+        return as_interval(built["holds"])
+    parts = _EITHER.split(text)
+    if len(parts) > 1:
+        intervals = [_of_inequality(part) for part in parts]
+        return r" \cup ".join(map(str, intervals)) if all(intervals) else None
     without = _UNEQUAL.fullmatch(text) or _REALS.fullmatch(text)
     if without:
         return _without(without["without"])

@@ -84,6 +84,8 @@ _TOKEN = re.compile(
     """
 )
 _BETWEEN_NUMBERS = re.compile(r"\s*(?:[A-Za-z]+\s+){0,2}[A-Za-z]+\s*[-+*/=]\s*[$\\(.]?\d")
+# After "or" the next answer: a number, a formula, or what is said of a letter.
+_AFTER_JOIN = re.compile(r"\s*\$?[-+]?(?:[\d.(\[]|\\[a-z({]|[A-Za-z]\s*(?:[=<>]|\\(?:[lg](?:eq?|t)|neq?)(?![A-Za-z])))")
 _AND_A_HALF = re.compile(r"\s+and\s+(?:a|one)\s+(?:half|third|quarter)\b")
 # 2 h 30 min.
 _SMALLER_UNIT = re.compile(r"\s+\d+\s*(?:min|sec|cm|mm|in|oz|ml|[ms])(?![A-Za-z])")
@@ -244,7 +246,7 @@ def _continues(text: str, run: Sequence[_Token], token: _Token) -> bool:
     if token.kind == "unit":
         return last.kind in ("number", "unit", "letter", "command") or last.text == "/"
     if token.kind == "join":
-        following = re.compile(r"\s*\$?[-+]?(?:[\d.(\[]|\\[a-z({]|[A-Za-z]\s*=)").match(text, token.end)
+        following = _AFTER_JOIN.match(text, token.end)
         return bool(following) and last.kind not in ("operator", "join", "word")
     if token.kind == "letter":
         return _is_variable(text, last, token, gap)
