@@ -69,7 +69,7 @@ def test_mlflows_own_evaluation_judges_the_answers(
     from mlflow.genai import evaluate
     from mlflow.genai.scorers import scorer
 
-    @scorer  # type: ignore[untyped-decorator]
+    @scorer
     def right(outputs: str, expectations: dict[str, str]) -> bool:
         return expectations["answer"] in outputs
 

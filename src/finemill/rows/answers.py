@@ -15,10 +15,19 @@ from finemill.rows.formulas import Span, boxed, formulas, strip_delimiters, tidy
 from finemill.rows.numerals import in_digits, last_counted
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-# What models of other families write for the same: Magistral, Seed, Command A, Granite and others.
-_NAMES = "thinking|thought|reasoning|seed:think"
-_OPENS = re.compile(rf"<(?:{_NAMES})>|\[THINK\]|<\|START_THINKING\|>")
-_CLOSES = re.compile(rf"</(?:{_NAMES})>|\[/THINK\]|<\|END_THINKING\|>")
+# What models of other families write for the same: Magistral, Seed, Command A, Granite, Kimi, OpenThinker, Gemma and
+# others.
+_NAMES = "think|thinking|thought|reasoning|reflection|antthinking|seed:think"
+_OPENS = re.compile(
+    rf"<(?:{_NAMES})>|\[THINK\]|<\|START_THINKING\|>|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|thinking\|>"
+    r"|<\|channel>thought\b|<unused94>(?:thought\b)?",
+    re.IGNORECASE,
+)
+_CLOSES = re.compile(
+    rf"</(?:{_NAMES})>|\[/THINK\]|<\|END_THINKING\|>|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|/thinking\|>"
+    r"|<channel\|>|<unused95>",
+    re.IGNORECASE,
+)
 # gpt-oss's channels.
 _ANALYSIS = re.compile(r"<\|channel\|>analysis<\|message\|>(?P<thinking>.*?)(?P<end><\|end\|>|\Z)", re.DOTALL)
 _CHANNEL = re.compile(r"<\|start\|>assistant|<\|channel\|>final<\|message\|>|<\|return\|>")

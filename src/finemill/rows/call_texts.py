@@ -36,6 +36,11 @@ _XML_CALLS: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = (
         re.compile(r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>", re.DOTALL),
     ),
 )
+# FunctionGemma's.
+_GEMMA_CALL = re.compile(
+    r"<start_function_call>\s*call:(?P<name>[\w.-]+)(?P<body>\{.*?\})\s*(?:<end_function_call>|\Z)", re.DOTALL
+)
+_BARE_KEY = re.compile(r"(?<=[{,])\s*([^\s{},:]+)\s*:")
 _FENCE = re.compile(r"```(?:json|python|tool_code|tool_call|tool_calls)?[ \t]*\n(?P<inside>.*?)\n?[ \t]*```", re.DOTALL)
 # What stands before the first call, and what closes calls.
 _OPENING = re.compile("(?:<\uff5ctool\u2581calls\u2581begin\uff5c>\\s*|<\\|tool_calls_section_begin\\|>\\s*)\\Z")
@@ -47,7 +52,7 @@ _CLOSING = re.compile(
 _NAME = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"]+)"')
 _GAP = re.compile(r"[\s;,]*")
 _NAMES = ("name", "tool_name", "tool", "function", "action")
-_ARGUMENTS = ("arguments", "parameters", "args", "input", "action_input")
+_ARGUMENTS = ("arguments", "parameters", "args", "input", "action_input", "tool_input", "tool_args", "kwargs", "params")
 
 
 class Untyped(str):
@@ -66,7 +71,15 @@ class ToolCall:
 
 def read_calls(text: str) -> list[ToolCall]:
     """The calls in `text`, which has no thinking, in order; of a broken one its name, if that can be read."""
-    readers: tuple[Callable[[str], list[ToolCall]], ...] = (_marked, _xml, _named, _whole, _fenced, _at_line_start)
+    readers: tuple[Callable[[str], list[ToolCall]], ...] = (
+        _marked,
+        _gemma,
+        _xml,
+        _named,
+        _whole,
+        _fenced,
+        _at_line_start,
+    )
     return next((calls for reader in readers if (calls := reader(text))), [])
 
 
@@ -97,6 +110,18 @@ def _xml(text: str) -> list[ToolCall]:
         if found:
             return found
     return []
+
+
+def _gemma(text: str) -> list[ToolCall]:
+    """`<start_function_call>call:weather{city:<escape>Paris<escape>}<end_function_call>`: texts between marks."""
+    found = []
+    for match in _GEMMA_CALL.finditer(text):
+        parts = match["body"].split("<escape>")
+        parts[::2] = [_BARE_KEY.sub(r'"\1":', part) for part in parts[::2]]
+        parts[1::2] = map(json.dumps, parts[1::2])
+        value, _ = _decode("".join(parts), 0)
+        found.append(ToolCall(match["name"], _object(value)))
+    return found
 
 
 def _named(text: str) -> list[ToolCall]:
@@ -206,6 +231,9 @@ def _python_calls(text: str) -> list[ToolCall]:
         return []
     try:
         expression = ast.parse(text.strip(), mode="eval").body
+        if isinstance(expression, ast.Call) and ast.unparse(expression.func) == "print" and expression.args:
+            # As Gemma writes a call in a block of code.
+            expression = expression.args[0]
         items = expression.elts if isinstance(expression, ast.List) else [expression]
         return [_python_call(item) for item in items]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
