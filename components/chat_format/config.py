@@ -30,6 +30,9 @@ class ChatFormatConfig(StepConfig):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """More variables for the template, for all rows, as `apply_chat_template` takes them; a template that prints the
     date needs its `date_string` here to give the same tokens every day."""
+    new_tokens: tuple[str, ...] = ()
+    """Tokens that the base's tokenizer lacks, as `[<step>, </step>]`: each is one token wherever it stands. Training
+    finds them in the data set and learns their embeddings, which begin as the mean of all others."""
     assistant_turns: Literal["all", "last"] = "all"
     """Which assistant turns of a conversation are learned."""
     learned: Literal["assistant", "all"] = "assistant"
@@ -56,4 +59,11 @@ class ChatFormatConfig(StepConfig):
     def _check_fields_together(self) -> Self:
         if self.chat_template is not None and self.chat_template_path is not None:
             raise ValueError("chat_template and chat_template_path are two templates: set one of them")
+        for number, token in enumerate(self.new_tokens):
+            if not token.strip() or token != token.strip():
+                raise ValueError(
+                    f"new_tokens: {token!r} is blank, or has white space at an end: a token is what stands"
+                )
+            if token in self.new_tokens[:number]:
+                raise ValueError(f"new_tokens has {token!r} twice: leave one out")
         return self

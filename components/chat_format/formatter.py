@@ -37,7 +37,7 @@ def load_formatter(base_model: Path, config: ChatFormatConfig) -> "Formatter":
     """The formatter for a base model's folder. Raises: UserError: it has no tokenizer, or not the template's tokens."""
     name = config.chat_template
     with explained_files("the base model's tokenizer"):
-        tokenizer = load_tokenizer(base_model)
+        tokenizer = load_tokenizer(base_model, config.new_tokens)
         if name is not None:
             tokenizer.check_tokens(CONTROL_TOKENS[name], f"chat_template {name}")
         try:

@@ -7,7 +7,7 @@ from typing import TextIO
 
 import pyarrow as pa
 
-from finemill.artifacts.dataset import CHAT_TEMPLATE_FILE
+from finemill.artifacts.dataset import ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE
 from finemill.artifacts.files import CHAT_FILE, DATASET_FILE, REJECTED_FILE
 from finemill.artifacts.records import write_json
 from finemill.artifacts.rows import num_rows, read_rows_report
@@ -65,6 +65,8 @@ def run(
         warn_of_mix(train, asked.mix)
     if formatter.template is not None:
         (output_dir / CHAT_TEMPLATE_FILE).write_text(formatter.template.source, encoding="utf-8")
+    if new_tokens := formatter.tokenizer.new_tokens:
+        write_json(output_dir / ADDED_TOKENS_FILE, new_tokens)
     described = describe(counts, asked, formatter.tokenizer, formatter.template)
     write_json(output_dir / DATASET_FILE, described)
     own = formatter.template is not None and config.chat_template is None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from finemill.artifacts.manifest import sha256_file
 from finemill.components.chat_format.byte_level import ByteLevelEncoder, byte_level_encoder
@@ -24,9 +24,10 @@ _NEVER = re.compile(r"(?!)")
 class ChatTokenizer:
     """Encodes rendered conversations; control tokens are recognized only where the template wrote them."""
 
-    def __init__(self, source: str, named_tokens: dict[str, str], digest: str) -> None:
-        self._source = source
+    def __init__(self, source: str, named_tokens: dict[str, str], digest: str, new_tokens: Sequence[str] = ()) -> None:
         self._backend = backend = Tokenizer.from_str(source)
+        self.new_tokens = _add_tokens(backend, new_tokens)
+        self._source = backend.to_str() if new_tokens else source
         backend.no_truncation()
         backend.no_padding()
         self.named_tokens = named_tokens
@@ -136,6 +137,15 @@ class ChatTokenizer:
         return found
 
 
+def _add_tokens(backend: Tokenizer, tokens: Sequence[str]) -> dict[str, int]:
+    """Add tokens that are texts, not control tokens. Returns: their ids. Raises: UserError: one is there already."""
+    for token in tokens:
+        if (number := backend.token_to_id(token)) is not None:
+            raise UserError(f"new_tokens: {token} is token {number} of the base model already: leave it out")
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in tokens])
+    return {token: number for token in tokens if (number := backend.token_to_id(token)) is not None}
+
+
 def _normalizers(normalizer: Any) -> set[str]:
     """The kinds of normalizers in a tokenizer's description."""
     if normalizer is None:
@@ -171,8 +181,11 @@ def check_characters(text: str) -> None:
         raise DroppedRowError("unicode_noncharacters")
 
 
-def load_tokenizer(base_dir: Path) -> ChatTokenizer:
-    """Raises: UserError: the folder has no tokenizer.json."""
+def load_tokenizer(base_dir: Path, new_tokens: Sequence[str] = ()) -> ChatTokenizer:
+    """The tokenizer of a base, with further tokens.
+
+    Raises: UserError: the folder has no tokenizer.json, or a new token is in it already.
+    """
     path = base_dir / "tokenizer.json"
     if not path.is_file():
         raise UserError(
@@ -181,7 +194,7 @@ def load_tokenizer(base_dir: Path) -> ChatTokenizer:
         )
     # Trimmed offsets leave tokens of white space without characters, and so without labels; ids are the same.
     source = re.sub(r'("trim_offsets"\s*:\s*)true', r"\1false", path.read_text(encoding="utf-8"))
-    return ChatTokenizer(source, _named_tokens(base_dir), sha256_file(path))
+    return ChatTokenizer(source, _named_tokens(base_dir), sha256_file(path), new_tokens)
 
 
 def _named_tokens(base_dir: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from finemill.artifacts.manifest import Reference
 from finemill.components.merge.combined import write_combined
 from finemill.components.merge.config import MergeConfig
 from finemill.errors import UserError
-from finemill.models.adapter import check_base, load_adapter
+from finemill.models.adapter import check_base, load_adapter, read_adapter_config, token_rows
 from finemill.models.base.resolve import resolve_base_model
 from finemill.models.stored_model import StoredModel
 from finemill.runtime.context import StepContext
@@ -33,6 +33,7 @@ class Addition:
 
     def on(self, stored: StoredModel) -> Any:
         """PEFT's model of base and adapter. Raises: UserError: it does not fit the base, or takes no `scale`."""
+        stored.add_tokens(token_rows(read_adapter_config(self.folder)))
         tuned = load_adapter(stored.model, self.folder, assign=True)
         scale_adapter(tuned, self.scale)
         return tuned

@@ -49,9 +49,8 @@ class MergedModel:
     def vocab_size(self) -> int | None:
         """Rows of the embedding, where the adapter brings another number of them than the base has."""
         replaced = self._replaced.get(self._stored.embedding_name)
-        if replaced is None or replaced.shape == self._stored.shape_of(self._stored.embedding_name):
-            return None
-        return len(replaced)
+        rows = self._stored.num_tokens if replaced is None else len(replaced)
+        return None if rows == self._stored.shape_of(self._stored.embedding_name)[0] else rows
 
     @cached_property
     def unties_embeddings(self) -> bool:
@@ -73,8 +72,11 @@ class MergedModel:
         shapes = {}
         for group in self._groups():
             replaced = self._replaced.get(group.names[0]) if group.names else None
+            ends = {self._stored.embedding_name, self._stored.output_name}.intersection(group.names)
             for key, stored in self._stored.layout(group).items():
                 shape = tuple(replaced.shape) if replaced is not None else stored
+                if replaced is None and ends:
+                    shape = self._stored.num_tokens, *stored[1:]
                 shapes[key] = (shape, self._type_of(group, key))
         if self.unties_embeddings:
             embedding = shapes[next(iter(self._stored.group_of[self._stored.embedding_name].keys))]

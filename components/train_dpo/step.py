@@ -17,6 +17,7 @@ from finemill.components.train_dpo.trainers import ORPOTrainer, TokenizedDPOTrai
 from finemill.runtime.context import StepContext
 from finemill.training.inputs import TrainingInputs, open_inputs
 from finemill.training.kernels import make_trainer
+from finemill.training.new_tokens import with_new_tokens
 from finemill.training.positions import check_positions
 from finemill.training.trainer import run_training, shared_arguments
 
@@ -32,6 +33,7 @@ def run(
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
     """
     inputs = open_inputs(base_model, dataset, config)
+    config = with_new_tokens(config, len(inputs.new_tokens))
     return run_training(partial(build_trainer, inputs), inputs, output_dir, config, context)
 
 

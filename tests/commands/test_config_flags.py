@@ -3,6 +3,7 @@ import base64
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import Field
@@ -23,6 +24,8 @@ class Config(StepConfig):
     """A label."""
     max_steps: int | None = None
     target_modules: list[str] = Field(default_factory=lambda: ["q_proj"])
+    tokens: tuple[str, ...] = ()
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     optimizer: Optimizer = Field(default_factory=Optimizer)
 
 
@@ -45,6 +48,7 @@ def test_values_have_the_field_s_type() -> None:
         "--name", "12", "--target-modules", "[a, b]", "--optimizer.learning-rate", "2e-4", "--max-steps", "null"
     )
     assert config == Config(name="12", target_modules=["a", "b"], optimizer=Optimizer(learning_rate=2e-4))
+    assert read("--tokens", "[a, '<b>']", "--kwargs", "{a: 1}") == Config(tokens=("a", "<b>"), kwargs={"a": 1})
 
 
 def test_help_shows_every_field_with_its_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +62,10 @@ def test_help_shows_every_field_with_its_text(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("max_step: 3", r"unknown key 'max_step' \(allowed: max_steps, name, optimizer, target_modules\)"),
+        (
+            "max_step: 3",
+            r"unknown key 'max_step' \(allowed: kwargs, max_steps, name, optimizer, target_modules, tokens\)",
+        ),
         ("optimizer: {lr: 1}", r"unknown key 'optimizer.lr' \(allowed: learning_rate\)"),
         ("optimizer: {learning_rate: -1}", r"'optimizer.learning_rate': .*greater than 0 \(found -1\)"),
         ("- a list", "holds a list; a mapping"),

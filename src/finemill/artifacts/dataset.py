@@ -4,6 +4,7 @@ Each class of rows adds columns to the one above it, so that a step reads what i
 tokens, a preference training both answers' tokens, what measures models the texts too.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ IGNORE_INDEX = -100
 """The label of a token that no loss is taken on."""
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 """The template that the conversations are written with, under transformers' name for it; there is none for texts."""
+ADDED_TOKENS_FILE = "added_tokens.json"
+"""Ids of tokens that the base's tokenizer lacks, under transformers' name for it; there is none without such tokens."""
 _WRITER = "chat-format"
 RowType = TypeVar("RowType", bound="HeldOutRow")
 
@@ -178,6 +181,33 @@ def take_chat_template(dataset: Path, tokenizer: Any) -> None:
     path = dataset / CHAT_TEMPLATE_FILE
     if path.is_file() and not isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = path.read_text(encoding="utf-8")
+
+
+def read_new_tokens(dataset: Path) -> dict[str, int]:
+    """Tokens that the data set has and its base's tokenizer lacks, with their ids; mostly none."""
+    path = dataset / ADDED_TOKENS_FILE
+    ids: dict[str, int] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return ids
+
+
+def take_new_tokens(dataset: Path, tokenizer: Any) -> list[int]:
+    """Give a tokenizer of transformers the tokens that the conversations were encoded with.
+
+    Returns: their ids, in order; none for most data sets.
+    Raises: UserError: there they are others than in the data set: it was encoded for another base.
+    """
+    from tokenizers import AddedToken
+
+    wanted = read_new_tokens(dataset)
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in wanted])
+    for token, number in wanted.items():
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != number:
+            raise UserError(
+                f"the data set has {token} as token {number}, and with this base model it is {found}: run {_WRITER} "
+                "with the base model that is trained"
+            )
+    return sorted(wanted.values())
 
 
 def find_rows(dataset: Path, split: Split, sequences: Sequence[Sequence[int]]) -> list[str]:

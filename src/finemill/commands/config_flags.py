@@ -4,7 +4,8 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -107,7 +108,7 @@ def _read_json(text: str) -> dict[str, Any]:
 def _read_value(text: str, model: type[BaseModel], key: str) -> Any:
     """Text stays text for a string field; otherwise it is read as YAML (`32`, `true`, `null`, `[a, b]`)."""
     annotation = _annotation(model, key.split("."))
-    kinds = {annotation, *get_args(annotation)} if get_origin(annotation) is not list else {annotation}
+    kinds = {annotation, *(get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ())}
     if str in kinds and not kinds & {int, float, bool} and not (text == "null" and type(None) in kinds):
         return text
     try:

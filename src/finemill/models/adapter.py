@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from finemill.config import parse_config
 from finemill.errors import StepError, UserError
 from finemill.models.base.resolve import ResolvedBase, base_digest, hub_name, is_commit
 from finemill.models.rope import scale_model
+from finemill.models.token_rows import begin_token_rows
 from finemill.models.weights import read_header
 
 CONFIG_NAME = "adapter_config.json"
@@ -26,6 +28,7 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _PEFT_WARNINGS = (
     "Found missing adapter keys", "Model has `tie_word_embeddings", "`lora_bias=True`",
     r"The following (rank|alpha)_pattern keys", "target_parameters=.* were set but no parameter",
+    ".*gradient_checkpointing",  # an attribute that transformers 5.18 renamed, and PEFT 0.21 reads
 )  # fmt: skip
 
 
@@ -42,6 +45,7 @@ class AdapterConfig(BaseModel):
     alpha_pattern: dict[str, float] | None = None
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str | None = True
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
 
@@ -91,6 +95,13 @@ def check_adapter_weights(folder: Path) -> None:
                 raise UserError(f"{path}: tensor {name} holds NaN or infinity: the training that wrote it diverged")
 
 
+def token_rows(config: AdapterConfig) -> int:
+    """How many rows the embedding must have for the tokens that the adapter trained by themselves; 0 for none."""
+    indices = config.trainable_token_indices or ()
+    ids = chain(*indices.values()) if isinstance(indices, dict) else indices
+    return max(ids, default=-1) + 1
+
+
 def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
     """`base` with the LoRA adapter in `folder`, as one PEFT model in evaluation mode, with the positions it trained on.
 
@@ -101,7 +112,7 @@ def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
     """
     from peft import PeftConfig, PeftModelForCausalLM
 
-    read_adapter_config(folder)
+    rows = token_rows(read_adapter_config(folder))
     check_adapter_weights(folder)
     _check_kind(folder, base)
     training = read_training(folder)
@@ -113,7 +124,7 @@ def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
                 warnings.filterwarnings("ignore", message=message)
             config = PeftConfig.from_pretrained(folder)
             config.inference_mode = True
-            _resize_embeddings(base, folder)
+            _resize_embeddings(base, folder, rows, assign=assign)
             tuned = PeftModelForCausalLM(base, config, low_cpu_mem_usage=assign)
             result = tuned.load_adapter(folder, "default", low_cpu_mem_usage=assign, torch_device="cpu")
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -147,8 +158,8 @@ def _check_kind(folder: Path, base: Any) -> None:
         )
 
 
-def _resize_embeddings(base: Any, folder: Path) -> None:
-    """Give the base as many tokens as the adapter's embedding has, where it was saved with one of its own.
+def _resize_embeddings(base: Any, folder: Path, rows: int, *, assign: bool) -> None:
+    """Give the base as many tokens as the adapter's embedding has, where it was saved with one of its own, or `rows`.
 
     Raises: UserError: the adapter brings new tokens without an output matrix for them.
     """
@@ -160,6 +171,9 @@ def _resize_embeddings(base: Any, folder: Path) -> None:
     names = {id(parameter): name for name, parameter in base.named_parameters()}
     embedding_name, output_name = names[id(embedding.weight)], names[id(output.weight)]
     num_tokens = len(embedding.weight)
+    if embedding_name not in shapes and rows > num_tokens:
+        begin_token_rows(base, range(num_tokens, rows))
+        return
     new_num_tokens = shapes.get(embedding_name, (num_tokens,))[0]
     if new_num_tokens == num_tokens:
         return
@@ -168,7 +182,10 @@ def _resize_embeddings(base: Any, folder: Path) -> None:
             f"the adapter in {folder} brings {new_num_tokens} embeddings for the base's {num_tokens}, and no output "
             f"matrix for them: save {output_name} with the adapter"
         )
-    base.resize_token_embeddings(new_num_tokens, mean_resizing=False)
+    if assign or new_num_tokens < num_tokens:
+        base.resize_token_embeddings(new_num_tokens, mean_resizing=False)
+    else:
+        begin_token_rows(base, range(num_tokens, new_num_tokens))
 
 
 def _tie_again(base: Any) -> None:

@@ -65,6 +65,20 @@ class StoredModel:
         self._check()
         self._load_buffers()
 
+    def add_tokens(self, num_tokens: int) -> None:
+        """Give the embedding and the output matrix `num_tokens` rows if they have fewer: new ones are their mean."""
+        tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        for name in dict.fromkeys(name for table in tables if (name := self._names.get(id(table.weight)))):
+            old = self._parameters[name]
+            if num_tokens > len(old):
+                grown = self._parameters[name] = _hollow((num_tokens, *old.shape[1:]))
+                del self._names[id(old)]
+                self._names[id(grown)] = name
+                for table in tables:
+                    table.weight = grown if table.weight is old else table.weight
+        for name, table in zip((self.embedding_name, self.output_name), tables, strict=True):
+            self._shapes[name] = tuple(table.weight.shape)
+
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """Every stored tensor in exactly one group, in the order of the files.
@@ -120,6 +134,12 @@ class StoredModel:
             counts[tensor.dtype] += tensor.num_elements if tensor.is_float else 0
         return DTYPES[counts.most_common(1)[0][0]]
 
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the embedding, with those that were added."""
+        rows: int = self._shapes[self.embedding_name][0]
+        return rows
+
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The stored shape of a parameter that is one stored tensor."""
         return self.tensors[next(iter(self.group_of[name].keys))].shape
@@ -133,8 +153,13 @@ class StoredModel:
         group = self.group_of[name]
         with self._opened(group.keys) as read:
             if group.converter is None:
-                return self._rounding(name, _float32(read(next(iter(group.keys)))))
+                return self._grown(name, self._rounding(name, _float32(read(next(iter(group.keys))))))
             return self._converted(name, {key: _float32(read(key)) for key in group.keys})
+
+    def _grown(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """The values with the rows that were added."""
+        more = self._shapes[name][0] - len(values) if name in (self.embedding_name, self.output_name) else 0
+        return torch.cat([values, values.mean(0).expand(more, -1)]) if more else values
 
     def parts(self, name: str) -> Iterator[torch.Tensor]:
         """The values of one parameter, float32: of a stack, expert by expert; any other, all at once."""
@@ -326,11 +351,13 @@ def _hollow_model(folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
             module.padding_idx = None
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                empty = torch.zeros(1).expand(parameter.shape)
-                module._parameters[name] = hollow.setdefault(
-                    id(parameter), torch.nn.Parameter(empty, requires_grad=False)
-                )
+                module._parameters[name] = hollow.setdefault(id(parameter), _hollow(tuple(parameter.shape)))
     return model.eval()
+
+
+def _hollow(shape: tuple[int, ...]) -> torch.nn.Parameter:
+    """A single number seen in a parameter's shape."""
+    return torch.nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False)
 
 
 def _check_counts(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:

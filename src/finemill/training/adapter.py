@@ -1,7 +1,7 @@
 """What is trained on the base: adapters, whole modules or all of it, and the files they are saved in."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,13 @@ _GROUPS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "f
 """What the module above the linear layers of a group is called."""
 
 
-def lora_config(base_model: Path, config: LoRATrainingConfig) -> LoraConfig | None:
+def lora_config(base_model: Path, config: LoRATrainingConfig, new_tokens: Sequence[int] = ()) -> LoraConfig | None:
     """PEFT's description of the adapters; None where the whole model is trained.
 
+    Args:
+        base_model: folder of the base.
+        config: what is trained.
+        new_tokens: ids whose rows of embedding and output matrix are trained.
     Raises: UserError: a named module is none of the model in `base_model`.
     """
     if config.method == "full":
@@ -53,9 +57,22 @@ def lora_config(base_model: Path, config: LoRATrainingConfig) -> LoraConfig | No
         target_modules=targets,
         target_parameters=experts or None,
         modules_to_save=modules or None,
+        trainable_token_indices=_token_tables(model, modules, new_tokens) or None,
         # Else an embedding that is trained would leave its output matrix as it was.
         ensure_weight_tying=tied and any(_fits(name, table) for name in modules for table in TABLES),
     )
+
+
+def _token_tables(model: PreTrainedModel, modules: Sequence[str], new_tokens: Sequence[int]) -> dict[str, list[int]]:
+    """By table, the rows of new tokens; none of a table that is trained as a whole, nor of the one tied to it."""
+    tied = model.config.get_text_config().tie_word_embeddings
+    tables = [model.get_input_embeddings(), *([] if tied else [model.get_output_embeddings()])]
+    names = [name for name, module in model.named_modules() if any(module is table for table in tables)]
+    if not new_tokens or (tied and any(_fits(name, table) for name in modules for table in TABLES)):
+        return {}
+    return {
+        name.rpartition(".")[2]: list(new_tokens) for name in names if not any(_fits(name, saved) for saved in modules)
+    }
 
 
 def _hollow_model(base_model: Path) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from finemill.artifacts.dataset import take_chat_template
+from finemill.artifacts.dataset import take_chat_template, take_new_tokens
 from finemill.errors import UserError
 from finemill.runtime.processes import num_processes
 from finemill.training.adapter import lora_config
@@ -17,12 +17,16 @@ from finemill.training.strategy import check_strategy
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """Folders of base and data set; a tokenizer with the template that the data were written with; the device."""
+    """Folders of base and data set; a tokenizer with the template that the data were written with; the device.
+
+    `new_tokens` are the ids of tokens that the base does not know.
+    """
 
     base_model: Path
     dataset: Path
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
+    new_tokens: tuple[int, ...] = ()
 
 
 def open_inputs(base_model: Path, dataset: Path, config: LoRATrainingConfig) -> TrainingInputs:
@@ -32,7 +36,7 @@ def open_inputs(base_model: Path, dataset: Path, config: LoRATrainingConfig) -> 
     device = choose_device()
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
     take_chat_template(dataset, tokenizer)
-    return TrainingInputs(base_model, dataset, tokenizer, device)
+    return TrainingInputs(base_model, dataset, tokenizer, device, tuple(take_new_tokens(dataset, tokenizer)))
 
 
 def choose_device() -> torch.device:

@@ -12,10 +12,12 @@ from transformers import PreTrainedModel, Trainer
 
 from finemill.errors import UserError
 from finemill.models.nf4.config import is_quantized
+from finemill.models.token_rows import begin_token_rows
 from finemill.training.adapter import keep_trained_in_float32, lora_config
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.inputs import TrainingInputs
 from finemill.training.memory import eight_bit_moments, must_stream, not_on_kernels
+from finemill.training.new_tokens import complete_wrapper
 from finemill.training.positions import base_config
 from finemill.training.quantized_base import compute_dtype, load_base, memory_limit
 from finemill.training.trainer import cap_memory
@@ -44,7 +46,9 @@ def make_trainer(
     Raises: UserError: as `_open_trainer`, or `kernels` is on, and they cannot run.
     """
     make, model = _open_trainer(inputs.base_model, config, inputs.device, plain, fast)
-    adapters = lora_config(inputs.base_model, config)
+    if inputs.new_tokens:
+        begin_token_rows(model, inputs.new_tokens)
+    adapters = lora_config(inputs.base_model, config, inputs.new_tokens)
     trainer = make(
         model=model,
         args=arguments(),
@@ -52,6 +56,8 @@ def make_trainer(
         peft_config=adapters,
         **options,
     )
+    if inputs.new_tokens:
+        complete_wrapper(trainer.model)
     check_kernels(trainer, config)
     return trainer
 

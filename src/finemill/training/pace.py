@@ -1,5 +1,6 @@
 """How fast a training goes, how much of the card it uses, and when it will end."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +99,7 @@ def flops_per_token(model: Any) -> float:
     mixture, of the experts that a token is sent to.
     """
     head = model.get_output_embeddings()
-    outside = 0 if head is None else head.out_features * head.in_features
+    outside = 0 if head is None else math.prod(head.weight.shape)
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     weights: int = model.num_parameters(exclude_embeddings=True) + (outside if tied else 0)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

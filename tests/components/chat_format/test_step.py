@@ -10,7 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
+from finemill.artifacts.dataset import ADDED_TOKENS_FILE, take_new_tokens
 from finemill.errors import UserError
 from finemill.models.base.resolve import BUILTIN_MODELS, _resolve
 from finemill.runtime.run import StepResult, run_step
@@ -486,3 +488,32 @@ def test_an_answer_obeys_the_switch_of_its_question(tmp_path: Path) -> None:
     assert [learned(row) for row in formatted] == ["<think>\n\n</think>\n\n4<|im_end|>", f"{thought}<|im_end|>"]
     assert [json.loads(row["chat_template_kwargs"]) for row in formatted] == [{"enable_thinking": True}] * 2
     assert summary(result)["rows_dropped"] == {"thinking_switch_disobeyed": 2}
+
+
+def test_new_tokens_are_single_tokens_in_the_data_set_and_named_beside_it(tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "What is <a> in <b>?"},
+        {"role": "assistant", "content": "It is <a><b>, not <ab>."},
+    ]
+    result, (row,) = format_rows(tmp_path, [{"messages": messages}], new_tokens=["<a>", "<b>"])
+    count = BACKEND.get_vocab_size()
+    assert [token for token in row["input_ids"] if token >= count] == [count, count + 1, count, count + 1]
+    assert [token for token in row["labels"] if token >= count] == [count, count + 1]
+    ids = json.loads((folder_of(result.reference) / ADDED_TOKENS_FILE).read_text(encoding="utf-8"))
+    assert ids == {"<a>": count, "<b>": count + 1}
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    assert take_new_tokens(folder_of(result.reference), tokenizer) == [count, count + 1]
+    assert "It is <a><b>, not <ab>.<|im_end|>" in tokenizer.decode(row["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["<think>"], "new_tokens: <think> is token [0-9]+ of the base model already: leave it out"),
+        ([" a"], "' a' is blank, or has white space at an end"),
+        (["<a>", "<a>"], "new_tokens has '<a>' twice"),
+    ],
+)
+def test_new_tokens_that_are_none_are_refused(tokens: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        format_rows(tmp_path, [THINKING], new_tokens=tokens)
