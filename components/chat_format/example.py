@@ -109,6 +109,11 @@ class Example:
     def row(self) -> DatasetRow:
         """What is stored of it."""
         draft, worse = self.draft, self.rejected
+        # What ends with an earlier turn has not the answer that the label is of.
+        desirable = None if draft.unrolled else draft.conversation.desirable
+        labels = self.labels
+        if desirable is False:
+            worse, labels = self.chosen, np.full_like(labels, IGNORE_INDEX)
         return DatasetRow(
             id=draft.record.id,
             source=draft.record.source,
@@ -116,12 +121,13 @@ class Example:
             tools=_json(draft.conversation.tools) if draft.conversation.tools else None,
             chat_template_kwargs=_json(draft.kwargs),
             input_ids=self.input_ids,
-            labels=self.labels.tolist(),
+            labels=labels.tolist(),
             prompt=draft.prompt,
             completion=draft.completion,
             rejected=draft.rejected.answer if draft.rejected else None,
             rejected_input_ids=worse.input_ids.tolist() if worse else None,
             rejected_labels=worse.labels.tolist() if worse else None,
+            desirable=desirable,
             answer=draft.conversation.answer,
         )
 

@@ -70,7 +70,7 @@ class Formatter:
 
         Raises: DroppedRowError: it cannot be used. NoTemplateError: it is a conversation, and there is no template.
         """
-        conversation = to_conversation(row, record.shape)
+        conversation = to_conversation(row, record.shape, bad_answers=True)  # data-prep has left out the unwanted ones
         if conversation.text is not None:
             return self._document_drafts(record, conversation, conversation.text)
         if not isinstance(self._templates, ChatTemplates):

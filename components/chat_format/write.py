@@ -72,17 +72,17 @@ def _write_taken(path: Path, folder: Path, split: Split, counts: SplitCounts) ->
 
 
 def _write_chat(path: Path, chat: TextIO, once: int) -> None:
-    """A line per whole conversation: documents have no messages, and parts of a conversation are in it.
+    """A line per whole conversation that is to be learned: documents have no messages, and parts of one are in it.
 
     The first `once` examples are all that there are; what follows repeats them.
     """
-    columns = ["id", "messages", "tools"]
+    columns = ["id", "messages", "tools", "desirable"]
     rows = (
         row
         for batch in iterate_record_batches(path, batch_rows=_BATCH_ROWS, columns=columns)
         for row in batch.to_pylist()
     )
     for row in islice(rows, once):
-        if row["messages"] != "[]" and "-" not in row["id"]:
+        if row["messages"] != "[]" and "-" not in row["id"] and row["desirable"] is not False:
             tools = f', "tools": {row["tools"]}' if row["tools"] else ""
             chat.write(f'{{"messages": {row["messages"]}{tools}}}\n')

@@ -122,7 +122,7 @@ def clean_rows(
             continue
         counts.shapes[shape] += 1
         try:
-            conversation = to_conversation(row, shape)
+            conversation = to_conversation(row, shape, bad_answers=config.labelled_bad == "keep")
             text = _row_text(row, conversation, config)
         except DroppedRowError as reason:
             counts.drop(counts.read, str(reason), reason.field)

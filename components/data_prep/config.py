@@ -84,6 +84,9 @@ class DataPrepConfig(StepConfig):
     unknown_rows: Literal["drop", "error"] = "drop"
     """What to do with rows of no known shape when other rows of the source have one: leave them out and count them, or
     stop. A source without any known row always stops."""
+    labelled_bad: Literal["drop", "keep"] = "drop"
+    """What to do with rows whose label (`label`, `kto_tag`, `is_correct` and the like) says that the answer is bad:
+    leave them out and count them, or keep them for `train-dpo` with `loss_type: kto`; no other training learns them."""
     seed: int = Field(default=0, ge=0)
     """Decides the splits, the order of rows and the example data."""
 

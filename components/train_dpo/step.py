@@ -13,7 +13,7 @@ from trl import DPOConfig, KTOConfig
 from finemill.artifacts.splits import Split
 from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_dpo.rows import load_answers, load_pairs
-from finemill.components.train_dpo.trainers import ORPOTrainer, TokenizedDPOTrainer, TokenizedKTOTrainer
+from finemill.components.train_dpo.trainers import TokenizedDPOTrainer, TokenizedKTOTrainer, TokenizedORPOTrainer
 from finemill.runtime.context import StepContext
 from finemill.training.inputs import TrainingInputs, open_inputs
 from finemill.training.kernels import make_trainer
@@ -64,9 +64,8 @@ def _on_kernels(trainer_class: type[Trainer]) -> type[Trainer]:
 
 def _trainer_and_rows(config: TrainDPOConfig) -> tuple[type[Trainer], Callable[[Path, Split, int], Dataset]]:
     if config.is_unpaired:
-        batch = config.per_device_train_batch_size
-        return TokenizedKTOTrainer, partial(load_answers, batch_size=batch, seed=config.seed)
-    return (ORPOTrainer if config.loss_type == "orpo" else TokenizedDPOTrainer), load_pairs
+        return TokenizedKTOTrainer, partial(load_answers, config=config)
+    return (TokenizedORPOTrainer if config.loss_type == "orpo" else TokenizedDPOTrainer), load_pairs
 
 
 def _arguments(config: TrainDPOConfig, scratch: Path, device: torch.device) -> DPOConfig | KTOConfig:

@@ -38,15 +38,17 @@ from finemill.kernels.bench.runs import PreferenceRun, Quantiles, add_record_arg
 from finemill.kernels.bench.step import check_device
 from finemill.kernels.engine.model import LINEARS
 from finemill.kernels.engine.plan import Plan
+from finemill.kernels.orpo import ORPOTrainer
 from finemill.kernels.planning.model_shapes import SHAPES
 from finemill.kernels.planning.planner import MARGIN, NoPlanError
-from finemill.kernels.preferences import FastDPOTrainer, FastKTOTrainer, PreferenceSteps
+from finemill.kernels.preferences import FastDPOTrainer, FastKTOTrainer, PreferenceSteps, on_engine
 
 TRAINERS: dict[str, tuple[Any, Any, Any]] = {
     "dpo": (DPOTrainer, FastDPOTrainer, DPOConfig),
     "kto": (KTOTrainer, FastKTOTrainer, KTOConfig),
+    "orpo": (ORPOTrainer, on_engine(ORPOTrainer), DPOConfig),
 }
-"""By loss: TRL's trainer, ours, and their arguments."""
+"""By loss: the trainer on TRL's fused head, ours, and their arguments."""
 LARGEST_DIFFERENCE = 0.05
 """Of a step's loss to that of TRL in float32, in 16 bits over a thousand tokens."""
 LEAST_COSINE = 0.95
@@ -185,13 +187,13 @@ def make_rows(args: argparse.Namespace) -> Dataset:
 
     answer = args.seq - args.prompt
     columns = ("prompt_ids", "completion_ids", "KL_completion_ids")
-    if args.loss == "dpo":
+    if args.loss != "kto":
         columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     rows: list[dict[str, Any]] = []
     for index in range(args.bs * args.accum):
         sizes = (args.prompt, answer, answer)
         row: dict[str, Any] = dict(zip(columns, map(draw, sizes), strict=True))
-        rows.append(row if args.loss == "dpo" else row | {"label": index % 2 == 0})
+        rows.append(row if args.loss != "kto" else row | {"label": index % 2 == 0})
     return Dataset.from_list(rows)
 
 
@@ -275,7 +277,7 @@ def measure(base: Any, path: Path, args: argparse.Namespace, device: torch.devic
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     median = statistics.median(timer.seconds[args.warmup :])
-    sequences = args.bs * args.accum * (2 if args.loss == "dpo" else 1)
+    sequences = args.bs * args.accum * (1 if args.loss == "kto" else 2)
     record |= {
         "dtype": str(base.dtype).removeprefix("torch."),
         "loss": args.loss,

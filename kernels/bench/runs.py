@@ -193,7 +193,7 @@ class PreferenceRun(_Run):
 
     Args:
         dtype: of the products.
-        loss: "dpo" or "kto".
+        loss: "dpo", "kto" or "orpo".
         seq: tokens of a prompt with an answer.
         rows: pairs, or answers of "kto", per optimizer step.
         memory_gb: limit that was asked for, GiB; None for the card's.

@@ -56,7 +56,22 @@ class PreferenceRow(LabelledRow):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOutRow(PreferenceRow):
+class AnswerRow(PreferenceRow):
+    """The same with what the data say of the only answer: whether it is a good one, None for nothing.
+
+    A bad one has no label that is learned; it stands where a worse turn does, as the whole conversation.
+    """
+
+    desirable: bool | None = None
+
+    @property
+    def answer_row(self) -> LabelledRow | None:
+        """The conversation with the answer that is called good or bad; None where the data do not say."""
+        return {None: None, True: self, False: self.rejected_row}[self.desirable]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutRow(AnswerRow):
     """A conversation with what a measurement needs of it.
 
     `prompt` is the rendered text up to and with the generation prompt of the last assistant turn, `completion` that
@@ -127,21 +142,27 @@ def dataset_writer(folder: Path, split: Split) -> RowWriter[DatasetRow]:
 def read_held_out(dataset: Path, split: Split, limit: int | None = None) -> list[HeldOutRow]:
     """The first `limit` rows of a split, in the file's order, which chat-format fixed.
 
+    Bad answers are none of them: nothing is to be measured against these.
+
     Raises: UserError: the split is missing or holds no rows.
     """
     path = split_path(dataset, split)
-    rows = read_rows(path, HeldOutRow, _WRITER, limit=limit)
+    rows = _without_bad(read_rows(path, HeldOutRow, _WRITER, limit=limit))
     if not rows:
         raise UserError(f"{path} holds no rows: raise the share of the {split} split in data-prep")
     return rows
 
 
 def read_dataset_rows(dataset: Path, split: Split, limit: int | None = None) -> list[DatasetRow]:
-    """The first `limit` rows of a split with all that chat-format writes. Raises: UserError: the split is missing."""
+    """The same rows with all that chat-format writes. Raises: UserError: the split is missing."""
     path = split_path(dataset, split)
     if limit is None:
-        return read_rows(path, DatasetRow, _WRITER)
-    return next(iterate_batches(path, DatasetRow, _WRITER, batch_rows=limit), [])
+        return _without_bad(read_rows(path, DatasetRow, _WRITER))
+    return _without_bad(next(iterate_batches(path, DatasetRow, _WRITER, batch_rows=limit), []))
+
+
+def _without_bad(rows: list[RowType]) -> list[RowType]:
+    return [row for row in rows if row.desirable is not False]
 
 
 @dataclass(frozen=True)
@@ -170,7 +191,19 @@ def read_preferences(dataset: Path, split: Split) -> tuple[list[tuple[LabelledRo
     """
     table = read_columns(split_path(dataset, split), PreferenceRow, _WRITER)
     rows = (PreferenceRow(**record) for record in table.drop_null().to_pylist())
-    return [(row, worse) for row in rows if (worse := row.rejected_row)], table.num_rows
+    pairs = [(row, worse) for row in rows if (worse := row.rejected_row)]
+    # A bad answer alone has no label in the place of the better one.
+    return [pair for pair in pairs if any(label != IGNORE_INDEX for label in pair[0].labels)], table.num_rows
+
+
+def read_answers(dataset: Path, split: Split) -> tuple[list[tuple[LabelledRow, bool]], int]:
+    """Conversations whose last answer the data call good (True) or bad, each with that; and how many rows there are.
+
+    Raises: UserError: the split is missing.
+    """
+    table = read_columns(split_path(dataset, split), AnswerRow, _WRITER)
+    rows = (AnswerRow(**record) for record in table.filter(table["desirable"].is_valid()).to_pylist())
+    return [(answer, bool(row.desirable)) for row in rows if (answer := row.answer_row)], table.num_rows
 
 
 def take_chat_template(dataset: Path, tokenizer: Any) -> None:

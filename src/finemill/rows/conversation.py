@@ -29,7 +29,8 @@ class Conversation:
     """What a row says. `text` is set instead of messages for a plain document.
 
     `answer` is the final answer for exact match. Of a preference, `messages` end with the better answer, and `rejected`
-    are as many of the same messages with the worse one after them. `unread` are the columns, and the keys of turns
+    are as many of the same messages with the worse one after them. `desirable` says whether the data call the last
+    answer good, None where they say nothing. `unread` are the columns, and the keys of turns
     (`messages[].name`), that hold something which is used nowhere.
     """
 
@@ -38,6 +39,7 @@ class Conversation:
     answer: str | None = None
     rejected: list[Message] | None = None
     text: str | None = None
+    desirable: bool | None = None
     unread: Sequence[str] = field(default=())
 
 
@@ -147,6 +149,8 @@ def whole_text(conversation: Conversation) -> str:
     parts = [json.dumps(conversation.tools, default=str) if conversation.tools else "null"]
     for message in conversation.messages:
         parts += _message_texts(message)
+    if conversation.desirable is False:
+        parts.append("undesirable")
     for message in conversation.rejected or ():
         parts += ["rejected", *_message_texts(message)]
     return "\0".join(parts)

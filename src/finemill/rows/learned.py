@@ -105,22 +105,26 @@ def says_learned(name: str) -> bool | None:
     return True if _SAYS_LEARNED.search(name) else None
 
 
-def check_label(row: Reader) -> None:
-    """Raises: DroppedRowError: the row is an example of a bad answer."""
-    if (column := _bad_mark(row)) is not None:
-        raise DroppedRowError("labelled_bad", column)
+def read_label(row: Reader, *, bad_answers: bool) -> bool | None:
+    """Whether the row's answer is marked as good or as bad; None for neither. One mark as bad is enough.
+
+    Raises: DroppedRowError: it is bad, and `bad_answers` is not set.
+    """
+    marks = dict(_marks(row))
+    bad = next((name for name, is_good in marks.items() if not is_good), None)
+    if bad is not None and not bad_answers:
+        raise DroppedRowError("labelled_bad", bad)
+    return bad is None if marks else None
 
 
-def _bad_mark(reader: Reader) -> str | None:
-    """The first name under which an answer is marked as bad; what marks it as good is read."""
+def _marks(reader: Reader) -> Iterator[tuple[str, bool]]:
+    """The names under which an answer is marked, each with whether as a good one; they are read."""
     for name in reader.names:
         says_good = _says_good(name) if isinstance(name, str) else None
         if says_good is None or (marked := _is_marked(name, reader.peek(name))) is None:
             continue
         reader.get(name)
-        if marked is not says_good:
-            return name
-    return None
+        yield name, marked is says_good
 
 
 @lru_cache(maxsize=4096)
@@ -221,7 +225,7 @@ def is_learned(turn: Reader, *, only_excluded: bool = False) -> bool:
         is_true(s.get("train", True)) is False for s in segments if isinstance(s, Mapping)
     ):
         raise DroppedRowError("partly_excluded_turn")
-    learned = only_excluded or _bad_mark(turn) is None
+    learned = only_excluded or all(is_good for _, is_good in _marks(turn))
     for name in turn.names:
         wanted = says_learned(name) if isinstance(name, str) else None
         if wanted is None or (says := _flag(turn.peek(name))) is None or (only_excluded and says is wanted):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from finemill.rows.answers import final_answer
 from finemill.rows.conversation import Conversation, checked
-from finemill.rows.learned import FLAGS, MARKS, check_excluded, check_label, excluded_turns
+from finemill.rows.learned import FLAGS, MARKS, check_excluded, excluded_turns, read_label
 from finemill.rows.rankings import RANKED_COLUMNS, Answer, ranked_answers, ranks_answers
 from finemill.rows.reader import Reader
 from finemill.rows.reasons import DroppedRowError
@@ -142,19 +142,23 @@ def detect_shape(row: Row, named: Collection[str] = ()) -> str | None:
     return None
 
 
-def to_conversation(row: Row, shape: str) -> Conversation:
+def to_conversation(row: Row, shape: str, *, bad_answers: bool = False) -> Conversation:
     """Convert a row of `shape` (a name in `SHAPES`) and check it.
 
+    Args:
+        row: as it was read.
+        shape: its shape.
+        bad_answers: whether a row may be labelled as an example of a bad answer, the only one in it that counts.
     Raises: DroppedRowError: it cannot be learned from as it is meant; the message is the reason.
     """
     reader = Reader(row)
     try:
         if media := media_in(row):
             raise DroppedRowError("not_text", media)
-        if shape not in ("text", "multiple_choice", "preference"):
-            check_label(reader)
+        is_labelled = shape not in ("text", "multiple_choice", "preference")
+        desirable = read_label(reader, bad_answers=bad_answers) if is_labelled else None
         check_excluded(reader)
-        conversation = checked(_without_excluded(reader, shape, SHAPES[shape].convert(reader)))
+        conversation = checked(_labelled(_without_excluded(reader, shape, SHAPES[shape].convert(reader)), desirable))
         # Beside a preference stands why one answer is better; beside an answer that thinks the same thinking again.
         if conversation.text is None and conversation.rejected is None and not any(map(_thinks, conversation.messages)):
             check_unread_thinking(reader)
@@ -162,6 +166,17 @@ def to_conversation(row: Row, shape: str) -> Conversation:
         return replace(conversation, unread=unread) if unread else conversation
     except RecursionError:
         raise DroppedRowError("too_deep") from None
+
+
+def _labelled(conversation: Conversation, desirable: bool | None) -> Conversation:
+    """The conversation with its label; before a bad answer no other one is learned."""
+    if desirable is None or conversation.text is not None:
+        return conversation
+    messages = conversation.messages
+    if desirable is False:
+        earlier = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:-1]]
+        messages = [*earlier, *messages[-1:]]
+    return replace(conversation, messages=messages, desirable=desirable)
 
 
 def _without_excluded(row: Reader, shape: str, conversation: Conversation) -> Conversation:

@@ -18,7 +18,7 @@ ARGUMENTS = "--shape qwen3-tiny --layers 1 --seq 12 --prompt 4 --bs 2 --accum 1 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", "kto", "orpo"])
 def test_both_trainers_are_measured_on_one_base_and_log_the_same(
     loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
