@@ -9,10 +9,12 @@ import torch
 from transformers import Trainer
 
 from finemill.kernels.accelerate import Acceleration, adopt_plan
+from finemill.kernels.engine.host_memory import free_host_bytes
 from finemill.kernels.engine.model import FastModel
 from finemill.kernels.engine.optimizer import FlatAdamW
 from finemill.kernels.engine.plan import Plan
 from finemill.kernels.engine.shapes import Shapes
+from finemill.kernels.planning.workload import NF4_BYTES, Workload
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +155,13 @@ class EngineTrainer(Trainer):  # type: ignore[misc]
         if self._flat_optimizer is None:
             return super()._get_grad_norm(model, grad_norm=grad_norm)
         return self._clip_grad_norm(model) if grad_norm is None else grad_norm
+
+
+def host_limit(engine: FastModel, work: Workload) -> int:
+    """Host memory that a plan may take: what is free, and what this engine has there already."""
+    waits = engine.weight_stream is not None and engine.shards == 1
+    weights = int(work.num_layers * work.layer_weights * NF4_BYTES) if waits else 0
+    return free_host_bytes() + weights + (0 if engine.arena is None else engine.arena.slab.numel())
 
 
 def free_bytes(device: torch.device) -> int:

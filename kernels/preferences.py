@@ -19,7 +19,7 @@ from trl import DPOTrainer, KTOTrainer
 from finemill.kernels.accelerate import Acceleration, accelerate_model, has_unequal_layers, leave_unchanged, workload_of
 from finemill.kernels.engine.plan import Plan
 from finemill.kernels.engine.shapes import Buckets, Shapes
-from finemill.kernels.engine_trainer import EAGER_BUCKET, EngineTrainer, free_bytes
+from finemill.kernels.engine_trainer import EAGER_BUCKET, EngineTrainer, free_bytes, host_limit
 from finemill.kernels.planning.planner import plan_step
 from finemill.kernels.planning.rates import rates_of
 
@@ -96,6 +96,7 @@ class PreferenceSteps(EngineTrainer):
             allow_stream=True,
             streamed=engine.weight_stream is not None,
             eight_bit=self._eight_bit,
+            host=host_limit(engine, work),
         )
         logger.info("plan: %s tokens per micro-batch, %.2f GiB", plan.micro_batch, plan.peak / 2**30)
         return plan

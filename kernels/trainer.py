@@ -29,7 +29,7 @@ from finemill.kernels.accelerate import Acceleration, accelerate_model, has_uneq
 from finemill.kernels.engine.graphs import GraphRunner
 from finemill.kernels.engine.plan import Plan
 from finemill.kernels.engine.shapes import Buckets, Shapes
-from finemill.kernels.engine_trainer import EAGER_BUCKET, EngineTrainer, free_bytes
+from finemill.kernels.engine_trainer import EAGER_BUCKET, EngineTrainer, free_bytes, host_limit
 from finemill.kernels.ops.packing import IGNORE_INDEX, PackedBatch, pack_budget, send, split_rows
 from finemill.kernels.planning.planner import MARGIN, plan_graphed_step, plan_step
 from finemill.kernels.planning.rates import rates_of
@@ -192,7 +192,12 @@ class FastSFTTrainer(EngineTrainer, SFTTrainer):  # type: ignore[misc]
             budget = min(budget, free_bytes(engine.device))
         work = replace(self._workload, tokens=max(self._longest, tokens // 2))
         plan = plan_step(
-            work, int(budget / MARGIN), allow_stream=True, streamed=self._streamed, eight_bit=self._eight_bit
+            work,
+            int(budget / MARGIN),
+            allow_stream=True,
+            streamed=self._streamed,
+            eight_bit=self._eight_bit,
+            host=host_limit(engine, work) if engine.device.type == "cuda" else None,
         )
         self._adopt(plan, None)
         logger.warning("out of memory: micro-batches of %d tokens instead of %d from here on", work.tokens, tokens)
@@ -282,6 +287,7 @@ class FastSFTTrainer(EngineTrainer, SFTTrainer):  # type: ignore[misc]
             allow_stream=True,
             streamed=self._streamed,
             eight_bit=self._eight_bit,
+            host=host_limit(engine, work),
         )
         logger.info("plan: %s tokens per micro-batch, %.2f GiB", plan.micro_batch, plan.peak / 2**30)
         return plan, patience

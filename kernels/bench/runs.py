@@ -80,6 +80,7 @@ class PlanRecord(_Model):
     stream_weights: bool
     in_flight: int
     key_heads: int | None
+    mlp_tile: int | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> "PlanRecord":

@@ -25,6 +25,7 @@ from finemill.kernels.bench.runs import (
     record_runs,
 )
 from finemill.kernels.engine.graphs import GraphRunner
+from finemill.kernels.engine.host_memory import free_host_bytes
 from finemill.kernels.engine.load import LoraSettings, load_model
 from finemill.kernels.engine.model import begin_arena
 from finemill.kernels.engine.optimizer import FlatAdamW
@@ -243,7 +244,8 @@ def make_plan(args: argparse.Namespace, shape: ModelShape, budget: int) -> Plan:
     """Plan a step."""
     cuda = args.device == "cuda"
     rates = rates_of(torch.cuda.get_device_name() if cuda else "")
-    return plan_step(workload(args, shape), budget, rates=rates, allow_host=cuda, allow_stream=cuda)
+    host = free_host_bytes() if cuda else None
+    return plan_step(workload(args, shape), budget, rates=rates, allow_host=cuda, allow_stream=cuda, host=host)
 
 
 def _process_start() -> float:

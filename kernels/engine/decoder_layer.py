@@ -9,7 +9,8 @@ The layer owns its recompute. A plan gives one level per layer, and the backward
 
     level        kept per token (bf16, widths of Qwen3-8B)              recomputed in the backward
     INPUT        x                                        8 KiB         norms, qkv, attention, o, gate|up
-    ATTENTION    + qkv, attention output, mid            36 KiB         norms, q/k rotation, gate|up
+    ATTENDED     + attention output                      16 KiB         norms, qkv, o, gate|up
+    ATTENTION    + qkv, mid                              36 KiB         norms, q/k rotation, gate|up
     GATE_UP      + gate|up                               84 KiB         norms, q/k rotation
     ALL          + q, k, both norm outputs              110 KiB         nothing but h, which its backward makes anyway
 
@@ -107,8 +108,10 @@ class DecoderLayer:
         saved = None
         if level is not None:
             saved = Saved(level, total, self.qkv.xa(normed_in), self.o.xa(attended))
+            if level >= Level.ATTENDED:
+                saved.attended, saved.attention_state = attended, state
             if level >= Level.ATTENTION:
-                saved.qkv, saved.attended, saved.attention_state = qkv, attended, state
+                saved.qkv = qkv
             if level >= Level.ALL:
                 saved.normed_in, saved.rstd_in, saved.q, saved.k, saved.rstd_qk = normed_in, rstd_in, q, k, rstd_qk
         del normed_in, qkv, q, k, rstd_qk, attended, state  # the MLP takes the memory of what is not saved
@@ -160,18 +163,29 @@ class DecoderLayer:
         return attended, state
 
     def _recompute_attention(self, saved: Saved, sequences: Sequences, rope: Rope) -> None:
-        if saved.attended is not None:
+        """Make what the second half's backward begins with: `mid`, and its norm where all tokens are taken at once."""
+        if saved.mid is not None:
             return
-        saved.normed_in = self.qkv.extended_input(saved.x.shape[0])
-        _, saved.rstd_in = normalize(saved.x, None, self.input_norm, self.shape, saved.normed_in)
-        saved.qkv, saved.q, saved.k, saved.rstd_qk = self._project_qkv(saved.normed_in, rope, saved.xa_qkv)
-        saved.attended, saved.attention_state = self._attend(saved.q, saved.k, saved.qkv, sequences)
+        if saved.attended is None:
+            self._recompute_qkv(saved, rope)
+            assert saved.q is not None
+            assert saved.k is not None
+            assert saved.qkv is not None
+            saved.attended, saved.attention_state = self._attend(saved.q, saved.k, saved.qkv, sequences)
         attention_out = torch.empty_like(saved.x)
         self.o.forward(saved.attended, attention_out, self.o.extended_weight(), saved.xa_o)
+        if self.mlp.is_tiled(saved.x.shape[0]):
+            saved.mid = attention_out.add_(saved.x)
+            return
         saved.normed_mid = self.mlp.extended_input(saved.x.shape[0])
         saved.mid, saved.rstd_mid = normalize(
             saved.x, attention_out, self.mlp.norm, self.shape, saved.normed_mid, sum_out=attention_out
         )
+
+    def _recompute_qkv(self, saved: Saved, rope: Rope) -> None:
+        saved.normed_in = self.qkv.extended_input(saved.x.shape[0])
+        _, saved.rstd_in = normalize(saved.x, None, self.input_norm, self.shape, saved.normed_in)
+        saved.qkv, saved.q, saved.k, saved.rstd_qk = self._project_qkv(saved.normed_in, rope, saved.xa_qkv)
 
     def _backward_attention(
         self, grad: Tensor, saved: Saved, sequences: Sequences, rope: Rope, *, need_input_grad: bool
@@ -179,13 +193,15 @@ class DecoderLayer:
         """Return the gradient of x (T, H + grad_pad), in the memory of `grad`."""
         shape, width = self.shape, self.shape.hidden
         assert saved.attended is not None
-        assert saved.qkv is not None
         grad_o = grad[:, : width + self.o.pad]
         o_weight = self.o.extended_weight()
         self.o.backward_output(grad_o, saved.xa_o, o_weight)
         self.o.backward_weight(grad_o, saved.attended[:, : shape.q_width])
         grad_attended = torch.empty((grad.shape[0], shape.q_width), dtype=grad.dtype, device=grad.device)
         self.o.backward_input(grad_o, o_weight, grad_attended)
+        if saved.qkv is None:
+            self._recompute_qkv(saved, rope)
+        assert saved.qkv is not None
         if saved.q is None or saved.k is None or saved.rstd_qk is None:
             saved.q, saved.k, saved.rstd_qk = self._rotate(saved.qkv, rope)
         dq, dk, dv = attention_backward(

@@ -155,6 +155,10 @@ class ExpertMLP:
         """Spare columns that the result's gradient needs: none."""
         return 0
 
+    def is_tiled(self, tokens: int) -> bool:
+        """Whether so many tokens are taken in parts: never."""
+        return False
+
     def extended_input(self, tokens: int) -> Tensor:
         """Uninitialized (T, H) for the norm's output."""
         return torch.empty((tokens, self.shape.hidden), dtype=self.norm.dtype, device=self.norm.device)

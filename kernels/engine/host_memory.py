@@ -7,11 +7,14 @@ known number of layers later, so that memory use repeats exactly and everything 
 
 import contextlib
 import mmap
+import os
 import threading
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import psutil
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +23,7 @@ from torch import Tensor
 from finemill.kernels.ops.launch import use_kernel
 
 ALIGNMENT = 512
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def pinned_bytes(size: int) -> Tensor:
@@ -39,6 +43,15 @@ def pinned_bytes(size: int) -> Tensor:
             raise MemoryError(f"cudaHostRegister failed with error {error} for {size} bytes of host memory")
         weakref.finalize(memory, torch.cuda.cudart().cudaHostUnregister, host.data_ptr())
     return host
+
+
+def free_host_bytes() -> int:
+    """Host memory that this process may lock: its part of nine tenths of what the machine and the container leave."""
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no limit, or not version 2 of control groups
+        limit = int((CGROUP / "memory.max").read_text())
+        free = min(free, limit - int((CGROUP / "memory.current").read_text()))
+    return max(0, free) * 9 // 10 // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def pin(tensor: Tensor) -> Tensor:

@@ -144,6 +144,8 @@ class FastModel:
         self.plan = plan
         for index, layer in enumerate(self.layers):
             layer.workspace = plan.workspace
+            if isinstance(layer.mlp, DenseMLP):
+                layer.mlp.tile = plan.mlp_tile
             groups: list[Projection | ExpertProjection] = [*layer.projections, *layer.mlp.stacks]
             for group in groups:
                 if group.scratch is None or index < plan.cached_layers:

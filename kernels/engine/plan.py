@@ -12,9 +12,10 @@ class Level(IntEnum):
     """How much of a layer's forward is kept for its backward; the table in decoder_layer.py's header."""
 
     INPUT = 0
-    ATTENTION = 1
-    GATE_UP = 2
-    ALL = 3
+    ATTENDED = 1
+    ATTENTION = 2
+    GATE_UP = 3
+    ALL = 4
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Plan:
         in_flight: parked layers whose device memory may wait for their copies.
         key_heads: that attention's backward takes at once; None for all.
         workspace: bytes this may take; None for attention's own limit.
+        mlp_tile: tokens that a dense layer's second half takes at a time; None for all.
     """
 
     levels: tuple[Level, ...]
@@ -94,6 +96,7 @@ class Plan:
     in_flight: int = 1
     key_heads: int | None = None
     workspace: int | None = None
+    mlp_tile: int | None = None
 
     @staticmethod
     def everything(num_layers: int, *, cached: bool = False, head_chunk: int = 1024) -> "Plan":

@@ -49,11 +49,19 @@ class Saved:
     rstd_mid: Tensor | None = None
     routing: Routing | None = None
 
+    def of_rows(self, rows: slice) -> "Saved":
+        """The part of some tokens, as far as a dense second half's backward needs it: views."""
+        part = Saved(Level.INPUT, self.x[rows], self.xa_qkv[rows], self.xa_o[rows])
+        part.xa_gate_up, part.xa_down = self.xa_gate_up[rows], self.xa_down[rows]
+        part.mid = None if self.mid is None else self.mid[rows]
+        return part
+
     def large(self, level: Level) -> list[str]:
         """Names of the kept tensors up to a level that are worth moving to host memory."""
         names = {
             Level.INPUT: ("x",),
-            Level.ATTENTION: ("qkv", "attended", "mid"),
+            Level.ATTENDED: ("attended",),
+            Level.ATTENTION: ("qkv", "mid"),
             Level.GATE_UP: ("gate_up",),
             Level.ALL: ("q", "k", "normed_in", "normed_mid"),
         }

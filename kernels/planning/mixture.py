@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from finemill.kernels.engine.plan import ExpertShape, Level
 from finemill.kernels.ops.division import PAD, capacity, cdiv, choose_block, lora_b_bytes
-from finemill.kernels.planning.workload import NF4_BYTES, Workload, block_bytes
+from finemill.kernels.planning.workload import NF4_BYTES, Workload, backward_peaks, block_bytes
 
 # T tokens, R rows of pairs of a token and an expert, E experts
 
@@ -160,7 +160,4 @@ class MixtureWorkload(Workload):
         rows = t["rows"] + t["gate_up"] + t["hidden"] + 4 * t["low"] + 4 * t["row_values"]
         mlp = saved + t["x"] + t["normed_mid"] + rows + t["first_factors"] + t["second_factors"]
         attention = saved + rotated + 2 * (t["q"] + t["kv"]) + max(products, self.attention_workspace(tokens))
-        early = {Level.INPUT: t["normed_in"], Level.ALL: t["normed_in"]}
-        return {
-            level: max(mlp + (rotated if level in early else 0), attention) + early.get(level, 0) for level in Level
-        }
+        return backward_peaks(t, mlp, attention)

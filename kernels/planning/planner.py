@@ -10,7 +10,7 @@ decode less often.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import product
+from itertools import pairwise, product
 
 from finemill.errors import UserError
 from finemill.kernels.engine.plan import HostLevels, Level, Plan, streamed_layers
@@ -38,12 +38,13 @@ Parking = tuple[HostLevels, int]
 
 
 class NoPlanError(UserError):
-    """Not even the leanest plan fits; `budget` and what it needs, `least`, are bytes."""
+    """Not even the leanest plan fits; `budget`, what it needs (`least`) and the limit of `host` memory are bytes."""
 
-    def __init__(self, budget: int, least: int) -> None:
+    def __init__(self, budget: int, least: int, host: int | None = None) -> None:
         self.budget, self.least = budget, least
+        beside = "" if host is None else f" beside {host / 2**30:.1f} GiB of host memory"
         super().__init__(
-            f"no plan fits {budget / 2**30:.2f} GiB: the leanest needs {least / 2**30:.2f} GiB; "
+            f"no plan fits {budget / 2**30:.2f} GiB{beside}: the leanest needs {least / 2**30:.2f} GiB; "
             "allow more memory, shorter rows or a smaller rank"
         )
 
@@ -57,7 +58,16 @@ def workload_under(work: Workload, plan: Plan) -> Workload:
         stream_weights=plan.stream_weights,
         resident_layers=plan.resident_layers,
         key_heads=plan.key_heads,
+        mlp_tile=plan.mlp_tile,
     )
+
+
+def host_bytes(work: Workload, plan: Plan) -> int:
+    """Host memory that a step takes: activations, and weights and the embedding where they wait there."""
+    parked = plan.host_bytes(plan.micro_batch or work.tokens)
+    waiting = work.num_layers - plan.resident_layers if plan.stream_weights and work.shards == 1 else 0
+    table = 2 * work.vocabulary * work.shape.hidden if plan.embedding_on_host else 0
+    return parked + int(waiting * work.layer_weights * NF4_BYTES) + table
 
 
 def peak_bytes(work: Workload, plan: Plan) -> int:
@@ -177,6 +187,7 @@ def plan_step(
     allow_stream: bool = False,
     streamed: bool = False,
     eight_bit: bool | None = None,
+    host: int | None = None,
 ) -> Plan:
     """Choose micro-batch size, levels, host share and kept weights for one optimizer step.
 
@@ -188,6 +199,7 @@ def plan_step(
         allow_stream: whether the NF4 weights may wait there, too.
         streamed: whether they do already, or are cut into `shards`.
         eight_bit: whether the optimizer's moments have 8 bits; None where memory decides.
+        host: bytes of host memory the step may take, weights that wait there already included; None for any.
     Returns: the plan with the least predicted time.
     Raises: NoPlanError: not even the leanest plan fits.
     """
@@ -204,6 +216,7 @@ def plan_step(
             for variant in variants
             for tokens in micro_batches
             for candidate in _candidates(variant, budget, rates, tokens, allow_host=allow_host)
+            if host is None or host_bytes(variant, candidate) <= host
         ]
 
     heads = divisors(work.shape.num_kv_heads)
@@ -216,8 +229,8 @@ def plan_step(
     leanest_and_fastest = candidates(variants(sorted({heads[0], heads[-1]}, reverse=True)), micro_batches)
     fitting = [candidate for candidate in leanest_and_fastest if candidate.peak <= budget]
     if not fitting:
-        least = min(candidate.peak for candidate in leanest_and_fastest)
-        raise NoPlanError(budget, least)
+        least = min((candidate.peak for candidate in leanest_and_fastest), default=budget)
+        raise NoPlanError(budget, least, host)
     best = min(fitting, key=lambda candidate: candidate.seconds)
     assert best.micro_batch is not None
     finer = variants(heads[1:-1])
@@ -270,6 +283,7 @@ def plan_graphed_step(
     allow_stream: bool = False,
     streamed: bool = False,
     eight_bit: bool | None = None,
+    host: int | None = None,
 ) -> tuple[Plan, int | None]:
     """Choose a plan for batches of many shapes, and whether they run as CUDA graphs.
 
@@ -284,10 +298,13 @@ def plan_graphed_step(
         allow_stream: whether the NF4 weights may wait in host memory.
         streamed: whether they do already.
         eight_bit: as in `plan_step`.
+        host: likewise.
     Returns: the plan, and how often a shape runs before it is captured; None without graphs.
     Raises: NoPlanError: as `plan_step`.
     """
-    choose = partial(plan_step, work, rates=rates, allow_stream=allow_stream, streamed=streamed, eight_bit=eight_bit)
+    choose = partial(
+        plan_step, work, rates=rates, allow_stream=allow_stream, streamed=streamed, eight_bit=eight_bit, host=host
+    )
     plan = choose(budget)
     if use_graphs is False:
         return plan, None
@@ -325,7 +342,10 @@ def _variants(
     """
     places = (False, True) if allow_host and not work.tied else (False,)
     return [
-        replace(work, optimizer_bytes=size, embedding_on_host=place, stream_weights=stream, key_heads=number)
+        replace(
+            work, optimizer_bytes=size, embedding_on_host=place, stream_weights=stream, key_heads=number, mlp_tile=tile
+        )
+        for tile in work.mlp_tiles
         for stream in streams
         for size in moments
         for place in places
@@ -355,6 +375,7 @@ def _candidates(work: Workload, budget: int, rates: Rates, tokens: int, *, allow
                 in_flight=in_flight,
                 key_heads=work.key_heads,
                 workspace=work.attention_workspace(tokens),
+                mlp_tile=work.mlp_tile,
             )
             plan = replace(plan, levels=_fill_device(work, budget, plan))
             yield replace(plan, seconds=step_seconds(work, rates, plan), peak=peak_bytes(work, plan))
@@ -364,11 +385,12 @@ def _parkings(work: Workload, rates: Rates, tokens: int, forward: float) -> Iter
     """What may be parked: one level in a share of the layers, or more than that wherever the bus has time."""
     rate = rates.shared_bus_bytes if work.stream_weights and work.shards == 1 else rates.bus_bytes
     copies = {level: size * tokens / rate for level, size in work.host_bytes_per_token().items()}
-    bases = [level for level in Level if level <= work.most_parked]
+    bases = [level for level in work.levels if level <= work.most_parked]
     for share, base, in_flight in product(PARKED_SHARES, bases, IN_FLIGHT):
         parked = spread(work.num_layers, share)
         yield tuple(base if is_parked else None for is_parked in parked), in_flight
-        yield _fill_bus(copies, base, work.most_parked, parked, forward, in_flight), in_flight
+        higher = [level for level in bases if level > base]
+        yield _fill_bus(copies, base, higher, parked, forward, in_flight), in_flight
 
 
 def spread(layers: int, share: float) -> list[bool]:
@@ -377,14 +399,19 @@ def spread(layers: int, share: float) -> list[bool]:
 
 
 def _fill_bus(
-    copies: dict[Level, float], base: Level, most: Level, parked: Sequence[bool], forward: float, in_flight: int
+    copies: dict[Level, float],
+    base: Level,
+    higher: Sequence[Level],
+    parked: Sequence[bool],
+    forward: float,
+    in_flight: int,
 ) -> HostLevels:
     """Park more than `base` where its copy, and a copy of `base` next, end before the device waits for them.
 
     Args:
         copies: seconds to the host by level.
         base: the least to park.
-        most: the most.
+        higher: what may be parked instead.
         parked: layers that are.
         forward: seconds of a layer.
         in_flight: as in `Plan`.
@@ -395,11 +422,7 @@ def _fill_bus(
     bus = 0.0
     for number, index in enumerate(indices):
         begin, (first, second) = max(ends[number], bus), ends[number + in_flight : number + in_flight + 2]
-        fitting = [
-            level
-            for level in Level
-            if base < level <= most and begin + copies[level] <= min(first, second - copies[base])
-        ]
+        fitting = [level for level in higher if begin + copies[level] <= min(first, second - copies[base])]
         level = max(fitting, default=base)
         bus, chosen[index] = begin + copies[level], level
     return tuple(chosen)
@@ -411,13 +434,13 @@ def _fill_device(work: Workload, budget: int, plan: Plan) -> tuple[Level, ...]:
     limit = budget - _lasting_bytes(work, cached=plan.cached_layers > 0)
     head = work.head_bytes(plan.micro_batch or work.tokens, plan.head_chunk)
     levels = list(plan.levels)
-    for upper in (Level.ATTENTION, Level.GATE_UP, Level.ALL):
+    for lower, upper in pairwise(work.levels):
         *beside, (kept, _) = _beside(sizes, plan, levels)
         # What all moments behind a layer leave for its saved tensors.
         room = limit - kept - head
         for index in reversed(range(work.num_layers)):
             more = sizes.saved[upper] - sizes.saved[levels[index]]
-            if levels[index] == upper - 1 and more <= room and sizes.peak(upper, *beside[index]) <= limit:
+            if levels[index] == lower and more <= room and sizes.peak(upper, *beside[index]) <= limit:
                 levels[index], room = upper, room - more
             room = min(room, limit - sizes.peak(levels[index], *beside[index]))
     return tuple(levels)

@@ -87,7 +87,8 @@ def layer_seconds(work: Workload, rates: Rates, tokens: int, *, cached: bool) ->
     forward = moving(8 * w["x"] + rotate + 2 * w["x"] + w["q"])
     backward = moving(8 * w["x"] + 3 * w["qkv"] + 2 * w["x"] + w["q"] + w["qkv"] + 2 * w["x"])
     again = {
-        Level.INPUT: products + attention + moving(3 * w["x"]) + decode / 3,
+        Level.INPUT: attention,
+        Level.ATTENDED: products + moving(3 * w["x"]) + decode / 3,
         Level.GATE_UP: moving(4 * w["x"] + rotate),
     }
     kernels = FORWARD_KERNELS, BACKWARD_KERNELS

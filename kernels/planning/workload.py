@@ -24,6 +24,10 @@ SMALL_TENSORS = 8 << 20
 """Bytes of code tables, rotary tables, the batch and its sums, scalars."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes per weight: code, double-quantized scale, nested scale."""
+LONG_ROW = 16384
+"""Tokens of a row above which attention takes more time than all else: its output alone is worth keeping, and a dense
+layer's second half takes `MLP_TILE` tokens at a time."""
+MLP_TILE = 8192
 PADDED_ROWS = 8
 """Rows of scores per token: what attention keeps of a ragged batch at most, padding included (more where sequences are
 shorter than 16 tokens)."""
@@ -90,6 +94,7 @@ class Workload:
             depends on it: memory is planned for the longest.
         key_heads: that cuDNN's backward takes at once, with their query heads; None for all.
         fa4: whether full rows run on FlashAttention-4.
+        mlp_tile: tokens that a dense layer's second half takes at a time; None for all.
     """
 
     shape: LayerShape
@@ -111,6 +116,19 @@ class Workload:
     resident_layers: int = 0
     key_heads: int | None = None
     fa4: bool = False
+    mlp_tile: int | None = None
+
+    @property
+    def mlp_tiles(self) -> tuple[int | None, ...]:
+        """Values of `mlp_tile` that are worth trying."""
+        return (None, MLP_TILE) if self.row > LONG_ROW and self.shape.experts is None else (None,)
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Levels that are worth trying: gate|up are never whole where they are made in tiles."""
+        short = {Level.ATTENDED} if self.row <= LONG_ROW else set()
+        most = Level.ALL if self.mlp_tile is None else Level.ATTENTION
+        return tuple(level for level in Level if level <= most and level not in short)
 
     @property
     def layer_weights(self) -> int:
@@ -228,18 +246,28 @@ class Workload:
         gathered = 5 * t["x"] // 2 if self.ragged else 0
         return 2 * t["x"] + gathered + 16 * tokens + max(t["grad"], block_bytes(2 * chunk * self.vocabulary))
 
-    def forward_bytes(self, t: dict[str, int]) -> dict[Level, int]:
+    def forward_bytes(self, t: dict[str, int], tokens: int) -> dict[Level, int]:
         """Peak of a layer's forward by what it keeps, from `tensor_bytes`."""
         stream = 2 * t["x"] + t["xa"]  # total and mid
         attention = t["qkv"] + t["attended"] + t["state"]
         early = t["normed_in"] + t["q"] + t["kv"] + t["rstd_qk"]
-        peaks = {}
+        tile, peaks = self._tile(t, tokens), {}
         for level in Level:
             kept = stream + (attention if level >= Level.ATTENTION else 0) + (early if level == Level.ALL else 0)
+            if level == Level.ATTENDED:
+                kept += t["attended"] + t["state"]
             normed_mid = t["normed_mid"] if level == Level.ALL else 0
             gate_up = t["gate_up"] if level >= Level.GATE_UP else 0
-            peaks[level] = max(stream + attention + early, kept + self._mlp_bytes(t, normed_mid, gate_up))
+            if tile is t:
+                mlp = self._mlp_bytes(t, normed_mid, gate_up)
+            else:
+                mlp = t["x"] + tile["xa"] + tile["gate_up"] + max(tile["normed_mid"], tile["hidden"])
+            peaks[level] = max(stream + attention + early, kept + mlp)
         return peaks
+
+    def _tile(self, t: dict[str, int], tokens: int) -> dict[str, int]:
+        """`tensor_bytes` of what a dense layer's second half takes at a time, of `tokens` in all."""
+        return t if self.mlp_tile is None or tokens <= self.mlp_tile else self.tensor_bytes(self.mlp_tile)
 
     def _mlp_bytes(self, t: dict[str, int], normed_mid: int, gate_up: int) -> int:
         """Peak of the forward's second half, beside what a layer keeps of the first; with what it keeps of this one."""
@@ -251,31 +279,44 @@ class Workload:
 
     def backward_bytes(self, t: dict[str, int], tokens: int) -> dict[Level, int]:
         """Peak of a layer's backward by what its forward kept."""
-        width = self.shape.intermediate
+        width, tile = self.shape.intermediate, self._tile(t, tokens)
         products = max(
             4 * self.rank * max(4 * width, 3 * self.shape.qkv_width),
-            swiglu_lora_bytes(tokens, width, self.rank),
+            swiglu_lora_bytes(tokens if tile is t else self.mlp_tile or 0, width, self.rank),
             lora_b_bytes(tokens, [(0, self.shape.hidden)], self.rank),
         )
         rotated = t["q"] + t["kv"] + t["rstd_qk"]
         saved = t["grad"] + t["x"] + t["xa"] + t["qkv"] + t["attended"] + t["state"]
-        mlp = saved + t["x"] + t["normed_mid"] + t["gate_up"] + t["grad_hidden"] + products
+        mlp = saved + t["x"] + tile["normed_mid"] + tile["gate_up"] + tile["grad_hidden"] + products
         attention = saved + rotated + 2 * (t["q"] + t["kv"]) + self.attention_workspace(tokens)
-        # An attention that was recomputed leaves as much as one of which all was kept.
-        early = {Level.INPUT: t["normed_in"], Level.ALL: t["normed_in"]}
-        return {
-            level: max(mlp + (rotated if level in early else 0), attention) + early.get(level, 0) for level in Level
-        }
+        return backward_peaks(t, mlp, attention)
+
+
+def backward_peaks(t: dict[str, int], mlp: int, attention: int) -> dict[Level, int]:
+    """Peak of a layer's backward by level, of those of its two halves where attention's tensors were kept."""
+    rotated = t["q"] + t["kv"] + t["rstd_qk"]
+    # An attention that was recomputed leaves as much as one of which all was kept.
+    whole = t["normed_in"] + max(mlp + rotated, attention)
+    kept = max(mlp, attention)
+    # Of an output alone q, k and v are made again when the second half is done.
+    attended = max(mlp - t["qkv"], attention + t["normed_in"])
+    return {
+        Level.INPUT: whole,
+        Level.ATTENDED: attended,
+        Level.ATTENTION: kept,
+        Level.GATE_UP: kept,
+        Level.ALL: whole,
+    }
 
 
 @lru_cache
 def layer_bytes(work: Workload, tokens: int) -> LayerBytes:
     """Device memory of one layer in a micro-batch."""
     t = work.tensor_bytes(tokens)
-    rest = {Level.INPUT: t["xa"], Level.ATTENTION: t["state"], Level.ALL: t["rstd_qk"] + 2 * t["rstd"]}
+    rest = {Level.INPUT: t["xa"], Level.ATTENDED: t["state"], Level.ALL: t["rstd_qk"] + 2 * t["rstd"]}
     parkable, kept = parkable_bytes(t), _by_level(rest)
     saved = {level: parkable[level] + kept[level] for level in Level}
-    return LayerBytes(t["x"], saved, parkable, work.forward_bytes(t), work.backward_bytes(t, tokens))
+    return LayerBytes(t["x"], saved, parkable, work.forward_bytes(t, tokens), work.backward_bytes(t, tokens))
 
 
 def _by_level(steps: dict[Level, int]) -> dict[Level, int]:
@@ -288,7 +329,8 @@ def parkable_bytes(t: dict[str, int]) -> dict[Level, int]:
     return _by_level(
         {
             Level.INPUT: t["x"],
-            Level.ATTENTION: t["qkv"] + t["attended"] + t["x"],
+            Level.ATTENDED: t["attended"],
+            Level.ATTENTION: t["qkv"] + t["x"],
             Level.GATE_UP: t["gate_up"],
             Level.ALL: t["q"] + t["kv"] + t["normed_in"] + t["normed_mid"],
         }

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -374,6 +375,32 @@ def test_every_plan_gives_bitwise_equal_gradients(device: str) -> None:
         loss, grads = loss_and_grads(model, batch)
         assert torch.equal(loss, expected[0]), level
         assert all(torch.equal(grads[name], grad) for name, grad in expected[1].items()), level
+
+
+@pytest.mark.parametrize("level", [Level.INPUT, Level.ATTENDED, Level.ATTENTION])
+def test_a_second_half_in_tiles_is_the_whole(level: Level, device: str) -> None:
+    model, batch = make_model(FAMILIES["qwen3"](), device), make_batch(device)
+    layers = len(engine_of(model).layers)
+    expected = loss_and_grads(model, batch)
+    adopt_plan(model, Plan((level,) * layers, (None,) * layers, 0, head_chunk=1024, mlp_tile=8))
+    assert_same(loss_and_grads(model, batch), expected)
+
+
+def test_tiles_have_dropout_masks_of_their_own_in_both_passes(ragged: PackedBatch, device: str) -> None:
+    engine = engine_of(make_model(FAMILIES["qwen3"](), device, lora_dropout=0.3))
+    engine.apply_plan(replace(engine.plan, levels=(Level.INPUT,) * len(engine.layers)))
+    whole = engine.loss_and_grad(ragged, 1.0).loss
+    engine.apply_plan(replace(engine.plan, mlp_tile=ragged.num_tokens // 3))
+    adapters, step = engine.adapters, 1e-2
+    adapters.grad.zero_()
+    tiled = engine.loss_and_grad(ragged, 1.0).loss
+    assert not torch.equal(tiled, whole)
+    slope, direction = adapters.grad.clone(), adapters.grad / adapters.grad.norm()
+    losses = []
+    for sign in (1, -2):
+        adapters.master.add_(direction, alpha=sign * step)
+        losses.append(engine.loss_and_grad(ragged, 1.0).loss)
+    torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), slope.norm(), rtol=0.02, atol=0)
 
 
 def test_a_rehearsal_meets_every_call_of_attention_in_few_layers_and_leaves_the_gradient(

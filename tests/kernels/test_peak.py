@@ -37,7 +37,7 @@ from finemill.kernels.ops.nf4_stack import NF4Stack
 from finemill.kernels.ops.packing import LengthClass, PackedBatch, Sequences
 from finemill.kernels.planning.mixture import MixtureWorkload
 from finemill.kernels.planning.planner import peak_bytes, plan_step, workload_under
-from finemill.kernels.planning.workload import CUBLAS_WORKSPACE, PADDED_ROWS, Workload, block_bytes
+from finemill.kernels.planning.workload import CUBLAS_WORKSPACE, MLP_TILE, PADDED_ROWS, Workload, block_bytes
 
 GIB = 1 << 30
 META = torch.device("meta")
@@ -291,6 +291,22 @@ def test_predicted_peaks_of_chosen_plans_cover_what_is_allocated(
 ) -> None:
     work = workload(shape, rank=16, quantized=True, rows=rows, row=row)
     check(work, plan_step(work, int(gib * GIB), allow_stream=stream))
+
+
+@pytest.mark.parametrize("level", [Level.INPUT, Level.ATTENDED, Level.ATTENTION])
+def test_predicted_peaks_of_long_rows_cover_what_is_allocated(level: Level) -> None:
+    work = workload("qwen3-8b", rank=16, quantized=True, rows=1, row=32768)
+    work = replace(work, num_layers=3, mlp_tile=MLP_TILE)
+    plan = Plan(
+        (level,) * 3,
+        (Level.INPUT, None, None),
+        0,
+        512,
+        work.host_bytes_per_token(),
+        micro_batch=work.row,
+        mlp_tile=MLP_TILE,
+    )
+    check(work, plan)
 
 
 @pytest.mark.parametrize("shape", ["qwen3-4b", "llama3-1b", "qwen3-30b-a3b"])

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from finemill.kernels.engine.host_memory import pin, pinned_bytes
+from finemill.kernels.engine import host_memory
+from finemill.kernels.engine.host_memory import free_host_bytes, pin, pinned_bytes
 
 SMAPS = Path("/proc/self/smaps")
 
@@ -17,6 +18,19 @@ def test_it_has_exactly_the_bytes_asked_for(size: int) -> None:
     assert memory.dtype == torch.uint8
     assert memory.numel() == size
     assert (memory.fill_(7) == 7).all()
+
+
+def test_a_process_counts_on_its_part_of_what_the_container_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_memory, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    free = free_host_bytes()
+    assert free > 0
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_host_bytes() == 900
 
 
 def test_a_pinned_copy_is_the_tensor() -> None:

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import date
+from itertools import pairwise
 
 import pytest
 
@@ -17,6 +18,7 @@ from finemill.kernels.planning.planner import (
     MARGIN,
     PATIENCE,
     NoPlanError,
+    host_bytes,
     launch_bound,
     least_bytes,
     peak_bytes,
@@ -26,7 +28,7 @@ from finemill.kernels.planning.planner import (
     workload_under,
 )
 from finemill.kernels.planning.rates import RATES, rates_of
-from finemill.kernels.planning.workload import Workload
+from finemill.kernels.planning.workload import MLP_TILE, Workload
 
 GIB = 1 << 30
 
@@ -35,7 +37,7 @@ def step(model: str = "qwen3-8b", rows: int = 8, row: int = 2048) -> Workload:
     return workload(model, rank=16, quantized=True, rows=rows, row=row)
 
 
-INPUT, ATTENTION, GATE_UP, ALL = Level
+INPUT, ATTENDED, ATTENTION, GATE_UP, ALL = Level
 FIRST = date(2026, 11, 24)
 MEASURED = [run for run in read_runs() if isinstance(run, StepRun) and run.implementation == "finemill"]
 
@@ -154,9 +156,10 @@ def test_room_that_is_left_is_too_small_for_another_layer(model: str, gib: float
     work, budget = step(model), int(gib * GIB)
     plan = plan_step(work, budget, allow_stream=True)
     work = workload_under(work, plan)
+    above = dict(pairwise(work.levels))
     for index, level in enumerate(plan.levels):
         if level < ALL:
-            raised = (*plan.levels[:index], Level(level + 1), *plan.levels[index + 1 :])
+            raised = (*plan.levels[:index], above[level], *plan.levels[index + 1 :])
             assert peak_bytes(work, replace(plan, levels=raised)) > MARGIN * budget
 
 
@@ -211,6 +214,15 @@ def test_host_memory_is_used_only_where_it_is_allowed() -> None:
     assert not alone.embedding_on_host
     assert alone.host_bytes(2048) == 0
     assert not plan_step(step(), int(7.2 * GIB)).stream_weights
+
+
+def test_rows_of_128k_tokens_fit_24_gib_beside_the_host_memory_there_is() -> None:
+    work = replace(step(rows=1, row=131072), fa4=True)
+    plan = plan_step(work, 24 * GIB, allow_stream=True, host=100 * GIB)
+    assert host_bytes(workload_under(work, plan), plan) <= 100 * GIB
+    assert {ATTENDED, MLP_TILE} <= {*plan.levels, plan.mlp_tile}
+    with pytest.raises(NoPlanError, match=r"no plan fits 11\.82 GiB beside 1\.0 GiB of host memory"):
+        plan_step(work, 12 * GIB, allow_stream=True, host=GIB)
 
 
 def test_moments_have_the_bits_that_are_asked_for() -> None:
