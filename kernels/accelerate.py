@@ -22,6 +22,7 @@ from finemill.kernels.engine.host_memory import gather_rows, pin
 from finemill.kernels.engine.model import FastModel, LayerParts, ModelLoss, assemble_model
 from finemill.kernels.engine.plan import LayerShape, Plan
 from finemill.kernels.engine.quantized_experts import quantized_stacks
+from finemill.kernels.ops.division import CUDNN_LENGTH
 from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.nf4_stack import NF4Stack
 from finemill.kernels.ops.packing import length_classes, pack_rows, splittable
@@ -205,9 +206,9 @@ def workload_of(
         whole: whether the step is one micro-batch.
     """
     layer = engine.layers[0]
+    attention = engine.attention_backend(length_classes([row])[0][2])
     groups = [group for layer in engine.layers for group in layer.projections]
     stacks = [stack for layer in engine.layers for stack in layer.mlp.stacks]
-    ((_, _, bound),) = length_classes([row])
     quantized = any(group.scratch is not None for group in groups)
     kept = [math.prod(group.extended_shape) for group in groups if group.scratch is None and quantized]
     settings: dict[str, Any] = {
@@ -223,7 +224,8 @@ def workload_of(
         "ragged": True,
         "typical": typical,
         "whole": whole,
-        "fa4": engine.attention_backend(bound) == "fa4",
+        "fa4": attention == "fa4",
+        "flash": attention == "flash" and row > CUDNN_LENGTH,
         "shards": engine.shards,
     }
     if stacks:

@@ -32,6 +32,7 @@ from finemill.kernels.engine.optimizer import FlatAdamW
 from finemill.kernels.engine.plan import LayerShape, Plan
 from finemill.kernels.engine.shapes import Shapes
 from finemill.kernels.ops.attention import fitting_backend
+from finemill.kernels.ops.division import CUDNN_LENGTH
 from finemill.kernels.ops.packing import pack_rows
 from finemill.kernels.planning.model_shapes import SHAPES, ModelShape
 from finemill.kernels.planning.planner import launch_bound, plan_step
@@ -219,6 +220,7 @@ def files(text: str) -> list[Path]:
 
 def workload(args: argparse.Namespace, shape: ModelShape) -> Workload:
     """Describe the step to the planner."""
+    attention = fitting_backend(torch.device(args.device), torch.bfloat16, shape.head_dim, args.seq)
     layer = LayerShape(shape.hidden, shape.intermediate, shape.heads, shape.kv_heads, shape.head_dim, shape.eps)
     return Workload(
         shape=layer,
@@ -229,7 +231,8 @@ def workload(args: argparse.Namespace, shape: ModelShape) -> Workload:
         quantized=args.quant == "nf4",
         tokens=args.bs * args.accum * args.seq,
         row=args.seq,
-        fa4=fitting_backend(torch.device(args.device), torch.bfloat16, shape.head_dim, args.seq) == "fa4",
+        fa4=attention == "fa4",
+        flash=attention == "flash" and args.seq > CUDNN_LENGTH,
     )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from finemill.errors import UserError
 from finemill.kernels.ops import attention_cudnn, attention_fa4
-from finemill.kernels.ops.division import FA4_HEAD_DIMS, fa4_suits
+from finemill.kernels.ops.division import CUDNN_LENGTH, FA4_HEAD_DIMS, fa4_suits
 from finemill.kernels.ops.launch import capability
 from finemill.kernels.ops.packing import Sequences
 
@@ -145,10 +145,12 @@ def fitting_backend(device: torch.device, dtype: torch.dtype, head_dim: int, len
     if asked and asked not in BACKENDS:
         raise UserError(f"FINEMILL_ATTENTION is {asked!r}: allowed are {', '.join(BACKENDS)}")
     wanted = asked or "cudnn"
-    if not _usable(wanted, device, head_dim, length):
+    # Shorter sequences of the same batch run on cuDNN.
+    beside = not asked and fa4_suits(length, head_dim) and _usable("cudnn", device, head_dim, CUDNN_LENGTH)
+    if beside and attention_fa4.available(device):
+        wanted = "fa4"
+    elif not _usable(wanted, device, head_dim, length):
         wanted = "flash"
-    elif not asked and fa4_suits(length, head_dim) and attention_fa4.available(device):
-        wanted = "fa4"  # shorter sequences of the same batch run on cuDNN
     # FlashAttention-2 begins with Ampere and takes heads of 256, but 192 where shared memory is small (sm_86, 89, 120).
     card = capability(device)
     widest = 192 if card in ((8, 6), (8, 9)) or card >= (12, 0) else 256

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finemill.kernels.ops.division import cudnn_bytes, divisors
+from finemill.kernels.ops.division import CUDNN_LENGTH, cudnn_bytes, divisors
 from finemill.kernels.ops.launch import HOPPER, capability
 from finemill.kernels.ops.packing import LENGTH_STEP, Sequences, round_count
 
@@ -33,7 +33,7 @@ OLDEST = 91100
 
 def takes(length: int, head_dim: int) -> bool:
     """Whether cuDNN differentiates heads of this width and has plans for sequences of up to so many tokens."""
-    return length > 1 and head_dim <= 128
+    return 1 < length <= CUDNN_LENGTH and head_dim <= 128
 
 
 def available(device: torch.device) -> bool:

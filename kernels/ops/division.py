@@ -153,6 +153,25 @@ def fa4_bytes(tokens: int, q_width: int, kv_width: int) -> int:
     return 4 * tokens * (q_width + 2 * kv_width)
 
 
+CUDNN_LENGTH = 32768
+"""Longest sequences that cuDNN differentiates, in tokens: its memory grows with the square, 8 GiB for four query heads
+here. FlashAttention-2 takes longer ones where FlashAttention-4 does not."""
+
+
+def flash_bytes(tokens: int, heads: int, kv_heads: int, head_dim: int, sms: int = 132) -> int:
+    """Memory of FlashAttention-2's deterministic backward, of one sequence: more of them take less.
+
+    It sums dq in fp32 apart for each part of a card of so many multiprocessors, and dk and dv of every query head.
+    """
+    every_head = 4 * (tokens + PADDED_TOKENS) * heads * head_dim
+    parts = cdiv(sms, heads)
+    return parts * every_head + (every_head if kv_heads < heads else 0) + 4 * (tokens + PADDED_TOKENS) * heads
+
+
+PADDED_TOKENS = 128
+"""Tokens that FlashAttention-2's sums are longer by."""
+
+
 def cudnn_bytes(heads: int, scores: int, shape: Sequence[int], *, ragged: bool) -> int:
     """Memory of cuDNN's deterministic backward (attention.py) for so many query heads at once.
 

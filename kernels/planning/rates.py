@@ -36,6 +36,8 @@ class Rates:
         attention_backward: likewise, in the deterministic mode.
         fa4_forward: of FlashAttention-4.
         fa4_backward: likewise, in the deterministic mode.
+        flash_forward: of FlashAttention-2.
+        flash_backward: likewise, in the deterministic mode.
         bytes: of elementwise kernels and skinny products, 7/8 of what a copy reads and writes.
         bus_bytes: to or from the host.
         shared_bus_bytes: each way, both at once.
@@ -47,6 +49,8 @@ class Rates:
     attention_backward: float = 434e12
     fa4_forward: float = 768e12
     fa4_backward: float = 612e12
+    flash_forward: float = 400e12
+    flash_backward: float = 290e12
     bytes: float = 3.65e12
     bus_bytes: float = 54e9
     shared_bus_bytes: float = 47e9
@@ -121,6 +125,11 @@ def _attention_seconds(work: Workload, rates: Rates, tokens: int) -> tuple[float
         return (
             2 * tokens * (length + FA4_DIAGONAL) * width / rates.fa4_forward,
             5 * tokens * (length + FA4_DIAGONAL_BACKWARD) * width / rates.fa4_backward,
+        )
+    if work.flash:
+        return (
+            2 * tokens * (length + DIAGONAL) * width / rates.flash_forward,
+            5 * tokens * (length + DIAGONAL_BACKWARD) * width / rates.flash_backward,
         )
     backward = 5 * tokens * (length + DIAGONAL_BACKWARD) * width / rates.attention_backward
     if work.key_heads is not None:

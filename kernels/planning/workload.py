@@ -8,10 +8,12 @@ from functools import lru_cache
 
 from finemill.kernels.engine.plan import LayerShape, Level
 from finemill.kernels.ops.division import (
+    CUDNN_LENGTH,
     FA4_LENGTH,
     PAD,
     cudnn_bytes,
     fa4_bytes,
+    flash_bytes,
     lora_b_bytes,
     swiglu_lora_bytes,
 )
@@ -94,6 +96,7 @@ class Workload:
             depends on it: memory is planned for the longest.
         key_heads: that cuDNN's backward takes at once, with their query heads; None for all.
         fa4: whether full rows run on FlashAttention-4.
+        flash: whether they run on FlashAttention-2, being longer than cuDNN takes.
         mlp_tile: tokens that a dense layer's second half takes at a time; None for all.
     """
 
@@ -116,12 +119,16 @@ class Workload:
     resident_layers: int = 0
     key_heads: int | None = None
     fa4: bool = False
+    flash: bool = False
     mlp_tile: int | None = None
 
     @property
     def mlp_tiles(self) -> tuple[int | None, ...]:
         """Values of `mlp_tile` that are worth trying."""
-        return (None, MLP_TILE) if self.row > LONG_ROW and self.shape.experts is None else (None,)
+        if self.row <= LONG_ROW or self.shape.experts is not None:
+            return (None,)
+        # No kernel has been run on a matrix of 2^31 elements.
+        return (MLP_TILE,) if self.row * self.widths["gate_up"] // 2 >= 2**31 else (None, MLP_TILE)
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -229,14 +236,19 @@ class Workload:
         return parkable_bytes(self.widths)
 
     def attention_workspace(self, tokens: int) -> int:
-        """Memory that the deterministic backward takes: FlashAttention-4's, and cuDNN's for the heads done at once."""
+        """Memory that the deterministic backward takes: FlashAttention's, and cuDNN's for the heads done at once."""
         s = self.shape
         long = fa4_bytes(tokens, s.q_width, s.num_kv_heads * s.head_dim) if self.fa4 else 0
         if self.fa4 and not self.ragged:
             return long
+        shape = (tokens, s.num_heads, s.head_dim)
+        if self.flash:
+            long = flash_bytes(tokens, s.num_heads, s.num_kv_heads, s.head_dim)
+            # A batch without such a long row runs on cuDNN, which takes a key head of a sequence at least.
+            group = s.num_heads // s.num_kv_heads
+            return max(long, cudnn_bytes(group, CUDNN_LENGTH**2, shape, ragged=True) if self.ragged else 0)
         heads = (self.key_heads or s.num_kv_heads) * s.num_heads // s.num_kv_heads
         row = min(self.row, FA4_LENGTH) if self.fa4 else self.row
-        shape = (tokens, s.num_heads, s.head_dim)
         return max(long, cudnn_bytes(heads, tokens * row, shape, ragged=self.ragged))
 
     def head_bytes(self, tokens: int, chunk: int) -> int:

@@ -30,8 +30,8 @@ from finemill.kernels.engine.expert_layout import EXPERT_STACKS
 from finemill.kernels.engine.plan import Level, Plan, streamed_layers
 from finemill.kernels.ops import expert_lora, grouped_gemm, lora_b, swiglu_lora
 from finemill.kernels.ops.adamw import AdamWState
-from finemill.kernels.ops.attention_cudnn import key_heads_at_once
-from finemill.kernels.ops.division import FA4_LENGTH, cudnn_bytes, fa4_suits
+from finemill.kernels.ops.attention_cudnn import key_heads_at_once, takes
+from finemill.kernels.ops.division import CUDNN_LENGTH, FA4_LENGTH, cudnn_bytes, fa4_suits
 from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.nf4_stack import NF4Stack
 from finemill.kernels.ops.packing import LengthClass, PackedBatch, Sequences
@@ -257,6 +257,16 @@ def test_attention_of_long_rows_takes_scores_for_the_shorter_ones_beside_them_al
     assert ragged.attention_workspace(16384) == 2 * 16384 * FA4_LENGTH * 32 + 8 * 16384 * 4096
     assert replace(ragged, key_heads=1).attention_workspace(16384) == 2 * 16384 * FA4_LENGTH * 4 + 8 * 16384 * 4096
     assert replace(work, fa4=False, key_heads=1).attention_workspace(16384) == 2 * 16384**2 * 4 + 4 * 16384 * 512
+
+
+def test_rows_too_long_for_cudnn_take_what_flash_attention_2_sums() -> None:
+    assert takes(CUDNN_LENGTH, 128)
+    assert not takes(CUDNN_LENGTH + 1, 128)
+    work = replace(workload("qwen3-8b", rank=16, quantized=True, rows=1, row=65536), fa4=False, flash=True)
+    rows = 65536 + 128
+    assert work.attention_workspace(65536) == (5 + 1) * 4 * rows * 4096 + 4 * rows * 32
+    shorter = 2 * 4 * CUDNN_LENGTH**2 + 8 * 65536 * 4096
+    assert replace(work, ragged=True).attention_workspace(65536) == shorter
 
 
 def check(work: Workload, plan: Plan) -> None:

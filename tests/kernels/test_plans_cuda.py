@@ -68,6 +68,8 @@ def test_levels_host_memory_kept_and_streamed_weights_and_graphs_change_no_bit(k
         Plan.everything(LAYERS, cached=True),
         Plan((Level.INPUT,) * LAYERS, (None,) * LAYERS, 0, 1024),
         parked(Level.INPUT, Level.INPUT),
+        Plan((Level.ATTENDED,) * LAYERS, (None,) * LAYERS, 0, 1024),
+        parked(Level.ATTENDED, Level.ATTENDED),
         parked(Level.ATTENTION, Level.ATTENTION),
         parked(Level.GATE_UP, Level.ATTENTION),
         replace(parked(Level.GATE_UP, Level.GATE_UP), in_flight=2),
@@ -83,6 +85,15 @@ def test_levels_host_memory_kept_and_streamed_weights_and_graphs_change_no_bit(k
     for _ in range(2):
         assert torch.equal(gradient(model, runner, prepared), expected)
     assert runner.num_graphs == 1
+
+
+@pytest.mark.parametrize("level", [Level.INPUT, Level.ATTENTION])
+def test_a_second_half_in_tiles_gives_the_gradient_of_the_whole(level: Level, model: FastModel) -> None:
+    batch = batches()["ragged"]
+    model.apply_plan(Plan.everything(LAYERS))
+    expected = gradient(model, model, batch)
+    model.apply_plan(Plan((level,) * LAYERS, (None,) * LAYERS, 0, 1024, mlp_tile=256))
+    assert (gradient(model, model, batch) - expected).norm() < 0.01 * expected.norm()
 
 
 def test_packed_sequences_give_the_gradient_of_each_alone(model: FastModel) -> None:

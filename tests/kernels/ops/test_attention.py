@@ -8,6 +8,7 @@ import torch
 from finemill.errors import UserError
 from finemill.kernels.ops import attention, attention_cudnn, attention_fa4
 from finemill.kernels.ops.attention import attention_backward, attention_forward, fitting_backend
+from finemill.kernels.ops.division import CUDNN_LENGTH
 from finemill.kernels.ops.packing import Sequences, length_classes
 
 LENGTHS = [5, 1, 0, 9]
@@ -84,12 +85,13 @@ def chosen(length: int, head_dim: int = 128, device: str = "cuda", dtype: torch.
 def test_the_length_decides_which_implementation_runs(hopper: dict[str, bool]) -> None:
     assert [chosen(length) for length in (1, 2, 2047, 2048)] == ["flash", "cudnn", "cudnn", "fa4"]
     assert [chosen(8192, head_dim) for head_dim in (64, 80, 256)] == ["fa4", "cudnn", "flash"]
+    assert [chosen(131072, head_dim) for head_dim in (128, 80)] == ["fa4", "flash"]
     assert chosen(8192, device="cpu") == chosen(8192, dtype=torch.float32) == "plain"
 
 
 def test_what_is_not_installed_is_done_without(hopper: dict[str, bool]) -> None:
     hopper["fa4"] = False
-    assert chosen(8192) == "cudnn"
+    assert [chosen(length) for length in (8192, CUDNN_LENGTH, CUDNN_LENGTH + 1)] == ["cudnn", "cudnn", "flash"]
     hopper["cudnn"] = False
     assert chosen(8192) == chosen(100) == "flash"
     hopper["fa4"] = True  # shorter sequences of the same batch have no implementation beside it
