@@ -19,6 +19,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from finemill.components.gguf_quantize.families import (
+    GEMMA,
+    add_gemma,
+    add_long_rope,
+    long_rope_factors,
+    not_in_gemma,
+    rope_of,
+    wrong_activation,
+)
 from finemill.errors import UserError
 from finemill.models.rope import scaled_limit
 from finemill.models.stored_model import read_model_config
@@ -30,6 +39,9 @@ ARCHITECTURES = {
     "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
     "MistralForCausalLM": gguf.MODEL_ARCH.LLAMA,
     "MixtralForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "Gemma2ForCausalLM": gguf.MODEL_ARCH.GEMMA2,
+    "Gemma3ForCausalLM": gguf.MODEL_ARCH.GEMMA3,
+    "Phi3ForCausalLM": gguf.MODEL_ARCH.PHI3,
     "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
     "Qwen2MoeForCausalLM": gguf.MODEL_ARCH.QWEN2MOE,
     "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
@@ -40,7 +52,7 @@ _NORMALIZES = {gguf.MODEL_ARCH.QWEN2MOE: False, gguf.MODEL_ARCH.QWEN3MOE: True}
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
-ROPE_FACTORS = "rope_freqs.weight"
+_ROPE_FACTORS = "rope_freqs.weight"
 # What YaRN means where nothing else is said; llama.cpp computes that and nothing else.
 _YARN_DEFAULTS = {
     "attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True,
@@ -163,8 +175,8 @@ class SourceModel:
         for name, keys in self.sources.items():
             shape = self.files[keys[0]].shape
             yield name, (len(keys), *shape) if _EXPERT.search(keys[0]) else shape
-        if self.rope_factors is not None:
-            yield ROPE_FACTORS, self.rope_factors.shape
+        for name, factors in self.rope_factors.items():
+            yield name, factors.shape
 
     def tensors(self, only: Container[str] | None = None) -> Iterator[tuple[str, Array]]:
         """(GGUF name, float32 values) of every tensor, or of those in `only`, read one at a time."""
@@ -175,13 +187,15 @@ class SourceModel:
                 yield name, np.stack([self._read(key) for key in keys])
             else:
                 yield name, self.reorder(keys[0], self._read(keys[0]))
-        if self.rope_factors is not None and (only is None or ROPE_FACTORS in only):
-            yield ROPE_FACTORS, self.rope_factors
+        for name, factors in self.rope_factors.items():
+            if only is None or name in only:
+                yield name, factors
 
     def _read(self, key: str) -> Array:
         with safe_open(self.files[key].path, framework="pt") as file:
             values: Array = file.get_tensor(key).to(torch.float32, copy=True).numpy()
-        return values
+        # Gemma multiplies by one more than what is stored; llama.cpp by what is stored.
+        return values + 1 if self.architecture in GEMMA and key.endswith("norm.weight") else values
 
     def reorder(self, key: str, values: Array) -> Array:
         """`values`, with an entry per row of tensor `key`, in the order of llama.cpp's rows.
@@ -196,21 +210,22 @@ class SourceModel:
         return halves.swapaxes(1, 2).reshape(values.shape)
 
     @cached_property
-    def rope_factors(self) -> Array | None:
-        """Frequency divisors of Llama 3.1's rope scaling, shape (head_dim / 2,), or None without that scaling.
+    def rope_factors(self) -> Mapping[str, Array]:
+        """Divisors of the rotary frequencies by tensor name, each of shape (rotated width / 2,); without them, none."""
+        return _llama_3_factors(self) or long_rope_factors(self.config)
 
-        Source: "The Llama 3 Herd of Models", section 3.4, as in transformers' `rope_type: llama3`.
-        """
-        rope = self.config["rope_parameters"]
-        if rope["rope_type"] != "llama3":
-            return None
-        old_length = rope["original_max_position_embeddings"]
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        frequencies = rope["rope_theta"] ** -(np.arange(0, self.head_dim, 2) / self.head_dim)
-        wavelengths = 2 * math.pi / frequencies
-        smooth = np.clip((old_length / wavelengths - low) / (high - low), 0, 1)
-        factors: Array = (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)
-        return factors
+
+def _llama_3_factors(model: SourceModel) -> dict[str, Array]:
+    """Those of Llama 3.1: "The Llama 3 Herd of Models", section 3.4, as in transformers' `rope_type: llama3`."""
+    rope = rope_of(model.config)
+    if rope["rope_type"] != "llama3":
+        return {}
+    old_length = rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    frequencies = rope["rope_theta"] ** -(np.arange(0, model.head_dim, 2) / model.head_dim)
+    wavelengths = 2 * math.pi / frequencies
+    smooth = np.clip((old_length / wavelengths - low) / (high - low), 0, 1)
+    return {_ROPE_FACTORS: (1 / ((1 - smooth) / rope["factor"] + smooth)).astype(np.float32)}
 
 
 def _no_numbers(config: Mapping[str, Any]) -> Iterator[str]:
@@ -223,28 +238,40 @@ def _no_numbers(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
     """What of the model's configuration a GGUF file could not say, or llama.cpp would not do."""
-    config, rope = model.config, model.config["rope_parameters"]
+    config = model.config
     if config.get("quantization_config"):
         yield "the weights are quantized: pass the unquantized model, as merge writes it"
-    if config["hidden_act"] not in ("silu", "swish"):
-        yield f"hidden_act '{config['hidden_act']}' is not supported; llama.cpp computes silu for this family"
-    qwen3 = (gguf.MODEL_ARCH.QWEN3, gguf.MODEL_ARCH.QWEN3MOE)
-    if model.architecture in qwen3 and config.get("attention_bias"):
-        yield "attention_bias true is not supported; llama.cpp's Qwen3 has no biases"
+    if problem := wrong_activation(model):
+        yield problem
+    without_bias = (gguf.MODEL_ARCH.QWEN3, gguf.MODEL_ARCH.QWEN3MOE, *GEMMA)
+    if model.architecture in without_bias and config.get("attention_bias"):
+        yield "attention_bias true is not supported; llama.cpp has no biases in this family"
     if model.num_experts:
         yield from _experts_not_in_llama_cpp(model)
-    window = config.get("sliding_window")
+    if model.architecture in GEMMA:
+        yield from not_in_gemma(model)
+    else:
+        yield from _window_not_in_llama_cpp(model)
+    yield from _rope_not_in_llama_cpp(model)
+
+
+def _window_not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
+    window = model.config.get("sliding_window")
     # Where layers have types, those say which of them look back no further than the window.
-    slides = "sliding_attention" in (config.get("layer_types") or ["sliding_attention"])
-    length = _context_length(model)
-    if window and slides and window < length:
+    slides = "sliding_attention" in (model.config.get("layer_types") or ["sliding_attention"])
+    if window and slides and window < _context_length(model):
         yield (
             f"sliding_window {window} is not supported: llama.cpp looks back over the whole context in this family. "
             f"Up to {window} tokens both are the same: set context_length to {window}"
         )
-    if rope["rope_type"] not in ("default", "linear", "yarn", "llama3"):
-        yield f"rope type '{rope['rope_type']}' is not supported; supported are default, linear, yarn, llama3"
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1) != 1:
+
+
+def _rope_not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
+    rope, is_phi = rope_of(model.config), model.architecture == gguf.MODEL_ARCH.PHI3
+    supported = ("default", "longrope") if is_phi else ("default", "linear", "yarn", "llama3")
+    if rope["rope_type"] not in supported:
+        yield f"rope type '{rope['rope_type']}' is not supported; supported are {', '.join(supported)}"
+    if not is_phi and rope.get("partial_rotary_factor", model.config.get("partial_rotary_factor") or 1) != 1:
         yield "partial_rotary_factor is not supported; llama.cpp rotates whole heads in this family"
     if rope["rope_type"] == "yarn":
         for key, default in _YARN_DEFAULTS.items():
@@ -265,9 +292,9 @@ def _experts_not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
 
 def _context_length(model: SourceModel) -> int:
     """Positions that a client of the file may use, those of a scaling included."""
-    return model.context_length or scaled_limit(
-        model.config["max_position_embeddings"], model.config["rope_parameters"]
-    )
+    # Gemma's configuration states the scaled ones.
+    rope = {} if model.architecture in GEMMA else model.config["rope_parameters"]
+    return model.context_length or scaled_limit(model.config["max_position_embeddings"], rope)
 
 
 def _yarn_attention_factor(key: str, rope: Mapping[str, Any]) -> float | None:
@@ -289,12 +316,17 @@ def add_hyperparameters(writer: gguf.GGUFWriter, model: SourceModel, name: str) 
     writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)
-    writer.add_rope_dimension_count(model.head_dim)
+    rope = rope_of(config)
+    writer.add_rope_dimension_count(int(model.head_dim * rope.get("partial_rotary_factor", 1)))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(model.num_tokens)
     if model.num_experts:
         _add_experts(writer, model)
-    _add_rope(writer, config["rope_parameters"])
+    if model.architecture in GEMMA:
+        add_gemma(writer, model)
+    _add_rope(writer, rope)
+    if rope["rope_type"] == "longrope":
+        add_long_rope(writer, config)
 
 
 def _add_experts(writer: gguf.GGUFWriter, model: SourceModel) -> None:

@@ -56,7 +56,7 @@ def channel_importance(
         for module_name, module in stored.model.named_modules():
             if isinstance(module, torch.nn.Linear):
                 hook = found.of_linear(module_name, module)
-            elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
+            elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
                 hook = found.of_experts(module_name, module)
             else:
                 continue

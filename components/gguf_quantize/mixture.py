@@ -83,7 +83,8 @@ def _wanted(name: str, quantization: Quantization, model: ModelShape) -> Type:
     if name == "token_embd.weight":
         return _embedding(quantization, base)
     block = re.match(
-        r"blk\.(\d+)\.(attn_v|attn_k|attn_q|attn_output|ffn_down|ffn_gate|ffn_up)(_exps|_shexp)?\.weight$", name
+        r"blk\.(\d+)\.(attn_v|attn_k|attn_qkv|attn_q|attn_output|ffn_down|ffn_gate|ffn_up)(_exps|_shexp)?\.weight$",
+        name,
     )
     if block is None:
         return base
@@ -139,6 +140,9 @@ def _in_block(part: str, layer: int, quantization: Quantization, model: ModelSha
             "IQ3_M": Type.Q4_K,
         }  # fmt: skip
         return exceptions.get(quantization, base)
+    if part == "attn_qkv":
+        more = {"Q4_K_M": Type.Q5_K, "Q5_K_M": Type.Q6_K, **dict.fromkeys(("Q3_K_M", "Q3_K_L", "IQ3_M"), Type.Q4_K)}
+        return more.get(quantization, base)
     if part in ("attn_q", "attn_k"):
         return {"IQ3_XS": Type.IQ3_XXS, "IQ3_XXS": Type.IQ2_S}.get(quantization, base)
     middle = model.num_layers // 8 <= layer < 7 * model.num_layers // 8

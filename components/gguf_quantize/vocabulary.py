@@ -2,10 +2,13 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from finemill.components.gguf_quantize.convert import SourceModel
@@ -19,12 +22,19 @@ _TEKKEN_WORDS = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 )
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_CASED_WORDS = "|".join(f"{words}{_ENDINGS}" for words in _TEKKEN_WORDS.split("|"))
+_MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # The split pattern in tokenizer.json -> llama.cpp's name of the same pre-tokenizer.
 PRE_TOKENIZERS = {
     rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}": "qwen2",
     rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
-    rf"{_TEKKEN_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
+    rf"{_TEKKEN_WORDS}|\p{{N}}|{_MARKS}": "tekken",
+    rf"{_CASED_WORDS}|\p{{N}}{{1,3}}|{_MARKS}": "gpt-4o",
 }
+# Split as the first, and a word of the vocabulary is taken whole only if merges make it.
+_WITH_MERGES = {"llama-bpe": "dbrx"}
+_WHOLE_WORDS = ("llama-bpe", "tekken")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -50,17 +60,43 @@ def pre_tokenizer_name(definition: dict[str, Any]) -> str:
             f"gguf-quantize: the tokenizer is {definition['model']['type']}; supported is BPE, byte-level as in Qwen2, "
             "Qwen3 and Llama 3, or of SentencePiece as in Mistral 7B and Llama 2"
         )
-    pre_tokenizer = definition.get("pre_tokenizer") or {}
+    name = _split_name(definition.get("pre_tokenizer") or {})
+    takes_whole_words = bool(definition["model"].get("ignore_merges"))
+    if takes_whole_words == (name in _WHOLE_WORDS):
+        return name
+    if not takes_whole_words and name in _WITH_MERGES:
+        return _WITH_MERGES[name]
+    if word := _only_whole(definition):
+        raise UserError(
+            f"gguf-quantize: the tokenizer has {word!r}, which its merges do not make, and ignore_merges "
+            f"{str(takes_whole_words).lower()}; llama.cpp does the opposite after the split that it calls {name}"
+        )
+    return name
+
+
+def _split_name(pre_tokenizer: Mapping[str, Any]) -> str:
     parts = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
-    if parts[0].get("type") == "ByteLevel" and parts[0].get("use_regex", True):
+    kinds = [part.get("type") for part in parts]
+    if kinds[0] == "ByteLevel" and parts[0].get("use_regex", True):
         return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and parts[1].get("use_regex", True):
+        return "smollm"
     pattern = str((parts[0].get("pattern") or {}).get("Regex"))
     if pattern not in PRE_TOKENIZERS:
         raise UserError(
             f"gguf-quantize: the tokenizer splits text by {pattern!r:.120}, which is none of llama.cpp's that are "
-            f"known here: gpt-2, {', '.join(PRE_TOKENIZERS.values())}"
+            f"known here: gpt-2, smollm, {', '.join(PRE_TOKENIZERS.values())}"
         )
     return PRE_TOKENIZERS[pattern]
+
+
+def _only_whole(definition: Mapping[str, Any]) -> str | None:
+    """A word of the vocabulary that its merges make several tokens of."""
+    vocabulary, merges = definition["model"]["vocab"], definition["model"]["merges"]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[(first, second) for first, second in pairs]))
+    encoded = zip(vocabulary, tokenizer.encode_batch(list(vocabulary)), strict=True)
+    return next((word for word, tokens in encoded if len(tokens.ids) != 1), None)
 
 
 def check_vocabulary(model: SourceModel) -> None:

@@ -178,9 +178,135 @@ def nemo_dir(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def gemma_tokenizer_dir(mistral_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma's kind: SentencePiece's BPE that adds no space in front, runs of newlines and spaces as whole tokens."""
+    folder = tmp_path_factory.mktemp("gemma") / "tokenizer"
+    shutil.copytree(mistral_dir, folder)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    definition["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
+    }  # fmt: skip
+    definition["decoder"]["decoders"] = definition["decoder"]["decoders"][:3]
+    vocabulary = definition["model"]["vocab"]
+    for run in ("\n", "\n\n", "\n\n\n", "▁▁", "▁▁▁▁", "\t"):
+        vocabulary[run] = len(vocabulary)
+        added = {"id": vocabulary[run], "content": run, "special": False, "normalized": False}
+        definition["added_tokens"].append({**added, "single_word": False, "lstrip": False, "rstrip": False})
+    definition["model"]["merges"] += [["\n", "\n"], ["\n\n", "\n"], ["▁", "▁"], ["▁▁", "▁▁"]]
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
+    )
+    return folder
+
+
+_GEMMA: dict[str, Any] = {
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "query_pre_attn_scalar": 32, "sliding_window": 16, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def gemma2_dir(gemma_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 2's shape: norms around every part, caps on both logits, every other layer with a window."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        **_GEMMA, vocab_size=520, num_hidden_layers=3, final_logit_softcapping=5.0, attn_logit_softcapping=3.0
+    )
+    return _save(Gemma2ForCausalLM(config), gemma_tokenizer_dir, tmp_path_factory.mktemp("gemma2"))
+
+
+@pytest.fixture(scope="session")
+def gemma3_dir(gemma_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gemma 3's shape: five of six layers with a window and frequencies of their own, the sixth's positions scaled."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = Gemma3TextConfig(**_GEMMA, vocab_size=520, num_hidden_layers=7, rope_parameters=rope)
+    return _save(Gemma3ForCausalLM(config), gemma_tokenizer_dir, tmp_path_factory.mktemp("gemma3"))
+
+
+@pytest.fixture(scope="session")
+def phi4_dir(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phi-4's shape: one matrix for queries, keys and values, one for gate and up; Llama 3's split, with merges."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("phi4")
+    torch.manual_seed(0)
+    vocabulary = json.loads((llama_dir / "config.json").read_text())["vocab_size"]
+    model = Phi3ForCausalLM(Phi3Config(**_PHI, vocab_size=vocabulary, tie_word_embeddings=False))
+    _save(model, llama_dir, folder)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["model"]["ignore_merges"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    return folder
+
+
+_PHI: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "sliding_window": None, "pad_token_id": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def phi4_mini_dir(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phi-4-mini's shape: LongRoPE on three quarters of each head, tied embeddings, GPT-4o's split."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("phi4_mini")
+    torch.manual_seed(0)
+    vocabulary = json.loads((llama_dir / "config.json").read_text())["vocab_size"]
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+        "short_factor": [1.0 + index / 8 for index in range(12)],
+        "long_factor": [1.0 + index for index in range(12)],
+    }  # fmt: skip
+    config = Phi3Config(
+        **_PHI, vocab_size=vocabulary, tie_word_embeddings=True, rope_parameters=rope,
+        original_max_position_embeddings=256,
+    )  # fmt: skip
+    _save(Phi3ForCausalLM(config), llama_dir, folder)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    words = (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    )
+    definition["model"]["ignore_merges"] = False
+    definition["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = (
+        rf"{words}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm_dir(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM's split rule, digits one by one, on the same tokens."""
+    folder = tmp_path_factory.mktemp("smollm") / "m"
+    shutil.copytree(llama_dir, folder)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["model"]["ignore_merges"] = False
+    definition["pre_tokenizer"]["pretokenizers"] = [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    return folder
+
+
 def _save(model: "torch.nn.Module", tokenizer_from: Path | None, folder: Path) -> Path:
     # Weights as small as those of a fresh model say next to nothing: sharper ones make errors show.
     for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data += 0.2 * torch.randn_like(parameter)
         if parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, std=0.5 if "embed" in name else 2.0 / parameter.shape[-1] ** 0.5)
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]

@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -33,12 +35,22 @@ def write(folder: Path, path: Path, quantization: Quantization) -> WrittenFile:
     return write_gguf(SourceModel(folder), path, quantization, "test", 2)
 
 
+@cache
 @torch.inference_mode()
-def mean_kl(folder: Path, path: Path) -> float:
-    """KL(transformers || llama.cpp) at several positions of `TEXT`, after checking that both read the same tokens."""
+def expected(folder: Path) -> tuple[Any, list[int], torch.Tensor]:
+    """The tokenizer, the tokens of `TEXT`, and what transformers says to each, asked once for all files of a model."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     input_ids = tokenizer(TEXT)["input_ids"]
-    logits_TV = load_causal_lm(folder, dtype=torch.float32)(torch.tensor([input_ids])).logits[0].double()
+    return (
+        tokenizer,
+        input_ids,
+        load_causal_lm(folder, dtype=torch.float32)(torch.tensor([input_ids])).logits[0].double(),
+    )
+
+
+def mean_kl(folder: Path, path: Path) -> float:
+    """KL(transformers || llama.cpp) at several positions of `TEXT`, after checking that both read the same tokens."""
+    tokenizer, input_ids, logits_TV = expected(folder)
     positions = range(3, len(input_ids), len(input_ids) // 5)
     with serve(path, 1, 256) as server:
         assert check_tokenization(server, tokenizer, [TEXT]) == 1.0
@@ -63,6 +75,11 @@ def mean_kl(folder: Path, path: Path) -> float:
         "llama_dir",
         "mistral_dir",
         "nemo_dir",
+        "gemma2_dir",
+        "gemma3_dir",
+        "phi4_dir",
+        "phi4_mini_dir",
+        "smollm_dir",
         "qwen3_moe_dir",
         "qwen2_moe_dir",
         "mixtral_dir",
@@ -431,6 +448,53 @@ def test_what_comes_to_the_same_is_converted(values: dict[str, object], qwen2_di
     configured(qwen2_dir, tmp_path / "m", **values).check()
     write(tmp_path / "m", tmp_path / "f16.gguf", "F16")
     assert mean_kl(tmp_path / "m", tmp_path / "f16.gguf") < 1e-4
+
+
+def test_beyond_the_original_length_the_other_factors_count(phi4_mini_dir: Path, tmp_path: Path) -> None:
+    values = {"original_max_position_embeddings": 2, "pad_token_id": 0}
+    folder = configured(phi4_mini_dir, tmp_path / "m", **values).folder
+    write(folder, tmp_path / "f16.gguf", "F16")
+    # Attention is sharpened so much there that 16 bits show.
+    assert mean_kl(folder, tmp_path / "f16.gguf") < 1e-3
+    assert float((expected(folder)[2] - expected(phi4_mini_dir)[2]).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "message"),
+    [
+        ("gemma2_dir", {"query_pre_attn_scalar": 100}, r"query_pre_attn_scalar 100 .* computes with 32 for 3 layers"),
+        ("gemma2_dir", {"layer_types": ["full_attention"] * 3}, "lets every 2th layer look back over the whole"),
+        ("gemma2_dir", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping 0.0 is not supported"),
+        ("gemma3_dir", {"attn_logit_softcapping": 30.0}, "does not cap them in this family"),
+        ("gemma3_dir", {"hidden_activation": "silu"}, "hidden_act 'silu' .* computes gelu"),
+        ("gemma3_dir", {"use_bidirectional_attention": True}, "llama.cpp looks back only"),
+        ("phi4_dir", {"sliding_window": 16}, "sliding_window 16 is not supported"),
+        ("phi4_dir", {"hidden_act": "gelu"}, "hidden_act 'gelu' .* computes silu"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_in_a_family_is_named(
+    family: str, values: dict[str, object], message: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        configured(request.getfixturevalue(family), tmp_path / "m", **values).check()
+
+
+@pytest.mark.parametrize(
+    ("folder", "takes_whole_words", "name"),
+    [("llama_dir", True, "llama-bpe"), ("llama_dir", False, "dbrx"), ("nemo_dir", False, "tekken")],
+)
+def test_words_that_merges_do_not_make_decide_the_pre_tokenizer(
+    folder: str, takes_whole_words: bool, name: str, request: pytest.FixtureRequest
+) -> None:
+    definition = json.loads((request.getfixturevalue(folder) / "tokenizer.json").read_text())
+    definition["model"]["ignore_merges"] = takes_whole_words
+    assert pre_tokenizer_name(definition) == name
+    definition["model"]["vocab"]["qqqq"] = 9999
+    if name == "tekken":
+        with pytest.raises(UserError, match="has 'qqqq', which its merges do not make, and ignore_merges false"):
+            pre_tokenizer_name(definition)
+    else:
+        assert pre_tokenizer_name(definition) == name
 
 
 @pytest.mark.parametrize("stated", [32, 128])
