@@ -124,6 +124,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
+def line(cluster: Cluster) -> subprocess.CompletedProcess[str]:
+    """The whole line, submitted once."""
+    return cluster.submit("finetune", *cluster.config)
+
+
+@pytest.fixture(scope="session")
 def trainer(cluster: Cluster) -> None:
     """Kubeflow Trainer in the cluster."""
     known = cluster.run("kubectl", "get", "crd", "trainjobs.trainer.kubeflow.org", check=False).returncode == 0

@@ -14,12 +14,6 @@ from tests.cluster.conftest import SMALL_ALIGN, Cluster, wait_until
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-@pytest.fixture(scope="module")
-def line(cluster: Cluster) -> subprocess.CompletedProcess[str]:
-    """The whole line, submitted once."""
-    return cluster.submit("finetune", *cluster.config)
-
-
 @pytest.fixture
 def registry(cluster: Cluster) -> Any:
     """MLflow's client."""

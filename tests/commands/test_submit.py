@@ -29,12 +29,16 @@ def recorded(name: str) -> dict[str, Any]:
     return loaded
 
 
+def installed(name: str) -> dict[str, Any]:
+    return {"metadata": {"name": name, "uid": "1234"}}
+
+
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     """A cluster with the WorkflowTemplate finetune, behind KUBECONFIG."""
     found = Api()
     point_kubeconfig_at(found.url, tmp_path, monkeypatch)
-    found.answers["GET", f"{OBJECTS}/workflowtemplates/finetune"] = (200, {"metadata": {"name": "finetune"}})
+    found.answers["GET", f"{OBJECTS}/workflowtemplates/finetune"] = (200, installed("finetune"))
     found.answers["POST", f"{OBJECTS}/workflows"] = (201, {"metadata": {"name": "finetune-x"}})
     found.answers["GET", "/api/v1/namespaces/ml/pods"] = (200, {"kind": "PodList", "items": []})
     yield found
@@ -255,8 +259,17 @@ def test_what_no_pod_could_work_with_is_refused_before_anything_is_asked(
 
 
 def test_another_release_in_the_namespace_is_named_by_its_prefix(api: Api) -> None:
-    api.answers["GET", f"{OBJECTS}/workflowtemplates/team-a-finetune"] = (200, {})
+    api.answers["GET", f"{OBJECTS}/workflowtemplates/team-a-finetune"] = (200, installed("team-a-finetune"))
     assert main(["submit", "finetune", *ARGO, "--prefix", "team-a-"]) == 0
     workflow = api.posted[-1]
     assert workflow["spec"]["workflowTemplateRef"] == {"name": "team-a-finetune"}
     assert workflow["metadata"]["generateName"] == "team-a-finetune-"
+
+
+def test_a_schedule_goes_with_its_pipeline_when_that_is_uninstalled(api: Api) -> None:
+    api.answers["POST", f"{OBJECTS}/cronworkflows"] = (201, {})
+    assert main(["submit", "finetune", *ARGO, "--schedule", "0 3 * * *"]) == 0
+    (owner,) = api.posted[-1]["metadata"]["ownerReferences"]
+    assert (owner["kind"], owner["name"], owner["uid"]) == ("WorkflowTemplate", "finetune", "1234")
+    # Whoever may not delete the template may set this all the same.
+    assert "blockOwnerDeletion" not in owner

@@ -41,7 +41,7 @@ class ArgoEngine:
 
     def submit(self, pipeline: Pipeline, parameters: Mapping[str, Any]) -> str:
         """Create a Workflow that refers to the installed WorkflowTemplate."""
-        installed = self._installed(pipeline)
+        installed = self._installed(pipeline)["name"]
         with readable_errors(f"Workflow of {installed}", self.namespace):
             created = self._objects.create_namespaced_custom_object(
                 _GROUP,
@@ -65,7 +65,8 @@ class ArgoEngine:
         """Create or replace the CronWorkflow of the pipeline's name."""
         from finemill.pipelines.render_argo import build_argo_schedule
 
-        installed = self._installed(pipeline)
+        template = self._installed(pipeline)
+        installed: str = template["name"]
         body = build_argo_schedule(replace(pipeline, name=installed), cron, timezone).to_dict()
         body["spec"]["workflowSpec"] = _spec(installed, parameters)
         place = (_GROUP, _VERSION, self.namespace, "cronworkflows")
@@ -75,6 +76,9 @@ class ArgoEngine:
             except self._client.ApiException as error:
                 if error.status != 404:
                     raise
+                # It goes with the pipeline when that is uninstalled.
+                owner = {"kind": "WorkflowTemplate", "name": installed, "uid": template["uid"]}
+                body["metadata"]["ownerReferences"] = [{"apiVersion": f"{_GROUP}/{_VERSION}", **owner}]
                 self._objects.create_namespaced_custom_object(*place, body)
             else:
                 # Its labels say who else looks after it, the chart for instance.
@@ -104,12 +108,13 @@ class ArgoEngine:
         """The command that follows the run again."""
         return f"finemill watch {run} --engine argo --namespace {self.namespace}"
 
-    def _installed(self, pipeline: Pipeline) -> str:
-        """The name of the pipeline's WorkflowTemplate. Raises: StepError: it is not there."""
+    def _installed(self, pipeline: Pipeline) -> Mapping[str, Any]:
+        """The metadata of the pipeline's WorkflowTemplate. Raises: StepError: it is not there."""
         name = f"{self._prefix}{pipeline.name}"
+        place = (_GROUP, _VERSION, self.namespace, "workflowtemplates", name)
         with readable_errors(f"WorkflowTemplate {name}", self.namespace):
-            self._objects.get_namespaced_custom_object(_GROUP, _VERSION, self.namespace, "workflowtemplates", name)
-        return name
+            metadata: Mapping[str, Any] = self._objects.get_namespaced_custom_object(*place)["metadata"]
+        return metadata
 
 
 def _step_of(pod: Any) -> str:
