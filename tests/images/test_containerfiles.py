@@ -90,16 +90,25 @@ def test_what_an_image_gets_is_what_was_tested(role: str) -> None:
     assert {name.partition("[")[0] for name in asked} | {"kfp"} <= {name for name, _ in installed}
 
 
-def test_the_list_of_contents_has_python_s_and_debian_s_packages_and_compiled_files(tmp_path: Path) -> None:
-    (tmp_path / "python.json").write_text('{"bomFormat": "CycloneDX", "components": [{"name": "numpy"}]}')
+def test_the_list_of_contents_has_every_package_with_its_hash_the_base_and_compiled_files(tmp_path: Path) -> None:
+    (tmp_path / "python.json").write_text('{"bomFormat": "CycloneDX", "components": [{"name": "Typing_Extensions"}]}')
+    installed = {"name": "typing-extensions"}, {"archive_info": {"hash": "sha256=" + "12" * 32}}
+    report = {"install": [{"metadata": installed[0], "download_info": installed[1]}]}
+    (tmp_path / "report.json").write_text(json.dumps(report))
     (tmp_path / "debian").write_text("libc6 2.36-9+deb12u10 amd64\nzlib1g 1:1.2.13 amd64\n")
-    (tmp_path / "driver.so").write_bytes(b"compiled")
-    files = [str(tmp_path / name) for name in ("python.json", "debian", "driver.so")]
-    command = [sys.executable, str(ROOT / "images" / "sbom.py"), *files]
-    made = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    assert [item["name"] for item in made["components"]] == ["numpy", "libc6", "zlib1g", str(tmp_path / "driver.so")]
-    assert made["components"][2]["purl"] == "pkg:deb/debian/zlib1g@1%3A1.2.13?arch=amd64"
-    assert made["components"][3]["hashes"][0]["content"] == hashlib.sha256(b"compiled").hexdigest()
+    driver = tmp_path / "driver.so"
+    driver.write_bytes(b"compiled")
+    base = "registry.example/python@sha256:" + "ab" * 32
+    command = [sys.executable, str(ROOT / "images" / "sbom.py"), str(tmp_path / "python.json")]
+    command += ["--reports", str(tmp_path / "report.json"), "--debian", str(tmp_path / "debian")]
+    made = json.loads(
+        subprocess.run([*command, "--base", base, "--files", str(driver)], check=True, capture_output=True).stdout
+    )
+    python, image, _, zlib, compiled = made["components"]
+    assert (python["name"], python["hashes"][0]["content"]) == ("Typing_Extensions", "12" * 32)
+    assert (image["name"], image["version"]) == ("registry.example/python", "sha256:" + "ab" * 32)
+    assert zlib["purl"] == "pkg:deb/debian/zlib1g@1%3A1.2.13?arch=amd64"
+    assert compiled["hashes"][0]["content"] == hashlib.sha256(b"compiled").hexdigest()
 
 
 def test_only_what_the_wheel_is_made_of_reaches_a_build() -> None:
