@@ -1,7 +1,8 @@
 """One row as it becomes an example: rendered text with spans, then tokens with labels."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +30,7 @@ class Draft:
     """A rendered row, or the part of its conversation up to one turn.
 
     `text` may hold `BROKEN`; `spans`, the characters of the `turns` to learn, count without it. `rejected` is the same
-    conversation with a worse last answer. `turns_left_out` counts those that are beyond `max_unrolled_turns`.
+    conversation with a worse last answer. `left_out` counts by reason the turns that are not learned.
     """
 
     record: PreparedRow
@@ -43,7 +44,7 @@ class Draft:
     spans: list[tuple[int, int]]
     turns: tuple[Turn, ...]
     unrolled: bool = False
-    turns_left_out: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Rows on their way to examples: read, rendered, tokenized, labelled."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -164,7 +165,7 @@ class _Chat:
             ]
         in_place, rewritten, left_out = self._sort_turns(self._messages, rendered)
         whole = self._draft(self._messages, rendered, in_place)
-        drafts = [replace(whole, turns_left_out=left_out) if left_out and unroll else whole]
+        drafts = [replace(whole, left_out=left_out) if left_out and unroll else whole]
         for end, alone in sorted(rewritten.items()) if unroll else ():
             draft = self._draft(self._messages[: end + 1], alone, alone.turns[-1:])
             record = replace(self._record, id=f"{self._record.id}-{end}")
@@ -227,22 +228,27 @@ class _Chat:
         system, first, *rest = messages
         return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
-    def _sort_turns(self, messages: list[Message], rendered: Rendered) -> tuple[list[Turn], dict[int, Rendered], int]:
+    def _sort_turns(
+        self, messages: list[Message], rendered: Rendered
+    ) -> tuple[list[Turn], dict[int, Rendered], Counter[str]]:
         """The turns to learn where they stand, and the messages that need an example of their own, as they are there.
 
         A turn may be learned in place if the text up to its end is what the model gets and must produce at that point.
-        Returns: both, and how many turns are beyond the limit of those that may have an example.
+        Returns: both, and how many turns are not learned: those beyond the limit of those that may have an example, and
+        those whose thinking the template leaves out wherever they stand.
         """
         in_place = [turn for turn in rendered.turns[-1:] if turn.complete]
         rewritten: dict[int, Rendered] = {}
+        left_out = Counter({"template_removes_thinking": len(rendered.turns[-1:]) - len(in_place)})
         if self._config.assistant_turns == "last":
-            return in_place, {}, 0
+            return in_place, {}, +left_out
         earlier = [turn for turn in rendered.turns[:-1] if messages[turn.message].get("weight") != 0]
-        left_out, limit = 0, self._config.max_unrolled_turns
+        limit = self._config.max_unrolled_turns
         for number, turn in enumerate(_spread(earlier, limit)):
             if len(rewritten) == limit <= number and len(in_place) <= 1:
                 # None of the spread ones may be learned where it stands, so that the others are not even rendered.
-                return in_place, rewritten, len(earlier) - number
+                left_out["max_unrolled_turns"] += len(earlier) - number
+                break
             alone = self._render(messages[: turn.message + 1])
             last = alone.turns[-1]
             if last.complete and rendered.text.startswith(alone.text[: last.end]):
@@ -253,8 +259,10 @@ class _Chat:
                 if len(rewritten) < limit:
                     rewritten[turn.message] = alone
                 else:
-                    left_out += 1
-        return sorted(in_place, key=lambda turn: turn.start), rewritten, left_out
+                    left_out["max_unrolled_turns"] += 1
+            elif not last.complete:
+                left_out["template_removes_thinking"] += 1
+        return sorted(in_place, key=lambda turn: turn.start), rewritten, +left_out
 
     def _draft(self, messages: list[Message], rendered: Rendered, learned: Sequence[Turn]) -> Draft:
         return Draft(

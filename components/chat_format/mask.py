@@ -27,7 +27,8 @@ class Turn:
     """An assistant turn in the rendered text: characters [start, end), its end-of-turn token included.
 
     `message` is its index. `end_token` is that token, None if the template writes none. `complete` is False where the
-    template leaves out the turn's thinking block, so that the text is not what the model produces.
+    template leaves out the turn's thinking block, or writes the next message with it, so that the text is not what the
+    model produces.
     """
 
     message: int
@@ -87,6 +88,9 @@ def render_turns(
         text = prompt + answer
         chunks[numbers[-1]] = _Chunk(len(prompt) - len(header), len(text))
     turns = [_find_turn(text, chunks[number], header, number, messages[number], control) for number in numbers]
+    # What a tool answers is written with the call, as in Gemma 4: the model stops before it.
+    joined = {number - 1 for number, chunk in chunks.items() if chunk.start == chunk.end}
+    turns = [replace(turn, complete=False) if turn.message in joined else turn for turn in turns]
     return Rendered(text, prompt, [_mark_complete(turn, text, messages, template) for turn in turns])
 
 
@@ -135,13 +139,17 @@ def _find_chunks(marked: str) -> tuple[str, dict[int, _Chunk]]:
         if name.isdecimal():
             # A template may run over the messages twice, first to check them: the last time counts.
             current = int(name)
+            starts.pop(current, None)
             starts[current] = position
         elif name == "start":
             blocks.setdefault(current, position)
         position += len(piece)
-    bounds = [*sorted(starts.values()), position]
-    ends = {number: bounds[bounds.index(start) + 1] for number, start in starts.items()}
-    chunks = {number: _Chunk(start, ends[number], blocks.get(number, start)) for number, start in starts.items()}
+    # In the order of the text; of a message that is written with the one before it nothing is left.
+    ends = [*starts.values(), position][1:]
+    chunks = {
+        number: _Chunk(start, end, blocks.get(number, start))
+        for (number, start), end in zip(starts.items(), ends, strict=True)
+    }
     return "".join(pieces[::2]), chunks
 
 

@@ -50,8 +50,7 @@ class SplitCounts:
         self._truncated.append(example.truncated)
         self._unrolled.append(example.draft.unrolled)
         self._thinking.append(bool(example.draft.kwargs.get("enable_thinking")))
-        if example.draft.turns_left_out:
-            self.examples_dropped["max_unrolled_turns"] += example.draft.turns_left_out
+        self.examples_dropped.update(example.draft.left_out)
         self._ends.append(self._known_ends.setdefault(tuple(example.end_tokens), len(self._known_ends)))
 
     def add_all(self, others: "SplitCounts") -> None:

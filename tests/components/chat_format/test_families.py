@@ -131,6 +131,39 @@ def test_gpt_oss_learns_the_channels_with_thinking_in_its_own(
     assert learned(base, thought) == [f"{analysis}{final}"]
 
 
+CALL = {"id": "a", "type": "function", "function": {"name": "dim", "arguments": {"room": "hall"}}}
+CALLED: list[Row] = [
+    {"role": "user", "content": "Dim."},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "a", "content": "ok"},
+    {"role": "assistant", "content": "Done."},
+]
+TOOLS = [{"type": "function", "function": {"name": "dim", "description": "d", "parameters": {"type": "object"}}}]
+
+
+def test_gemma_4_learns_a_call_and_the_answer_after_its_result_which_are_one_turn(
+    tmp_path: Path, published_sources: dict[str, str]
+) -> None:
+    tokens = ("<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+    base = save_base(tmp_path, tokens, published_sources["gemma4"], "<bos>", "<eos>")
+    assert learned(base, {"messages": CALLED, "tools": TOOLS}) == [
+        '<|tool_call>call:dim{room:<|"|>hall<|"|>}<tool_call|><|tool_response>',
+        "Done.<turn|>",
+    ]
+
+
+def test_turns_whose_thinking_a_template_leaves_out_wherever_they_stand_are_counted(
+    tmp_path: Path, published_sources: dict[str, str]
+) -> None:
+    """Llama 3.1's shows no text beside a call, and so no thinking."""
+    base = save_base(tmp_path, LLAMA3, published_sources["llama3_1"], "<|begin_of_text|>", "<|eot_id|>")
+    thought = {**CALLED[1], "reasoning_content": "The hall."}
+    row = {"messages": [CALLED[0], thought, *CALLED[2:]], "tools": TOOLS}
+    (example,) = examples(base, row)
+    assert learned(base, row) == ["Done.<|eot_id|>"]
+    assert example.draft.left_out == {"template_removes_thinking": 1}
+
+
 def test_deepseek_r1_distills_learn_thinking_after_the_prompt_that_opens_it(
     tmp_path: Path, published_sources: dict[str, str]
 ) -> None:
