@@ -226,6 +226,7 @@ def workload_of(
         "whole": whole,
         "fa4": attention == "fa4",
         "flash": attention == "flash" and row > CUDNN_LENGTH,
+        "cudnn": engine.attention_backend(CUDNN_LENGTH) == "cudnn",
         "shards": engine.shards,
     }
     if stacks:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from finemill.errors import UserError
 from finemill.kernels.ops import attention_cudnn, attention_fa4
-from finemill.kernels.ops.division import CUDNN_LENGTH, FA4_HEAD_DIMS, fa4_suits
-from finemill.kernels.ops.launch import capability
+from finemill.kernels.ops.division import CUDNN_LENGTH, FA4_HEAD_DIMS, fa4_suits, flash_key_heads
+from finemill.kernels.ops.launch import capability, num_sms
 from finemill.kernels.ops.packing import Sequences
 
 # T tokens, N query heads, K key and value heads, D head width, n sequences
@@ -111,7 +111,7 @@ def attention_backward(
         saved: what the forward left.
         sequences: see q.
         scale: see q.
-        workspace: bytes that cuDNN may take, see attention_cudnn.backward; its default if None.
+        workspace: bytes that cuDNN may take, see attention_cudnn.backward, or FlashAttention-2; their default if None.
     Returns: dq (T, N, D), dk and dv (T, K, D), contiguous.
     """
     match backend(q, sequences):
@@ -121,7 +121,7 @@ def attention_backward(
                 _part_backward(dout, q, k, v, out, state, part, scale, workspace, grads)
             return grads
         case "flash":
-            return _flash_backward(dout, q, k, v, out, saved, sequences, scale)
+            return _flash_backward(dout, q, k, v, out, saved, sequences, scale, workspace)
         case _:
             return attention_backward_reference(dout, q, k, v, out, saved[0], sequences, scale)
 
@@ -199,14 +199,30 @@ def _flash_backward(
     saved: tuple[Tensor, ...],
     sequences: Sequences,
     scale: float,
+    workspace: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     cu, longest = sequences.cu_seqlens, sequences.max_length
     lse, seed, offset = saved
-    with _deterministic():
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, cu, cu, longest, longest, 0.0, True, seed, offset, scale=scale
-        )
-    return dq, dk, dv
+    (tokens, heads, head_dim), kv_heads = q.shape, k.shape[1]
+    step = flash_key_heads(workspace, tokens, heads, kv_heads, head_dim, num_sms(q.device))
+
+    def differentiate(queries: slice, keys: slice) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = dout[:, queries], q[:, queries], k[:, keys], v[:, keys], out[:, queries], lse[queries]
+        with _deterministic():
+            return torch.ops.aten._flash_attention_backward(  # type: ignore[no-any-return]
+                *inputs, cu, cu, longest, longest, 0.0, True, seed, offset, scale=scale
+            )
+
+    if step == kv_heads:
+        return differentiate(slice(heads), slice(kv_heads))
+    grads = _like(q), _like(k), _like(v)
+    for first in range(0, kv_heads, step):
+        keys = slice(first, first + step)
+        queries = slice(first * heads // kv_heads, (first + step) * heads // kv_heads)
+        parts = differentiate(queries, keys)
+        for grad, part, columns in zip(grads, parts, (queries, keys, keys), strict=True):
+            grad[:, columns].copy_(part)
+    return grads
 
 
 def _part_forward(q: Tensor, k: Tensor, v: Tensor, part: Sequences, scale: float, out: Tensor) -> Tensor:

@@ -158,14 +158,34 @@ CUDNN_LENGTH = 32768
 here. FlashAttention-2 takes longer ones where FlashAttention-4 does not."""
 
 
-def flash_bytes(tokens: int, heads: int, kv_heads: int, head_dim: int, sms: int = 132) -> int:
+def flash_bytes(tokens: int, heads: int, kv_heads: int, head_dim: int, at_once: int, sms: int = 132) -> int:
     """Memory of FlashAttention-2's deterministic backward, of one sequence: more of them take less.
 
     It sums dq in fp32 apart for each part of a card of so many multiprocessors, and dk and dv of every query head.
+
+    Args:
+        tokens: T.
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_dim: D.
+        at_once: key heads, with their query heads, that a call takes; the gradients of fewer than all are copied.
+        sms: multiprocessors.
     """
-    every_head = 4 * (tokens + PADDED_TOKENS) * heads * head_dim
-    parts = cdiv(sms, heads)
-    return parts * every_head + (every_head if kv_heads < heads else 0) + 4 * (tokens + PADDED_TOKENS) * heads
+    queries = at_once * heads // kv_heads
+    every_head = 4 * (tokens + PADDED_TOKENS) * queries * head_dim
+    grouped = every_head if kv_heads < heads else 0
+    copied = 2 * tokens * (queries + 2 * at_once) * head_dim if at_once < kv_heads else 0
+    return cdiv(sms, queries) * every_head + grouped + copied + 4 * (tokens + PADDED_TOKENS) * queries
+
+
+def flash_key_heads(workspace: int | None, tokens: int, heads: int, kv_heads: int, head_dim: int, sms: int) -> int:
+    """How many key heads a call takes at most within so many bytes; all without a limit, one where none fits."""
+    fitting = (
+        number
+        for number in divisors(kv_heads)
+        if workspace is None or flash_bytes(tokens, heads, kv_heads, head_dim, number, sms) <= workspace
+    )
+    return max(fitting, default=1)
 
 
 PADDED_TOKENS = 128

@@ -220,7 +220,7 @@ def plan_step(
         ]
 
     heads = divisors(work.shape.num_kv_heads)
-    if work.flash or (work.fa4 and not work.ragged):  # takes all heads in little memory
+    if work.fa4 and not work.ragged:  # takes all heads in little memory
         heads = heads[-1:]
     micro_batches = [pieces * work.row for pieces in reversed(divisors(rows))]
     if work.whole:

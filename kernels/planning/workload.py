@@ -94,9 +94,10 @@ class Workload:
         resident_layers: whose weights stay there all the same.
         typical: length of the sequence that a token is in, on average, in a ragged batch; None for `row`. Only time
             depends on it: memory is planned for the longest.
-        key_heads: that cuDNN's backward takes at once, with their query heads; None for all.
+        key_heads: that attention's backward takes at once, with their query heads; None for all.
         fa4: whether full rows run on FlashAttention-4.
         flash: whether they run on FlashAttention-2, being longer than cuDNN takes.
+        cudnn: whether shorter rows then run on cuDNN.
         mlp_tile: tokens that a dense layer's second half takes at a time; None for all.
     """
 
@@ -120,6 +121,7 @@ class Workload:
     key_heads: int | None = None
     fa4: bool = False
     flash: bool = False
+    cudnn: bool = True
     mlp_tile: int | None = None
 
     @property
@@ -243,10 +245,10 @@ class Workload:
             return long
         shape = (tokens, s.num_heads, s.head_dim)
         if self.flash:
-            long = flash_bytes(tokens, s.num_heads, s.num_kv_heads, s.head_dim)
+            long = flash_bytes(tokens, s.num_heads, s.num_kv_heads, s.head_dim, self.key_heads or s.num_kv_heads)
             # A batch without such a long row runs on cuDNN, which takes a key head of a sequence at least.
-            group = s.num_heads // s.num_kv_heads
-            return max(long, cudnn_bytes(group, CUDNN_LENGTH**2, shape, ragged=True) if self.ragged else 0)
+            group, beside = s.num_heads // s.num_kv_heads, self.ragged and self.cudnn
+            return max(long, cudnn_bytes(group, CUDNN_LENGTH**2, shape, ragged=True) if beside else 0)
         heads = (self.key_heads or s.num_kv_heads) * s.num_heads // s.num_kv_heads
         row = min(self.row, FA4_LENGTH) if self.fa4 else self.row
         return max(long, cudnn_bytes(heads, tokens * row, shape, ragged=self.ragged))

@@ -31,7 +31,7 @@ from finemill.kernels.engine.plan import Level, Plan, streamed_layers
 from finemill.kernels.ops import expert_lora, grouped_gemm, lora_b, swiglu_lora
 from finemill.kernels.ops.adamw import AdamWState
 from finemill.kernels.ops.attention_cudnn import key_heads_at_once, takes
-from finemill.kernels.ops.division import CUDNN_LENGTH, FA4_LENGTH, cudnn_bytes, fa4_suits
+from finemill.kernels.ops.division import CUDNN_LENGTH, FA4_LENGTH, cudnn_bytes, fa4_suits, flash_key_heads
 from finemill.kernels.ops.nf4 import NF4Tensor
 from finemill.kernels.ops.nf4_stack import NF4Stack
 from finemill.kernels.ops.packing import LengthClass, PackedBatch, Sequences
@@ -264,9 +264,13 @@ def test_rows_too_long_for_cudnn_take_what_flash_attention_2_sums() -> None:
     assert not takes(CUDNN_LENGTH + 1, 128)
     work = replace(workload("qwen3-8b", rank=16, quantized=True, rows=1, row=65536), fa4=False, flash=True)
     rows = 65536 + 128
-    assert work.attention_workspace(65536) == (5 + 1) * 4 * rows * 4096 + 4 * rows * 32
+    all_heads, one = (replace(work, key_heads=number).attention_workspace(65536) for number in (None, 1))
+    assert all_heads == (5 + 1) * 4 * rows * 4096 + 4 * rows * 32
+    assert one == (33 + 1) * 4 * rows * 512 + 2 * 65536 * 768 + 4 * rows * 4
+    assert [flash_key_heads(size, 65536, 32, 8, 128, 132) for size in (None, all_heads, one, 0)] == [8, 8, 1, 1]
     shorter = 2 * 4 * CUDNN_LENGTH**2 + 8 * 65536 * 4096
     assert replace(work, ragged=True).attention_workspace(65536) == shorter
+    assert replace(work, ragged=True, cudnn=False).attention_workspace(65536) == all_heads
 
 
 def check(work: Workload, plan: Plan) -> None:
