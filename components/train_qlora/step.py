@@ -1,5 +1,6 @@
 """Train LoRA adapters on the 4-bit base with TRL and PEFT."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from finemill.components.train_qlora.config import TrainQLoRAConfig
+from finemill.components.train_qlora.context_parallel import ContextParallelTrainer, check_context_parallel
 from finemill.components.train_qlora.rows import load_rows
 from finemill.components.train_qlora.whole_loss import WholeLossTrainer
 from finemill.runtime.context import StepContext
@@ -28,6 +30,7 @@ def run(
     Raises: UserError: unusable rows, a loss that is not finite, a checkpoint of another training.
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
     """
+    check_context_parallel(base_model, config)
     inputs = open_inputs(base_model, dataset, config)
     config = with_new_tokens(config, len(inputs.new_tokens))
     return run_training(partial(build_trainer, inputs), inputs, output_dir, config, context)
@@ -38,16 +41,22 @@ def build_trainer(inputs: TrainingInputs, scratch: Path, config: TrainQLoRAConfi
     rows = load_rows(inputs.dataset, "train", config.max_length)
     longest = pc.max(pc.list_value_length(rows.data.column("input_ids"))).as_py()
     check_positions(inputs.base_model, longest, config.max_length, config.rope_scaling)
-    plenty = config.strategy in SHARDED and not config.gradient_checkpointing
     return make_trainer(
         inputs,
         config,
-        plain=WholeLossTrainer if plenty else SFTTrainer,
+        plain=_plain_trainer(config),
         fast=_fast_trainer,
         arguments=lambda: _arguments(config, scratch, inputs.device),
         train_dataset=rows,
         eval_dataset=load_rows(inputs.dataset, "validation", config.max_length) if config.eval_steps else None,
     )
+
+
+def _plain_trainer(config: TrainQLoRAConfig) -> Callable[..., SFTTrainer]:
+    if config.context_parallel > 1:
+        return partial(ContextParallelTrainer, parts=config.context_parallel)
+    plenty = config.strategy in SHARDED and not config.gradient_checkpointing
+    return WholeLossTrainer if plenty else SFTTrainer
 
 
 def _fast_trainer() -> type[SFTTrainer]:

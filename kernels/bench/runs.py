@@ -286,6 +286,7 @@ class ScaleRun(_Run):
         layers: that the model was cut to; 0 for all.
         method: "qlora", "lora" or "full".
         strategy: what the GPUs share.
+        context_parallel: GPUs that share each row.
         rows: per optimizer step in all GPUs together.
         memory_gb: limit of a GPU that was asked for, GiB; None for the card's.
         peak_bytes: of each GPU.
@@ -300,6 +301,7 @@ class ScaleRun(_Run):
     layers: int = 0
     method: str
     strategy: str
+    context_parallel: int = 1
     offload: bool
     recompute: bool | None = None
     processes: int

@@ -74,6 +74,7 @@ def _run(args: argparse.Namespace, argv: list[str], implementation: str, strateg
         layers=args.layers,
         method=args.method,
         strategy=strategy,
+        context_parallel=gpus if args.context_parallel else 1,
         offload=args.offload,
         processes=gpus,
         seq=args.seq,
@@ -111,6 +112,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--method", default="qlora", choices=["qlora", "lora", "full"])
     parser.add_argument("--offload", action="store_true", help="shards wait in host memory")
     parser.add_argument("--recompute", default="auto", choices=["auto", "on", "off"], help="gradient_checkpointing")
+    parser.add_argument("--context-parallel", action="store_true", help="the GPUs share each row, one after the other")
     parser.add_argument("--seq", type=int, default=2048, help="tokens per row")
     parser.add_argument("--bs", type=int, default=2, help="rows per GPU and forward pass")
     parser.add_argument("--rows", type=int, default=16, help="rows per optimizer step in all GPUs together")
@@ -126,7 +128,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add_record_argument(parser)
     args = parser.parse_args(argv)
     check_device(parser, args.device)
-    uneven = [gpus for gpus in args.gpus if args.rows % (args.bs * gpus)]
+    uneven = [gpus for gpus in args.gpus if args.rows % (args.bs * (1 if args.context_parallel else gpus))]
     if uneven:
         parser.error(f"--rows {args.rows} cannot be shared by {uneven[0]} GPUs with --bs {args.bs}: make it a multiple")
     if args.device == "cuda" and max(args.gpus) > torch.cuda.device_count():

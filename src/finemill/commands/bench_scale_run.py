@@ -29,6 +29,7 @@ from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.step import build_trainer
 from finemill.kernels.bench.data import ensure_checkpoint, make_batches
 from finemill.kernels.planning.model_shapes import SHAPES
+from finemill.models.rope import RopeScaling
 from finemill.runtime.processes import is_main_process, num_processes
 from finemill.training.inputs import TrainingInputs, choose_device
 from finemill.training.memory import not_on_kernels
@@ -67,15 +68,19 @@ def _config(args: argparse.Namespace) -> TrainQLoRAConfig:
     methods: dict[str, dict[str, Any]] = {"qlora": {}, "lora": {"load_in_4bit": False}, "full": {"method": "full"}}
     recompute = {"on": True, "off": False}.get(args.recompute, "auto")
     shared: dict[str, Any] = {"strategy": strategy, "offload": args.offload and strategy not in ON_KERNELS}
+    groups = 1 if args.context_parallel else gpus
+    factor = math.ceil(args.seq / SHAPES[args.shape].max_positions)
     return TrainQLoRAConfig(
         **methods[args.method],
         **shared,
-        kernels="auto" if strategy in ON_KERNELS else "off",
+        context_parallel=gpus // groups,
+        kernels="auto" if strategy in ON_KERNELS and not args.context_parallel else "off",
         gradient_checkpointing=recompute,
         memory_gb=args.memory_gb,
         max_length=args.seq,
+        rope_scaling=RopeScaling(rope_type="yarn", factor=factor) if factor > 1 else None,
         per_device_train_batch_size=args.bs,
-        gradient_accumulation_steps=args.rows // (args.bs * gpus),
+        gradient_accumulation_steps=args.rows // (args.bs * groups),
         max_steps=_num_steps(args),
         learning_rate=1e-4,
         lr_scheduler_type="constant",

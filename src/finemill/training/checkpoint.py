@@ -38,7 +38,12 @@ def training_identity(config: LoRATrainingConfig, context: StepContext) -> dict[
 
 def global_batch(config: LoRATrainingConfig) -> int:
     """Rows of an optimizer step in all processes together."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * num_processes()
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * _sharers(config)
+
+
+def _sharers(config: LoRATrainingConfig) -> int:
+    """Processes, or groups of them, that have rows of their own."""
+    return num_processes() // config.processes_per_row
 
 
 def keep_global_batch(config: ConfigT, checkpoint: Path) -> ConfigT:
@@ -49,7 +54,7 @@ def keep_global_batch(config: ConfigT, checkpoint: Path) -> ConfigT:
     rows: int = json.loads((checkpoint / BATCH_NAME).read_text(encoding="utf-8"))
     if rows == global_batch(config):
         return config
-    processes = num_processes()
+    processes = _sharers(config)
     sizes = range(config.per_device_train_batch_size, 0, -1)
     size = next((size for size in sizes if rows % (size * processes) == 0), None)
     if size is None:

@@ -68,6 +68,11 @@ class LoRATrainingConfig(StepConfig):
         """Sequences that one row of a batch is."""
         return 1
 
+    @property
+    def processes_per_row(self) -> int:
+        """Processes that share the tokens of one row."""
+        return 1
+
     method: Literal["lora", "full"] = "lora"
     """Train adapters on the frozen base, or every weight of it (`full`): in float32 with 16-bit products, 16 bytes per
     weight with AdamW. The output is an adapter that holds whole weights, which every later step takes as any other."""

@@ -29,7 +29,7 @@ def make_trainer(
     inputs: TrainingInputs,
     config: LoRATrainingConfig,
     *,
-    plain: type[Trainer],
+    plain: Callable[..., Trainer],
     fast: Callable[[], Callable[..., Trainer]],
     arguments: Callable[[], Any],
     **options: Any,
@@ -66,7 +66,7 @@ def _open_trainer(
     base_model: Path,
     config: LoRATrainingConfig,
     device: torch.device,
-    plain: type[Trainer],
+    plain: Callable[..., Trainer],
     fast: Callable[[], Callable[..., Trainer]],
 ) -> tuple[Callable[..., Trainer], PreTrainedModel]:
     """Choose a trainer, and load the base as it needs it.

@@ -72,7 +72,8 @@ def estimate_memory(model: Mapping[str, Any], config: LoRATrainingConfig) -> Mem
     bits, trained = {4: nf4, 8: 8, 16: 16}[config.bits], adapters + saved * vocabulary * width
     if config.method == "full":
         bits, trained = 0, linear + tables
-    tokens = config.per_device_train_batch_size * config.sequences_per_row * config.max_length
+    row = -(-config.max_length // config.processes_per_row)
+    tokens = config.per_device_train_batch_size * config.sequences_per_row * row
     # Inside a layer: inputs of the norms and projections, queries, keys, values, and the MLP's three wide tensors.
     inside = tokens * (6 * width + 3 * queries + 2 * keys + 4 * inner) * 2
     if experts is not None:
@@ -113,6 +114,7 @@ def not_on_kernels(config: LoRATrainingConfig) -> str | None:
     reasons = {
         "kernels is 'off'": config.kernels == "off",
         f"strategy is '{config.strategy}'": config.strategy in SHARDED,
+        f"context_parallel is {config.processes_per_row}": config.processes_per_row > 1,
         "method is 'full'": config.method == "full",
         "load_in_8bit is on": config.bits == 8,
         "bnb_4bit_quant_type is 'fp4'": config.bits == 4 and config.bnb_4bit_quant_type != "nf4",
