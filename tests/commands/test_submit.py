@@ -194,6 +194,19 @@ def test_a_run_whose_step_finds_no_place_for_too_long_is_ended(
     assert api.posted == [{"spec": {"shutdown": "Terminate"}}]
 
 
+def test_a_run_that_no_controller_takes_up_is_ended(
+    api: Api, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_table, "UNCLAIMED_S", 0.02)
+    monkeypatch.setattr(run_table, "POLL_S", 0.01)
+    workflow = {"metadata": {"name": "finetune-x"}, "spec": {}}
+    api.answers["GET", f"{OBJECTS}/workflows/finetune-x"] = (200, workflow)
+    api.answers["PATCH", f"{OBJECTS}/workflows/finetune-x"] = (200, workflow)
+    assert main(["watch", "finetune-x", *ARGO]) == 75
+    assert "finetune-x: no controller has taken it up in" in capsys.readouterr().err
+    assert api.posted == [{"spec": {"shutdown": "Terminate"}}]
+
+
 def test_ctrl_c_leaves_the_run_alone_and_says_how_to_come_back(
     api: Api, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

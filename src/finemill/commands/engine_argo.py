@@ -136,7 +136,8 @@ def read_workflow(workflow: Mapping[str, Any]) -> RunStatus:
     order = [task["name"] for item in template.get("templates", []) for task in item.get("dag", {}).get("tasks", [])]
     by_name = {node["name"]: node for node in nodes.values()}
     steps = [_step(task, by_name.get(f"{name}.{task}"), nodes) for task in order]
-    return RunStatus(name, _PHASES[status.get("phase", "")], status.get("message", ""), tuple(steps))
+    phase = status.get("phase", "")
+    return RunStatus(name, _PHASES[phase], status.get("message", ""), tuple(steps), claimed=phase != "")
 
 
 def _step(name: str, node: Mapping[str, Any] | None, nodes: Mapping[str, Any]) -> StepStatus:

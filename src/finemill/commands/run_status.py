@@ -33,12 +33,13 @@ class StepStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run and its steps, in the pipeline's order."""
+    """A run and its steps, in the pipeline's order. `claimed`: whether the engine's controller has taken it up."""
 
     name: str
     phase: Phase
     message: str = ""
     steps: Sequence[StepStatus] = field(default_factory=tuple)
+    claimed: bool = True
 
     @property
     def ended(self) -> bool:

@@ -13,6 +13,8 @@ from finemill.errors import TemporaryError, UserError
 POLL_S = 2.0
 BLOCKED_S = 30.0
 """How long a step may wait for an image or a secret before that counts as the user's error."""
+UNCLAIMED_S = 300.0
+"""How long a run may wait for the engine's controller to take it up."""
 OUT_OF_REACH_S = 300.0
 """How long the cluster may be out of reach while a run is followed."""
 
@@ -84,6 +86,7 @@ def _follow(
 ) -> RunStatus:
     """Poll until the run has ended; `last_words` gets each step's own error line."""
     blocked_since: float | None = None
+    unclaimed_since: float | None = None
     reached = time.monotonic()
     while True:
         try:
@@ -102,6 +105,13 @@ def _follow(
             blocked_since = (blocked_since or time.monotonic()) if blocked else None
             if blocked and blocked_since and time.monotonic() - blocked_since > BLOCKED_S:
                 raise UserError(f"{run}: {blocked.name} cannot start: {blocked.message}")
+            unclaimed_since = None if status.claimed else unclaimed_since or time.monotonic()
+            if unclaimed_since and time.monotonic() - unclaimed_since > UNCLAIMED_S:
+                engine.stop(run)
+                raise TemporaryError(
+                    f"{run}: no controller has taken it up in {UNCLAIMED_S:.0f} s, and the run was ended: see that "
+                    "Argo's workflow-controller runs and watches this namespace, then run it again"
+                )
             unplaced = next((step for step in status.steps if step.unplaced_s > start_timeout_s > 0), None)
             if unplaced:
                 engine.stop(run)
