@@ -14,6 +14,7 @@ from finemill.registry.config import RegisterConfig
 from finemill.registry.snapshot import read_registered_model
 from finemill.runtime.catalog import SECTIONS
 from finemill.runtime.context import StepContext
+from finemill.runtime.train_job import check_train_jobs
 from finemill.storage.store import hold_lock
 from finemill.tracking.settings import Tracking
 from finemill.training.config import LoRATrainingConfig
@@ -29,7 +30,8 @@ def run(*, output_dir: Path, config: PreflightConfig, context: StepContext) -> d
     """Check that a run can succeed; the harness has written to the store before.
 
     Returns: metrics; the estimates are in `plan.json` too, with the base model's exact revision.
-    Raises: UserError: a configuration is wrong, no such base model, too little GPU memory, no credentials.
+    Raises: UserError: a configuration is wrong, no such base model, too little GPU memory, no credentials, no right
+        to make a TrainJob.
         TemporaryError: a service is out of reach.
     """
     parsed = check_configs(config)
@@ -38,6 +40,7 @@ def run(*, output_dir: Path, config: PreflightConfig, context: StepContext) -> d
         with hold_lock(f"{context.store}/locks/preflight.lock"):
             pass
     check_registry(parsed, context.tracking)
+    check_nodes(parsed)
     base = inspect_base_model(_pinned(config.base_model, context)) if config.base_model else None
     training = next((item for item in parsed.values() if isinstance(item, LoRATrainingConfig)), None)
     needed = check_memory(base, training, config.gpu_memory_gib) if base and training else None
@@ -75,6 +78,13 @@ def check_registry(sections: Mapping[str, StepConfig], tracking: Tracking) -> No
         config = sections.get("register")
         named = config if isinstance(config, RegisterConfig) else RegisterConfig()
         read_registered_model(tracking.registry, named.registered_model_name)
+
+
+def check_nodes(sections: Mapping[str, StepConfig]) -> None:
+    """Raises: UserError: a step is to have a TrainJob's nodes compute, and cannot make one."""
+    num_nodes = max((getattr(section, "num_nodes", 1) for section in sections.values()), default=1)
+    if num_nodes > 1:
+        check_train_jobs(num_nodes)
 
 
 def check_memory(base: BaseFacts, training: LoRATrainingConfig, gpu_memory_gib: float | None) -> float:

@@ -12,10 +12,13 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from finemill.components.preflight.step import check_nodes
+from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.errors import StepError, TemporaryError, UserError
+from finemill.registry.config import RegisterConfig
 from finemill.runtime.processes import Node, node_of_train_job
 from finemill.runtime.run import run_step
-from finemill.runtime.train_job import QUEUE_VARIABLE, RUNTIME_VARIABLE, run_train_job
+from finemill.runtime.train_job import QUEUE_VARIABLE, RUNTIME_VARIABLE, check_train_jobs, run_train_job
 
 NAME = "train-qlora-0123"
 ARGUMENTS = ["train-qlora", "--store", "s3://bucket/$(HOME)"]
@@ -240,6 +243,20 @@ def test_what_the_api_refuses_is_one_line(
     cluster.status, cluster.message = status, message
     with pytest.raises(kind, match=line):
         run_train_job(NAME, ARGUMENTS, 2)
+
+
+def test_preflight_asks_whether_a_step_may_make_a_train_job(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_nodes({"train_qlora": TrainQLoRAConfig(num_nodes=2)})
+    assert cluster.calls == [f"GET {JOBS}/preflight"]
+    cluster.status, cluster.message = 403, 'User "a" cannot get resource "trainjobs"'
+    with pytest.raises(UserError, match="bind the Role of the chart"):
+        check_train_jobs(2)
+    monkeypatch.delenv(RUNTIME_VARIABLE)
+    with pytest.raises(UserError, match="num_nodes 2: nodes come from Kubeflow Trainer"):
+        check_nodes({"train_qlora": TrainQLoRAConfig(num_nodes=2)})
+    check_nodes({"train_qlora": TrainQLoRAConfig(), "register": RegisterConfig()})
 
 
 def test_nodes_without_a_runtime_or_a_pod_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -43,12 +43,7 @@ def run_train_job(name: str, arguments: Sequence[str], num_nodes: int) -> None:
     Raises: UserError: there is no runtime, or the nodes ended so. TemporaryError: this process was told to stop, and
         the job is deleted; a node was lost: the next one continues from the last checkpoint.
     """
-    runtime = os.environ.get(RUNTIME_VARIABLE)
-    if not runtime:
-        raise UserError(
-            f"num_nodes {num_nodes}: nodes come from Kubeflow Trainer, in a cluster where finemill's chart was "
-            "installed with trainingRuntime.enabled; elsewhere start torchrun on every node"
-        )
+    runtime = _runtime(num_nodes)
     with KubernetesAPI() as api, _stoppable():
         job = TrainJob(api, name)
         try:
@@ -57,6 +52,23 @@ def run_train_job(name: str, arguments: Sequence[str], num_nodes: int) -> None:
         except _StoppedError:
             job.delete()
             raise TemporaryError(f"told to stop, TrainJob {name} with it: run again to continue") from None
+
+
+def check_train_jobs(num_nodes: int) -> None:
+    """See that a step can make a TrainJob here. Raises: UserError: there is no runtime, or no right to it."""
+    _runtime(num_nodes)
+    with KubernetesAPI() as api:
+        TrainJob(api, "preflight").exists()
+
+
+def _runtime(num_nodes: int) -> str:
+    runtime = os.environ.get(RUNTIME_VARIABLE)
+    if not runtime:
+        raise UserError(
+            f"num_nodes {num_nodes}: nodes come from Kubeflow Trainer, in a cluster where finemill's chart was "
+            "installed with trainingRuntime.enabled; elsewhere start torchrun on every node"
+        )
+    return runtime
 
 
 def manifest(name: str, arguments: Sequence[str], num_nodes: int, runtime: str) -> dict[str, Any]:
@@ -97,6 +109,10 @@ class TrainJob:
         self._pods = f"/api/v1/namespaces/{api.namespace}/pods"
         self._said: str | None = None
         self._stamp = ""
+
+    def exists(self) -> bool:
+        """Whether there is a job of this name."""
+        return self._api.get(self._path) is not None
 
     def start(self, wanted: dict[str, Any]) -> None:
         """Create the job, unless it runs already; one that has ended makes place first."""
