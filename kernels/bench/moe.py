@@ -106,6 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3, help="steps left out of the timing")
     parser.add_argument("--sets", type=int, default=4, help="losses: batches that are repeated in turn")
+    parser.add_argument("--seeds", type=int, default=3, help="losses: of adapters and batches")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the checkpoint is found or made")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])

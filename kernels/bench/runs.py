@@ -166,12 +166,11 @@ class MixtureLosses(_Run):
     Args:
         layers: of the model's 48.
         rows: per step.
-        losses: of each step, by training: transformers with its attentions, transformers in float32, ours.
-        difference: mean difference of a step's loss between ours and transformers' with "sdpa".
-        largest_difference: of a step.
-        spread: the largest mean difference between two of transformers' trainings.
-        from_float32: mean difference of each training from that in float32.
-        same: whether ours is within the spread.
+        seeds: of adapters and batches.
+        losses: by training (transformers with its attentions, transformers in float32, ours), of each seed and step.
+        from_float32: root mean square of each training's differences from that in float32.
+        spread: the same between transformers' two attentions.
+        same: whether ours is as near to float32 as transformers' is.
     """
 
     kind: Literal["mixture-losses"]
@@ -181,11 +180,11 @@ class MixtureLosses(_Run):
     seq: int
     rows: int
     steps: int
-    losses: dict[str, list[float]]
-    difference: float
-    largest_difference: float
-    spread: float
+    lr: float
+    seeds: int
+    losses: dict[str, list[list[float]]]
     from_float32: dict[str, float]
+    spread: float
     same: bool
 
 
