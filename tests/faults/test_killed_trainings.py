@@ -18,9 +18,27 @@ from tests.faults.conftest import rounds
 from tests.line.commands import finemill
 
 BASE = "builtin:tiny-qwen3"
-TRAIN = ["train-qlora", "--base-model", BASE, "--max-steps", "10", "--save-steps", "1", "--max-length", "128"]
-TRAIN += ["--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "2", "--lora-dropout", "0.1"]
-LIBRARIES = ["finemill.cli", "finemill.components.train_qlora.step", "bitsandbytes", "mlflow"]
+TRAIN = ["--base-model", BASE, "--max-steps", "10", "--save-steps", "1", "--max-length", "128"]
+TRAIN += ["--per-device-train-batch-size", "1", "--gradient-accumulation-steps", "2"]
+# Kills, rows, step and settings.
+TRAININGS: dict[str, tuple[int, str, list[str]]] = {
+    "adapters, AdamW, linear": (100, "example:reasoning", ["train-qlora", "--lora-dropout", "0.1"]),
+    "preferences, 8-bit AdamW, cosine": (
+        50,
+        "example:preferences",
+        ["train-dpo", "--optim", "adamw_8bit", "--lr-scheduler-type", "cosine", "--lora-dropout", "0.1"],
+    ),
+    "whole model, Lion, restarts, early stopping": (
+        50,
+        "example:reasoning",
+        [
+            *("train-qlora", "--method", "full", "--optim", "lion_8bit", "--eval-steps", "2"),
+            *("--lr-scheduler-type", "cosine_with_restarts", "--lr-num-cycles", "2", "--early-stopping-patience", "4"),
+        ],
+    ),
+}
+LIBRARIES = ["finemill.cli", "finemill.components.train_qlora.step", "finemill.components.train_dpo.step"]
+LIBRARIES += ["bitsandbytes", "mlflow"]
 KILLS_PER_TRAINING = 10
 
 
@@ -67,18 +85,18 @@ def adapter(folder: Path) -> dict[str, str]:
     return {name: file.sha256 for name, file in manifest.files.items() if name != TRAINING_FILE}
 
 
+@pytest.mark.parametrize("name", TRAININGS)
 def test_a_training_that_is_killed_ends_in_the_same_adapter(
-    forks: ForkServerContext, tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
+    name: str, forks: ForkServerContext, tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    kills, source, settings = TRAININGS[name]
     monkeypatch.setenv("FINEMILL_CACHE", str(tmp_path / "cache"))
-    rows = finemill(
-        "data-prep", "--sources", '[{uri: "example:reasoning", max_rows: 60}]', "--store", "store", cwd=tmp_path
-    )
+    rows = finemill("data-prep", "--sources", f'[{{uri: "{source}", max_rows: 60}}]', "--store", "store", cwd=tmp_path)
     assert rows.returncode == 0, rows.stderr
     made = ["chat-format", "--rows", rows.stdout.strip(), "--base-model", BASE, "--store", "store"]
     dataset = finemill(*made, cwd=tmp_path)
     assert dataset.returncode == 0, dataset.stderr
-    arguments = [*TRAIN, "--dataset", dataset.stdout.strip()]
+    arguments = [*settings, *TRAIN, "--dataset", dataset.stdout.strip()]
 
     def folder_of(name: str) -> Path:
         folder = tmp_path / name
@@ -90,7 +108,7 @@ def test_a_training_that_is_killed_ends_in_the_same_adapter(
     expected = adapter(tmp_path / "calm")
     assert "adapter_model.safetensors" in expected
     assert adapter(tmp_path / "first") == expected
-    left = rounds(200)
+    left = rounds(kills)
     while left > 0:
         folder = folder_of(f"killed-{left}")
         for _ in range(min(left, KILLS_PER_TRAINING)):

@@ -171,6 +171,14 @@ def _modules_to_save(model: PreTrainedModel, config: LoRATrainingConfig) -> list
         raise UserError(
             f"'{min(both)}' is in target_modules and in modules_to_save: it can have an adapter or be saved"
         )
+    for name, module in model.named_modules():
+        saved = next((saved for saved in config.modules_to_save if _fits(name, saved)), None)
+        in_full = not isinstance(module, nn.Linear) or module is model.get_output_embeddings()
+        if saved is not None and config.bits < 16 and not in_full:
+            raise UserError(
+                f"modules_to_save: '{saved}' is a linear layer, which the base has in {config.bits} bits: give it an "
+                "adapter (target_modules), or set load_in_4bit and load_in_8bit to false"
+            )
     return list(config.modules_to_save)
 
 

@@ -226,7 +226,7 @@ class LoRATrainingConfig(StepConfig):
     """Run steps on finemill's own kernels: on a GPU wherever they cover the model, or fail where they do not, or never.
     They plan recomputation by themselves, so gradient_checkpointing does not apply to them."""
 
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed of the adapters' initialization and of the rows' order."""
 
     logging_steps: int = Field(default=10, gt=0)

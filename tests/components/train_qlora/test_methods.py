@@ -134,6 +134,7 @@ def test_a_full_training_is_resumed_bit_for_bit(
         ({"modules_to_save": ("lm_haed",)}, "'lm_haed' is no module of the base model; there are embed_tokens, .*lm_h"),
         ({"modules_to_save": ("mlp",)}, "'mlp' holds no weights itself"),
         ({"modules_to_save": ("q_proj",), "target_modules": ("q_proj",)}, "in target_modules and in modules_to_save"),
+        ({"modules_to_save": ("q_proj",)}, "'q_proj' is a linear layer, which the base has in 4 bits: give it an adap"),
     ],
 )
 def test_a_module_that_cannot_be_trained_is_named(
