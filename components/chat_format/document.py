@@ -1,9 +1,11 @@
 """Rows that are texts: learned whole, between the tokens with which the tokenizer begins and ends a document."""
 
 import re
+from collections.abc import Iterator
 from itertools import islice
 
 from finemill.components.chat_format.tokenize import ChatTokenizer, check_characters
+from finemill.components.chat_format.tokens import Tokens
 from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
 
@@ -24,6 +26,9 @@ _ENDS_CHAT = re.compile(
     r"(?:</s>|<\|im_end\|>|<\|eot_id\|>|<\|end\|>|<\|end_of_text\|>|<end_of_turn>|<eos>"
     r"|<\uff5cend\u2581of\u2581sentence\uff5c>)\s*\Z"
 )
+
+# A text of more characters is cut by the tokens of so many samples of it: to encode it once is what it costs.
+_SAMPLED_CHARACTERS, _SAMPLES = 1 << 16, 16
 
 
 def begins_rendered_chat(text: str) -> bool:
@@ -63,22 +68,48 @@ def document_text(text: str, tokenizer: ChatTokenizer, *, read_control_tokens: b
     return f"{first}{tokenizer.break_control_tokens(text.removesuffix(last))}{last}"
 
 
-def cut_document(text: str, limit: int, tokenizer: ChatTokenizer) -> list[str]:
+def cut_document(text: str, limit: int, tokenizer: ChatTokenizer) -> list[tuple[str, Tokens | None]]:
     """A text in pieces of at most `limit` tokens, all of about one length, cut where there is white space near by.
 
     Together they are the text to the last character.
+    Returns: each with its tokens, None where `BROKEN` in it has no tokens of its own.
     """
-    tokens = tokenizer.encode([text])[0]
-    if tokens is None or len(tokens.input_ids) <= limit:
-        return [text]
+    number = 1
+    if len(text) > _SAMPLED_CHARACTERS:
+        number = _num_pieces(len(text) * _tokens_per_character(text, tokenizer), limit)
+    return list(_fitting(_cut(text, number), limit, tokenizer))
+
+
+def _fitting(parts: list[str], limit: int, tokenizer: ChatTokenizer) -> Iterator[tuple[str, Tokens | None]]:
+    """Parts with their tokens, those that are too long in pieces."""
+    for part, tokens in zip(parts, tokenizer.encode(parts), strict=True):
+        number = 1 if tokens is None else _num_pieces(len(tokens.input_ids), limit)
+        if number == 1:
+            yield part, tokens
+        else:
+            yield from _fitting(_cut(part, number), limit, tokenizer)
+
+
+def _num_pieces(num_tokens: float, limit: int) -> int:
     # At other places than the whole text's tokens a few more are needed.
-    number = -(-len(tokens.input_ids) * 102 // (limit * 100))
+    return 1 if num_tokens <= limit else -int(-num_tokens * 102 // (limit * 100))
+
+
+def _tokens_per_character(text: str, tokenizer: ChatTokenizer) -> float:
+    """How many tokens a character of a long text is, from samples all over it."""
+    places = range(0, len(text), len(text) // _SAMPLES + 1)
+    samples = [text[place : place + _SAMPLED_CHARACTERS // _SAMPLES] for place in places]
+    found = [tokens for tokens in tokenizer.encode(samples) if tokens is not None]
+    return sum(len(tokens.input_ids) for tokens in found) / max(1, sum(map(len, samples)))
+
+
+def _cut(text: str, number: int) -> list[str]:
     pieces, start = [], 0
     for index in range(1, number):
         end = _space_before(text, start + 1, index * len(text) // number, len(text) // number // 4)
         pieces.append(text[start:end])
         start = end
-    return [part for piece in (*pieces, text[start:]) for part in cut_document(piece, limit, tokenizer)]
+    return [*pieces, text[start:]]
 
 
 def _space_before(text: str, first: int, end: int, reach: int) -> int:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from finemill.artifacts.dataset import IGNORE_INDEX, DatasetRow
 from finemill.artifacts.rows import PreparedRow
 from finemill.components.chat_format.mask import Turn
+from finemill.components.chat_format.tokens import Tokens
 from finemill.rows.conversation import Conversation
 from finemill.rows.turns import Message
 
@@ -30,7 +31,8 @@ class Draft:
     """A rendered row, or the part of its conversation up to one turn.
 
     `text` may hold `BROKEN`; `spans`, the characters of the `turns` to learn, count without it. `rejected` is the same
-    conversation with a worse last answer. `left_out` counts by reason the turns that are not learned.
+    conversation with a worse last answer. `left_out` counts by reason the turns that are not learned. `tokens` are
+    those of `text` where they are known.
     """
 
     record: PreparedRow
@@ -45,6 +47,7 @@ class Draft:
     turns: tuple[Turn, ...]
     unrolled: bool = False
     left_out: Mapping[str, int] = field(default_factory=dict)
+    tokens: Tokens | None = None
 
 
 @dataclass(frozen=True)

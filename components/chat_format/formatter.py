@@ -86,26 +86,29 @@ class Formatter:
         """
         parsed, limit = self._config.rendered_text == "tokens", self._config.max_length
         text = document_text(text, self.tokenizer, read_control_tokens=parsed)
-        pieces = [text] if limit is None else cut_document(text, limit, self.tokenizer)
+        pieces = [(text, None)] if limit is None else cut_document(text, limit, self.tokenizer)
         drafts = []
-        for number, piece in enumerate(pieces):
+        for number, (piece, tokens) in enumerate(pieces):
             own = record if len(pieces) == 1 else replace(record, id=f"{record.id}-{number}")
             plain = piece.replace(BROKEN, "")
-            drafts.append(Draft(own, conversation, [], {}, piece, "", plain, None, [(0, len(plain))], ()))
+            whole = [(0, len(plain))]
+            drafts.append(Draft(own, conversation, [], {}, piece, "", plain, None, whole, (), tokens=tokens))
         return drafts
 
     def finish_all(self, drafts: Sequence[Draft]) -> Iterator[Example | DroppedRowError]:
         """Tokenize and label drafts, in order: an example each, or the reason why it is left out."""
-        tokens = self.tokenizer.encode([draft.text[: self._most_characters] for draft in drafts])
+        texts = [draft.text[: self._most_characters] for draft in drafts if draft.tokens is None]
+        encoded = iter(self.tokenizer.encode(texts))
         rejected_texts = [draft.rejected.text for draft in drafts if draft.rejected]
         worse = iter(self.tokenizer.encode([text[: self._most_characters] for text in rejected_texts]))
-        for draft, draft_tokens in zip(drafts, tokens, strict=True):
+        for draft in drafts:
+            tokens = next(encoded) if draft.tokens is None else draft.tokens
             worse_tokens = next(worse) if draft.rejected else None
             try:
                 rejected = (
                     self._label(worse_tokens, draft.rejected.text, draft.rejected.spans) if draft.rejected else None
                 )
-                yield Example(draft, self._label(draft_tokens, draft.text, draft.spans), rejected)
+                yield Example(draft, self._label(tokens, draft.text, draft.spans), rejected)
             except DroppedRowError as reason:
                 yield reason
 

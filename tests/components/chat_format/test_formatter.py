@@ -242,6 +242,14 @@ def test_a_long_document_is_pieces_of_which_none_is_lost(sentence: str, tmp_path
         assert len({piece.row.id for piece in pieces}) == len(pieces)
 
 
+def test_a_text_that_is_cut_by_samples_of_it_loses_nothing_though_its_parts_differ(tmp_path: Path) -> None:
+    base = Base(tmp_path, byte_tokenizer("<|im_end|>"))
+    text = "The Elbe flows to Hamburg. " * 2000 + "\u6613\u5317\u6cb3\u6d41" * 8000
+    pieces = base.examples({"text": text}, max_length=5000)
+    assert max(len(piece.input_ids) for piece in pieces) <= 5000
+    assert "".join(base.text(piece) for piece in pieces) == text + "<|im_end|>"
+
+
 def test_an_end_token_that_is_cut_off_is_not_counted(tmp_path: Path) -> None:
     base = Base(tmp_path, byte_tokenizer())
     (example,) = base.examples(pair("Count.", "1 2 3 " * 40), max_length=60, truncation="truncate")
