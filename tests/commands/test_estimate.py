@@ -60,6 +60,13 @@ def test_cards_divide_a_base_that_none_can_hold_and_copy_one_that_fits(capsys: C
     assert estimate(capsys, "--model", "qwen3-8b", *step)["strategy"] == "ddp"
 
 
+def test_little_host_memory_makes_a_slower_plan(capsys: Capture) -> None:
+    step = ("--model", "qwen3-8b", "--seq", "32768", "--bs", "1", "--accum", "1", "--card-gb", "24")
+    free, bound = estimate(capsys, *step), estimate(capsys, *step, "--host-gb", "12")
+    assert bound["host_gb"] <= 12 < free["host_gb"]
+    assert bound["tokens_per_s"] < free["tokens_per_s"]
+
+
 def test_a_card_of_slower_memory_takes_longer(capsys: Capture) -> None:
     h100, h200 = (estimate(capsys, "--model", "qwen3-8b", "--gpu", gpu) for gpu in ("h100", "h200"))
     assert h100["step_s"] > h200["step_s"]
@@ -99,7 +106,7 @@ def test_the_table_says_what_fits_a_card(capsys: Capture) -> None:
     assert not row.split()[1].startswith("(")
 
 
-@pytest.mark.parametrize("flag", ["--memory-gb", "--card-gb", "--seq", "--bs", "--accum", "--rank"])
+@pytest.mark.parametrize("flag", ["--memory-gb", "--card-gb", "--host-gb", "--seq", "--bs", "--accum", "--rank"])
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "many"])
 def test_an_amount_is_a_number_above_zero(flag: str, value: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as stopped:

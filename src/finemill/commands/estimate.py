@@ -22,7 +22,7 @@ from finemill.kernels.engine.expert_layout import EXPERT_FAMILIES, has_dense_lay
 from finemill.kernels.engine.plan import Plan
 from finemill.kernels.planning.from_config import is_planned, workload_of_config
 from finemill.kernels.planning.model_shapes import MIXTURES, SHAPES
-from finemill.kernels.planning.planner import plan_step, prefers_shards, workload_under
+from finemill.kernels.planning.planner import host_bytes, plan_step, prefers_shards, workload_under
 from finemill.kernels.planning.rates import RATES
 from finemill.kernels.planning.workload import FAMILIES, Workload
 from finemill.models.base.resolve import FORMS, resolve_base_model
@@ -72,6 +72,7 @@ def _parse(name: str, argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quant", default="nf4", choices=["nf4", "bf16"])
     parser.add_argument("--card-gb", type=_gib, default=CARD_GB, help="memory of the card, GiB (default: %(default)g)")
     parser.add_argument("--memory-gb", type=_gib, help="device memory to stay within, GiB (default: the card's)")
+    parser.add_argument("--host-gb", type=_gib, help="host memory for what waits there, GiB (default: any amount)")
     parser.add_argument("--gpus", type=_count, default=1, help="cards of one host that train together")
     parser.add_argument("--gpu", default="h200", choices=sorted(RATES), help="card whose measured rates are taken")
     parser.add_argument("--dataset", help="what chat-format printed: steps and hours of training on it, too")
@@ -125,7 +126,8 @@ def planned(args: argparse.Namespace, work: Workload, memory_gb: float) -> tuple
     if prefers_shards(work, budget, args.gpus, rates=rates):
         work = replace(work, shards=args.gpus)
     streamed = work.shards > 1
-    return work, plan_step(work, budget, rates=rates, allow_stream=args.quant == "nf4", streamed=streamed)
+    host = None if args.host_gb is None else int(args.host_gb * 2**30)
+    return work, plan_step(work, budget, rates=rates, allow_stream=args.quant == "nf4", streamed=streamed, host=host)
 
 
 def training_time(args: argparse.Namespace, memory_gb: float) -> dict[str, float]:
@@ -203,7 +205,7 @@ def summarize(work: Workload, plan: Plan) -> dict[str, Any]:
         "micro_batch_tokens": plan.micro_batch,
         "layers_kept_up_to": {name: levels.count(name) for name in sorted(set(levels))},
         "layers_on_host": {name: hosts.count(name) for name in sorted(set(hosts))},
-        "host_gb": round(plan.host_bytes(plan.micro_batch or work.tokens) / 2**30, 2),
+        "host_gb": round(host_bytes(work, plan) / 2**30, 2),
         "decoded_weights_kept": plan.cached_layers == work.num_layers,
         "embedding_on_host": plan.embedding_on_host,
         "weights_streamed": plan.stream_weights and work.shards == 1,
