@@ -182,6 +182,12 @@ def test_earlier_turns_beside_a_question_stand_before_it(history: object, column
     assert messages_of(row) == [*pair("a?", "A."), *pair("b?", "B.")]
 
 
+@pytest.mark.parametrize("column", ["context", "contexts", "passage"])
+def test_a_list_of_passages_beside_a_question_is_its_context_and_no_conversation(column: str) -> None:
+    row = {"question": "Who?", column: ["A letter.", "B wrote it."], "answer": "B"}
+    assert messages_of(row) == pair("Who?\n\nA letter.\n\nB wrote it.", "B")
+
+
 def test_a_context_that_is_a_list_of_turns_stands_before_the_question() -> None:
     row = {"prompt": "b?", "completion": "B.", "context": pair("a?", "A.")}
     assert messages_of(row) == [*pair("a?", "A."), *pair("b?", "B.")]

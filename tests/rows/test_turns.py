@@ -225,7 +225,16 @@ def test_thinking_before_a_call_is_kept() -> None:
 
 @pytest.mark.parametrize(
     "excluded",
-    [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"training": "false"}, {"loss_mask": "0"}],
+    [
+        {"weight": 0},
+        {"weight": 0.0},
+        {"train": False},
+        {"loss": False},
+        {"training": "false"},
+        {"loss_mask": "0"},
+        {"metadata": {"train": False}},
+        {"meta": {"weight": 0}},
+    ],
 )
 def test_turns_that_the_data_exclude_are_marked(excluded: Row) -> None:
     turns = [USER, {"role": "assistant", "content": "5", **excluded}, USER, {"role": "assistant", "content": "4"}]

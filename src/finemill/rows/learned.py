@@ -68,6 +68,7 @@ _EXCLUDED_KEYS = (
     *("mask", "masked", "is_masked", "ignore", "ignored", "exclude", "excluded", "skip", "no_loss", "no_train"),
     *("no_training", "ignore_loss", "exclude_from_loss", "exclude_from_training"),
 )
+_ABOUT = ("metadata", "meta", "annotations", "extra", "additional_kwargs")
 _SEGMENTS = ("train_detail", "training_detail")
 FLAGS = frozenset((*_LEARNED_KEYS, *_EXCLUDED_KEYS, *_SEGMENTS))
 """Columns, and keys of turns, that may say whether something is learned."""
@@ -226,6 +227,13 @@ def is_learned(turn: Reader, *, only_excluded: bool = False) -> bool:
     ):
         raise DroppedRowError("partly_excluded_turn")
     learned = only_excluded or all(is_good for _, is_good in _marks(turn))
+    # What else is said of a turn, as in Label Studio's and others' exports.
+    for name in _ABOUT:
+        if isinstance(about := turn.peek(name), Mapping) and not only_excluded:
+            inside = Reader(about)
+            learned &= is_learned(inside)
+            if not inside.unread:
+                turn.get(name)
     for name in turn.names:
         wanted = says_learned(name) if isinstance(name, str) else None
         if wanted is None or (says := _flag(turn.peek(name))) is None or (only_excluded and says is wanted):

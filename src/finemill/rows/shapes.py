@@ -286,8 +286,8 @@ def _is_chat(row: Reader, name: str) -> bool:
 def _history(row: Reader) -> list[Message]:
     """Earlier turns beside a question: messages, or pairs of question and answer."""
     column = next(filter(row.has, _HISTORY), None)
-    if column is None and isinstance(row.peek("context"), list) and chat_turns(row.peek("context")):
-        column = "context"
+    if column is None and isinstance(row.peek("context"), list) and not _passages(row.peek("context")):
+        column = "context" if chat_turns(row.peek("context")) else None
     if column is None:
         return []
     value = parse_json(row.get(column))
@@ -367,9 +367,20 @@ def _asked(row: Reader, columns: tuple[str, ...]) -> list[Message]:
         return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in _turns(row, column, value)]
     history = _history(row)
     beside = (*_CONTEXT, *_BESIDE_INSTRUCTION) if column == "instruction" else _CONTEXT
-    context = row.text(*(name for name in beside if name != column and not (history and name == "context")))
+    name = next((n for n in beside if n != column and not (history and n == "context") and row.has(n)), None)
+    context = ""
+    if name is not None:
+        # A list under `input` may be anything.
+        passages = [] if name == "input" else _passages(row.peek(name))
+        context = "\n\n".join(passages) or row.text(name)
+        row.get(name)
     context = "" if context.strip().lower() in _NO_INPUT else context
     return [*history, _user("\n\n".join(filter(None, (as_text(value, column), context))))]
+
+
+def _passages(value: Any) -> list[str]:
+    """The texts of a list that is one of passages, as retrieval gives them; none for any other value."""
+    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else []
 
 
 def _turns(row: Reader, column: str, value: Any) -> list[Message]:
