@@ -55,7 +55,7 @@ def _factors(source: SourceModel, tuned: Any) -> Iterator[tuple[str, Array, Arra
     names = source.names()
     for path, module in tuned.get_base_model().named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) or (isinstance(module, LoraLayer) and module.lora_variant):
-            raise _not_plain(path, "is trained as a whole, or with DoRA")
+            raise _not_plain(path, "is trained as a whole, in rows of new tokens, or with DoRA")
         if isinstance(module, ParamWrapper):
             yield from _of_stack(source, path.replace(".base_layer", ""), module)
         elif isinstance(module, LoraLayer):

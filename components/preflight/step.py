@@ -19,6 +19,7 @@ from finemill.storage.store import hold_lock
 from finemill.tracking.settings import Tracking
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.memory import needed_gib
+from finemill.training.new_tokens import with_new_tokens
 
 
 def check_time(inputs: Mapping[str, str], config: PreflightConfig, tracking: Tracking) -> dict[str, str]:
@@ -43,6 +44,10 @@ def run(*, output_dir: Path, config: PreflightConfig, context: StepContext) -> d
     check_nodes(parsed)
     base = inspect_base_model(_pinned(config.base_model, context)) if config.base_model else None
     training = next((item for item in parsed.values() if isinstance(item, LoRATrainingConfig)), None)
+    if training:
+        # chat-format's, which its data set brings to the training
+        num_tokens = max(len(getattr(section, "new_tokens", ())) for section in parsed.values())
+        training = with_new_tokens(training, num_tokens)
     needed = check_memory(base, training, config.gpu_memory_gib) if base and training else None
     plan = RunPlan(
         base_model=base.id if base else None,

@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,19 @@ def test_the_line_for_vllm_names_base_and_adapter(
     assert f"--lora-modules {tiny_adapter_dir.name}={tiny_adapter_dir}" in line
     # vLLM takes no smaller rank.
     assert "--max-lora-rank 8 " in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_dora", True), ("modules_to_save", ["lm_head"]), ("trainable_token_indices", [5])]
+)
+def test_an_adapter_that_vllm_does_not_take_is_to_be_merged(
+    name: str, value: object, tiny_adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = Path(shutil.copytree(tiny_adapter_dir, tmp_path / "adapter"))
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {name: value}), encoding="utf-8")
+    assert main(["serve", str(adapter), "--base-model", BASE, "--dry-run"]) == 2
+    assert f"the adapter has {name}, and vLLM adds LoRA on linear layers only: merge it" in capsys.readouterr().err
 
 
 def test_without_vllm_the_line_is_printed_and_the_command_fails(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from finemill.artifacts.adapter import read_training
 from finemill.asking.find_model import FoundModel
 from finemill.commands.model_argument import add_model_arguments, found_model
 from finemill.errors import UserError
-from finemill.models.adapter import read_adapter_config
+from finemill.models.adapter import more_than_lora, read_adapter_config
 
 
 def execute(name: str, arguments: list[str]) -> int:
@@ -68,6 +68,10 @@ def _vllm(found: FoundModel, parsed: argparse.Namespace) -> list[str]:
         command += ["--served-model-name", name]
     else:
         config = read_adapter_config(found.adapter)
+        if setting := more_than_lora(config):
+            raise UserError(
+                f"the adapter has {setting}, and vLLM adds LoRA on linear layers only: merge it, and serve the model"
+            )
         rank = max([config.r, *(config.rank_pattern or {}).values()])
         command += ["--enable-lora", "--max-lora-rank", str(_allowed_rank(rank))]
         command += ["--lora-modules", f"{name}={found.adapter}", "--tokenizer", str(found.adapter)]

@@ -102,6 +102,12 @@ def token_rows(config: AdapterConfig) -> int:
     return max(ids, default=-1) + 1
 
 
+def more_than_lora(config: AdapterConfig) -> str | None:
+    """The setting with which an adapter has more than servers of LoRA adapters add to a base; None for none."""
+    settings = ("modules_to_save", "trainable_token_indices", "use_dora")
+    return next((name for name in settings if getattr(config, name, None)), None)
+
+
 def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
     """`base` with the LoRA adapter in `folder`, as one PEFT model in evaluation mode, with the positions it trained on.
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from finemill.artifacts.adapter import Curve, TrainingRecord
+from finemill.models.adapter import more_than_lora, read_adapter_config
 from finemill.models.base.resolve import ResolvedBase, hub_name
 from finemill.models.model_card import write_card
 
@@ -17,7 +18,7 @@ def write_adapter_card(folder: Path, base: ResolvedBase, record: TrainingRecord)
         ("finemill", "finemill chat ."),
         ("As a model of its own", f"finemill merge --base-model {base.id} --adapter ADAPTER"),
     ]
-    if on_hub := hub_name(base.id):
+    if (on_hub := hub_name(base.id)) and not more_than_lora(read_adapter_config(folder)):
         commands.append(("vLLM", f"vllm serve {on_hub[0]} --enable-lora --lora-modules tuned=."))
     write_card(
         folder,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel, Trainer
 
 from finemill.errors import UserError
@@ -17,7 +18,6 @@ from finemill.training.adapter import keep_trained_in_float32, lora_config
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.inputs import TrainingInputs
 from finemill.training.memory import eight_bit_moments, must_stream, not_on_kernels
-from finemill.training.new_tokens import complete_wrapper
 from finemill.training.positions import base_config
 from finemill.training.quantized_base import compute_dtype, load_base, memory_limit
 from finemill.training.trainer import cap_memory
@@ -48,6 +48,11 @@ def make_trainer(
     make, model = _open_trainer(inputs.base_model, config, inputs.device, plain, fast)
     if inputs.new_tokens:
         begin_token_rows(model, inputs.new_tokens)
+        if inputs.device.type == "cuda":
+            logger.warning(
+                "trains without finemill's kernels, which do not learn embeddings: the data set has %d new tokens",
+                len(inputs.new_tokens),
+            )
     adapters = lora_config(inputs.base_model, config, inputs.new_tokens)
     trainer = make(
         model=model,
@@ -117,3 +122,21 @@ def check_kernels(trainer: Trainer, config: LoRATrainingConfig) -> None:
         keep_trained_in_float32(trainer.model)
     elif not config.gradient_checkpointing:
         logger.warning("gradient_checkpointing false has no effect on finemill's kernels: they plan it by memory_gb")
+
+
+def complete_wrapper(model: PreTrainedModel) -> None:
+    """Add what PEFT's wrapper around new rows lacks: the output matrix's bias, which TRL's losses ask for, and
+    checkpoints that hold these rows alone, not the embedding that they make larger.
+
+    Raises: UserError: the output matrix has a bias, which the wrapper leaves out of its product.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, TrainableTokensWrapper):
+        return
+    if head.original_module.bias is not None:
+        raise UserError(
+            "the base model's output layer has a bias, and PEFT's rows of new tokens have none: add lm_head and "
+            "embed_tokens to modules_to_save"
+        )
+    head.register_parameter("bias", None)
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)

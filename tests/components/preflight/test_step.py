@@ -52,6 +52,10 @@ def test_every_run_checks_anew(folder_store: str) -> None:
             {"steps": {"train_dpo": {}}, "gpu_memory_gib": 0.1},
             r"needs .* at least, the GPU has 0\.1: lower",
         ),
+        (
+            {"steps": {"train_qlora": {"kernels": "on"}, "chat_format": {"new_tokens": ["<a>"]}}},
+            "kernels 'on', and the data set has 1 new tokens",
+        ),
         ({"steps": {"train_qlora": {"memory_gb": 0.1}}}, r"needs .* at least, memory_gb is 0\.1: lower"),
         (
             {"steps": {"train_qlora": {}}, "gpu_memory_gib": 0.1},
