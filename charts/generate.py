@@ -12,27 +12,45 @@ from hera.workflows.models import Affinity, EnvVarSource, Volume, VolumeMount
 
 from finemill.config import parse_config
 from finemill.pipelines.catalog import PIPELINES
-from finemill.pipelines.cluster import LABEL_VALUE, ClusterConfig
+from finemill.pipelines.cluster import CACHE_PATH, SHARED_MEMORY_PATH, ClusterConfig
+from finemill.pipelines.names import (
+    FILE_KEY,
+    LABEL_KEY,
+    LABEL_VALUE,
+    NAME,
+    OWN_LABEL,
+    REPOSITORY,
+    RESOURCE,
+    TAG,
+    VARIABLE,
+)
 from finemill.pipelines.parameters import with_optional_fields
 from finemill.pipelines.quantity import CPU_PATTERN, MEMORY_PATTERN
 from finemill.pipelines.render_argo import build_argo_template
 from finemill.pipelines.schedule import cron_pattern
+from finemill.runtime.images import IMAGES
 
 CHART = Path(__file__).parent / "finemill"
 CONFIGS = Path(__file__).parents[1] / "pipelines" / "configs"
 # --set gives numbers for what looks like one.
-CPU = {"type": ["string", "number"], "pattern": CPU_PATTERN}
-MEMORY = {"type": ["string", "integer"], "pattern": MEMORY_PATTERN}
-URL = {"pattern": r"^(https?://[^/\s]+(/\S*)?)?$"}
+NOT_ZERO = {"not": {"type": "string", "pattern": "^[0.]+([a-zA-Z]|$)"}}
+CPU = {"type": ["string", "number"], "pattern": CPU_PATTERN, "exclusiveMinimum": 0, **NOT_ZERO}
+MEMORY = {"type": ["string", "integer"], "pattern": MEMORY_PATTERN, "minimum": 2**20, **NOT_ZERO}
+# Everybody who may read the ConfigMap would read a password in it.
+URL = {"pattern": r"^(https?://[^/\s@]+(/\S*)?)?$"}
+NAMED = {"pattern": f"^$|{NAME}"}
 # Argo would evaluate it.
 PLAIN = {"type": "string", "not": {"pattern": r"\{\{"}}
-LABELS = {"additionalProperties": {"type": "string", "pattern": LABEL_VALUE}}
+KEYS = {"propertyNames": {"pattern": LABEL_KEY}}
+LABELS = {"additionalProperties": {"type": "string", "pattern": LABEL_VALUE}, **KEYS}
 TOLERATIONS = {
     "items": {
         "type": "object",
         "additionalProperties": False,
         "properties": {
-            **{key: {"type": "string"} for key in ("key", "operator", "value", "effect")},
+            **{key: {"type": "string"} for key in ("key", "value")},
+            "operator": {"enum": ["Exists", "Equal"]},
+            "effect": {"enum": ["", "NoSchedule", "PreferNoSchedule", "NoExecute"]},
             "tolerationSeconds": {"type": "integer"},
         },
     }
@@ -42,7 +60,11 @@ ENVIRONMENT = {
         "type": "object",
         "additionalProperties": False,
         "required": ["name"],
-        "properties": {"name": {"type": "string"}, "value": PLAIN, "valueFrom": {"$ref": "#/definitions/EnvVarSource"}},
+        "properties": {
+            "name": {"type": "string", "pattern": VARIABLE},
+            "value": PLAIN,
+            "valueFrom": {"$ref": "#/definitions/EnvVarSource"},
+        },
     }
 }
 OF_KUBERNETES = (Affinity, EnvVarSource, Volume, VolumeMount)
@@ -54,19 +76,37 @@ EGRESS = {
         "properties": {key: {"type": "array", "items": {"type": "object"}} for key in ("ports", "to")},
     }
 }
+NAMES = (
+    *(f"{service}.existingSecret" for service in ("s3", "mlflow", "hub")),
+    *("caBundle.configMap", "cache.existingClaim", "gpu.queue", "priorityClassName", "serviceAccount.name"),
+)
 SIZES = ("small", "large", "gpu")
+VOLUMES = ("tmp", "cache", "shared-memory", "ca-bundle")
+PATHS = ("/tmp", CACHE_PATH, SHARED_MEMORY_PATH, "/etc/finemill/ca")
 TIMEZONES = resources.files("tzdata").joinpath("zones").read_text().split()
+
+
+def _but(key: str, taken: tuple[str, ...]) -> dict[str, Any]:
+    """What the steps' pods have already."""
+    return {"properties": {key: {"not": {"enum": list(taken)}}}}
+
+
 # What the default of a value cannot tell about the others that are allowed.
 RULES: dict[str, dict[str, Any]] = {
     "store": {"pattern": "^s3://[a-z0-9.-]+(/[^{}$]*)?$"},
     "s3.endpointUrl": URL,
     "hub.endpoint": URL,
     # Plug-ins have schemes of their own; a host and a port are none.
-    "mlflow.trackingUri": {"not": {"pattern": "^[^/:]+:[0-9]+(/|$)"}},
+    "mlflow.trackingUri": {"not": {"pattern": "^[^/:]+:[0-9]+(/|$)|//[^/@]*:[^/@]*@"}},
     "images.pullPolicy": {"enum": ["IfNotPresent", "Always", "Never"]},
     "images.cpu.digest": {"pattern": "^(sha256:[0-9a-f]{64})?$"},
     "images.train.digest": {"pattern": "^(sha256:[0-9a-f]{64})?$"},
-    "images.pullSecrets": {"items": {"type": "string"}},
+    **{f"images.{role}.repository": {"pattern": REPOSITORY} for role in IMAGES},
+    **{f"images.{role}.tag": {"pattern": f"^$|{TAG}"} for role in IMAGES},
+    **dict.fromkeys(NAMES, NAMED),
+    "images.pullSecrets": {"items": {"type": "string", "pattern": NAME}},
+    "caBundle.key": {"pattern": FILE_KEY},
+    "gpu.resource": {"pattern": RESOURCE},
     "gpu.count": {"minimum": 0},
     "gpu.memoryGiB": {"type": "number", "minimum": 0},
     "images.registry": {"pattern": r"^([^/\s]+(/[^/\s]+)*)?$"},
@@ -75,14 +115,15 @@ RULES: dict[str, dict[str, Any]] = {
     "gpu.tolerations": TOLERATIONS,
     "extraEnv": ENVIRONMENT,
     "affinity": {"$ref": "#/definitions/Affinity"},
-    "extraVolumes": {"items": {"$ref": "#/definitions/Volume"}},
-    "extraVolumeMounts": {"items": {"$ref": "#/definitions/VolumeMount"}},
+    "extraVolumes": {"items": {"allOf": [{"$ref": "#/definitions/Volume"}, _but("name", VOLUMES)]}},
+    "extraVolumeMounts": {"items": {"allOf": [{"$ref": "#/definitions/VolumeMount"}, _but("mountPath", PATHS)]}},
     "networkPolicy.extraEgress": EGRESS,
-    "podLabels": LABELS,
-    "podAnnotations": {"additionalProperties": PLAIN},
+    "podLabels": {**LABELS, "propertyNames": {"pattern": LABEL_KEY, "not": {"pattern": OWN_LABEL}}},
+    "podAnnotations": {"additionalProperties": PLAIN, **KEYS},
     "nodeSelector": LABELS,
     "tolerations": TOLERATIONS,
-    "workflow.namePrefix": {"pattern": "^([a-z0-9]([a-z0-9-]*))?$"},
+    # A schedule's name may have 52 characters, `retrain` in it.
+    "workflow.namePrefix": {"pattern": "^([a-z0-9]([a-z0-9-]*))?$", "maxLength": 40},
     "schedule.cron": {"pattern": cron_pattern()},
     "schedule.timezone": {"enum": TIMEZONES},
     "serviceAccount.annotations": {"additionalProperties": {"type": "string"}},

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -10,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from finemill.config import StepConfig
 from finemill.pipelines.graph import Resources
+from finemill.pipelines.names import OWN_LABEL, RESOURCE, FileKey, Image, LabelKey, LabelValue, Name, Variable
 from finemill.pipelines.quantity import CPU, Memory
 from finemill.runtime.images import IMAGES
 
@@ -34,10 +36,6 @@ MLFLOW_KEYS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_T
 HUB_KEYS = ("HF_TOKEN",)
 
 
-LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$"
-"""Regular expression of a label's value as Kubernetes takes it."""
-
-
 def _plain(text: str) -> str:
     if "{{" in text:
         raise ValueError(f"'{text}' holds '{{{{', which Argo, and KFP on it, would evaluate: leave it out")
@@ -54,9 +52,17 @@ def _affinity(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return value
 
 
+def _not_own(labels: Mapping[str, str]) -> Mapping[str, str]:
+    """The same, if no label is one that steps have already."""
+    own = [name for name in labels if re.match(OWN_LABEL, name)]
+    if own:
+        raise ValueError(f"{own[0]} is what steps are found by: choose another name")
+    return labels
+
+
 Plain = Annotated[str, AfterValidator(_plain)]
 """Type of texts that arrive in a pod as they are."""
-Labels = Mapping[str, Annotated[str, Field(pattern=LABEL_VALUE)]]
+Labels = Mapping[LabelKey, LabelValue]
 """Type of labels by name."""
 
 
@@ -96,6 +102,14 @@ class Toleration(StepConfig):
     toleration_seconds: int | None = Field(default=None, alias="tolerationSeconds")
     """Seconds after which a taint with `NoExecute` ends the pod all the same."""
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.operator == "Exists" and self.value:
+            raise ValueError("'Exists' takes no value: leave it out, or write operator: Equal")
+        if self.operator == "Equal" and not self.key:
+            raise ValueError("'Equal' takes a key: give one, or write operator: Exists")
+        return self
+
 
 class Mount(StepConfig):
     """A folder of every step's container; exactly one of the other fields says what is in it."""
@@ -103,13 +117,13 @@ class Mount(StepConfig):
     path: str = Field(pattern="^/[^:]*$")
     """Where it is, `/etc/certificates`."""
 
-    config_map: str | None = None
+    config_map: Name | None = None
     """Name of a ConfigMap whose keys are the files."""
 
-    secret: str | None = None
+    secret: Name | None = None
     """Name of a Secret whose keys are the files."""
 
-    claim: str | None = None
+    claim: Name | None = None
     """Name of a PersistentVolumeClaim."""
 
     @model_validator(mode="after")
@@ -119,50 +133,59 @@ class Mount(StepConfig):
         return self
 
 
+def _apart(mounts: tuple[Mount, ...]) -> tuple[Mount, ...]:
+    """The same, if every folder has one content."""
+    paths = ["/tmp", CACHE_PATH, SHARED_MEMORY_PATH, _CA_PATH, *(mount.path.rstrip("/") for mount in mounts)]
+    twice = [path for path in paths if paths.count(path) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is mounted already: choose another path")
+    return mounts
+
+
 class SecretKey(StepConfig):
     """A value of a secret."""
 
-    secret: str
+    secret: Name
     """The secret's name."""
 
-    key: str
+    key: FileKey
     """The value's key in it."""
 
 
 class ClusterConfig(StepConfig):
     """What a platform engineer decides, and a pipeline's author need not know."""
 
-    image_cpu: str = IMAGES["cpu"]
+    image_cpu: Image = IMAGES["cpu"]
     """Image of the steps that need no torch."""
 
-    image_train: str = IMAGES["train"]
+    image_train: Image = IMAGES["train"]
     """Image of the steps that compute with torch."""
 
-    image_pull_policy: str = "IfNotPresent"
+    image_pull_policy: Literal["IfNotPresent", "Always", "Never"] = "IfNotPresent"
     """When nodes look for a newer image of the same name."""
 
-    image_pull_secrets: tuple[str, ...] = ()
+    image_pull_secrets: tuple[Name, ...] = ()
     """Names of secrets with registry credentials."""
 
-    service_account: str = "finemill"
+    service_account: Name = "finemill"
     """Service account of Argo's pods; it needs `create` and `patch` on `workflowtaskresults`. KFP sets its own."""
 
-    config_map: str = "finemill"
+    config_map: Name = "finemill"
     """Name of the ConfigMap with AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, MLFLOW_TRACKING_URI."""
 
-    s3_secret: str = "finemill-s3"
+    s3_secret: Name = "finemill-s3"
     """Name of the Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; not needed with a pod identity."""
 
-    mlflow_secret: str = "finemill-mlflow"
+    mlflow_secret: Name = "finemill-mlflow"
     """Name of the Secret with the tracking server's credentials, where it asks for some."""
 
-    hub_secret: str = "finemill-hub"
+    hub_secret: Name = "finemill-hub"
     """Name of the Secret with HF_TOKEN, for gated base models."""
 
     sizes: Mapping[Literal["small", "large", "gpu"], ContainerSize] = Field(default_factory=dict)
     """Requests and limits per size of task (`small`, `large`, `gpu`) in place of the pipeline's own."""
 
-    gpu_resource: str = "nvidia.com/gpu"
+    gpu_resource: str = Field(default="nvidia.com/gpu", pattern=RESOURCE)
     """Name of the extended resource that a GPU is."""
 
     gpu_node_selector: Labels = Field(default_factory=dict)
@@ -180,37 +203,37 @@ class ClusterConfig(StepConfig):
     affinity: Annotated[Mapping[str, Any], AfterValidator(_affinity)] = Field(default_factory=dict)
     """Affinity of all steps' pods, as Kubernetes spells it. KFP knows `nodeAffinity` only."""
 
-    env: Mapping[str, Plain] = Field(default_factory=dict)
+    env: Mapping[Variable, Plain] = Field(default_factory=dict)
     """Environment variables of all steps: proxies, MLFLOW_TRACKING_INSECURE_TLS. No secrets: they are written out."""
 
-    secret_env: Mapping[str, SecretKey] = Field(default_factory=dict)
+    secret_env: Mapping[Variable, SecretKey] = Field(default_factory=dict)
     """Environment variables of all steps that are secret, each a key of a Secret."""
 
-    mounts: tuple[Mount, ...] = ()
+    mounts: Annotated[tuple[Mount, ...], AfterValidator(_apart)] = ()
     """Folders of every step's container."""
 
-    ca_config_map: str | None = None
+    ca_config_map: Name | None = None
     """Name of a ConfigMap with the certificates of all authorities to trust; none trusts the image's."""
 
-    ca_key: str = "ca.crt"
+    ca_key: FileKey = "ca.crt"
     """Key in that ConfigMap."""
 
-    pod_labels: Labels = Field(default_factory=dict)
+    pod_labels: Annotated[Labels, AfterValidator(_not_own)] = Field(default_factory=dict)
     """Labels of all steps' pods."""
 
-    pod_annotations: Mapping[str, Plain] = Field(default_factory=dict)
+    pod_annotations: Mapping[LabelKey, Plain] = Field(default_factory=dict)
     """Annotations of all steps' pods."""
 
-    priority_class: str | None = None
+    priority_class: Name | None = None
     """Name of the PriorityClass of all steps' pods. Argo only."""
 
     pod_disruption_budget: bool = False
     """Keep nodes from being drained while a step runs. Argo only."""
 
-    queue: str | None = None
+    queue: Name | None = None
     """Kueue's LocalQueue that GPU steps wait in."""
 
-    cache_claim: str | None = None
+    cache_claim: Name | None = None
     """Name of a PersistentVolumeClaim shared by the steps: a base model is pulled and kernels are compiled once.
 
     Without it each pod pulls, and compiles for about 15 s on a Hopper card.

@@ -50,6 +50,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{/* Where they are mounted: YAML of a list. */}}
 {{- define "finemill.volumeMounts" -}}
 {{- $mounts := .Values.extraVolumeMounts -}}
+{{- $volumes := list "tmp" "cache" -}}
+{{- range .Values.extraVolumes -}}
+{{- $volumes = append $volumes .name -}}
+{{- end -}}
+{{- range $mounts -}}
+{{- if not (has .name $volumes) -}}
+{{- fail (printf "extraVolumeMounts: there is no volume '%s' in extraVolumes" .name) -}}
+{{- end -}}
+{{- end -}}
 {{- if .Values.caBundle.configMap -}}
 {{- $mounts = append $mounts (dict "name" "ca-bundle" "mountPath" "/etc/finemill/ca" "readOnly" true) -}}
 {{- end -}}

@@ -1,0 +1,39 @@
+"""Names as Kubernetes takes them: what it refuses is found before a pod is made, which may be hours into a run."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+NAME = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
+"""Regular expression of an object's name."""
+LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$"
+"""Regular expression of a label's value."""
+LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+"""Regular expression of the name of a label or an annotation."""
+OWN_LABEL = r"^(app\.kubernetes\.io/(name|instance|component)|finemill/.*)$"
+"""Regular expression of the labels that steps have already, and network policies look for."""
+RESOURCE = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+"""Regular expression of an extended resource's name."""
+VARIABLE = r"^[-._A-Za-z][-._A-Za-z0-9]*$"
+"""Regular expression of an environment variable's name."""
+FILE_KEY = r"^[-._A-Za-z0-9]*[-_A-Za-z0-9][-._A-Za-z0-9]*$"
+"""Regular expression of a key of a ConfigMap or a Secret."""
+REPOSITORY = r"^([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+(([._]|__|-+|/)[a-z0-9]+)*$"
+"""Regular expression of an image's name without tag and digest."""
+TAG = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"
+"""Regular expression of an image's tag."""
+IMAGE = rf"{REPOSITORY[:-1]}(:{TAG[1:-1]})?(@sha256:[0-9a-f]{{64}})?$"
+"""Regular expression of an image."""
+
+Name = Annotated[str, Field(pattern=NAME)]
+"""Type of an object's name."""
+Image = Annotated[str, Field(pattern=IMAGE)]
+"""Type of an image's name."""
+Variable = Annotated[str, Field(pattern=VARIABLE)]
+"""Type of an environment variable's name."""
+LabelKey = Annotated[str, Field(pattern=LABEL_KEY)]
+"""Type of the name of a label or an annotation."""
+LabelValue = Annotated[str, Field(pattern=LABEL_VALUE)]
+"""Type of a label's value."""
+FileKey = Annotated[str, Field(pattern=FILE_KEY)]
+"""Type of a key of a ConfigMap or a Secret."""
