@@ -21,4 +21,5 @@ def begin_token_rows(model: Any, token_ids: Sequence[int]) -> None:
     for weight in tables.values():
         with torch.no_grad():
             mean = weight[: token_ids[0]].mean(0, dtype=torch.float32)
-            weight[list(token_ids)] = mean.to(weight.dtype)
+            # TRL casts what is trained to bfloat16 and back: a preference's reference has these very rows.
+            weight[list(token_ids)] = mean.bfloat16().to(weight.dtype)
