@@ -50,7 +50,10 @@ def free_host_bytes() -> int:
     free = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):  # no limit, or not version 2 of control groups
         limit = int((CGROUP / "memory.max").read_text())
-        free = min(free, limit - int((CGROUP / "memory.current").read_text()))
+        used = int((CGROUP / "memory.current").read_text())
+        lines = (line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        cached = sum(int(size) for name, size in lines if name in ("active_file", "inactive_file"))
+        free = min(free, limit - used + cached)  # files that were read give way
     return max(0, free) * 9 // 10 // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 

@@ -28,7 +28,8 @@ def test_a_process_counts_on_its_part_of_what_the_container_leaves(
     free = free_host_bytes()
     assert free > 0
     (tmp_path / "memory.max").write_text("3000\n")
-    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("2500\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 1200\nactive_file 300\n")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert free_host_bytes() == 900
 
