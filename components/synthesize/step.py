@@ -132,7 +132,8 @@ def _copy_held_out(rows: Path, output_dir: Path) -> set[bytes]:
         with rows_writer(output_dir, split) as writer:
             for batch in iterate_rows(rows, split, batch_rows=_BATCH_ROWS):
                 writer.write(batch)
-                questions |= {question_key(to_conversation(json.loads(row.row), row.shape)) for row in batch}
+                conversations = (to_conversation(json.loads(row.row), row.shape, bad_answers=True) for row in batch)
+                questions |= set(map(question_key, conversations))
     return questions
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from finemill.components.gguf_quantize.convert import SourceModel
 from finemill.components.gguf_quantize.write import write_gguf
+from finemill.components.synthesize.step import _copy_held_out
 from finemill.errors import TemporaryError, UserError
 from finemill.models.llama_cpp import serve_chats
 from finemill.runtime.run import StepResult, run_step
@@ -244,3 +245,16 @@ def test_llama_cpp_s_server_writes_rows(
         assert row["chosen"].startswith("Paper")
         assert row["prompt"]
         assert row["rejected"]
+
+
+def test_answers_that_are_labelled_bad_are_held_out_with_their_questions(tmp_path: Path) -> None:
+    row = {"prompt": "Is 3 even?", "completion": "yes", "label": False}
+    source = tmp_path / "rows.jsonl"
+    source.write_text(
+        "".join(json.dumps(row | {"prompt": f"Is {n} even?"}) + "\n" for n in range(20)), encoding="utf-8"
+    )
+    config = {"sources": [{"uri": str(source)}], "labelled_bad": "keep", "validation_size": 0.4, "test_size": 0}
+    prepared = run_step("data-prep", store=tmp_path.as_uri(), inputs={}, config=config)
+    output = tmp_path / "output"
+    output.mkdir()
+    assert len(_copy_held_out(fetch_artifact(prepared.reference)[0], output)) > 2
