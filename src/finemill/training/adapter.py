@@ -22,7 +22,7 @@ from finemill.models.weights import read_header
 from finemill.training.adapter_card import write_adapter_card
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.mixture import Mixture
-from finemill.training.whole_state import trained_weights
+from finemill.training.whole_state import plain_names, trained_weights
 
 TABLES = ("embed_tokens", "lm_head")
 """What embeddings and output layer are called."""
@@ -213,7 +213,8 @@ def save_adapter(
         _name_base(model.peft_config["default"], base)
         _sort_names(model.peft_config["default"])
         # Said outright: PEFT would ask the hub whether adapters were put on the embeddings' vocabulary.
-        model.save_pretrained(output_dir, state_dict=weights, safe_serialization=True, save_embedding_layers=False)
+        with plain_names(model):
+            model.save_pretrained(output_dir, state_dict=weights, safe_serialization=True, save_embedding_layers=False)
     else:
         _save_whole(model, weights, output_dir, base)
     tokenizer.save_pretrained(output_dir)

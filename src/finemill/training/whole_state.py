@@ -4,12 +4,15 @@ A checkpoint holds the weights that are trained and torch's own state of AdamW, 
 one that FSDP2 wrote on eight GPUs is continued by ZeRO-3 on two, or by one process on the plain path.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import Trainer
 
 ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
@@ -25,7 +28,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     _drop_whole_layers(model)
     return {
         name: _whole(parameter).detach().cpu().contiguous().clone()
-        for name, parameter in model.named_parameters(remove_duplicate=False)
+        for name, parameter in _parameters(model, remove_duplicate=False)
         if parameter.requires_grad
     }
 
@@ -36,7 +39,7 @@ def set_trained_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
     _drop_whole_layers(model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in _parameters(model):
             if not parameter.requires_grad:
                 continue
             value = weights[name]
@@ -47,6 +50,25 @@ def set_trained_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
                 parameter.copy_(distribute_tensor(local, parameter.device_mesh, parameter.placements))
             else:
                 parameter.copy_(value)
+
+
+@contextmanager
+def plain_names(model: nn.Module) -> Iterator[None]:
+    """Give modules the names that they have without FSDP2's recomputation, which wraps layers: PEFT saves by them."""
+    wrapped = {name: module for name, module in model.named_modules() if isinstance(module, CheckpointWrapper)}
+    for name, module in wrapped.items():
+        model.set_submodule(name, module._checkpoint_wrapped_module)
+    try:
+        yield
+    finally:
+        for name, module in wrapped.items():
+            model.set_submodule(name, module)
+
+
+def _parameters(model: nn.Module, *, remove_duplicate: bool = True) -> list[tuple[str, Any]]:
+    """Parameters by the names that they have in a model that is not sharded."""
+    with plain_names(model):
+        return list(model.named_parameters(remove_duplicate=remove_duplicate))
 
 
 def _drop_whole_layers(model: nn.Module) -> None:
@@ -120,13 +142,14 @@ class WholeState:
         trainer = self._trainer
         weights = trained_weights(trainer.model)
         if trainer.args.should_save:
-            trainer._save(output_dir or trainer.args.output_dir, state_dict=weights)
+            with plain_names(trainer.model):
+                trainer._save(output_dir or trainer.args.output_dir, state_dict=weights)
 
     def save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write AdamW's moments whole, as torch numbers them, and the schedule."""
         trainer = self._trainer
         _drop_whole_layers(trainer.model)
-        parameters = dict(trainer.model.named_parameters())
+        parameters = dict(_parameters(trainer.model))
         names = [name for group in self._groups for name in group]
         state = {index: self._moments(parameters[name]) for index, name in enumerate(names)}
         if not trainer.args.should_save:
@@ -163,7 +186,7 @@ class WholeState:
     def _load_moments(self, state: dict[int, dict[str, Tensor]]) -> None:
         from torch.distributed.tensor import distribute_tensor
 
-        parameters, optimizer = dict(self._trainer.model.named_parameters()), self._trainer.optimizer
+        parameters, optimizer = dict(_parameters(self._trainer.model)), self._trainer.optimizer
         names = [name for group in self._groups for name in group]
         if self._trainer.is_deepspeed_enabled:
             _begin_moments(optimizer.optimizer, state[0]["step"])

@@ -57,6 +57,8 @@ def train_as(rank: int, port: int, strategy: str, base_model: Path, dataset: Pat
         if (strategy, name) == ("fsdp2", "full"):
             # Layers are whole in the second pass, and after an evaluation where a checkpoint is written.
             values |= {"strategy_config": KEEPS_LAYERS}
+        elif strategy == "fsdp2":
+            values |= {"gradient_checkpointing": True}
         train(base_model, dataset, folder / name, f"shared-{rank}", values)
         unset_hf_deepspeed_config()  # else the next base would be loaded in pieces
     torch.distributed.destroy_process_group()
