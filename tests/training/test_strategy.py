@@ -62,6 +62,16 @@ def test_layers_are_gathered_once_per_pass_where_a_card_holds_them_whole(monkeyp
     assert gathered_again == [True, False, True, True]
 
 
+@pytest.mark.parametrize(("shape", "policy"), [("qwen3-1.7b", "NO_WRAP"), ("qwen3-8b", None)])
+def test_a_small_model_is_gathered_in_one_piece(
+    shape: str, policy: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES[shape].config()))
+    config = settle_strategy(TrainQLoRAConfig(strategy="fsdp2", method="full"), tmp_path, 1e12)
+    assert strategy_arguments(config)["fsdp_config"].get("auto_wrap_policy") == policy
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_recomputation_that_is_asked_for_stays(asked: bool) -> None:
     config = TrainQLoRAConfig(kernels="off", gradient_checkpointing=asked)

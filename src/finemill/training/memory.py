@@ -23,6 +23,8 @@ GIB = 2.0**30
 NF4_BITS, NF4_DOUBLE_BITS = 4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)
 # Logits in 16 bits, their float32 copy, and the gradients of both.
 LOGIT_BYTES = 2 + 4 + 4 + 4
+# Weights that FSDP2 gathers and reduces at once: a few GB, in the time that Python takes to launch it layer by layer.
+AT_ONCE = 2e9
 # float32 weight and gradient.
 ADAPTER_BYTES = 4 + 4
 
@@ -196,9 +198,21 @@ def fits_without_recompute(model: Mapping[str, Any], config: LoRATrainingConfig,
     part = estimate_memory(model, kept)
     needed = part.total
     if config.strategy in SHARDED:
-        # Weights and gradients that are whole in 16 bits beside the shards, of what is trained.
-        needed += part.adapters * (1 / processes + 1 / 4 - 1)
+        # Weights and gradients that are whole in 16 bits beside the shards, of what is trained; gathered at once twice.
+        whole = 3 / 8 if in_one_piece(model, config) else 1 / 4
+        needed += part.adapters * (1 / processes + whole - 1)
     return needed * GIB <= 0.9 * limit
+
+
+def in_one_piece(model: Mapping[str, Any], config: LoRATrainingConfig) -> bool:
+    """Whether FSDP2 gathers the whole model at once where a card holds it: full fine-tuning of a small one.
+
+    Args:
+        model: the base's config.json.
+        config: what is trained, and how.
+    """
+    trained = estimate_memory(model, config).adapters * GIB / (ADAPTER_BYTES + _moment_bytes(config))
+    return config.strategy == "fsdp2" and config.method == "full" and trained <= AT_ONCE
 
 
 def must_stream(model: Mapping[str, Any], config: LoRATrainingConfig, limit: float) -> bool:

@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.step import run as train_qlora
 from finemill.runtime.context import Unheard
-from finemill.training.strategy import KEEPS_LAYERS
+from finemill.training.strategy import WHOLE_MODEL
 from tests.contexts import training_context
 from tests.two_processes import free_port, run_in_two
 
@@ -55,8 +55,8 @@ def train_as(rank: int, port: int, strategy: str, base_model: Path, dataset: Pat
     for name, method in METHODS.items():
         values = method | {"strategy": strategy, "gradient_accumulation_steps": 2}
         if (strategy, name) == ("fsdp2", "full"):
-            # Layers are whole in the second pass, and after an evaluation where a checkpoint is written.
-            values |= {"strategy_config": KEEPS_LAYERS}
+            # Weights are whole in the second pass, and after an evaluation where a checkpoint is written.
+            values |= {"strategy_config": WHOLE_MODEL}
         elif strategy == "fsdp2":
             values |= {"gradient_checkpointing": True}
         train(base_model, dataset, folder / name, f"shared-{rank}", values)
