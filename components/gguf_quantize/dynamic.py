@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from finemill.components.gguf_quantize.config import Quantization
 from finemill.components.gguf_quantize.convert import Array, SourceModel
 from finemill.components.gguf_quantize.ggml import dequantize, quantize, row_bytes
-from finemill.components.gguf_quantize.sensitivity import Sensitivity
+from finemill.components.gguf_quantize.sensitivity import Use
 from finemill.components.gguf_quantize.write import mixture_of
 
 # What llama.cpp decodes fast and another does not beat at its size.
@@ -34,7 +34,7 @@ class Option:
 
 
 def measure_options(
-    source: SourceModel, uses: Mapping[str, Sequence[Sensitivity]], imatrix: Mapping[str, Array], num_threads: int
+    source: SourceModel, uses: Mapping[str, Sequence[Use]], imatrix: Mapping[str, Array], num_threads: int
 ) -> dict[str, list[Option]]:
     """Each type that a tensor's row length allows, with its measured error, for every matrix in `uses`.
 
@@ -45,19 +45,18 @@ def measure_options(
     return {name: _options(values, uses[name], imatrix.get(name), num_threads) for name, values in source.tensors(uses)}
 
 
-def _options(values: Array, uses: Sequence[Sensitivity], imatrix: Array | None, num_threads: int) -> list[Option]:
+def _options(values: Array, uses: Sequence[Use], imatrix: Array | None, num_threads: int) -> list[Option]:
     num_rows, length = values.shape
-    importance = np.sum([use.rows * use.columns.sum() for use in uses], axis=0)
-    picked, weights = _sample(importance, max(1, _SAMPLED_VALUES // length))
+    importance = np.sum([use.importance(num_rows) for use in uses], axis=0)
+    picked, counts = _sample(importance, max(1, _SAMPLED_VALUES // length))
     part = np.ascontiguousarray(values[picked])
     found = []
     for type_ in _CANDIDATES:
         if length % GGML_QUANT_SIZES[type_][0]:
             continue
         rounded = dequantize(quantize(part, type_, num_threads, imatrix), type_, length, num_threads)
-        squares = np.square(part - rounded)
-        error = sum(float(weights * use.rows[picked] @ (squares @ use.columns)) for use in uses)
-        found.append(Option(type_, num_rows * row_bytes(type_, length), error / 2))
+        error = sum(use.divergence(rounded - part, picked, counts) for use in uses)
+        found.append(Option(type_, num_rows * row_bytes(type_, length), error))
     return found
 
 

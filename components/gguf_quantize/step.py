@@ -20,7 +20,7 @@ from finemill.components.gguf_quantize.decoded import check_decoded
 from finemill.components.gguf_quantize.dynamic import Option, choose_types, measure_options
 from finemill.components.gguf_quantize.imatrix import channel_importance, write_imatrix
 from finemill.components.gguf_quantize.modelfile import modelfile
-from finemill.components.gguf_quantize.sensitivity import sensitivities
+from finemill.components.gguf_quantize.sensitivity import uses
 from finemill.components.gguf_quantize.verify import Reference, chat_room, compare, compared_positions
 from finemill.components.gguf_quantize.vocabulary import check_vocabulary, load_tokenizer
 from finemill.components.gguf_quantize.write import WrittenFile, size_bytes, write_gguf
@@ -148,8 +148,7 @@ def _options(
     if not config.is_dynamic or imatrix is None:
         return {}
     context.recorder.log_progress("errors of each tensor in each type")
-    uses = sensitivities(stored, source, rows, imatrix)
-    return measure_options(source, uses, imatrix, config.num_threads or available_cores())
+    return measure_options(source, uses(stored, source, rows), imatrix, config.num_threads or available_cores())
 
 
 def _reference(

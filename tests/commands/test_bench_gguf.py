@@ -22,7 +22,8 @@ def test_types_are_measured_by_size_and_divergence(
     q8, q4, ours = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert q8["mb"] > q4["mb"] >= ours["mb"]
     assert q8["kl"] < ours["kl"] < q4["kl"] < q4["kl_p999"]
-    assert (tmp_path / "kl.svg").is_file()
+    panels = ElementTree.parse(tmp_path / "kl.svg").getroot().findall("{http://www.w3.org/2000/svg}svg")
+    assert [panel.get("y") for panel in panels] == ["0", "420"]
 
 
 def test_an_unknown_type_is_one_line(tiny_dataset_dir: Path) -> None:
@@ -35,4 +36,4 @@ def test_a_plot_has_a_line_per_series_and_a_label_per_point() -> None:
     tree = ElementTree.fromstring(picture)
     name = "{http://www.w3.org/2000/svg}"
     assert len(tree.findall(f"{name}polyline")) == 2
-    assert [text.text for text in tree.findall(f"{name}text")][2:] == ["<x>", "y", "z"]
+    assert [text.text for text in tree.findall(f"{name}text")][2:] == ["a", "<x>", "y", "b", "z"]

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,12 @@ def test_without_a_mark_of_the_template_the_tokenizers_last_token_ends_a_turn(
     tokenizer.chat_template = template
     tokenizer.pad_token = None
     assert stop_token_ids(tokenizer, tmp_path) == [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("found", [32000, [32000, -1], "2", [None, 1.5]])
+def test_an_end_that_is_no_token_ends_nothing(tokenizer: Any, tiny_model_dir: Path, tmp_path: Path, found: Any) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
+    assert stop_token_ids(tokenizer, tmp_path) == [tokenizer.eos_token_id, tokenizer.pad_token_id]
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])

@@ -1,6 +1,7 @@
-"""`finemill bench export`: a model of a published shape with random weights, merged with an adapter.
+"""`finemill bench export`: a model of a published shape with random weights, merged with an adapter, here and by PEFT.
 
-Its own process, so that the peak of host memory is the step's alone; seconds are said per part of the step.
+Each in a process of its own, so that the peak of host memory is its alone; seconds are said per part. The step also
+compares what it wrote with base and adapter; PEFT's `merge_and_unload`, in the base's own type, does not.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +32,7 @@ _RANK = 16
 class Export:
     """What a merge took; `peak_gib` is resident host memory, files that are mapped included."""
 
+    program: str
     shape: str
     size_gb: float
     wall_s: float
@@ -51,6 +53,11 @@ class _Clock:
         """A part begins."""
         self.began.append((text, time.perf_counter()))
 
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part, the last one until this call."""
+        ends = [*self.began, ("", time.perf_counter())]
+        return {text: end - start for (text, start), (_, end) in pairwise(ends)}
+
 
 def main(argv: list[str]) -> int:
     """Measure and print. Returns: the exit code."""
@@ -58,20 +65,32 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--shape", default="qwen3-8b", choices=sorted(SHAPES))
     parser.add_argument("--folder", type=Path, help="disk that is measured; needs room for two models. Default: TMPDIR")
     parser.add_argument("--threads", type=int, help="CPU threads of torch. Default: its own choice")
-    parser.add_argument("--json", action="store_true", help="an object instead of lines")
+    parser.add_argument("--alone", action="store_true", help="without PEFT, which holds the whole model in memory")
+    parser.add_argument("--json", action="store_true", help="an object per program instead of lines")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="finemill-bench-", dir=args.folder) as folder:
         base, adapter = Path(folder) / "base", Path(folder) / "adapter"
         size = write_random_base(base, SHAPES[args.shape])
         write_random_adapter(adapter, SHAPES[args.shape], base)
-        export = _measure(args.shape, size, base, adapter, Path(folder) / "merged", args.threads)
-    if args.json:
-        print(json.dumps(asdict(export)))
-        return 0
-    print(f"merge {args.shape}: {export.size_gb:.1f} GB in {export.wall_s:.1f} s, peak {export.peak_gib:.2f} GiB")
-    for part, seconds in export.parts_s.items():
-        print(f"{seconds:8.1f} s  {part}")
+        for program, merge in {"finemill": _merge, "PEFT": _merge_by_peft}.items():
+            if program == "finemill" or not args.alone:
+                merged = Path(folder) / "merged"
+                wall_s, peak_gib, parts = _measure(merge, base, adapter, merged, args.threads)
+                shutil.rmtree(merged)
+                _print(Export(program, args.shape, size / 1e9, wall_s, peak_gib, parts), as_json=args.json)
     return 0
+
+
+def _print(export: Export, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(export)), flush=True)
+        return
+    print(
+        f"{export.program}, merge {export.shape}: {export.size_gb:.1f} GB in {export.wall_s:.1f} s, peak "
+        f"{export.peak_gib:.2f} GiB"
+    )
+    for part, seconds in export.parts_s.items():
+        print(f"{seconds:8.1f} s  {part}", flush=True)
 
 
 def write_random_base(folder: Path, shape: ModelShape) -> int:
@@ -138,30 +157,44 @@ def _random(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.
         yield name, values * size[1] ** -0.5 if "lora" not in name else values * 0.02
 
 
-def _measure(shape: str, size: int, base: Path, adapter: Path, merged: Path, threads: int | None) -> Export:
+def _measure(
+    merge: Callable[[Path, Path, Path], dict[str, float]], base: Path, adapter: Path, merged: Path, threads: int | None
+) -> tuple[float, float, dict[str, float]]:
+    """Seconds, GiB at most, and seconds by part."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_merge, args=(base, adapter, merged, threads, sender))
+    process = context.Process(target=_report, args=(merge, base, adapter, merged, threads, sender))
     process.start()
     # Of a process that ends without a word, the other end is closed.
     sender.close()
     try:
-        wall_s, parts = receiver.recv()
+        parts, peak_gib = receiver.recv()
     except EOFError:
         raise StepError("bench export: the merge failed; its own message stands above") from None
     process.join()
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    return Export(shape, size / 1e9, wall_s, peak, parts)
+    return sum(parts.values()), peak_gib, parts
 
 
-def _merge(base: Path, adapter: Path, merged: Path, threads: int | None, sender: Any) -> None:
+def _report(
+    merge: Callable[[Path, Path, Path], dict[str, float]],
+    base: Path,
+    adapter: Path,
+    merged: Path,
+    threads: int | None,
+    sender: Any,
+) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    parts = merge(base, adapter, merged)
+    sender.send((parts, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20))
+
+
+def _merge(base: Path, adapter: Path, merged: Path) -> dict[str, float]:
     from finemill.artifacts.manifest import Producer
     from finemill.components.merge.config import MergeConfig
     from finemill.components.merge.step import run
     from finemill.runtime.context import Checkpoints, StepContext
 
-    if threads:
-        torch.set_num_threads(threads)
     clock = _Clock()
     store = merged.parent.as_uri()
     context = StepContext(
@@ -172,9 +205,20 @@ def _merge(base: Path, adapter: Path, merged: Path, threads: int | None, sender:
         checkpoints=Checkpoints(f"{store}/checkpoints", Producer(step="merge", version="0", code="bench")),
         recorder=clock,
     )
-    start = time.perf_counter()
+    clock.log_progress("opening base and adapter")
     run(base_model=base, adapter=adapter, output_dir=merged, config=MergeConfig(force=True), context=context)
-    end = time.perf_counter()
-    began = [("opening base and adapter", start), *clock.began, ("", end)]
-    parts = {text: nxt - now for (text, now), (_, nxt) in pairwise(began)}
-    sender.send((end - start, parts))
+    return clock.parts()
+
+
+def _merge_by_peft(base: Path, adapter: Path, merged: Path) -> dict[str, float]:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    clock = _Clock()
+    clock.log_progress("loading base and adapter")
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
+    clock.log_progress("merge_and_unload")
+    model: Any = tuned.merge_and_unload()
+    clock.log_progress("save_pretrained")
+    model.save_pretrained(merged)
+    return clock.parts()

@@ -17,13 +17,13 @@ from gguf import GGMLQuantizationType as Type
 from pydantic import TypeAdapter, ValidationError
 
 from finemill.artifacts.dataset import read_held_out, spread
-from finemill.commands.plot import plot
-from finemill.components.gguf_quantize.config import DYNAMIC, Quantization
+from finemill.commands.plot import plot, stack
+from finemill.components.gguf_quantize.config import DYNAMIC, Quantization, size_of
 from finemill.components.gguf_quantize.convert import Array, SourceModel
 from finemill.components.gguf_quantize.dynamic import choose_types, measure_options
 from finemill.components.gguf_quantize.ggml import dequantize, quantize, row_bytes
 from finemill.components.gguf_quantize.imatrix import channel_importance
-from finemill.components.gguf_quantize.sensitivity import sensitivities
+from finemill.components.gguf_quantize.sensitivity import uses
 from finemill.components.gguf_quantize.write import mixture_of
 from finemill.errors import UserError
 from finemill.models.base.resolve import resolve_base_model
@@ -39,7 +39,7 @@ _TYPES = ("Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
 class Cost:
     """What a type costs: KL in nats per token, mean and 99.9th percentile over `positions`; `mb` of all tensors."""
 
-    quantization: str
+    quantization: Quantization
     mb: float
     kl: float
     kl_p999: float
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quantizations", nargs="+", default=[*_TYPES, *(f"{DYNAMIC}{name}" for name in _TYPES)])
     parser.add_argument("--imatrix-rows", type=int, default=64, help="training rows (default: 64)")
     parser.add_argument("--rows", type=int, default=128, help="held-out rows (default: 128)")
-    parser.add_argument("--plot", type=Path, help="an SVG of KL against size")
+    parser.add_argument("--plot", type=Path, help="an SVG of KL and perplexity against size")
     parser.add_argument("--json", action="store_true", help="an object per type instead of a table")
     args = parser.parse_args(argv)
     try:
@@ -78,9 +78,18 @@ def main(argv: list[str]) -> int:
             "dynamic": [cost for cost in costs if cost.quantization.startswith(DYNAMIC)],
             "uniform": [cost for cost in costs if not cost.quantization.startswith(DYNAMIC)],
         }
-        points = {name: [(cost.mb, cost.kl, cost.quantization) for cost in found] for name, found in series.items()}
-        args.plot.write_text(plot(points, x="MB", y="KL, nats per token"), encoding="utf-8")
+        args.plot.write_text(_picture(series), encoding="utf-8")
     return 0
+
+
+def _picture(series: Mapping[str, Sequence[Cost]]) -> str:
+    """KL divergence and perplexity against size."""
+    of_kl = {name: [(cost.mb, cost.kl, size_of(cost.quantization)) for cost in found] for name, found in series.items()}
+    of_perplexity = {
+        name: [(cost.mb, cost.perplexity, size_of(cost.quantization)) for cost in found]
+        for name, found in series.items()
+    }
+    return stack([plot(of_kl, x="MB", y="KL, nats per token"), plot(of_perplexity, x="MB", y="perplexity")])
 
 
 def _line(cost: Cost) -> str:
@@ -100,7 +109,7 @@ def _costs(args: argparse.Namespace, names: Sequence[Quantization]) -> Iterator[
     if source.num_experts:
         raise UserError(f"bench gguf: {args.model} is a mixture of experts, whose stacks are not measured here")
     imatrix = {name: found.weights for name, found in channel_importance(stored, source, train).items()}
-    options = measure_options(source, sensitivities(stored, source, train, imatrix), imatrix, available_cores())
+    options = measure_options(source, uses(stored, source, train), imatrix, available_cores())
     comparison = _Comparison(model, source, imatrix, test)
     for name in names:
         types = {tensor: chosen.type for tensor, chosen in mixture_of(source, name, has_imatrix=True).items()}
@@ -123,7 +132,7 @@ class _Comparison:
         self._rows = rows
 
     @torch.inference_mode()
-    def cost(self, name: str, types: Mapping[str, Type]) -> Cost:
+    def cost(self, name: Quantization, types: Mapping[str, Type]) -> Cost:
         """What it costs to round each tensor to its type."""
         size = 0
         for key, tensor in self._source.names().items():

@@ -31,7 +31,10 @@ def plot(series: Mapping[str, Sequence[tuple[float, float, str]]], *, x: str, y:
         f'<text x="{_MARGIN}" y="{_HEIGHT - 12}">{escape(x)} (from {left:.4g} to {right:.4g})</text>',
         f'<text x="{_MARGIN}" y="16">{escape(y)} (logarithmic, from {10**low:.2g} to {10**high:.2g})</text>',
     ]
-    for (name, line), colour in zip(series.items(), _COLOURS, strict=False):
+    for row, ((name, line), colour) in enumerate(zip(series.items(), _COLOURS, strict=False)):
+        parts.append(
+            f'<text x="{_WIDTH - _MARGIN}" y="{16 + 14 * row}" text-anchor="end" fill="{colour}">{escape(name)}</text>'
+        )
         placed = [(*place(point), point[2]) for point in sorted(line)]
         path = " ".join(f"{at_x:.1f},{at_y:.1f}" for at_x, at_y, _ in placed)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
@@ -39,5 +42,17 @@ def plot(series: Mapping[str, Sequence[tuple[float, float, str]]], *, x: str, y:
             parts.append(
                 f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="3" fill="{colour}"><title>{escape(name)}</title></circle>'
             )
-            parts.append(f'<text x="{at_x + 5:.1f}" y="{at_y - 5:.1f}" fill="{colour}">{escape(label)}</text>')
+            # Near the right edge a label would leave the picture.
+            anchor = ' text-anchor="end"' if at_x > 0.8 * _WIDTH else ""
+            parts.append(f'<text x="{at_x + 5:.1f}" y="{at_y - 5:.1f}"{anchor} fill="{colour}">{escape(label)}</text>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def stack(pictures: Sequence[str]) -> str:
+    """Several of them in one, each below the one before it."""
+    placed = (
+        picture.replace("<svg ", f'<svg y="{number * _HEIGHT}" width="{_WIDTH}" height="{_HEIGHT}" ', 1)
+        for number, picture in enumerate(pictures)
+    )
+    box = f'viewBox="0 0 {_WIDTH} {_HEIGHT * len(pictures)}"'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {box}>', *placed, "</svg>", ""])

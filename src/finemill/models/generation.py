@@ -44,7 +44,12 @@ def stop_token_ids(tokenizer: Any, folder: Path) -> list[int]:
     found = [tokenizer.eos_token_id, _end_of_turn(tokenizer), *(eos if isinstance(eos, list) else [eos])]
     if tokenizer.pad_token_id != tokenizer.unk_token_id:
         found.append(tokenizer.pad_token_id)
-    return list(dict.fromkeys(token_id for token_id in found if token_id is not None))
+    return list(dict.fromkeys(token_id for token_id in found if _is_token(tokenizer, token_id)))
+
+
+def _is_token(tokenizer: Any, token_id: object) -> bool:
+    """A generation config may name tokens of another model's, which nothing here ever says."""
+    return isinstance(token_id, int) and token_id >= 0 and tokenizer.convert_ids_to_tokens(token_id) is not None
 
 
 def _end_of_turn(tokenizer: Any) -> int | None:

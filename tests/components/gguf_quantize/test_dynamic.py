@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
@@ -16,8 +17,7 @@ from finemill.components.gguf_quantize import dynamic
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.gguf_quantize.convert import SourceModel
 from finemill.components.gguf_quantize.dynamic import Option, choose
-from finemill.components.gguf_quantize.imatrix import channel_importance
-from finemill.components.gguf_quantize.sensitivity import sensitivities
+from finemill.components.gguf_quantize.sensitivity import uses
 from finemill.components.gguf_quantize.step import run
 from finemill.models.causal_lm import load_causal_lm
 from finemill.models.stored_model import StoredModel
@@ -28,19 +28,19 @@ def test_the_predicted_divergence_is_about_the_measured_one(tiny_model_dir: Path
     splits: tuple[Split, ...] = ("train", "test")
     rows = [row.input_ids for split in splits for row in read_held_out(tiny_dataset_dir, split)]
     stored, source = StoredModel(tiny_model_dir), SourceModel(tiny_model_dir)
-    importance = channel_importance(stored, source, rows)
-    uses = sensitivities(stored, source, rows, {name: of.weights for name, of in importance.items()})
+    used = uses(stored, source, rows)
     model = load_causal_lm(tiny_model_dir, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         before = [model(torch.tensor([row])).logits[0].log_softmax(-1) for row in rows]
         predicted = 0.0
         for key, name in source.names().items():
-            if name in uses:
+            if name in used:
                 parameter = model.get_parameter(key)
                 noise = torch.randn(parameter.shape, generator=generator) * parameter.std() * 0.02
                 parameter += noise
-                predicted += sum(float(use.rows @ noise.square().numpy() @ use.columns) / 2 for use in uses[name])
+                all_rows, once = np.arange(len(noise)), np.ones(len(noise), np.float32)
+                predicted += sum(use.divergence(noise.numpy(), all_rows, once) for use in used[name])
         after = [model(torch.tensor([row])).logits[0].log_softmax(-1) for row in rows]
     measured = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(before, after, strict=True)]).mean()
     # The labels are drawn, on few rows; what no part may do is go missing, or count twice.
