@@ -129,6 +129,41 @@ def test_what_the_cluster_refuses_is_one_line(
     assert not api.posted
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[1, 2]",
+        b"text",
+        b"a: b: c",
+        b"\xe4\x00",
+        b"{current-context: c, contexts: [{name: c, context: {cluster: c}}], clusters: 5, users: []}",
+        b"{current-context: c, contexts: [{name: c, context: {cluster: c}}], clusters: [{name: c, cluster: {server: 5}}]}",  # noqa: E501
+    ],
+)
+def test_a_kubeconfig_that_is_none_is_one_line(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kubeconfig").write_bytes(content)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    assert main(["submit", "finetune", *ARGO]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "KUBECONFIG" in line
+
+
+def test_a_certificate_that_is_not_trusted_is_the_user_s_to_mend(
+    api: Api, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kubernetes.client import ApiException, CustomObjectsApi
+
+    def refuse(*arguments: Any) -> None:
+        raise ApiException(status=0, reason="SSLError\n[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
+
+    monkeypatch.setattr(CustomObjectsApi, "get_namespaced_custom_object", refuse)
+    assert main(["submit", "finetune", *ARGO]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "correct certificate-authority in KUBECONFIG" in line
+
+
 def test_an_unreachable_cluster_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
+import yaml
+
 from finemill.errors import StepError, TemporaryError, UserError
 from finemill.runtime.kubernetes_api import forbidden
 from finemill.runtime.pods import NO_PLACE, WAITING_IN_VAIN
@@ -30,6 +32,10 @@ def load_client() -> Any:
             kubernetes.config.load_kube_config(config_file=os.environ.get("KUBECONFIG") or "~/.kube/config")
     except (kubernetes.config.ConfigException, OSError) as error:
         raise UserError(f"no Kubernetes cluster is configured ({error}): set KUBECONFIG") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:
+        # The package reads the file as if it were right.
+        line = " ".join(str(error).split())
+        raise UserError(f"KUBECONFIG is no configuration of a cluster ({line:.200}): correct the file") from None
     # One attempt: an unreachable cluster is said at once, not after minutes.
     kubernetes.client.Configuration._default.retries = False
     return kubernetes.client
@@ -60,6 +66,8 @@ def _describe(error: Any, what: str, namespace: str) -> StepError:
     except ValueError:
         answer = {}
     message = answer.get("message") or error.reason or str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in message:
+        return UserError(f"the Kubernetes API: {message}: correct certificate-authority in KUBECONFIG")
     if error.status == 401:
         return UserError("the Kubernetes API does not accept the credentials in KUBECONFIG: log in again")
     if error.status == 403:
