@@ -1,6 +1,6 @@
 import pytest
 
-from finemill.credentials import clean_credentials, without_credentials
+from finemill.credentials import clean_credentials, credential_in, without_credentials
 from finemill.errors import UserError
 
 
@@ -41,3 +41,14 @@ def test_the_environment_s_credentials_are_cut_out_however_they_are_spelled(monk
     monkeypatch.setenv("HF_TOKEN", "abc")
     text = "finemill: key a/b+c=SECRET, a%2Fb%2Bc%3DSECRET, a/b%2Bc%3DSECRET abc"
     assert without_credentials(text) == "finemill: key ***, ***, *** abc"
+
+
+@pytest.mark.parametrize(("key_id", "secret"), [("minioadmin", False), ("AKIAIOSFODNN7EXAMPLE", True)])
+def test_an_access_key_that_is_a_user_s_name_is_no_secret(
+    key_id: str, secret: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers of one's own have keys named after a user, as a bucket may be."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key_id)
+    text = f"s3://{key_id}/rows"
+    assert credential_in(text) == ("AWS_ACCESS_KEY_ID" if secret else None)
+    assert without_credentials(text) == (f"s3://{'***' if secret else key_id}/rows")

@@ -23,6 +23,8 @@ _PREFIXES = ("", "FINEMILL_")
 _SHOWN = frozenset({"MLFLOW_TRACKING_USERNAME"})
 _SHORTEST = 6
 """Length in characters of the shortest value that is looked for in texts: a shorter one is part of any word."""
+_SHORTEST_KEY_ID = 16
+"""The same of an access key's id, which on a server of one's own is a user's name, `minio` or the bucket's."""
 # `user:password@` in a URI; the password may hold `/` and `@`, where what follows the colon is no port.
 _USER = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s@:]+:(?!\d+/)[^\s@]*@)")
 _QUERY = re.compile(
@@ -46,11 +48,20 @@ def clean_credentials(environment: MutableMapping[str, str] = os.environ) -> Non
             raise UserError(f"{name} holds a line break or another control character: set it to the credential alone")
 
 
+def _is_secret(name: str, value: str) -> bool:
+    """Whether the value of a variable is looked for in texts."""
+    shortest = _SHORTEST_KEY_ID if name == "AWS_ACCESS_KEY_ID" else _SHORTEST
+    return len(value) >= shortest and name not in _SHOWN
+
+
 def credential_in(text: str) -> str | None:
     """The name of a variable whose secret value a text holds."""
-    names = (prefix + name for prefix in _PREFIXES for name in _VARIABLES if name not in _SHOWN)
-    values = ((name, os.environ.get(name, "").strip()) for name in names)
-    return next((name for name, value in values if len(value) >= _SHORTEST and value in text), None)
+    for prefix in _PREFIXES:
+        for name in _VARIABLES:
+            value = os.environ.get(prefix + name, "").strip()
+            if _is_secret(name, value) and value in text:
+                return prefix + name
+    return None
 
 
 def without_credentials(text: str) -> str:
@@ -58,7 +69,7 @@ def without_credentials(text: str) -> str:
     for prefix in _PREFIXES:
         for name in _VARIABLES:
             value = os.environ.get(prefix + name, "").strip()
-            if len(value) >= _SHORTEST and name not in _SHOWN:
+            if _is_secret(name, value):
                 for spelling in {value, quote(value, safe=""), quote(value), repr(value)[1:-1]}:
                     text = text.replace(spelling, "***")
     return _HEADER.sub(r"\1***", _QUERY.sub(r"\1***", _USER.sub("", text)))
