@@ -20,6 +20,9 @@ from finemill.artifacts.columns import to_column
         ([], pa.string()),
         ([], pa.list_(pa.int32())),
         ([], pa.int64()),
+        ([], pa.bool_()),
+        ([None] * 9, pa.bool_()),
+        ([True] * 9, pa.bool_()),
     ],
 )
 def test_a_column_is_what_pyarrow_makes_of_the_values(values: list[Any], kind: pa.DataType) -> None:

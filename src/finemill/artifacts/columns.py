@@ -13,7 +13,7 @@ def to_column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     """Values of one type, or None, as a column.
 
     Args:
-        values: texts, numbers, or lists of token ids.
+        values: texts, numbers, yes or no, or lists of token ids.
         kind: the column's type.
     """
     if kind == pa.string():
@@ -25,6 +25,9 @@ def to_column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
         items = np.fromiter(chain.from_iterable(lists), np.int32)
         children = [_numbers(items, pa.int32())]
         return pa.Array.from_buffers(kind, len(values), [_validity(values), _edges(lists)], children=children)
+    if kind == pa.bool_():
+        bits = pa.py_buffer(np.packbits(np.array(values, bool), bitorder="little"))
+        return pa.Array.from_buffers(kind, len(values), [_validity(values), bits])
     if kind == pa.int64() and None not in values:
         return _numbers(np.array(values, np.int64), kind)
     return pa.array(values, kind)
