@@ -25,8 +25,6 @@ pytestmark = [
 DEEPSPEED = pytest.mark.skipif(not find_spec("deepspeed"), reason="no DeepSpeed")
 SETTINGS: dict[str, Any] = {
     "max_steps": 2,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 4,
     "learning_rate": 1e-3,
     "logging_steps": 1,
     "gradient_checkpointing": False,
@@ -36,6 +34,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "QLoRA": {"lora_r": 4},
     "full": {"method": "full", "eval_steps": 1},
 }
+
+
+def batches(strategy: str, *, together: bool) -> dict[str, int]:
+    """Four rows per step: FSDP2 has two passes of a step in each process, the others one."""
+    size = 1 if strategy == "fsdp2" else 2
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": (2 if together else 4) // size}
 
 
 def train(base_model: Path, dataset: Path, folder: Path, output: str, values: dict[str, Any]) -> None:
@@ -53,7 +57,7 @@ def train_as(rank: int, port: int, strategy: str, base_model: Path, dataset: Pat
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     for name, method in METHODS.items():
-        values = method | {"strategy": strategy, "gradient_accumulation_steps": 2}
+        values = method | batches(strategy, together=True) | {"strategy": strategy}
         if (strategy, name) == ("fsdp2", "full"):
             # Weights are whole in the second pass, and after an evaluation where a checkpoint is written.
             values |= {"strategy_config": WHOLE_MODEL}
@@ -75,8 +79,9 @@ def test_shards_equal_one_process_and_it_continues_their_checkpoint(
     for name, method in METHODS.items():
         folder = tmp_path / name
         # From the checkpoint of step 1 to the end, with twice the accumulation and without shards.
-        train(base_model, dataset, folder, "continued", method | {"gradient_accumulation_steps": 2, "resume": "must"})
-        train(base_model, dataset, folder, "alone", method | {"resume": "never"})
+        continued = method | batches(strategy, together=True) | {"resume": "must"}
+        train(base_model, dataset, folder, "continued", continued)
+        train(base_model, dataset, folder, "alone", method | batches(strategy, together=False) | {"resume": "never"})
         expected = load_file(folder / "alone" / "adapter_model.safetensors")
         for output in ("shared-0", "continued"):
             found = load_file(folder / output / "adapter_model.safetensors")
