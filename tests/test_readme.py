@@ -61,7 +61,7 @@ def test_the_tree_names_every_folder() -> None:
         parent = parent or place
         assert line.split("/", 1)[1].strip(), f"{place} has no clause"
         named.add(place if not parent.startswith("src") or place != "src" else "src/finemill")
-    folders = {"components", "pipelines", "kernels", "src/finemill", "images", "charts", "tests"}
+    folders = {"components", "pipelines", "kernels", "src/finemill", "images", "charts", "docs", "tests"}
     folders |= {f"kernels/{path.name}" for path in (ROOT / "kernels").iterdir() if (path / "__init__.py").is_file()}
     library = ROOT / "src" / "finemill"
     folders |= {f"src/{path.name}" for path in library.iterdir() if (path / "__init__.py").is_file()}
