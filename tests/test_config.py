@@ -46,6 +46,7 @@ class Config(StepConfig):
             {"low": 1, "size": 1},
             "c.yaml: 'low': low is odd: give an even number; unknown key 'size' (allowed: high, layer, low)",
         ),
+        ({"a": 1, "b": 1}, "c.yaml: unknown key 'a' (allowed: high, layer, low); unknown key 'b'"),
     ],
 )
 def test_every_problem_is_named_with_key_value_and_way_out(values: dict[str, object], line: str) -> None:

@@ -100,9 +100,9 @@ class RowIndex:
             "SELECT row_id, source, number, shape, text_offset FROM rows WHERE split = ? "
             "ORDER BY position, source, number"
         )
-        yield from self._database.execute(query, (split,))
+        return self._database.execute(query, (split,))
 
     def rejected(self, source: int) -> Iterator[tuple[int, str, str]]:
         """Number, reason and field of a source's rows that are left out, in order."""
         query = "SELECT number, reason, field FROM rejected WHERE source = ? ORDER BY number, reason, field"
-        yield from self._database.execute(query, (source,))
+        return self._database.execute(query, (source,))

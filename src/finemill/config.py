@@ -77,14 +77,17 @@ def _above(key: str) -> Iterator[str]:
 
 def _problems(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[str, str]]:
     """Each problem of a failed validation, with the dotted key that it is about."""
+    sections_said = set()
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"]) or "(top level)"
         if item["type"] == "extra_forbidden":
-            allowed = ", ".join(sorted(_fields_at(model, item["loc"][:-1])))
-            yield key, f"unknown key '{key}' (allowed: {allowed})"
+            section = item["loc"][:-1]
+            allowed = "" if section in sections_said else f" (allowed: {', '.join(sorted(_fields_at(model, section)))})"
+            sections_said.add(section)
+            yield key, f"unknown key '{key}'{allowed}"
         elif item["type"] == "value_error":
             # A rule of our own: its message names fields and values.
-            yield key, (f"'{key}': " if item["loc"] else "") + str(item["ctx"]["error"])
+            yield key, (f"'{key}': " if item["loc"] else "") + f"{item['ctx']['error']!s:.1000}"
         else:
             found = "" if item["type"] == "missing" else f" (found {_brief.repr(item['input']):.160})"
             yield key, f"'{key}': {item['msg']}{found}"

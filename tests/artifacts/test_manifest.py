@@ -30,10 +30,11 @@ def test_reference_survives_its_own_text() -> None:
     assert Reference.parse(str(reference)) == reference
 
 
-@pytest.mark.parametrize("text", ["", "s3://bucket/x", "s3://bucket/x@sha256:12", "x@sha256:" + "Z" * 64])
+@pytest.mark.parametrize("text", ["", "s3://bucket/x", "s3://bucket/x@sha256:12", "x@sha256:" + "Z" * 64, "x\ny"])
 def test_reference_of_another_form_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="no artifact reference"):
+    with pytest.raises(UserError, match="no artifact reference") as refused:
         Reference.parse(text)
+    assert "\n" not in str(refused.value)
 
 
 def test_digest_depends_on_paths_and_contents_only(tmp_path: Path) -> None:

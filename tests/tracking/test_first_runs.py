@@ -1,7 +1,9 @@
-"""Several first runs at once: MLflow's database is made by one of them."""
+"""First runs, several at once or killed: MLflow's database is made by one of them, and whole or not at all."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 _OPEN = """
@@ -43,3 +45,22 @@ def test_three_first_runs_at_once_open_one_database(tmp_path: Path) -> None:
         run.stdin.flush()
     ends = [(run.communicate()[1], run.returncode) for run in runs]
     assert [code for _, code in ends] == [0, 0, 0], ends
+
+
+def test_a_database_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    command = [sys.executable, "-c", _OPEN, f"sqlite:///{database}"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **pipes) as killed:
+        assert killed.stdin
+        killed.stdin.write("\n")
+        killed.stdin.flush()
+        beside = tmp_path / "mlflow.db.new" / "mlflow.db"
+        while not (beside.exists() and beside.stat().st_size > 100_000):
+            assert killed.poll() is None
+            time.sleep(0.001)
+        killed.send_signal(signal.SIGKILL)
+    assert not database.stat().st_size
+    again = subprocess.run(command, input="\n", text=True, capture_output=True)
+    assert again.returncode == 0, again.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"mlflow.db", "mlflow.db.lock"}

@@ -44,7 +44,7 @@ class Reference:
         uri, mark, digest = text.rpartition(DIGEST_MARK)
         if not mark or len(digest) != 64 or set(digest) - set("0123456789abcdef"):
             raise UserError(
-                f"'{text}' is no artifact reference: write <uri>@sha256:<64 hex digits>, as its step printed it"
+                f"{text!r:.300} is no artifact reference: write <uri>@sha256:<64 hex digits>, as its step printed it"
             )
         return cls(uri.rstrip("/"), digest)
 

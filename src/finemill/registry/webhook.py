@@ -31,7 +31,7 @@ def check_webhook_url(url: str) -> str:
     """`url` as it is. Raises: ValueError: it is no address, or holds credentials."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"'{url}' is no address: write https://host/path")
+        raise ValueError(f"'{url:.160}' is no address: write https://host/path")
     if parts.username or parts.password:
         raise ValueError(f"the address of {parts.hostname} holds credentials: sign with {SECRET_VARIABLE} instead")
     return url

@@ -5,6 +5,7 @@ Importing MLflow takes seconds of CPU. This module imports it in `open_client` o
 
 import http.client
 import os
+import shutil
 import sqlite3
 import ssl
 import urllib.error
@@ -157,11 +158,25 @@ def _alone(uri: str) -> Iterator[None]:
         return
     try:
         with FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT_S, is_singleton=True):
+            if not path.exists() or path.stat().st_size == 0:
+                _make_database(path)
             yield
     except Timeout:
         raise TemporaryError(
             f"{path} is being made by another process for {_LOCK_TIMEOUT_S:.0f} s: try again"
         ) from None
+
+
+def _make_database(path: Path) -> None:
+    """Have MLflow make its tables beside the file's place, and put it there whole: half of them, MLflow cannot mend."""
+    from mlflow import MlflowClient
+
+    folder = path.with_name(f"{path.name}.new")
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed here
+    folder.mkdir()
+    MlflowClient(tracking_uri=f"sqlite:///{folder / path.name}").search_experiments(max_results=1)
+    (folder / path.name).replace(path)
+    folder.rmdir()
 
 
 def find_experiment(client: "MlflowClient", tracking: Tracking) -> str:

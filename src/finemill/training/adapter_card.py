@@ -27,11 +27,7 @@ def write_adapter_card(folder: Path, base: ResolvedBase, record: TrainingRecord)
         form="lora",
         summary=f"An adapter for `{base.id}`, trained for {record.num_steps} steps by finemill.",
         commands=commands,
-        table={
-            name: _ends(curve)
-            for name, curve in (("training", record.training_losses), ("validation", record.validation_losses))
-            if curve
-        },
+        table={"validation": _ends(record.validation_losses)} if record.validation_losses else {},
     )
 
 
