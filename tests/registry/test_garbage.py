@@ -27,13 +27,14 @@ def put(
     place: str,
     parents: dict[str, str] | None = None,
     write: Callable[[Path], None] = lambda folder: None,
+    config: dict[str, object] | None = None,
 ) -> str:
     uri = f"{store}/{place}"
     staging = staging_folder(uri)
     (staging / "file").write_text(place)
     write(staging)
     made_by = Producer(step=place.split("/")[0], version="0", code="c")
-    manifest = publish_artifact(staging, uri, new_manifest("any", staging, made_by, parents=parents))
+    manifest = publish_artifact(staging, uri, new_manifest("any", staging, made_by, parents=parents, config=config))
     return str(Reference(uri, manifest.digest))
 
 
@@ -59,6 +60,13 @@ def test_what_registered_versions_were_made_from_is_kept(store: str) -> None:
     garbage = {"train-qlora/b", "checkpoints/train-qlora-b/00000004", "failures/eval-b"}
     assert places(store, [adapter], ANY_AGE) == garbage
     assert places(store, [], ANY_AGE) == garbage | {"data-prep/a", "chat-format/a", "train-qlora/a"}
+
+
+def test_what_a_configuration_names_is_kept_as_parents_are(store: str) -> None:
+    first, second = put(store, "train-qlora/a"), put(store, "train-qlora/b")
+    config = {"further_adapters": [{"adapter": second, "scale": 0.5}], "seed": 1, "name": "x@sha256:1"}
+    merged = put(store, "merge/a", {"adapter": first}, config=config)
+    assert places(store, [merged], ANY_AGE) == set()
 
 
 def test_a_decision_about_what_is_registered_is_kept_with_the_scores_that_it_names(store: str) -> None:

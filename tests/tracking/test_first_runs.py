@@ -50,8 +50,7 @@ def test_three_first_runs_at_once_open_one_database(tmp_path: Path) -> None:
 def test_a_database_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None:
     database = tmp_path / "mlflow.db"
     command = [sys.executable, "-c", _OPEN, f"sqlite:///{database}"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, text=True, **pipes) as killed:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as killed:
         assert killed.stdin
         killed.stdin.write("\n")
         killed.stdin.flush()

@@ -4,10 +4,12 @@ An artifact is known by its digest and by its place in the store, never by its a
 elsewhere or renamed, and its registry keeps the addresses of then.
 """
 
+import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 
 from finemill.artifacts.decision import read_decision
@@ -24,6 +26,7 @@ _STAGING = ".staging"
 _VERSIONS = "register/"
 """Where the artifacts of registered versions lie."""
 _DECISIONS = "promote/"
+_REFERENCE = re.compile(r"\S+@sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,18 @@ def _read(artifact: StoredArtifact) -> _Contents:
         return _Contents(problem=str(error))
     if manifest is None:
         return _Contents()
-    parents = tuple(Reference.parse(value) for value in manifest.parents.values() if "@sha256:" in value)
-    return _Contents(manifest.digest, parents)
+    texts = [*manifest.parents.values(), *_texts(manifest.config)]
+    return _Contents(manifest.digest, tuple(Reference.parse(text) for text in texts if _REFERENCE.fullmatch(text)))
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The texts in a configuration: a list in it may name artifacts, as further adapters of a merge."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(map(_texts, value.values()))
+    elif isinstance(value, list | tuple):
+        yield from chain.from_iterable(map(_texts, value))
 
 
 def _index(contents: dict[str, _Contents]) -> dict[str, set[str]]:

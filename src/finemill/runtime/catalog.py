@@ -4,6 +4,7 @@ A new step is one line here and one folder. The line is data and light to import
 pipeline renderers and the component wrappers agree without importing what a step computes with.
 """
 
+import atexit
 import gc
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -108,6 +109,7 @@ class Step(NamedTuple):
             loaded: Callable[..., Mapping[str, float]] = self._load("step:run")
         finally:
             gc.freeze()
+            atexit.register(gc.unfreeze)  # libraries complain of what is left at the exit
             if collecting:
                 gc.enable()
         return loaded
