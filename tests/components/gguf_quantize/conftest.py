@@ -37,7 +37,7 @@ def qwen3_moe_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
     """Qwen3-30B-A3B's shape: experts narrower than a dense layer, weights that sum to one."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(3)  # some models say <|file_sep|>, behind which llama.cpp stops
     config = Qwen3MoeConfig(
         **_MIXTURE, intermediate_size=160, moe_intermediate_size=64, num_experts=6, head_dim=32, norm_topk_prob=True
     )

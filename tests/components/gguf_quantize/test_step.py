@@ -142,7 +142,7 @@ def test_a_mixture_of_experts_answers_in_llama_cpp_as_it_does_here(
     options: dict[str, Any] = {"quantizations": ["F32", "Q4_K_M"], "imatrix": True, "max_kl": {"Q4_K_M": 5}}
     metrics = run(qwen3_moe_dir, tiny_dataset_dir, tmp_path, step_context, **options)
     assert metrics["gguf/f32/same_answer_rate"] == 1.0
-    assert metrics["gguf/f32/kl"] < 1e-5 < metrics["gguf/q4_k_m/kl"]
+    assert metrics["gguf/f32/kl"] < 5e-5 < metrics["gguf/q4_k_m/kl"]
     assert metrics["gguf/f32/max_tensor_error"] == 0 < metrics["gguf/q4_k_m/max_tensor_error"] < 0.1
     shapes = {tensor.name: list(tensor.shape) for tensor in gguf.GGUFReader(tmp_path / "imatrix.gguf").tensors}
     assert shapes["blk.1.ffn_down_exps.weight.in_sum2"] == [64, 6]
