@@ -18,6 +18,8 @@ from transformers import Trainer
 ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_RATES = ("base_lrs", "_last_lr")
+"""What a schedule's state has per group of parameters."""
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -134,7 +136,7 @@ class WholeState:
             for group, values in zip(self._live_groups(), saved["param_groups"], strict=True):
                 group |= _without_parameters(values)
             schedule = torch.load(Path(checkpoint, SCHEDULER_FILE), weights_only=True)
-            trainer.lr_scheduler.load_state_dict(schedule)
+            trainer.lr_scheduler.load_state_dict(self._schedule_for(trainer.lr_scheduler.state_dict(), schedule))
         return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -151,6 +153,8 @@ class WholeState:
         _drop_whole_layers(trainer.model)
         parameters = dict(_parameters(trainer.model))
         names = [name for group in self._groups for name in group]
+        if trainer.is_deepspeed_enabled:
+            _link_moments(trainer.optimizer.optimizer)
         state = {index: self._moments(parameters[name]) for index, name in enumerate(names)}
         if not trainer.args.should_save:
             return
@@ -160,7 +164,7 @@ class WholeState:
             groups.append(settings | {"params": list(range(begin, begin + len(members)))})
             begin += len(members)
         torch.save({"state": state, "param_groups": groups}, Path(output_dir, OPTIMIZER_FILE))
-        torch.save(trainer.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_FILE))
+        torch.save(self._whole_schedule(trainer.lr_scheduler.state_dict()), Path(output_dir, SCHEDULER_FILE))
 
     def _live_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups as they are; DeepSpeed leaves out what holds no parameter."""
@@ -169,6 +173,23 @@ class WholeState:
             return live
         rest = iter(live)
         return [next(rest) if members else {} for members in self._groups]
+
+    def _whole_schedule(self, live: dict[str, Any]) -> dict[str, Any]:
+        """The schedule's state with rates for all groups; DeepSpeed leaves out what holds no parameter."""
+        if len(live["base_lrs"]) == len(self._groups):
+            return live
+        rates = {name: iter(live[name]) for name in _RATES}
+        return live | {
+            name: [next(rates[name]) if members else live[name][0] for members in self._groups] for name in _RATES
+        }
+
+    def _schedule_for(self, live: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+        """A saved schedule's state with rates for the groups that the live one has."""
+        if len(live["base_lrs"]) == len(saved["base_lrs"]):
+            return saved
+        return saved | {
+            name: [rate for rate, members in zip(saved[name], self._groups, strict=True) if members] for name in _RATES
+        }
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         if self._trainer.is_deepspeed_enabled:
@@ -181,7 +202,7 @@ class WholeState:
     def _deepspeed_step(self) -> Tensor:
         state = self._trainer.optimizer.optimizer.state
         found = next(iter(state.values()))["step"]
-        return torch.as_tensor(found, dtype=torch.float32).cpu()
+        return torch.tensor(float(found))  # each parameter's own: one that all share counts once per parameter
 
     def _load_moments(self, state: dict[int, dict[str, Tensor]]) -> None:
         from torch.distributed.tensor import distribute_tensor
@@ -213,7 +234,13 @@ def _begin_moments(zero: Any, step: Tensor) -> None:
     for shard in shards:
         begun = {moment: torch.zeros_like(shard) for moment in _MOMENTS}
         state[shard] = begun | dict(state.get(shard, {})) | {"step": _beside(step, shard, zero.optimizer)}
+    _link_moments(zero)
+
+
+def _link_moments(zero: Any) -> None:
+    """Have ZeRO-2 find each parameter's moments: it looks once, when the first of its groups has made a step."""
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
 
