@@ -69,6 +69,12 @@ def test_what_a_configuration_names_is_kept_as_parents_are(store: str) -> None:
     assert places(store, [merged], ANY_AGE) == set()
 
 
+def test_an_address_with_a_space_names_what_is_kept(store: str) -> None:
+    first, second = (put(store, place).replace(store, "/old disk") for place in ("train-qlora/a", "train-qlora/b"))
+    merged = put(store, "merge/a", {"adapter": first}, config={"further_adapters": [{"adapter": second}]})
+    assert places(store, [merged], ANY_AGE) == set()
+
+
 def test_a_decision_about_what_is_registered_is_kept_with_the_scores_that_it_names(store: str) -> None:
     adapter = put(store, "train-qlora/a")
     evaluation, champion = put(store, "eval/a", {"adapter": adapter}), put(store, "eval/champion")

@@ -4,7 +4,6 @@ An artifact is known by its digest and by its place in the store, never by its a
 elsewhere or renamed, and its registry keeps the addresses of then.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 from finemill.artifacts.decision import read_decision
-from finemill.artifacts.manifest import MANIFEST_NAME, Reference
+from finemill.artifacts.manifest import DIGEST_MARK, MANIFEST_NAME, Reference
 from finemill.errors import UserError
 from finemill.runtime.catalog import STEPS
 from finemill.storage.base import StoredFile, local_path
@@ -26,7 +25,6 @@ _STAGING = ".staging"
 _VERSIONS = "register/"
 """Where the artifacts of registered versions lie."""
 _DECISIONS = "promote/"
-_REFERENCE = re.compile(r"\S+@sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -135,8 +133,16 @@ def _read(artifact: StoredArtifact) -> _Contents:
         return _Contents(problem=str(error))
     if manifest is None:
         return _Contents()
-    texts = [*manifest.parents.values(), *_texts(manifest.config)]
-    return _Contents(manifest.digest, tuple(Reference.parse(text) for text in texts if _REFERENCE.fullmatch(text)))
+    parents = [Reference.parse(value) for value in manifest.parents.values() if DIGEST_MARK in value]
+    parents += filter(None, map(_reference, _texts(manifest.config)))
+    return _Contents(manifest.digest, tuple(parents))
+
+
+def _reference(text: str) -> Reference | None:
+    try:
+        return Reference.parse(text)
+    except UserError:
+        return None
 
 
 def _texts(value: object) -> Iterator[str]:
