@@ -35,7 +35,6 @@ from finemill.components.eval.think_lengths import think_lengths
 from finemill.runtime.context import StepContext
 
 _MINUS = "\N{MINUS SIGN}"
-"""Half-width of a 95 % interval in standard errors."""
 
 
 @dataclass(frozen=True)
