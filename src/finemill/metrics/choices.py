@@ -29,8 +29,9 @@ def read_label(text: str, labels: Sequence[str]) -> str | None:
         text = _OUT_OF.sub("", text)
     found = find_answer(text)
     body = _plain(after_thinking(text))
-    first_line = _plain(after_thinking(text).split("\n")[0])
-    for said in (_plain(found.text), body, first_line) if found else (body, first_line):
+    line = after_thinking(text).split("\n")[0]
+    openings = [body, _plain(line), _plain(re.split(r"[.!](?=\s)", line)[0])]
+    for said in [_plain(found.text), *openings] if found else openings:
         letter = _LETTER.match(said)
         for name in (said, letter[1] if letter else said):
             if name in by_name:
@@ -55,7 +56,7 @@ def _said_names(names: Iterable[str], body: str) -> list[str]:
 
 def _plain(text: str) -> str:
     inner = re.fullmatch(r"\(\s*(.*?)\s*\)", tidy(text), re.DOTALL)
-    return (inner[1] if inner else tidy(text)).casefold().replace("_", " ").strip(" .*_\"'`")
+    return (inner[1] if inner else tidy(text)).casefold().replace("_", " ").strip(" .*_\"'`[]")
 
 
 def macro_f1(gold: Sequence[str], said: Sequence[str | None]) -> float:

@@ -23,6 +23,10 @@ _REALS = re.compile(
     re.IGNORECASE,
 )
 _UNEQUAL = re.compile(r"[A-Za-z]\s*(?:\\neq?(?![A-Za-z])|!=)\s*(?P<without>[^=<>,]+)")
+_ABSOLUTE = re.compile(
+    r"(?:\||\\lvert\s*)\s*[A-Za-z]\s*(?:(?P<minus>[-+])\s*(?P<centre>[\d./]+)\s*)?(?:\||\\rvert)"
+    rf"\s*(?P<sign>{_BELOW}|{_ABOVE})\s*(?P<edge>[^<>=|]*[^<>=|\s])\s*"
+)
 _EITHER = re.compile(r"\s*(?:\\text\{\s*or\s*\}|\\lor(?![A-Za-z])|\bor\b|\u2228)\s*")
 # `\{x \mid x > 2\}`: the values of a letter for which an inequality holds.
 _BUILT = re.compile(
@@ -52,7 +56,21 @@ def as_interval(text: str) -> str | None:
     if open_ended and (open_ended["left"], open_ended["right"]) != ("[", "]"):
         left, right = ("(" if open_ended["left"] == "]" else "["), (")" if open_ended["right"] == "[" else "]")
         return f"{left}{open_ended['inside']}{right}"
+    absolute = _ABSOLUTE.fullmatch(text)
+    if absolute:
+        return _of_absolute(absolute)
     return _of_inequality(text)
+
+
+def _of_absolute(match: re.Match[str]) -> str:
+    """`|x - 1| < 2` is (-1, 3), and `|x| > 1` a union."""
+    centre = f"{'-' if match['minus'] == '+' else ''}({match['centre']})" if match["centre"] else "0"
+    low, high = f"{centre}-({match['edge']})", f"{centre}+({match['edge']})"
+    strict = _is_strict(match["sign"])
+    if _is_below(match["sign"]):
+        return f"{'(' if strict else '['}{low}, {high}{')' if strict else ']'}"
+    left, right = (")", "(") if strict else ("]", "[")
+    return rf"(-\infty, {low}{left} \cup {right}{high}, \infty)"
 
 
 def _without(points: str | None) -> str:

@@ -9,15 +9,16 @@ from finemill.rows.formulas import boxed, tidy
 # Words before a letter, in the languages that questions with choices are most often in.
 _ANSWER = (
     r"answer|\bans\b|respuesta|réponse|antwort|risposta|resposta|ответ|الجواب|الإجابة|उत्तर|cevap|odpowiedź|đáp án|"
-    "jawaban|答案|答え|解答|正解|정답|답"
+    "jawaban|答案|答え|解答|回答|正解|정답|답|คำตอบ|ตอบ|lösung|solution"
 )
-_LETTER = r"(?<![A-Za-z0-9'\u2019])(?P<letter>[A-J])(?![A-Za-z0-9'\u2019])"
+# Not the A of l'A, nor the C of C++ or of a C's.
+_LETTER = r"(?<![A-Za-z0-9])(?<![A-Za-z]['\u2019])(?P<letter>[A-J])(?!['\u2019]?[A-Za-z0-9])(?![+#])"
 # What follows is looked at and not taken, as it may say "answer" again.
 _AFTER_ANSWER = re.compile(
     rf"(?i:{_ANSWER})(?=(?P<rest>(?:\s+(?i:is|was))?[^\w\n]{{0,6}}\n\s*[^\n]{{0,20}}|[^\n]{{0,60}}))"
 )
 _SMALL = re.compile(
-    r"(?i:\s+is|\s+was)?[^\w\n]{0,6}(?:(?i:option|choice)\W{1,3})?(?P<letter>[a-j])[)\]*.]*(?=\s*$|\s*\n)"
+    r"(?i:\s+is|\s+was)?[^\w\n]{0,6}(?:(?i:option|choice)\W{1,3})?(?P<letter>[a-j])[)\]}\"'*.]*(?=\s*$|\s*\n)"
 )
 _IN_REST = re.compile(_LETTER)
 _NAMED = (
@@ -28,21 +29,39 @@ _NAMED = (
         rf"[^\w\n]{{0,4}}{_LETTER}"
     ),
     re.compile(rf"{_LETTER}\s*(?:选?[项項])?\s*(?:[是为])?\s*最?(?:正确|正確|对的|對的)"),
+    re.compile(rf"(?:正确|正確)(?:的|选项|選項)?\s*(?:是|为|為)[^\w\n]{{0,4}}{_LETTER}"),
+    re.compile(rf"(?:選択肢|선택지)[^\w\n]{{0,4}}{_LETTER}"),
+    re.compile(
+        rf"(?i:\b(?:opción|alternativa|letra|opzione|variante|вариант)\b(?:\s+correcta)?(?:\s+(?:es|é|è))?(?:\s+la)?)"
+        rf"[^\w\n]{{1,4}}{_LETTER}"
+    ),
+    re.compile(rf"(?i:\bleav(?:es|ing)(?:\s+(?:us\s+with|only|option))*)\s+\W{{0,3}}{_LETTER}(?=\W*$|[.,;])"),
+    re.compile(rf"^{_LETTER}\s+it\s+is\b"),
     re.compile(rf"(?i:\b(?:option|choice|letter))\s+\W{{0,3}}{_LETTER}"),
     re.compile(r"(?i:\b(?:option|choice|letter))\s+\W{0,3}(?P<letter>[a-j])(?=[)\].:,*]*(?:\s*$|\s*\n))"),
 )
 _AT_START = re.compile(
-    r"\W{0,5}(?P<letter>[A-Ja-j])(?:[)\]}>]|[.:,](?=\s|$|[^\x00-\x7f])|\u3001|\W{0,5}$"
+    r"\W{0,5}(?P<letter>[A-Ja-j])(?:[)\]}>]|[.:,](?=\s|$|[^\x00-\x7f])|\u3001|[^\w+#]{0,5}$"
     r"|\s+[-\u2013\u2014]\s|\s+(?i:because|since)\b)"
 )
 _AT_END = re.compile(
     rf"(?:\b(?i:is|be|was|therefore|thus|hence|so)\b,?|['\u2019]s\b|[:=]|->|\u2192)[\s*_(\[\"'`$]{{0,5}}{_LETTER}[^\w]*$"
 )
 _NEGATED = re.compile(
-    r"(?i)(?:\b(?:not|never|neither|nor|isn['\u2019]t|rather than|except)\b|n['\u2019]t|不是|不选)\W*(?:\w+\s+)?\W*$"
+    r"(?i)(?:\b(?:not|cannot|never|neither|nor|rather than|except)\b|n['\u2019]t|不是|不选)\W*(?:\w+\s+)?\W*$"
 )
-_JOINED_BEFORE = re.compile(r"(?<![A-Za-z0-9])[A-J]\W{0,3}\s*(?:\bor\b|\band\b|或|和|/|&|,)\W{0,3}$")
-_JOINED = re.compile(r"\W{0,3}\s*(?:\bor\b|\band\b|或|和|/|&|,)\W{0,3}[A-J](?![A-Za-z0-9'\u2019])")
+_DENIED_AFTER = re.compile(
+    r"\W{0,4}\s*(?:选?[项項])?\s*(?i:(?:(?:is|are|was|could|would|does|do|ca)n['\u2019]t|cannot)\b"
+    r"|(?:is|are|was|could|would|does|do|can)\s+(?:not|incorrect|wrong|false|ruled\s+out|impossible)\b"
+    r"|incorrect|wrong|不|错|錯)"
+)
+# A letter that is part of a name: vitamin C, 5 C.
+_NAMED_BY_IT = re.compile(
+    r"(?i:\d\s*|\b(?:vitamin|hepatitis|plan|grade|type|group|class|point|figure|table|part|section|step|case|vector|angle"
+    r"|set|event|circle|matrix|team|line|block|schedule)\s+)$"
+)
+_JOINED_BEFORE = re.compile(r"(?<![A-Za-z0-9])[A-J]\W{0,3}\s*(?:\bor\b|\band\b|或|和|/|&|,|\u3001)\W{0,3}$")
+_JOINED = re.compile(r"\W{0,3}\s*(?:\bor\b|\band\b|或|和|/|&|,|\u3001)\W{0,3}[A-J](?![A-Za-z0-9'\u2019])")
 
 
 def read_letter(text: str) -> str | None:
@@ -54,25 +73,40 @@ def read_letter(text: str) -> str | None:
     body = unicodedata.normalize("NFKC", after_thinking(text))
     box = boxed(body)
     if box is not None:
-        return _alone(tidy(box))
+        inside = tidy(box)
+        return _alone(inside) or (read_letter(inside) if len(inside) > 1 and boxed(inside) is None else None)
     for mark in reversed(list(_AFTER_ANSWER.finditer(body))):
         small = _SMALL.match(mark["rest"])
         found = small["letter"].upper() if small else _first_said(mark["rest"])
         if found is not None:
             return found or None
     for pattern in _NAMED:
-        said = [match for match in pattern.finditer(body) if not _NEGATED.search(body[: match.start("letter")])]
+        said = [match for match in pattern.finditer(body) if _is_meant(match, body)]
         if said and not _JOINED.match(body, said[-1].end("letter")):
             if _JOINED_BEFORE.search(body[: said[-1].start("letter")]):
                 return None
             return said[-1]["letter"].upper()
-    return _alone(tidy(body)) or next((match["letter"] for match in [_AT_END.search(body)] if match), None)
+    last = _AT_END.search(body)
+    first_line = body.strip().split("\n")[0]
+    return (
+        _alone(tidy(body)) or _alone(tidy(first_line)) or (last["letter"] if last and _is_meant(last, body) else None)
+    )
+
+
+def _is_meant(match: re.Match[str], text: str) -> bool:
+    """Whether the letter of `match` is neither denied nor a part of a name."""
+    before = text[: match.start("letter")]
+    return not (
+        _NEGATED.search(before) or _NAMED_BY_IT.search(before) or _DENIED_AFTER.match(text, match.end("letter"))
+    )
 
 
 def _alone(text: str) -> str | None:
     """The letter that a text is or begins with, as a list's mark is written."""
     match = _AT_START.match(text.strip())
-    return match["letter"].upper() if match and not _JOINED.match(text.strip(), match.end("letter")) else None
+    end = match.end("letter") if match else 0
+    denied = _JOINED.match(text.strip(), end) or _DENIED_AFTER.match(text.strip(), end)
+    return match["letter"].upper() if match and not denied else None
 
 
 def _first_said(rest: str) -> str | None:
@@ -81,6 +115,6 @@ def _first_said(rest: str) -> str | None:
         if _JOINED.match(rest, match.end()):
             return ""
         article = match["letter"] in "AI" and re.match(r"\s+[a-z]", rest[match.end() :])
-        if not article and not _NEGATED.search(rest[: match.start()]):
+        if not article and _is_meant(match, rest):
             return match["letter"]
     return None

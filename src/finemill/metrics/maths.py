@@ -5,34 +5,41 @@ letters of choices, times and words by their spelling; all other formulas by Mat
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from finemill.artifacts.evaluation import Outcome
+from finemill.metrics.angles import has_degrees, in_radians, without_minutes
 from finemill.metrics.intervals import as_interval
 from finemill.metrics.letters import read_letter
-from finemill.metrics.matrices import Matrix, as_vector, read_matrix
+from finemill.metrics.lists import SEPARATOR, Collection, elements, read_collection, split_outside
+from finemill.metrics.matrices import Matrix, read_matrix
 from finemill.metrics.moments import same_moment
+from finemill.metrics.named_values import read_named_values
 from finemill.metrics.quantities import read_compound, read_quantity, same_quantity
+from finemill.metrics.ratios import is_fraction, may_be_time, read_ratio, same_ratio
+from finemill.metrics.spelling import prepared, without_choice
 from finemill.metrics.symbolic import proven_equal
 from finemill.rows.answers import after_thinking, find_answer, said_of_it, with_opening
-from finemill.rows.characters import plain_characters
-from finemill.rows.formulas import UNITS, strip_delimiters, tidy
+from finemill.rows.formulas import UNITS, tidy
 from finemill.rows.numerals import in_digits
 
 _CHOICE = re.compile(r"\(?(?P<letter>[A-J])\)?[.:]?")
 _SAID_CHOICE = re.compile(r"(?:\((?P<inside>[A-Ja-j])\)|(?P<plain>[A-J])(?=[.:)]|$))[.:)]?(?:\s.*)?", re.DOTALL)
-_RATIO = re.compile(r"\d[\d.]*(?:\s*:\s*\d[\d.]*)+")
-_IN_A_BASE = re.compile(r"\(?(?P<digits>[0-9A-F]+)\)?_\{?\d+\}?")
+_IN_A_BASE = re.compile(r"\(?(?P<digits>[0-9A-F]+)\)?_\{?(?P<base>\d+)\}?")
 _NAME = re.compile(
     r"(?:\((?:\s*[A-Za-z]\s*,)+\s*[A-Za-z]\s*\)|\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([^()]*\))?|[A-Za-z][A-Za-z ]*)"
 )
-_WORDS = re.compile(r"[^\W\d_]+(?:[ '\u2019-][^\W\d_]+)*")
-_EMPTY = (
-    *("\\emptyset", "\\varnothing", "\\{\\}", "\u2205", "empty set"),
-    *("no solution", "no solutions", "no real solution", "no real solutions"),
+# As contests ask: m + n for the m/n that is found. A sum of x and y is as often the equation of a line.
+_SUM_ASKED_FOR = re.compile(r"\d*[a-wA-W](?:\s*\+\s*\d*[a-wA-W])+")
+_REMARK = re.compile(r"(?P<said>[^()]*?[^()\s])\s*(?:\\text\{\s*)?\((?P<again>[^()]+)\)\s*\}?")
+_WHOLE_AND_PART = re.compile(
+    r"(?P<whole>-?\d+)\s*(?:\\text\{\s*)?and(?:\s*\})?\s*(?P<part>\\frac\s*(?:\{\d+\}|\d)\s*(?:\{\d+\}|\d)|\d+/\d+)"
 )
+_SHORT_MAGNITUDE = re.compile(r"(?P<number>\d[\d.,]*)\s?(?P<letter>[kKMB])")
+_MAGNITUDE_OF = {"K": "thousand", "M": "million", "B": "billion"}
+_WORDS = re.compile(r"[^\W\d_]+(?:[ '\u2019-][^\W\d_]+)*")
 _RANGE_END = r"[$\u20ac\u00a3]?\d[\d.,/]*\s*(?:\\?%|[A-Za-z]+)?"
 _RANGE = re.compile(
     rf"(?P<low>{_RANGE_END}?)\s*(?P<word>-{{1,2}}|\bto\b|\bthrough\b)\s*(?P<high>{_RANGE_END})", re.IGNORECASE
@@ -42,16 +49,14 @@ _BETWEEN = re.compile(
 )
 _MODULUS = re.compile(r"\s*(?:\\pmod\s*\{?|\(\s*\\?(?:bmod|mod)\s*|\\bmod\s*|\bmod\s+)(?P<modulus>\w+)\s*[})]*\s*$")
 _FORMULA_UNIT = re.compile(r"(?<=[\w})])\s+(?P<unit>[A-Za-z]+(?:[ /]+[A-Za-z]+)*)(?P<power>\s*\^\{?[23]\}?)?$")
-_SEPARATOR = r",\s*(?:\\text\{\s*)?(?:and|or)\b(?:\s*\})?|[,;]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b"
-_PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
+_CONSTANT = re.compile(r"\+\s*[Cc]$")
 _SAME = r"\\text\{\s*or\s*\}|\bor\b|="
-_THOUSANDS = re.compile(r"[-+]?\s*\\?\$?\s*\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,]*,\d)\D*")
+_SHORT_WORDS = dict.fromkeys(("dne", "doesn't exist"), "does not exist")
 _PAIRS = (("yes", "no"), ("true", "false"))
 # Without "no idea" and "no one".
 _YES_OR_NO = re.compile(
     r"\W*((?i:yes|true|false)\b|(?i:no)(?=\W*$|\s*[,.;:!]|\s+(?:it|they|he|she|there|this|because)\b))"
 )
-_OPEN, _CLOSE = "([{", ")]}"
 _LONGEST = 1000
 """Characters of an answer; a longer one is a text, equal where it is spelled alike."""
 
@@ -97,14 +102,6 @@ def _said_label(gold: str, text: str) -> str | None:
     return said_of_it(text) if _WORDS.fullmatch(plain) else None
 
 
-@dataclass(frozen=True)
-class _Collection:
-    """Several answers in one: `brackets` is "()", "[)", ..., or "" for those whose order does not matter."""
-
-    brackets: str
-    items: tuple[str, ...]
-
-
 def equal_answers(gold: str, said: str | None) -> bool:
     """Whether `said` is the answer `gold`, both as their writers put them."""
     if said is None or not tidy(said) or not tidy(gold):
@@ -117,41 +114,35 @@ def equal_answers(gold: str, said: str | None) -> bool:
     if choice:
         found = _SAID_CHOICE.fullmatch(tidy(said))
         return found is not None and (found["inside"] or found["plain"]).upper() == choice["letter"]
-    return _equal(_prepared(gold), _prepared(re.sub(r"^\s*(?:\\text(?:bf)?\{)?\([A-J]\)\}?\s*(?=\S)", "", said)))
+    return _equal(prepared(gold), prepared(without_choice(said))) or _with_remark(prepared(gold), prepared(said))
 
 
-def _prepared(text: str) -> str:
-    text = re.sub(r"\bper\s+cent\b", "percent", strip_delimiters(plain_characters(text)))
-    text = in_digits(text)
-    text = re.sub(r"\\(?:left|right|displaystyle|big|Big|bigg|Bigg)(?![A-Za-z])|\\!\s*", "", text)
-    text = re.sub(r"\\(?:text)?color\s*\{\w+\}|\\underline(?![A-Za-z])|^\s*(?:\\approx(?![A-Za-z])|~)", "", text)
-    text = re.sub(r"^(?:\+|positive|plus)?\s*inf(?:inity)?$", r"\\infty", text.strip(), flags=re.IGNORECASE)
-    text = re.sub(r"^(?:-|negative|minus)\s*inf(?:inity)?$", r"-\\infty", text, flags=re.IGNORECASE)
-    text = re.sub(r"\\([lr])angle(?![A-Za-z])", lambda match: "(" if match[1] == "l" else ")", text)
-    text = re.sub(r"\+\s?/\s?-|\+-(?=\s?\d)", r"\\pm ", text)
-    text = re.sub(r"\s*(?:\.\.\.|\\[lc]?dots(?![A-Za-z]))\s*(?=,)", r"\\ldots", text)
-    text = re.sub(r"_\{(\d+)\}", r"_\1", text)
-    text = re.sub(r"\\text\{\s*\(mod\s*\}", r"(mod ", text)
-    text = re.sub(r"\\[,;:]", " ", text)
-    text = re.sub(r"(?<![\w})])\+\s*(?=\\infty)", "", text)
-    text = re.sub(r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda match: "\\{" if match[0] == "\\lbrace" else "\\}", text)
-    text = re.sub(r"(?<=[^.])\.$", "", text.strip()).strip()
-    return text.replace("{,}", ",")
+def _with_remark(gold: str, said: str) -> bool:
+    """Whether `said` is the right answer, and again in brackets: `5 (five)`."""
+    match = _REMARK.fullmatch(said)
+    return match is not None and all(_equal(gold, in_digits(match[part].strip())) for part in ("said", "again"))
 
 
 def _equal(gold: str, said: str) -> bool:
     gold, said = _right_sides(gold.strip(), said.strip())
     if not gold or not said:
         return False
+    ratios = read_ratio(gold), read_ratio(said)
+    # 1:2 is no time of day, and so 5:10 beside it is none.
+    if any(ratio and not may_be_time(text) for ratio, text in zip(ratios, (gold, said), strict=True)):
+        return _equal_ratios(gold, said, *ratios)
     moments = same_moment(gold, said)
     if moments is not None:
         return moments
     intervals = as_interval(gold), as_interval(said)
+    if all(intervals) and _about_one_letter(gold, said) and _same_union(*map(_union, map(str, intervals))):
+        return True
     if any(intervals) and not all(intervals):
         gold, said = intervals[0] or gold, intervals[1] or said
-    gold_union, said_union = (_split(text, r"\\cup(?![A-Za-z])") for text in (gold, said))
-    if len(gold_union) > 1 or len(said_union) > 1:
-        return _match(gold_union, said_union)
+    unions = _union(gold), _union(said)
+    if any(len(union) > 1 for union in unions):
+        return _same_union(*unions)
+    gold, said = without_minutes(gold), without_minutes(said)
     compounds = read_compound(gold), read_compound(said)
     if any(compounds):
         sums = compounds[0] or read_quantity(gold), compounds[1] or read_quantity(said)
@@ -160,56 +151,94 @@ def _equal(gold: str, said: str) -> bool:
     if ranges[0] and ranges[1] and all(_equal(*pair) for pair in zip(ranges[0].ends, ranges[1].ends, strict=True)):
         return True
     if any(found and found.worded for found in ranges):
-        ratio = ranges[1].ends if ranges[1] and _RATIO.fullmatch(gold) else ()
-        return bool(ratio) and _equal_formulas(gold, ":".join(ratio))
+        return False
     matrices = read_matrix(gold), read_matrix(said)
     if all(matrices):
         return _same_matrix(*matrices)
-    collections = _collection(gold, matrices[0]), _collection(said, matrices[1])
+    values = tuple(read_named_values(split_outside(text, SEPARATOR)) for text in (gold, said))
+    collections = read_collection(gold, matrices), read_collection(said, (matrices[1], matrices[0]))
+    if any(values):
+        return _same_named(values, collections)
+    quantities = read_quantity(gold), read_quantity(said)
+    if quantities[0] and any(
+        other and same_quantity(quantities[0], other) for other in map(read_quantity, _other_readings(said))
+    ):
+        return True
     if all(collections) or any(collection and collection.brackets for collection in collections):
         return _same_collection(*collections)
-    quantities = read_quantity(gold), read_quantity(said)
     if quantities[0] and quantities[1]:
         return same_quantity(quantities[0], quantities[1])
     if "\\approx" in gold + said:
         return any(_equal(*pair) for pair in product(*(re.split(r"\\approx\b", text) for text in (gold, said))))
-    if not collections[0] and "=" not in gold and len(parts := _split(said, _SAME)) > 1:
+    if not collections[0] and "=" not in gold and len(parts := split_outside(said, _SAME)) > 1:
         return all(_equal(gold, part) for part in parts)
     if any(collections):
-        return False
+        only = [one.items if one else (text,) for one, text in zip(collections, (gold, said), strict=True)]
+        return len(only[0]) == len(only[1]) == 1 and _equal(only[0][0], only[1][0])
     return _equal_formulas(gold, said)
 
 
 def _right_sides(gold: str, said: str) -> tuple[str, str]:
     r"""Both without `x =` or `x \\in`, where they do not name different things."""
     sides = [re.split(r"(?<![<>!\\])=|\\(?:in|equiv)(?![A-Za-z])", text) for text in (gold, said)]
+    sides = [side[::-1] if len(side) == 2 and re.fullmatch(r"\s*[A-Za-z]\s*", side[1]) else side for side in sides]
     names = [side[0].strip() if len(side) > 1 else "" for side in sides]
     if all(names) and tidy(names[0]) != tidy(names[1]):
         return gold, said
     plain = []
     for text, side in zip((gold, said), sides, strict=True):
-        named = _NAME.fullmatch(tidy(side[0]).strip()) or not re.search(r"[A-Za-z]", side[0])
-        listed = len(_split(text, _SEPARATOR)) > 1 and len(side) > 2
+        name = tidy(side[0]).strip()
+        named = _NAME.fullmatch(name) or _SUM_ASKED_FOR.fullmatch(name) or not re.search(r"[A-Za-z]", side[0])
+        listed = len(split_outside(text, SEPARATOR)) > 1 and len(side) > 2
         plain.append(side[-1].strip() if len(side) > 1 and named and not listed else text)
     return plain[0], plain[1]
 
 
-def _split(text: str, separator: str) -> list[str]:
-    """Parts of `text` between separators outside all brackets."""
-    parts, depth, begin = [], 0, 0
-    pattern = re.compile(separator)
-    position = 0
-    while position < len(text):
-        if text[position] in _OPEN:
-            depth += 1
-        elif text[position] in _CLOSE:
-            depth -= 1
-        elif depth == 0 and (match := pattern.match(text, position)):
-            parts.append(text[begin:position])
-            begin = position = match.end()
-            continue
-        position += 1
-    return [part.strip() for part in [*parts, text[begin:]]]
+def _equal_ratios(gold: str, said: str, golds: Sequence[str] | None, saids: Sequence[str] | None) -> bool:
+    """Two ratios, the second maybe as `3 to 4` or as a fraction; beside the quotient 1/3, 1:3 may be odds."""
+    found = _range(said)
+    if golds and not saids and found and found.worded:
+        saids = found.ends
+    if golds and not saids and len(golds) == 2 and is_fraction(said):
+        return _equal(f"({golds[0]})/({golds[1]})", said)
+    return bool(golds and saids) and same_ratio(golds or (), saids or (), _equal)
+
+
+def _about_one_letter(gold: str, said: str) -> bool:
+    """Whether two inequalities are about the same variable, as far as each names one."""
+    letters = [set(re.findall(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", text)) - {"R"} for text in (gold, said)]
+    return not all(letters) or letters[0] == letters[1]
+
+
+def _union(text: str) -> list[str]:
+    return split_outside(text, r"\\cup(?![A-Za-z])")
+
+
+def _same_union(gold: Sequence[str], said: Sequence[str]) -> bool:
+    """Whether two unions have the same parts; sets are taken apart, and intervals may be listed with commas."""
+    return _match(*([item for part in union for item in elements(part)] for union in (gold, said)))
+
+
+def _other_readings(said: str) -> list[str]:
+    """What an answer to a question for a number may mean as well: `3 and 1/2` one number, `12K` a short 12 thousand."""
+    mixed = _WHOLE_AND_PART.fullmatch(said)
+    short = _SHORT_MAGNITUDE.fullmatch(said)
+    readings = [f"{mixed['whole']} {mixed['part']}"] if mixed else []
+    return [*readings, f"{short['number']} {_MAGNITUDE_OF[short['letter'].upper()]}"] if short else readings
+
+
+def _same_named(
+    values: Sequence[Mapping[str, str] | None], collections: "tuple[Collection | None, Collection | None]"
+) -> bool:
+    """Values by name against those of the same names, or against a tuple or list in the order of the names."""
+    gold, said = values
+    if gold and said:
+        return gold.keys() == said.keys() and all(_equal(gold[name], said[name]) for name in gold)
+    ordered = [
+        tuple(one.values()) if one else other.items if other and other.brackets in ("", "()") else ()
+        for one, other in zip(values, collections, strict=True)
+    ]
+    return len(ordered[0]) == len(ordered[1]) and all(_equal(*pair) for pair in zip(*ordered, strict=True))
 
 
 @dataclass(frozen=True)
@@ -237,43 +266,7 @@ def _same_matrix(gold: Matrix | None, said: Matrix | None) -> bool:
     return all(_equal(*cells) for rows in zip(gold, said, strict=True) for cells in zip(*rows, strict=True))
 
 
-def _collection(text: str, matrix: Matrix | None = None) -> _Collection | None:
-    """The elements of a set, tuple, interval, vector or list; None for one answer."""
-    if matrix is not None:
-        vector = as_vector(matrix)
-        return _Collection("()", vector) if vector else None
-    if tidy(text).lower() in _EMPTY or text in _EMPTY:
-        return _Collection("", ())
-    if len(_PLUS_MINUS.findall(text)) == 1:
-        return _Collection("", (_PLUS_MINUS.sub("+", text), _PLUS_MINUS.sub("-", text)))
-    brackets, inner = _brackets(text)
-    if not brackets:
-        if _THOUSANDS.fullmatch(text) and ", " not in text:
-            return None
-        parts = [part for part in _split(text, _SEPARATOR) if part]
-        return _Collection("", tuple(parts)) if len(parts) > 1 else None
-    spaced = ", " in inner and bool(re.search(r"\d,\d{3}(?!\d)", inner))
-    parts = _split(inner, r",\s|;" if spaced else r"[,;]")
-    if len(parts) == 1 and brackets != "{}":
-        return None
-    return _Collection("" if brackets == "{}" else brackets, tuple(parts))
-
-
-def _brackets(text: str) -> tuple[str, str]:
-    """The brackets around all of `text` and what they hold."""
-    if text.startswith("\\{") and text.endswith("\\}"):
-        return "{}", text[2:-2]
-    if len(text) < 2 or text[0] not in _OPEN or text[-1] not in _CLOSE:
-        return "", text
-    depth = 0
-    for position, character in enumerate(text):
-        depth += (character in _OPEN) - (character in _CLOSE)
-        if depth == 0:
-            return (text[0] + text[-1], text[1:-1]) if position == len(text) - 1 else ("", text)
-    return "", text
-
-
-def _same_collection(gold: _Collection | None, said: _Collection | None) -> bool:
+def _same_collection(gold: Collection | None, said: Collection | None) -> bool:
     if gold is None or said is None or gold.brackets != said.brackets or len(gold.items) != len(said.items):
         return False
     if gold.brackets:
@@ -301,24 +294,54 @@ def _equal_formulas(gold: str, said: str) -> bool:
         # Without its modulus it is a number and no quantity.
         other = said if moduli[0] else gold
         return re.fullmatch(r"-?\w+", other) is not None and _equal(_MODULUS.sub("", gold), _MODULUS.sub("", said))
+    constants = [_CONSTANT.search(text) for text in (gold, said)]
+    if all(constants):
+        gold, said = (_CONSTANT.sub("", text) for text in (gold, said))
+    # Math-Verify drops primes, of 90' and of f'(x).
+    if gold.count("'") != said.count("'"):
+        return False
     plain = tidy(gold), tidy(said)
     if plain[0] == plain[1]:
         return True
+    if has_degrees(plain[0]) or has_degrees(plain[1]) or "rad" in gold + said:
+        plain = in_radians(plain[0]), in_radians(plain[1])
     if any(map(_has_unit, plain)) and not any(map(_IN_A_BASE.fullmatch, plain)):
         units = [match[0].replace(" ", "") if (match := _FORMULA_UNIT.search(text)) else "" for text in plain]
         return (not all(units) or units[0] == units[1]) and _equal(*(_FORMULA_UNIT.sub("", text) for text in plain))
-    if any(_WORDS.fullmatch(text) and len(text) > 1 for text in plain):
+    if any(_WORDS.fullmatch(text) and len(text) > 1 for text in plain) and not any("\\cdot" in text for text in plain):
         return _same_words(*map(_words, plain))
-    if all(_RATIO.fullmatch(text) for text in plain):
-        return "".join(plain[0].split()) == "".join(plain[1].split())
-    # The base that a question asks for may be left out, but a number in another one is not the same digits in ten.
-    based = _IN_A_BASE.fullmatch(plain[0])
-    if based and based["digits"] == plain[1]:
-        return True
-    # A ratio is no quotient, and Math-Verify drops the base of 10_2.
+    based = _IN_A_BASE.fullmatch(plain[0]), _IN_A_BASE.fullmatch(plain[1])
+    if any(based):
+        return _same_in_a_base(*based, *plain)
+    # Math-Verify drops the base of 10_2.
     if any(":" in text or re.search(r"\d\}?_", text) for text in plain):
         return False
-    return proven_equal(*plain)
+    return proven_equal(*map(_one_counter, plain))
+
+
+def _same_in_a_base(gold: re.Match[str] | None, said: re.Match[str] | None, gold_text: str, said_text: str) -> bool:
+    """Numbers of which one at least is in another base: the base that a question asks for may be left out."""
+    if gold and not said:
+        return gold["digits"] == said_text
+    value = _value_in_base(gold) if gold else None
+    quantity = read_quantity(gold_text) if not gold else None
+    of_said = _value_in_base(said) if said else None
+    return of_said is not None and of_said == (quantity.value if quantity else value)
+
+
+def _value_in_base(number: re.Match[str]) -> int | None:
+    try:
+        return int(number["digits"], int(number["base"]))
+    except ValueError:
+        return None
+
+
+def _one_counter(text: str) -> str:
+    r"""A formula with $\pi$ and one integer, $k\pi$, with that named k: whether it is k or n says nothing."""
+    letters = set(re.findall(r"(?<![\\A-Za-z])[a-z](?![A-Za-z])", text))
+    if "\\pi" not in text or len(letters) != 1 or not letters <= set("kmn"):
+        return text
+    return re.sub(rf"(?<![\\A-Za-z]){letters.pop()}(?![A-Za-z])", "k", text)
 
 
 def _has_unit(text: str) -> bool:
@@ -330,7 +353,8 @@ def _has_unit(text: str) -> bool:
 
 
 def _words(text: str) -> str:
-    return re.sub(r"^(?:the|a|an)\s+", "", " ".join(text.replace("\u2019", "'").split()), flags=re.IGNORECASE)
+    text = re.sub(r"^(?:the|a|an)\s+", "", " ".join(text.replace("\u2019", "'").split()), flags=re.IGNORECASE)
+    return _SHORT_WORDS.get(text.casefold(), text)
 
 
 def _same_words(gold: str, said: str) -> bool:

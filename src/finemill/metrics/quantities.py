@@ -19,6 +19,8 @@ _ALIASES = {
     "cm": "centimeter",
     "centimetre": "centimeter",
     "mm": "millimeter",
+    "dm": "decimeter",
+    "decimetre": "decimeter",
     "millimetre": "millimeter",
     "km": "kilometer",
     "kilometre": "kilometer",
@@ -98,11 +100,15 @@ _SCALES: dict[str, tuple[str, Fraction]] = {
     "mile": ("meter", Fraction(1_609_344, 1000)),
     "kilogram": ("gram", Fraction(1000)),
     "milligram": ("gram", Fraction(1, 1000)),
-    "milliliter": ("liter", Fraction(1, 1000)),
+    "liter": ("meter ^3", Fraction(1, 1000)),
+    "milliliter": ("meter ^3", Fraction(1, 10**6)),
     "minute": ("second", Fraction(60)),
     "hour": ("second", Fraction(3600)),
     "day": ("second", Fraction(86_400)),
     "week": ("second", Fraction(604_800)),
+    "year": ("month", Fraction(12)),
+    "decimeter": ("meter", Fraction(1, 10)),
+    "tonne": ("gram", Fraction(10**6)),
     "cent": ("dollar", Fraction(1, 100)),
 }
 """Units that are a number of others."""
@@ -139,6 +145,10 @@ _WRAPPED = re.compile(
 )
 _MARKS = "|".join(re.escape(mark) for mark in sorted(CURRENCIES, key=len, reverse=True))
 _CURRENCY = re.compile(rf"(?P<sign>[-+]?)\s*\\?(?P<mark>{_MARKS})\s*(?=[-+\d.\\])")
+# 5,00 \u20ac, as most of Europe writes sums of money.
+_DECIMAL_COMMA = re.compile(
+    rf"(?P<whole>(?<![\d.,])\d{{1,3}}(?:[. ]\d{{3}})*),(?P<cents>\d{{2}})(?P<mark>\s?(?:{_MARKS}|euros?))$"
+)
 _COMMANDS = {
     r"\texteuro": "\u20ac",
     r"\euro": "\u20ac",
@@ -199,6 +209,7 @@ def read_quantity(answer: str) -> Quantity | None:
         lambda match: f"/{match['unit']}" + (f"^{match['power']}" if match["power"] != "1" else ""), raw
     )
     raw = re.sub(r"^\\text\{\s*([^{}\w\s]+)\s*\}", r"\1", raw)
+    raw = _DECIMAL_COMMA.sub(r"\g<whole>.\g<cents>\g<mark>", raw)
     currency = _CURRENCY.match(raw)
     if currency:
         amount = _SHORT_MAGNITUDE.sub(lambda match: f" {_MAGNITUDE_OF[match[1]]}", raw[currency.end() :])

@@ -32,7 +32,7 @@ def proven(gold: str, said: str) -> bool:
     Math-Verify alone rounds: it takes 1/3 for 0.333333 and one tiny number for another.
     """
     from math_verify import verify
-    from sympy import Expr, MatrixBase, nsimplify
+    from sympy import Expr, MatrixBase, MatrixExpr, nsimplify
     from sympy.core.relational import Relational
 
     if _confuses_cases(gold, said):
@@ -40,10 +40,12 @@ def proven(gold: str, said: str) -> bool:
     one, other = _parse(gold), _parse(said)
     if one is None or other is None:
         return False
+    one, other = _with_imaginary_unit(one, other)
     if isinstance(one, Relational) and isinstance(other, Relational):
         return one.free_symbols == other.free_symbols and bool(
             verify([one], [other], float_rounding=15, timeout_seconds=None)
         )
+    one, other = (value.doit() if isinstance(value, MatrixExpr) else value for value in (one, other))
     if isinstance(one, MatrixBase) and isinstance(other, MatrixBase):
         return one.shape == other.shape and all(
             _is_zero(nsimplify(a - b, rational=True)) for a, b in zip(one.doit(), other.doit(), strict=True)
@@ -53,6 +55,16 @@ def proven(gold: str, said: str) -> bool:
     if not verify([one], [other], float_rounding=15, timeout_seconds=None):
         return False
     return _is_zero(nsimplify(one.doit() - other.doit(), rational=True))
+
+
+def _with_imaginary_unit(one: Any, other: Any) -> tuple[Any, Any]:
+    """Both with i as the imaginary unit where it is the only letter; else it may be an index."""
+    from sympy import I
+
+    letters = {symbol for value in (one, other) for symbol in getattr(value, "free_symbols", ())}
+    if {str(letter) for letter in letters} != {"i"}:
+        return one, other
+    return tuple(value.subs(dict.fromkeys(letters, I)) for value in (one, other))
 
 
 def _confuses_cases(gold: str, said: str) -> bool:
@@ -75,6 +87,7 @@ def _parse(text: str) -> Any:
     # Letters side by side are a product for LaTeX, and a name only where a command says so.
     text = re.sub(r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|ln|log|exp|infty)(?![A-Za-z])", r"\\\1", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"_(\d{2,})", r"_{\1}", re.sub(r"\\lg(?![A-Za-z])", r"\\log_{10}", text))
     found = parse(
         f"${text}$",
         [LatexExtractionConfig(normalization_config=config)],

@@ -77,6 +77,13 @@ _COPULA = re.compile(
     r"(?:\s+(?:is|are|was|must be|will be|would be|should be)\b|['\u2019]s\b)\s+"
     r"(?P<said>[^\W\d][\w'-]*(?:\s[\w'-]+){0,2})[.!*\s]*$"
 )
+_EXPLAINED = re.compile(
+    r"""(?ix) \A\s* (?P<said>[^\n]{1,64}?) (?: ,?\s+ (?:because|since)\b
+    | [ \t]*\n [\s*_\#]* (?: explanation | reasoning | rationale | justification | because
+        | here['\u2019]?s\ (?:why|how) | 解释 | 解析 | 理由 | 说明 | 解説 | 説明 | 설명 | explicación | explication
+        | erklärung | begründung | spiegazione | explicação | пояснение | объяснение ) )
+    """
+)
 _RANGE_BEFORE = re.compile(
     r"(?:^|\b(?:is|are|takes?|be|about|around|approximately|roughly)|[:=])[\s*$(]*$", re.IGNORECASE
 )
@@ -123,7 +130,7 @@ def find_answer(text: str) -> FinalAnswer | None:
         return None
     text = re.sub(r"\bper\s+cent\b", "percent", _NEGATIVE.sub("-", plain_characters(text)))
     text = re.sub(r"\+\s?/\s?-(?=\s?\d)", r"\\pm ", text)
-    return _marked(text) or _last_formula(text) or _counted(text) or _short(text)
+    return _marked(text) or _explained(text) or _last_formula(text) or _counted(text) or _short(text)
 
 
 def plain_thinking(text: str) -> str:
@@ -199,6 +206,17 @@ def _after_mark(rest: str) -> FinalAnswer | None:
     words = rest[: end.start() if end else None].strip(" *_\"'.`")
     short = words and len(words.split()) <= _MOST_WORDS and not any(c.isdigit() for c in words)
     return FinalAnswer(words) if short or _is_spelled(words) else None
+
+
+def _explained(text: str) -> FinalAnswer | None:
+    """The answer that a text begins with where all else is its explanation: `5, because she had 2 and got 3.`"""
+    match = _EXPLAINED.match(text)
+    span = _formula_at_start(match["said"]) if match else None
+    if not match or not span:
+        return None
+    rest = match["said"][span.end :]
+    alone = len(rest.split()) <= _MOST_WORDS and not any(character.isdigit() for character in rest)
+    return FinalAnswer(match["said"][span.start :].rstrip(" *_.,:$")) if alone else None
 
 
 def _formula_at_start(text: str) -> Span | None:

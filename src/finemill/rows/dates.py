@@ -1,4 +1,4 @@
-"""Calendar dates in running text: `March 5, 2024`, `5 March`, `2024-03-05`, `2024年3月5日`."""
+"""Calendar dates in running text: `March 5, 2024`, `5 March`, `2024-03-05`, `5.3.2024`, `2024年3月5日`."""
 
 import re
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ _DATE = re.compile(
     rf"""(?x)(?<![\w.,/-])(?:
     (?P<iso_year>\d{{4}})(?P<mark>[-/])(?P<iso_month>\d{{1,2}})(?P=mark)(?P<iso_day>\d{{1,2}})(?![\w/-])
     | (?P<first>\d{{1,2}})/(?P<second>\d{{1,2}})/(?P<slash_year>\d{{4}})(?![\w/-])
+    | (?P<dot_day>\d{{1,2}})\.\s?(?P<dot_month>\d{{1,2}})\.\s?(?P<dot_year>\d{{4}})(?![\w/-]|[.,]\d)
     | (?P<month>{_MONTH})\s+(?P<day>\d{{1,2}}(?:st|nd|rd|th)?(?!\d))(?:,?\s+(?P<year>{_YEAR}))?
     | (?P<day_first>{_DAY})\s+(?:of\s+)?(?P<month_second>{_MONTH})(?:,?\s+(?P<year_last>{_YEAR}))?
     | (?P<month_alone>{_MONTH})\s+(?P<year_alone>{_YEAR})
@@ -55,10 +56,11 @@ def read_date(text: str) -> Date | None:
         ordered = (second, first) if first > 12 else (first, second)
         return _date(found["slash_year"], *ordered, swapped=max(first, second) <= 12 and first != second)
     name = found["month"] or found["month_second"] or found["month_alone"]
-    number = found["iso_month"] or found["sign_month"]
+    number = found["iso_month"] or found["sign_month"] or found["dot_month"]
     month = _BY_NAME[name.rstrip(".").lower()] if name else int(number)
-    day = found["iso_day"] or found["day"] or found["day_first"] or found["sign_day"]
-    year = found["iso_year"] or found["year"] or found["year_last"] or found["year_alone"] or found["sign_year"]
+    day = found["iso_day"] or found["day"] or found["day_first"] or found["sign_day"] or found["dot_day"]
+    years = ("iso_year", "year", "year_last", "year_alone", "sign_year", "dot_year")
+    year = next((found[name] for name in years if found[name]), None)
     return _date(year, month, int(re.sub(r"\D", "", day)) if day else None)
 
 

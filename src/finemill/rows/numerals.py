@@ -43,6 +43,8 @@ _WORDS = frozenset(
     | set("halves and a an minus negative".split())
 )
 _WORD = re.compile(r"(?P<gap>[\s-]*)(?P<word>[A-Za-z]+)(?![\w'\u2019])")
+# Half an hour, three quarters of a mile.
+_OF_A = re.compile(r"^\s+(?:of\s+)?an?\s+(?=[A-Za-z])", re.IGNORECASE)
 _SIGN = re.compile(r"(?:minus|negative)\s+(?=\$?[\d.])", re.IGNORECASE)
 
 
@@ -63,7 +65,7 @@ def in_digits(answer: str) -> str:
         rest = text[words[count - 1][1] :]
         # Part of a longer word: twenty-first.
         if number is not None and not re.match(r"-[A-Za-z]", rest):
-            return number + rest
+            return number + (_OF_A.sub(" ", rest) if "/" in number else rest)
     return _SIGN.sub("-", text, count=1) if _SIGN.match(text) else text
 
 

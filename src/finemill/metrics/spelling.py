@@ -1,0 +1,71 @@
+"""One spelling of an answer for comparing it: without looks and remarks, powers of habit as LaTeX has them."""
+
+import re
+
+from finemill.rows.characters import plain_characters
+from finemill.rows.formulas import strip_delimiters
+from finemill.rows.numerals import in_digits
+
+_TEXT = r"\\(?:text|textbf|textrm|textit|textsf|textnormal|mathrm|mathbf|mbox)\s*"
+# What only changes how a formula looks, with its argument where it has one.
+_LOOKS = re.compile(
+    r"\\(?:left|right|displaystyle|textstyle|limits|big|Big|bigg|Bigg|bf|rm|it|sf|tiny|small|normalsize|large|Large|LARGE"
+    r"|huge|Huge|underline|bigl|bigr|Bigl|Bigr)(?![A-Za-z])|\\!\s*"
+    r"|\\(?:hspace|vspace|hskip|phantom|hphantom|vphantom|label|tag)\*?\s*\{[^{}]*\}|\\(?:text)?color\s*\{\w+\}"
+)
+_SPACES = re.compile(r"(?<!\\)\\(?:[,;: ]|(?:q?quad|enspace|thinspace|space)(?![A-Za-z]))")
+_CHOICE_BEFORE = re.compile(rf"^\s*(?:{_TEXT}\{{)?\s*\([A-J]\)\s*\}}?\s*(?=\S)")
+_TEXT_AT_START = re.compile(rf"^{_TEXT}\{{(?P<inside>[^{{}}]*[^\W_][^{{}}]*)\}}")
+# The counting number of a formula that has a value for each.
+_FOR_INTEGERS = re.compile(
+    rf"\s*[,;]?\s*\(?\s*(?:(?:{_TEXT}\{{)?\s*(?:where|for|with|for\s+all)\s*\}}?)?\s*[kmn]\s*\\in\s*"
+    r"(?:\\mathbb\s*\{?[ZN]\}?(?:\^\{?[+*]\}?)?|[ZN])\s*\)?$"
+)
+_CHOOSE = re.compile(r"\{\s*(?P<above>[^{}]+?)\s*\\choose\s*(?P<below>[^{}]+?)\s*\}")
+_COMBINATIONS = re.compile(
+    r"(?:\\mathrm\{C\}|C)(?:_\{?(?P<one>\d+)\}?\^\{?(?P<other>\d+)\}?|\^\{?(?P<a>\d+)\}?_\{?(?P<b>\d+)\}?"
+    r"|\(\s*(?P<n>\d+)\s*,\s*(?P<k>\d+)\s*\))"
+)
+_ORDINAL = re.compile(rf"^(?P<number>\d+)\s*(?:\^\s*\{{?\s*)?(?:{_TEXT}\{{\s*)?(?:st|nd|rd|th)\s*\}}*$")
+_UNIT_FRACTION = re.compile(
+    rf"(?<=[\d}} ])\\[dt]?frac\s*\{{\s*{_TEXT}\{{(?P<above>[A-Za-z]+)\}}\s*\}}"
+    rf"\s*\{{\s*{_TEXT}\{{(?P<below>[A-Za-z]+)\}}(?P<power>\^\{{?[23]\}}?)?\s*\}}$"
+)
+_TRANSPOSED = re.compile(r"^(?P<row>[\[(][^\[\]()]*[\])])\s*\^\s*\{?\s*(?:T|\\top|\\mathrm\{T\})\s*\}?$")
+
+
+def prepared(text: str) -> str:
+    """`text` in the spelling that answers are compared in, the letter of its choice left out: `(A) 5` as `5`."""
+    text = re.sub(r"\bper\s+cent\b", "percent", strip_delimiters(plain_characters(text)))
+    text = _SPACES.sub(" ", _LOOKS.sub("", text)).strip().rstrip(",;").strip()
+    text = _TEXT_AT_START.sub(lambda match: f"{match['inside'].strip()} ", text).strip()
+    text = _FOR_INTEGERS.sub("", in_digits(text))
+    text = re.sub(r"^\s*(?:\\approx(?![A-Za-z])|~)", "", text)
+    text = re.sub(r"^(?:\+|positive|plus)?\s*inf(?:inity)?$", r"\\infty", text.strip(), flags=re.IGNORECASE)
+    text = re.sub(r"^(?:-|negative|minus)\s*inf(?:inity)?$", r"-\\infty", text, flags=re.IGNORECASE)
+    text = re.sub(r"\\([lr])angle(?![A-Za-z])", lambda match: "(" if match[1] == "l" else ")", text)
+    text = re.sub(r"\+\s?/\s?-|\+-(?=\s?\d)", r"\\pm ", text)
+    text = re.sub(r"\s*(?:\.\.\.|\\[lc]?dots(?![A-Za-z]))\s*(?=,)", r"\\ldots", text)
+    text = re.sub(r"\\([lg]e)qslant(?![A-Za-z])", r"\\\1", text)
+    text = _CHOOSE.sub(r"\\binom{\g<above>}{\g<below>}", text)
+    text = re.sub(r"\\[dt]binom(?![A-Za-z])", r"\\binom", text)
+    text = _COMBINATIONS.sub(_as_binomial, text)
+    text = re.sub(r"\\(?:hat|vec|mathbf|bm|boldsymbol)\s*\{?\\?([ijk])(?:math)?\}?(?![A-Za-z])", r"\\mathbf{\1}", text)
+    text = re.sub(r"_\{(\d+)\}", r"_\1", text)
+    text = re.sub(r"\\text\{\s*\(mod\s*\}", r"(mod ", text)
+    text = _UNIT_FRACTION.sub(r" \\text{\g<above>/\g<below>}\g<power>", text)
+    text = re.sub(r"(?<![\w})])\+\s*(?=\\infty)", "", text)
+    text = re.sub(r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda match: "\\{" if match[0] == "\\lbrace" else "\\}", text)
+    text = re.sub(r"(?<=[^.])\.$", "", text.strip()).strip()
+    return _TRANSPOSED.sub(r"\g<row>", _ORDINAL.sub(r"\g<number>", text.replace("{,}", ",")))
+
+
+def without_choice(text: str) -> str:
+    """`text` without the letter of a choice in brackets before the answer."""
+    return _CHOICE_BEFORE.sub("", text)
+
+
+def _as_binomial(match: re.Match[str]) -> str:
+    # Some write the larger number below, some above; which one it is leaves no doubt.
+    numbers = sorted(int(number) for number in match.groups() if number)
+    return f"\\binom{{{numbers[1]}}}{{{numbers[0]}}}"
