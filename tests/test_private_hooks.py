@@ -24,13 +24,19 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 
 
 def test_transformers() -> None:
-    """kernels/engine_trainer.py and kernels/trainer.py override these methods of Trainer."""
+    """kernels/engine_trainer.py and kernels/trainer.py override these methods of Trainer.
+
+    training/log_window.py saves its sums.
+    """
     trainer = pytest.importorskip("transformers").Trainer
     assert parameters(trainer._save_rng_state) == ["output_dir"]
     assert parameters(trainer._load_optimizer_and_scheduler) == ["checkpoint"]
     assert parameters(trainer._clip_grad_norm) == ["model"]
     assert parameters(trainer._get_grad_norm) == ["model", "grad_norm"]
     assert parameters(trainer.get_batch_samples) == ["epoch_iterator", "num_batches", "device"]
+    sums = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
+    begun = inspect.getsource(trainer._inner_training_loop).partition("on_train_begin")[0]
+    assert [name for name in sums if f"self.{name} = " not in begun] == []
 
 
 def test_trl() -> None:

@@ -11,7 +11,6 @@ from random import Random
 
 import pytest
 
-from finemill.artifacts.files import TRAINING_FILE
 from finemill.artifacts.manifest import Reference
 from finemill.storage.store import fetch_artifact
 from tests.faults.conftest import rounds
@@ -77,12 +76,9 @@ def ended(context: ForkServerContext, arguments: list[str], folder: Path, after_
 
 
 def adapter(folder: Path) -> dict[str, str]:
-    """The digest of each file of the adapter that a training printed, all verified.
-
-    But for the log of losses, whose means begin anew where a training goes on.
-    """
+    """The digest of each file of the adapter that a training printed, all verified."""
     _, manifest = fetch_artifact(Reference.parse((folder / "stdout").read_text().strip()))
-    return {name: file.sha256 for name, file in manifest.files.items() if name != TRAINING_FILE}
+    return {name: file.sha256 for name, file in manifest.files.items()}
 
 
 @pytest.mark.parametrize("name", TRAININGS)

@@ -39,8 +39,8 @@ def test_pace_counts_from_the_step_that_training_goes_on_from(
     now = [100.0]
     monkeypatch.setattr("finemill.training.pace.time.monotonic", lambda: now[0])
     pace = Pace(model, None)
-    state = TrainerState(global_step=10, max_steps=30, log_history=[{"num_tokens": 1000.0, "step": 10}])
-    pace.start(state)
+    state = TrainerState(global_step=10, max_steps=30)
+    pace.start(state, 1000.0)
     now[0], state.global_step = 104.0, 12
     assert pace.measure(state, 3000.0) == {"train/tokens_per_second": 500.0, "train/seconds_left": 36.0}
     now[0], state.global_step = 105.0, 13

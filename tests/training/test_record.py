@@ -19,7 +19,8 @@ def recorder() -> ListRecorder:
 
 def log(recorder: ListRecorder, *, skipped: bool, **logs: float) -> None:
     batches: Any = SimpleNamespace(where=lambda: " (step 1)")
-    callback = RecordCallback(recorder, 1e-4, pace=SimpleNamespace(), batches=batches)  # type: ignore[arg-type]
+    unused: Any = SimpleNamespace()
+    callback = RecordCallback(recorder, 1e-4, pace=unused, batches=batches, window=unused)
     state = TrainerState(global_step=1, is_world_process_zero=True)
     arguments = TrainingArguments(output_dir="unused", report_to="none")
     optimizer = SimpleNamespace(step_was_skipped=skipped)

@@ -232,8 +232,10 @@ def save_adapter(
 
 
 def _without_times(entry: dict[str, float]) -> dict[str, float]:
-    """An entry of the log without what another run of the same training measures otherwise."""
-    return {name: value for name, value in entry.items() if not name.endswith(("_runtime", "_per_second"))}
+    """An entry of the log without what another run of the same training measures otherwise, in one order: a
+    checkpoint's are sorted.
+    """
+    return {name: entry[name] for name in sorted(entry) if not name.endswith(("_runtime", "_per_second"))}
 
 
 def _sort_names(config: LoraConfig) -> None:

@@ -64,9 +64,9 @@ class Pace:
         self._flops_per_token = flops_per_token(model)
         self._first = self._last = (time.monotonic(), 0, 0.0)
 
-    def start(self, state: TrainerState) -> None:
-        """Begin to count, at the step that a checkpoint was written at."""
-        self._first = self._last = (time.monotonic(), state.global_step, float(_tokens_logged(state)))
+    def start(self, state: TrainerState, num_tokens: float) -> None:
+        """Begin to count, at the step that a checkpoint was written at, after so many tokens."""
+        self._first = self._last = (time.monotonic(), state.global_step, num_tokens)
 
     def measure(self, state: TrainerState, num_tokens: float) -> dict[str, float]:
         """What goes into the metrics of a point: tokens per second, MFU, bytes on the card, seconds left."""
@@ -86,10 +86,6 @@ class Pace:
         if self._card.peak_flops:
             found["train/mfu"] = rate * self._flops_per_token / (self._card.peak_flops * self._world_size)
         return found
-
-
-def _tokens_logged(state: TrainerState) -> float:
-    return max((entry.get("num_tokens", 0.0) for entry in state.log_history), default=0.0)
 
 
 def flops_per_token(model: Any) -> float:

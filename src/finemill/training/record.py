@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finemill.errors import UserError
 from finemill.runtime.context import Recorder
 from finemill.training.batches import BatchWatch
+from finemill.training.log_window import LogWindow
 from finemill.training.pace import Pace, describe, duration
 
 _REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
@@ -27,18 +28,20 @@ METRIC_NAMES = {
 class RecordCallback(TrainerCallback):  # type: ignore[misc]
     """Sends what the trainer logs to the recorder, and stops a training whose loss is no number any more."""
 
-    def __init__(self, recorder: Recorder, learning_rate: float, pace: Pace, batches: BatchWatch) -> None:
+    def __init__(
+        self, recorder: Recorder, learning_rate: float, pace: Pace, batches: BatchWatch, window: LogWindow
+    ) -> None:
         self._recorder = recorder
         self._batches = batches
         self._learning_rate = learning_rate
-        self._pace = pace
+        self._pace, self._window = pace, window
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock."""
         self._started = time.monotonic()
-        self._pace.start(state)
+        self._pace.start(state, self._window.num_tokens)
 
     def on_log(
         self,

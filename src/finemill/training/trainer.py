@@ -33,6 +33,7 @@ from finemill.training.checkpoint import (
 from finemill.training.config import SHARDED, ConfigT, LoRATrainingConfig
 from finemill.training.early_stopping import EarlyStopping
 from finemill.training.inputs import TrainingInputs
+from finemill.training.log_window import LogWindow
 from finemill.training.optimizer import set_learning_rates
 from finemill.training.pace import Card, Pace, summary
 from finemill.training.peers import together
@@ -243,8 +244,10 @@ def _train(
         trainer.remove_callback(PrinterCallback)
         batches = BatchWatch(inputs.dataset)
         batches.attach(trainer)
+        window = LogWindow(trainer, checkpoint)
+        trainer.add_callback(window)
         pace = Pace(trainer.model, card, trainer.args.world_size)
-        trainer.add_callback(RecordCallback(recorder, config.learning_rate, pace, batches))
+        trainer.add_callback(RecordCallback(recorder, config.learning_rate, pace, batches, window))
         best = EarlyStopping(config, scratch, checkpoint) if config.early_stopping_patience else None
         if best:
             trainer.add_callback(best)  # before what publishes checkpoints
@@ -269,9 +272,9 @@ def _train(
     if initial:
         subtract_initial(output_dir, initial)
     _warn_of_fit(trainer)
-    metrics = _metrics(trainer, result.metrics["train_runtime"])
+    metrics = _metrics(trainer, result.metrics["train_runtime"], window.num_tokens)
     peak, seconds, tokens = (metrics[f"train/{name}"] for name in ("peak_memory_bytes", "seconds", "num_tokens"))
-    context.recorder.log_progress(summary(card, peak=peak, seconds=seconds, num_tokens=tokens))
+    context.recorder.log_progress(summary(card, peak=peak, seconds=seconds, num_tokens=tokens - window.num_tokens))
     if card is not None:
         metrics |= {"train/memory_before_bytes": float(card.before), "train/memory_share": peak / card.total}
     metrics["train/checkpoint_seconds"] = checkpoints.stalled_s
@@ -287,7 +290,8 @@ def _warn_of_fit(trainer: Trainer) -> None:
         warn_of_fit(*([entry[name] for entry in history if name in entry] for name in ("loss", "eval_loss")))
 
 
-def _metrics(trainer: Trainer, seconds: float) -> dict[str, float]:
+def _metrics(trainer: Trainer, seconds: float, before: float) -> dict[str, float]:
+    """What a training returns: `before` are the tokens that it did not see in these seconds."""
     history: list[dict[str, Any]] = trainer.state.log_history
     last = {name: entry[name] for entry in history for name in _RESULTS if name in entry}
     num_tokens = max((entry.get("num_tokens", 0.0) for entry in history), default=0.0)
@@ -301,6 +305,6 @@ def _metrics(trainer: Trainer, seconds: float) -> dict[str, float]:
         "train/num_tokens": num_tokens,
         "train/num_steps": trainer.state.global_step,
         "train/seconds": seconds,
-        "train/tokens_per_second": num_tokens / seconds,
+        "train/tokens_per_second": (num_tokens - before) / seconds,
         "train/peak_memory_bytes": peak_memory,
     }

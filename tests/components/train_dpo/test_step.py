@@ -26,7 +26,7 @@ CONFIG = TrainDPOConfig(
     per_device_train_batch_size=4,
     gradient_accumulation_steps=1,
     learning_rate=2e-3,
-    logging_steps=1,
+    logging_steps=3,
     gradient_checkpointing=False,
     save_steps=None,
 )
@@ -105,10 +105,11 @@ def test_sigterm_saves_a_checkpoint_and_resuming_equals_an_uninterrupted_run(
 
     resumed = make_context()
     train_dpo(**arguments, output_dir=tmp_path / "second", context=resumed)
-    assert [step for step, values in recorded(resumed).points if "train/loss" in values] == [5, 6]
-    found = load_file(tmp_path / "second" / "adapter_model.safetensors")
-    for name, weight in load_file(uninterrupted(make_context)[0] / "adapter_model.safetensors").items():
-        torch.testing.assert_close(found[name], weight, rtol=0, atol=0, msg=name)
+    assert [step for step, values in recorded(resumed).points if "train/loss" in values] == [6]
+    expected = uninterrupted(make_context)[0]
+    # The means of the curve's last point begin before the stop.
+    for name in ("adapter_model.safetensors", "training.json"):
+        assert (tmp_path / "second" / name).read_bytes() == (expected / name).read_bytes(), name
 
 
 def test_reference_scores_made_before_give_the_same_training(
