@@ -29,6 +29,11 @@ def test_one_inside_is_refused_by_name_and_never_shown() -> None:
         ("https://b.s3/x?X-Amz-Signature=abc&part=1", "https://b.s3/x?X-Amz-Signature=***&part=1"),
         ("https://b/x?sv=1&sig=a%2Bb==", "https://b/x?sv=1&sig=***"),
         ("Invalid header value b'FQoG-SECRET\\n'; x", "Invalid header value ***; x"),
+        ("Illegal header value b'Bearer sk-SECRET\\n'", "Illegal header value ***"),
+        ("https://host/v1?key=AIzaSECRET&alt=json", "https://host/v1?key=***&alt=json"),
+        ("{'Authorization': 'Bearer sk-SECRET', 'x': 1}", "{'Authorization': 'Bearer ***', 'x': 1}"),
+        ("> Authorization: Basic dXNlcjpwYXNz", "> Authorization: Basic ***"),
+        ("the authorization of the user failed", "the authorization of the user failed"),
     ],
 )
 def test_what_an_address_holds_is_cut_out(text: str, shown: str) -> None:
@@ -52,3 +57,32 @@ def test_an_access_key_that_is_a_user_s_name_is_no_secret(
     text = f"s3://{key_id}/rows"
     assert credential_in(text) == ("AWS_ACCESS_KEY_ID" if secret else None)
     assert without_credentials(text) == (f"s3://{'***' if secret else key_id}/rows")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_hidden"),
+    [
+        ("OPENAI_API_KEY", "sk-SECRET", True),
+        ("WANDB_API_KEY", "0123456789abcdef", True),
+        ("FINEMILL_WEBHOOK_SECRET", "whsec_SECRET", True),
+        ("AZURE_STORAGE_CONNECTION_STRING", "AccountName=x;AccountKey=SECRET", True),
+        ("PGPASSWORD", "correct-horse", True),
+        ("TEAM_TOKEN", "glpat-SECRET-0", True),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/secrets/token", False),
+        ("HF_TOKEN_PATH", "/home/me/token", False),
+        ("POSTGRES_PASSWORD", "postgres", False),
+        ("KEYBOARD", "dvorak-programmer", False),
+    ],
+)
+def test_a_variable_named_as_a_secret_is_one(
+    name: str, value: str, is_hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert without_credentials(f"found {value} there") == f"found {'***' if is_hidden else value} there"
+
+
+@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "FINEMILL_WEBHOOK_SECRET"])
+def test_keys_of_services_lose_their_line_break_too(name: str) -> None:
+    environment = {name: "sk-1\n"}
+    clean_credentials(environment)
+    assert environment == {name: "sk-1"}

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from urllib.parse import quote
 
 from finemill.errors import UserError
@@ -17,6 +17,9 @@ _VARIABLES = (
     "DATABRICKS_TOKEN",
     "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",
+    "OPENAI_API_KEY",
+    "WANDB_API_KEY",
+    "FINEMILL_WEBHOOK_SECRET",
 )
 _PREFIXES = ("", "FINEMILL_")
 """Before the variables' names; the second in a pod of KFP."""
@@ -25,14 +28,23 @@ _SHORTEST = 6
 """Length in characters of the shortest value that is looked for in texts: a shorter one is part of any word."""
 _SHORTEST_KEY_ID = 16
 """The same of an access key's id, which on a server of one's own is a user's name, `minio` or the bucket's."""
+_SECRET_NAME = re.compile(
+    r"(SECRET|TOKEN|PASSWORD|PASSWD|CONNECTION_STRING|(API|ACCESS|ACCOUNT|PRIVATE|SECRET|STORAGE)_?KEY)$", re.IGNORECASE
+)
+"""Names of other variables that hold a secret, those that a cluster's `secret_env` adds among them."""
+_SHORTEST_OF_OTHERS = 12
+"""Length in characters of the shortest of their values that is looked for: `password` is a word, too."""
 # `user:password@` in a URI; the password may hold `/` and `@`, where what follows the colon is no port.
 _USER = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s@:]+:(?!\d+/)[^\s@]*@)")
 _QUERY = re.compile(
-    r"([?&;][\w.%-]*(?:sig|signature|token|secret|password|passwd|pwd|apikey|api_key|accesskeyid|credential)=)"
+    r"([?&;][\w.%-]*(?:sig|signature|token|secret|password|passwd|pwd|auth|key|accesskeyid|credential)=)"
     r"[^&;\s'\"<>]+",
     re.IGNORECASE,
 )
-_HEADER = re.compile(r"(Invalid header value )b?(['\"]).*?\2")
+_HEADER = re.compile(r"((?:Invalid|Illegal) header value )b?(['\"]).*?\2")
+_AUTHORIZATION = re.compile(
+    r"(authorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token)\s+)?)[^\s'\",;]+", re.IGNORECASE
+)
 
 
 def clean_credentials(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -55,21 +67,31 @@ def _is_secret(name: str, value: str) -> bool:
 
 
 def credential_in(text: str) -> str | None:
-    """The name of a variable whose secret value a text holds."""
-    for prefix in _PREFIXES:
-        for name in _VARIABLES:
-            value = os.environ.get(prefix + name, "").strip()
-            if _is_secret(name, value) and value in text:
-                return prefix + name
-    return None
+    """The name of a variable of the services that finemill speaks to whose secret value a text holds."""
+    return next((name for name, value in _known_secrets() if value in text), None)
 
 
 def without_credentials(text: str) -> str:
     """The text without the values of credentials in the environment, and without those inside of URIs."""
-    for prefix in _PREFIXES:
-        for name in _VARIABLES:
-            value = os.environ.get(prefix + name, "").strip()
-            if _is_secret(name, value):
-                for spelling in {value, quote(value, safe=""), quote(value), repr(value)[1:-1]}:
-                    text = text.replace(spelling, "***")
-    return _HEADER.sub(r"\1***", _QUERY.sub(r"\1***", _USER.sub("", text)))
+    for _, value in (*_known_secrets(), *_other_secrets()):
+        for spelling in {value, quote(value, safe=""), quote(value), repr(value)[1:-1]}:
+            text = text.replace(spelling, "***")
+    text = _USER.sub("", text)
+    for pattern in (_QUERY, _AUTHORIZATION, _HEADER):
+        text = pattern.sub(r"\1***", text)
+    return text
+
+
+def _known_secrets() -> Iterator[tuple[str, str]]:
+    for name, variable in ((prefix + variable, variable) for prefix in _PREFIXES for variable in _VARIABLES):
+        value = os.environ.get(name, "").strip()
+        if _is_secret(variable, value):
+            yield name, value
+
+
+def _other_secrets() -> Iterator[tuple[str, str]]:
+    """A folder's or file's name is none: `..._TOKEN` may say where the token lies."""
+    for name, value in os.environ.items():
+        is_looked_for = len(value.strip()) >= _SHORTEST_OF_OTHERS and not value.startswith("/")
+        if name not in _VARIABLES and _SECRET_NAME.search(name) and is_looked_for:
+            yield name, value.strip()
