@@ -24,7 +24,7 @@ from finemill.pipelines.names import (
     TAG,
     VARIABLE,
 )
-from finemill.pipelines.parameters import with_optional_fields
+from finemill.pipelines.parameters import SHARED_STORE, with_optional_fields
 from finemill.pipelines.quantity import CPU_PATTERN, MEMORY_PATTERN
 from finemill.pipelines.render_argo import build_argo_template
 from finemill.pipelines.schedule import cron_pattern
@@ -93,7 +93,7 @@ def _but(key: str, taken: tuple[str, ...]) -> dict[str, Any]:
 
 # What the default of a value cannot tell about the others that are allowed.
 RULES: dict[str, dict[str, Any]] = {
-    "store": {"pattern": "^s3://[a-z0-9.-]+(/[^{}$]*)?$"},
+    "store": {"pattern": SHARED_STORE},
     "s3.endpointUrl": URL,
     "hub.endpoint": URL,
     # Plug-ins have schemes of their own; a host and a port are none.

@@ -16,6 +16,8 @@ SUBMITTED_CHARACTERS = 10_000
 """Characters of JSON that KFP's server takes per parameter of a run."""
 ARGUMENT_CHARACTERS = 90_000
 """Characters of JSON that fit into an argument, in base64 too: Linux takes 128 KiB."""
+SHARED_STORE = r"^s3://[A-Za-z0-9][A-Za-z0-9.:_-]*(/[^{}$]*)?$"
+"""Regular expression of a store that pods share, and that no engine evaluates."""
 
 
 def run_parameters(config: StepConfig) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def for_argo(values: Mapping[str, Any]) -> dict[str, str]:
 
 def check_shared_store(uri: str) -> None:
     """Raises: UserError: pods of a cluster cannot share this store."""
-    if not re.fullmatch(r"s3://[A-Za-z0-9][A-Za-z0-9.:_-]*(/[^{}$]*)?", uri):
+    if not re.fullmatch(SHARED_STORE, uri):
         raise UserError(f"store '{without_credentials(uri)}': pods share nothing but S3, write s3://bucket/prefix")
 
 

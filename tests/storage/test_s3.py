@@ -21,7 +21,7 @@ from finemill.errors import TemporaryError, UserError
 from finemill.storage import s3
 from finemill.storage.s3 import download_object, readable_errors, s3_client, split_uri
 from finemill.storage.store import fetch_artifact, hold_lock, publish_artifact, read_manifest, staging_folder
-from tests.storage.s3_proxy import Faults, flip, s3_proxy
+from tests.storage.s3_proxy import Faults, RefusalError, flip, s3_proxy
 
 MADE_BY = Producer(step="merge", version="0", code="c")
 
@@ -92,6 +92,59 @@ def test_upload_that_was_damaged_or_lost_is_sent_again(
     manifest = publish(f"{s3_store}/merge/1")
     assert read_manifest(f"{s3_store}/merge/1") == manifest
     assert fetch_elsewhere(f"{s3_store}/merge/1", monkeypatch, s3_endpoint, tmp_path) == "alpha"
+
+
+def refused(status: int, code: str) -> Callable[[bytes], bytes]:
+    """Answer as S3 does that refuses a request."""
+
+    def refuse(body: bytes) -> bytes:
+        raise RefusalError(status, f"<?xml version='1.0'?><Error><Code>{code}</Code></Error>".encode())
+
+    return refuse
+
+
+@pytest.mark.parametrize("ending", ["a.txt", MANIFEST_NAME])
+@pytest.mark.parametrize("code", ["BadDigest", "IncompleteBody"])
+def test_upload_that_the_server_finds_damaged_is_sent_again(
+    faults: Faults, s3_store: str, code: str, ending: str
+) -> None:
+    faults.sent = first(1, "PUT", ending, refused(400, code))
+    assert publish(f"{s3_store}/merge/1") == read_manifest(f"{s3_store}/merge/1")
+    faults.sent = first(1000, "PUT", ending, refused(400, code))
+    with pytest.raises(TemporaryError, match="does not hold the"):
+        publish(f"{s3_store}/merge/2")
+
+
+def test_upload_that_was_completed_without_an_answer_is_found(
+    faults: Faults, s3_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
+    asked: list[str] = []
+
+    def only_once(method: str, path: str, body: bytes) -> bytes:
+        if method == "POST" and "uploadId=" in path:
+            asked.append(path)
+            if len(asked) == 2:
+                refused(404, "NoSuchUpload")(body)
+        return body
+
+    faults.sent = only_once
+    faults.answered = first(2, "POST", "a.txt", lambda body: refused(500, "InternalError")(body) if asked else body)
+    assert publish(f"{s3_store}/merge/1", "beta" * 2**21) == read_manifest(f"{s3_store}/merge/1")
+    assert len(asked) == 2
+
+
+def test_lock_whose_answer_was_lost_is_held_at_once(
+    faults: Faults, s3_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
+    monkeypatch.setattr("finemill.storage.lock.WAIT_TIMEOUT_S", 0.0)
+    faults.answered = first(1, "PUT", "one", refused(500, "InternalError"))
+    with hold_lock(f"{s3_store}/locks/one"):
+        pass
+    with hold_lock(f"{s3_store}/locks/one"):
+        pass
 
 
 def test_part_that_was_damaged_is_sent_again(
@@ -205,6 +258,18 @@ def test_server_that_ignores_conditions_keeps_no_lock(faults: Faults, s3_store: 
         pytest.fail("the lock was given")
 
 
+def test_server_that_ignores_ranges_is_named(
+    faults: Faults, s3_store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    uri = f"{s3_store}/merge/1"
+    manifest = publish(uri, "beta" * 2**21)
+    elsewhere(monkeypatch, tmp_path)
+    faults.ignored_headers = {"range"}
+    with pytest.raises(UserError, match="ignores Range"):
+        fetch_artifact(Reference(uri, manifest.digest))
+
+
 def test_server_that_never_answers_is_given_up_on_within_a_minute(s3_store: str) -> None:
     config = s3_client().meta.config
     attempts = config.retries["total_max_attempts"]
@@ -215,6 +280,13 @@ def test_server_that_never_answers_is_given_up_on_within_a_minute(s3_store: str)
 
 def test_a_question_mark_is_part_of_a_key() -> None:
     assert split_uri("s3://bucket/a?b#c/d") == ("bucket", "a?b#c/d")
+
+
+@pytest.mark.parametrize("mark", ["/", ":"])
+def test_an_access_point_s_name_is_no_part_of_the_key(mark: str) -> None:
+    bucket = f"arn:aws:s3:eu-west-1:123456789012:accesspoint{mark}team"
+    assert split_uri(f"s3://{bucket}/models/x") == (bucket, "models/x")
+    assert split_uri(f"s3://{bucket}") == (bucket, "")
 
 
 @pytest.mark.parametrize("uri", ["s3://", "s3:///x", "s3://a b/x", "s3://ab/x", "s3://KEY:hidden-word@bucket/x"])
@@ -239,6 +311,14 @@ def test_an_address_without_a_proper_bucket_is_refused(uri: str) -> None:
         (answered(400, "RequestTimeout"), TemporaryError),
         (answered(503, "SlowDown"), TemporaryError),
         (answered(500, "InternalError"), TemporaryError),
+        (answered(307, "TemporaryRedirect"), TemporaryError),
+        (answered(301, "PermanentRedirect"), UserError),
+        (answered(400, "RequestLimitExceeded"), TemporaryError),
+        (answered(403, "RequestThrottled"), TemporaryError),
+        (answered(400, "XAmzContentSHA256Mismatch"), TemporaryError),
+        (answered(404, "NoSuchUpload"), TemporaryError),
+        (answered(403, "SignatureDoesNotMatch"), UserError),
+        (answered(400, "ExpiredToken"), UserError),
     ],
 )
 def test_only_what_may_pass_is_worth_another_attempt(error: Exception, kind: type[Exception]) -> None:

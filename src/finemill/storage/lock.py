@@ -1,5 +1,6 @@
 """A lock in the store: one holder at a time among processes and machines that share nothing but the store."""
 
+import hashlib
 import random
 import time
 import uuid
@@ -75,15 +76,19 @@ def _no_conditions(bucket: str, header: str) -> UserError:
 
 def _put_if(client: Any, bucket: str, key: str, **condition: str) -> str | None:
     """The entity tag of an object put under a condition; None if the condition did not hold."""
+    body = uuid.uuid4().hex.encode()
     try:
-        answer = client.put_object(Bucket=bucket, Key=key, Body=uuid.uuid4().hex.encode(), **condition)
+        answer = client.put_object(Bucket=bucket, Key=key, Body=body, **condition)
     except client.exceptions.ClientError as error:
         # 404: the object that If-Match names is gone; 409: two conditional writes at once.
         if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 409, 412):
             raise
         if error.response["Error"].get("Code") == "NoSuchBucket":
             raise
-        return None
+        # The client asks again where an answer was lost: what stands may be of its first request.
+        standing = _head(client, bucket, key)
+        own = hashlib.md5(body, usedforsecurity=False).hexdigest()
+        return str(standing["ETag"]) if standing and standing["ETag"].strip('"') == own else None
     if "ETag" not in answer:
         raise TemporaryError(f"s3://{bucket}/{key}: the answer to PUT has no ETag: check AWS_ENDPOINT_URL, try again")
     return str(answer["ETag"])

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,16 @@ from finemill.storage.download import download_file, fetch_missing_parts
 from finemill.storage.lock import object_lock
 from finemill.storage.rights import follow_umask
 from finemill.storage.staging import new_staging_folder
-from finemill.storage.upload import sha256_base64, upload_file
+from finemill.storage.upload import DAMAGED_CODES, sha256_base64, upload_file
 
 PART_BYTES = 64 * 2**20
 MAX_CONCURRENCY = 8
 _TIMEOUT_S = 12
 _ATTEMPTS = 4
 """With the pauses between them, a server that never answers is given up on within a minute."""
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,62}|arn:[A-Za-z0-9:._-]+")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,62}|arn:[A-Za-z0-9:._/-]+")
+_ACCESS_POINT = re.compile(r"(arn:[^/]+:accesspoint/[^/]+)/?(.*)", re.DOTALL)
+"""Pattern of what follows `s3://` where a slash is before the access point's name, as AWS writes it."""
 _MD5_TAG = re.compile(r"[0-9a-f]{32}(?:-([0-9]+))?")
 _NETWORK_ERRORS = (
     HTTPClientError,
@@ -55,7 +57,10 @@ _NETWORK_ERRORS = (
     CredentialRetrievalError,
 )
 """What botocore raises where the network, or a server of credentials, was at fault."""
-_BUSY = frozenset({"RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling", "ThrottlingException"})
+_LATER = re.compile(
+    r"RequestTimeout.*|RequestTimeTooSkewed|SlowDown|.*Throttl.*|TooManyRequests.*|(Request|Bandwidth)LimitExceeded"
+    r"|PriorRequestNotComplete|TemporaryRedirect|InternalError|ServiceUnavailable|NoSuchUpload"
+)
 """S3's codes for requests that it would answer at another time."""
 # What a caller can mend, by the code S3 answers with.
 _USER_ERRORS = {
@@ -137,11 +142,7 @@ def download_object(uri: str, etag: str, size: int, path: Path) -> None:
     bucket, key = split_uri(uri)
     client = s3_client()
 
-    def read_range(start: int, end: int) -> bytes:
-        range_ = f"bytes={start}-{end - 1}"
-        data: bytes = client.get_object(Bucket=bucket, Key=key, Range=range_, IfMatch=etag)["Body"].read()
-        return data
-
+    read_range = partial(_read_range, client, uri, size, IfMatch=etag)
     ledger = path.with_name(path.name + ".parts")
     with readable_errors(uri, "cannot be read"):
         for _ in range(2):
@@ -240,6 +241,8 @@ def _put_manifest(client: Any, uri: str, manifest: Manifest) -> Manifest:
         try:
             client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", ChecksumSHA256=sha256_base64(data))
         except ClientError as error:
+            if _code(error) in DAMAGED_CODES:
+                continue
             if _code(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
                 raise
             standing = read_manifest(uri)
@@ -280,19 +283,26 @@ def _md5(data: bytes = b"") -> Any:
 
 
 def _download(client: Any, uri: str, path: Path, entry: FileEntry) -> None:
-    bucket, key = split_uri(uri)
-
-    def read_range(start: int, end: int) -> bytes:
-        body = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}")["Body"]
-        data: bytes = body.read()
-        return data
-
+    read_range = partial(_read_range, client, uri, entry.size)
     try:
         download_file(read_range, path, entry, uri, part_bytes=PART_BYTES, max_concurrency=MAX_CONCURRENCY)
     except client.exceptions.NoSuchKey:
         raise UserError(
             f"damaged artifact: {uri} is missing; delete the artifact and run the step that writes it again"
         ) from None
+
+
+def _read_range(client: Any, uri: str, size: int, start: int, end: int, **condition: str) -> bytes:
+    """Bytes of an object of `size` bytes. Raises: UserError: the server sends all of them whatever is asked for."""
+    bucket, key = split_uri(uri)
+    answer = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **condition)
+    data: bytes = answer["Body"].read()
+    if "ContentRange" not in answer and len(data) == size > end - start:
+        raise UserError(
+            f"the S3 server of s3://{bucket} ignores Range and sends all of {key}: files of more than "
+            f"{PART_BYTES // 2**20} MiB cannot be read there; use a server that knows ranges"
+        )
+    return data
 
 
 @cache
@@ -319,7 +329,9 @@ def _client(endpoint: str | None) -> Any:
 
 def split_uri(uri: str) -> tuple[str, str]:
     """Bucket and key. An S3 address has no query and no fragment: `?` and `#` are parts of the key."""
-    bucket, _, key = uri.partition("://")[2].partition("/")
+    place = uri.partition("://")[2]
+    access_point = _ACCESS_POINT.fullmatch(place)
+    bucket, key = access_point.groups() if access_point else (place.partition("/")[0], place.partition("/")[2])
     if "@" in bucket:
         raise UserError("an s3:// address holds no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if not _BUCKET.fullmatch(bucket):
@@ -349,7 +361,8 @@ def readable_errors(uri: str, what: str) -> Iterator[None]:
     except ClientError as error:
         if _code(error) in _USER_ERRORS:
             raise UserError(f"store {uri} {what} ({_code(error)}): {_USER_ERRORS[_code(error)]}") from None
-        line = f"store {uri} {what}: {error}"
+        clock = ": set this machine's clock" if _code(error) == "RequestTimeTooSkewed" else ""
+        line = f"store {uri} {what}: {error}{clock}"
         raise (TemporaryError(line) if _may_pass(error) else UserError(line)) from None
     except SSLError as error:
         raise UserError(
@@ -367,4 +380,10 @@ def readable_errors(uri: str, what: str) -> Iterator[None]:
 def _may_pass(error: ClientError) -> bool:
     """Whether the same request may be answered otherwise later."""
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
-    return (status >= 500 and status != 501) or status < 300 or status in (408, 409, 425, 429) or _code(error) in _BUSY
+    return (
+        (status >= 500 and status != 501) or status < 300 or status in (408, 409, 425, 429) or _is_later(_code(error))
+    )
+
+
+def _is_later(code: str) -> bool:
+    return code in DAMAGED_CODES or _LATER.fullmatch(code) is not None

@@ -7,17 +7,20 @@ its MD5 or SHA-256 comes back, or its bytes do.
 import hashlib
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from finemill.artifacts.manifest import FileEntry
 from finemill.errors import TemporaryError
 
 _ATTEMPTS = 2
 _READ_BYTES = 2**20
+DAMAGED_CODES = frozenset({"BadDigest", "IncompleteBody", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"})
+"""S3's codes for a body that arrived otherwise than it was sent."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,15 @@ def upload_file(
     Raises: TemporaryError: the server does not hold what was sent.
     """
     for _ in range(_ATTEMPTS):
-        if entry.size > part_bytes:
-            sent = _put_parts(client, path, bucket, key, entry.size, part_bytes, max_concurrency)
-        else:
-            sent = _put(client, path.read_bytes(), bucket, key)
+        try:
+            if entry.size > part_bytes:
+                sent = _put_parts(client, path, bucket, key, entry.size, part_bytes, max_concurrency)
+            else:
+                sent = _put(client, path.read_bytes(), bucket, key)
+        except ClientError as error:
+            if error.response["Error"].get("Code") not in DAMAGED_CODES:
+                raise
+            continue
         if _is_there(client, bucket, key, entry, sent):
             return
     raise TemporaryError(
@@ -77,11 +85,22 @@ def _put_parts(
     try:
         with ThreadPoolExecutor(max_concurrency) as pool:
             parts, md5s, digests = zip(*pool.map(put, range(0, size, part_bytes)), strict=True)
-        client.complete_multipart_upload(**place, MultipartUpload={"Parts": list(parts)})
+        _complete(client, place, list(parts))
     except BaseException:
-        client.abort_multipart_upload(**place)
+        # The first error is the one to tell.
+        with suppress(ClientError, BotoCoreError):
+            client.abort_multipart_upload(**place)
         raise
     return _Sent(f"{_md5(b''.join(md5s)).hex()}-{len(parts)}", f"{sha256_base64(b''.join(digests))}-{len(parts)}")
+
+
+def _complete(client: Any, place: dict[str, Any], parts: list[dict[str, Any]]) -> None:
+    try:
+        client.complete_multipart_upload(**place, MultipartUpload={"Parts": parts})
+    except ClientError as error:
+        # The client asks again where an answer was lost, and the upload may have been completed by then.
+        if error.response["Error"].get("Code") != "NoSuchUpload":
+            raise
 
 
 def _is_there(client: Any, bucket: str, key: str, entry: FileEntry, sent: _Sent) -> bool:
