@@ -68,6 +68,12 @@ def latest(runs: Iterable[Run], implementation: str = "finemill") -> dict[Settin
     return {setting(run): run for run in steps if run.tokens_per_s is not None}
 
 
+def scale_setting(run: ScaleRun) -> tuple[object, ...]:
+    """Say what was run on several GPUs, and by whom: a later run of the same replaces it on the page."""
+    what = run.shape, run.layers, run.method, run.implementation, run.strategy, run.processes
+    return *what, run.context_parallel, run.rows, run.seq, run.memory_gb
+
+
 def page(runs: Sequence[Run]) -> str:
     """Write results.md."""
     ours = latest(runs)
@@ -90,7 +96,7 @@ def page(runs: Sequence[Run]) -> str:
         mixtures=[run for run in runs if isinstance(run, MixtureRun)],
         mixture_losses=[run for run in runs if isinstance(run, MixtureLosses)],
         preferences=[run for run in runs if isinstance(run, PreferenceRun)],
-        scales=[run for run in runs if isinstance(run, ScaleRun)],
+        scales=list({scale_setting(run): run for run in runs if isinstance(run, ScaleRun)}.values()),
         gradients=list({(run.family, run.layout): run for run in runs if isinstance(run, GradientRun)}.values()),
         within=WITHIN,
         setting=setting,
