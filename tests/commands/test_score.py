@@ -58,6 +58,19 @@ def test_labels_have_an_f1(tmp_path: Path, capsys: Any) -> None:
     assert means["macro_f1"]["mean"] == pytest.approx((4 / 5 + 2 / 3) / 2)
 
 
+def test_a_label_is_one_however_it_is_spelled_and_a_source_may_have_no_name(tmp_path: Path, capsys: Any) -> None:
+    rows = [("yes", "Yes", ""), ("No", "no", "web"), ("NO", "yes", "web"), ("Yes.", "yes", "web")]
+    path = tmp_path / "labels.jsonl"
+    lines = [json.dumps({"prediction": said, "reference": gold, "source": source}) for said, gold, source in rows]
+    path.write_text("\ufeff" + "\n".join(lines))
+    assert main(["score", str(path), "--metrics", "choice", "--json"]) == 0
+    *scores, summary = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert [score["accuracy"] for score in scores] == [True, True, False, True]
+    assert summary["means"]["accuracy"]["rows"] == 4
+    assert summary["by_source"][""]["macro_f1"]["mean"] == 1.0
+    assert summary["by_source"]["web"]["macro_f1"]["mean"] == pytest.approx((2 / 3 + 2 / 3) / 2)
+
+
 def test_rules_come_from_the_row_or_from_the_command_line(tmp_path: Path, capsys: Any) -> None:
     path, schema = tmp_path / "rows.jsonl", tmp_path / "schema.json"
     schema.write_text('{"type": "object"}')

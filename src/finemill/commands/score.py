@@ -53,16 +53,16 @@ def _read(file: str) -> list[Prediction]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start})") from None
 
 
-def _groups(rows: Sequence[Prediction], scores: Sequence[Mapping[str, Value]]) -> dict[str, dict[str, Mean]]:
-    """Means over all rows, under "", and over those of each source."""
-    groups = {"": means(rows, scores)}
+def _groups(rows: Sequence[Prediction], scores: Sequence[Mapping[str, Value]]) -> dict[str | None, dict[str, Mean]]:
+    """Means over all rows, under None, and over those of each source."""
+    groups: dict[str | None, dict[str, Mean]] = {None: means(rows, scores)}
     for source in sorted({row.source for row in rows if row.source is not None}):
         pairs = [(row, score) for row, score in zip(rows, scores, strict=True) if row.source == source]
         groups[source] = means([row for row, _ in pairs], [score for _, score in pairs])
@@ -70,22 +70,28 @@ def _groups(rows: Sequence[Prediction], scores: Sequence[Mapping[str, Value]]) -
 
 
 def _print_json(
-    rows: Sequence[Prediction], scores: Sequence[Mapping[str, Value]], groups: Mapping[str, Mapping[str, Mean]]
+    rows: Sequence[Prediction], scores: Sequence[Mapping[str, Value]], groups: Mapping[str | None, Mapping[str, Mean]]
 ) -> None:
     for row, score in zip(rows, scores, strict=True):
         source = {} if row.source is None else {"source": row.source}
         print(json.dumps({"line": row.line, **source, **score}, ensure_ascii=False, allow_nan=False))
     found = {source: {metric: asdict(value) for metric, value in group.items()} for source, group in groups.items()}
-    by_source = {source: group for source, group in found.items() if source}
-    summary = {"means": found[""], **({"by_source": by_source} if by_source else {})}
+    by_source = {source: group for source, group in found.items() if source is not None}
+    summary = {"means": found[None], **({"by_source": by_source} if by_source else {})}
     print(json.dumps(summary, ensure_ascii=False, allow_nan=False))
 
 
-def _table(groups: Mapping[str, Mapping[str, Mean]]) -> str:
+def _table(groups: Mapping[str | None, Mapping[str, Mean]]) -> str:
     """A line per source and metric: rows, mean, and half the width of its 95 % interval."""
     head = ["source", "metric", "rows", "mean", "95 %"]
     cells = [
-        [source or "all", metric, str(value.rows), f"{value.mean:.4f}", f"± {Z95 * value.stderr:.4f}"]
+        [
+            "all" if source is None else source or "(none)",
+            metric,
+            str(value.rows),
+            f"{value.mean:.4f}",
+            f"± {Z95 * value.stderr:.4f}",
+        ]
         for source, group in groups.items()
         for metric, value in group.items()
     ]

@@ -4,14 +4,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 from finemill.errors import UserError
+from finemill.metrics.schemas import PATTERN_TIMEOUT_S, check_schema, keeps
 from finemill.rows.answers import after_thinking
 
-PATTERN_TIMEOUT_S = 1.0
-_FENCE = re.compile(r"\s*```(?:json)?\s*\n(?P<inside>.*?)\n?\s*```\s*", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"\s*(?P<mark>```|~~~)(?:json)?\s*\n(?P<inside>.*?)\n?\s*(?P=mark)\s*", re.DOTALL | re.IGNORECASE)
 
 
 def keeps_schema(text: str, schema: str) -> bool:
@@ -25,7 +24,7 @@ def keeps_schema(text: str, schema: str) -> bool:
         value = json.loads(fence["inside"] if fence else answer, parse_constant=_refuse_constant, parse_float=_finite)
     except (ValueError, RecursionError):
         return False
-    return bool(_validator(schema).is_valid(value))
+    return keeps(value, schema)
 
 
 def keeps_pattern(text: str, pattern: str) -> bool:
@@ -47,26 +46,8 @@ def keeps_pattern(text: str, pattern: str) -> bool:
 def read_schema(schema: Mapping[str, Any] | str) -> str:
     """A JSON schema as text. Raises: UserError: it is none."""
     text = schema if isinstance(schema, str) else json.dumps(schema)
-    _validator(text)
+    check_schema(text)
     return text
-
-
-@lru_cache(maxsize=256)
-def _validator(schema: str) -> Any:
-    try:
-        import jsonschema
-    except ImportError:
-        raise UserError(
-            "a JSON schema is checked by jsonschema, which is not installed: pip install 'finemill[eval]'"
-        ) from None
-    try:
-        value = json.loads(schema)
-        found = jsonschema.validators.validator_for(value, default=jsonschema.Draft202012Validator)
-        found.check_schema(value)
-    except (ValueError, jsonschema.SchemaError) as error:
-        raise UserError(f"no JSON schema: {' '.join(str(error).split())[:200]}") from None
-    # What a schema says of a date or an address is meant, though the standard leaves it open.
-    return found(value, format_checker=found.FORMAT_CHECKER)
 
 
 def _finite(text: str) -> float:

@@ -121,7 +121,7 @@ def _chrf(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
 
 
 def _choice(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
-    golds = [_label_of(row) for row in rows]
+    golds = _labels_of(rows)
     labels = sorted(set(golds))
     if all(re.fullmatch("[A-J]", label) for label in labels):
         # A choice that is never the right one may still be said.
@@ -130,10 +130,15 @@ def _choice(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
     return [{"accuracy": label == gold, "label": label} for gold, label in zip(golds, found, strict=True)]
 
 
-def _label_of(row: Prediction) -> str:
-    """The right label: of `(B)` or `b.` the letter."""
-    letter = re.fullmatch(r"\s*\(?([A-Ja-j])[).]?\s*", row.gold)
-    return letter[1].upper() if letter else row.gold.strip()
+def _labels_of(rows: Sequence[Prediction]) -> list[str]:
+    """The right labels: of `(B)` or `b.` the letter, of `Yes` and `yes` the one that comes first."""
+    spelled: dict[str, str] = {}
+    golds = []
+    for row in rows:
+        letter = re.fullmatch(r"\s*\(?([A-Ja-j])[).]?\s*", row.gold)
+        label = letter[1].upper() if letter else row.gold.strip()
+        golds.append(spelled.setdefault(label.casefold(), label))
+    return golds
 
 
 def _json(rows: Sequence[Prediction], schema: str | None) -> list[dict[str, Value]]:
@@ -143,7 +148,7 @@ def _json(rows: Sequence[Prediction], schema: str | None) -> list[dict[str, Valu
 def _regex(rows: Sequence[Prediction], pattern: str | None) -> list[dict[str, Value]]:
     scores: list[dict[str, Value]] = []
     for row in rows:
-        rule = row.pattern or pattern
+        rule = pattern if row.pattern is None else row.pattern
         if rule is None:
             raise UserError(f"line {row.line} has no `pattern`: give one per line, or --pattern for all")
         scores.append({"regex_ok": row.finished and keeps_pattern(row.text, rule)})
@@ -199,6 +204,7 @@ def means(rows: Sequence[Prediction], scores: Sequence[Mapping[str, Value]]) -> 
             error = rate_error if all(isinstance(value, bool) for value in values) else standard_error
             found[name] = Mean(mean(numbers), error(numbers), len(numbers))
     if "accuracy" in found:
-        labels = [_label_of(row) for row in rows], [_as_text(score["label"]) for score in scores]
+        golds = [label.casefold() for label in _labels_of(rows)]
+        labels = golds, [label.casefold() if (label := _as_text(score["label"])) else None for score in scores]
         found["macro_f1"] = Mean(macro_f1(*labels), standard_error(macro_f1_rows(*labels)), len(rows))
     return found

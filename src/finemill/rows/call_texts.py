@@ -3,13 +3,14 @@
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Hermes' and Qwen's, Nemotron's, Granite's, Phi's, Llama's, Mistral's, Functionary's.
+# Hermes' and Qwen's, Nemotron's, Granite's, Phi's, Llama's, Mistral's, Command R's, Functionary's.
 _JSON_MARK = re.compile(
-    r"<(?:tool_call|function_call|functioncall|TOOLCALL)>|<\|tool_call(?:_start)?\|>|\[TOOL_CALLS\]|<\|python_tag\|>|\bfunctools(?=\[)"
+    r"<(?:tool_call|function_call|functioncall|TOOLCALL)>|<\|tool_call(?:_start)?\|>|\[TOOL_CALLS\]|<\|python_tag\|>"
+    r"|<\|START_ACTION\|>|\bfunctools(?=\[)"
 )
 # `[TOOL_CALLS]name[ARGS]{...}`, Kimi's, DeepSeek's, gpt-oss's, Llama's: a name and then its arguments.
 _NAMED_MARK = re.compile(
@@ -36,22 +37,28 @@ _XML_CALLS: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = (
         re.compile(r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>", re.DOTALL),
     ),
 )
-# FunctionGemma's.
+# FunctionGemma's and Gemma 4's, and what texts stand between in them.
 _GEMMA_CALL = re.compile(
-    r"<start_function_call>\s*call:(?P<name>[\w.-]+)(?P<body>\{.*?\})\s*(?:<end_function_call>|\Z)", re.DOTALL
+    r"(?:<start_function_call>|<\|tool_call>)\s*call:(?P<name>[\w.-]+)(?P<body>\{.*?\})"
+    r"\s*(?:<end_function_call>|<tool_call\|>|\Z)",
+    re.DOTALL,
 )
+_GEMMA_TEXT = re.compile(r"<escape>|<\|\"\|>")
 _BARE_KEY = re.compile(r"(?<=[{,])\s*([^\s{},:]+)\s*:")
 _FENCE = re.compile(r"```(?:json|python|tool_code|tool_call|tool_calls)?[ \t]*\n(?P<inside>.*?)\n?[ \t]*```", re.DOTALL)
 # What stands before the first call, and what closes calls.
 _OPENING = re.compile("(?:<\uff5ctool\u2581calls\u2581begin\uff5c>\\s*|<\\|tool_calls_section_begin\\|>\\s*)\\Z")
 _CLOSING = re.compile(
-    "(?:\\s|</function>|</tool_call>|</function_call>|</TOOLCALL>|</s>|<\\|/tool_call\\|>|<\\|tool_call_end\\|>|<\\|eo[tm]_id\\|>"
+    "(?:\\s|</function>|</tool_call>|</function_call>|</TOOLCALL>|</s>|<\\|/tool_call\\|>|<\\|tool_call_end\\|>|<\\|END_ACTION\\|>"
+    "|<\\|eo[tm]_id\\|>"
     "|<\\|im_end\\|>|<\\|end_of_text\\|>|<\uff5ctool\u2581calls?\u2581end\uff5c>|<\uff5cend\u2581of\u2581sentence\uff5c>"
     "|<\\|tool_call(?:s_section)?_end\\|>)+\\Z"
 )
 _NAME = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"]+)"')
 _GAP = re.compile(r"[\s;,]*")
 _NAMES = ("name", "tool_name", "tool", "function", "action")
+_BESIDE = frozenset(("name", "type", "id", "index", "tool_call_id"))
+"""Keys of a call without arguments; an object with a name and others is no call."""
 _ARGUMENTS = ("arguments", "parameters", "args", "input", "action_input", "tool_input", "tool_args", "kwargs", "params")
 
 
@@ -116,7 +123,7 @@ def _gemma(text: str) -> list[ToolCall]:
     """`<start_function_call>call:weather{city:<escape>Paris<escape>}<end_function_call>`: texts between marks."""
     found = []
     for match in _GEMMA_CALL.finditer(text):
-        parts = match["body"].split("<escape>")
+        parts = _GEMMA_TEXT.split(match["body"])
         parts[::2] = [_BARE_KEY.sub(r'"\1":', part) for part in parts[::2]]
         parts[1::2] = map(json.dumps, parts[1::2])
         value, _ = _decode("".join(parts), 0)
@@ -212,7 +219,7 @@ def _calls_of(value: Any) -> Iterator[ToolCall]:
         return
     item = value["function"] if isinstance(value.get("function"), Mapping) else value
     name = next((item[key] for key in _NAMES if isinstance(item.get(key), str)), None)
-    if name is None or ("name" not in item and not any(key in item for key in _ARGUMENTS)):
+    if name is None or (not any(key in item for key in _ARGUMENTS) and not item.keys() <= _BESIDE):
         return
     arguments: Any = next((item[key] for key in _ARGUMENTS if key in item), {})
     if isinstance(arguments, str):
@@ -230,14 +237,20 @@ def _python_calls(text: str) -> list[ToolCall]:
     if not re.match(r"\s*\[?\s*[A-Za-z_][\w.]*\(", text):
         return []
     try:
-        expression = ast.parse(text.strip(), mode="eval").body
-        if isinstance(expression, ast.Call) and ast.unparse(expression.func) == "print" and expression.args:
-            # As Gemma writes a call in a block of code.
-            expression = expression.args[0]
-        items = expression.elts if isinstance(expression, ast.List) else [expression]
-        return [_python_call(item) for item in items]
+        return [_python_call(item) for line in ast.parse(text.strip()).body for item in _called(line)]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
+
+
+def _called(line: ast.stmt) -> Sequence[ast.expr]:
+    """Raises: ValueError: a line that is more than calls."""
+    if not isinstance(line, ast.Expr):
+        raise ValueError("no call")
+    expression = line.value
+    if isinstance(expression, ast.Call) and ast.unparse(expression.func) == "print" and expression.args:
+        # As Gemma writes a call in a block of code.
+        expression = expression.args[0]
+    return expression.elts if isinstance(expression, ast.List) else [expression]
 
 
 def _python_call(node: ast.expr) -> ToolCall:
