@@ -1,5 +1,6 @@
 """Gates: each comparison and bound with its numbers, and whether it passed."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 from finemill.artifacts.decision import GateResult
@@ -82,6 +83,14 @@ def _comparisons(
             yield _compare(gate, value, challenger, *other, name, config)
 
 
+def _fewest_rows(confidence: float) -> int:
+    """Rows that can show an improvement at all: on fewer, all of them better by chance is likelier than 1 - confidence.
+
+    The bootstrap does not see that: of a single row it draws the same one again and again.
+    """
+    return math.ceil(math.log2(1 / (1 - confidence)) - 1e-9)
+
+
 def _compare(
     gate: Gate, value: float, challenger: Scores, other: Scores, model: ModelName, name: str, config: PromoteConfig
 ) -> GateResult:
@@ -106,10 +115,10 @@ def _compare(
         chance = p_value(differences, ours.weights, threshold=threshold, **drawn)
     sure = difference if bound is None else bound
     if gate.min_delta is not None:
-        passed, rule = (
-            sure > gate.min_delta,
-            f"better than {name}" + (f" by more than {gate.min_delta:g}" if gate.min_delta else ""),
-        )
+        enough = num_rows is None or num_rows >= _fewest_rows(config.confidence)
+        passed = enough and sure > gate.min_delta
+        rule = f"better than {name}" + (f" by more than {gate.min_delta:g}" if gate.min_delta else "")
+        rule += "" if enough else f" on {_fewest_rows(config.confidence)} rows or more"
     else:
         passed, rule = sure >= -(gate.max_regression or 0), f"at most {gate.max_regression:g} worse than {name}"
     return GateResult(

@@ -40,7 +40,7 @@ class Scores:
     def rows(self, metric: str, model: ModelName) -> RowScores | None:
         """The rows of `model` (`base`, `tuned`) that have this metric; None if there are none.
 
-        Raises: UserError: a row is there twice, or a score is no number.
+        Raises: UserError: a row is there twice, a score is no number, or a loss is over no tokens.
         """
         field = _SCORE_OF_METRIC.get(metric, metric)
         if field not in SCORES:
@@ -56,6 +56,10 @@ class Scores:
         ids, values, weights = zip(*found, strict=True)
         if len(set(ids)) < len(ids):
             raise UserError(f"evaluation: {SAMPLES_FILE} has a row of {model} twice; evaluate again")
+        if not (np.isfinite(weights).all() and min(weights) > 0):
+            raise UserError(
+                f"evaluation: a row of {model} in {SAMPLES_FILE} has a {metric} of no tokens; evaluate again"
+            )
         if not np.isfinite(values).all():
             row = ids[int(np.argmin(np.isfinite(values)))]
             raise UserError(f"evaluation: the {metric} of row {row} under {model} is no number; evaluate again")

@@ -17,7 +17,7 @@ from finemill.rows.numerals import in_digits, last_counted
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 # What models of other families write for the same: Magistral, Seed, Command A, Granite, Kimi, OpenThinker, Gemma and
 # others.
-_NAMES = "think|thinking|thought|reasoning|reflection|antthinking|seed:think"
+_NAMES = "think|thinking|thoughts?|scratchpad|reasoning|reflection|antthinking|seed:think"
 _OPENS = re.compile(
     rf"<(?:{_NAMES})>|\[THINK\]|<\|START_THINKING\|>|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|thinking\|>"
     r"|<\|channel>thought\b|<unused94>(?:thought\b)?",
@@ -32,6 +32,11 @@ _CLOSES = re.compile(
 _ANALYSIS = re.compile(r"<\|channel\|>analysis<\|message\|>(?P<thinking>.*?)(?P<end><\|end\|>|\Z)", re.DOTALL)
 _CHANNEL = re.compile(r"<\|start\|>assistant|<\|channel\|>final<\|message\|>|<\|return\|>")
 
+# What ends a turn, where a program kept it in the text, with what a model wrote after it.
+_TURN_ENDS = re.compile(
+    r"<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<\|end_of_text\|>|<\|endoftext\|>|</s>|<end_of_turn>|<turn\|>|<eos>"
+    "|<\uff5cend\u2581of\u2581sentence\uff5c>"
+)
 _BOX = re.compile(r"\\(?:boxed|fbox)\{")
 _MOST_NUMBER_WORDS = 9
 _LONGEST_SENTENCE = 200
@@ -115,7 +120,7 @@ def find_answer(text: str) -> FinalAnswer | None:
     text = plain_thinking(text)
     if inside_thinking(text):
         return None
-    text = _NOTED.sub("", text.rpartition(THINK_CLOSE)[2])
+    text = _NOTED.sub("", _TURN_ENDS.split(text.rpartition(THINK_CLOSE)[2])[0])
     for damaged, command in _UNESCAPED:
         text = text.replace(damaged, command)
     tags = list(_ANSWER_TAG.finditer(text))

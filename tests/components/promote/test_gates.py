@@ -77,6 +77,19 @@ def test_gain_within_the_noise_is_not_enough(tmp_path: Path) -> None:
     assert (result.rule, result.passed) == ("better than champion", False)
 
 
+@pytest.mark.parametrize(("num_rows", "passed"), [(1, False), (4, False), (5, True)])
+def test_a_gain_on_fewer_rows_than_can_show_one_is_not_enough(tmp_path: Path, num_rows: int, passed: bool) -> None:
+    evaluation = scores(tmp_path / "new", [*rows("base", [2.0] * num_rows), *rows("tuned", [1.0] * num_rows)])
+    result = check_gates(evaluation, None, PromoteConfig())[0]
+    assert (result.passed, "5 rows or more" in result.rule) == (passed, not passed)
+
+
+def test_a_loss_over_no_tokens_is_named(tmp_path: Path) -> None:
+    evaluation = scores(tmp_path / "new", [*rows("base", [2.0] * 6), *rows("tuned", [1.0] * 6, [0] * 6)])
+    with pytest.raises(UserError, match=r"a row of tuned in samples\.parquet has a loss of no tokens"):
+        check_gates(evaluation, None, PromoteConfig())
+
+
 def test_loss_of_rows_is_weighted_by_their_tokens(tmp_path: Path) -> None:
     tokens = [1, 99]
     samples = [*rows("base", [3.0, 3.0], tokens), *rows("tuned", [1.0, 2.0], tokens)]
