@@ -17,10 +17,18 @@ _BEGIN = (
 _ROLE = (
     r"(?:<\|im_start\|>(?:system|user|assistant)|<\|start_header_id\|>|<start_of_turn>|<\|turn>|\[INST\]"
     r"|<\|(?:system|user|assistant)\|>"
-    r"|<\|start\|>(?:system|developer|user|assistant)|<\uff5c(?:User|Assistant)\uff5c>)"
+    r"|<\|start\|>(?:system|developer|user|assistant)|<\uff5c(?:User|Assistant)\uff5c>"
+    r"|<\|START_OF_TURN_TOKEN\|>|<\|im_(?:system|user|assistant)\|>|<\|header_start\|>|<\|start_of_role\|>"
+    r"|\[\|(?:system|user|assistant)\|\]|<\|prompter\|>|<beginning_of_sentence>|GPT4 Correct (?:User|Assistant):)"
 )
+# Where roles are plain words: Alpaca's, Guanaco's, Vicuna's, with or without the sentences before them.
+_ASKS = r"(?:###\s*(?:Instruction|Human|User|Question|Input)s?:|USER:|\A\s*(?:Human|User|Instruction):)"
+_SAYS = r"(?:###\s*(?:Response|Assistant|Answer|Output)s?:|ASSISTANT:|\n\s*(?:Assistant|Response):)"
+_PLAIN_CHAT = re.compile(rf"[^\n]{{0,400}}\s*{_ASKS}.*?{_SAYS}", re.DOTALL)
+_PLAIN_PROMPT = re.compile(rf"{_SAYS}\s*\Z")
 _BEGINS_CHAT = re.compile(f"{_BEGIN}{_ROLE}")
 _ROLE_MARK = re.compile(_ROLE)
+_LONGEST_MARK = 64
 # How they end one, also where roles are plain words (Alpaca, Vicuna).
 _ENDS_CHAT = re.compile(
     r"(?:</s>|<\|im_end\|>|<\|eot_id\|>|<\|end\|>|<\|end_of_text\|>|<end_of_turn>|<eos>"
@@ -42,7 +50,18 @@ def is_rendered_chat(text: str) -> bool:
     That of the tokenizer that reads it is not in `text`.
     """
     several = len(list(islice(_ROLE_MARK.finditer(text), 2))) > 1
-    return several or begins_rendered_chat(text) or _ENDS_CHAT.search(text) is not None
+    return several or begins_rendered_chat(text) or _ENDS_CHAT.search(text) is not None or _is_plain_chat(text)
+
+
+def is_rendered_prompt(text: str) -> bool:
+    """Whether a template wrote a question: a role's marker begins it, or it ends where an answer is to begin."""
+    return begins_rendered_chat(text) or (
+        _PLAIN_PROMPT.search(text[-_LONGEST_MARK:]) is not None and _is_plain_chat(text)
+    )
+
+
+def _is_plain_chat(text: str) -> bool:
+    return _PLAIN_CHAT.match(text) is not None
 
 
 def document_text(text: str, tokenizer: ChatTokenizer, *, read_control_tokens: bool) -> str:

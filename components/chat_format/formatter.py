@@ -12,7 +12,12 @@ import numpy as np
 from finemill.artifacts.dataset import IGNORE_INDEX
 from finemill.artifacts.rows import PreparedRow
 from finemill.components.chat_format.config import ChatFormatConfig
-from finemill.components.chat_format.document import begins_rendered_chat, cut_document, document_text
+from finemill.components.chat_format.document import (
+    begins_rendered_chat,
+    cut_document,
+    document_text,
+    is_rendered_prompt,
+)
 from finemill.components.chat_format.example import Draft, Example, Labelled, Rejected
 from finemill.components.chat_format.mask import Rendered, Turn, label_tokens, render_turns, without_broken
 from finemill.components.chat_format.named_templates import CONTROL_TOKENS
@@ -181,7 +186,8 @@ class _Chat:
         messages = [self._without_end(message) for message in self._with_system(self._thinking(messages))]
         prepared = self._template.prepare(messages)
         for number, message in enumerate(prepared, start=1):
-            if message["role"] != "assistant" and begins_rendered_chat(message["content"]):
+            written = is_rendered_prompt if message["role"] == "user" else begins_rendered_chat
+            if message["role"] != "assistant" and written(message["content"]):
                 raise DroppedRowError("rendered_chat", f"turn {number}")
         return prepared
 

@@ -180,6 +180,8 @@ def _is_unicode(text: str) -> bool:
 
 
 def _unknown_message(source: Source, counts: SourceCounts, columns: str) -> str:
+    if counts.dropped["damaged"] == counts.read:
+        return f"{source.uri}: all {counts.read} rows are damaged; set format if the file is something else"
     known = "; ".join(shape.columns for shape in SHAPES.values())
     rows = ", ".join(map(str, counts.first("unknown_shape")))
     number = counts.dropped["unknown_shape"]

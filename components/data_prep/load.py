@@ -1,8 +1,9 @@
 """Where rows come from: every source as a list of files with digests, local before they are read."""
 
 import hashlib
+import logging
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,12 +20,25 @@ from finemill.rows.speakers import known_name
 from finemill.storage.base import local_path
 from finemill.tracking.settings import Tracking
 
+logger = logging.getLogger(__name__)
+
 EXAMPLE_ROWS = 2000
 """Rows of an `example:` source without `max_rows`."""
 
 _PART = re.compile(r"[^\[\]]*\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\]")
 # What `datasets`, the hub and LLaMA-Factory write beside the rows.
-_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_DESCRIPTIONS = (
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json", "metadata.json"),
+    *("config.json", "schema.json", "package.json", "manifest.json"),
+)
+# Texts about the data, by how their names begin.
+_TEXTS_BESIDE = re.compile(
+    r"(?:readme|licen[cs]e|copying|notice|authors|contributors|changelog|changes|citation|requirements|sha\d*sums?"
+    r"|md5sums?|checksums?)(?:[._-][\w.-]*)?\.(?:txt|text)"
+)
+# Ends of files that no one takes for rows.
+_ABOUT_DATA = (".md", ".rst", ".py", ".sh", ".lock", ".metadata", ".png", ".jpg", ".svg", ".sha256", ".md5")
+_MOST_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,9 @@ def load_source(source: Source, seed: int) -> Generator[Row | Damaged, None, Non
     """
     named, row = set(source.columns.values()) | set(source.remove_columns), Row()
     with TemporaryDirectory(prefix="finemill-source-") as folder:
-        files = locate_files(source, seed)
+        found = _find_files(source, seed)
+        files = _select_files(found, source)
+        _warn_of_others(found, source)
         paths: dict[int, Path] = {}
 
         def rows() -> Iterator[Row | Damaged]:
@@ -138,23 +154,26 @@ def locate_files(source: Source, seed: int) -> list[DataFile]:
 
     Raises: UserError: no such place, or no data file in it that `name` and `split` leave.
     """
+    return _select_files(_find_files(source, seed), source)
+
+
+def _find_files(source: Source, seed: int) -> dict[str, DataFile]:
+    """All files of a source by their paths in its folder, "" for a single one."""
     scheme = urlsplit(source.uri).scheme
     if scheme == "example":
-        return [_example_file(source, seed)]
+        return {"": _example_file(source, seed)}
     if scheme == "s3":
         from finemill.components.data_prep.s3_files import list_s3_files
 
-        files = {name: DataFile(f.uri, f.digest, f.download) for name, f in list_s3_files(source.uri).items()}
-    elif scheme == "hf":
-        files = _local_files(snapshot_dataset(source.uri, source.name, split_name(source.split)), source.uri)
-    elif scheme in ("", "file"):
-        files = _local_files(local_path(source.uri).expanduser(), source.uri)
-    else:
-        raise UserError(
-            f"source '{source.uri}': unknown scheme '{scheme}'; allowed are a path, file://, s3://bucket/key, "
-            "hf://datasets/org/name@revision and example:NAME"
-        )
-    return _select_files(files, source)
+        return {name: DataFile(f.uri, f.digest, f.download) for name, f in list_s3_files(source.uri).items()}
+    if scheme == "hf":
+        return _local_files(snapshot_dataset(source.uri, source.name, split_name(source.split)), source.uri)
+    if scheme in ("", "file"):
+        return _local_files(local_path(source.uri).expanduser(), source.uri)
+    raise UserError(
+        f"source '{source.uri}': unknown scheme '{scheme}'; allowed are a path, file://, s3://bucket/key, "
+        "hf://datasets/org/name@revision and example:NAME"
+    )
 
 
 def _select_files(files: dict[str, DataFile], source: Source) -> list[DataFile]:
@@ -178,11 +197,21 @@ def _select_files(files: dict[str, DataFile], source: Source) -> list[DataFile]:
     return [files[name] for name in chosen]
 
 
+def _warn_of_others(files: Collection[str], source: Source) -> None:
+    """Log which files of a folder are not read though they may hold rows."""
+    others = [name for name in sorted(files) if name and not is_data_file(name) and not _is_beside_data(name)]
+    others = [name for name in others if Path(name).suffix and Path(name).suffix.lower() not in _ABOUT_DATA]
+    if others:
+        shown = ", ".join(others[:_MOST_SHOWN]) + (" and others" if len(others) > _MOST_SHOWN else "")
+        logger.warning("%s: %d files that are not read: %s", source.uri, len(others), shown)
+
+
 def _is_beside_data(name: str) -> bool:
     """Whether a file in a folder only describes the data, or is hidden, as Arrow's own data sets have it."""
     *_, file = parts = name.split("/")
     hidden = any(part.startswith((".", "_")) for part in parts)
-    return hidden or file.lower() in _DESCRIPTIONS or (file.startswith("cache-") and file.endswith(".arrow"))
+    described = file.lower() in _DESCRIPTIONS or _TEXTS_BESIDE.fullmatch(file.lower()) is not None
+    return hidden or described or (file.startswith("cache-") and file.endswith(".arrow"))
 
 
 def _local_files(place: Path, uri: str) -> dict[str, DataFile]:

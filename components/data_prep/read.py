@@ -18,6 +18,7 @@ from finemill.components.data_prep.json_values import JsonValues
 from finemill.components.data_prep.tables import read_table
 from finemill.errors import UserError
 from finemill.rows.shapes import detect_shape
+from finemill.rows.speakers import turn_list
 
 Row = dict[str, Any]
 
@@ -29,6 +30,7 @@ FORMATS = {
     ".jl": "jsonl",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".feather": "arrow",
     ".csv": "csv",
     ".tsv": "csv",
     ".txt": "text",
@@ -44,9 +46,12 @@ def _open_zstd(path: Path) -> Any:
 
 COMPRESSIONS: Mapping[str, tuple[bytes, Callable[[Path], Any]]] = {
     ".gz": (b"\x1f\x8b", gzip.GzipFile),
+    ".gzip": (b"\x1f\x8b", gzip.GzipFile),
     ".bz2": (b"BZh", bz2.BZ2File),
     ".xz": (b"\xfd7zXZ", lzma.LZMAFile),
+    ".lzma": (b"\x5d\x00\x00", lzma.LZMAFile),
     ".zst": (b"\x28\xb5\x2f\xfd", _open_zstd),
+    ".zstd": (b"\x28\xb5\x2f\xfd", _open_zstd),
 }
 """How compressed files may end, how they begin, and how they are opened."""
 
@@ -60,8 +65,11 @@ class Damaged:
 
 
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow"}
+# What holds files of rows, and has to be unpacked.
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 # So much of a file shows what is in it.
-_SNIFFED = 4096
+_SNIFFED, _SNIFFED_LINES = 4096, 50
 _MAX_CHARACTERS = 2**28
 """Characters of the longest row of a text format: more than any book, less than what a gigabyte of memory holds."""
 
@@ -79,12 +87,14 @@ def read_rows(path: Path, file_format: str = "auto", shown_as: str | None = None
     """
     where = shown_as or str(path)
     if file_format == "auto":
-        file_format = FORMATS.get(_ending(path.name), "")
+        file_format = _table_format(path) or FORMATS.get(_ending(path.name), "")
         if not file_format:
-            raise UserError(
-                f"{where}: cannot tell the format from the ending '{path.suffix}'; "
-                "set format to json, jsonl, parquet, arrow, csv or text"
+            ending = "".join(path.suffixes[-2:]) if path.suffix.lower() in COMPRESSIONS else path.suffix
+            packed = _ending(path.name) in _ARCHIVES
+            advice = (
+                "unpack it and give the folder" if packed else "set format to json, jsonl, parquet, arrow, csv or text"
             )
+            raise UserError(f"{where}: cannot tell the format from the ending '{ending}'; {advice}")
         if file_format == "text" and _is_json(lambda: _open_text(path, "surrogateescape")):
             file_format = "json"
     try:
@@ -99,8 +109,15 @@ def read_rows(path: Path, file_format: str = "auto", shown_as: str | None = None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        kind = {".gz": "gzip"}.get(path.suffix.lower(), path.suffix.lower())
+        kind = {".gz": "gzip", ".gzip": "gzip"}.get(path.suffix.lower(), path.suffix.lower())
         raise UserError(f"{where}: not a complete {kind} file; fetch or compress it again") from None
+
+
+def _table_format(path: Path) -> str | None:
+    """The format of a file that begins as Parquet's or Arrow's do, whatever it is called; None for others."""
+    with path.open("rb") as file:
+        begin = file.read(6)
+    return next((name for magic, name in _TABLES.items() if begin.startswith(magic)), None)
 
 
 def _ending(name: str) -> str:
@@ -152,7 +169,7 @@ def _check_length(characters: int, where: str) -> None:
 def _read_jsonl(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
     with open_file() as file:
         begin = next((line.strip() for line in iter(lambda: file.readline(_SNIFFED), "") if line.strip()), "")
-    if begin == "{" or re.match(r"\[\s*(?:\{|\Z)", begin):
+    if begin == "{" or (re.match(r"\[\s*(?:\{|\Z)", begin) and not _has_row_lines(open_file, where)):
         # One list, or objects over several lines, under the name of the other format.
         yield from _read_values(open_file, where)
         return
@@ -165,7 +182,8 @@ def _read_jsonl(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | D
 def _parse_line(line: str, where: str) -> Row | Damaged:
     try:
         line.encode()
-        return _as_row(json.loads(line), where)
+        # A list's objects that lost its brackets keep their commas.
+        return _as_row(json.loads(line[:-1] if line.endswith("},") else line), where)
     except UnicodeEncodeError:
         return Damaged(where, "not UTF-8 text")
     except json.JSONDecodeError as error:
@@ -182,7 +200,7 @@ def _read_json(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Da
         first = next((letter for letter in iter(lambda: file.read(1), "") if letter.strip()), "")
     if first not in ("", "[", "{"):
         raise UserError(f"{where}: not JSON rows: it begins with {first!r}, where a list '[' or an object '{{' is read")
-    if first == "{" and _has_object_lines(open_file, where):
+    if _has_row_lines(open_file, where):
         yield from _read_jsonl(open_file, where)
         return
     yield from _read_values(open_file, where)
@@ -198,8 +216,8 @@ def _read_values(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | 
             raise values.error("Extra data")
 
 
-def _has_object_lines(open_file: Callable[[], TextIO], where: str) -> bool:
-    """Whether the first line is an object by itself, and another follows."""
+def _has_row_lines(open_file: Callable[[], TextIO], where: str) -> bool:
+    """Whether the first line is an object, or a list of turns, by itself, and another follows."""
     with open_file() as file:
         lines = (line.strip() for line in _lines(file, where) if line.strip())
         return isinstance(_parse_line(next(lines, ""), where), dict) and next(lines, None) is not None
@@ -238,6 +256,8 @@ def _rows_in(value: dict[str, Any]) -> list[Row]:
 
 
 def _as_row(value: Any, where: str) -> Row | Damaged:
+    if isinstance(value, list) and turn_list(value):
+        return {"messages": value}
     if not isinstance(value, dict):
         return Damaged(where, f"a row is an object with columns, found {type(value).__name__}")
     return value
@@ -246,22 +266,49 @@ def _as_row(value: Any, where: str) -> Row | Damaged:
 def _read_csv(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
     csv.field_size_limit(_MAX_CHARACTERS)
     with open_file() as file:
-        header = next(_lines(file, where), "")
-    delimiter = max(",\t;|", key=header.count)
+        begin = list(itertools.islice(_csv_lines(file, where), _SNIFFED_LINES))
+    delimiter = max(",\t;|", key=lambda delimiter: _cells_in_common(begin, delimiter))
     with open_file() as file:
-        reader = csv.DictReader(_lines(file, where), delimiter=delimiter, strict=True)
+        reader = csv.DictReader(_csv_lines(file, where), delimiter=delimiter, strict=True)
         try:
-            for row in reader:
-                if None in row or None in row.values():
-                    problem = (
-                        f"the row has another number of cells than the header ({len(reader.fieldnames or ())}); "
-                        "quote cells that hold commas or line breaks"
-                    )
-                    yield Damaged(f"{where}, line {reader.line_num}", problem)
-                else:
-                    yield dict(row)
+            names = reader.fieldnames or ()
         except csv.Error as error:
-            raise UserError(f"{where}, line {reader.line_num}: not valid CSV ({error})") from None
+            raise UserError(f"{where}, line 1: not valid CSV ({error})") from None
+        while True:
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                if str(error) == "unexpected end of data":
+                    # A quote that is not closed, which takes all the lines that follow into its cell.
+                    raise UserError(f"{where}, line {reader.line_num}: not valid CSV ({error})") from None
+                # The line of the error is not counted yet.
+                yield Damaged(f"{where}, line {reader.line_num + 1}", f"not valid CSV ({error})")
+                continue
+            if row is None:
+                return
+            if None in row or None in row.values():
+                problem = (
+                    f"the row has another number of cells than the header ({len(names)}); "
+                    "quote cells that hold commas or line breaks"
+                )
+                yield Damaged(f"{where}, line {reader.line_num}", problem)
+            else:
+                yield dict(row)
+
+
+def _csv_lines(file: TextIO, where: str) -> Iterator[str]:
+    """The lines from the header on: before it there may be blank ones, and Excel's `sep=;`."""
+    return itertools.dropwhile(lambda line: re.fullmatch(r"(?:sep=.)?\s*", line), _lines(file, where))
+
+
+def _cells_in_common(lines: list[str], delimiter: str) -> tuple[int, int]:
+    """How many of a file's first rows have as many cells as its header, and how many cells that are; (0, 0) for one."""
+    try:
+        rows = list(csv.reader(lines, delimiter=delimiter))
+    except csv.Error:
+        return 0, 0
+    width = len(rows[0]) if rows else 0
+    return (sum(len(row) == width for row in rows), width) if width > 1 else (0, 0)
 
 
 def _read_text(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:

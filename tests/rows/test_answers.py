@@ -90,6 +90,12 @@ def test_a_thinking_block_that_the_prompt_opened_is_one() -> None:
     assert final_answer(with_opening("Answer in <think> marks.\nassistant\n", "42")) == "42"
 
 
+def test_a_mark_that_an_answer_speaks_of_opens_no_block() -> None:
+    assert final_answer("Models write `<think>` first. The answer is 42.") == "42"
+    assert final_answer("<think>hm</think>Write <think> first. The answer is 42.") == "42"
+    assert final_answer("<think>hm</think>\n<think>The answer is 42.") is None
+
+
 def test_equal_numbers_are_spelled_alike() -> None:
     spellings = ("1000", "1,000", " $1000$ ", "1000.", "1000.00", "+1000", "1{,}000", r"1,\!000", r"\$1000")
     assert {final_answer(f"\\boxed{{{text}}}") for text in spellings} == {"1000"}

@@ -31,7 +31,8 @@ def learned(row: Row) -> list[bool]:
         {"is_trainable": "False"}, {"do_train": False}, {"learnable": False}, {"loss_mask": 0}, {"assistant_mask": 0},
         {"mask": True}, {"masked": 1}, {"is_ignored": True}, {"no_loss": True}, {"skip_training": True},
         {"isTrainable": False}, {"label": False}, {"is_correct": False}, {"is_rejected": True},
-        {"rating": 5, "weight": 0},
+        {"rating": 5, "weight": 0}, {"untrained": True}, {"grad": False}, {"context_only": True}, {"upvote": 0},
+        {"labels": False},
     ],
 )  # fmt: skip
 def test_a_turn_that_its_data_exclude_is_context(flag: Row) -> None:
@@ -81,6 +82,7 @@ def test_a_list_of_masks_says_which_turns_are_not_learned(name: str) -> None:
     [
         ({"messages": turns({}, {}), "loss_mask": [0, 0, 0, 0]}, "excluded_row"),
         ({"messages": turns({}, {}), "loss_mask": [0, 1, 1]}, "partly_excluded_row"),
+        ({"messages": turns({}, {}), "train_turns": [3]}, "partly_excluded_row"),
         ({"prompt": "a", "completion": "b", "weights": [0, 0]}, "excluded_row"),
         ({"prompt": "a", "completion": "b", "loss_mask": [1, 1, 0, 1, 1]}, "partly_excluded_row"),
     ],
@@ -88,6 +90,12 @@ def test_a_list_of_masks_says_which_turns_are_not_learned(name: str) -> None:
 def test_lists_that_exclude_every_answer_or_fit_no_turns_leave_the_row_out(row: Row, reason: str) -> None:
     with pytest.raises(DroppedRowError, match=f"^{reason}$"):
         read(row)
+
+
+@pytest.mark.parametrize("name", ["train_on_last_only", "last_turn_only", "only_last", "loss_on_final_only"])
+def test_a_column_may_say_that_only_the_last_answer_is_learned(name: str) -> None:
+    assert learned({"messages": turns({}, {}), name: True}) == [False, True]
+    assert learned({"messages": turns({}, {}), name: False}) == [True, True]
 
 
 def test_lists_of_other_names_or_of_other_values_are_only_not_read() -> None:

@@ -298,12 +298,31 @@ def test_the_final_answer_of_a_problem_is_stated_or_found(row: Row, answer: str)
         ({"options": '["3", "4"]', "answer_idx": "1"}, "A. 3\nB. 4", "B"),
         ({"A": "3", "B": "4", "answer": "B"}, "A. 3\nB. 4", "B"),
         ({"option_a": "3", "option_b": "4", "answer": "B"}, "A. 3\nB. 4", "B"),
+        ({"option1": "3", "option2": "4", "answer": 2}, "1. 3\n2. 4", "2"),
+        ({"choices": ["3", "4"], "correct_answer": "4"}, "A. 3\nB. 4", "B"),
+        ({"choices": ["3", "4"], "gold": 1}, "A. 3\nB. 4", "B"),
     ],
 )
 def test_choices_are_listed_and_the_answer_is_a_letter(row: Row, listed: str, answer: str) -> None:
     conversation = read({"question": "2+2?", **row})
     assert conversation.messages == pair(f"2+2?\n{listed}", answer)
     assert conversation.answer == answer
+
+
+def test_the_passage_that_choices_are_about_stands_before_them() -> None:
+    row = {"article": "Ann eats.", "question": "Who?", "options": ["Ann", "Bob"], "answer": "A"}
+    assert read(row).messages == pair("Ann eats.\n\nWho?\nA. Ann\nB. Bob", "A")
+
+
+@pytest.mark.parametrize("rejected", ["No", "true", "1", "Yes"])
+def test_yes_and_no_are_answers_of_preferences(rejected: str) -> None:
+    conversation = read({"prompt": "Is it?", "chosen": "It is.", "rejected": rejected})
+    assert (conversation.messages[-1]["content"], (conversation.rejected or [{}])[-1]["content"]) == (
+        "It is.",
+        rejected,
+    )
+    labelled = {"prompt": "a", "completion": "b", "chosen": "True", "rejected": "False"}
+    assert detect_shape(labelled) == "prompt_completion"
 
 
 CALL = {"type": "function", "function": {"name": "dim", "arguments": {"room": "hall"}}}

@@ -197,6 +197,9 @@ THOUGHT = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}
         [{"role": "assistant", "content": "<|channel|>analysis<|message|>2 and 2<|end|>"
           "<|start|>assistant<|channel|>final<|message|>4<|return|>"}],
         [{"role": "assistant", "content": "4", "reasoning_details": [{"type": "reasoning.text", "text": "2 and 2"}]}],
+        [{"role": "assistant", "content": "4", "reasoning": [{"step": 1, "thought": "2 and 2"}]}],
+        [{"role": "assistant", "content": "4", "additional_kwargs": {"reasoning_content": "2 and 2"}}],
+        [{"role": "assistant", "content": "4", "provider_specific_fields": {"reasoning_content": "2 and 2"}}],
     ],
 )  # fmt: skip
 def test_thinking_is_read_under_every_name(turns: list[Row]) -> None:
@@ -208,6 +211,55 @@ def test_an_answer_is_not_learned_without_thinking_under_a_name_that_is_not_know
     with pytest.raises(DroppedRowError, match=r"^thinking_not_read$"):
         messages_of([USER, {"role": "assistant", "content": "4", name: "2 and 2"}])
     assert len(messages_of([USER, {"role": "assistant", "content": "4", name: "high"}])) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"reasoning": {"steps": ["2 and 2"]}}, "thinking_not_read"),
+        ({"reasoning": [{"type": "reasoning.encrypted", "data": "gAAA"}]}, "thinking_not_read"),
+        ({"metadata": {"reasoning": "2 and 2"}}, "thinking_not_read"),
+        ({"toolInvocations": [{"toolName": "f", "args": {}}]}, "calls_not_read"),
+        ({"actions": '[{"name": "f", "arguments": {}}]'}, "calls_not_read"),
+    ],
+)
+def test_an_answer_is_not_learned_without_what_belongs_to_it_and_is_not_read(more: Row, reason: str) -> None:
+    with pytest.raises(DroppedRowError, match=f"^{reason}$"):
+        messages_of([USER, {"role": "assistant", "content": "4", **more}])
+
+
+@pytest.mark.parametrize("more", [{"metadata": {"tokens": 5}}, {"tool_versions": {"a": 1}}, {"actions": "none"}])
+def test_what_says_something_else_about_an_answer_is_only_not_read(more: Row) -> None:
+    assert messages_of([USER, {"role": "assistant", "content": "4", **more}])[1]["content"] == "4"
+
+
+def test_channels_are_thinking_calls_and_an_answer() -> None:
+    analysis, begin = "<|channel|>analysis<|message|>2 and 2<|end|>", "<|start|>assistant"
+    call = f'{begin}<|channel|>commentary to=functions.get_rate <|constrain|>json<|message|>{{"to": "EUR"}}<|call|>'
+    said = messages_of([USER, {"role": "assistant", "content": analysis + call}])[1]
+    assert said == {"role": "assistant", "content": "", "reasoning_content": "2 and 2", "tool_calls": [FUNCTION_CALL]}
+    only = messages_of([USER, {"role": "assistant", "content": "<|channel|>final<|message|>4<|return|>"}])[1]
+    assert only == {"role": "assistant", "content": "4"}
+    preamble = f"{analysis}{begin}<|channel|>commentary<|message|>I add.<|end|>{begin}<|channel|>final<|message|>4"
+    for text in (preamble, "<|channel|>analysis 4"):
+        with pytest.raises(DroppedRowError, match=r"^channels_not_read$"):
+            messages_of([USER, {"role": "assistant", "content": text}])
+
+
+def test_systems_at_the_begin_are_one_and_others_stand_where_they_are() -> None:
+    systems = [("system", "Be kind."), ("system", "Be short."), ("system", "Be kind.")]
+    messages = conversation_of(
+        *systems, ("human", "a"), ("gpt", "b"), ("system", "Be long."), ("human", "c"), ("gpt", "d")
+    )
+    assert [message["content"] for message in messages] == ["Be kind.\n\nBe short.", "a", "b", "Be long.", "c", "d"]
+
+
+def test_a_question_may_follow_a_tools_result() -> None:
+    call = ("function_call", json.dumps(CALL))
+    messages = conversation_of(
+        ("human", "Rate?"), call, ("observation", "1.1"), ("human", "Well?"), ("gpt", "It is 1.1.")
+    )
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "user", "assistant"]
 
 
 def test_thinking_in_the_content_stays_there_and_is_not_doubled() -> None:

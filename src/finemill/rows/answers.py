@@ -9,6 +9,7 @@ right for a piece of what it said.
 import re
 from dataclasses import dataclass
 
+from finemill.rows.channels import thinking_in_blocks
 from finemill.rows.characters import plain_characters
 from finemill.rows.dates import dates
 from finemill.rows.formulas import Span, boxed, formulas, strip_delimiters, tidy
@@ -28,9 +29,6 @@ _CLOSES = re.compile(
     r"|<channel\|>|<unused95>",
     re.IGNORECASE,
 )
-# gpt-oss's channels.
-_ANALYSIS = re.compile(r"<\|channel\|>analysis<\|message\|>(?P<thinking>.*?)(?P<end><\|end\|>|\Z)", re.DOTALL)
-_CHANNEL = re.compile(r"<\|start\|>assistant|<\|channel\|>final<\|message\|>|<\|return\|>")
 
 # What ends a turn, where a program kept it in the text, with what a model wrote after it.
 _TURN_ENDS = re.compile(
@@ -140,22 +138,23 @@ def find_answer(text: str) -> FinalAnswer | None:
 
 def plain_thinking(text: str) -> str:
     """`text` with its thinking between `<think>` and `</think>`, whatever marks its model's family writes."""
-    if "<|channel|>" in text:
-        text = _ANALYSIS.sub(_as_block, text)
-        text = _CHANNEL.sub("", text)
+    text = thinking_in_blocks(text, THINK_OPEN, THINK_CLOSE)
     if not _OPENS.search(text) and not _CLOSES.search(text):
         return text
     return _CLOSES.sub(THINK_CLOSE, _OPENS.sub(THINK_OPEN, text))
 
 
-def _as_block(match: re.Match[str]) -> str:
-    return f"{THINK_OPEN}{match['thinking']}{THINK_CLOSE if match['end'] else ''}"
-
-
 def inside_thinking(text: str) -> bool:
     """Whether `text` ends inside a thinking block."""
     text = plain_thinking(text)
-    return text.rfind(THINK_OPEN) > text.rfind(THINK_CLOSE)
+    opened, closed = text.rfind(THINK_OPEN), text.rfind(THINK_CLOSE)
+    return opened > closed and not _is_mentioned(text, opened, closed)
+
+
+def _is_mentioned(text: str, place: int, closed: int) -> bool:
+    """Whether a mark within a line is spoken of: in quotes, or in the answer after a block that ended at `closed`."""
+    before = text[:place].rpartition("\n")[2]
+    return bool(before.strip()) and (closed >= 0 or before[-1] in "`'\"\u2018\u201c\u00ab(")
 
 
 def after_thinking(text: str) -> str:

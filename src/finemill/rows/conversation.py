@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.thinking import split_thinking
@@ -50,11 +51,12 @@ def checked(conversation: Conversation) -> Conversation:
     """
     if conversation.text is not None:
         return conversation
-    messages = _until_learned(_with_checked_calls(conversation.messages, conversation.tools))
+    given = _with_one_system(conversation.messages)
+    messages = _until_learned(_with_checked_calls(given, conversation.tools))
     check_messages(messages)
     if conversation.rejected is None:
         return conversation if messages is conversation.messages else replace(conversation, messages=messages)
-    rejected = _with_checked_calls(conversation.rejected, conversation.tools)
+    rejected = _with_checked_calls(_with_one_system(conversation.rejected), conversation.tools)
     check_messages(rejected)
     return replace(conversation, messages=messages, rejected=rejected)
 
@@ -75,11 +77,15 @@ def num_characters(conversation: Conversation) -> int:
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raises: DroppedRowError: not system?, (user, assistant, (tool+, assistant)*)+, or a turn without content."""
+    """Check that the messages are (system?, user, assistant, (tool+, assistant)*, tool*)+ and end with an answer.
+
+    Which of them a chat template can show is the template's to say.
+    Raises: DroppedRowError: they are not, or a turn has no content.
+    """
     expected: tuple[str, ...] = ("system", "user")
     for number, message in enumerate(messages, start=1):
         role, content, where = message["role"], message["content"], f"turn {number}"
-        if role == "tool" and expected == ("user",) and _calls_in_text(messages[number - 2]):
+        if role == "tool" and expected == ("user", "system") and _calls_in_text(messages[number - 2]):
             expected = ("tool",)
         if role not in expected:
             raise DroppedRowError("tool_without_call" if role == "tool" else "role_order", where)
@@ -93,11 +99,11 @@ def check_messages(messages: Sequence[Message]) -> None:
         elif role == "user":
             expected = ("assistant",)
         elif role == "tool":
-            expected = ("tool", "assistant")
+            expected = ("tool", "assistant", "user")
         elif message.get("tool_calls"):
             expected = ("tool",)
         else:
-            expected = ("user",)
+            expected = ("user", "system")
     if not messages or messages[-1]["role"] != "assistant":
         raise DroppedRowError("no_final_answer", f"turn {len(messages)}")
 
@@ -113,6 +119,15 @@ def _said(message: Message, where: str) -> str:
         return split_thinking(message["content"])[1]
     except DroppedRowError as reason:
         raise reason.within(where) from None
+
+
+def _with_one_system(messages: list[Message]) -> list[Message]:
+    """The messages, those of the system at the begin as one: templates show the first of them, some no other."""
+    number = sum(1 for _ in takewhile(lambda message: message["role"] == "system", messages))
+    if number < 2:
+        return messages
+    texts = dict.fromkeys(message["content"] for message in messages[:number])
+    return [{**messages[0], "content": "\n\n".join(texts)}, *messages[number:]]
 
 
 def _with_checked_calls(messages: list[Message], tools: list[Tool] | None) -> list[Message]:

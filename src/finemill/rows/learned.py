@@ -14,11 +14,11 @@ from finemill.rows.values import is_true, parse_json
 _GOOD = (
     *("label", "kto_tag", "kto_label", "completion_label", "desirable", "is_desirable", "good", "is_good", "correct"),
     *("is_correct", "accepted", "is_accepted", "preferred", "is_preferred", "chosen", "is_chosen", "is_positive"),
-    *("thumbs_up", "liked", "upvoted", "feedback"),
+    *("thumbs_up", "liked", "like", "upvoted", "upvote", "feedback", "labels"),
 )
 _BAD = (
     *("bad", "is_bad", "rejected", "is_rejected", "undesirable", "is_undesirable", "is_negative", "is_incorrect"),
-    *("thumbs_down", "disliked", "downvoted"),
+    *("thumbs_down", "disliked", "dislike", "downvoted", "downvote"),
 )
 MARKS = frozenset((*_GOOD, *_BAD))
 """Columns, and keys of turns, that may say whether an answer is a good one."""
@@ -74,12 +74,13 @@ FLAGS = frozenset((*_LEARNED_KEYS, *_EXCLUDED_KEYS, *_SEGMENTS))
 """Columns, and keys of turns, that may say whether something is learned."""
 # Other names that flags of turns have.
 _SAYS_LEARNED = re.compile(
-    r"(?:^|_)(?:(?:un)?train(?:able|ed|ing|s)?|loss(?:es)?|learn(?:able|ed|ing)?|weights?|supervis(?:e|ed|ion)|sft"
-    r"|gradients?|backprop)(?:_|$)"
+    r"(?:^|_)(?:train(?:able|ed|ing|s)?|loss(?:es)?|learn(?:able|ed|ing)?|weights?|supervis(?:e|ed|ion)|sft"
+    r"|grad(?:ient)?s?|backprop)(?:_|$)"
 )
 _SAYS_EXCLUDED = re.compile(
     r"(?:^|_)(?:(?:no|not|non|dont|do_not|without)_\w*(?:loss|train|learn|supervis)\w*|skip(?:ped)?|ignored?"
-    r"|excluded?|mask(?:ed|s)?|omit(?:ted)?|frozen|freeze)(?:_|$)"
+    r"|un(?:train|learn|supervis)\w*|excluded?|mask(?:ed|s)?|omit(?:ted)?|frozen|freeze|context_only|only_context"
+    r"|is_context|as_context)(?:_|$)"
 )
 _LEARNED_MASK = re.compile(
     r"(?:^|_)(?:loss|train\w*|learn\w*|assistants?|labels?|targets?|completions?|responses?|answers?|outputs?|sft"
@@ -90,6 +91,8 @@ _NO_FLAG = re.compile(
     r"_(?:ids?|idx|index|no|num|number|steps?|epochs?|count|size|split|set|scores?|types?|names?|dates?|time|versions?"
     r"|order|rank|history|values?)$"
 )
+# Of a row: only its last answer is learned.
+_LAST_ONLY = re.compile(r"(?:^|_)(?:only_(?:the_)?(?:last|final)|(?:last|final)_(?:[a-z]+_)?only)(?:_|$)")
 _MASK = re.compile(r"(?:^|_)masks?(?:_|$)")
 
 
@@ -169,22 +172,31 @@ def excluded_turns(reader: Reader, turns: Sequence[Mapping[str, Any]]) -> set[in
         turns: each with a role.
     Raises: DroppedRowError: a list excludes something and is for neither, or excludes every answer.
     """
-    lists = list(_flag_lists(reader))
-    if not lists:
+    lists, last_only = list(_flag_lists(reader)), _learns_last_only(reader)
+    if not lists and not last_only:
         return set()
     answers = [number for number, turn in enumerate(turns) if ROLES.get(turn_role(turn)) == "assistant"]
     by_length = {len(answers): answers, len(turns): list(range(len(turns)))}
-    excluded: set[int] = set()
+    excluded = set(answers[:-1]) if last_only else set()
     for name, learned in lists:
         if len(learned) == len(turns) and _MASK.search(snake_case(name)):
             learned = _by_questions(learned, answers)
         places = by_length.get(len(learned))
-        if places is None and not all(learned):
+        if places is None and not (all(learned) and all(is_true(flag) for flag in parse_json(reader.peek(name)))):
             raise DroppedRowError("partly_excluded_row", name)
         excluded.update(place for place, flag in zip(places or (), learned, strict=False) if not flag)
         if answers and excluded.issuperset(answers):
             raise DroppedRowError("excluded_row", name)
     return excluded
+
+
+def _learns_last_only(reader: Reader) -> bool:
+    names = [name for name in reader.names if isinstance(name, str) and _LAST_ONLY.search(snake_case(name))]
+    says = [is_true(reader.peek(name)) for name in names]
+    for name, said in zip(names, says, strict=True):
+        if said is not None:
+            reader.get(name)
+    return True in says
 
 
 def _by_questions(learned: list[bool], answers: Sequence[int]) -> list[bool]:

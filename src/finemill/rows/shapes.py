@@ -59,9 +59,13 @@ _FINAL = ("expected_answer", "final_answer", "answer")
 _CHOICES = ("choices", "options")
 # Columns of choices that stand in a column each.
 _LETTERED = [[form.format(letter) for letter in letters] for form, letters in (
-    ("{}", "ABCDEFGHIJ"), ("option_{}", "abcdefghij"), ("choice_{}", "abcdefghij"), ("option{}", "abcdefghij")
+    ("{}", "ABCDEFGHIJ"), ("option_{}", "abcdefghij"), ("choice_{}", "abcdefghij"), ("option{}", "abcdefghij"),
+    ("option{}", "123456789"), ("option_{}", "123456789"), ("choice{}", "123456789"), ("choice_{}", "123456789"),
 )]  # fmt: skip
-_CORRECT = ("answer", "answerKey", "answer_key", "answer_index", "answer_idx", "label")
+_CORRECT = (
+    *("answer", "answerKey", "answer_key", "answer_index", "answer_idx", "correct_answer", "correct_option"),
+    *("correct_choice", "correct_index", "correct", "gold", "gold_index", "target", "label"),
+)
 _LETTER_COLUMNS = [column for columns in _LETTERED[1:] for column in columns]
 _CHAT_SHAPES = ("messages", "sharegpt")
 _ROW_THINKING = (*THINKING_KEYS, "complex_cot")
@@ -89,7 +93,10 @@ _PAIRS = {
             *("output_text", "target_text", "answers"),
         ),
     ),
-    "question_answer": (("question", "context"), ("answer", "response", "output", "completion", "solution", "answers")),
+    "question_answer": (
+        ("question", "context"),
+        ("answer", "response", "output", "completion", "solution", "answers", "correct_answer"),
+    ),
 }
 # Columns of the better and the worse answer, alone and beside a word for answer.
 _PREFERENCES = [
@@ -113,6 +120,7 @@ _NO_INPUT = ("<noinput>", "noinput", "no input", "n/a", "nan", "none", "null")
 # Columns of a question that another one beside them, the task, comes before.
 _BESIDE_INSTRUCTION = ("question", "query", "prompt", "problem")
 _PROMPTS = tuple(name for prompts, _ in _PAIRS.values() for name in prompts)
+_ANSWERS = tuple({name for _, answers in _PAIRS.values() for name in answers} - set(_PROMPTS))
 
 
 @dataclass(frozen=True)
@@ -366,16 +374,21 @@ def _asked(row: Reader, columns: tuple[str, ...]) -> list[Message]:
     if turn_list(value):
         return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in _turns(row, column, value)]
     history = _history(row)
-    beside = (*_CONTEXT, *_BESIDE_INSTRUCTION) if column == "instruction" else _CONTEXT
-    name = next((n for n in beside if n != column and not (history and n == "context") and row.has(n)), None)
-    context = ""
-    if name is not None:
-        # A list under `input` may be anything.
-        passages = [] if name == "input" else _passages(row.peek(name))
-        context = "\n\n".join(passages) or row.text(name)
-        row.get(name)
-    context = "" if context.strip().lower() in _NO_INPUT else context
+    names = (*_CONTEXT, *_BESIDE_INSTRUCTION) if column == "instruction" else _CONTEXT
+    context = _beside(row, [n for n in names if n != column and not (history and n == "context")])
     return [*history, _user("\n\n".join(filter(None, (as_text(value, column), context))))]
+
+
+def _beside(row: Reader, names: Sequence[str]) -> str:
+    """The text that a question is about, in the first of these columns that holds one."""
+    name = next(filter(row.has, names), None)
+    if name is None:
+        return ""
+    # A list under `input` may be anything.
+    passages = [] if name == "input" else _passages(row.peek(name))
+    context = "\n\n".join(passages) or row.text(name)
+    row.get(name)
+    return "" if context.strip().lower() in _NO_INPUT else context
 
 
 def _passages(value: Any) -> list[str]:
@@ -419,10 +432,14 @@ def _is_preference(row: Reader) -> bool:
     if columns is None:
         return ranks_answers(row) and (asked or row.has("history") or _is_chat(row, "conversation_a"))
     answers = [row.peek(column) for column in columns]
-    # A text beside a yes or no is an answer with a label.
-    return all(is_true(answer) is None for answer in answers) and (
+    return not any(_is_label(row, answer) for answer in answers) and (
         asked or all(_whole_chat(answer) is not None for answer in answers)
     )
+
+
+def _is_label(row: Reader, answer: Any) -> bool:
+    """Whether what stands in an answer's column labels another answer; as a text, yes and no are answers, too."""
+    return is_true(answer) is not None and (not isinstance(answer, str) or row.has(*_ANSWERS))
 
 
 def _whole_chat(answer: Any) -> list[Turn] | None:
@@ -524,7 +541,7 @@ def _lettered(row: Reader) -> list[str]:
 
 def _from_multiple_choice(row: Reader) -> Conversation:
     """The choices by letter under the question; the answer is a letter, or the text that the row gives."""
-    choices = row.get(*_CHOICES) or [row.get(column) for column in _lettered(row)]
+    choices = row.get(*_CHOICES) or _by_column(row)
     letters, texts = _choices(parse_json(choices))
     marks = (
         f"{letter}. " if not re.match(rf"\(?{re.escape(letter)}[).:]", text) else ""
@@ -532,8 +549,16 @@ def _from_multiple_choice(row: Reader) -> Conversation:
     )
     lines = [f"{mark}{text}" for mark, text in zip(marks, texts, strict=True)]
     answer = _correct_letter(row.get(*_CORRECT), letters, texts)
-    messages = [_user("\n".join([row.text("question"), *lines])), assistant(answer)]
+    asked = "\n".join([row.text("question"), *lines])
+    messages = [_user("\n\n".join(filter(None, (_beside(row, _CONTEXT), asked)))), assistant(answer)]
     return Conversation(_with_system(row, messages), answer=answer if answer in letters else None)
+
+
+def _by_column(row: Reader) -> Any:
+    """Choices that stand in a column each: by number where the columns are numbered, which count from 1."""
+    columns = _lettered(row)
+    texts = [row.get(column) for column in columns]
+    return dict(zip("123456789", texts, strict=False)) if columns[0][-1] == "1" else texts
 
 
 def _choices(value: Any) -> tuple[list[str], list[str]]:

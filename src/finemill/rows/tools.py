@@ -32,6 +32,8 @@ _ARGUMENTS = (
     "inputs",
 )
 _NAMES = ("name", "function", "tool_name", "tool", "action", "function_name", "api_name")
+CALLED = frozenset(_NAMES)
+"""Keys under which calls name their function."""
 # What a call may hold beside its name and its arguments.
 _BESIDE = ("id", "type", "index", "call_id", "tool_call_id", "status", "caller", "object", *_NAMES)
 _SCHEMAS = ("parameters", "input_schema", "inputSchema")

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from finemill.rows.channels import channel_messages, in_channels
 from finemill.rows.learned import FLAGS, is_learned
 from finemill.rows.reader import Reader
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.speakers import CALL_ROLES, ROLE_KEYS, ROLES, THINKING_ROLES, named, snake_case, turn_role
 from finemill.rows.thinking import split_thinking
-from finemill.rows.tools import to_calls
+from finemill.rows.tools import CALLED, to_calls
 from finemill.rows.values import as_text, holds_nothing, is_missing, parse_json
 
 Message = dict[str, Any]
@@ -55,16 +56,12 @@ _SOUNDS_LIKE_THINKING = re.compile(
 )
 # Beside an answer these are about it; beside a row they may be anything.
 _THINKING_IN_TURNS = ("analysis", "internal", "plan", "planning", "reflection", "reflections")
+_SOUNDS_LIKE_CALLS = re.compile(r"tool|function|call|invocation|action|plugin", re.IGNORECASE)
 _TEXT_PARTS = ("", "text", "input_text", "output_text", "refusal", "summary_text", "reasoning_text")
 _THINKING_PARTS = ("thinking", "reasoning", "think")
-# gpt-oss's answers as its template writes them.
-_CHANNELS = ("<|channel|>", "<|start|>assistant<|channel|>")
-_ANALYSIS_AND_FINAL = re.compile(
-    r"(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>(?P<analysis>.*?)<\|end\|>\s*"
-    r"<\|start\|>assistant<\|channel\|>final<\|message\|>(?P<final>(?:(?!<\|channel\|>).)*?)(?:<\|return\|>|<\|end\|>)?\s*",
-    re.DOTALL,
-)
-_THINKING_TEXTS = ("thinking", "reasoning", "text", "content", "summary")
+_THINKING_TEXTS = ("thinking", "reasoning", "text", "content", "summary", "thought")
+# Objects in which LangChain, LiteLLM and others keep what OpenAI's messages have no key for.
+_MORE_OF_TURNS = ("additional_kwargs", "provider_specific_fields", "model_extra")
 # Names of pictures, sounds and films, and of where they lie; some of them are also what texts are called.
 _MEDIA = re.compile(
     r"(?:input_|query_|question_)?(?:(?:image|img|photo|picture|screenshot|video|audio)s?|(?P<kind>figure|frame|clip|sound"
@@ -140,7 +137,7 @@ def to_messages(turns: Sequence[Mapping[str, Any]], reader: Reader, column: str)
                 else:
                     messages.append(message)
             if plain is None:
-                _check_thinking(turn_reader)
+                _check_answer(turn_reader)
         except DroppedRowError as reason:
             raise reason.within(f"{column}[{number}]") from None
         if plain is None:
@@ -168,14 +165,26 @@ def assistant(content: str, reasoning: str = "") -> Message:
 
     Raises: DroppedRowError: there is another thinking block in the content.
     """
-    if content.startswith(_CHANNELS) and (channels := _ANALYSIS_AND_FINAL.fullmatch(content)):
-        reasoning, content = reasoning or channels["analysis"], channels["final"]
+    if in_channels(content):
+        return _from_channels(content, reasoning)
     written = split_thinking(content)[0]
     if not reasoning.strip() or (written is not None and written.strip() == reasoning.strip()):
         return {"role": "assistant", "content": content}
     if written:
         raise DroppedRowError("two_thinking_blocks")
     return {"role": "assistant", "content": content, "reasoning_content": reasoning.strip("\r\n")}
+
+
+def _from_channels(content: str, reasoning: str) -> Message:
+    """An assistant message of gpt-oss's channels. Raises: DroppedRowError: they say something else, too."""
+    parts = channel_messages(content)
+    thoughts = [part.text for part in parts or () if part.channel == "analysis"]
+    calls = [{"name": part.function, "arguments": part.text} for part in parts or () if part.function is not None]
+    said = [part.text for part in parts or () if part.channel == "final" and part.function is None]
+    if parts is None or len(thoughts) + len(calls) + len(said) < len(parts) or len(said) > 1:
+        raise DroppedRowError("channels_not_read", "content")
+    message = assistant("".join(said), reasoning or "\n".join(thoughts))
+    return {**message, "tool_calls": to_calls(calls)} if calls else message
 
 
 def _read_turn(turn: Reader) -> Iterator[Message]:
@@ -263,6 +272,12 @@ def _thinking_beside(turn: Reader) -> str:
             and thinking_under(Reader(turn.values), [key]) == reasoning
         ):
             turn.get(key)
+    for name in _MORE_OF_TURNS:
+        if not reasoning and isinstance(more := turn.peek(name), Mapping):
+            inside = Reader(more)
+            reasoning = thinking_under(inside, THINKING_KEYS)
+            turn.note_unread(f"{name}.{key}" for key in inside.unread)
+            turn.get(name)
     return reasoning
 
 
@@ -284,24 +299,38 @@ def _joined(before: Message, message: Message) -> Message:
     return {**joined, **({"tool_calls": calls} if calls else {})}
 
 
-def _check_thinking(turn: Reader) -> None:
-    """Raises: DroppedRowError: a key of an assistant's turn that is not read sounds like thinking and holds a text."""
-    if ROLES.get(_speaker(turn)) == "assistant":
-        check_unread_thinking(turn, in_turn=True)
+def _check_answer(turn: Reader) -> None:
+    """Raises: DroppedRowError: what is not read of an assistant's turn sounds like its thinking, or like calls."""
+    if ROLES.get(_speaker(turn)) != "assistant":
+        return
+    check_unread_thinking(turn, in_turn=True)
+    for name in turn.unread:
+        if _SOUNDS_LIKE_CALLS.search(name) and _holds_calls(turn.peek(name)):
+            raise DroppedRowError("calls_not_read", name)
+
+
+def _holds_calls(value: Any) -> bool:
+    value = parse_json(value)
+    items = [parse_json(item) for item in value] if isinstance(value, list) else [value]
+    return any(isinstance(item, Mapping) and not CALLED.isdisjoint(map(snake_case, map(str, item))) for item in items)
 
 
 def check_unread_thinking(reader: Reader, *, in_turn: bool = False) -> None:
     """Raises: DroppedRowError: something that is not read sounds like thinking and holds a text."""
     for name in reader.unread:
+        value = reader.peek(name)
         sounds = _SOUNDS_LIKE_THINKING.search(name) or (in_turn and name.lower() in _THINKING_IN_TURNS)
-        if sounds and is_prose(reader.peek(name)):
+        if sounds and is_prose(value):
             raise DroppedRowError("thinking_not_read", name)
+        for key in value if in_turn and isinstance(value, Mapping) else ():
+            if _SOUNDS_LIKE_THINKING.search(str(key)) and is_prose(value[key]):
+                raise DroppedRowError("thinking_not_read", f"{name}.{key}")
 
 
 def is_prose(value: Any) -> bool:
-    """Whether a value is a text of several words, a list, or an object with such a text: no switch, number or level."""
+    """Whether a value is a text of several words, a list, or an object with either: no switch, number or level."""
     if isinstance(value, Mapping):
-        return any(isinstance(item, str) and is_prose(item) for item in value.values())
+        return any(map(is_prose, value.values()))
     return len(value.split()) > 1 if isinstance(value, str) else isinstance(value, list)
 
 
@@ -363,7 +392,10 @@ def thinking_under(reader: Reader, keys: Sequence[str]) -> str:
         return _thinking_text(value)
     if not isinstance(value, list):
         return text_of(value)
-    return ("\n" if isinstance(value[0], str) else "").join(map(_thinking_text, _parts(value)))
+    text = ("\n" if isinstance(value[0], str) else "").join(map(_thinking_text, _parts(value)))
+    if not text.strip() and not holds_nothing(value):
+        raise DroppedRowError("thinking_not_read", key or "")
+    return text
 
 
 def _holds_thinking(value: Any) -> bool:

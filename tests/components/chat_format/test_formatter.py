@@ -197,6 +197,11 @@ def test_a_rendered_chat_is_refused_or_learned_with_its_control_tokens(tmp_path:
         {"text": "<s><|start_header_id|>user<|end_header_id|>\n\nSay hi."},
         {"text": "Chats:\n<start_of_turn>user\nSay hi.<end_of_turn>\n<start_of_turn>model\nHi!"},
         {"prompt": "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n", "completion": "Hi!<|im_end|>"},
+        {"text": "### Human: Say hi.### Assistant: Hi!"},
+        {"text": "Below is a task.\n\n### Instruction:\nSay hi.\n\n### Response:\nHi!"},
+        {"text": "GPT4 Correct User: Say hi.<|end_of_turn|>GPT4 Correct Assistant: Hi!<|end_of_turn|>"},
+        {"text": "<|im_user|>user<|im_middle|>Say hi.<|im_end|><|im_assistant|>assistant<|im_middle|>Hi!"},
+        {"prompt": "### Instruction:\nSay hi.\n\n### Response:\n", "completion": "Hi!"},
     ],
 )
 def test_chats_rendered_for_any_family_are_refused(tmp_path: Path, row: Row) -> None:

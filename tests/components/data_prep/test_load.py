@@ -105,7 +105,8 @@ def test_a_row_may_lack_a_column_that_others_have(tmp_path: Path) -> None:
 def test_what_lies_beside_the_data_is_not_read(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", "a")
     write_jsonl(tmp_path / ".ipynb_checkpoints" / "train-checkpoint.jsonl", "old")
-    for name in ("._train.jsonl", "_part.jsonl", "dataset_info.json", "dataset_infos.json", "data/state.json"):
+    beside = ("._train.jsonl", "_part.jsonl", "dataset_info.json", "dataset_infos.json", "data/state.json")
+    for name in (*beside, "LICENSE.txt", "README.txt", "requirements-dev.txt", "metadata.json", "sha256sums.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"\x00\x05\x16")
     (tmp_path / "data" / "cache-0123.arrow").write_bytes(b"")

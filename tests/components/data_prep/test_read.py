@@ -26,6 +26,8 @@ def written(folder: Path, name: str, text: str) -> Path:
         ".gz": gzip.compress,
         ".bz2": bz2.compress,
         ".xz": lzma.compress,
+        ".gzip": gzip.compress,
+        ".lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
         ".zst": zstd,
     }
     path.write_bytes(compressed.get(path.suffix.lower(), bytes)(text.encode()))
@@ -68,6 +70,10 @@ CSV = "question,answer\n" + "\n".join(f'"{row["question"]}",{row["answer"]}' for
         ("a.txt", json.dumps(ROWS)),
         ("a.csv", CSV.replace(",", ";")),
         ("a.csv", CSV.replace(",", "|")),
+        ("a.csv", "sep=;\n\n" + CSV.replace(",", ";")),
+        ("a.jsonl", JSONL.replace("}", "},")),
+        ("a.jsonl.gzip", JSONL),
+        ("a.jsonl.lzma", JSONL),
     ],
 )
 def test_text_formats_give_the_same_rows(tmp_path: Path, name: str, text: str) -> None:
@@ -79,6 +85,18 @@ def test_parquet_gives_the_same_rows(tmp_path: Path) -> None:
     assert list(read_rows(tmp_path / "a.parquet")) == ROWS
 
 
+def test_tables_are_known_by_how_they_begin(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.jsonl")
+    assert list(read_rows(tmp_path / "a.jsonl")) == ROWS
+
+
+@pytest.mark.parametrize(("name", "end"), [("a.json", "list"), ("a.jsonl", "lines")])
+def test_a_list_of_turns_is_a_row(tmp_path: Path, name: str, end: str) -> None:
+    chats = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}] for n in range(2)]
+    text = json.dumps(chats) if end == "list" else "\n".join(map(json.dumps, chats))
+    assert list(read_rows(written(tmp_path, name, text))) == [{"messages": chat} for chat in chats]
+
+
 def test_a_text_document_ends_at_a_blank_line(tmp_path: Path) -> None:
     path = written(tmp_path, "a.txt", "\n\nOne\nstill one\n \n\nTwo")
     assert list(read_rows(path)) == [{"text": "One\nstill one"}, {"text": "Two"}]
@@ -87,6 +105,13 @@ def test_a_text_document_ends_at_a_blank_line(tmp_path: Path) -> None:
 def test_csv_cells_may_hold_line_breaks(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", 'prompt,completion\r\n"a\r\nb",c\r\n')
     assert list(read_rows(path)) == [{"prompt": "a\r\nb", "completion": "c"}]
+
+
+def test_the_delimiter_is_the_one_that_rows_and_header_share(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.csv", "prompt;answer (a, b, or c)\n1, 2, 3?;c\n4?;b\n")
+    assert list(read_rows(path)) == [
+        {"prompt": p, "answer (a, b, or c)": a} for p, a in (("1, 2, 3?", "c"), ("4?", "b"))
+    ]
 
 
 def test_a_set_format_overrides_the_ending(tmp_path: Path) -> None:
@@ -108,6 +133,7 @@ def test_a_set_format_overrides_the_ending(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"not gzip", "not a complete gzip file"),
         ("a.parquet", b"PAR1 not really", "not a readable Parquet file"),
         ("a.docx", b"", "cannot tell the format from the ending '.docx'"),
+        ("a.tar.gz", b"", "ending '.tar.gz'; unpack it and give the folder"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -127,6 +153,7 @@ def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path, name: str, d
         ("a.json", b'[{"a": 1}, 5, {"a": 2}]', "row 2", "a row is an object with columns, found int"),
         ("a.csv", b"a\n1\n1,2,3\n2\n", "line 3", "the row has another number of cells than the header"),
         ("a.csv", b"a,b\n1,2\n1\n2,2\n", "line 3", "the row has another number of cells"),
+        ("a.csv", b'a,b\n1,2\n"1 \\"3\\"",2\n2,2\n', "line 3", "not valid CSV"),
     ],
 )
 def test_a_damaged_row_is_named_and_the_others_are_read(
