@@ -41,6 +41,7 @@ ARCHITECTURES = {
     "MixtralForCausalLM": gguf.MODEL_ARCH.LLAMA,
     "Gemma2ForCausalLM": gguf.MODEL_ARCH.GEMMA2,
     "Gemma3ForCausalLM": gguf.MODEL_ARCH.GEMMA3,
+    "Gemma3ForConditionalGeneration": gguf.MODEL_ARCH.GEMMA3,
     "Phi3ForCausalLM": gguf.MODEL_ARCH.PHI3,
     "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
     "Qwen2MoeForCausalLM": gguf.MODEL_ARCH.QWEN2MOE,
@@ -50,6 +51,10 @@ ARCHITECTURES = {
 # Whether llama.cpp divides the weights of the chosen experts by their sum.
 _NORMALIZES = {gguf.MODEL_ARCH.QWEN2MOE: False, gguf.MODEL_ARCH.QWEN3MOE: True}
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+# Where a model that sees keeps its text model, on the hub and in transformers, and what else it has.
+_TEXT_MODEL = re.compile(r"^(model\.)?language_model\.(model\.)?(?!lm_head)")
+_TEXT_HEAD = re.compile(r"^language_model\.(?=lm_head)")
+_OTHER_PARTS = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -78,9 +83,10 @@ class SourceModel:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """`config.json` with transformers' defaults."""
-        config: dict[str, Any] = read_model_config(self.folder).to_dict()
-        return config
+        """`config.json` with transformers' defaults; of a model that sees, its text model's values."""
+        config = read_model_config(self.folder)
+        whole: dict[str, Any] = config.to_dict()
+        return {**whole, **config.get_text_config().to_dict(), "architectures": whole.get("architectures")}
 
     @cached_property
     def architecture(self) -> gguf.MODEL_ARCH:
@@ -121,8 +127,16 @@ class SourceModel:
 
     @cached_property
     def files(self) -> Mapping[str, StoredTensor]:
-        """Every stored tensor, in the order of the files."""
+        """Every stored tensor of the text model, in the order of the files, under its name in one that has no eyes."""
+        return {text_name(key): tensor for key, tensor in self._stored.items() if not _OTHER_PARTS.match(key)}
+
+    @cached_property
+    def _stored(self) -> Mapping[str, StoredTensor]:
         return stored_tensors(self.folder)
+
+    @cached_property
+    def _stored_keys(self) -> Mapping[str, str]:
+        return {text_name(key): key for key in self._stored}
 
     def check(self) -> None:
         """Raises: UserError: the model computes something that llama.cpp has no counterpart for."""
@@ -167,7 +181,7 @@ class SourceModel:
         return {name: tuple(keys[number] for number in sorted(keys)) for name, keys in found.items()}
 
     def names(self) -> dict[str, str]:
-        """GGUF name of every stored tensor that is written. Raises: UserError: as `sources`."""
+        """GGUF name of every tensor that is written, by its `text_name`. Raises: UserError: as `sources`."""
         return {key: name for name, keys in self.sources.items() for key in keys}
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -192,8 +206,14 @@ class SourceModel:
                 yield name, factors
 
     def _read(self, key: str) -> Array:
+        """Raises: UserError: NaN or infinity."""
         with safe_open(self.files[key].path, framework="pt") as file:
-            values: Array = file.get_tensor(key).to(torch.float32, copy=True).numpy()
+            values: Array = file.get_tensor(self._stored_keys[key]).to(torch.float32, copy=True).numpy()
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"gguf-quantize: {self.files[key].path}: {self._stored_keys[key]} holds NaN or infinity: the training "
+                "diverged, or the file is damaged; train, download or merge the model again"
+            )
         # Gemma multiplies by one more than what is stored; llama.cpp by what is stored.
         return values + 1 if self.architecture in GEMMA and key.endswith("norm.weight") else values
 
@@ -213,6 +233,11 @@ class SourceModel:
     def rope_factors(self) -> Mapping[str, Array]:
         """Divisors of the rotary frequencies by tensor name, each of shape (rotated width / 2,); without them, none."""
         return _llama_3_factors(self) or long_rope_factors(self.config)
+
+
+def text_name(name: str) -> str:
+    """The name of a tensor or parameter in a model of text alone."""
+    return _TEXT_HEAD.sub("", _TEXT_MODEL.sub("model.", name))
 
 
 def _llama_3_factors(model: SourceModel) -> dict[str, Array]:
@@ -253,6 +278,7 @@ def _not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
     else:
         yield from _window_not_in_llama_cpp(model)
     yield from _rope_not_in_llama_cpp(model)
+    yield from _length_beyond_the_model(model)
 
 
 def _window_not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
@@ -268,9 +294,11 @@ def _window_not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
 
 def _rope_not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
     rope, is_phi = rope_of(model.config), model.architecture == gguf.MODEL_ARCH.PHI3
-    supported = ("default", "longrope") if is_phi else ("default", "linear", "yarn", "llama3")
+    supported = ("default", "longrope") if is_phi else ("default", "linear", "yarn")
+    if model.architecture == gguf.MODEL_ARCH.LLAMA:
+        supported = *supported, "llama3"
     if rope["rope_type"] not in supported:
-        yield f"rope type '{rope['rope_type']}' is not supported; supported are {', '.join(supported)}"
+        yield (f"rope type '{rope['rope_type']}' is not supported; supported in this family are {', '.join(supported)}")
     if not is_phi and rope.get("partial_rotary_factor", model.config.get("partial_rotary_factor") or 1) != 1:
         yield "partial_rotary_factor is not supported; llama.cpp rotates whole heads in this family"
     if rope["rope_type"] == "yarn":
@@ -290,11 +318,22 @@ def _experts_not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
         yield "layers without experts (mlp_only_layers, decoder_sparse_step) are not supported; llama.cpp wants none"
 
 
+def _length_beyond_the_model(model: SourceModel) -> Iterator[str]:
+    own = _own_context_length(model)
+    if model.context_length and model.context_length > own:
+        yield f"context_length {model.context_length} is more than the model's {own} positions: set it to {own} or less"
+
+
 def _context_length(model: SourceModel) -> int:
-    """Positions that a client of the file may use, those of a scaling included."""
+    """Positions that a client of the file may use."""
+    return model.context_length or _own_context_length(model)
+
+
+def _own_context_length(model: SourceModel) -> int:
+    """All the positions that the model has, those of a scaling included."""
     # Gemma's configuration states the scaled ones.
     rope = {} if model.architecture in GEMMA else model.config["rope_parameters"]
-    return model.context_length or scaled_limit(model.config["max_position_embeddings"], rope)
+    return scaled_limit(model.config["max_position_embeddings"], rope)
 
 
 def _yarn_attention_factor(key: str, rope: Mapping[str, Any]) -> float | None:

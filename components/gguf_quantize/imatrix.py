@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finemill.components.gguf_quantize.convert import Array, SourceModel
+from finemill.components.gguf_quantize.convert import Array, SourceModel, text_name
 from finemill.models.stored_model import StoredModel
 from finemill.models.streaming import batches, streamed
 
@@ -84,7 +84,7 @@ class _Sums:
 
     def of_linear(self, path: str, module: torch.nn.Linear) -> Hook | None:
         """What adds a layer's inputs up; None of a layer that the file does not hold."""
-        name = self._names.get(f"{path}.weight")
+        name = self._names.get(text_name(f"{path}.weight"))
         if name is None:
             return None
         self._begin(name)

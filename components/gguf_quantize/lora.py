@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from finemill.components.gguf_quantize.convert import Array, SourceModel
+from finemill.components.gguf_quantize.convert import Array, SourceModel, text_name
 from finemill.errors import UserError
 from finemill.models.adapter import load_adapter
 from finemill.models.stored_model import StoredModel
@@ -59,7 +59,7 @@ def _factors(source: SourceModel, tuned: Any) -> Iterator[tuple[str, Array, Arra
         if isinstance(module, ParamWrapper):
             yield from _of_stack(source, path.replace(".base_layer", ""), module)
         elif isinstance(module, LoraLayer):
-            key = f"{path}.weight"
+            key = text_name(f"{path}.weight")
             if type(module) is not Linear or any(module.lora_bias.values()) or key not in names:
                 raise _not_plain(path, "is no linear layer without a bias of the adapter's own")
             a, b = (factor["default"].weight.detach().float().numpy() for factor in (module.lora_A, module.lora_B))

@@ -6,7 +6,7 @@ import gguf
 
 from finemill.artifacts.model import read_merge
 from finemill.models.base.resolve import hub_name
-from finemill.models.sampling import read_generation_defaults
+from finemill.models.sampling import number_of, read_generation_defaults
 
 
 def add_origin(writer: gguf.GGUFWriter, folder: Path) -> None:
@@ -29,7 +29,7 @@ def add_origin(writer: gguf.GGUFWriter, folder: Path) -> None:
         ("top_p", writer.add_sampling_top_p),
         ("min_p", writer.add_sampling_min_p),
     ):
-        if isinstance(generation.get(key), int | float):
-            add(float(generation[key]))
-    if isinstance(generation.get("top_k"), int):
-        writer.add_sampling_top_k(generation["top_k"])
+        if (value := number_of(generation, key)) is not None:
+            add(value)
+    if (top_k := number_of(generation, "top_k")) is not None:
+        writer.add_sampling_top_k(int(top_k))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from finemill.components.gguf_quantize.convert import Array, SourceModel
+from finemill.components.gguf_quantize.convert import Array, SourceModel, text_name
 from finemill.models.sampled_gradients import TakeGradient, sample_gradients
 from finemill.models.stored_model import StoredModel
 
@@ -96,7 +96,8 @@ def uses(stored: StoredModel, source: SourceModel, rows: Sequence[Sequence[int]]
     for module_name, parts in kept.items():
         key = f"{module_name}.weight"
         # An output matrix may be the embedding, and is not stored then.
-        name = names.get(stored.embedding_name if stored.is_tied and key == stored.output_name else key)
+        own = stored.embedding_name if stored.is_tied and key == stored.output_name else key
+        name = names.get(text_name(own))
         if name is None:
             continue
         inputs, gradients = (torch.cat(of) for of in zip(*parts, strict=True))

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from finemill.artifacts.chain import ChainLink, chain_table
-from finemill.artifacts.dataset import prompt_ids, read_held_out, spread
+from finemill.artifacts.dataset import HeldOutRow, prompt_ids, read_held_out, spread
 from finemill.artifacts.files import IMATRIX_FILE
 from finemill.artifacts.gguf import GGUFFileRecord, GGUFRecord, write_gguf_record
 from finemill.artifacts.model import read_merge
 from finemill.artifacts.records import content_name
+from finemill.artifacts.splits import Split
 from finemill.components.gguf_quantize.config import DYNAMIC, GGUFQuantizeConfig, Quantization
 from finemill.components.gguf_quantize.convert import Array, SourceModel
 from finemill.components.gguf_quantize.decoded import check_decoded
@@ -30,7 +31,7 @@ from finemill.models.cores import available_cores
 from finemill.models.generation import Answer, generate_answers, stop_token_ids
 from finemill.models.llama_cpp import serve
 from finemill.models.model_card import llama_cpp_command, write_card
-from finemill.models.sampling import read_generation_defaults
+from finemill.models.sampling import number_of, read_generation_defaults
 from finemill.models.stored_model import StoredModel
 from finemill.runtime.context import StepContext
 from finemill.storage.space import require_space
@@ -66,7 +67,7 @@ def run(
     output_dir.mkdir(parents=True, exist_ok=True)
     size = sum(size_bytes(source, quantization) for quantization in config.quantizations)
     require_space(output_dir, size, "writing the GGUF files")
-    rows = _training_rows(dataset, config)
+    rows, held_out = _training_rows(dataset, config, source.num_tokens), _rows(dataset, "test", source.num_tokens)
     imatrix = _imatrix(stored, source, rows, output_dir, config, context)
     options = _options(stored, source, rows, imatrix, config, context)
     files: dict[str, WrittenFile] = {}
@@ -80,7 +81,9 @@ def run(
     fallbacks = [
         line for quantization in config.quantizations for line in _fallbacks(quantization, files[quantization])
     ]
-    reference = _reference(stored, tokenizer, dataset, config, context)
+    for line in fallbacks:
+        logger.warning(line)
+    reference = _reference(stored, tokenizer, held_out, config, context)
     comparisons: dict[str, dict[str, float]] = {}
     links: list[ChainLink] = []
     for quantization in config.quantizations:
@@ -90,7 +93,7 @@ def run(
         links.append(link)
         comparisons[quantization] = {**compared, "max_tensor_error": errors[quantization]}
     lost = _points_lost(reference.exact_match, comparisons, config)
-    other_prompts = _other_prompts(comparisons)
+    other_prompts = [*_other_tokens(comparisons), *_other_prompts(comparisons)]
     for line in other_prompts:
         logger.warning(line)
     for line in lost:
@@ -112,11 +115,23 @@ def default_name(model: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last) + "-tuned"
 
 
-def _training_rows(dataset: Path, config: GGUFQuantizeConfig) -> list[list[int]]:
+def _training_rows(dataset: Path, config: GGUFQuantizeConfig, num_tokens: int) -> list[list[int]]:
     """What importance and errors are measured on; nothing where nothing asks for them."""
     if not config.needs_imatrix:
         return []
-    return [row.input_ids for row in spread(read_held_out(dataset, "train"), config.imatrix_rows)]
+    return [row.input_ids for row in spread(_rows(dataset, "train", num_tokens), config.imatrix_rows)]
+
+
+def _rows(dataset: Path, split: Split, num_tokens: int) -> list[HeldOutRow]:
+    """Raises: UserError: rows of a tokenizer that is not the model's."""
+    rows = read_held_out(dataset, split)
+    largest = max((max(row.input_ids, default=0) for row in rows), default=0)
+    if largest >= num_tokens:
+        raise UserError(
+            f"gguf-quantize: the dataset in {dataset} has token id {largest}, the model only {num_tokens} tokens: it "
+            "was made for another tokenizer; run chat-format with this model's base"
+        )
+    return rows
 
 
 def _imatrix(
@@ -152,14 +167,16 @@ def _options(
 
 
 def _reference(
-    stored: StoredModel, tokenizer: Any, dataset: Path, config: GGUFQuantizeConfig, context: StepContext
+    stored: StoredModel, tokenizer: Any, rows: list[HeldOutRow], config: GGUFQuantizeConfig, context: StepContext
 ) -> Reference:
-    rows = read_held_out(dataset, "test")
     context.recorder.log_progress(f"what the merged model expects on {config.kl_rows} rows")
-    length = config.context_length or stored.model.config.max_position_embeddings
+    length = config.context_length or stored.model.config.get_text_config().max_position_embeddings
     compared = compared_positions(stored, spread(rows, config.kl_rows), config.kl_positions, length)
     if not compared:
-        raise UserError(f"gguf-quantize: no held-out row in {dataset} has an answer: run chat-format on other rows")
+        raise UserError(
+            f"gguf-quantize: no held-out row of the dataset has an answer within {length} tokens: run chat-format on "
+            "other rows, or declare a larger context_length"
+        )
     with_answer = [row for row in rows if row.answer is not None]
     answer_rows = spread(with_answer or rows, config.verify_rows)
     answers_to = [prompt_ids(row, tokenizer) for row in answer_rows]
@@ -267,6 +284,18 @@ def _other_prompts(comparisons: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [line]
 
 
+def _other_tokens(comparisons: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line where llama.cpp splits held-out prompts otherwise than the tokenizer; all files have the same."""
+    share = min((metrics.get("tokenization_match", 1.0) for metrics in comparisons.values()), default=1.0)
+    if share == 1:
+        return []
+    line = (
+        f"llama.cpp makes other tokens of {1 - share:.1%} of the texts, as where a tokenizer drops spaces beside its "
+        "special tokens: answers to such prompts may differ"
+    )
+    return [line]
+
+
 def _fallbacks(quantization: str, file: WrittenFile) -> list[str]:
     """A line per reason for which tensors have another type than the one asked for."""
     halves = {name: change for name, change in file.fallbacks.items() if change == "F16 -> BF16"}
@@ -293,11 +322,8 @@ def _sampling(model: Path) -> dict[str, float]:
     # Both draw tokens unless they are told not to.
     if generation.get("do_sample") is False:
         return {"temperature": 0.0}
-    return {
-        theirs: float(generation[name])
-        for name, theirs in _SAMPLING.items()
-        if isinstance(generation.get(name), int | float)
-    }
+    found = {theirs: number_of(generation, name) for name, theirs in _SAMPLING.items()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _write_card(

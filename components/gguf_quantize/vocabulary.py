@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from finemill.components.gguf_quantize.convert import SourceModel
 from finemill.errors import UserError
 from finemill.models.generation import stop_token_ids
+from finemill.models.token_rows import tokens_without_row
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -100,8 +102,30 @@ def _only_whole(definition: Mapping[str, Any]) -> str | None:
 
 
 def check_vocabulary(model: SourceModel) -> None:
-    """Raises: UserError: a tokenizer that llama.cpp has no counterpart for, or of another model."""
+    """Raises: UserError: a tokenizer that llama.cpp has no counterpart for, or of another model; a broken template."""
+    _check_template(load_tokenizer(model.folder), model.folder)
     add_vocabulary(gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[model.architecture]), model.folder, model.num_tokens)
+
+
+def _check_template(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """llama.cpp does not load a file whose chat template it cannot run on any chat."""
+    problem = None
+    for chat in (
+        [{"role": "system", "content": "Hi"}, {"role": "user", "content": "Hi"}],
+        [{"role": "user", "content": "Hi"}],
+    ):
+        try:
+            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            problem = error
+        # There is none, none of that name, or one that wants something else.
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return
+        else:
+            return
+    raise UserError(
+        f"gguf-quantize: the chat template in {folder} cannot be run ({problem}): correct it, or take it away"
+    )
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, num_embeddings: int) -> None:
@@ -109,9 +133,16 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, num_embeddings: int) -
 
     Args:
         num_embeddings: rows of the embedding matrix; ids past the tokenizer's last become unused tokens.
+    Raises: UserError: tokens that the model has no row for, or a tokenizer that llama.cpp has no counterpart for.
     """
     tokenizer = load_tokenizer(folder)
     definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if unknown := tokens_without_row(tokenizer, num_embeddings):
+        last = max(unknown)
+        raise UserError(
+            f"gguf-quantize: the tokenizer has token id {last}, {unknown[last]!r}, the model only {num_embeddings} "
+            "embeddings: they are not of one model"
+        )
     tokens, types = _tokens(definition, num_embeddings)
     if definition["model"].get("byte_fallback"):
         _add_sentencepiece(writer, definition, tokens)
@@ -174,10 +205,6 @@ def _tokens(definition: dict[str, Any], num_embeddings: int) -> tuple[list[str],
         types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     unknown = definition["model"].get("unk_token")
     types |= {index: gguf.TokenType.UNKNOWN for index, text in texts.items() if unknown and text == unknown}
-    if max(texts) >= num_embeddings:
-        raise UserError(
-            f"gguf-quantize: the tokenizer has token id {max(texts)}, the model only {num_embeddings} embeddings"
-        )
     ids = range(num_embeddings)
     return (
         [texts.get(index, f"[PAD{index}]") for index in ids],

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -87,12 +88,6 @@ def write_gguf(
         chosen_types: types of single tensors in the place of the mixture's.
     Raises: UserError: architecture, tokenizer or tensor that llama.cpp has no counterpart for.
     """
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[model.architecture])
-    add_hyperparameters(writer, model, name)
-    add_origin(writer, model.folder)
-    add_vocabulary(writer, model.folder, model.num_tokens)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(_file_type(quantization))
     types = mixture_of(model, quantization, has_imatrix=imatrix is not None)
     types |= {tensor_name: TensorType(type_, type_) for tensor_name, type_ in (chosen_types or {}).items()}
     num_parameters = sum(math.prod(shape) for _, shape in model.shapes())
@@ -100,15 +95,21 @@ def write_gguf(
     for tensor_name, values in model.tensors(halves) if halves else ():
         if not holds_in_float16(values):
             types[tensor_name] = replace(types[tensor_name], type=Type.BF16)
-    for tensor_name, shape in model.shapes():
-        _declare(writer, tensor_name, shape, types[tensor_name].type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor_name, values in model.tensors():
-        weights = (imatrix or {}).get(tensor_name)
-        writer.write_tensor_data(_encode(values, types[tensor_name].type, num_threads, weights))
-    writer.close()
+    # Also of a file that cannot be finished.
+    with closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[model.architecture])) as writer:
+        add_hyperparameters(writer, model, name)
+        add_origin(writer, model.folder)
+        add_vocabulary(writer, model.folder, model.num_tokens)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(_file_type(quantization))
+        for tensor_name, shape in model.shapes():
+            _declare(writer, tensor_name, shape, types[tensor_name].type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor_name, values in model.tensors():
+            weights = (imatrix or {}).get(tensor_name)
+            writer.write_tensor_data(_encode(values, types[tensor_name].type, num_threads, weights))
     return WrittenFile(
         path,
         path.stat().st_size,

@@ -12,7 +12,13 @@ from finemill.artifacts.manifest import Reference
 from finemill.components.merge.combined import write_combined
 from finemill.components.merge.config import MergeConfig
 from finemill.errors import UserError
-from finemill.models.adapter import check_base, load_adapter, read_adapter_config, token_rows
+from finemill.models.adapter import (
+    check_adapter_weights,
+    check_base,
+    load_adapter,
+    num_tokens_with,
+    read_adapter_config,
+)
 from finemill.models.base.resolve import resolve_base_model
 from finemill.models.stored_model import StoredModel
 from finemill.runtime.context import StepContext
@@ -33,10 +39,23 @@ class Addition:
 
     def on(self, stored: StoredModel) -> Any:
         """PEFT's model of base and adapter. Raises: UserError: it does not fit the base, or takes no `scale`."""
-        stored.add_tokens(token_rows(read_adapter_config(self.folder)))
+        _refuse_partial(self.folder)
+        check_adapter_weights(self.folder)
+        stored.set_num_tokens(num_tokens_with(self.folder, stored.model))
         tuned = load_adapter(stored.model, self.folder, assign=True)
         scale_adapter(tuned, self.scale)
         return tuned
+
+
+def _refuse_partial(folder: Path) -> None:
+    """Raises: UserError: an adapter that changes some tokens only, or chooses among others."""
+    extra = read_adapter_config(folder).model_extra or {}
+    for name in ("alora_invocation_tokens", "arrow_config", "layer_replication"):
+        if extra.get(name):
+            raise UserError(
+                f"merge: the adapter in {folder} was trained with {name}, and is no change of the weights that holds "
+                "for every token: serve base and adapter unmerged"
+            )
 
 
 @contextmanager

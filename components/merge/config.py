@@ -73,6 +73,13 @@ class MergeConfig(StepConfig):
     max_4bit_kl: float = Field(default=0.5, gt=0)
     """Largest mean KL divergence, in nats per token, of that one from the model in 16 bits."""
 
+    merged_fp8: bool = False
+    """Write the merged model in FP8, too, into the folder `merged_fp8` of the output, as vLLM and SGLang read it:
+    a scale per output channel, inputs rounded per token. The result says what that costs."""
+
+    max_fp8_kl: float = Field(default=0.05, gt=0)
+    """Largest mean KL divergence, in nats per token, of that one from the model in 16 bits."""
+
     force: bool = False
     """Merge although nothing shows that the base is the one the adapter was trained on, which the result says, or
     although it has LoRA on a mixture's routers."""

@@ -14,6 +14,7 @@ from finemill.artifacts.records import write_json
 from finemill.errors import UserError
 from finemill.models.rope import scale_json
 from finemill.models.sampling import read_generation_defaults
+from finemill.models.token_rows import tokens_without_row
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,17 @@ def load_tokenizer(folder: Path, named: Path) -> Any:
     except Exception as error:
         line = " ".join(str(error).split())
         raise UserError(f"merge: the tokenizer in {named} cannot be loaded: {line:.300}") from error
+
+
+def check_tokens(tokenizer: Any, num_tokens: int, adapter: Path) -> None:
+    """Raises: UserError: the tokenizer has tokens that the model has no embedding for."""
+    if unknown := tokens_without_row(tokenizer, num_tokens):
+        last = max(unknown)
+        raise UserError(
+            f"merge: the tokenizer has token id {last}, {unknown[last]!r}, the merged model "
+            f"only {num_tokens} embeddings: the adapter in {adapter} was trained with tokens that were not saved with "
+            "it; save embedding and output matrix, too (modules_to_save)"
+        )
 
 
 def write_config(

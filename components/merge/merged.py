@@ -1,5 +1,6 @@
 """The merged model's tensors, one after the other: base plus adapter in float32, rounded once."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -34,6 +35,13 @@ class MergedModel:
             for name, parameter in self._model.named_parameters()
             if stored.name_of(parameter) is None and not name.startswith(tuple(f"{path}." for path in self._modules))
         }
+        # Tables with more tokens that were trained on in the place of the base's own; merging changes the modules' own.
+        self._own_bases = {
+            f"{path}.weight": weight.detach().float()
+            for path, module in self._modules.items()
+            if (weight := getattr(_original_module(module), "weight", None)) is not None
+            and stored.name_of(weight) is None
+        }
         self._last: tuple[str, Mapping[str, torch.Tensor]] = ("", {})
         for parameter in self._model.parameters():
             if stored.name_of(parameter) is None:
@@ -64,7 +72,7 @@ class MergedModel:
         shared = {id(part) for part in embedding.parameters()} & {id(part) for part in output.parameters()}
         if ends & self._path_of.keys():
             # The base's own matrix is in both; the adapter's parameters are where PEFT ties them.
-            return all(self._stored.name_of(part) for part in embedding.parameters() if id(part) in shared)
+            return shared <= {id(part) for part in _original_module(embedding).parameters()}
         return not shared
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -138,7 +146,12 @@ class MergedModel:
 
     def base_parts(self, name: str) -> Iterator[torch.Tensor]:
         """The base's own values, float32: of a stack, expert by expert; any other parameter, all at once."""
-        return self._stored.parts(self._name_in_base(name))
+        own = self._own_base(name)
+        return self._stored.parts(self._name_in_base(name)) if own is None else iter((own,))
+
+    def _own_base(self, name: str) -> torch.Tensor | None:
+        found = self._own_bases.get(name)
+        return self._own_bases.get(self._name_in_base(name)) if found is None else found
 
     def _name_in_base(self, name: str) -> str:
         """The embedding, for an output matrix that becomes one of its own."""
@@ -179,8 +192,11 @@ class MergedModel:
 
     def _rounded(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One parameter as it is written."""
-        value = self._value(name) if name in self.changed else self._stored.read(self._name_in_base(name))
-        return _round(name, value, dtype)
+        return _round(name, self._value(name) if name in self.changed else self._base_value(name), dtype)
+
+    def _base_value(self, name: str) -> torch.Tensor:
+        own = self._own_base(name)
+        return self._stored.read(self._name_in_base(name)) if own is None else own
 
     def _value(self, name: str) -> torch.Tensor:
         """A changed parameter in float32, merged by PEFT."""
@@ -190,7 +206,7 @@ class MergedModel:
         path = self._path_of[name]
         # A module's bias and weight lie beside each other.
         if self._last[0] != path:
-            self._last = path, _merge_module(self._modules[path], self._stored)
+            self._last = path, _merge_module(path, self._modules[path], self._stored)
         return self._last[1][name.removeprefix(f"{path}.")]
 
 
@@ -209,6 +225,10 @@ def _adapted_modules(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _original_module(module: Any) -> torch.nn.Module:
+    """What an adapted module replaces; any other itself."""
+    if not hasattr(module, "get_base_layer") and not hasattr(module, "original_module"):
+        plain: torch.nn.Module = module
+        return plain
     original: torch.nn.Module = module.get_base_layer() if hasattr(module, "get_base_layer") else module.original_module
     return original
 
@@ -248,18 +268,27 @@ def _wrapped(module: Any) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _merge_module(module: Any, stored: StoredModel) -> dict[str, torch.Tensor]:
-    """The parameters of one adapted module, merged in float32 by PEFT."""
+def _merge_module(path: str, module: Any, stored: StoredModel) -> dict[str, torch.Tensor]:
+    """The parameters of one adapted module, merged in float32 by PEFT.
+
+    Raises: UserError: values that are no numbers, or a kind of adapter that PEFT does not merge.
+    """
     for part in module.modules():
         for name, parameter in part._parameters.items():
             stored_name = stored.name_of(parameter) if parameter is not None else None
             if stored_name:
                 part._parameters[name] = torch.nn.Parameter(stored.read(stored_name), requires_grad=False)
-    if hasattr(module, "unload_and_optionally_merge_module"):
-        merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
-    else:
-        module.merge(safe_merge=True)
-        merged = module.get_base_layer()
+    try:
+        if hasattr(module, "unload_and_optionally_merge_module"):
+            merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+        else:
+            module.merge(safe_merge=True)
+            merged = module.get_base_layer()
+    except ValueError:
+        # What `safe_merge` looks for.
+        raise _no_number(path) from None
+    except NotImplementedError as error:
+        raise UserError(f"merge: PEFT cannot merge {path}: {' '.join(str(error).split()):.200}") from None
     values = {name: parameter.detach().float() for name, parameter in merged.named_parameters()}
     for part in module.modules():
         part._parameters = dict.fromkeys(part._parameters)
@@ -277,11 +306,23 @@ def _check_biases(modules: Mapping[str, Any]) -> None:
 
 
 def _round(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Raises: UserError: a value that `dtype` cannot hold."""
+    """Raises: UserError: NaN or infinity, or a value that `dtype` cannot hold."""
     rounded = values.to(dtype)
-    if dtype == torch.float16 and not torch.isfinite(rounded).all():
+    if not dtype.is_floating_point or not rounded.numel():
+        return rounded
+    smallest, largest = torch.aminmax(rounded)
+    if math.isfinite(smallest) and math.isfinite(largest):
+        return rounded
+    if torch.isfinite(values).all():
         raise UserError(
-            f"merge: {name} has values up to {values.abs().max():.3g}, and float16 ends at 65504: write "
-            "bfloat16 (dtype)"
+            f"merge: {name} has values up to {values.abs().max():.3g}, and {str(dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(dtype).max:.5g}: write another type (dtype)"
         )
-    return rounded
+    raise _no_number(name)
+
+
+def _no_number(name: str) -> UserError:
+    return UserError(
+        f"merge: {name} holds NaN or infinity: the base is damaged, or an adapter's product overflows; download the "
+        "base or train again"
+    )

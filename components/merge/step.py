@@ -14,7 +14,7 @@ from finemill.artifacts.model import LandedTensor, MergeRecord, ScaledAdapter, w
 from finemill.artifacts.records import content_name
 from finemill.components.merge.adapters import Addition, all_adapters, base_known_by, refuse_router
 from finemill.components.merge.config import MergeConfig
-from finemill.components.merge.files import copy_tokenizer, write_config, write_generation_config
+from finemill.components.merge.files import check_tokens, copy_tokenizer, write_config, write_generation_config
 from finemill.components.merge.four_bit import (
     FOLDER,
     four_bit_bytes,
@@ -22,6 +22,8 @@ from finemill.components.merge.four_bit import (
     write_four_bit_card,
     write_four_bit_model,
 )
+from finemill.components.merge.fp8 import FOLDER as FP8_FOLDER
+from finemill.components.merge.fp8 import fp8_bytes, fp8_link, write_fp8_card, write_fp8_model
 from finemill.components.merge.landed import check_written
 from finemill.components.merge.merged import MergedModel
 from finemill.components.merge.parity import compare_logits, link_of_logits, logits_of, probe_prompts
@@ -72,12 +74,15 @@ def _merge(
     stored = _chosen_base(unquantized, rounding, config)
     dtype = output_dtype(stored, config)
     output_dir.mkdir(parents=True, exist_ok=True)
-    size = stored.num_elements * dtype.itemsize + (four_bit_bytes(stored, dtype) if config.merged_4bit else 0)
+    size = stored.num_elements * dtype.itemsize
+    size += four_bit_bytes(stored, dtype) if config.merged_4bit else 0
+    size += fp8_bytes(stored, dtype) if config.merged_fp8 else 0
     require_space(output_dir, size, "the merged model")
     tokenizer = copy_tokenizer(adapter, base_model, output_dir)
     prompts = probe_prompts(tokenizer)
     tuned, merged = put_on(stored, addition, config)
     refuse_router(tuned, config)
+    check_tokens(tokenizer, merged.vocab_size or stored.num_tokens, adapter)
     context.recorder.log_progress("what base and adapter say to the probes")
     expected = logits_of(tuned, stored, prompts)
     trained = _trained_base(base_model, addition, rounding, prompts, config, context)
@@ -103,6 +108,7 @@ def _merge(
     tensors = check_written(written, put_on(StoredModel(base_model, used_rounding), addition, config)[1])
     landed = summarize(tensors)
     in_4_bits = _four_bits(written, dtype, prompts, found, config, context)
+    in_fp8 = _fp8(written, dtype, prompts, found, config, context)
     record = MergeRecord(
         base_model=content_name(context.references["base_model"]),
         base_known_by=known_by,
@@ -119,13 +125,16 @@ def _merge(
         **landed,
         tensors=tuple(tensors),
         base=config.base,
-        chain=(*trained, link, *in_4_bits),
+        chain=(*trained, link, *in_4_bits, *in_fp8),
     )
     write_merge(output_dir, record)
     _write_card(output_dir, record, tokenizer.chat_template, written.num_experts)
     for own in in_4_bits:
         write_four_bit_card(output_dir, record.base_model, tokenizer.chat_template, own)
-    if parity["kl"] > config.max_kl or parity["top1_agreement"] < config.min_top1_agreement:
+    for own in in_fp8:
+        write_fp8_card(output_dir, record.base_model, tokenizer.chat_template, own)
+    # Also of a model that says NaN.
+    if not (parity["kl"] <= config.max_kl and parity["top1_agreement"] >= config.min_top1_agreement):
         raise StepError(
             f"merge: the written model differs from base and adapter: KL {parity['kl']:.3g} nats per token (allowed "
             f"{config.max_kl:g}), same likeliest token at {parity['top1_agreement']:.1%} (required "
@@ -134,9 +143,11 @@ def _merge(
     return {
         **_link_metrics("trained_base", trained),
         **_link_metrics("merged_4bit", in_4_bits),
+        **_link_metrics("merged_fp8", in_fp8),
         **{f"merge/{name}": value for name, value in {**parity, **landed}.items()},
         "merge/size_bytes": _weight_bytes(output_dir),
         **({"merge/merged_4bit_size_bytes": _weight_bytes(output_dir / FOLDER)} if in_4_bits else {}),
+        **({"merge/merged_fp8_size_bytes": _weight_bytes(output_dir / FP8_FOLDER)} if in_fp8 else {}),
     }
 
 
@@ -180,7 +191,7 @@ def _trained_base(
     for stored in (StoredModel(base_model, rounding), StoredModel(base_model)):
         logits.append(logits_of(put_on(stored, addition, config)[0], stored, prompts))
     link = link_of_logits(_ADDED_TO["unquantized"], _ADDED_TO["dequantized"], prompts, *logits)
-    if link.kl > config.max_trained_base_kl:
+    if not link.kl <= config.max_trained_base_kl:
         raise StepError(
             f"merge: the base with the adapter differs from the 4-bit base that was trained on by {link.kl:.3g} nats "
             f"per token (KL; allowed {config.max_trained_base_kl:g}): train on more bits, or merge onto "
@@ -206,11 +217,36 @@ def _four_bits(
     context.recorder.log_progress("writing the merged model in 4 bits, and comparing it")
     write_four_bit_model(written, dtype)
     link = four_bit_link(written.folder, prompts, logits)
-    if link.kl > config.max_4bit_kl:
+    if not link.kl <= config.max_4bit_kl:
         raise StepError(
             f"merge: in 4 bits the merged model differs by {link.kl:.3g} nats per token (KL; allowed "
             f"{config.max_4bit_kl:g}): use finemill quantize-4bit, which keeps 16 bits where they count, or a larger "
             "max_4bit_kl"
+        )
+    return [link]
+
+
+def _fp8(
+    written: StoredModel,
+    dtype: torch.dtype,
+    prompts: Sequence[Sequence[int]],
+    logits: Sequence[torch.Tensor],
+    config: MergeConfig,
+    context: StepContext,
+) -> list[ChainLink]:
+    """The link to the merged model in FP8, which is written, where it is asked for.
+
+    Raises: StepError: FP8 makes another model of it.
+    """
+    if not config.merged_fp8:
+        return []
+    context.recorder.log_progress("writing the merged model in FP8, and comparing it")
+    write_fp8_model(written, dtype)
+    link = fp8_link(written.folder, dtype, prompts, logits)
+    if not link.kl <= config.max_fp8_kl:
+        raise StepError(
+            f"merge: in FP8 the merged model differs by {link.kl:.3g} nats per token (KL; allowed "
+            f"{config.max_fp8_kl:g}): serve the one in 16 bits, or allow a larger max_fp8_kl"
         )
     return [link]
 
@@ -271,10 +307,11 @@ def _others(record: MergeRecord) -> str:
 def refuse_quantized(base_model: Path) -> None:
     """Raises: UserError: the base's weights are quantized. Merging into them would round the adapter away."""
     config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
-    quantization = config.get("quantization_config")
+    quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise UserError(
-            f"merge: the base model is quantized ({quantization.get('quant_method', 'unknown method')}): pass the "
+            f"merge: the base model is quantized ({method or 'unknown method'}): pass the "
             "unquantized model it was made from; training in 4 bits quantizes that by itself"
         )
 

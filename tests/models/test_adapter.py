@@ -90,6 +90,16 @@ def test_damaged_files_are_one_line(base: Any, adapter: Path) -> None:
         load_adapter(base, adapter)
 
 
+def test_shards_and_adapters_inside_the_folder_are_named(base: Any, adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"found adapter_model-00001-of-00002\.safetensors .* one safetensors file"):
+        load_adapter(base, adapter)
+    (adapter / "first").mkdir()
+    (adapter / "adapter_config.json").rename(adapter / "first" / "adapter_config.json")
+    with pytest.raises(UserError, match=r"not found in .*, but in first inside it: pass one of those"):
+        load_adapter(base, adapter)
+
+
 def test_a_pickle_is_never_loaded(base: Any, adapter: Path) -> None:
     torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finemill.models.token_rows import begin_token_rows
+from finemill.models.token_rows import begin_token_rows, tokens_without_row
 
 
 @pytest.mark.parametrize(("token_ids", "rows"), [([1530, 1535], 1536), ([1536, 1537], 1538)])
@@ -23,3 +23,13 @@ def test_new_tokens_begin_as_the_mean_of_those_before_them(
         assert torch.equal(weight[token].bfloat16().float(), weight[token])
     others = [row for row in range(min(rows, 1536)) if row not in token_ids]
     assert torch.equal(weight[others], before[others])
+
+
+def test_a_special_token_that_no_chat_holds_needs_no_row(short_model_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(short_model_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert tokens_without_row(tokenizer, 1536) == {}
+    tokenizer.add_tokens(["word"])
+    assert tokens_without_row(tokenizer, 1536) == {1537: "word"}
+    tokenizer.chat_template += "<image>"
+    assert tokens_without_row(tokenizer, 1536) == {1536: "<image>", 1537: "word"}

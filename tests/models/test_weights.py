@@ -34,6 +34,13 @@ def test_a_file_that_the_index_does_not_name_does_not_count(tmp_path: Path) -> N
     assert stored_tensors(tmp_path)["a"].shape == (2, 3)
 
 
+def test_beside_a_single_file_nothing_counts_as_in_transformers(tmp_path: Path) -> None:
+    for name in ("consolidated", "adapter_model"):
+        save_file({name: torch.ones(9)}, sharded(tmp_path) / f"{name}.safetensors")
+    save_file({"a": torch.ones(5)}, tmp_path / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in stored_tensors(tmp_path).items()} == {"a": (5,)}
+
+
 def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no safetensors file in"):
         stored_tensors(tmp_path)

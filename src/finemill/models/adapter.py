@@ -21,6 +21,9 @@ from finemill.models.weights import read_header
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# Where PEFT saves a whole embedding or output matrix: as it is, trained as a whole, or below an adapter.
+_WHOLE_TABLES = ("weight", "modules_to_save.weight", "base_layer.weight", "token_adapter.base_layer.weight")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Their factors are differences from a base that PEFT changes first: added to the base itself they are noise.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -54,7 +57,11 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Raises: UserError: no adapter, not JSON, not LoRA, or LoRA whose weights do not belong on the base itself."""
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise UserError(f"{CONFIG_NAME} not found in {folder}: pass the adapter that train-qlora or train-dpo printed")
+        inside = sorted(found.parent.name for found in folder.glob(f"*/{CONFIG_NAME}"))
+        hint = f", but in {', '.join(inside)} inside it: pass one of those" if inside else ""
+        raise UserError(
+            f"{CONFIG_NAME} not found in {folder}{hint or ': pass the adapter that train-qlora or train-dpo printed'}"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -78,8 +85,10 @@ def check_adapter_weights(folder: Path) -> None:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         pickles = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).is_file()]
+        shards = sorted(found.name for found in folder.glob("adapter_model-*.safetensors"))
         found = f"only {pickles[0]}, a pickle, which can run code when loaded" if pickles else "none"
-        raise UserError(f"{folder} needs {WEIGHTS_NAME}, found {found}: save the adapter as safetensors")
+        found = f"{shards[0]} and {len(shards) - 1} more, which PEFT does not read either" if shards else found
+        raise UserError(f"{folder} needs {WEIGHTS_NAME}, found {found}: save the adapter as one safetensors file")
     header = read_header(path)
     if not header:
         raise UserError(f"{path} holds no tensor: the adapter was saved without its weights")
@@ -118,7 +127,7 @@ def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
     """
     from peft import PeftConfig, PeftModelForCausalLM
 
-    rows = token_rows(read_adapter_config(folder))
+    read_adapter_config(folder)
     check_adapter_weights(folder)
     _check_kind(folder, base)
     training = read_training(folder)
@@ -130,13 +139,13 @@ def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
                 warnings.filterwarnings("ignore", message=message)
             config = PeftConfig.from_pretrained(folder)
             config.inference_mode = True
-            _resize_embeddings(base, folder, rows, assign=assign)
+            _resize_embeddings(base, num_tokens_with(folder, base), assign=assign)
             tuned = PeftModelForCausalLM(base, config, low_cpu_mem_usage=assign)
             result = tuned.load_adapter(folder, "default", low_cpu_mem_usage=assign, torch_device="cpu")
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         line = " ".join(str(error).split())
         raise UserError(f"the adapter in {folder} does not fit the base model: {line:.300}") from error
-    _check_keys(folder, tuned, result.missing_keys, result.unexpected_keys)
+    _check_keys(folder, tuned, result.missing_keys, _without_copies(folder, tuned, result.unexpected_keys))
     if assign and base.config.get_text_config().tie_word_embeddings:
         _tie_again(base)
     return tuned.eval()
@@ -145,9 +154,7 @@ def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
 def _check_kind(folder: Path, base: Any) -> None:
     """Raises: UserError: an adapter of a dense model on a mixture of experts, or the reverse."""
     places = {name for name, _ in base.named_modules()}
-    names = (
-        name.removeprefix("base_model.model.").partition(".lora_")[0] for name in read_header(folder / WEIGHTS_NAME)
-    )
+    names = (name.removeprefix(_PREFIX).partition(".lora_")[0] for name in read_header(folder / WEIGHTS_NAME))
     strangers = [name for name in names if ".mlp." in name and name.removesuffix(".weight") not in places]
     model, of_mixture = type(base).__name__, any(name.endswith(".experts") for name in places)
     of_experts = [name for name in strangers if "expert" in name]
@@ -164,42 +171,84 @@ def _check_kind(folder: Path, base: Any) -> None:
         )
 
 
-def _resize_embeddings(base: Any, folder: Path, rows: int, *, assign: bool) -> None:
-    """Give the base as many tokens as the adapter's embedding has, where it was saved with one of its own, or `rows`.
+def num_tokens_with(folder: Path, base: Any) -> int:
+    """Rows of the embedding of `base` with the adapter in `folder`.
 
-    Raises: UserError: the adapter brings new tokens without an output matrix for them.
+    Its own, as many as the adapter's file holds of it, or more for tokens that were trained by themselves.
+    Raises: UserError: the adapter has an embedding of another size than its output matrix.
     """
     shapes = {
-        name.removeprefix("base_model.model."): tensor.shape
-        for name, tensor in read_header(folder / WEIGHTS_NAME).items()
+        name.removeprefix(_PREFIX): tensor.shape[0] for name, tensor in read_header(folder / WEIGHTS_NAME).items()
     }
     embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
-    names = {id(parameter): name for name, parameter in base.named_parameters()}
-    embedding_name, output_name = names[id(embedding.weight)], names[id(output.weight)]
-    num_tokens = len(embedding.weight)
-    if embedding_name not in shapes and rows > num_tokens:
-        begin_token_rows(base, range(num_tokens, rows))
-        return
-    new_num_tokens = shapes.get(embedding_name, (num_tokens,))[0]
-    if new_num_tokens == num_tokens:
-        return
-    if output_name != embedding_name and shapes.get(output_name, (num_tokens,))[0] != new_num_tokens:
+    paths = {id(module): path for path, module in base.named_modules()}
+    rows = {}
+    for module in (embedding, output):
+        path = paths[id(module)]
+        own = [shapes[f"{path}.{name}"] for name in _WHOLE_TABLES if f"{path}.{name}" in shapes]
+        if own or output.weight is not embedding.weight:
+            rows[f"{path}.weight"] = own[0] if own else len(module.weight)
+    if len(set(rows.values())) > 1:
+        (first, num_first), (second, num_second) = rows.items()
         raise UserError(
-            f"the adapter in {folder} brings {new_num_tokens} embeddings for the base's {num_tokens}, and no output "
-            f"matrix for them: save {output_name} with the adapter"
+            f"the adapter in {folder} needs {num_first} rows of {first} and {num_second} of {second}: save both with "
+            "the adapter (modules_to_save, or save_embedding_layers of PEFT's save_pretrained)"
         )
-    if assign or new_num_tokens < num_tokens:
-        base.resize_token_embeddings(new_num_tokens, mean_resizing=False)
-    else:
-        begin_token_rows(base, range(num_tokens, new_num_tokens))
+    num_tokens = next(iter(rows.values()), len(embedding.weight))
+    return max(num_tokens, token_rows(read_adapter_config(folder)))
+
+
+def _resize_embeddings(base: Any, num_tokens: int, *, assign: bool) -> None:
+    own = len(base.get_input_embeddings().weight)
+    if num_tokens > own and not assign:
+        begin_token_rows(base, range(own, num_tokens))
+    elif num_tokens != own:
+        base.resize_token_embeddings(num_tokens, mean_resizing=False)
 
 
 def _tie_again(base: Any) -> None:
-    """Let the output matrix follow an embedding that the adapter brought as a whole, and itself did not replace."""
-    embedding, output = base.get_input_embeddings(), base.get_output_embeddings()
-    is_hollow = type(output) is torch.nn.Linear and not any(output.weight.stride())
-    if is_hollow and type(embedding) is torch.nn.Embedding:
-        output.weight = embedding.weight
+    """Let a tied matrix that the adapter brought at one end, or alike at both, be that of both again."""
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    (embedding, from_embedding), (output, from_output) = ((end, _own_weight(end)) for end in ends)
+    is_plain = type(output) is torch.nn.Linear
+    if is_plain and (
+        _is_hollow(output.weight) or (from_embedding is not None and _equal(from_embedding, output.weight))
+    ):
+        if from_embedding is not None:
+            output.weight = from_embedding
+    elif type(embedding) is torch.nn.Embedding and _is_hollow(embedding.weight) and from_output is not None:
+        embedding.weight = from_output
+
+
+def _own_weight(end: Any) -> Any:
+    """The matrix that an end has without an adapter's products; None where it is trained as a whole."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return None if isinstance(end, ModulesToSaveWrapper) else getattr(end, "base_layer", end).weight
+
+
+def _is_hollow(weight: torch.Tensor) -> bool:
+    return not any(weight.stride())
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return not _is_hollow(one) and not _is_hollow(other) and torch.equal(one, other)
+
+
+def _without_copies(folder: Path, tuned: Any, names: Sequence[str]) -> list[str]:
+    """Those that are no second copy: PEFT saves a table that was resized under two names, and what is tied twice."""
+    held, base = read_header(folder / WEIGHTS_NAME).keys(), tuned.get_base_model()
+    paths = {id(module): path for path, module in base.named_modules()}
+    embedding, output = (paths[id(end)] for end in (base.get_input_embeddings(), base.get_output_embeddings()))
+    is_tied = base.config.get_text_config().tie_word_embeddings
+
+    def is_copy(name: str) -> bool:
+        first = name.replace(".modules_to_save.weight", ".weight")
+        if is_tied and ".token_adapter." in name:
+            first = first.replace(f"{_PREFIX}{output}.", f"{_PREFIX}{embedding}.")
+        return first != name and first in held
+
+    return [name for name in names if not is_copy(name)]
 
 
 def _check_keys(folder: Path, tuned: Any, missing: Sequence[str], unexpected: Sequence[str]) -> None:

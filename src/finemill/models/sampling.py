@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,14 @@ def read_generation_defaults(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         logger.warning("%s is not read: %s", path, error)
         return {}
+
+
+def number_of(defaults: Mapping[str, Any], name: str) -> float | None:
+    """A value of a generation config; None where there is none, or it is no number that a sampler could use."""
+    value = defaults.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) and value >= 0 else None
 
 
 def read_model_type(folder: Path) -> str | None:

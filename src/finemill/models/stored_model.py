@@ -65,19 +65,22 @@ class StoredModel:
         self._check()
         self._load_buffers()
 
-    def add_tokens(self, num_tokens: int) -> None:
-        """Give the embedding and the output matrix `num_tokens` rows if they have fewer: new ones are their mean."""
+    def set_num_tokens(self, num_tokens: int) -> None:
+        """Give the embedding and the output matrix that many rows: new ones are the mean of those in the files."""
         tables = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         for name in dict.fromkeys(name for table in tables if (name := self._names.get(id(table.weight)))):
             old = self._parameters[name]
-            if num_tokens > len(old):
-                grown = self._parameters[name] = _hollow((num_tokens, *old.shape[1:]))
+            if num_tokens != len(old):
+                resized = self._parameters[name] = _hollow((num_tokens, *old.shape[1:]))
                 del self._names[id(old)]
-                self._names[id(grown)] = name
+                self._names[id(resized)] = name
                 for table in tables:
-                    table.weight = grown if table.weight is old else table.weight
+                    table.weight = resized if table.weight is old else table.weight
         for name, table in zip((self.embedding_name, self.output_name), tables, strict=True):
             self._shapes[name] = tuple(table.weight.shape)
+            # What adapters ask for their own sizes.
+            setattr(table, "num_embeddings" if hasattr(table, "num_embeddings") else "out_features", num_tokens)
+        self.model.config.get_text_config().vocab_size = self.num_tokens
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -136,7 +139,7 @@ class StoredModel:
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the embedding, with those that were added."""
+        """Rows of the embedding, as they were set."""
         rows: int = self._shapes[self.embedding_name][0]
         return rows
 
@@ -153,13 +156,15 @@ class StoredModel:
         group = self.group_of[name]
         with self._opened(group.keys) as read:
             if group.converter is None:
-                return self._grown(name, self._rounding(name, _float32(read(next(iter(group.keys))))))
+                return self._resized(name, self._rounding(name, _float32(read(next(iter(group.keys))))))
             return self._converted(name, {key: _float32(read(key)) for key in group.keys})
 
-    def _grown(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """The values with the rows that were added."""
-        more = self._shapes[name][0] - len(values) if name in (self.embedding_name, self.output_name) else 0
-        return torch.cat([values, values.mean(0).expand(more, -1)]) if more else values
+    def _resized(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """The values with as many rows as there are tokens."""
+        if name not in (self.embedding_name, self.output_name):
+            return values
+        more = self._shapes[name][0] - len(values)
+        return torch.cat([values, values.mean(0).expand(more, -1)]) if more > 0 else values[: len(values) + more]
 
     def parts(self, name: str) -> Iterator[torch.Tensor]:
         """The values of one parameter, float32: of a stack, expert by expert; any other, all at once."""

@@ -23,3 +23,18 @@ def begin_token_rows(model: Any, token_ids: Sequence[int]) -> None:
             mean = weight[: token_ids[0]].mean(0, dtype=torch.float32)
             # TRL casts what is trained to bfloat16 and back: a preference's reference has these very rows.
             weight[list(token_ids)] = mean.bfloat16().to(weight.dtype)
+
+
+def tokens_without_row(tokenizer: Any, num_tokens: int) -> dict[int, str]:
+    """Tokens that a text may come to, by id, of which a model with `num_tokens` rows knows nothing.
+
+    A special one that the chat template never writes does not count: the tokenizer of Gemma's text models has one for
+    pictures.
+    """
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    template = str(tokenizer.chat_template or "")
+    return {
+        token_id: text
+        for text, token_id in tokenizer.get_vocab().items()
+        if token_id >= num_tokens and (token_id not in special or text in template)
+    }

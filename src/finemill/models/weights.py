@@ -12,9 +12,11 @@ from safetensors import SafetensorError, safe_open
 from finemill.errors import UserError
 
 INDEX_NAME = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 """Dtypes by the names that the safetensors format gives them."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -48,6 +50,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise UserError(f"no safetensors file in {folder}: pass a folder written by save_pretrained")
+    # Some repositories hold the weights twice, or an adapter's or another format's beside them. transformers takes the
+    # single file if there is one, else what the index names.
+    if (folder / _SINGLE) in paths:
+        return read_header(folder / _SINGLE)
     weight_map = _weight_map(folder / INDEX_NAME)
     missing = sorted(set(weight_map.values()) - {path.name for path in paths})
     if missing:
@@ -55,7 +61,6 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             f"{missing[0]} is missing in {folder} ({len(missing)} of {len(set(weight_map.values()))} files that "
             f"{INDEX_NAME} names): download or copy the model again"
         )
-    # Some repositories hold the weights twice, as one file and as shards: the index says which of them count.
     used = set(weight_map.values()) or {path.name for path in paths}
     found = {name: tensor for path in paths if path.name in used for name, tensor in read_header(path).items()}
     absent = sorted(set(weight_map) - set(found))

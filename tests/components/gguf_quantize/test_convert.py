@@ -21,7 +21,7 @@ from finemill.components.gguf_quantize.convert import Array, SourceModel
 from finemill.components.gguf_quantize.imatrix import Importance, channel_importance
 from finemill.components.gguf_quantize.mixture import ModelShape, tensor_type
 from finemill.components.gguf_quantize.verify import check_tokenization, kl_divergence
-from finemill.components.gguf_quantize.vocabulary import pre_tokenizer_name
+from finemill.components.gguf_quantize.vocabulary import check_vocabulary, pre_tokenizer_name
 from finemill.components.gguf_quantize.write import WrittenFile, write_gguf
 from finemill.errors import StepError, UserError
 from finemill.models.causal_lm import load_causal_lm
@@ -390,6 +390,12 @@ def test_an_expert_that_no_token_came_to_weighs_its_channels_alike() -> None:
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 
 
+LLAMA_3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -399,6 +405,10 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
         ({"rope_parameters": {**YARN, "beta_fast": 4.0}}, r"YaRN's beta_fast 4\.0"),
         ({"rope_parameters": {**YARN, "truncate": False}}, "YaRN's truncate False"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope type 'dynamic'"),
+        (
+            {"rope_parameters": LLAMA_3},
+            "rope type 'llama3' is not supported; supported in this family are default, lin",
+        ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_"),
         (
             {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "layer_types": None},
@@ -506,6 +516,12 @@ def test_the_context_length_is_that_of_the_scaled_positions(stated: int, qwen2_d
     assert found == [128, 32]
 
 
+def test_more_positions_than_the_model_has_are_refused(qwen2_dir: Path) -> None:
+    SourceModel(qwen2_dir, context_length=512).check()
+    with pytest.raises(UserError, match="context_length 513 is more than the model's 512 positions"):
+        SourceModel(qwen2_dir, context_length=513).check()
+
+
 def test_up_to_its_window_a_sliding_model_is_the_same(qwen2_dir: Path, tmp_path: Path) -> None:
     values = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1, "layer_types": None}
     folder = configured(qwen2_dir, tmp_path / "m", **values).folder
@@ -550,3 +566,38 @@ def test_more_embeddings_than_tokens_are_written_as_unused(tiny_model_dir: Path,
     model.save_pretrained(folder)
     write(folder, tmp_path / "m.gguf", "F16")
     assert mean_kl(folder, tmp_path / "m.gguf") < 1e-4
+
+
+@pytest.mark.parametrize("layout", ["language_model.model.", "model.language_model."])
+def test_of_a_model_that_sees_the_text_part_is_written(layout: str, gemma3_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(gemma3_dir, tmp_path / "m"))
+    text = {
+        name.replace("model.", layout, 1): weight for name, weight in load_file(folder / "model.safetensors").items()
+    }
+    others = {
+        name: torch.ones(4) for name in ("vision_tower.post_layernorm.weight", "multi_modal_projector.norm.weight")
+    }
+    save_file({**text, **others}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": config}
+    (folder / "config.json").write_text(json.dumps(whole))
+    write(folder, tmp_path / "seeing.gguf", "F16")
+    write(gemma3_dir, tmp_path / "text.gguf", "F16")
+    assert (tmp_path / "seeing.gguf").read_bytes() == (tmp_path / "text.gguf").read_bytes()
+
+
+def test_weights_that_are_no_numbers_are_named(qwen2_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen2_dir, tmp_path / "m"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = math.inf
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds NaN or infinity"):
+        write(folder, tmp_path / "m.gguf", "F16")
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content }", "{{ raise_exception('no') }}"])
+def test_a_chat_template_that_runs_on_no_chat_is_named(template: str, qwen2_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen2_dir, tmp_path / "m"))
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=r"the chat template in .* cannot be run"):
+        check_vocabulary(SourceModel(folder))

@@ -38,3 +38,8 @@ def test_greedy_decoding_is_temperature_zero(tmp_path: Path) -> None:
     found = fields(tmp_path, "builtin:tiny-qwen3", do_sample=False)
     assert found["general.sampling.temp"] == 0.0
     assert "general.base_model.count" not in found
+
+
+@pytest.mark.parametrize("temperature", ["0.7", True, -1, float("nan"), [1]])
+def test_a_value_that_no_sampler_could_use_is_left_out(temperature: object, tmp_path: Path) -> None:
+    assert "general.sampling.temp" not in fields(tmp_path, "builtin:tiny-qwen3", temperature=temperature)

@@ -18,7 +18,7 @@ from finemill.artifacts.model import MergeRecord, write_merge
 from finemill.components.gguf_quantize.config import GGUFQuantizeConfig
 from finemill.components.gguf_quantize.convert import SourceModel
 from finemill.components.gguf_quantize.imatrix import channel_importance
-from finemill.components.gguf_quantize.step import default_name
+from finemill.components.gguf_quantize.step import _other_tokens, default_name
 from finemill.components.gguf_quantize.step import run as quantize_gguf
 from finemill.components.gguf_quantize.verify import (
     Comparison,
@@ -227,6 +227,21 @@ def test_a_file_that_llama_cpp_cannot_load_is_an_error_in_one_line(tmp_path: Pat
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(StepError, match=r"does not load broken\.gguf"), serve(tmp_path / "broken.gguf", 1, 64):
         pass
+
+
+def test_a_dataset_of_another_tokenizer_and_one_without_short_answers_are_refused(
+    llama_dir: Path, tiny_model_dir: Path, tiny_dataset_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"token id \d+, the model only 312 tokens: it was made for another tokenizer"):
+        run(llama_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["F16"])
+    with pytest.raises(UserError, match="has an answer within 4 tokens"):
+        run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["F16"], context_length=4)
+
+
+def test_what_llama_cpp_splits_otherwise_is_said() -> None:
+    assert _other_tokens({"F16": {"tokenization_match": 1.0}}) == []
+    (line,) = _other_tokens({"F16": {"tokenization_match": 0.75}})
+    assert "other tokens of 25.0% of the texts" in line
 
 
 def test_a_tokenizer_that_differs_is_caught(tiny_model_dir: Path, llama_dir: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable
@@ -293,6 +294,78 @@ def test_new_tokens_make_the_merged_model_larger(
     assert len(model.get_output_embeddings().weight) == 1600
 
 
+@pytest.mark.parametrize(
+    ("tied", "settings"),
+    [
+        (False, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        (False, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+        (True, {"target_modules": ["q_proj", "embed_tokens"]}),
+        (True, {"target_modules": ["lm_head"]}),
+        (True, {"trainable_token_indices": [1540, 1550]}),
+    ],
+)
+def test_a_table_that_grew_before_it_was_trained_is_written_so(
+    tied: bool, settings: dict[str, Any], tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base", tied=tied)
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **settings})
+    adapter = adapter_dir(base, tmp_path / "adapter", config, num_tokens=1600)
+    merged = AutoModelForCausalLM.from_pretrained(
+        merge(base, adapter, tmp_path / "merged", step_context), dtype=torch.float32
+    )
+    tuned = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned.resize_token_embeddings(1600, mean_resizing=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = PeftModel.from_pretrained(tuned, adapter).eval()
+    ids = torch.tensor([[5, 700, 1540, 1550]])
+    with torch.inference_mode():
+        expected, found = (model(ids).logits.log_softmax(-1) for model in (tuned, merged))
+    assert merged.config.vocab_size == 1600
+    assert float((expected.exp() * (expected - found)).sum(-1).mean()) < 1e-3
+
+
+def test_a_tokenizer_with_more_tokens_than_the_merged_model_is_refused(
+    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base")
+    adapter = adapter_dir(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"]))
+    definition = json.loads((base / "tokenizer.json").read_text())
+    definition["added_tokens"].append(
+        {**definition["added_tokens"][-1], "id": 1536, "content": "<new>", "special": False}
+    )
+    (adapter / "tokenizer.json").write_text(json.dumps(definition))
+    shutil.copy(base / "tokenizer_config.json", adapter / "tokenizer_config.json")
+    with pytest.raises(UserError, match=r"token id 1536, '<new>', the merged model only 1536 .*modules_to_save"):
+        merge(base, adapter, tmp_path / "merged", step_context)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_a_base_that_holds_no_numbers_is_named(
+    name: str, tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base")
+    adapter = adapter_dir(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    weights = load_file(base / "model.safetensors")
+    weights[name].view(-1)[5] = math.nan
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=rf"{name.removesuffix('.weight')}.* holds NaN or infinity: the base is damaged"
+    ):
+        merge(base, adapter, tmp_path / "merged", step_context)
+
+
+def test_an_adapter_that_acts_on_some_tokens_only_is_refused(
+    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=["q_proj"], alora_invocation_tokens=[5, 7], task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match=r"trained with alora_invocation_tokens.* serve base and adapter unmerged"):
+        merge(base, adapter_dir(base, tmp_path / "adapter", config), tmp_path / "merged", step_context)
+
+
 def test_new_tokens_without_an_output_matrix_are_refused(
     tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
 ) -> None:
@@ -301,7 +374,7 @@ def test_new_tokens_without_an_output_matrix_are_refused(
     tensors = load_file(adapter / "adapter_model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if "lm_head" not in name}
     save_file(kept, adapter / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"brings 1600 embeddings for the base's 1536, and no output matrix"):
+    with pytest.raises(UserError, match=r"needs 1600 rows of model.embed_tokens.weight and 1536 of lm_head.weight"):
         merge(base, adapter, tmp_path / "merged", step_context)
 
 

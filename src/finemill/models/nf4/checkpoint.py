@@ -1,7 +1,6 @@
 """A base in NF4 on the disk, as bitsandbytes and transformers write it."""
 
 import json
-import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -9,20 +8,18 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from finemill.artifacts.records import write_json
+from finemill.models.checkpoint_files import copy_small_files, parameters
 from finemill.models.nf4.encode import encoded, encoded_shapes
 from finemill.models.stored_model import StoredModel
 from finemill.models.write_weights import Shapes, write_model
 
 _MAX_SHARD_SIZE = "4GB"
-# What lies beside the weights and says how the model is used.
-_SMALL_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "additional_chat_templates/*.jinja")
-_WRITTEN_ANEW = ("config.json", "*.index.json")
 
 
 def checkpoint_shapes(stored: StoredModel, quantized: Collection[str], dtype: torch.dtype) -> Shapes:
     """Shape and type of every tensor of a checkpoint with the layers `quantized` in NF4, the others in `dtype`."""
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for key, name in _parameters(stored):
+    for key, name in parameters(stored):
         tensor = stored.tensors[key]
         if name.removesuffix(".weight") in quantized:
             shapes |= encoded_shapes(key, tensor.num_elements)
@@ -52,21 +49,11 @@ def write_checkpoint(
     )
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", config | {"quantization_config": quantization.to_dict()})
-    for pattern in _SMALL_FILES:
-        for path in stored.folder.glob(pattern):
-            if not any(path.match(name) for name in _WRITTEN_ANEW):
-                target = folder / path.relative_to(stored.folder)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
-
-
-def _parameters(stored: StoredModel) -> Iterator[tuple[str, str]]:
-    """Stored names, and the model's, of every tensor that it has a use for; of a dense model, one for one."""
-    return ((key, group.names[0]) for group in stored.groups if group.names for key in group.keys)
+    copy_small_files(stored.folder, folder)
 
 
 def _tensors(stored: StoredModel, quantized: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    for key, name in _parameters(stored):
+    for key, name in parameters(stored):
         values = stored.read(name)
         if name.removesuffix(".weight") in quantized:
             yield from encoded(key, values, dtype).items()
