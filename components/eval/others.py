@@ -2,15 +2,19 @@
 
 import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from finemill.artifacts.chain import ChainLink
 from finemill.artifacts.dataset import DatasetRow, read_dataset_rows, spread
 from finemill.artifacts.evaluation import Sample
+from finemill.artifacts.files import GGUF_FILE
+from finemill.artifacts.gguf import read_gguf_record
 from finemill.artifacts.metrics import delta_metric, model_metric
+from finemill.artifacts.model import read_merge
 from finemill.asking.find_model import FoundModel, find_model
 from finemill.asking.open_model import OpenModel, open_model
 from finemill.components.eval.config import EvalConfig
@@ -27,6 +31,17 @@ _PARALLEL = 4
 def find_others(config: EvalConfig, base_model: str) -> dict[str, FoundModel]:
     """The further models by name, before anything is spent on the first. Raises: UserError: one is not there."""
     return {name: find_model(model, base_model=base_model) for name, model in config.models.items()}
+
+
+def read_chain(found: Iterable[FoundModel]) -> list[ChainLink]:
+    """How the models that were exported differ from what they were made of, as merge and gguf-quantize recorded it."""
+    links: dict[tuple[str, str], ChainLink] = {}
+    for model in found:
+        merged = read_merge(model.folder) if model.folder and not model.adapter else None
+        files = model.gguf.parent if model.gguf else None
+        quantized = read_gguf_record(files).chain if files and (files / GGUF_FILE).is_file() else ()
+        links.update({(link.name, link.against): link for link in (*(merged.chain if merged else ()), *quantized)})
+    return sorted(links.values(), key=lambda link: link.against == "merged")
 
 
 def ask_others(

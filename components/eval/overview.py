@@ -9,7 +9,7 @@ from finemill.artifacts.evaluation import Sample
 from finemill.artifacts.metrics import BROKEN, FIXED, Z95, delta_metric, model_metric, stderr_of
 from finemill.components.eval.metrics import sources
 
-_COMMIT = re.compile(r"@([0-9a-f]{8})[0-9a-f]{32}$")
+_COMMIT = re.compile(r"(?P<name>[^/]+@[0-9a-f]{8})[0-9a-f]{32}(?:/(?P<part>.+))?$")
 _MINUS = "\N{MINUS SIGN}"
 # What a reader looks at first.
 _ORDER = {"broken": 0, "wrong": 1, "unscored": 2, "fixed": 3, "right": 4}
@@ -110,5 +110,8 @@ def heat_map(tuned: Sequence[Sample]) -> HeatMap | None:
 
 
 def short_name(source: str) -> str:
-    """A source as people speak of it: the last part of a path, of a commit its first digits."""
-    return _COMMIT.sub(r"@\1", source.rstrip("/").rpartition("/")[2] or source)
+    """A source as people speak of it: the last part of a path; of a repository at a commit, its name and what in it."""
+    commit = _COMMIT.search(source)
+    if commit:
+        return f"{commit['name']} {commit['part']}" if commit["part"] else commit["name"]
+    return source.rstrip("/").rpartition("/")[2] or source

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from finemill.artifacts.adapter import TrainingRecord, read_training
+from finemill.artifacts.chain import ChainLink, chain_table
 from finemill.artifacts.evaluation import Sample
 from finemill.artifacts.files import REPORT_PAGE, REPORT_TEXT
 from finemill.artifacts.metrics import (
@@ -48,6 +49,7 @@ class Measure:
     lower_is_better: bool = False
 
 
+_LENGTH = "generated_tokens"
 MEASURES = (
     Measure("exact_match", "Exact match", "final answer equals the expected one", as_percent=True),
     Measure("cut_off_rate", "Cut off", "no answer before the longest length", as_percent=True, lower_is_better=True),
@@ -65,10 +67,10 @@ MEASURES = (
     Measure("format_ok_rate", "Well-formed", "turn ended, thinking block as in the reference", as_percent=True),
     Measure("think_closed_rate", "Thinking closed", "of the thinking blocks opened", as_percent=True),
     Measure("regression/accuracy", "Kept abilities", "45 questions that are not of this data", as_percent=True),
-    Measure("regression/instructions", "... instructions", "", as_percent=True),
-    Measure("regression/arithmetic", "... arithmetic", "", as_percent=True),
-    Measure("regression/reading", "... reading", "", as_percent=True),
-    Measure("generated_tokens", "Answer length", "tokens, the end of turn included", as_percent=False),
+    Measure("regression/instructions", "Kept: instructions", "", as_percent=True),
+    Measure("regression/arithmetic", "Kept: arithmetic", "", as_percent=True),
+    Measure("regression/reading", "Kept: reading", "", as_percent=True),
+    Measure(_LENGTH, "Answer length", "tokens, the end of turn included", as_percent=False),
 )
 
 
@@ -86,20 +88,23 @@ def _task_measures(metrics: Mapping[str, float]) -> list[Measure]:
     ]
 
 
-_OF_OTHERS = ("exact_match", "cut_off_rate", "rougeL", "chrf", "tool_calls", "format_ok_rate", "generated_tokens")
+_AGAINST = "against"
+_OF_OTHERS = ("exact_match", "cut_off_rate", "rougeL", "chrf", "tool_calls", "format_ok_rate", _LENGTH)
 _BY_SOURCE = ("exact_match", "rougeL", "preference_accuracy", "loss", "format_ok_rate")
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A line of a table: texts for base, tuned and the difference, and whether tuned is better."""
+    """A line of a table: texts for base, tuned and the difference, each with its 95 % interval, and whether tuned is
+    better.
+    """
 
     title: str
     meaning: str
     base: str
-    base_error: str
+    base_interval: str
     tuned: str
-    tuned_error: str
+    tuned_interval: str
     delta: str
     interval: str
     verdict: str
@@ -115,8 +120,14 @@ def write_reports(
     adapter: Path,
     config: EvalConfig,
     context: StepContext,
+    chain: Sequence[ChainLink] = (),
 ) -> None:
-    """Write report.html and report.md; `others` holds further models' samples by name, of some of the same rows."""
+    """Write report.html and report.md.
+
+    Args:
+        others: further models' samples by name, of some of the same rows.
+        chain: how the further models that were exported differ from what they were made of.
+    """
     training = read_training(adapter)
     by_id = {name: {sample.id: sample for sample in samples} for name, samples in others.items()}
     shown = worst_first(list(zip(base, tuned, strict=True)))[: config.report_rows]
@@ -133,6 +144,8 @@ def write_reports(
         by_source=[(name, headline_rows(metrics, f"{part}/")) for name, part in metric_parts(sources(base)).items()],
         chart=training_chart(training) if training else None,
         others=other_models(metrics, others),
+        chain=(links := chain_table(chain)),
+        chain_titles=list(dict.fromkeys(title for cells in links.values() for title in cells if title != _AGAINST)),
         thinking=think_lengths({"base": base, "tuned": tuned, **others}),
         samples=[
             _shown_sample(one, other, {name: rows[one.id] for name, rows in by_id.items() if one.id in rows})
@@ -144,7 +157,7 @@ def write_reports(
         number=_number,
     )
     (output_dir / REPORT_PAGE).write_text(page, encoding="utf-8")
-    (output_dir / REPORT_TEXT).write_text(_markdown(metrics, others, context), encoding="utf-8")
+    (output_dir / REPORT_TEXT).write_text(_markdown(metrics, others, chain, context), encoding="utf-8")
 
 
 def headline_rows(metrics: Mapping[str, float], source: str = "") -> list[TableRow]:
@@ -204,13 +217,13 @@ def _other_cell(measure: Measure, metrics: Mapping[str, float], name: str) -> Ot
     delta = metrics.get(model_metric(name, f"delta/{measure.key}"))
     if value is None:
         return OtherCell("", "", "", "", "")
-    error = _error(measure, metrics.get(stderr_of(model_metric(name, measure.key))))
+    error = _interval(measure, metrics.get(stderr_of(model_metric(name, measure.key))))
     if delta is None:
         return OtherCell(_value(measure, value), error, "", "", "")
-    margin = Z95 * metrics.get(stderr_of(model_metric(name, f"delta/{measure.key}")), 0.0)
+    paired = metrics.get(stderr_of(model_metric(name, f"delta/{measure.key}")), 0.0)
     better = (delta < 0) == measure.lower_is_better
-    said = ("better" if better else "worse") if abs(delta) > margin else ""
-    return OtherCell(_value(measure, value), error, _signed(measure, delta), _error(measure, margin), said)
+    said = ("better" if better else "worse") if abs(delta) > Z95 * paired else ""
+    return OtherCell(_value(measure, value), error, _signed(measure, delta), _interval(measure, paired), said)
 
 
 def _table_row(measure: Measure, metrics: Mapping[str, float], source: str) -> TableRow:
@@ -219,18 +232,17 @@ def _table_row(measure: Measure, metrics: Mapping[str, float], source: str) -> T
     errors = [metrics.get(stderr_of(name)) for name in names]
     delta = tuned - base
     paired = metrics.get(stderr_of(delta_metric(f"{source}{measure.key}")))
-    margin = Z95 * paired if paired is not None else None
-    clear = margin is not None and abs(delta) > margin
+    clear = paired is not None and abs(delta) > Z95 * paired
     improved = (delta < 0) == measure.lower_is_better
     return TableRow(
         measure.title,
         "" if source else measure.meaning,
         _value(measure, base),
-        _error(measure, errors[0]),
+        _interval(measure, errors[0]),
         _value(measure, tuned),
-        _error(measure, errors[1]),
+        _interval(measure, errors[1]),
         _signed(measure, delta),
-        _error(measure, margin),
+        _interval(measure, paired),
         ("better" if improved else "worse") if clear else "",
     )
 
@@ -238,7 +250,7 @@ def _table_row(measure: Measure, metrics: Mapping[str, float], source: str) -> T
 def _value(measure: Measure, value: float) -> str:
     if measure.as_percent:
         return f"{100 * value:.1f} %"
-    return _number(value)
+    return f"{value:,.1f}" if measure.key == _LENGTH else _number(value)
 
 
 def _number(value: float, sign: str = "") -> str:
@@ -246,25 +258,49 @@ def _number(value: float, sign: str = "") -> str:
     return format(value, f"{sign},.0f") if abs(value) >= 1000 else format(value, f"{sign}#.3g").rstrip(".")
 
 
-def _error(measure: Measure, value: float | None) -> str:
-    if value is None:
+def _interval(measure: Measure, error: float | None) -> str:
+    """Half the width of the 95 % interval of a value with this standard error."""
+    if error is None:
         return ""
-    return f"± {100 * value:.1f}" if measure.as_percent else f"± {value:#.2g}"
+    return f"± {100 * Z95 * error:.1f}" if measure.as_percent else f"± {Z95 * error:#.2g}"
 
 
 def _signed(measure: Measure, delta: float) -> str:
     if measure.as_percent:
         return f"{100 * delta:+.1f}".replace("-", _MINUS)
+    if measure.key == _LENGTH:
+        return f"{delta:+,.1f}".replace("-", _MINUS)
     return _number(delta, "+").replace("-", _MINUS)
+
+
+@dataclass(frozen=True)
+class ShownAnswer:
+    """One model's answer in the page."""
+
+    name: str
+    sample: Sample
+    pieces: list[tuple[str, str]]
+    repeats_tuned: bool
+    """Whether a further model says what the tuned one says, word for word."""
 
 
 def _shown_sample(base: Sample, tuned: Sample, others: Mapping[str, Sample]) -> dict[str, Any]:
     named = {"base": base, "tuned": tuned, **others}
+    prompt = segments(base.prompt)
     return {
-        "prompt": segments(base.prompt),
+        # The turn that the models write begins below.
+        "prompt": prompt[:-1] if prompt and prompt[-1][0] == "role" else prompt,
         "reference": segments(base.reference),
         "rejected": segments(base.rejected or ""),
-        "answers": [(name, sample, segments(sample.completion)) for name, sample in named.items()],
+        "answers": [
+            ShownAnswer(
+                name,
+                sample,
+                segments(sample.completion),
+                repeats_tuned=name in others and sample.completion == tuned.completion,
+            )
+            for name, sample in named.items()
+        ],
         "answer": base.answer,
         "source": base.source,
         "id": base.id,
@@ -332,18 +368,24 @@ def _title(context: StepContext) -> str:
     return base.split("/")[-1].removeprefix("builtin:") or "base model"
 
 
-def _markdown(metrics: Mapping[str, float], others: Mapping[str, Sequence[Sample]], context: StepContext) -> str:
+def _markdown(
+    metrics: Mapping[str, float],
+    others: Mapping[str, Sequence[Sample]],
+    chain: Sequence[ChainLink],
+    context: StepContext,
+) -> str:
     lines = [
         f"# {_title(context)}: base against tuned, {metrics[ROWS]:.0f} held-out rows",
         "",
         verdict(metrics),
         "",
-        "| | base | tuned | change (95 %) |",
+        "| ± 95 % | base | tuned | change |",
         "| --- | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {row.title} | {row.base} {row.base_error} | {row.tuned} {row.tuned_error} | {row.delta} {row.interval} |"
-        for row in headline_rows(metrics)
+        f"| {one.title} | {one.base} {one.base_interval} | {one.tuned} {one.tuned_interval} "
+        f"| {one.delta} {one.interval} |"
+        for one in headline_rows(metrics)
     ]
     further = other_models(metrics, others)
     if further:
@@ -357,6 +399,13 @@ def _markdown(metrics: Mapping[str, float], others: Mapping[str, Sequence[Sample
             + " | ".join(f"{cell.value} ({cell.change} {cell.interval})".replace("( )", "") for cell in line.cells)
             + " |"
             for line in further.lines
+        ]
+    links = chain_table(chain)
+    if links:
+        titles = list(dict.fromkeys(title for cells in links.values() for title in cells))
+        lines += ["", f"| form | {' | '.join(titles)} |", "| --- | --- |" + " ---: |" * (len(titles) - 1)]
+        lines += [
+            f"| {name} | {' | '.join(cells.get(title, '') for title in titles)} |" for name, cells in links.items()
         ]
     return "\n".join(re.sub(r" +\|", " |", line) for line in lines) + "\n"
 

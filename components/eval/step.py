@@ -18,7 +18,7 @@ from finemill.components.eval.config import EvalConfig
 from finemill.components.eval.harness import read_tasks, score_tasks
 from finemill.components.eval.loss import assistant_losses
 from finemill.components.eval.metrics import summarize
-from finemill.components.eval.others import ask_others, find_others, summarize_others
+from finemill.components.eval.others import ask_others, find_others, read_chain, summarize_others
 from finemill.components.eval.regression import read_regression_set, score_regression
 from finemill.components.eval.report import write_reports
 from finemill.components.eval.sample import score_answer
@@ -52,6 +52,7 @@ def run(
     _check_rules(config)
     _check_base(adapter, config, context)
     further = find_others(config, context.references["base_model"])
+    links = read_chain(further.values())
     rows = read_held_out(dataset, config.split)
     rows = spread(rows, config.max_rows or len(rows))
     context.recorder.log_progress(f"loading the model for {len(rows)} rows")
@@ -102,7 +103,7 @@ def run(
         metrics |= score_regression(questions, {name: found[len(rows) :] for name, found in answers.items()})
     write_metrics(output_dir, metrics)
     write_samples(output_dir, [*samples["base"], *samples["tuned"], *itertools.chain(*others.values())])
-    write_reports(output_dir, samples["base"], samples["tuned"], others, metrics, adapter, config, context)
+    write_reports(output_dir, samples["base"], samples["tuned"], others, metrics, adapter, config, context, links)
     return metrics
 
 

@@ -67,6 +67,7 @@ def test_prompts_of_one_length_have_columns_all_the_same() -> None:
         ("own", "own"),
         ("/", "/"),
         (f"hf://openai/gsm8k@{'0123456789' * 4}", "gsm8k@01234567"),
+        (f"hf://openai/gsm8k@{'0123456789' * 4}/main", "gsm8k@01234567 main"),
     ],
 )
 def test_a_source_is_called_by_the_last_part_of_its_path(source: str, name: str) -> None:

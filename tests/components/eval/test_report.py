@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from finemill.artifacts.adapter import TrainingRecord, write_training
+from finemill.artifacts.chain import ChainLink
 from finemill.artifacts.evaluation import Sample
 from finemill.artifacts.metrics import ModelName
 from finemill.components.eval.chart import nice_ticks, training_chart
@@ -32,6 +33,13 @@ def history(*entries: dict[str, float]) -> TrainingRecord:
     return TrainingRecord(max_steps=5, log_history=entries)
 
 
+def link(name: str, against: str) -> ChainLink:
+    return ChainLink(
+        name=name, against=against, kl=0.03, kl_error=0.001, perplexity=2.8, loss_change=-0.01, loss_change_error=0.001,
+        same_token=0.94, same_token_error=0.01, positions=90,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def page(tmp_path: Path, step_context: StepContext) -> str:
     base = [make_sample("base", right) for right in (False, False, True)]
@@ -47,6 +55,7 @@ def page(tmp_path: Path, step_context: StepContext) -> str:
         tmp_path,
         EvalConfig(),
         replace(step_context, references=references),
+        [link("merged", HOSTILE), link("Q4_K_M", "merged")],
     )
     return (tmp_path / "report.html").read_text()
 
@@ -88,6 +97,20 @@ def test_a_fixed_problem_is_marked_as_such(page: str) -> None:
     elements.feed(page)
     changes = [value for name, value in elements.attributes if name == "data-change"]
     assert changes == ["fixed", "right", "wrong", "wrong", "fixed", "right"]
+
+
+def test_the_way_from_training_to_the_file_is_a_table_with_intervals(page: str) -> None:
+    elements = Elements()
+    elements.feed(page)
+    text = " ".join(elements.text.split())
+    assert "Q4_K_Magainst merged0.03 ± 0.002" in text
+    assert "\N{MINUS SIGN}0.01 ± 0.002" in text
+
+
+def test_an_answer_that_repeats_the_tuned_model_is_not_written_again(page: str) -> None:
+    elements = Elements()
+    elements.feed(page)
+    assert elements.text.count("word for word as tuned") == 3
 
 
 def test_the_page_has_the_training_curve(page: str) -> None:
