@@ -11,16 +11,20 @@ import yaml
 from hera.workflows.models import Affinity, EnvVarSource, Volume, VolumeMount
 
 from finemill.config import parse_config
+from finemill.credentials import SECRET_VARIABLES
 from finemill.pipelines.catalog import PIPELINES
 from finemill.pipelines.cluster import CACHE_PATH, SHARED_MEMORY_PATH, ClusterConfig
 from finemill.pipelines.names import (
     FILE_KEY,
     LABEL_KEY,
     LABEL_VALUE,
+    LONGEST_NAME,
+    MOUNT_PATH,
     NAME,
     OWN_LABEL,
     REPOSITORY,
     RESOURCE,
+    SHORT_NAME,
     TAG,
     VARIABLE,
 )
@@ -37,8 +41,11 @@ NOT_ZERO = {"not": {"type": "string", "pattern": "^[0.]+([a-zA-Z]|$)"}}
 CPU = {"type": ["string", "number"], "pattern": CPU_PATTERN, "exclusiveMinimum": 0, **NOT_ZERO}
 MEMORY = {"type": ["string", "integer"], "pattern": MEMORY_PATTERN, "minimum": 2**20, **NOT_ZERO}
 # Everybody who may read the ConfigMap would read a password in it.
-URL = {"pattern": r"^(https?://[^/\s@]+(/\S*)?)?$"}
-NAMED = {"pattern": f"^$|{NAME}"}
+PORT = "(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
+URL = {"pattern": rf"^(https?://([^\[\]/\s@:]+|\[[0-9A-Fa-f:.]+\])(:{PORT})?(/\S*)?)?$"}
+NAMED = {"pattern": f"^$|{NAME}", "maxLength": LONGEST_NAME}
+# What Argo and Kubernetes keep seconds in.
+LONGEST_S = 2**31 - 1
 # Argo would evaluate it.
 PLAIN = {"type": "string", "not": {"pattern": r"\{\{"}}
 KEYS = {"propertyNames": {"pattern": LABEL_KEY}}
@@ -48,10 +55,17 @@ TOLERATIONS = {
         "type": "object",
         "additionalProperties": False,
         "properties": {
-            **{key: {"type": "string"} for key in ("key", "value")},
+            "key": {"type": "string", "pattern": f"^$|{LABEL_KEY}"},
+            "value": {"type": "string", "pattern": LABEL_VALUE},
             "operator": {"enum": ["Exists", "Equal"]},
             "effect": {"enum": ["", "NoSchedule", "PreferNoSchedule", "NoExecute"]},
             "tolerationSeconds": {"type": "integer"},
+        },
+        "if": {"properties": {"operator": {"const": "Exists"}}, "required": ["operator"]},
+        "then": {"properties": {"value": {"const": ""}}},
+        "else": {"properties": {"key": {"minLength": 1}}, "required": ["key"]},
+        "dependencies": {
+            "tolerationSeconds": {"properties": {"effect": {"const": "NoExecute"}}, "required": ["effect"]}
         },
     }
 }
@@ -63,12 +77,24 @@ ENVIRONMENT = {
         "properties": {
             "name": {"type": "string", "pattern": VARIABLE},
             "value": PLAIN,
-            "valueFrom": {"$ref": "#/definitions/EnvVarSource"},
+            "valueFrom": {"allOf": [{"$ref": "#/definitions/EnvVarSource"}, {"minProperties": 1, "maxProperties": 1}]},
         },
+        # Whoever may read workflows would read it.
+        "if": {"properties": {"name": {"enum": sorted(SECRET_VARIABLES)}}},
+        "then": {"properties": {"value": {"const": "from a Secret, by valueFrom"}}},
+        "dependencies": {"value": {"properties": {"valueFrom": False}}},
     }
 }
 OF_KUBERNETES = (Affinity, EnvVarSource, Volume, VolumeMount)
 """What values hold as Kubernetes spells it."""
+# A name and one source.
+VOLUME = {"minProperties": 2, "maxProperties": 2, "properties": {"name": {"pattern": SHORT_NAME}}}
+MOUNT = {
+    "properties": {
+        "mountPath": {"pattern": MOUNT_PATH},
+        "subPath": {"not": {"pattern": r"^/|(^|/)\.\.(/|$)"}},
+    }
+}
 EGRESS = {
     "items": {
         "type": "object",
@@ -78,7 +104,7 @@ EGRESS = {
 }
 NAMES = (
     *(f"{service}.existingSecret" for service in ("s3", "mlflow", "hub")),
-    *("caBundle.configMap", "cache.existingClaim", "gpu.queue", "priorityClassName", "serviceAccount.name"),
+    *("caBundle.configMap", "cache.existingClaim", "priorityClassName", "serviceAccount.name"),
 )
 SIZES = ("small", "large", "gpu")
 VOLUMES = ("tmp", "cache", "shared-memory", "ca-bundle")
@@ -97,14 +123,17 @@ RULES: dict[str, dict[str, Any]] = {
     "s3.endpointUrl": URL,
     "hub.endpoint": URL,
     # Plug-ins have schemes of their own; a host and a port are none.
-    "mlflow.trackingUri": {"not": {"pattern": "^[^/:]+:[0-9]+(/|$)|//[^/@]*:[^/@]*@"}},
+    "mlflow.trackingUri": {
+        "not": {"pattern": "^[^/:]+:[0-9]+(/|$)|//[^/@]*:[^/@]*@|[?&][^=]*(token|secret|password|key)="}
+    },
     "images.pullPolicy": {"enum": ["IfNotPresent", "Always", "Never"]},
     "images.cpu.digest": {"pattern": "^(sha256:[0-9a-f]{64})?$"},
     "images.train.digest": {"pattern": "^(sha256:[0-9a-f]{64})?$"},
     **{f"images.{role}.repository": {"pattern": REPOSITORY} for role in IMAGES},
     **{f"images.{role}.tag": {"pattern": f"^$|{TAG}"} for role in IMAGES},
     **dict.fromkeys(NAMES, NAMED),
-    "images.pullSecrets": {"items": {"type": "string", "pattern": NAME}},
+    "gpu.queue": {"pattern": f"^$|{SHORT_NAME}"},
+    "images.pullSecrets": {"items": {"type": "string", **NAMED, "minLength": 1}},
     "caBundle.key": {"pattern": FILE_KEY},
     "gpu.resource": {"pattern": RESOURCE},
     "gpu.count": {"minimum": 0},
@@ -115,8 +144,12 @@ RULES: dict[str, dict[str, Any]] = {
     "gpu.tolerations": TOLERATIONS,
     "extraEnv": ENVIRONMENT,
     "affinity": {"$ref": "#/definitions/Affinity"},
-    "extraVolumes": {"items": {"allOf": [{"$ref": "#/definitions/Volume"}, _but("name", VOLUMES)]}},
-    "extraVolumeMounts": {"items": {"allOf": [{"$ref": "#/definitions/VolumeMount"}, _but("mountPath", PATHS)]}},
+    "extraVolumes": {
+        "items": {"allOf": [{"$ref": "#/definitions/Volume"}, VOLUME, _but("name", VOLUMES)]},
+    },
+    "extraVolumeMounts": {
+        "items": {"allOf": [{"$ref": "#/definitions/VolumeMount"}, MOUNT, _but("mountPath", PATHS)]},
+    },
     "networkPolicy.extraEgress": EGRESS,
     "podLabels": {**LABELS, "propertyNames": {"pattern": LABEL_KEY, "not": {"pattern": OWN_LABEL}}},
     "podAnnotations": {"additionalProperties": PLAIN, **KEYS},
@@ -126,10 +159,10 @@ RULES: dict[str, dict[str, Any]] = {
     "workflow.namePrefix": {"pattern": "^([a-z0-9]([a-z0-9-]*))?$", "maxLength": 40},
     "schedule.cron": {"pattern": cron_pattern()},
     "schedule.timezone": {"enum": TIMEZONES},
-    "serviceAccount.annotations": {"additionalProperties": {"type": "string"}},
-    "workflow.terminationGracePeriodSeconds": {"minimum": 1},
-    "workflow.timeoutSeconds": {"minimum": 0},
-    "workflow.ttlSeconds": {"minimum": 1},
+    "serviceAccount.annotations": {"additionalProperties": {"type": "string"}, **KEYS},
+    "workflow.terminationGracePeriodSeconds": {"minimum": 1, "maximum": LONGEST_S},
+    "workflow.timeoutSeconds": {"minimum": 0, "maximum": LONGEST_S},
+    "workflow.ttlSeconds": {"minimum": 1, "maximum": LONGEST_S},
     "trainingRuntime.numNodes": {"minimum": 1},
     **{f"resources.{size}.cpu": CPU for size in SIZES},
     **{f"resources.{size}.memory": MEMORY for size in SIZES},

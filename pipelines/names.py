@@ -4,20 +4,28 @@ from typing import Annotated
 
 from pydantic import Field
 
-NAME = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
+_LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_SUBDOMAIN = rf"{_LABEL}(\.{_LABEL})*"
+NAME = f"^{_SUBDOMAIN}$"
 """Regular expression of an object's name."""
+LONGEST_NAME = 253
+"""Characters of the longest."""
+SHORT_NAME = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
+"""Regular expression of a volume's name, and of one that is a label's value, too."""
 LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$"
 """Regular expression of a label's value."""
-LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+LABEL_KEY = rf"^({_SUBDOMAIN}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$"
 """Regular expression of the name of a label or an annotation."""
 OWN_LABEL = r"^(app\.kubernetes\.io/(name|instance|component)|finemill/.*)$"
 """Regular expression of the labels that steps have already, and network policies look for."""
-RESOURCE = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+RESOURCE = rf"^{_SUBDOMAIN}/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
 """Regular expression of an extended resource's name."""
 VARIABLE = r"^[-._A-Za-z][-._A-Za-z0-9]*$"
 """Regular expression of an environment variable's name."""
 FILE_KEY = r"^[-._A-Za-z0-9]*[-_A-Za-z0-9][-._A-Za-z0-9]*$"
 """Regular expression of a key of a ConfigMap or a Secret."""
+MOUNT_PATH = r"^(/[^/:]+)+$"
+"""Regular expression of a folder in a container that something is mounted at."""
 REPOSITORY = r"^([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+(([._]|__|-+|/)[a-z0-9]+)*$"
 """Regular expression of an image's name without tag and digest."""
 TAG = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"
@@ -25,8 +33,10 @@ TAG = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$"
 IMAGE = rf"{REPOSITORY[:-1]}(:{TAG[1:-1]})?(@sha256:[0-9a-f]{{64}})?$"
 """Regular expression of an image."""
 
-Name = Annotated[str, Field(pattern=NAME)]
+Name = Annotated[str, Field(pattern=NAME, max_length=LONGEST_NAME)]
 """Type of an object's name."""
+ShortName = Annotated[str, Field(pattern=SHORT_NAME)]
+"""Type of a name that is a label's value, too."""
 Image = Annotated[str, Field(pattern=IMAGE)]
 """Type of an image's name."""
 Variable = Annotated[str, Field(pattern=VARIABLE)]

@@ -21,6 +21,8 @@ _VARIABLES = (
     "WANDB_API_KEY",
     "FINEMILL_WEBHOOK_SECRET",
 )
+SECRET_VARIABLES = frozenset(_VARIABLES) - {"AWS_ACCESS_KEY_ID", "MLFLOW_TRACKING_USERNAME"}
+"""Names of those that nobody may read."""
 _PREFIXES = ("", "FINEMILL_")
 """Before the variables' names; the second in a pod of KFP."""
 _SHOWN = frozenset({"MLFLOW_TRACKING_USERNAME"})

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft7Validator
+
+from finemill.pipelines.names import NAME
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "finemill"
@@ -25,7 +29,12 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
 def render(*options: str) -> list[dict[str, Any]]:
     result = helm("template", "mill", str(CHART), "--namespace", "ml", "--kube-version", "1.34.0", *options)
     assert result.returncode == 0, result.stderr
-    return [item for item in yaml.safe_load_all(result.stdout) if item]
+    return objects_in(result.stdout)
+
+
+def objects_in(text: str) -> list[dict[str, Any]]:
+    # PyYAML's own loader takes a second for a chart.
+    return [item for item in yaml.load_all(text, yaml.CSafeLoader) if item]
 
 
 def render_error(*options: str) -> str:
@@ -233,7 +242,27 @@ def test_steps_may_make_train_jobs_where_there_is_a_runtime_and_nowhere_else() -
         assert verbs.get("pods/log") == (["get"] if runtimes else None)
 
 
-@needs_helm
+def setting_as_values(setting: str) -> dict[str, Any]:
+    """What Helm makes of `--set`: `a.b[0].c=x,d=y`, where a dot behind a backslash is none."""
+    values: dict[str, Any] = {}
+    for assignment in setting.split(","):
+        path, _, text = assignment.partition("=")
+        at = values
+        *parents, last = re.split(r"(?<!\\)\.", path)
+        for key in parents:
+            name, _, position = key.partition("[")
+            at = at.setdefault(name, [{}] if position else {})
+            at = at[0] if isinstance(at, list) else at
+        name, _, position = last.replace("\\.", ".").partition("[")
+        at[name] = [yaml.safe_load(text)] if position else yaml.safe_load(text)
+    return values
+
+
+@pytest.fixture(scope="module")
+def check_values() -> Draft7Validator:
+    return Draft7Validator(json.loads((CHART / "values.schema.json").read_text()))
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -285,12 +314,99 @@ def test_steps_may_make_train_jobs_where_there_is_a_runtime_and_nowhere_else() -
         ("tolerations[0].effect=Never", "effect"),
         ("extraEnv[0].name=a b", "a b"),
         ("extraVolumes[0].name=tmp", "name"),
-        ("extraVolumeMounts[0].name=x,extraVolumeMounts[0].mountPath=/x", "there is no volume 'x'"),
         ("extraVolumeMounts[0].name=tmp,extraVolumeMounts[0].mountPath=/cache", "mountPath"),
+        ("extraVolumeMounts[0].name=a,extraVolumeMounts[0].mountPath=/tmp/", "mountPath"),
+        ("extraVolumeMounts[0].name=a,extraVolumeMounts[0].mountPath=data", "mountPath"),
+        ("extraVolumeMounts[0].name=a,extraVolumeMounts[0].mountPath=/", "mountPath"),
+        ("extraVolumeMounts[0].name=a,extraVolumeMounts[0].mountPath=/x,extraVolumeMounts[0].subPath=../y", "subPath"),
+        ("extraVolumes[0].name=a", "extraVolumes.0"),
+        ("extraVolumes[0].name=a,extraVolumes[0].emptyDir.medium=Memory,extraVolumes[0].nfs.path=/", "extraVolumes.0"),
+        ("extraVolumes[0].name=A_b,extraVolumes[0].emptyDir.medium=Memory", "name"),
+        ("extraEnv[0].name=A,extraEnv[0].value=x,extraEnv[0].valueFrom.fieldRef.fieldPath=x", "fieldRef"),
+        ("extraEnv[0].name=A,extraEnv[0].valueFrom.fieldRef.key=x", "valueFrom"),
+        ("extraEnv[0].name=HF_TOKEN,extraEnv[0].value=hf_x", "from a Secret"),
+        ("tolerations[0].operator=Exists,tolerations[0].value=x", "value"),
+        ("tolerations[0].value=x", "key"),
+        ("gpu.tolerations[0].key=a b", "key"),
+        (
+            "tolerations[0].key=a,tolerations[0].effect=NoSchedule,tolerations[0].tolerationSeconds=5",
+            "NoExecute",
+        ),
+        ("workflow.ttlSeconds=2147483648", "ttlSeconds"),
+        ("gpu.queue=a.b", "queue"),
+        (f"gpu.queue={'a' * 64}", "queue"),
+        ("s3.existingSecret=a..b", "existingSecret"),
+        (f"s3.existingSecret={'a' * 254}", "existingSecret"),
+        ("serviceAccount.annotations.a b=c", "a b"),
+        ("s3.endpointUrl=http://minio:99999", "endpointUrl"),
+        ("mlflow.trackingUri=https://mlflow/?token=x", "trackingUri"),
     ],
 )
-def test_wrong_values_are_refused(setting: str, message: str) -> None:
+def test_wrong_values_are_refused(setting: str, message: str, check_values: Draft7Validator) -> None:
+    errors = list(check_values.iter_errors(setting_as_values(setting)))
+    assert any(message in f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors)
+
+
+@needs_helm
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("imagez.registry=x", "imagez"),
+        ("config.data_prep.sources[0].url=s3://b/rows", "url"),
+        ("extraVolumeMounts[0].name=x,extraVolumeMounts[0].mountPath=/x", "there is no volume 'x'"),
+        ("extraEnv[0].name=A,extraEnv[0].value=x,extraEnv[1].name=A", "extraEnv: 'A' is there twice"),
+        ("serviceAccount.create=false", "name the one to use in serviceAccount.name"),
+        ("schedule.enabled=true,schedule.cron=0 22-06 * * *", "'22-06' falls"),
+        ("schedule.enabled=true,schedule.cron=0 3 * * Fri-Mon", "'5-1' falls"),
+        ("schedule.enabled=true,schedule.cron=0 3 30\\,31 FEB ?", "a day that its months do not have"),
+        ("schedule.enabled=true,schedule.cron=0 3 31 4\\,6 *", "a day that its months do not have"),
+        ("gpu=null", "gpu: null is no section"),
+        ("images.train=null", "images.train: null is no section"),
+        ("images.cpu.repository=null", "images.cpu.repository names no image"),
+    ],
+)
+def test_helm_refuses_wrong_values(setting: str, message: str) -> None:
     assert message in render_error("--set", setting)
+
+
+@needs_helm
+def test_a_list_that_is_null_is_empty() -> None:
+    names = ("extraEnv", "extraVolumes", "tolerations", "gpu.tolerations", "gpu.nodeSelector", "networkPolicy.hubPorts")
+    options = ("trainingRuntime.enabled=true", *(f"{name}=null" for name in names))
+    found = steps(workflows(render("--set", ",".join(options)))["finetune"])
+    assert not found["train-qlora"]["tolerations"]
+
+
+@needs_helm
+def test_seconds_of_a_month_are_whole_numbers(tmp_path: Path) -> None:
+    """Helm reads numbers of a file as floats, and writes those above a million with an exponent."""
+    month = 2592000
+    values = tmp_path / "values.yaml"
+    values.write_text(
+        f"trainingRuntime: {{enabled: true}}\nworkflow: {{ttlSeconds: {month}, terminationGracePeriodSeconds: {month}}}"
+    )
+    objects = render("-f", str(values))
+    assert workflows(objects)["finetune"]["spec"]["ttlStrategy"] == {"secondsAfterCompletion": month}
+    (runtime,) = [item for item in objects if item["kind"] == "TrainingRuntime"]
+    pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert repr(pod["terminationGracePeriodSeconds"]) == str(month)
+
+
+@needs_helm
+def test_variables_of_a_platform_win_over_those_of_the_steps() -> None:
+    options = (
+        "extraEnv[0].name=HF_HOME,extraEnv[0].value=/models",
+        "caBundle.configMap=ca",
+        "trainingRuntime.enabled=true",
+    )
+    objects = render("--set", ",".join(options))
+    (runtime,) = [item for item in objects if item["kind"] == "TrainingRuntime"]
+    pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    containers = [step["container"] for step in steps(workflows(objects)["finetune"]).values()]
+    for container in (*containers, *pod["containers"]):
+        names = [variable["name"] for variable in container["env"]]
+        assert len(names) == len(set(names))
+        assert by_name(container["env"])["HF_HOME"]["value"] == "/models"
 
 
 @needs_helm
@@ -399,11 +515,26 @@ def test_the_network_policy_lets_through_what_the_values_name() -> None:
         "hub.endpoint=http://mirror",
         "extraEnv[0].name=https_proxy",
         "extraEnv[0].value=proxy:3128",
+        "extraEnv[1].name=AWS_ENDPOINT_URL_S3",
+        "extraEnv[1].value=https://[fd00::1]:9443",
+        "extraEnv[2].name=MLFLOW_REGISTRY_URI",
+        "extraEnv[2].value=postgresql+psycopg2://registry/mlflow",
+        "config.promote.webhook_url=https://hooks.example.com:8443/x",
+        "config.data_prep.sources[0].uri=https://files.example.com:8444/x.jsonl",
     ]
     ports = allowed_ports(render(*[part for setting in settings for part in ("--set-string", setting)]))
-    assert {(port, "TCP") for port in (7480, 8080, 80, 3128)} <= ports
+    assert {(port, "TCP") for port in (7480, 8080, 80, 3128, 9443, 5432, 8443, 8444)} <= ports
     # OpenShift's name service listens at 5353.
     assert {(port, protocol) for port in (53, 5353) for protocol in ("UDP", "TCP")} <= ports
+
+
+@needs_helm
+@pytest.mark.parametrize(("release", "namespace"), [("a" * 49 + ".b", "123"), ("1.5", "true"), ("null", "null")])
+def test_objects_have_names_that_kubernetes_takes(release: str, namespace: str) -> None:
+    options = ("--namespace", namespace, "--kube-version", "1.34.0", "--set", "trainingRuntime.enabled=true")
+    objects = objects_in(helm("template", release, str(CHART), *options).stdout)
+    assert {item["metadata"]["namespace"] for item in objects} == {namespace}
+    assert all(re.fullmatch(NAME, item["metadata"]["name"]) for item in objects)
 
 
 @needs_helm
@@ -411,7 +542,7 @@ def test_a_release_and_what_it_names_may_be_called_by_numbers() -> None:
     numbers = ("cache.existingClaim=7", "images.pullSecrets[0]=7", "s3.existingSecret=7", "gpu.queue=7")
     named = [part for number in numbers for part in ("--set-string", number)]
     options = ("--kube-version", "1.34.0", "--set", "trainingRuntime.enabled=true", *named)
-    for item in filter(None, yaml.safe_load_all(helm("template", "123", str(CHART), *options).stdout)):
+    for item in objects_in(helm("template", "123", str(CHART), *options).stdout):
         assert all(isinstance(value, str) for value in item["metadata"]["labels"].values())
         assert not [name for name in named_in(item) if not isinstance(name, str)]
 
@@ -430,7 +561,7 @@ def test_a_version_with_build_metadata_is_no_label_with_a_plus(tmp_path: Path) -
     versions = ("--version", "0.1.0+g1234567", "--app-version", "0.1.0+g1234567")
     helm("package", str(CHART), *versions, "-d", str(tmp_path))
     result = helm("template", "mill", str(tmp_path / "finemill-0.1.0+g1234567.tgz"), "--kube-version", "1.34.0")
-    objects = [item for item in yaml.safe_load_all(result.stdout) if item]
+    objects = objects_in(result.stdout)
     assert {item["metadata"]["labels"]["helm.sh/chart"] for item in objects} == {"finemill-0.1.0_g1234567"}
     assert "0.1.0+g" not in result.stdout
 
@@ -446,7 +577,7 @@ def test_a_chart_that_holds_this_one_switches_it_on_and_off(enabled: str, count:
     (tmp_path / "values.yaml").write_text(f"finemill: {{enabled: {enabled}, store: s3://models/finemill}}")
     result = helm("template", "mill", str(tmp_path), "--kube-version", "1.34.0")
     assert result.returncode == 0, result.stderr
-    assert len([item for item in yaml.safe_load_all(result.stdout) if item]) == count
+    assert len(objects_in(result.stdout)) == count
 
 
 @needs_helm

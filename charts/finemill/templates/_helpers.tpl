@@ -1,6 +1,6 @@
 {{/* The release's name, which is what everything but the pipelines is called. */}}
 {{- define "finemill.fullname" -}}
-{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- regexReplaceAll "[^a-z0-9]+$" (.Release.Name | trunc 50) "" -}}
 {{- end }}
 
 {{- define "finemill.labels" -}}
@@ -18,16 +18,33 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{/* An image's full name: dict "root" $ "role" "cpu" or "train". */}}
 {{- define "finemill.image" -}}
 {{- $image := index .root.Values.images .role -}}
+{{- $repository := required (printf "images.%s.repository names no image" .role) $image.repository -}}
 {{- $prefix := ternary (printf "%s/" .root.Values.images.registry) "" (ne .root.Values.images.registry "") -}}
 {{- if $image.digest -}}
-{{- printf "%s%s@%s" $prefix $image.repository $image.digest -}}
+{{- printf "%s%s@%s" $prefix $repository $image.digest -}}
 {{- else -}}
-{{- printf "%s%s:%s" $prefix $image.repository ($image.tag | default (.root.Chart.AppVersion | replace "+" "_")) -}}
+{{- printf "%s%s:%s" $prefix $repository ($image.tag | default (.root.Chart.AppVersion | replace "+" "_")) -}}
 {{- end -}}
 {{- end }}
 
-{{/* Variables of every step besides those that the pipelines know: YAML of a list. */}}
+{{/* Variables of a container, dict "root" $ "own" those of the pipelines: YAML of a list in which the values' own win. */}}
 {{- define "finemill.env" -}}
+{{- $given := .root.Values.extraEnv | default list -}}
+{{- $names := list -}}
+{{- range $given -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- $variables := list -}}
+{{- range concat .own (include "finemill.certificates" .root | fromYamlArray) -}}
+{{- if not (has .name $names) -}}
+{{- $variables = append $variables . -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml (concat $variables $given) -}}
+{{- end }}
+
+{{/* Variables that name the file of certificates: YAML of a list. */}}
+{{- define "finemill.certificates" -}}
 {{- $variables := list -}}
 {{- if .Values.caBundle.configMap -}}
 {{- $file := printf "/etc/finemill/ca/%s" .Values.caBundle.key -}}
@@ -35,12 +52,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- $variables = append $variables (dict "name" . "value" $file) -}}
 {{- end -}}
 {{- end -}}
-{{- toYaml (concat $variables .Values.extraEnv) -}}
+{{- toYaml $variables -}}
 {{- end }}
 
 {{/* Volumes of every step's pod besides those of the pipelines: YAML of a list. */}}
 {{- define "finemill.volumes" -}}
-{{- $volumes := .Values.extraVolumes -}}
+{{- $volumes := .Values.extraVolumes | default list -}}
 {{- if .Values.caBundle.configMap -}}
 {{- $volumes = append $volumes (dict "name" "ca-bundle" "configMap" (dict "name" .Values.caBundle.configMap)) -}}
 {{- end -}}
@@ -49,7 +66,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 
 {{/* Where they are mounted: YAML of a list. */}}
 {{- define "finemill.volumeMounts" -}}
-{{- $mounts := .Values.extraVolumeMounts -}}
+{{- $mounts := .Values.extraVolumeMounts | default list -}}
 {{- $volumes := list "tmp" "cache" -}}
 {{- range .Values.extraVolumes -}}
 {{- $volumes = append $volumes .name -}}
@@ -74,12 +91,85 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- toYaml $quantities -}}
 {{- end }}
 
-{{/* The port of a URL: its own, or its scheme's. Nothing for an empty text. */}}
+{{/* The port of a URL: its own, or its scheme's. Nothing for an empty text, and for a file. */}}
 {{- define "finemill.port" -}}
-{{- if . -}}
+{{- if not (regexMatch "^$|^(file|sqlite):" .) -}}
 {{- $url := urlParse . -}}
 {{- $own := regexFind ":[0-9]+$" $url.host | trimPrefix ":" -}}
-{{- if $own }}{{ $own }}{{ else }}{{ eq $url.scheme "http" | ternary "80" "443" }}{{ end -}}
+{{- $known := dict "http" "80" "postgresql" "5432" "mysql" "3306" "mssql" "1433" "socks5" "1080" "socks5h" "1080" -}}
+{{- $own | default (get $known (regexFind "^[^+]*" $url.scheme)) | default "443" -}}
+{{- end -}}
+{{- end }}
+
+{{/* Addresses that the values name: YAML of a list. */}}
+{{- define "finemill.addresses" -}}
+{{- $found := list .Values.s3.endpointUrl .Values.mlflow.trackingUri .Values.hub.endpoint -}}
+{{- range .Values.extraEnv -}}
+{{- if .value -}}
+{{- if contains "://" .value -}}
+{{- $found = append $found .value -}}
+{{- else if regexMatch "(?i)^(https?|all)_proxy$" .name -}}
+{{- $found = append $found (printf "http://%s" .value) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml (concat $found (regexFindAll "https?://[^\"\\\\\\s]+" (toJson .Values.config) -1)) -}}
+{{- end }}
+
+{{/* What the schema of the values cannot tell; ends the rendering. */}}
+{{- define "finemill.check" -}}
+{{- range list "images" "s3" "mlflow" "hub" "resources" "caBundle" "gpu" "cache" "workflow" "schedule" "serviceAccount" "rbac" "networkPolicy" "trainingRuntime" -}}
+{{- if not (kindIs "map" (get $.Values .)) -}}
+{{- fail (printf "%s: null is no section; leave it out for its defaults" .) -}}
+{{- end -}}
+{{- end -}}
+{{- range $section, $names := dict "images" (list "cpu" "train") "resources" (list "small" "large" "gpu") -}}
+{{- range $names -}}
+{{- if not (kindIs "map" (get (get $.Values $section) .)) -}}
+{{- fail (printf "%s.%s: null is no section; leave it out for its defaults" $section .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- include "finemill.checkTwice" (dict "what" "extraEnv" "key" "name" "items" .Values.extraEnv) -}}
+{{- include "finemill.checkTwice" (dict "what" "extraVolumes" "key" "name" "items" .Values.extraVolumes) -}}
+{{- include "finemill.checkTwice" (dict "what" "extraVolumeMounts" "key" "mountPath" "items" .Values.extraVolumeMounts) -}}
+{{- if not (or .Values.serviceAccount.create .Values.serviceAccount.name) -}}
+{{- fail "serviceAccount.create is false: name the one to use in serviceAccount.name" -}}
+{{- end -}}
+{{- if .Values.schedule.enabled -}}
+{{- include "finemill.checkCron" .Values.schedule.cron -}}
+{{- end -}}
+{{- end }}
+
+{{/* Fails if two items have the same name or path: dict "what" the value "key" "items". */}}
+{{- define "finemill.checkTwice" -}}
+{{- $seen := list -}}
+{{- range .items -}}
+{{- $own := get . $.key -}}
+{{- if has $own $seen -}}
+{{- fail (printf "%s: '%s' is there twice" $.what $own) -}}
+{{- end -}}
+{{- $seen = append $seen $own -}}
+{{- end -}}
+{{- end }}
+
+{{/* Fails for five fields that Argo's controller refuses for ever, or that never come. */}}
+{{- define "finemill.checkCron" -}}
+{{- $cron := upper . -}}
+{{- range $number, $name := list "JAN" "FEB" "MAR" "APR" "MAY" "JUN" "JUL" "AUG" "SEP" "OCT" "NOV" "DEC" -}}
+{{- $cron = $cron | replace $name (toString (add1 $number)) -}}
+{{- end -}}
+{{- range $number, $name := list "SUN" "MON" "TUE" "WED" "THU" "FRI" "SAT" -}}
+{{- $cron = $cron | replace $name (toString $number) -}}
+{{- end -}}
+{{- range regexFindAll "[0-9]+-[0-9]+" $cron -1 -}}
+{{- $ends := splitList "-" . -}}
+{{- if gt (atoi (first $ends)) (atoi (last $ends)) -}}
+{{- fail (printf "schedule.cron: '%s' falls: write the smaller number first" .) -}}
+{{- end -}}
+{{- end -}}
+{{- if regexMatch "^\\S+ +\\S+ +((0*3[01][,-]?)+ +(0*2,?)+|(0*31,?)+ +(0*(2|4|6|9|11),?)+) +[*?]$" $cron -}}
+{{- fail (printf "schedule.cron: '%s' names a day that its months do not have" .) -}}
 {{- end -}}
 {{- end }}
 
@@ -120,7 +210,7 @@ of several nodes has a TrainJob compute, and needs little itself. */}}
 {{- $_ := set $variable "value" $container.image -}}
 {{- end -}}
 {{- end -}}
-{{- $_ := set $container "env" (concat $container.env (include "finemill.env" .root | fromYamlArray)) -}}
+{{- $_ := set $container "env" (include "finemill.env" (dict "root" .root "own" $container.env) | fromYamlArray) -}}
 {{- $_ := set $container "volumeMounts" (concat $container.volumeMounts (include "finemill.volumeMounts" .root | fromYamlArray)) -}}
 {{- $_ := set $container "imagePullPolicy" $values.images.pullPolicy -}}
 {{- $_ := set $container "resources" (dict "requests" $quantities "limits" $quantities) -}}
@@ -135,8 +225,8 @@ of several nodes has a TrainJob compute, and needs little itself. */}}
 {{- $patch := dict "terminationGracePeriodSeconds" $values.workflow.terminationGracePeriodSeconds -}}
 {{- if eq (index $labels "finemill/size") "gpu" -}}
 {{- $_ := set $patch "containers" (list (dict "name" "main" "resources" (include "finemill.gpuResources" . | fromYaml))) -}}
-{{- $_ := set $step "nodeSelector" (merge dict $values.gpu.nodeSelector $values.nodeSelector) -}}
-{{- $_ := set $step "tolerations" (concat $values.gpu.tolerations $values.tolerations) -}}
+{{- $_ := set $step "nodeSelector" (merge dict ($values.gpu.nodeSelector | default dict) ($values.nodeSelector | default dict)) -}}
+{{- $_ := set $step "tolerations" (concat ($values.gpu.tolerations | default list) ($values.tolerations | default list)) -}}
 {{- if $values.gpu.queue -}}
 {{- $_ := set $labels "kueue.x-k8s.io/queue-name" $values.gpu.queue -}}
 {{- end -}}
