@@ -19,6 +19,7 @@ from finemill.pipelines.names import (
     LABEL_KEY,
     LABEL_VALUE,
     LONGEST_NAME,
+    LONGEST_S,
     MOUNT_PATH,
     NAME,
     OWN_LABEL,
@@ -44,8 +45,6 @@ MEMORY = {"type": ["string", "integer"], "pattern": MEMORY_PATTERN, "minimum": 2
 PORT = "(6553[0-5]|655[0-2][0-9]|65[0-4][0-9]{2}|6[0-4][0-9]{3}|[1-5][0-9]{4}|[1-9][0-9]{0,3})"
 URL = {"pattern": rf"^(https?://([^\[\]/\s@:]+|\[[0-9A-Fa-f:.]+\])(:{PORT})?(/\S*)?)?$"}
 NAMED = {"pattern": f"^$|{NAME}", "maxLength": LONGEST_NAME}
-# What Argo and Kubernetes keep seconds in.
-LONGEST_S = 2**31 - 1
 # Argo would evaluate it.
 PLAIN = {"type": "string", "not": {"pattern": r"\{\{"}}
 KEYS = {"propertyNames": {"pattern": LABEL_KEY}}

@@ -34,6 +34,7 @@ from finemill.pipelines.cluster import (
     SecretKey,
 )
 from finemill.pipelines.graph import GPUS, SMALL, STORE, Parameter, Task
+from finemill.pipelines.names import QUEUE_LABEL
 from finemill.runtime.images import IMAGE_VARIABLE
 from finemill.transport import TEXT_MARK
 
@@ -62,14 +63,7 @@ def build_container(task: Task, checks: Iterable[Parameter], cluster: ClusterCon
         image_pull_policy=cluster.image_pull_policy,
         command=["finemill", task.name],
         args=_arguments(task, checks),
-        env=[
-            EnvVar(name=IMAGE_VARIABLE, value=cluster.image(task.step.image)),
-            *(EnvVar(name=name, value=value) for name, value in CACHE_VARIABLES.items()),
-            # Libraries count the node's cores, not the container's: too many threads only get in each other's way.
-            EnvVar(name=THREADS_VARIABLE, value_from=_CPU_LIMIT),
-            *(EnvVar(name=name, value=value) for name, value in cluster.variables.items()),
-            *(EnvVar(name=name, value_from=_key_of(item)) for name, item in cluster.secret_env.items()),
-        ],
+        env=_variables(task, cluster),
         env_from=_environment(cluster),
         inputs=[ArgoParameter(name=port) for port, source in task.inputs.items() if isinstance(source, Task)],
         outputs=outputs,
@@ -112,8 +106,24 @@ def build_container(task: Task, checks: Iterable[Parameter], cluster: ClusterCon
     )
 
 
+def _variables(task: Task, cluster: ClusterConfig) -> list[EnvVar]:
+    """Those of the cluster in the place of our own of the same name."""
+    own = [
+        EnvVar(name=IMAGE_VARIABLE, value=cluster.image(task.step.image)),
+        *(EnvVar(name=name, value=value) for name, value in CACHE_VARIABLES.items()),
+        # Libraries count the node's cores, not the container's: too many threads only get in each other's way.
+        EnvVar(name=THREADS_VARIABLE, value_from=_CPU_LIMIT),
+    ]
+    given = [
+        *(EnvVar(name=name, value=value) for name, value in cluster.variables.items()),
+        *(EnvVar(name=name, value_from=_key_of(item)) for name, item in cluster.secret_env.items()),
+    ]
+    names = {item.name for item in given}
+    return [*(item for item in own if item.name not in names), *given]
+
+
 def _labels(task: Task, cluster: ClusterConfig) -> dict[str, str]:
-    queue = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue and task.resources.gpu else {}
+    queue = {QUEUE_LABEL: cluster.queue} if cluster.queue and task.resources.gpu else {}
     return {
         **cluster.pod_labels,
         "app.kubernetes.io/name": "finemill",

@@ -10,8 +10,22 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from finemill.config import StepConfig
+from finemill.credentials import SECRET_VARIABLES
 from finemill.pipelines.graph import Resources
-from finemill.pipelines.names import OWN_LABEL, RESOURCE, FileKey, Image, LabelKey, LabelValue, Name, Variable
+from finemill.pipelines.names import (
+    LONGEST_S,
+    OWN_LABEL,
+    QUEUE_LABEL,
+    RESOURCE,
+    FileKey,
+    Image,
+    LabelKey,
+    LabelValue,
+    MountPath,
+    Name,
+    ShortName,
+    Variable,
+)
 from finemill.pipelines.quantity import CPU, Memory
 from finemill.runtime.images import IMAGES
 
@@ -37,6 +51,8 @@ HUB_KEYS = ("HF_TOKEN",)
 
 
 def _plain(text: str) -> str:
+    if "\0" in text:
+        raise ValueError(f"{text!r} holds a NUL character, which no process can be given: leave it out")
     if "{{" in text:
         raise ValueError(f"'{text}' holds '{{{{', which Argo, and KFP on it, would evaluate: leave it out")
     return text
@@ -50,6 +66,14 @@ def _affinity(value: Mapping[str, Any]) -> Mapping[str, Any]:
     if known != value:
         raise ValueError(f"Kubernetes would read {json.dumps(known)} of it: correct the key that is missing there")
     return value
+
+
+def _not_secret(variables: Mapping[str, str]) -> Mapping[str, str]:
+    """The same, if no variable is one that nobody may read."""
+    secret = sorted(SECRET_VARIABLES & variables.keys())
+    if secret:
+        raise ValueError(f"{secret[0]} would be written out for everybody: put it into a Secret and into secret_env")
+    return variables
 
 
 def _not_own(labels: Mapping[str, str]) -> Mapping[str, str]:
@@ -87,13 +111,13 @@ class ContainerSize(StepConfig):
 class Toleration(StepConfig):
     """A taint that pods tolerate, as Kubernetes spells it."""
 
-    key: str | None = None
+    key: LabelKey | None = None
     """The taint's key; none tolerates all."""
 
     operator: Literal["Exists", "Equal"] = "Equal"
     """Whether `value` has to be the taint's."""
 
-    value: str | None = None
+    value: LabelValue | None = None
     """The taint's value, for `Equal`."""
 
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
@@ -108,13 +132,15 @@ class Toleration(StepConfig):
             raise ValueError("'Exists' takes no value: leave it out, or write operator: Equal")
         if self.operator == "Equal" and not self.key:
             raise ValueError("'Equal' takes a key: give one, or write operator: Exists")
+        if self.toleration_seconds is not None and self.effect != "NoExecute":
+            raise ValueError("'tolerationSeconds' is about effect: NoExecute alone: write that, or leave it out")
         return self
 
 
 class Mount(StepConfig):
     """A folder of every step's container; exactly one of the other fields says what is in it."""
 
-    path: str = Field(pattern="^/[^:]*$")
+    path: MountPath
     """Where it is, `/etc/certificates`."""
 
     config_map: Name | None = None
@@ -135,7 +161,7 @@ class Mount(StepConfig):
 
 def _apart(mounts: tuple[Mount, ...]) -> tuple[Mount, ...]:
     """The same, if every folder has one content."""
-    paths = ["/tmp", CACHE_PATH, SHARED_MEMORY_PATH, _CA_PATH, *(mount.path.rstrip("/") for mount in mounts)]
+    paths = ["/tmp", CACHE_PATH, SHARED_MEMORY_PATH, _CA_PATH, *(mount.path for mount in mounts)]
     twice = [path for path in paths if paths.count(path) > 1]
     if twice:
         raise ValueError(f"{twice[0]} is mounted already: choose another path")
@@ -203,7 +229,7 @@ class ClusterConfig(StepConfig):
     affinity: Annotated[Mapping[str, Any], AfterValidator(_affinity)] = Field(default_factory=dict)
     """Affinity of all steps' pods, as Kubernetes spells it. KFP knows `nodeAffinity` only."""
 
-    env: Mapping[Variable, Plain] = Field(default_factory=dict)
+    env: Annotated[Mapping[Variable, Plain], AfterValidator(_not_secret)] = Field(default_factory=dict)
     """Environment variables of all steps: proxies, MLFLOW_TRACKING_INSECURE_TLS. No secrets: they are written out."""
 
     secret_env: Mapping[Variable, SecretKey] = Field(default_factory=dict)
@@ -230,7 +256,7 @@ class ClusterConfig(StepConfig):
     pod_disruption_budget: bool = False
     """Keep nodes from being drained while a step runs. Argo only."""
 
-    queue: Name | None = None
+    queue: ShortName | None = None
     """Kueue's LocalQueue that GPU steps wait in."""
 
     cache_claim: Name | None = None
@@ -242,14 +268,23 @@ class ClusterConfig(StepConfig):
     shared_memory: Memory = "2Gi"
     """Size limit of /dev/shm in GPU steps; counts into their memory."""
 
-    termination_grace_period_s: int = Field(default=120, gt=0)
+    termination_grace_period_s: int = Field(default=120, gt=0, le=LONGEST_S)
     """Seconds that a step told to stop has for its checkpoint. Argo only: KFP gives none."""
 
-    run_timeout_s: int = Field(default=7 * 24 * 3600, ge=0)
+    run_timeout_s: int = Field(default=7 * 24 * 3600, ge=0, le=LONGEST_S)
     """Seconds after which a run is ended that nobody follows, a wait for GPUs among them; 0: never. Argo only."""
 
-    ttl_s: int = Field(default=7 * 24 * 3600, gt=0)
+    ttl_s: int = Field(default=7 * 24 * 3600, gt=0, le=LONGEST_S)
     """Seconds after which a finished Argo workflow is deleted; artifacts, MLflow and logs in them stay."""
+
+    @model_validator(mode="after")
+    def _says_each_thing_once(self) -> Self:
+        twice = sorted(self.env.keys() & self.secret_env.keys())
+        if twice:
+            raise ValueError(f"{twice[0]} is in env and in secret_env: leave one out")
+        if self.queue and QUEUE_LABEL in self.pod_labels:
+            raise ValueError(f"queue and the label {QUEUE_LABEL} in pod_labels name a queue: leave one out")
+        return self
 
     @property
     def all_mounts(self) -> tuple[Mount, ...]:

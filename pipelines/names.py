@@ -10,6 +10,10 @@ NAME = f"^{_SUBDOMAIN}$"
 """Regular expression of an object's name."""
 LONGEST_NAME = 253
 """Characters of the longest."""
+LONGEST_S = 2**31 - 1
+"""Seconds that Argo and Kubernetes can count."""
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+"""Label of a pod, or a TrainJob, that waits in a queue of Kueue."""
 SHORT_NAME = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 """Regular expression of a volume's name, and of one that is a label's value, too."""
 LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$"
@@ -24,7 +28,7 @@ VARIABLE = r"^[-._A-Za-z][-._A-Za-z0-9]*$"
 """Regular expression of an environment variable's name."""
 FILE_KEY = r"^[-._A-Za-z0-9]*[-_A-Za-z0-9][-._A-Za-z0-9]*$"
 """Regular expression of a key of a ConfigMap or a Secret."""
-MOUNT_PATH = r"^(/[^/:]+)+$"
+MOUNT_PATH = r"^(/([^/:.]|\.[^/:.]|\.\.[^/:])[^/:]*)+$"
 """Regular expression of a folder in a container that something is mounted at."""
 REPOSITORY = r"^([A-Za-z0-9.-]+(:[0-9]+)?/)?[a-z0-9]+(([._]|__|-+|/)[a-z0-9]+)*$"
 """Regular expression of an image's name without tag and digest."""
@@ -41,6 +45,8 @@ Image = Annotated[str, Field(pattern=IMAGE)]
 """Type of an image's name."""
 Variable = Annotated[str, Field(pattern=VARIABLE)]
 """Type of an environment variable's name."""
+MountPath = Annotated[str, Field(pattern=MOUNT_PATH)]
+"""Type of a folder in a container that something is mounted at."""
 LabelKey = Annotated[str, Field(pattern=LABEL_KEY)]
 """Type of the name of a label or an annotation."""
 LabelValue = Annotated[str, Field(pattern=LABEL_VALUE)]

@@ -1,6 +1,7 @@
 """A pipeline as KFP sees it: the step's own components, wired by the graph."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from importlib import import_module
@@ -24,6 +25,7 @@ from finemill.pipelines.cluster import (
     ClusterConfig,
 )
 from finemill.pipelines.graph import GPUS, Parameter, Pipeline, Task
+from finemill.pipelines.names import QUEUE_LABEL, SHORT_NAME
 from finemill.pipelines.parameters import ARGUMENT_CHARACTERS, for_kfp
 from finemill.runtime.images import IMAGE_VARIABLE
 from finemill.runtime.kfp_task import TRACKING_PREFIX
@@ -184,6 +186,21 @@ def _refuse_argo_s(cluster: ClusterConfig) -> None:
     given = [*sized, *affinity, *own]
     if given:
         raise UserError(f"cluster settings: {', '.join(given)}: KFP's pods have no such field, leave it out")
+    _check_volumes(cluster)
+
+
+def _check_volumes(cluster: ClusterConfig) -> None:
+    """KFP names a pod's volumes after what is in them. Raises: UserError: a name would be none, or be there twice."""
+    sources = [mount.config_map or mount.secret or mount.claim for mount in cluster.all_mounts]
+    names = [name for name in (*sources, cluster.cache_claim) if name]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"cluster settings: '{name}' is mounted twice, which KFP cannot do: mount it once")
+        if not re.fullmatch(SHORT_NAME, name):
+            raise UserError(
+                f"cluster settings: KFP names a volume after '{name}', and a volume's name has no dots and up to 63 "
+                "characters: mount something of another name"
+            )
 
 
 def _variables(keys: Iterable[str]) -> dict[str, str]:
@@ -203,4 +220,4 @@ def _set_gpu(call: Any, gpus: Any, cluster: ClusterConfig) -> None:
     for toleration in cluster.gpu_tolerations:
         kubernetes.add_toleration(call, **toleration.model_dump(exclude_none=True))
     if cluster.queue:
-        kubernetes.add_pod_label(call, "kueue.x-k8s.io/queue-name", cluster.queue)
+        kubernetes.add_pod_label(call, QUEUE_LABEL, cluster.queue)
