@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from finemill.artifacts.dataset import DatasetRow
 from finemill.artifacts.rows import PreparedRow
-from finemill.artifacts.tables import to_record_batch
+from finemill.artifacts.tables import columns_of
 from finemill.components.chat_format.example import Draft, Example
 from finemill.components.chat_format.formatter import Formatter
 from finemill.components.chat_format.report import SplitCounts
@@ -59,7 +59,7 @@ def format_batch(formatter: Formatter, rows: Sequence[PreparedRow], *, unroll: b
             place = {"source": record.source, "row": record.number}
             rejected.append({**place, "reason": str(reason), "field": reason.field or WHOLE_ROW})
     return FormattedBatch(
-        to_record_batch(DatasetRow, [example.row for example in examples]),
+        columns_of(DatasetRow, [example.values for example in examples]),
         counts,
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rejected),
     )

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finemill.artifacts.dataset import IGNORE_INDEX, DatasetRow
+from finemill.artifacts.dataset import IGNORE_INDEX
 from finemill.artifacts.rows import PreparedRow
 from finemill.components.chat_format.mask import Turn
 from finemill.components.chat_format.tokens import Tokens
@@ -17,8 +17,7 @@ from finemill.rows.conversation import Conversation
 from finemill.rows.turns import Message
 
 
-@dataclass(frozen=True)
-class Rejected:
+class Rejected(NamedTuple):
     """A conversation with a worse last answer. `text` may hold `BROKEN`; `spans`, that answer, count without it."""
 
     text: str
@@ -26,8 +25,7 @@ class Rejected:
     spans: list[tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(NamedTuple):
     """A rendered row, or the part of its conversation up to one turn.
 
     `text` may hold `BROKEN`; `spans`, the characters of the `turns` to learn, count without it. `rejected` is the same
@@ -46,27 +44,22 @@ class Draft:
     spans: list[tuple[int, int]]
     turns: tuple[Turn, ...]
     unrolled: bool = False
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = MappingProxyType({})
     tokens: Tokens | None = None
 
 
-@dataclass(frozen=True)
-class Labelled:
+class Labelled(NamedTuple):
     """Token ids and labels of a conversation, both of shape (T,).
 
-    `ends` says of each learned span whether its last character's token is learned; `truncated`, whether the
-    conversation was cut at the longest length.
+    `num_labels` is how many tokens are learned. `ends` says of each learned span whether its last character's token is
+    learned; `truncated`, whether the conversation was cut at the longest length.
     """
 
     input_ids: NDArray[np.int32]
     labels: NDArray[np.int32]
+    num_labels: int
     ends: list[bool]
     truncated: bool
-
-    @cached_property
-    def num_labels(self) -> int:
-        """How many tokens are learned."""
-        return int((self.labels != IGNORE_INDEX).sum())
 
 
 @dataclass(frozen=True)
@@ -110,31 +103,30 @@ class Example:
         return self.chosen.num_labels
 
     @property
-    def row(self) -> DatasetRow:
-        """What is stored of it."""
+    def values(self) -> dict[str, Any]:
+        """What is stored of it: values of `DatasetRow` by name, token ids and labels as arrays."""
         draft, worse = self.draft, self.rejected
         # What ends with an earlier turn has not the answer that the label is of.
         desirable = None if draft.unrolled else draft.conversation.desirable
         labels = self.labels
         if desirable is False:
             worse, labels = self.chosen, np.full_like(labels, IGNORE_INDEX)
-        return DatasetRow(
-            id=draft.record.id,
-            source=draft.record.source,
-            messages=_json(draft.messages),
-            tools=_json(draft.conversation.tools) if draft.conversation.tools else None,
-            chat_template_kwargs=_json(draft.kwargs),
-            input_ids=self.input_ids,
-            labels=labels.tolist(),
-            prompt=draft.prompt,
-            completion=draft.completion,
-            rejected=draft.rejected.answer if draft.rejected else None,
-            rejected_input_ids=worse.input_ids.tolist() if worse else None,
-            rejected_labels=worse.labels.tolist() if worse else None,
-            desirable=desirable,
-            answer=draft.conversation.answer,
-        )
+        return {
+            "id": draft.record.id,
+            "source": draft.record.source,
+            "messages": _json(draft.messages),
+            "tools": _json(draft.conversation.tools) if draft.conversation.tools else None,
+            "chat_template_kwargs": _json(draft.kwargs),
+            "input_ids": self.chosen.input_ids,
+            "labels": labels,
+            "prompt": draft.prompt,
+            "completion": draft.completion,
+            "rejected": draft.rejected.answer if draft.rejected else None,
+            "rejected_input_ids": worse.input_ids if worse else None,
+            "rejected_labels": worse.labels if worse else None,
+            "desirable": desirable,
+            "answer": draft.conversation.answer,
+        }
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+_json = json.JSONEncoder(ensure_ascii=False).encode

@@ -135,11 +135,12 @@ class Formatter:
                 more = "more than " if len(text) > (self._most_characters or len(text)) else ""
                 raise DroppedRowError("too_long", f"{more}{len(input_ids)} tokens")
             input_ids, labels = input_ids[:limit], labels[:limit]
-        if (labels == IGNORE_INDEX).all():
+        num_labels = int(np.count_nonzero(labels != IGNORE_INDEX))
+        if not num_labels:
             raise DroppedRowError("too_long" if truncated else "template_removes_thinking")
         last_tokens = np.searchsorted(tokens.offsets[:, 0], [end for _, end in spans]) - 1
         ends = [bool(last < len(labels) and labels[last] != IGNORE_INDEX) for last in last_tokens]
-        return Labelled(input_ids, labels, ends, truncated)
+        return Labelled(input_ids, labels, num_labels, ends, truncated)
 
 
 class _Chat:
@@ -158,6 +159,7 @@ class _Chat:
         self._template = template
         self._tokenizer = tokenizer
         self._config = config
+        self._known_kwargs: dict[int, dict[str, Any]] = {}
         self._messages = self._prepare(conversation.messages)
         self._worse = None if conversation.rejected is None else self._prepare(conversation.rejected)
 
@@ -168,17 +170,16 @@ class _Chat:
         rendered = self._render(self._messages)
         if self._config.learned == "all" and self._worse is None:
             whole = self._draft(self._messages, rendered, rendered.turns)
-            return [
-                replace(whole, spans=[(0, len(rendered.text.replace(BROKEN, "")))], turns=tuple(rendered.turns[-1:]))
-            ]
+            spans = [(0, len(rendered.text.replace(BROKEN, "")))]
+            return [whole._replace(spans=spans, turns=tuple(rendered.turns[-1:]))]
         in_place, rewritten, left_out = self._sort_turns(self._messages, rendered)
         whole = self._draft(self._messages, rendered, in_place)
-        drafts = [replace(whole, left_out=left_out) if left_out and unroll else whole]
+        drafts = [whole._replace(left_out=left_out) if left_out and unroll else whole]
         for end, alone in sorted(rewritten.items()) if unroll else ():
             draft = self._draft(self._messages[: end + 1], alone, alone.turns[-1:])
             record = replace(self._record, id=f"{self._record.id}-{end}")
             conversation = replace(self._conversation, answer=None)
-            drafts.append(replace(draft, record=record, conversation=conversation, unrolled=True))
+            drafts.append(draft._replace(record=record, conversation=conversation, unrolled=True))
         return drafts
 
     def _prepare(self, messages: Sequence[Message]) -> list[Message]:
@@ -297,7 +298,8 @@ class _Chat:
         return Rejected(rendered.text, _last_answer(rendered), _spans(rendered, in_place))
 
     def _render(self, messages: list[Message]) -> Rendered:
-        broken, tools = self._tokenizer.break_control_tokens([messages, self._conversation.tools])
+        broken = self._tokenizer.break_control_tokens(messages)
+        tools = self._tokenizer.break_control_tokens(self._conversation.tools)
         rendered = render_turns(self._template, broken, tools, self._kwargs(messages), self._tokenizer.control)
         for number, message in enumerate(broken, start=1):
             if message["role"] in ("system", "user") and message["content"].strip() not in rendered.text:
@@ -305,7 +307,14 @@ class _Chat:
         return rendered
 
     def _kwargs(self, messages: Sequence[Message]) -> dict[str, Any]:
-        """The template's variables for this row; a row thinks if an answer to its last question does."""
+        """The template's variables for these messages, which are the row's own or the first of them."""
+        known = self._known_kwargs.get(len(messages))
+        if known is None or self._worse is not None:
+            known = self._known_kwargs[len(messages)] = self._make_kwargs(messages)
+        return known
+
+    def _make_kwargs(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """The same; a row thinks if an answer to its last question does."""
         if not self._template.takes_enable_thinking:
             return self._config.chat_template_kwargs
         thinking = self._config.enable_thinking

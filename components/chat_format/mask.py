@@ -2,10 +2,9 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +21,7 @@ _OPENS_THINKING = re.compile(r"<think>\s*\Z")
 _EMPTY_THINKING = re.compile(r"<think>\s*</think>\s*")
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """An assistant turn in the rendered text: characters [start, end), its end-of-turn token included.
 
     `message` is its index. `end_token` is that token, None if the template writes none. `complete` is False where the
@@ -38,8 +36,7 @@ class Turn:
     complete: bool = True
 
 
-@dataclass(frozen=True)
-class Rendered:
+class Rendered(NamedTuple):
     """A conversation's text, the text up to its last answer, and the assistant turns in it."""
 
     text: str
@@ -90,7 +87,7 @@ def render_turns(
     turns = [_find_turn(text, chunks[number], header, number, messages[number], control) for number in numbers]
     # What a tool answers is written with the call, as in Gemma 4: the model stops before it.
     joined = {number - 1 for number, chunk in chunks.items() if chunk.start == chunk.end}
-    turns = [replace(turn, complete=False) if turn.message in joined else turn for turn in turns]
+    turns = [turn._replace(complete=False) if turn.message in joined else turn for turn in turns]
     return Rendered(text, prompt, [_mark_complete(turn, text, messages, template) for turn in turns])
 
 
@@ -120,8 +117,7 @@ def _after_prompt(written: str, header: str, message: Message, template: ChatTem
     return answer
 
 
-@dataclass(frozen=True)
-class _Chunk:
+class _Chunk(NamedTuple):
     """What the template wrote for one message, and where in it a generation block begins."""
 
     start: int
@@ -194,7 +190,7 @@ def _cuts(header: str, control: re.Pattern[str]) -> list[int]:
 def _mark_complete(turn: Turn, text: str, messages: list[Message], template: ChatTemplate) -> Turn:
     reasoning = template.thinking_of(messages[turn.message]) or ""
     complete = not reasoning or reasoning.strip() in text[turn.start : turn.end]
-    return turn if complete else replace(turn, complete=False)
+    return turn if complete else turn._replace(complete=False)
 
 
 def _shown_content(written: str, message: Message) -> str:

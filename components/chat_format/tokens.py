@@ -1,15 +1,14 @@
 """Token ids of a text, and where in it each token stands."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     """Token ids, shape (T,), and the characters of the text [start, end) of each, shape (T, 2); or with `in_bytes` the
     bytes of the text in UTF-8.
     """

@@ -1,5 +1,6 @@
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -13,6 +14,8 @@ from finemill.artifacts.columns import to_column
         (["a", None, "", None, *("b" * n for n in range(20))], pa.string()),
         ([[1, 2], [], None, [3]], pa.list_(pa.int32())),
         ([[], []], pa.list_(pa.int32())),
+        ([np.array([1, 2], np.int32), None, np.array([], np.int32), np.array([3], np.int64)], pa.list_(pa.int32())),
+        ([np.array([1, 2], np.int32), [3, 4]], pa.list_(pa.int32())),
         ([3, -1, 2**40], pa.int64()),
         ([3, None], pa.int64()),
         ([0.5, None], pa.float64()),

@@ -13,7 +13,7 @@ def to_column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
     """Values of one type, or None, as a column.
 
     Args:
-        values: texts, numbers, yes or no, or lists of token ids.
+        values: texts, numbers, yes or no, or lists or arrays of token ids.
         kind: the column's type.
     """
     if kind == pa.string():
@@ -22,7 +22,12 @@ def to_column(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
         return pa.Array.from_buffers(kind, len(values), [_validity(values), *buffers])
     if kind == pa.list_(pa.int32()):
         lists = [() if value is None else value for value in values]
-        items = np.fromiter(chain.from_iterable(lists), np.int32)
+        arrays = [value for value in lists if isinstance(value, np.ndarray)]
+        items = (
+            np.concatenate(arrays, dtype=np.int32)
+            if arrays and sum(map(len, lists)) == sum(map(len, arrays))
+            else np.fromiter(chain.from_iterable(lists), np.int32)
+        )
         children = [_numbers(items, pa.int32())]
         return pa.Array.from_buffers(kind, len(values), [_validity(values), _edges(lists)], children=children)
     if kind == pa.bool_():

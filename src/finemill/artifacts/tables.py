@@ -4,7 +4,7 @@ A reader takes the class that has the columns it needs, so that only those are r
 """
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -45,6 +45,14 @@ def to_record_batch(row_type: type[RowT], rows: Sequence[RowT]) -> pa.RecordBatc
     """Rows as Arrow holds them, with the columns of their class."""
     schema = schema_of(row_type)
     return pa.record_batch([to_column([getattr(row, f.name) for row in rows], f.type) for f in schema], schema=schema)
+
+
+def columns_of(row_type: type, values: Sequence[Mapping[str, Any]]) -> pa.RecordBatch:
+    """The same of each row's values by name; token ids may be arrays."""
+    schema = schema_of(row_type)
+    return pa.record_batch(
+        [to_column([row[field.name] for row in values], field.type) for field in schema], schema=schema
+    )
 
 
 class RowWriter(Generic[RowT]):

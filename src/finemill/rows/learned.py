@@ -191,12 +191,17 @@ def excluded_turns(reader: Reader, turns: Sequence[Mapping[str, Any]]) -> set[in
 
 
 def _learns_last_only(reader: Reader) -> bool:
-    names = [name for name in reader.names if isinstance(name, str) and _LAST_ONLY.search(snake_case(name))]
+    names = [name for name in reader.names if isinstance(name, str) and _is_last_only(name)]
     says = [is_true(reader.peek(name)) for name in names]
     for name, said in zip(names, says, strict=True):
         if said is not None:
             reader.get(name)
     return True in says
+
+
+@lru_cache(maxsize=4096)
+def _is_last_only(name: str) -> bool:
+    return _LAST_ONLY.search(snake_case(name)) is not None
 
 
 def _by_questions(learned: list[bool], answers: Sequence[int]) -> list[bool]:

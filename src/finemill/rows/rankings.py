@@ -65,6 +65,8 @@ def ranked_answers(row: Reader) -> tuple[Answer, Answer] | None:
 
 def ranks_answers(row: Reader) -> bool:
     """Whether a row has several answers and says which is better, though it may be that none is."""
+    if row.names.isdisjoint(_TELLS):
+        return False
     try:
         return ranked_answers(Reader(row.values)) is not None
     except DroppedRowError:

@@ -428,13 +428,16 @@ def _answer_columns(row: Reader) -> tuple[str, str] | None:
 
 def _is_preference(row: Reader) -> bool:
     columns = _answer_columns(row)
-    asked = row.has(*_PROMPTS) or any(turn_list(row.peek(name)) for name in (*_CHATS, "messages", "history"))
     if columns is None:
-        return ranks_answers(row) and (asked or row.has("history") or _is_chat(row, "conversation_a"))
+        return ranks_answers(row) and (_is_asked(row) or row.has("history") or _is_chat(row, "conversation_a"))
     answers = [row.peek(column) for column in columns]
     return not any(_is_label(row, answer) for answer in answers) and (
-        asked or all(_whole_chat(answer) is not None for answer in answers)
+        _is_asked(row) or all(_whole_chat(answer) is not None for answer in answers)
     )
+
+
+def _is_asked(row: Reader) -> bool:
+    return row.has(*_PROMPTS) or any(turn_list(row.peek(name)) for name in (*_CHATS, "messages", "history"))
 
 
 def _is_label(row: Reader, answer: Any) -> bool:

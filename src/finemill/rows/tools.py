@@ -254,6 +254,8 @@ def has_call_text(content: str) -> bool:
 
 def split_call_text(content: str) -> tuple[str, list[Call]]:
     """The text before the calls in an answer, and the calls. Raises: DroppedRowError: they are no calls."""
+    if "<" not in content and "[" not in content:
+        return content, []
     first = _CALL_TEXT.search(content)
     if first is None:
         before, marked = marked_calls(content) or (content, [])

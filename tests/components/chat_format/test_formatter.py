@@ -244,7 +244,7 @@ def test_a_long_document_is_pieces_of_which_none_is_lost(sentence: str, tmp_path
         assert sum(lengths[:-1]) > 0.5 * limit * len(lengths[:-1])
         assert "".join(base.text(piece) for piece in pieces) == text + "<|im_end|>"
         assert all(piece.labels.tolist() == piece.input_ids for piece in pieces)
-        assert len({piece.row.id for piece in pieces}) == len(pieces)
+        assert len({piece.values["id"] for piece in pieces}) == len(pieces)
 
 
 def test_a_text_that_is_cut_by_samples_of_it_loses_nothing_though_its_parts_differ(tmp_path: Path) -> None:
