@@ -1,4 +1,7 @@
-"""A version that is worse than the champion, with a thousand faults in its evaluation: none makes it champion."""
+"""A version that is worse than the champion, with faults in its evaluation: none makes it champion.
+
+`tests/faults/test_promotions.py` has a thousand of them come to the step itself.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +20,8 @@ from finemill.config import parse_config
 from finemill.errors import UserError
 
 _ROWS = 60
+_ROUNDS = 25
+"""Of each fault."""
 _GATES = [
     {"metric": "loss", "direction": "lower", "min_delta": 0.0},
     {"metric": "exact_match", "direction": "higher", "min_delta": 0.0},
@@ -133,7 +138,7 @@ def passes(folder: Path, champion: Scores) -> bool:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_no_fault_promotes_a_worse_version(fault: Fault, tmp_path: Path) -> None:
     champion = Scores(write(tmp_path / "champion", samples(50, 0.5)))
-    for number in range(1000 // len(FAULTS)):
+    for number in range(_ROUNDS):
         rng = Random(number)
         folder = tmp_path / "challenger"
         fault(folder, samples(rng.randint(20, 45), 0.5 + 0.5 * rng.random() + 0.01), rng)
