@@ -31,7 +31,7 @@ from finemill.components.gguf_quantize.families import (
 from finemill.errors import UserError
 from finemill.models.rope import scaled_limit
 from finemill.models.stored_model import read_model_config
-from finemill.models.weights import StoredTensor, stored_tensors
+from finemill.models.weights import StoredTensor, holds_another_head, stored_tensors
 
 Array = NDArray[np.float32]
 
@@ -120,10 +120,10 @@ class SourceModel:
         """Experts of a layer; 0 in a dense model."""
         return int(self.config.get("num_experts") or self.config.get("num_local_experts") or 0)
 
-    @property
+    @cached_property
     def ties_embeddings(self) -> bool:
         """Whether the output matrix is the token embedding."""
-        return bool(self.config.get("tie_word_embeddings"))
+        return bool(self.config.get("tie_word_embeddings")) and not holds_another_head(self._stored)
 
     @cached_property
     def files(self) -> Mapping[str, StoredTensor]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +11,39 @@ import torch
 from finemill.errors import StepError, UserError
 from finemill.models.stored_model import Group, StoredModel
 from finemill.models.weights import DTYPES
+
+
+@dataclass(frozen=True)
+class ExpectedPart:
+    """What a whole tensor, or one expert, should be before rounding; its rows are computed when they are asked for.
+
+    `base` is as the base holds it. With `factors`, B, A and their factor, the product is added to it; `whole` stands in
+    its place; without either it stays.
+    """
+
+    base: torch.Tensor
+    factors: tuple[torch.Tensor, torch.Tensor, float] | None = None
+    whole: torch.Tensor | None = None
+
+    @property
+    def is_base(self) -> bool:
+        """Whether nothing is to be changed."""
+        return self.factors is None and self.whole is None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of all rows."""
+        return (self.base if self.whole is None else self.whole).shape
+
+    def rows(self, which: slice) -> torch.Tensor:
+        """Some of them, float32."""
+        if self.whole is not None:
+            return self.whole[which].float()
+        base = self.base[which].float()
+        if self.factors is None:
+            return base
+        b, a, scaling = self.factors
+        return torch.addmm(base, b[which], a, alpha=scaling)
 
 
 class MergedModel:
@@ -37,7 +71,7 @@ class MergedModel:
         }
         # Tables with more tokens that were trained on in the place of the base's own; merging changes the modules' own.
         self._own_bases = {
-            f"{path}.weight": weight.detach().float()
+            f"{path}.weight": weight.detach().float().clone()
             for path, module in self._modules.items()
             if (weight := getattr(_original_module(module), "weight", None)) is not None
             and stored.name_of(weight) is None
@@ -157,21 +191,21 @@ class MergedModel:
         """The embedding, for an output matrix that becomes one of its own."""
         return name if name in self._stored.group_of else self._stored.embedding_name
 
-    def expected_parts(self, name: str) -> Iterator[torch.Tensor]:
+    def expected_parts(self, name: str) -> Iterator["ExpectedPart"]:
         """Base plus adapter before rounding, in the parts of `base_parts`.
 
         LoRA is added here, factor by factor; what is more than a sum, as PEFT merges it.
         """
+        own = self._own_base(name)
+        bases = self._stored.parts(self._name_in_base(name), widen=False) if own is None else iter((own,))
         if name not in self.changed:
-            return self.base_parts(name)
+            return map(ExpectedPart, bases)
         factors = self._factors(name)
-        if factors is None:
-            value = self._value(name)
-            return iter(value if value.dim() == 3 else (value,))
-        return (
-            torch.addmm(base, b, a, alpha=scaling)
-            for base, (b, a, scaling) in zip(self.base_parts(name), factors, strict=True)
-        )
+        if factors is not None:
+            return (ExpectedPart(base, factors=of_one) for base, of_one in zip(bases, factors, strict=True))
+        value = self._value(name)
+        wholes = value if value.dim() == 3 else (value,)
+        return (ExpectedPart(base, whole=whole) for base, whole in zip(bases, wholes, strict=True))
 
     def _factors(self, name: str) -> Sequence[tuple[torch.Tensor, torch.Tensor, float]] | None:
         """B, A and the factor of each part; None where the change is more than their product."""
@@ -279,14 +313,12 @@ def _merge_module(path: str, module: Any, stored: StoredModel) -> dict[str, torc
             if stored_name:
                 part._parameters[name] = torch.nn.Parameter(stored.read(stored_name), requires_grad=False)
     try:
+        # NaN is looked for where values are rounded.
         if hasattr(module, "unload_and_optionally_merge_module"):
-            merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
+            merged = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         else:
-            module.merge(safe_merge=True)
+            module.merge(safe_merge=False)
             merged = module.get_base_layer()
-    except ValueError:
-        # What `safe_merge` looks for.
-        raise _no_number(path) from None
     except NotImplementedError as error:
         raise UserError(f"merge: PEFT cannot merge {path}: {' '.join(str(error).split()):.200}") from None
     values = {name: parameter.detach().float() for name, parameter in merged.named_parameters()}
@@ -318,11 +350,7 @@ def _round(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             f"merge: {name} has values up to {values.abs().max():.3g}, and {str(dtype).removeprefix('torch.')} ends at "
             f"{torch.finfo(dtype).max:.5g}: write another type (dtype)"
         )
-    raise _no_number(name)
-
-
-def _no_number(name: str) -> UserError:
-    return UserError(
+    raise UserError(
         f"merge: {name} holds NaN or infinity: the base is damaged, or an adapter's product overflows; download the "
         "base or train again"
     )

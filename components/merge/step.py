@@ -90,7 +90,8 @@ def _merge(
         base_model,
         output_dir,
         dtype,
-        unties_embeddings=merged.unties_embeddings,
+        # Also of a base that only says it ties them.
+        unties_embeddings=merged.unties_embeddings or not stored.is_tied,
         vocab_size=merged.vocab_size,
         rope_parameters=_rope_parameters(adapter),
     )

@@ -104,6 +104,7 @@ def write_random_base(folder: Path, shape: ModelShape) -> int:
     )
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     from finemill.models.base.resolve import resolve_base_model

@@ -18,7 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
 from finemill.errors import UserError
-from finemill.models.weights import DTYPES, StoredTensor, stored_tensors
+from finemill.models.weights import DTYPES, StoredTensor, holds_another_head, stored_tensors
 
 Rounding = Callable[[str, torch.Tensor], torch.Tensor]
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -166,21 +166,31 @@ class StoredModel:
         more = self._shapes[name][0] - len(values)
         return torch.cat([values, values.mean(0).expand(more, -1)]) if more > 0 else values[: len(values) + more]
 
-    def parts(self, name: str) -> Iterator[torch.Tensor]:
-        """The values of one parameter, float32: of a stack, expert by expert; any other, all at once."""
+    def parts(self, name: str, *, widen: bool = True) -> Iterator[torch.Tensor]:
+        """The values of one parameter: of a stack, expert by expert; any other, all at once.
+
+        Args:
+            widen: to float32; else as they are stored, a view of the file where nothing else is made of them.
+        """
         group = self.group_of[name]
         if len(self._shapes[name]) != 3:
-            yield self.read(name)
+            yield self.read(name) if widen or not self._is_as_stored(name) else self.read_stored(next(iter(group.keys)))
             return
         experts = _by_expert(group.keys)
         with self._opened(group.keys) as read:
             if group.converter is None:
-                yield from map(_float32, read(next(iter(group.keys))))
+                yield from map(_float32, read(next(iter(group.keys)))) if widen else read(next(iter(group.keys)))
             elif experts:
                 for keys in experts:
-                    yield self._converted(name, {key: _float32(read(key)) for key in keys})[0]
+                    values = {key: _float32(read(key)) if widen else read(key) for key in keys}
+                    yield self._converted(name, values)[0]
             else:
                 yield from self.read(name)
+
+    def _is_as_stored(self, name: str) -> bool:
+        return (
+            not self.is_rounded and self.group_of[name].converter is None and self.shape_of(name) == self._shapes[name]
+        )
 
     def _converted(self, name: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What transformers' rule makes of stored tensors."""
@@ -240,9 +250,9 @@ class StoredModel:
         return {key: tuple(part.shape) for key, part in revert_weight_conversion(self.model, values).items()}
 
     def read_stored(self, key: str) -> torch.Tensor:
-        """A stored tensor as it is."""
+        """A stored tensor as it is: a view of its file."""
         with self._opened([key]) as read:
-            return read(key).clone()
+            return read(key)
 
     @contextmanager
     def _opened(self, keys: Iterable[str]) -> Iterator[Callable[[str], torch.Tensor]]:
@@ -349,6 +359,11 @@ def _hollow_model(folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
         line = " ".join(str(error).split())
         raise UserError(f"{folder / 'config.json'} is not a causal language model: {line:.300}") from None
     model.tie_weights()
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if output.weight is embedding.weight and holds_another_head(tensors):
+        output.weight = torch.nn.Parameter(torch.empty_like(embedding.weight), requires_grad=False)
+        for part in (model.config, model.config.get_text_config()):
+            part.tie_word_embeddings = False
     hollow: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         # A row is looked up among those that were loaded, where the padding token need not be.

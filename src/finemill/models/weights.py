@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,3 +94,20 @@ def _weight_map(path: Path) -> Mapping[str, str]:
         return {str(name): str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no index of safetensors files: download or copy the model again") from None
+
+
+def holds_another_head(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether the files hold an output matrix beside the embedding that is not the same.
+
+    transformers ties the two then not, whatever config.json says.
+    """
+    ends = [
+        next((key for key in tensors if key.endswith(f"{name}.weight")), None) for name in ("embed_tokens", "lm_head")
+    ]
+    if not ends[0] or not ends[1] or tensors[ends[0]].shape != tensors[ends[1]].shape:
+        return False
+    with ExitStack() as stack:
+        first, second = (
+            stack.enter_context(safe_open(tensors[key].path, framework="pt")).get_tensor(key) for key in ends if key
+        )
+        return not (torch.equal(first[0], second[0]) and torch.equal(first, second))

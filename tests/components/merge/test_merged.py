@@ -27,6 +27,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )  # fmt: skip
 
+from finemill.components.gguf_quantize.convert import SourceModel
 from finemill.components.merge import step
 from finemill.components.merge.config import MergeConfig
 from finemill.components.merge.step import run
@@ -323,6 +324,21 @@ def test_a_table_that_grew_before_it_was_trained_is_written_so(
         expected, found = (model(ids).logits.log_softmax(-1) for model in (tuned, merged))
     assert merged.config.vocab_size == 1600
     assert float((expected.exp() * (expected - found)).sum(-1).mean()) < 1e-3
+
+
+def test_a_base_that_only_says_that_it_ties_its_ends_keeps_both_as_in_transformers(
+    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base", tied=False)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    adapter = adapter_dir(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"]))
+    merged = merge(base, adapter, tmp_path / "merged", step_context)
+    assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"] is False
+    found, expected = load_file(merged / "model.safetensors"), load_file(base / "model.safetensors")
+    assert torch.equal(found["lm_head.weight"], expected["lm_head.weight"])
+    assert not torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    assert SourceModel(base).names()["lm_head.weight"] == "output.weight"
 
 
 def test_a_tokenizer_with_more_tokens_than_the_merged_model_is_refused(
