@@ -561,7 +561,7 @@ def _by_column(row: Reader) -> Any:
     """Choices that stand in a column each: by number where the columns are numbered, which count from 1."""
     columns = _lettered(row)
     texts = [row.get(column) for column in columns]
-    return dict(zip("123456789", texts, strict=False)) if columns[0][-1] == "1" else texts
+    return dict(zip("123456789", texts, strict=False)) if columns[:1] and columns[0][-1] == "1" else texts
 
 
 def _choices(value: Any) -> tuple[list[str], list[str]]:
