@@ -4,9 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,15 @@ from finemill.artifacts.manifest import Producer, Reference, new_manifest
 from finemill.cli import main
 from finemill.errors import UserError
 from finemill.registry.garbage import find_garbage, find_leftovers
+from finemill.runtime.context import Checkpoints
 from finemill.storage.base import local_path
-from finemill.storage.store import delete_artifact, list_artifacts, publish_artifact, staging_folder
+from finemill.storage.store import (
+    delete_artifact,
+    list_artifacts,
+    publish_artifact,
+    read_manifest,
+    staging_folder,
+)
 
 ANY_AGE = timedelta(days=-1)
 
@@ -86,6 +94,16 @@ def test_a_decision_about_what_is_registered_is_kept_with_the_scores_that_it_nam
     put(store, "promote/a", parents, lambda folder: write_decision(folder, decision))
     put(store, "promote/b", {"evaluation": put(store, "eval/b")}, lambda folder: write_decision(folder, decision))
     assert places(store, [adapter, evaluation], ANY_AGE) == {"promote/b", "eval/b"}
+
+
+def test_what_a_training_goes_on_with_is_kept_with_its_checkpoint(store: str, tmp_path: Path) -> None:
+    dataset = put(store, "chat-format/a", {"rows": put(store, "data-prep/a")})
+    made_by = Producer(step="train-qlora", version="0", code="c")
+    (tmp_path / "state").mkdir()
+    Checkpoints(f"{store}/checkpoints/train-qlora-b", made_by, {"dataset": dataset}).save(tmp_path / "state", 4)
+    assert places(store, [], timedelta(days=1)) == set()
+    checkpoint = [Reference(f"{store}/checkpoints/train-qlora-b/00000004", "0" * 64)]
+    assert find_garbage(store, [], ANY_AGE, in_use=checkpoint) == []
 
 
 def test_what_is_young_is_kept_with_what_it_was_made_from(store: str) -> None:
@@ -193,6 +211,71 @@ def test_gc_asks_the_registry_and_deletes_the_rest(
         Reference.parse(kept).uri,
         f"{folder_store}/merge/young",
     ]
+
+
+def test_gc_keeps_what_running_steps_were_given(
+    tracking_uri: str, folder_store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    rows = put(folder_store, "data-prep/a")
+    for name in ("used", "done"):
+        put(folder_store, f"chat-format/{name}", {"rows": rows} if name == "used" else {})
+    age(folder_store, 40)
+    client, references = MlflowClient(tracking_uri), {}
+    for uri in list_artifacts(f"{folder_store}/chat-format"):
+        manifest = read_manifest(uri)
+        assert manifest is not None
+        references[uri.rpartition("/")[2]] = str(Reference(uri, manifest.digest))
+    for name, reference in references.items():
+        run = client.create_run(
+            "0", tags={"finemill.input.dataset": reference, "finemill.input.base_model": "hf://a/b"}
+        )
+        if name == "done":
+            client.set_terminated(run.info.run_id)
+    put(folder_store, "merge/young")
+    assert main(["gc", "--store", folder_store]) == 0
+    assert "1 artifacts" in capsys.readouterr().out
+    assert [uri.rpartition("/")[2] for uri in list_artifacts(f"{folder_store}/chat-format")] == ["used"]
+    assert list_artifacts(f"{folder_store}/data-prep")
+
+
+def test_two_gc_at_once_delete_everything_once(folder_store: str) -> None:
+    """Folders vanish while the other one looks at them."""
+    for number in range(30):
+        put(folder_store, f"merge/{number}")
+    faults: list[Exception] = []
+
+    def collect() -> None:
+        try:
+            for artifact in find_garbage(folder_store, [], ANY_AGE):
+                delete_artifact(artifact.uri)
+            for artifact in find_leftovers(folder_store, ANY_AGE):
+                delete_artifact(artifact.uri)
+        except Exception as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=collect) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert places(folder_store, [], ANY_AGE) == set()
+
+
+def test_leftovers_are_as_old_as_the_store_s_own_clock_says(folder_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = local_path(folder_store) / "merge" / ".staging" / "b-0123"
+    half.mkdir(parents=True)
+
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> "Ahead":
+            return super().now(tz) + timedelta(days=400)
+
+    monkeypatch.setattr("finemill.registry.garbage.datetime", Ahead)
+    assert find_leftovers(folder_store, timedelta(days=30)) == []
+    assert find_leftovers(folder_store, ANY_AGE)
 
 
 def test_gc_makes_no_registry_where_a_run_had_another(folder_store: str, capsys: pytest.CaptureFixture[str]) -> None:

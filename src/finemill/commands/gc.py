@@ -12,6 +12,7 @@ from finemill.tracking.server import sqlite_path
 from finemill.tracking.settings import TRACKING_VARIABLE, Tracking
 
 if TYPE_CHECKING:
+    from finemill.artifacts.manifest import Reference
     from finemill.registry.garbage import StoredArtifact
 
 _GIB = 2**30
@@ -29,7 +30,8 @@ def execute(name: str, arguments: list[str]) -> int:
 
     leftovers = find_leftovers(store, older_than)
     _delete(leftovers, parsed.dry_run)
-    garbage = find_garbage(store, registered_artifacts(_registry(store)), older_than)
+    registered = registered_artifacts(_registry(store))
+    garbage = find_garbage(store, registered, older_than, in_use=_in_use(store))
     _delete(garbage, parsed.dry_run)
     size = sum(artifact.size_bytes for artifact in leftovers + garbage) / _GIB
     done = "would be" if parsed.dry_run else "are"
@@ -43,6 +45,15 @@ def _delete(artifacts: "list[StoredArtifact]", dry_run: bool) -> None:
         print(f"{artifact.modified:%Y-%m-%d} {artifact.size_bytes / _GIB:9.3f} GiB  {artifact.uri}{state}")
         if not dry_run:
             delete_artifact(artifact.uri)
+
+
+def _in_use(store: str) -> "list[Reference]":
+    """What running steps were given, as far as they are recorded."""
+    tracking = Tracking.of_environment()
+    uri = tracking.uri or (None if tracking.registry_uri else _registry(store))
+    from finemill.tracking.running import inputs_of_running_steps
+
+    return inputs_of_running_steps(uri) if uri else []
 
 
 def _registry(store: str) -> str:

@@ -4,12 +4,15 @@ An artifact is known by its digest and by its place in the store, never by its a
 elsewhere or renamed, and its registry keeps the addresses of then.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from finemill.artifacts.decision import read_decision
 from finemill.artifacts.manifest import DIGEST_MARK, MANIFEST_NAME, Reference
@@ -47,11 +50,13 @@ class _Contents:
     problem: str | None = None
 
 
-def find_garbage(store_uri: str, registered: Collection[Reference], older_than: timedelta) -> list[StoredArtifact]:
+def find_garbage(
+    store_uri: str, registered: Collection[Reference], older_than: timedelta, in_use: Collection[Reference] = ()
+) -> list[StoredArtifact]:
     """Artifacts that nothing needs and that were last written `older_than` before the store's newest, oldest first.
 
-    Needed is what `registered` names, what is younger, everything that these were made from, and the decisions about
-    registered versions with the scores that they were made by. Ages count from the
+    Needed is what `registered` names, what running steps have `in_use`, what is younger, everything that these were
+    made from, and the decisions about registered versions with the scores that they were made by. Ages count from the
     newest artifact, as a clock that is ahead makes all of them old. What a run in progress has found in the store and
     is about to use, nobody knows: `older_than` should be more than any run takes.
     Raises: UserError: it is not certain what is registered.
@@ -69,7 +74,8 @@ def find_garbage(store_uri: str, registered: Collection[Reference], older_than: 
         )
     newest = min(max(artifact.modified for artifact in artifacts.values()), datetime.now(UTC))
     young = {place for place, artifact in artifacts.items() if artifact.modified >= newest - older_than}
-    needed = _with_parents(named | young, contents, index)
+    used = {place for reference in in_use for place in _places(reference, index)}
+    needed = _with_parents(named | young | used, contents, index)
     needed |= _decided_by(needed, artifacts, contents, index)
     for place in sorted(needed):
         if contents[place].problem:
@@ -89,18 +95,29 @@ def find_leftovers(store_uri: str, older_than: timedelta) -> list[StoredArtifact
     """
     if not store_uri.startswith("file:"):
         return []
-    root, limit = local_path(store_uri), datetime.now(UTC) - older_than
+    root = local_path(store_uri)
+    limit = _now(root) - older_than
     found = [_leftover(path, path.relative_to(root).as_posix(), store_uri) for path in abandoned_folders(store_uri)]
     return sorted((item for item in found if item.modified <= limit), key=lambda item: (item.modified, item.place))
 
 
+def _now(root: Path) -> datetime:
+    """The time by the clock of the file system that the store is in, which a share's other machines write by, too."""
+    now = datetime.now(UTC)
+    with suppress(OSError), NamedTemporaryFile(dir=root, prefix=".clock-") as probe:
+        now = min(now, datetime.fromtimestamp(os.fstat(probe.fileno()).st_mtime, UTC))
+    return now
+
+
 def _leftover(folder: Path, place: str, store_uri: str) -> StoredArtifact:
-    stats = [path.lstat() for path in (folder, *folder.rglob("*"))]
+    files = list_stored_files(folder.as_uri())
+    with suppress(FileNotFoundError):
+        files = (*files, StoredFile("", 0, datetime.fromtimestamp(folder.stat().st_mtime, UTC)))
     return StoredArtifact(
         place,
         f"{store_uri}/{place}",
-        sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()),
-        datetime.fromtimestamp(max(stat.st_mtime for stat in stats), UTC),
+        sum(file.size for file in files),
+        max((file.modified for file in files), default=datetime.now(UTC)),
         complete=False,
     )
 

@@ -44,13 +44,15 @@ class Checkpoints:
 
     uri: str
     producer: Producer
+    parents: Mapping[str, str] = field(default_factory=dict)
+    """References of the inputs, by port: as long as a checkpoint is kept, so is what its training goes on with."""
 
     def save(self, folder: Path, training_step: int) -> None:
         """Publish a copy of `folder`. An interruption leaves either nothing or all of it."""
         target = f"{self.uri}/{training_step:08d}"
         staging = staging_folder(target)
         shutil.copytree(folder, staging, dirs_exist_ok=True)
-        publish_artifact(staging, target, new_manifest("checkpoint", staging, self.producer))
+        publish_artifact(staging, target, new_manifest("checkpoint", staging, self.producer, parents=self.parents))
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint as a verified local folder, read only."""

@@ -157,7 +157,7 @@ class _Call:
             key=self.key,
             references=self.inputs,
             manifests=self.manifests,
-            checkpoints=Checkpoints(f"{self.store}/checkpoints/{self.step.name}-{self.key}", self.made_by),
+            checkpoints=Checkpoints(f"{self.store}/checkpoints/{self.step.name}-{self.key}", self.made_by, self.inputs),
             recorder=recorder,
             run_id=self.run_id,
             tracking=self.tracking,

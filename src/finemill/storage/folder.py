@@ -48,7 +48,10 @@ def abandoned_folders(uri: str) -> list[Path]:
 
 
 def _is_held(folder: Path) -> bool:
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -122,8 +125,9 @@ def list_artifacts(uri: str) -> list[str]:
 def list_files(uri: str) -> tuple[StoredFile, ...]:
     """Every file under `uri`."""
     root = local_path(uri)
-    paths = [path for path in root.rglob("*") if path.is_file()]
-    return tuple(_stored_file(path, path.relative_to(root).as_posix()) for path in paths)
+    # Unlike `rglob` it goes on where a folder is deleted meanwhile.
+    paths = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
+    return tuple(filter(None, (_stored_file(path, path.relative_to(root).as_posix()) for path in paths)))
 
 
 def delete(uri: str) -> None:
@@ -151,16 +155,20 @@ def lock(uri: str) -> AbstractContextManager[None]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or a file in its place, if there is one."""
-    with suppress(FileNotFoundError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    """Remove a folder, or a file in its place, if there is one; another process may do so at the same time."""
+    while os.path.lexists(path):
+        with suppress(FileNotFoundError):
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
 
 
-def _stored_file(path: Path, name: str) -> StoredFile:
-    status = path.stat()
+def _stored_file(path: Path, name: str) -> StoredFile | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
     return StoredFile(name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
 

@@ -13,6 +13,8 @@ from finemill.credentials import without_credentials
 RUN_ID_TAG = "finemill.run_id"
 STEP_TAG = "finemill.step"
 OUTPUT_TAG = "finemill.output"
+INPUT_TAG = "finemill.input."
+"""Begins the tag with an input's reference; its port follows."""
 REUSED_TAG = "finemill.reused"
 WARNINGS_TAG = "finemill.warnings"
 
@@ -38,7 +40,7 @@ class StepDescription:
             **({"mlflow.source.git.commit": made_by.git_sha} if made_by.git_sha else {}),
             **lineage_tags(inputs),
         }
-        tags |= {f"finemill.input.{port}": without_credentials(value) for port, value in inputs.items()}
+        tags |= {f"{INPUT_TAG}{port}": without_credentials(value) for port, value in inputs.items()}
         return cls(name, flatten(config), tags, run_id)
 
 

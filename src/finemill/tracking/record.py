@@ -11,7 +11,7 @@ from finemill.artifacts.manifest import Manifest, Reference
 from finemill.artifacts.metrics import is_total
 from finemill.credentials import without_credentials
 from finemill.tracking.abandoned import process_tags
-from finemill.tracking.describe import OUTPUT_TAG, WARNINGS_TAG, StepDescription
+from finemill.tracking.describe import INPUT_TAG, OUTPUT_TAG, WARNINGS_TAG, StepDescription
 from finemill.tracking.shown import NOTE_TAG, show_files
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def log_dataset(client: "MlflowClient", run_id: str, step: StepDescription) -> N
     """Record the dataset as MLflow's own input, which its pages show in a column."""
     from mlflow.entities import Dataset, DatasetInput
 
-    digest, uri = step.tags.get("dataset.digest"), step.tags.get("finemill.input.dataset")
+    digest, uri = step.tags.get("dataset.digest"), step.tags.get(f"{INPUT_TAG}dataset")
     if digest and uri:
         source = json.dumps({"uri": uri})
         dataset = Dataset("dataset", digest[:_DATASET_DIGEST_LENGTH], source_type=urlsplit(uri).scheme, source=source)
