@@ -331,9 +331,19 @@ def step_context(tmp_path_factory: pytest.TempPathFactory) -> "StepContext":
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without any run: made once, because making its tables takes a second."""
-    from mlflow import MlflowClient
+    """An MLflow database without any run: made once, because making its tables takes a second.
 
+    What this process writes to a database is not waited for until it is on the disk: no test switches the machine off.
+    """
+    from mlflow import MlflowClient
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def without_sync(connection: Any, _record: Any) -> None:
+        if "sqlite" in type(connection).__module__:
+            connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", without_sync)
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
