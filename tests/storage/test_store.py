@@ -125,14 +125,15 @@ delete_artifact({uri!r})
 
 def test_deletion_that_was_killed_is_finished_by_the_next_and_blocks_nobody(store: str) -> None:
     uri = f"{store}/merge/1"
-    for count in (1, 2, 4):
+    for count in (1, 2, 3):
         publish(uri, {"a": "alpha", "b": "beta", "c": "gamma"})
         delete_killed_at(uri, count)
         standing = publish(uri, {"a": f"again {count}"})
         folder, found = fetch_artifact(Reference(uri, standing.digest))
-        # Killed before its first write, it has deleted nothing.
-        assert list(found.files) == (["a", "b", "c"] if count == 1 else ["a"])
-        assert (folder / "a").read_text() == ("alpha" if count == 1 else f"again {count}")
+        # Killed before the manifest goes, it has deleted nothing. A folder is away before its first file goes.
+        is_whole = count == 1 and uri.startswith("s3:")
+        assert list(found.files) == (["a", "b", "c"] if is_whole else ["a"])
+        assert (folder / "a").read_text() == ("alpha" if is_whole else f"again {count}")
         delete_artifact(uri)
     assert list_stored_files(store) == ()
 
