@@ -93,6 +93,16 @@ def read_letter(text: str) -> str | None:
     )
 
 
+def read_letters(text: str) -> frozenset[str] | None:
+    """The letters of a question with several right choices: `A, C`, `(A, C)`, `A and C`, `AC` in their order."""
+    plain = text.strip(" ().")
+    parts = re.split(r"\s*(?:,|;|\u3001|&|/|\band\b|和|\s)\s*", plain)
+    if len(parts) == 1 and re.fullmatch("[A-J]{2,}", plain) and list(plain) == sorted(set(plain)):
+        return frozenset(plain)
+    letters = [part.strip("()") for part in parts if part]
+    return frozenset(letters) if len(letters) > 1 and all(re.fullmatch("[A-J]", one) for one in letters) else None
+
+
 def _is_meant(match: re.Match[str], text: str) -> bool:
     """Whether the letter of `match` is neither denied nor a part of a name."""
     before = text[: match.start("letter")]

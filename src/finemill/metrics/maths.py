@@ -12,7 +12,7 @@ from itertools import product
 from finemill.artifacts.evaluation import Outcome
 from finemill.metrics.angles import has_degrees, in_radians, without_minutes
 from finemill.metrics.intervals import as_interval
-from finemill.metrics.letters import read_letter
+from finemill.metrics.letters import read_letter, read_letters
 from finemill.metrics.lists import SEPARATOR, Collection, elements, read_collection, split_outside
 from finemill.metrics.matrices import Matrix, read_matrix
 from finemill.metrics.moments import same_moment
@@ -110,6 +110,9 @@ def equal_answers(gold: str, said: str | None) -> bool:
         return True
     if max(len(gold), len(said)) > _LONGEST:
         return False
+    letters = read_letters(tidy(gold))
+    if letters and letters == read_letters(tidy(said)):
+        return True
     choice = _CHOICE.fullmatch(tidy(gold))
     if choice:
         found = _SAID_CHOICE.fullmatch(tidy(said))

@@ -34,6 +34,9 @@ def _same_date(gold: Date | None, said: Date | None) -> bool:
 
 def _time(text: str) -> re.Match[str] | None:
     plain = re.sub(r"^(?:at\s+)?(?:12(?::00)?\s+)?(?=noon|mid)", "", tidy(text), flags=re.IGNORECASE)
+    plain = re.sub(r"^(\d{1,2})\s+o['\u2019]clock", r"\1:00", plain, flags=re.IGNORECASE)
+    plain = re.sub(r"\s+in the morning$", " AM", plain, flags=re.IGNORECASE)
+    plain = re.sub(r"\s+in the (?:afternoon|evening)$", " PM", plain, flags=re.IGNORECASE)
     return _TIME.fullmatch(_NAMED.get(plain.lower(), plain))
 
 

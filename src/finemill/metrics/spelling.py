@@ -31,6 +31,7 @@ _UNIT_FRACTION = re.compile(
     rf"(?<=[\d}} ])\\[dt]?frac\s*\{{\s*{_TEXT}\{{(?P<above>[A-Za-z]+)\}}\s*\}}"
     rf"\s*\{{\s*{_TEXT}\{{(?P<below>[A-Za-z]+)\}}(?P<power>\^\{{?[23]\}}?)?\s*\}}$"
 )
+_SYNONYMS = (("wedge", "land"), ("vee", "lor"), ("lnot", "neg"), ("to", "rightarrow"), ("gets", "leftarrow"))
 _TRANSPOSED = re.compile(r"^(?P<row>[\[(][^\[\]()]*[\])])\s*\^\s*\{?\s*(?:T|\\top|\\mathrm\{T\})\s*\}?$")
 
 
@@ -51,7 +52,9 @@ def prepared(text: str) -> str:
     text = re.sub(r"\\[dt]binom(?![A-Za-z])", r"\\binom", text)
     text = _COMBINATIONS.sub(_as_binomial, text)
     text = re.sub(r"\\(?:hat|vec|mathbf|bm|boldsymbol)\s*\{?\\?([ijk])(?:math)?\}?(?![A-Za-z])", r"\\mathbf{\1}", text)
-    text = re.sub(r"_\{(\d+)\}", r"_\1", text)
+    text = re.sub(r"(?<!\\log)_\{(\d+)\}", r"_\1", text)
+    for one, other in _SYNONYMS:
+        text = re.sub(rf"\\{one}(?![A-Za-z])", rf"\\{other}", text)
     text = re.sub(r"\\text\{\s*\(mod\s*\}", r"(mod ", text)
     text = _UNIT_FRACTION.sub(r" \\text{\g<above>/\g<below>}\g<power>", text)
     text = re.sub(r"(?<![\w})])\+\s*(?=\\infty)", "", text)

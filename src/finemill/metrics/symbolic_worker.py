@@ -87,7 +87,7 @@ def _parse(text: str) -> Any:
     # Letters side by side are a product for LaTeX, and a name only where a command says so.
     text = re.sub(r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|ln|log|exp|infty)(?![A-Za-z])", r"\\\1", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(r"_(\d{2,})", r"_{\1}", re.sub(r"\\lg(?![A-Za-z])", r"\\log_{10}", text))
+    text = re.sub(r"\\log_(\d{2,})(?=[\s({])", r"\\log_{\1}", re.sub(r"\\lg(?![A-Za-z])", r"\\log_{10}", text))
     found = parse(
         f"${text}$",
         [LatexExtractionConfig(normalization_config=config)],

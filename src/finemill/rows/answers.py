@@ -47,6 +47,7 @@ _MARK = re.compile(
     r"""(?ix)
     \b(?: answer | (?:correct|right)\s+(?:option|choice) )\b (?: [\s*_]* (?: (?:is|are|was)\b | [:=] ) | [ *_:]*\n )
     | (?: 答案 | 答え | 解答 | 答 | 정답 | 답 ) [\s*_]* (?: 是 | 为 | 為 | は | 은 | 는 | : )
+    | [选選][择擇]? :? (?=\s*\(?[A-J])
     | \b(?: respuesta | réponse | antwort | risposta | resposta | odpowied[zź] | jawaban(?:nya)? | cevap | svar | ответ
         | đáp\ án | câu\ trả\ lời | उत्तर | الجواب | الإجابة | الاجابة )
       (?: \s+(?:final|correcta?|exacte?|finale|final)\b )?
@@ -57,7 +58,8 @@ _LETTER = re.compile(
     r"(?:\\(?:text|mathrm|textbf|mathbf)\{)?\(?(?P<letter>[A-J])\)?\}?(?:\*\*)?(?=$|[.,;:)\]\n]|\s*(?:because|since|as)\b)"
 )
 _NEGATED = re.compile(
-    r"(?i)(?:\b(?:not|never|neither|nor|no longer|rather than|instead of|pas|nicht|non|não|не|không phải|bukan)"
+    r"(?i)(?:\b(?:not|never|neither|nor|no longer|rather than|instead of"
+    r"|(?:more|less|fewer|greater|larger|smaller|bigger|higher|lower) than|pas|nicht|non|não|не|không phải|bukan)"
     r"|[,;(]\s*no|n['\u2019]t|不是|并非|而非)(?:\s+(?:be|equal(?:\s+to)?))?\s*\W*$"
 )
 # Between an answer and what it is not: 12, not 13.
@@ -73,6 +75,13 @@ _IS_THE_ANSWER = re.compile(
 )
 # Calculations that GSM8K notes beside the text.
 _NOTED = re.compile(r"<<[^<>\n]*>>")
+_HTML = re.compile(r"</?(?:b|strong|i|em|u|p|span|div|code|h[1-6])>|<br\s*/?>", re.IGNORECASE)
+# Steps of an equation under each other.
+_ALIGNED = re.compile(
+    r"\\begin\{(?P<kind>(?:align|aligned|gather|gathered|equation|split|multline|eqnarray)\*?)\}(?P<lines>.*?)"
+    r"\\end\{(?P=kind)\}",
+    re.DOTALL,
+)
 # A JSON text in which a command's backslash was not escaped.
 _UNESCAPED = (("\x08oxed", "\\boxed"), ("\x0crac", "\\frac"), ("\text{", "\\text{"), ("\times", "\\times"))
 _COPULA = re.compile(
@@ -119,6 +128,7 @@ def find_answer(text: str) -> FinalAnswer | None:
     if inside_thinking(text):
         return None
     text = _NOTED.sub("", _TURN_ENDS.split(text.rpartition(THINK_CLOSE)[2])[0])
+    text = _ALIGNED.sub(lambda match: re.sub(r"&|\\\\", " ", match["lines"]), _HTML.sub("", text))
     for damaged, command in _UNESCAPED:
         text = text.replace(damaged, command)
     tags = list(_ANSWER_TAG.finditer(text))
@@ -133,6 +143,7 @@ def find_answer(text: str) -> FinalAnswer | None:
         return None
     text = re.sub(r"\bper\s+cent\b", "percent", _NEGATIVE.sub("-", plain_characters(text)))
     text = re.sub(r"\+\s?/\s?-(?=\s?\d)", r"\\pm ", text)
+    text = re.sub(r"(?<![\d.,/])(\d+)\s+out\s+of\s+(\d+)(?![\d.,/]*\d)", r"\1/\2", text)
     return _marked(text) or _explained(text) or _last_formula(text) or _counted(text) or _short(text)
 
 
@@ -182,7 +193,7 @@ def _marked(text: str) -> FinalAnswer | None:
         content = strip_delimiters(heading["rest"])
         span = _formula_at_start(content)
         if span and (last or not content[span.end :].strip(" .*")):
-            found.append((heading.start(), FinalAnswer(content[span.start :].rstrip(" .*"))))
+            found.append((heading.start(), FinalAnswer(content[span.start :].rstrip(" *"))))
         elif last and not _MARK.search(content) and len(content.split()) <= _MOST_WORDS and not list(formulas(content)):
             found.append((heading.start(), FinalAnswer(content)))
     for mark in _MARK.finditer(text):
@@ -286,7 +297,9 @@ def _short(text: str) -> FinalAnswer | None:
 
 def _is_spelled(words: str) -> bool:
     """Whether `words` are one spelled number and perhaps its unit: two and a half hours."""
-    return len(words.split()) <= _MOST_NUMBER_WORDS and in_digits(words)[:1].isdigit() and not words[:1].isdigit()
+    if any(character.isdigit() for character in words):
+        return False
+    return len(words.split()) <= _MOST_NUMBER_WORDS and in_digits(words)[:1].isdigit()
 
 
 def said_of_it(text: str) -> str | None:

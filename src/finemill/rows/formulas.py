@@ -95,7 +95,9 @@ _FUNCTIONS = ("ln", "log", "exp", "sqrt", "sin", "cos", "tan")
 # Units of one letter: after a number, a space, and before the end of what is said.
 _LETTER_UNITS = ("m", "g", "l", "L", "s", "h", "N", "J", "W", "V", "K")
 _SAID_END = re.compile(r"(?:/[A-Za-z]+\^?\{?\d?\}?)?\s*(?:[.,;:!?)*]|$)", re.MULTILINE)
-_TAIL = re.compile(r"\s+(?:a\.?m\.?|p\.?m\.?)(?![a-z])", re.IGNORECASE)
+_TAIL = re.compile(
+    r"\s+(?:a\.?m\.?|p\.?m\.?|o['\u2019]clock|in the (?:morning|afternoon|evening))(?![a-z])", re.IGNORECASE
+)
 _TEXT_COMMANDS = r"text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|bm|boldsymbol"
 _WITHOUT_VALUE = frozenset("text textbf textit textrm mathrm mathbf mbox operatorname begin end hspace quad".split())
 

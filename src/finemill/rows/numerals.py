@@ -43,6 +43,7 @@ _WORDS = frozenset(
     | set("halves and a an minus negative".split())
 )
 _WORD = re.compile(r"(?P<gap>[\s-]*)(?P<word>[A-Za-z]+)(?![\w'\u2019])")
+_AND_A_PART = re.compile(r"^(\d+)\s+and\s+(?:a|one)\s+(half|third|quarter)\b", re.IGNORECASE)
 # Half an hour, three quarters of a mile.
 _OF_A = re.compile(r"^\s+(?:of\s+)?an?\s+(?=[A-Za-z])", re.IGNORECASE)
 _SIGN = re.compile(r"(?:minus|negative)\s+(?=\$?[\d.])", re.IGNORECASE)
@@ -53,7 +54,7 @@ def in_digits(answer: str) -> str:
 
     For an answer that stands alone: in running text `one`, `a` and `一` are as often no number.
     """
-    text = signs_in_digits(answer).lstrip()
+    text = _AND_A_PART.sub(lambda match: f"{match[1]} 1/{_PARTS[match[2].lower()]}", signs_in_digits(answer).lstrip())
     found = _COUNTED.match(text)
     if found:
         value = _han_match(found)
