@@ -46,6 +46,21 @@ def test_evalscope_gets_each_question_once(evaluation: str, capsys: pytest.Captu
     assert lines(capsys) == [{"system": "Be brief.", "query": "What is 3 + 4?", "response": "7"}] * 2
 
 
+def test_a_longer_chat_keeps_its_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turns = [("user", "What is 3 + 4?"), ("assistant", "7"), ("user", "And doubled?")]
+    prompt = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+    said = Sample(
+        id="a", source="own", model="tuned", prompt=prompt, completion="15", reference="14", num_tokens=1,
+        num_generated_tokens=1, finished=True, format_ok=True,
+    )  # fmt: skip
+    write_samples(tmp_path, [said])
+    messages = [{"role": role, "content": text} for role, text in turns]
+    assert main(["samples", str(tmp_path), "--format", "evalscope"]) == 0
+    assert lines(capsys) == [{"messages": messages, "response": "14"}]
+    assert main(["samples", str(tmp_path), "--format", "preferences"]) == 0
+    assert lines(capsys)[0]["prompt"] == messages
+
+
 def test_weave_s_logger_takes_the_lines(evaluation: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With the signature of `weave.EvaluationLogger.log_example`, as documented."""
     logged: list[dict[str, Any]] = []

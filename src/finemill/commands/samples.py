@@ -29,10 +29,11 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"finemill {name}",
         description="Print an evaluation's rows as JSON lines. `score` is what `finemill score` reads; `evalscope` is "
-        "EvalScope's general_qa (query and the right response, a line per row), so that it asks any model the same; "
-        "`weave` holds the arguments of weave.EvaluationLogger's log_example for each answer; `mlflow` is the data of "
-        "mlflow.genai.evaluate, the answers given, so that its scorers judge them; `preferences` is what "
-        "data-prep reads for DPO, the reference chosen and a model's own answer rejected (SPIN), where they differ.",
+        "EvalScope's general_qa (query, or the messages of a longer chat, and the right response, a line per row), so "
+        "that it asks any model the same; `weave` holds the arguments of weave.EvaluationLogger's log_example for each "
+        "answer; `mlflow` is the data of mlflow.genai.evaluate, the answers given, so that its scorers judge them; "
+        "`preferences` is what data-prep reads for DPO, the reference chosen and a model's own answer rejected (SPIN), "
+        "where they differ.",
         allow_abbrev=False,
     )
     parser.add_argument("evaluation", metavar="EVALUATION", help="eval's reference, <uri>@sha256:<digest>, or folder")
@@ -56,10 +57,14 @@ def _for_score(samples: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
 
 def _for_evalscope(samples: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
     for sample in {sample.id: sample for sample in samples}.values():
-        turns = _turns(sample.prompt)
-        system = {"system": turns["system"]} if "system" in turns else {}
+        messages = _messages(sample.prompt)
         response = sample.answer if sample.answer is not None else sample.reference
-        yield {**system, "query": turns.get("user", sample.prompt), "response": response}
+        asked = {message["role"]: message["content"] for message in messages}
+        if len(asked) < len(messages) or not asked.keys() <= {"system", "user"}:
+            yield {"messages": messages, "response": response}
+        else:
+            system = {"system": asked["system"]} if "system" in asked else {}
+            yield {**system, "query": asked["user"], "response": response}
 
 
 def _for_weave(samples: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
@@ -92,28 +97,26 @@ def _for_mlflow(samples: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
 
 def _for_preferences(samples: Sequence[Sample]) -> Iterator[Mapping[str, Any]]:
     for sample in samples:
-        turns = _turns(sample.prompt)
         chosen, rejected = sample.reference, sample.completion
         if not sample.finished or not rejected.strip() or rejected.strip() == chosen.strip():
             continue
         yield {
-            "prompt": [{"role": role, "content": turns[role]} for role in ("system", "user") if role in turns]
-            or [{"role": "user", "content": sample.prompt}],
+            "prompt": _messages(sample.prompt),
             "chosen": [{"role": "assistant", "content": chosen}],
             "rejected": [{"role": "assistant", "content": rejected}],
         }
 
 
-def _turns(prompt: str) -> dict[str, str]:
-    """The last text of each role in a rendered prompt, where its template's marks are known."""
-    found: dict[str, str] = {}
-    role = None
+def _messages(prompt: str) -> list[dict[str, str]]:
+    """The turns of a rendered prompt where its template's marks are known; else all of it as a question."""
+    found: list[dict[str, str]] = []
     for kind, text in segments(prompt):
         if kind == "role":
-            role = text
-        elif kind == "text" and role:
-            found[role] = text
-    return found
+            found.append({"role": text, "content": ""})
+        elif kind == "text" and found:
+            found[-1]["content"] += text
+    turns = [message for message in found if message["content"]]
+    return turns if any(turn["role"] == "user" for turn in turns) else [{"role": "user", "content": prompt}]
 
 
 _FORMATS: Mapping[str, Callable[[Sequence[Sample]], Iterator[Mapping[str, Any]]]] = {
