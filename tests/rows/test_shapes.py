@@ -325,6 +325,12 @@ def test_yes_and_no_are_answers_of_preferences(rejected: str) -> None:
     assert detect_shape(labelled) == "prompt_completion"
 
 
+@pytest.mark.parametrize("worse", ["c", [*pair("a", "c")], pair("a", "c")[1:]])
+def test_a_worse_answer_may_stand_beside_a_conversation(worse: Any) -> None:
+    conversation = read({"messages": pair("a", "b"), "rejected_response": worse})
+    assert (conversation.messages, conversation.rejected) == (pair("a", "b"), pair("a", "c"))
+
+
 CALL = {"type": "function", "function": {"name": "dim", "arguments": {"room": "hall"}}}
 CALLED = [{"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "ok"}]
 

@@ -11,7 +11,7 @@ from finemill.rows.learned import FLAGS, MARKS, check_excluded, excluded_turns, 
 from finemill.rows.rankings import RANKED_COLUMNS, Answer, ranked_answers, ranks_answers
 from finemill.rows.reader import Reader
 from finemill.rows.reasons import DroppedRowError
-from finemill.rows.speakers import Turn, chat_turns, transcript_turns, turn_list
+from finemill.rows.speakers import ROLES, Turn, chat_turns, transcript_turns, turn_list, turn_role
 from finemill.rows.tools import are_calls, to_calls, to_tools
 from finemill.rows.turns import (
     THINKING_KEYS,
@@ -45,7 +45,15 @@ _CHATS = (
     *("thread", "trajectory", "transcript", "utterances", "exchanges", "contents", "data"),
 )
 _TEXTS = ("text", "content", "document")
-_SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "system_instructions", "sys_prompt")
+_SYSTEM = (
+    "system",
+    "system_prompt",
+    "meta_instruction",
+    "system_message",
+    "system_instruction",
+    "system_instructions",
+    "sys_prompt",
+)
 _TOOLS = (
     *("tools", "functions", "available_tools", "available_functions", "tool_list", "function_list", "tool_definitions"),
     *("function_definitions", "tools_json", "apis", "tool_config"),
@@ -114,6 +122,7 @@ _PREFERENCES = [
         )
     )
 ] + [("response_j", "response_k")]  # fmt: skip
+_REJECTED_ALONE = ("rejected_response", "rejected_messages", "rejected_answer", "rejected")
 _BETTER = frozenset(better for better, _ in _PREFERENCES)
 # What self-instruct and others write where there is no input.
 _NO_INPUT = ("<noinput>", "noinput", "no input", "n/a", "nan", "none", "null")
@@ -428,12 +437,21 @@ def _answer_columns(row: Reader) -> tuple[str, str] | None:
 
 def _is_preference(row: Reader) -> bool:
     columns = _answer_columns(row)
+    if columns is None and _rejected_alone(row) is not None:
+        return True
     if columns is None:
         return ranks_answers(row) and (_is_asked(row) or row.has("history") or _is_chat(row, "conversation_a"))
     answers = [row.peek(column) for column in columns]
     return not any(_is_label(row, answer) for answer in answers) and (
         _is_asked(row) or all(_whole_chat(answer) is not None for answer in answers)
     )
+
+
+def _rejected_alone(row: Reader) -> str | None:
+    """The column of a worse answer beside a conversation that ends with the better one, as ms-swift has it."""
+    name = next((name for name in _REJECTED_ALONE if row.has(name) and is_true(row.peek(name)) is None), None)
+    turns = turn_list(row.peek("messages")) if name is not None else None
+    return name if turns and ROLES.get(turn_role(turns[-1])) == "assistant" else None
 
 
 def _is_asked(row: Reader) -> bool:
@@ -457,6 +475,13 @@ def _whole_chat(answer: Any) -> list[Turn] | None:
 def _from_preference(row: Reader) -> Conversation:
     """Both answers after what they share. Each may be a text, or messages with or without those before them."""
     columns = _answer_columns(row)
+    if columns is None and (alone := _rejected_alone(row)) is not None:
+        turns = turn_list(row.get("messages")) or []
+        return _of_answers(
+            row,
+            to_messages(turns[:-1], row, "messages"),
+            [Answer("messages", turns[-1:]), Answer(alone, row.get(alone))],
+        )
     answers = ranked_answers(row) if columns is None else [Answer(column, row.peek(column)) for column in columns]
     if answers is None:
         raise DroppedRowError("no_answer", " or ".join(_PREFERENCES[0]))
@@ -464,7 +489,12 @@ def _from_preference(row: Reader) -> Conversation:
         row.get(column)
     whole = _turn_by_turn(row, answers)
     asked = [] if whole else _preference_prompt(row)
-    better, worse = (_after(asked, _answer_messages(row, answer)) for answer in whole or answers)
+    return _of_answers(row, asked, whole or answers)
+
+
+def _of_answers(row: Reader, asked: list[Message], answers: Sequence[Answer]) -> Conversation:
+    """The conversation with the better answer and the worse one after the messages before both."""
+    better, worse = (_after(asked, _answer_messages(row, answer)) for answer in answers)
     if not asked and worse and worse[0]["role"] == "assistant":
         worse = [*better[:-1], *worse]
     better, worse = _with_system(row, better), _with_system(row, worse)
