@@ -27,6 +27,24 @@ def test_a_block_that_the_prompt_opened_is_thinking() -> None:
     assert (joined(pieces, thinking=True), joined(pieces, thinking=False)) == ("so\n", "Yes.")
 
 
+@pytest.mark.parametrize("size", [1, 3, 50])
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [
+        ("[THINK]", "[/THINK]"),
+        ("<seed:think>", "</seed:think>"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("\u25c1think\u25b7", "\u25c1/think\u25b7"),
+        ("<|channel>thought\n", "<channel|>"),
+        ("<unused94>thought\n", "<unused95>"),
+        ("<unused94>", "<unused95>"),
+    ],
+)
+def test_the_marks_of_other_families_are_told_too(opening: str, closing: str, size: int) -> None:
+    pieces = split(f"{opening}a [b] <c>{closing}\n[d] <e>", size)
+    assert (joined(pieces, thinking=True), joined(pieces, thinking=False)) == ("a [b] <c>", "[d] <e>")
+
+
 def test_a_beginning_of_a_mark_at_the_end_is_text() -> None:
     assert joined(split("a <thi", 2), thinking=False) == "a <thi"
 

@@ -23,7 +23,10 @@ from finemill.models.generation import (
 from finemill.models.reply import End, Piece, Reply, ThinkingSplitter, collect
 from finemill.models.rope import position_limit
 from finemill.models.sampling import Sampling
-from finemill.rows.answers import THINK_OPEN
+from finemill.rows.answers import THINK_OPEN, plain_thinking
+
+_LONGEST_MARK = 64
+"""Characters at the end of a prompt that the mark of a thinking block is looked for in."""
 
 
 class LocalChat:
@@ -146,7 +149,7 @@ class LocalChat:
 
 def _opened(prompt: str) -> bool:
     """Whether the prompt has opened the thinking block."""
-    return prompt.rstrip().endswith(THINK_OPEN)
+    return plain_thinking(prompt[-_LONGEST_MARK:]).rstrip().endswith(THINK_OPEN)
 
 
 def _split(text: str, *, opened: bool) -> Iterator[Piece]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from finemill.rows.answers import THINK_CLOSE, THINK_OPEN
+from finemill.rows.answers import CLOSE_MARKS, CLOSES, OPEN_MARKS, OPENS, THINK_CLOSE, THINK_OPEN
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,13 @@ def collect(stream: Iterable[Piece | End]) -> Reply:
     return Reply((thinking + unopened).strip(), answer.strip(), end.finished, end.num_tokens, end.num_prompt_tokens)
 
 
+def _may_go_on(end: str, marks: Iterable[str]) -> bool:
+    """Whether a mark begins with `end` and is longer."""
+    return any(len(mark) > len(end) and mark.casefold().startswith(end.casefold()) for mark in marks)
+
+
 class ThinkingSplitter:
-    """Tells thinking from answer in text that comes in pieces of any size, and leaves the marks out.
+    """Tells thinking from answer in text that comes in pieces of any size, and leaves the marks of any family out.
 
     Args:
         opened: whether the prompt has opened the block already.
@@ -76,24 +81,27 @@ class ThinkingSplitter:
     def add(self, text: str) -> Iterator[Piece]:
         """What is certain after `text`; the rest waits for the next call."""
         self._waiting += text
+        yield from self._split(final=False)
+
+    def _split(self, *, final: bool) -> Iterator[Piece]:
         while True:
-            mark = THINK_CLOSE if self._thinking else THINK_OPEN
-            before, found, after = self._waiting.partition(mark)
-            if not found:
+            pattern, marks = (CLOSES, CLOSE_MARKS) if self._thinking else (OPENS, OPEN_MARKS)
+            found = pattern.search(self._waiting)
+            # A longer mark may begin as a shorter one does.
+            if not found or (not final and _may_go_on(self._waiting[found.start() :], marks)):
                 break
-            yield from self._piece(before)
-            self._thinking, self._waiting, self._at_start = not self._thinking, after, True
+            yield from self._piece(self._waiting[: found.start()])
+            self._thinking, self._waiting, self._at_start = not self._thinking, self._waiting[found.end() :], True
         # The end may be the beginning of a mark.
-        kept = next(
-            (size for size in range(len(mark) - 1, 0, -1) if self._waiting.endswith(mark[:size])),
-            0,
-        )
+        sizes = range(min(len(self._waiting), max(map(len, marks))), 0, -1)
+        kept = next((size for size in sizes if _may_go_on(self._waiting[-size:], marks)), 0)
         ready = self._waiting[: len(self._waiting) - kept]
         self._waiting = self._waiting[len(ready) :]
         yield from self._piece(ready)
 
     def close(self) -> Iterator[Piece]:
         """What waited for more."""
+        yield from self._split(final=True)
         yield from self._piece(self._waiting)
         self._waiting = ""
 

@@ -18,17 +18,24 @@ from finemill.rows.numerals import in_digits, last_counted
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 # What models of other families write for the same: Magistral, Seed, Command A, Granite, Kimi, OpenThinker, Gemma and
 # others.
-_NAMES = "think|thinking|thoughts?|scratchpad|reasoning|reflection|antthinking|seed:think"
-_OPENS = re.compile(
-    rf"<(?:{_NAMES})>|\[THINK\]|<\|START_THINKING\|>|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|thinking\|>"
-    r"|<\|channel>thought\b|<unused94>(?:thought\b)?",
-    re.IGNORECASE,
+_NAMES = "think thinking thought thoughts scratchpad reasoning reflection antthinking seed:think".split()
+OPEN_MARKS = (
+    *(f"<{name}>" for name in _NAMES),
+    *("[THINK]", "<|START_THINKING|>", "\u25c1think\u25b7", "<|begin_of_thought|>", "<|thinking|>"),
+    *("<|channel>thought", "<unused94>thought", "<unused94>"),
 )
-_CLOSES = re.compile(
-    rf"</(?:{_NAMES})>|\[/THINK\]|<\|END_THINKING\|>|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|/thinking\|>"
-    r"|<channel\|>|<unused95>",
-    re.IGNORECASE,
+CLOSE_MARKS = (
+    *(f"</{name}>" for name in _NAMES),
+    *("[/THINK]", "<|END_THINKING|>", "\u25c1/think\u25b7", "<|end_of_thought|>", "<|/thinking|>"),
+    *("<channel|>", "<unused95>"),
 )
+OPENS, CLOSES = (
+    re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))), re.IGNORECASE)
+    for marks in (OPEN_MARKS, CLOSE_MARKS)
+)
+# gpt-oss's channels.
+_ANALYSIS = re.compile(r"<\|channel\|>analysis<\|message\|>(?P<thinking>.*?)(?P<end><\|end\|>|\Z)", re.DOTALL)
+_CHANNEL = re.compile(r"<\|start\|>assistant|<\|channel\|>final<\|message\|>|<\|return\|>")
 
 # What ends a turn, where a program kept it in the text, with what a model wrote after it.
 _TURN_ENDS = re.compile(
@@ -150,9 +157,9 @@ def find_answer(text: str) -> FinalAnswer | None:
 def plain_thinking(text: str) -> str:
     """`text` with its thinking between `<think>` and `</think>`, whatever marks its model's family writes."""
     text = thinking_in_blocks(text, THINK_OPEN, THINK_CLOSE)
-    if not _OPENS.search(text) and not _CLOSES.search(text):
+    if not OPENS.search(text) and not CLOSES.search(text):
         return text
-    return _CLOSES.sub(THINK_CLOSE, _OPENS.sub(THINK_OPEN, text))
+    return CLOSES.sub(THINK_CLOSE, OPENS.sub(THINK_OPEN, text))
 
 
 def inside_thinking(text: str) -> bool:
