@@ -5,7 +5,7 @@ Argo's API stores any text, and its controller then refuses it for ever: nothing
 
 import re
 from collections.abc import Sequence
-from zoneinfo import ZoneInfo
+from zoneinfo import available_timezones
 
 from finemill.errors import UserError
 
@@ -72,7 +72,6 @@ def _number(text: str, low: int, names: Sequence[str]) -> int:
 
 
 def _check_timezone(name: str) -> None:
-    try:
-        ZoneInfo(name)
-    except (ValueError, OSError, LookupError):
-        raise UserError(f"'{name}' is no name of the time zone database: write 'Europe/Berlin' or 'UTC'") from None
+    # A system's folder of zones holds files beside them, as `localtime` and `posix/`, that the controller has not.
+    if name not in available_timezones() - {"localtime"}:
+        raise UserError(f"'{name}' is no name of the time zone database: write 'Europe/Berlin' or 'UTC'")

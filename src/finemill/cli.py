@@ -45,8 +45,16 @@ _MODULES = {name: module for commands in _GROUPS.values() for name, (_, module) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns: its exit code: 0 done, 2 bad input, 3 gate failed, 75 try again; 1 a fault of ours."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
     _prepare_streams()
+    try:
+        return _finish_streams(_run(argv))
+    except SystemExit as end:
+        # Of argparse, which has printed help or what is wrong.
+        raise SystemExit(_finish_streams(end.code if isinstance(end.code, int) else 2)) from None
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in _MODULES:
         _parse_top_level(arguments)
     # Batches of varying length leave gaps in segments of fixed size, and a full GPU takes seconds to give them back.
@@ -61,11 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         clean_credentials()
         if argv is None and name in STEPS:
             _take_temporary_folder()
-        exit_code = _command(name)(name, rest)
-        sys.stdout.flush()
+        return _command(name)(name, rest)
     except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would complain again when it flushes at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our output has seen enough.
         return 141
     except KeyboardInterrupt:
         resumes = "; the same command goes on from the last finished step" if name == "run" else ""
@@ -75,7 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from finemill.runtime.failure import report
 
         return report(name, error)
-    return exit_code
 
 
 def _prepare_streams() -> None:
@@ -88,6 +93,25 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif stream.encoding.lower() != "utf-8":
             stream.reconfigure(encoding="utf-8", errors="surrogateescape" if name == "stdout" else "backslashreplace")
+
+
+def _finish_streams(exit_code: int) -> int:
+    """Write out what is left. Python would do so at its end, and end with 120 where that fails, whatever the command's
+    own exit code is.
+
+    Returns: the exit code, of a command that is done another one if its output cannot be written.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if name == "stdout" and exit_code == 0:
+                exit_code = 141 if isinstance(error, BrokenPipeError) else 2
+                if exit_code == 2:
+                    print(f"finemill: standard output cannot be written ({error.strerror})", file=sys.stderr)
+    return exit_code
 
 
 def _take_temporary_folder() -> None:

@@ -110,6 +110,21 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     assert process.returncode == 141
 
 
+@pytest.mark.parametrize("arguments", ["--help", "merge --help", "schema merge"])
+def test_a_full_disk_behind_the_output_is_one_line(arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    command = f'"{sys.executable}" -m finemill {arguments} > /dev/full'
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1)
+    assert "No space left on device" in ended.stderr
+
+
+def test_the_exit_code_stays_where_nothing_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    command = f'"{sys.executable}" -m finemill merge 2> /dev/full'
+    assert subprocess.run(command, shell=True, check=False, cwd=tmp_path).returncode == 2
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "iso8859-1"])
 def test_output_is_utf_8_whatever_the_locale(encoding: str) -> None:
     command = [sys.executable, "-m", "finemill", "chat-format", "--rows", "r", "--base-model", "b", "--dry-run"]

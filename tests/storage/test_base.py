@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,17 @@ from finemill.storage.base import local_path, normalize_uri
 def test_a_folder_keeps_its_name(name: str, tmp_path: Path) -> None:
     folder = tmp_path / name
     assert local_path(normalize_uri(str(folder))) == folder
+
+
+def test_a_folder_keeps_its_name_whatever_the_locale(tmp_path: Path) -> None:
+    script = """
+import sys
+from finemill.storage.base import local_path, normalize_uri
+local_path(normalize_uri(sys.argv[1])).mkdir()
+"""
+    variables = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", script, tmp_path / "ü"], env=variables, check=True)
+    assert (tmp_path / "ü").is_dir()
 
 
 def test_a_file_s_address_has_no_query_and_no_fragment() -> None:

@@ -167,7 +167,19 @@ def test_a_server_without_tls_is_not_asked_again(monkeypatch: pytest.MonkeyPatch
         ask(uri.replace("http:", "https:"), monkeypatch)
 
 
-@pytest.mark.parametrize("uri", ["http://host:x", "http://[::1", "http://", "http://host:80 /x", "./mlruns", "arn:a:b"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://host:x",
+        "http://[::1",
+        "http://",
+        "http://host:80 /x",
+        "./mlruns",
+        "arn:a:b",
+        "sqlite:/x.db",
+        "mysql:db",
+    ],
+)
 def test_what_is_no_server_is_named_with_its_variable(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=f"MLFLOW_REGISTRY_URI='{re.escape(uri)}' is no tracking server: give http"):
         ask(uri, monkeypatch)

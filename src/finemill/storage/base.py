@@ -1,9 +1,10 @@
 """A file in a store, and how the addresses of folders are spelled."""
 
+import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from finemill.errors import UserError
 
@@ -38,4 +39,6 @@ def local_path(uri: str) -> Path:
         return Path(uri)
     # Nothing in a file's address is a query or a fragment: `#` and `?` are characters of its name.
     rest = uri.removeprefix("file:")
-    return Path(unquote(f"/{rest[2:].partition('/')[2]}" if rest.startswith("//") else rest))
+    path = f"/{rest[2:].partition('/')[2]}" if rest.startswith("//") else rest
+    # As `Path.as_uri` wrote it: the bytes that the system knows the file by, whatever the locale makes of them.
+    return Path(os.fsdecode(unquote_to_bytes(path)))

@@ -19,8 +19,9 @@ def cache_root() -> Path:
     """`$FINEMILL_CACHE`, or `finemill` in the user's cache folder."""
     configured = os.environ.get("FINEMILL_CACHE")
     if configured:
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finemill"
+        # Nobody has expanded `~` in a variable that a service's or a container's file sets.
+        return Path(configured).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "finemill"
 
 
 @contextmanager

@@ -56,9 +56,12 @@ def check_reachable(uri: str) -> None:
     scheme = _scheme(uri)
     if scheme in ("http", "https"):
         _check_answers(uri)
-    elif scheme == "sqlite":
+    elif scheme == "sqlite" and "://" in uri:
         _check_sqlite(uri)
-    elif scheme not in (*_DATABASES, *_HOSTED) and scheme not in _plugin_schemes():
+    elif scheme in _DATABASES:
+        if "://" not in uri:
+            raise _no_server(uri)
+    elif scheme not in _HOSTED and scheme not in _plugin_schemes():
         raise _no_server(uri)
 
 
@@ -230,6 +233,6 @@ def readable_errors(uri: str) -> Iterator[None]:
                 f"{place}: no trusted connection ({line}): name the file of its certificate's authority in "
                 "MLFLOW_TRACKING_SERVER_CERT_PATH or REQUESTS_CA_BUNDLE; write http:// if it has none"
             ) from None
-        if status in (400, 404, 409):
+        if status in (400, 404, 409) or "credential configuration failed" in line:
             raise UserError(f"{place}: {line}") from None
         raise TemporaryError(f"{place}: {line}") from None
