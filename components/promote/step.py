@@ -22,6 +22,7 @@ from finemill.registry.snapshot import (
     CHAMPION,
     COMPARED_TAG,
     DECISION_TAG,
+    DIGEST_TAG,
     PREVIOUS_CHAMPION,
     ROLLED_BACK_TAG,
     RegisteredModel,
@@ -188,4 +189,10 @@ def _find(record: VersionRecord, uri: str) -> tuple[RegisteredModel, Version]:
             f"promote: the registry has no version {number} of '{name}': register it there, or correct "
             "MLFLOW_TRACKING_URI"
         )
-    return model, model.versions[number]
+    version = model.versions[number]
+    if version.tags.get(DIGEST_TAG) != record.digest:
+        raise UserError(
+            f"promote: version {number} of '{name}' in the registry is not the one that was registered: it was made "
+            "anew or its tags were changed; register again"
+        )
+    return model, version

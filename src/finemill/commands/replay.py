@@ -32,6 +32,9 @@ def execute(name: str, arguments: list[str]) -> int:
         agrees = then == now
         same &= agrees
         print(f"{'same ' if agrees else 'OTHER'}  {_line(then)}" + ("" if agrees else f"; again {_line(now)}"))
+    if decision.promoted and not all(gate.passed for gate in found):
+        same = False
+        print("OTHER  promoted, and a gate does not pass")
     print(f"{decision.registered_model_name} version {decision.version}: {decision.summary}")
     print("the same verdict" if same else "another verdict: the code that decides, or a library of it, has changed")
     return 0 if same else 3

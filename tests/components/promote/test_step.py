@@ -315,6 +315,16 @@ def test_a_deleted_champion_blocks_nothing(tracking_uri: str, folder_store: str,
     assert aliases() == {"champion": 3}
 
 
+def test_a_version_that_was_made_anew_under_the_same_number_is_not_promoted(
+    tracking_uri: str, folder_store: str, registered: Line
+) -> None:
+    inputs = registered("one")
+    MlflowClient(tracking_uri).set_model_version_tag("finemill", "1", "finemill.digest", "f" * 64)
+    with pytest.raises(UserError, match="is not the one that was registered: it was made anew"):
+        promote(folder_store, inputs)
+    assert aliases() == {"challenger": 1}
+
+
 def test_a_champion_whose_predecessor_was_deleted_is_decided_anew(
     tracking_uri: str, folder_store: str, registered: Line
 ) -> None:
