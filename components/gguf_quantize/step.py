@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finemill.artifacts.chain import ChainLink, chain_table
+from finemill.artifacts.chain import ChainLink, chain_metrics, chain_table
 from finemill.artifacts.dataset import HeldOutRow, prompt_ids, read_held_out, spread
 from finemill.artifacts.files import IMATRIX_FILE
 from finemill.artifacts.gguf import GGUFFileRecord, GGUFRecord, write_gguf_record
@@ -24,7 +24,7 @@ from finemill.components.gguf_quantize.modelfile import modelfile
 from finemill.components.gguf_quantize.sensitivity import uses
 from finemill.components.gguf_quantize.verify import Reference, chat_room, compare, compared_positions
 from finemill.components.gguf_quantize.vocabulary import check_vocabulary, load_tokenizer
-from finemill.components.gguf_quantize.write import WrittenFile, size_bytes, write_gguf
+from finemill.components.gguf_quantize.write import Target, WrittenFile, size_bytes, write_ggufs
 from finemill.errors import GateFailedError, StepError, UserError
 from finemill.models.causal_lm import SMALL_MODEL, load_causal_lm, suitable_threads
 from finemill.models.cores import available_cores
@@ -70,12 +70,17 @@ def run(
     rows, held_out = _training_rows(dataset, config, source.num_tokens), _rows(dataset, "test", source.num_tokens)
     imatrix = _imatrix(stored, source, rows, output_dir, config, context)
     options = _options(stored, source, rows, imatrix, config, context)
-    files: dict[str, WrittenFile] = {}
-    for quantization in config.quantizations:
-        context.recorder.log_progress(f"writing {quantization}")
-        path = output_dir / f"{name}-{quantization.replace(DYNAMIC, 'dynamic-')}.gguf"
-        types = choose_types(source, options, quantization) if quantization.startswith(DYNAMIC) else None
-        files[quantization] = write_gguf(source, path, quantization, name, num_threads, imatrix, types)
+    context.recorder.log_progress(f"writing {', '.join(config.quantizations)}")
+    targets = [
+        Target(
+            output_dir / f"{name}-{quantization.replace(DYNAMIC, 'dynamic-')}.gguf",
+            quantization,
+            choose_types(source, options, quantization) if quantization.startswith(DYNAMIC) else None,
+        )
+        for quantization in config.quantizations
+    ]
+    written = write_ggufs(source, targets, name, num_threads, imatrix)
+    files: dict[str, WrittenFile] = dict(zip(config.quantizations, written, strict=True))
     context.recorder.log_progress("comparing every tensor of the files with the merged model's")
     errors = check_decoded(source, files, num_threads)
     fallbacks = [
@@ -102,7 +107,7 @@ def run(
     (output_dir / "Modelfile").write_text(_modelfile(default_file, tokenizer, model), encoding="utf-8")
     _write_record(output_dir, name, files, comparisons, reference, links, [*fallbacks, *lost, *other_prompts])
     _write_card(output_dir, name, model, files, comparisons, links, is_mixture=bool(source.num_experts))
-    metrics = _metrics(files, comparisons, reference)
+    metrics = _metrics(files, comparisons, reference) | chain_metrics(links)
     if lost and config.strict:
         raise GateFailedError(f"gguf-quantize: {'; '.join(lost)}")
     return metrics

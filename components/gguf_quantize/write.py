@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from finemill.components.gguf_quantize.vocabulary import add_vocabulary
 _CHUNK_VALUES = 1 << 24
 # Half of the distance between neighbours in bfloat16, relative to them.
 _BFLOAT16_STEP = 2.0**-9
+_LARGEST_HALF, _SMALLEST_STEP = 65504.0, 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,18 @@ def _file_type(quantization: Quantization) -> gguf.LlamaFileType:
     return gguf.LlamaFileType[f"MOSTLY_{'Q2_K' if quantization == 'Q2_K_L' else size_of(quantization)}"]
 
 
+@dataclass(frozen=True)
+class Target:
+    """A file to be written.
+
+    `chosen_types` are types of single tensors in the place of the mixture's.
+    """
+
+    path: Path
+    quantization: Quantization
+    chosen_types: Mapping[str, Type] | None = None
+
+
 def write_gguf(
     model: SourceModel,
     path: Path,
@@ -78,48 +91,86 @@ def write_gguf(
     name: str,
     num_threads: int,
     imatrix: Mapping[str, Array] | None = None,
-    chosen_types: Mapping[str, Type] | None = None,
 ) -> WrittenFile:
-    """Write `model` as `path`.
+    """Write `model` as one file, as `write_ggufs` does."""
+    return write_ggufs(model, [Target(path, quantization)], name, num_threads, imatrix)[0]
+
+
+def write_ggufs(
+    model: SourceModel,
+    targets: Sequence[Target],
+    name: str,
+    num_threads: int,
+    imatrix: Mapping[str, Array] | None = None,
+) -> list[WrittenFile]:
+    """Write `model` as a file per target; each tensor is read once for all of them, and in memory alone.
 
     Args:
-        name: the model's name in the file's metadata.
+        name: the model's name in the files' metadata.
         imatrix: importance of each input channel, of a stack for each expert, by GGUF tensor name, float32; or None.
-        chosen_types: types of single tensors in the place of the mixture's.
     Raises: UserError: architecture, tokenizer or tensor that llama.cpp has no counterpart for.
     """
-    types = mixture_of(model, quantization, has_imatrix=imatrix is not None)
-    types |= {tensor_name: TensorType(type_, type_) for tensor_name, type_ in (chosen_types or {}).items()}
-    num_parameters = sum(math.prod(shape) for _, shape in model.shapes())
-    halves = {tensor_name for tensor_name, chosen in types.items() if chosen.type == Type.F16}
-    for tensor_name, values in model.tensors(halves) if halves else ():
-        if not holds_in_float16(values):
-            types[tensor_name] = replace(types[tensor_name], type=Type.BF16)
-    # Also of a file that cannot be finished.
-    with closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[model.architecture])) as writer:
-        add_hyperparameters(writer, model, name)
-        add_origin(writer, model.folder)
-        add_vocabulary(writer, model.folder, model.num_tokens)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_file_type(_file_type(quantization))
-        for tensor_name, shape in model.shapes():
-            _declare(writer, tensor_name, shape, types[tensor_name].type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+    types = _types(model, targets, has_imatrix=imatrix is not None)
+    # Closed also where they cannot be finished.
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(closing(gguf.GGUFWriter(target.path, gguf.MODEL_ARCH_NAMES[model.architecture])))
+            for target in targets
+        ]
+        for writer, target, chosen in zip(writers, targets, types, strict=True):
+            _begin(writer, model, target.quantization, name, chosen)
         for tensor_name, values in model.tensors():
             weights = (imatrix or {}).get(tensor_name)
-            writer.write_tensor_data(_encode(values, types[tensor_name].type, num_threads, weights))
+            for writer, chosen in zip(writers, types, strict=True):
+                writer.write_tensor_data(_encode(values, chosen[tensor_name].type, num_threads, weights))
+    num_parameters = sum(math.prod(shape) for _, shape in model.shapes())
+    return [_written(target, chosen, num_parameters) for target, chosen in zip(targets, types, strict=True)]
+
+
+def _types(model: SourceModel, targets: Sequence[Target], *, has_imatrix: bool) -> list[dict[str, TensorType]]:
+    """The type of every tensor in each file."""
+    types = [
+        mixture_of(model, target.quantization, has_imatrix=has_imatrix)
+        | {tensor: TensorType(type_, type_) for tensor, type_ in (target.chosen_types or {}).items()}
+        for target in targets
+    ]
+    halves = {tensor for chosen in types for tensor, own in chosen.items() if own.type == Type.F16}
+    for tensor, values in model.tensors(halves) if halves else ():
+        if holds_in_float16(values):
+            continue
+        for chosen in types:
+            if chosen[tensor].type == Type.F16:
+                chosen[tensor] = replace(chosen[tensor], type=Type.BF16)
+    return types
+
+
+def _begin(
+    writer: gguf.GGUFWriter,
+    model: SourceModel,
+    quantization: Quantization,
+    name: str,
+    types: Mapping[str, TensorType],
+) -> None:
+    """Write all but the tensors' values."""
+    add_hyperparameters(writer, model, name)
+    add_origin(writer, model.folder)
+    add_vocabulary(writer, model.folder, model.num_tokens)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(_file_type(quantization))
+    for tensor, shape in model.shapes():
+        _declare(writer, tensor, shape, types[tensor].type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def _written(target: Target, types: Mapping[str, TensorType], num_parameters: int) -> WrittenFile:
     return WrittenFile(
-        path,
-        path.stat().st_size,
+        target.path,
+        target.path.stat().st_size,
         num_parameters,
         dict(sorted(Counter(chosen.type.name for chosen in types.values()).items())),
-        {
-            tensor_name: f"{chosen.wanted.name} -> {chosen.type.name}"
-            for tensor_name, chosen in types.items()
-            if chosen.fell_back
-        },
+        {tensor: f"{chosen.wanted.name} -> {chosen.type.name}" for tensor, chosen in types.items() if chosen.fell_back},
     )
 
 
@@ -128,6 +179,10 @@ def holds_in_float16(values: Array) -> bool:
     values = values.reshape(-1, values.shape[-1])
     for first in range(0, len(values), rows := max(1, _CHUNK_VALUES // values.shape[-1])):
         part = values[first : first + rows]
+        norms = np.sqrt(np.einsum("rc,rc->r", part, part))
+        # No value is beyond its row's norm, and no error beyond half a step of the smallest numbers.
+        if norms.max() <= _LARGEST_HALF and norms.min() >= _SMALLEST_STEP * part.shape[-1] ** 0.5 / _BFLOAT16_STEP:
+            continue
         with np.errstate(over="ignore", invalid="ignore"):
             error = np.linalg.norm(part.astype(np.float16).astype(np.float32) - part, axis=-1)
         if not (error <= _BFLOAT16_STEP * np.linalg.norm(part, axis=-1)).all():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from finemill.artifacts.adapter import read_training
-from finemill.artifacts.chain import ChainLink, chain_table
+from finemill.artifacts.chain import ChainLink, chain_metrics, chain_table
 from finemill.artifacts.model import LandedTensor, MergeRecord, ScaledAdapter, write_merge
 from finemill.artifacts.records import content_name
 from finemill.components.merge.adapters import Addition, all_adapters, base_known_by, refuse_router
@@ -142,6 +142,7 @@ def _merge(
             f"{config.min_top1_agreement:.1%})"
         )
     return {
+        **chain_metrics(record.chain),
         **_link_metrics("trained_base", trained),
         **_link_metrics("merged_4bit", in_4_bits),
         **_link_metrics("merged_fp8", in_fp8),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from finemill.artifacts.chain import chain_table
+from finemill.artifacts.chain import chain_metrics, chain_table
 from finemill.metrics.chain import AnsweredProblem, Position, chain_link
 
 
@@ -37,3 +37,16 @@ def test_a_table_has_an_interval_for_each_value() -> None:
     assert row["against"] == "merged"
     assert "exact match, points" not in row
     assert all("±" in row[name] for name in ("KL, nats per token", "change of loss", "same answer"))
+
+
+def test_metrics_have_the_names_of_links_and_answers_only_where_there_were_any() -> None:
+    positions = [Position(row, 0.1 * row, 1.0, 1.5, agrees=True) for row in range(3)]
+    problems = [AnsweredProblem(True, True, False), AnsweredProblem(False, False, False)]
+    metrics = chain_metrics(
+        [chain_link("16-bit base + adapter", "x", positions), chain_link("Q4_K_M", "merged", positions, problems)]
+    )
+    assert metrics["chain/16_bit_base_adapter/kl"] == pytest.approx(0.1)
+    assert metrics["chain/16_bit_base_adapter/loss_change"] == 0.5
+    assert "chain/16_bit_base_adapter/same_answer" not in metrics
+    assert metrics["chain/q4_k_m/points_change"] == -50.0
+    assert metrics["chain/q4_k_m/points_change_error"] > 0

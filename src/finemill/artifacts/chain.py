@@ -1,9 +1,17 @@
 """The way from what was trained to what people run, link by link, each compared with the one before it."""
 
+import re
 from collections.abc import Sequence
 
 from finemill.artifacts.metrics import Z95
 from finemill.artifacts.records import Record
+
+_MEASURED = (
+    "kl", "kl_error", "perplexity", "loss_change", "loss_change_error", "same_token", "same_token_error",
+    "same_answer", "same_answer_error", "points_change", "points_change_error",
+)  # fmt: skip
+
+_OF_ANSWERS = ("same_answer", "same_answer_error", "points_change", "points_change_error")
 
 
 class ChainLink(Record):
@@ -60,3 +68,16 @@ def _cells(link: ChainLink) -> dict[str, str]:
     if link.points_change is not None:
         cells["exact match, points"] = f"{link.points_change:+.1f} ± {Z95 * link.points_change_error:.1f}"
     return cells
+
+
+def chain_metrics(links: Sequence[ChainLink]) -> dict[str, float]:
+    """Metrics of each link under its name, alike in every step: a value, and its standard error behind it.
+
+    `chain/merged/kl`, `chain/q4_k_m/kl_error` and so on, for MLflow and the manifest.
+    """
+    return {
+        f"chain/{re.sub(r'[^a-z0-9]+', '_', link.name.lower()).strip('_')}/{name}": value
+        for link in links
+        for name in _MEASURED
+        if (value := getattr(link, name)) is not None and (link.answers or name not in _OF_ANSWERS)
+    }

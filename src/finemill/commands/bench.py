@@ -11,7 +11,7 @@ _PROGRAMS = {
     "loss": "training losses over several seeds against Hugging Face's",
     "eval": "answers of base and tuned in one pass, beside the plain batched loop",
     "data": "raw rows to labelled tokens, beside the usual way with datasets.map",
-    "export": "merging a model of a published shape: seconds and peak memory",
+    "export": "merging and quantizing a model of a published shape: seconds and peak memory",
     "gguf": "what each GGUF type costs a model, and dynamic types at the same sizes",
 }
 

@@ -1,4 +1,5 @@
-"""`finemill bench export`: a model of a published shape with random weights, merged with an adapter, here and by PEFT.
+"""`finemill bench export`: a model of a published shape with random weights, merged with an adapter, here and by PEFT,
+and quantized, here and by llama.cpp where its `llama-quantize` is on the PATH.
 
 Each in a process of its own, so that the peak of host memory is its alone; seconds are said per part. The step also
 compares what it wrote with base and adapter; PEFT's `merge_and_unload`, in the base's own type, does not.
@@ -7,32 +8,38 @@ compares what it wrote with base and adapter; PEFT's `merge_and_unload`, in the 
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from finemill.errors import StepError
 from finemill.kernels.planning.model_shapes import SHAPES, ModelShape
+from finemill.models.cores import available_cores
 from finemill.models.write_weights import total_bytes, write_model
 from finemill.storage.space import require_space
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _RANK = 16
+_TYPES: tuple[Literal["F16"], Literal["Q8_0"], Literal["Q4_K_M"]] = ("F16", "Q8_0", "Q4_K_M")
 
 
 @dataclass
 class Export:
-    """What a merge took; `peak_gib` is resident host memory, files that are mapped included."""
+    """What a program took; `peak_gib` is resident host memory, files that are mapped included."""
 
     program: str
+    what: str
     shape: str
     size_gb: float
     wall_s: float
@@ -77,8 +84,28 @@ def main(argv: list[str]) -> int:
                 merged = Path(folder) / "merged"
                 wall_s, peak_gib, parts = _measure(merge, base, adapter, merged, args.threads)
                 shutil.rmtree(merged)
-                _print(Export(program, args.shape, size / 1e9, wall_s, peak_gib, parts), as_json=args.json)
+                made = Export(program, "merge", args.shape, size / 1e9, wall_s, peak_gib, parts)
+                _print(made, as_json=args.json)
+        _quantize(base, Path(folder), args)
     return 0
+
+
+def _quantize(base: Path, folder: Path, args: argparse.Namespace) -> None:
+    """All of `_TYPES` from the safetensors files here, and one by one from our F16 file in llama.cpp."""
+    written, threads = folder / "gguf", args.threads or available_cores()
+    wall_s, peak_gib, parts = _measure(partial(_write_gguf, threads), base, base, written, args.threads)
+    made = Export("finemill", "GGUF", args.shape, _size_gb(written), wall_s, peak_gib, parts)
+    _print(made, as_json=args.json)
+    if (tool := shutil.which("llama-quantize")) and not args.alone:
+        output = folder / "llama.cpp"
+        output.mkdir()
+        peak_gib, parts = _quantize_by_llama_cpp(tool, threads, written / f"{_TYPES[0]}.gguf", output)
+        made = Export("llama.cpp", "GGUF", args.shape, _size_gb(output), sum(parts.values()), peak_gib, parts)
+        _print(made, as_json=args.json)
+
+
+def _size_gb(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.iterdir()) / 1e9
 
 
 def _print(export: Export, *, as_json: bool) -> None:
@@ -86,7 +113,7 @@ def _print(export: Export, *, as_json: bool) -> None:
         print(json.dumps(asdict(export)), flush=True)
         return
     print(
-        f"{export.program}, merge {export.shape}: {export.size_gb:.1f} GB in {export.wall_s:.1f} s, peak "
+        f"{export.program}, {export.what}, {export.shape}: {export.size_gb:.1f} GB in {export.wall_s:.1f} s, peak "
         f"{export.peak_gib:.2f} GiB"
     )
     for part, seconds in export.parts_s.items():
@@ -116,7 +143,7 @@ def write_random_base(folder: Path, shape: ModelShape) -> int:
         name: (tuple(parameter.shape), torch.bfloat16)
         for name, parameter in model.named_parameters(remove_duplicate=True)
     }
-    require_space(folder, 2 * total_bytes(shapes), "a base model and the merged one")
+    require_space(folder, 4 * total_bytes(shapes), "a base model, the merged one, and GGUF files twice")
     write_model(folder, shapes, _random({name: size for name, (size, _) in shapes.items()}), "4GB")
     return total_bytes(shapes)
 
@@ -223,3 +250,30 @@ def _merge_by_peft(base: Path, adapter: Path, merged: Path) -> dict[str, float]:
     clock.log_progress("save_pretrained")
     model.save_pretrained(merged)
     return clock.parts()
+
+
+def _write_gguf(threads: int, base: Path, _adapter: Path, output: Path) -> dict[str, float]:
+    from finemill.components.gguf_quantize.convert import SourceModel
+    from finemill.components.gguf_quantize.write import Target, write_ggufs
+
+    clock = _Clock()
+    output.mkdir()
+    clock.log_progress(f"writing {', '.join(_TYPES)}")
+    targets = [Target(output / f"{type_}.gguf", type_) for type_ in _TYPES]
+    write_ggufs(SourceModel(base), targets, "random", threads)
+    return clock.parts()
+
+
+def _quantize_by_llama_cpp(tool: str, threads: int, source: Path, output: Path) -> tuple[float, dict[str, float]]:
+    """GiB at most, and seconds by type. Raises: StepError: the program fails."""
+    clock, peak = _Clock(), 0
+    for type_ in _TYPES[1:]:
+        clock.log_progress(f"llama-quantize to {type_}")
+        command = [tool, str(source), str(output / f"{type_}.gguf"), type_, str(threads)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise StepError(f"bench export: {' '.join(command)} ends with {process.returncode}")
+        peak = max(peak, usage.ru_maxrss)
+    return peak / 2**20, clock.parts()
