@@ -12,7 +12,9 @@ _EMPTY = re.compile(
     r"|(?:there\s+(?:is|are)\s+)?no\s+(?:real\s+)?(?:solutions?|roots?)(?:\s+exists?)?",
     re.IGNORECASE,
 )
-SEPARATOR = r",\s*(?:\\text\{\s*)?(?:and|or)\b(?:\s*\})?|[,;]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b"
+SEPARATOR = (
+    r",\s*(?:\\text\{\s*)?(?:and|or)\b(?:\s*\})?|[,;]|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\\lor(?![A-Za-z])"
+)
 _PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
 _THOUSANDS = re.compile(r"[-+]?\s*\\?\$?\s*\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,]*,\d)\D*")
 _OPEN, _CLOSE = "([{", ")]}"

@@ -29,7 +29,8 @@ _CHOICE = re.compile(r"\(?(?P<letter>[A-J])\)?[.:]?")
 _SAID_CHOICE = re.compile(r"(?:\((?P<inside>[A-Ja-j])\)|(?P<plain>[A-J])(?=[.:)]|$))[.:)]?(?:\s.*)?", re.DOTALL)
 _IN_A_BASE = re.compile(r"\(?(?P<digits>[0-9A-F]+)\)?_\{?(?P<base>\d+)\}?")
 _NAME = re.compile(
-    r"(?:\((?:\s*[A-Za-z]\s*,)+\s*[A-Za-z]\s*\)|\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([^()]*\))?|[A-Za-z][A-Za-z ]*)"
+    r"(?:\((?:\s*[A-Za-z]\s*,)+\s*[A-Za-z]\s*\)|\\?[A-Za-z]+(?:_\{?\w+\}?)?'?(?:\([^()]*\))?|[A-Za-z][A-Za-z ]*"
+    r"|\\angle\s*[A-Z]{1,3}|\|[A-Z]{1,2}\|)"
 )
 # As contests ask: m + n for the m/n that is found. A sum of x and y is as often the equation of a line.
 _SUM_ASKED_FOR = re.compile(r"\d*[a-wA-W](?:\s*\+\s*\d*[a-wA-W])+")
@@ -50,6 +51,7 @@ _BETWEEN = re.compile(
 _MODULUS = re.compile(r"\s*(?:\\pmod\s*\{?|\(\s*\\?(?:bmod|mod)\s*|\\bmod\s*|\bmod\s+)(?P<modulus>\w+)\s*[})]*\s*$")
 _FORMULA_UNIT = re.compile(r"(?<=[\w})])\s+(?P<unit>[A-Za-z]+(?:[ /]+[A-Za-z]+)*)(?P<power>\s*\^\{?[23]\}?)?$")
 _CONSTANT = re.compile(r"\+\s*[Cc]$")
+_GOES_ON = re.compile(r"\.\.\.|\\[lcvd]?dots(?![A-Za-z])")
 _SAME = r"\\text\{\s*or\s*\}|\bor\b|="
 _SHORT_WORDS = dict.fromkeys(("dne", "doesn't exist"), "does not exist")
 _PAIRS = (("yes", "no"), ("true", "false"))
@@ -183,7 +185,7 @@ def _equal(gold: str, said: str) -> bool:
 
 def _right_sides(gold: str, said: str) -> tuple[str, str]:
     r"""Both without `x =` or `x \\in`, where they do not name different things."""
-    sides = [re.split(r"(?<![<>!\\])=|\\(?:in|equiv)(?![A-Za-z])", text) for text in (gold, said)]
+    sides = [split_outside(text, r"(?<![<>!\\])=|\\(?:in|equiv)(?![A-Za-z])") for text in (gold, said)]
     sides = [side[::-1] if len(side) == 2 and re.fullmatch(r"\s*[A-Za-z]\s*", side[1]) else side for side in sides]
     names = [side[0].strip() if len(side) > 1 else "" for side in sides]
     if all(names) and tidy(names[0]) != tidy(names[1]):
@@ -300,8 +302,8 @@ def _equal_formulas(gold: str, said: str) -> bool:
     constants = [_CONSTANT.search(text) for text in (gold, said)]
     if all(constants):
         gold, said = (_CONSTANT.sub("", text) for text in (gold, said))
-    # Math-Verify drops primes, of 90' and of f'(x).
-    if gold.count("'") != said.count("'"):
+    # Math-Verify drops primes, of 90' and of f'(x), and what goes on.
+    if gold.count("'") != said.count("'") or bool(_GOES_ON.search(gold)) != bool(_GOES_ON.search(said)):
         return False
     plain = tidy(gold), tidy(said)
     if plain[0] == plain[1]:

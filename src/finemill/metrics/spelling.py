@@ -16,6 +16,7 @@ _LOOKS = re.compile(
 _SPACES = re.compile(r"(?<!\\)\\(?:[,;: ]|(?:q?quad|enspace|thinspace|space)(?![A-Za-z]))")
 _CHOICE_BEFORE = re.compile(rf"^\s*(?:{_TEXT}\{{)?\s*\([A-J]\)\s*\}}?\s*(?=\S)")
 _TEXT_AT_START = re.compile(rf"^{_TEXT}\{{(?P<inside>[^{{}}]*[^\W_][^{{}}]*)\}}")
+_WHY = re.compile(r"\s*(?:\\text\{)?\s*\((?:since|because|as|i\.e\.)(?![A-Za-z]).*\)\s*\}?$", re.DOTALL)
 # The counting number of a formula that has a value for each.
 _FOR_INTEGERS = re.compile(
     rf"\s*[,;]?\s*\(?\s*(?:(?:{_TEXT}\{{)?\s*(?:where|for|with|for\s+all)\s*\}}?)?\s*[kmn]\s*\\in\s*"
@@ -38,10 +39,11 @@ _TRANSPOSED = re.compile(r"^(?P<row>[\[(][^\[\]()]*[\])])\s*\^\s*\{?\s*(?:T|\\to
 def prepared(text: str) -> str:
     """`text` in the spelling that answers are compared in, the letter of its choice left out: `(A) 5` as `5`."""
     text = re.sub(r"\bper\s+cent\b", "percent", strip_delimiters(plain_characters(text)))
+    text = re.sub(r"(?<=[\w)])\s?\*\*\s?(?=[\w(-])", "^", text)
     text = _SPACES.sub(" ", _LOOKS.sub("", text)).strip().rstrip(",;").strip()
     text = _TEXT_AT_START.sub(lambda match: f"{match['inside'].strip()} ", text).strip()
-    text = _FOR_INTEGERS.sub("", in_digits(text))
-    text = re.sub(r"^\s*(?:\\approx(?![A-Za-z])|~)", "", text)
+    text = _FOR_INTEGERS.sub("", in_digits(_WHY.sub("", text)))
+    text = re.sub(r"^\s*(?:\\(?:approx|sim)(?![A-Za-z])|~)", "", text)
     text = re.sub(r"^(?:\+|positive|plus)?\s*inf(?:inity)?$", r"\\infty", text.strip(), flags=re.IGNORECASE)
     text = re.sub(r"^(?:-|negative|minus)\s*inf(?:inity)?$", r"-\\infty", text, flags=re.IGNORECASE)
     text = re.sub(r"\\([lr])angle(?![A-Za-z])", lambda match: "(" if match[1] == "l" else ")", text)

@@ -43,6 +43,9 @@ _SIGNS = str.maketrans(
 )
 _SUPERSCRIPTS = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b"
 _RAISED = re.compile(f"[{_SUPERSCRIPTS}]+")
+_SUBSCRIPTS = "\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089"
+_LOGARITHM = re.compile(rf"(?<![\\A-Za-z])log(?=[{_SUBSCRIPTS}])")
+_SUNK = re.compile(f"[{_SUBSCRIPTS}]+")
 _VULGAR_FRACTION = re.compile("(?P<whole>\\d?)(?P<sign>[\u00bc-\u00be\u2150-\u215e])")
 _ROOT = re.compile("\u221a(?:(?P<plain>\\d+|[a-z])|(?=\\())")
 _OVERLINED = re.compile("(?:\\d\u0305)+")
@@ -60,6 +63,8 @@ def plain_characters(text: str) -> str:
     text = _CIRCLED.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
     text = _VULGAR_FRACTION.sub(_spell_fraction, text)
     text = _RAISED.sub(lambda match: "^{" + _lowered(match[0]) + "}", text)
+    text = _LOGARITHM.sub(r"\\log", text)
+    text = _SUNK.sub(lambda match: "_{" + _lowered(match[0]) + "}", text)
     text = _ROOT.sub(lambda match: f"\\sqrt{{{match['plain']}}}" if match["plain"] else r"\sqrt", text)
     text = "".join(str(unicodedata.decimal(c)) if c.isdecimal() else c for c in text)
     return signs_in_digits(text.translate(_SIGNS))

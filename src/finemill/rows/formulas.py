@@ -9,7 +9,7 @@ from finemill.rows.characters import plain_characters
 UNITS = frozenset(
     """percent percentage degree degrees dollar dollars cent cents euro euros pound pounds yuan yen rupee rupees usd eur
     gbp inr jpy krw cny rmb chf brl cad aud won franc francs peso pesos ruble rubles celsius fahrenheit kelvin kwh ohm
-    ohms \u03c9 k\u03c9 \u03bcm \u03bcg \u03bcs
+    ohms ha \u03c9 k\u03c9 \u03bcm \u03bcg \u03bcs
         cm mm m km dm um nm inch inches ft feet foot yd yard yards mile miles mi g kg mg gram grams kilogram kilograms
     lb lbs oz ounce ounces ton tons l ml liter liters litre litres gallon gallons cup cups s ms sec secs second seconds
     min mins minute minutes h hr hrs hour hours day days week weeks month months year years mph kph hz khz mhz ghz
@@ -94,7 +94,7 @@ _SMALLER_UNIT = re.compile(r"\s+\d+\s*(?:min|sec|cm|mm|in|oz|ml|[ms])(?![A-Za-z]
 _FUNCTIONS = ("ln", "log", "exp", "sqrt", "sin", "cos", "tan")
 # Units of one letter: after a number, a space, and before the end of what is said.
 _LETTER_UNITS = ("m", "g", "l", "L", "s", "h", "N", "J", "W", "V", "K")
-_SAID_END = re.compile(r"(?:/[A-Za-z]+\^?\{?\d?\}?)?\s*(?:[.,;:!?)*]|$)", re.MULTILINE)
+_SAID_END = re.compile(r"(?:\^\{?[23]\}?)?(?:/[A-Za-z]+\^?\{?\d?\}?)?\s*(?:[.,;:!?)*]|$)", re.MULTILINE)
 _TAIL = re.compile(
     r"\s+(?:a\.?m\.?|p\.?m\.?|o['\u2019]clock|in the (?:morning|afternoon|evening))(?![a-z])", re.IGNORECASE
 )
@@ -267,7 +267,8 @@ def _continues(text: str, run: Sequence[_Token], token: _Token) -> bool:
 def _is_variable(text: str, last: _Token, token: _Token, gap: str) -> bool:
     """Whether a single letter belongs to the formula before it rather than to a sentence."""
     if gap == " " and last.kind == "number" and token.text in _LETTER_UNITS:
-        return bool(_SAID_END.match(text, token.end) or _SMALLER_UNIT.match(text, token.end))
+        raised = text[token.end : token.end + 2] in ("^2", "^3", "^{")
+        return bool(raised or _SAID_END.match(text, token.end) or _SMALLER_UNIT.match(text, token.end))
     if not gap:
         return last.kind in ("number", "command", "operator", "bracket", "letter", "delimiter", "tail")
     after = text[token.end :].lstrip()[:1]
