@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finemill.artifacts.manifest import Reference
 from finemill.errors import TemporaryError, UserError
 from finemill.runtime.processes import run_in_processes
 from finemill.runtime.run import run_step
@@ -28,6 +27,7 @@ CONFIG = {
     "gradient_accumulation_steps": 1,
     "learning_rate": 1e-3,
     "logging_steps": 1,
+    "save_steps": 1,
     "gradient_checkpointing": False,
 }
 
@@ -56,61 +56,60 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_two_processes_that_were_stopped_go_on_and_publish_what_one_does_with_twice_the_accumulation(
-    dataset: str, folder_store: str, tracking_uri: str
+def test_two_processes_that_were_killed_and_stopped_go_on_and_publish_what_one_does_with_twice_the_accumulation(
+    dataset: str,
+    folder_store: str,
+    tracking_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     from mlflow import MlflowClient
 
+    inputs = {"dataset": dataset, "base_model": BASE}
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with monkeypatch.context() as two_gpus:
+        two_gpus.setattr("finemill.runtime.run.num_idle_gpus", lambda: 2)
+        killer = Thread(target=kill_a_process_at_the_first_checkpoint, args=(folder_store,))
+        killer.start()
+        with pytest.raises(TemporaryError, match=r"process 1 was killed \(SIGKILL\): run again to continue"):
+            run_step("train-qlora", store=folder_store, inputs=inputs, config=CONFIG)
+        killer.join()
+    assert capfd.readouterr().out == ""
+
     process = torchrun(dataset, folder_store)
     assert process.stderr is not None
+    said = []
     for line in process.stderr:
-        if "step 2/6" in line:
+        said.append(line)
+        assert "step 1/6" not in line
+        if "step 4/6" in line:
             process.send_signal(signal.SIGTERM)
             break
     rest = process.communicate(timeout=300)[1]
     assert process.returncode != 0
-    assert "checkpoint at step" in rest
+    assert "checkpoint at step" in rest, "".join(said)
     assert not list_artifacts(f"{folder_store}/train-qlora")
     client = MlflowClient(tracking_uri)
     experiment = client.get_experiment_by_name("finemill")
     assert experiment
-    assert [run.info.run_name for run in client.search_runs([experiment.experiment_id])] == ["train-qlora"]
+    assert {run.info.run_name for run in client.search_runs([experiment.experiment_id])} == {"train-qlora"}
 
     again = torchrun(dataset, folder_store)
     stdout, stderr = again.communicate(timeout=300)
     assert again.returncode == 0, stderr
-    assert "step 1/6" not in stderr
+    assert "step 4/6" not in stderr
     (reference,) = stdout.split()
     assert list_artifacts(f"{folder_store}/train-qlora") == [reference.partition("@")[0]]
+    result = run_step("train-qlora", store=folder_store, inputs=inputs, config=CONFIG)
+    assert (result.reused, str(result.reference)) == (True, reference)
+    assert result.manifest.metrics["train/num_steps"] == CONFIG["max_steps"]
 
-    inputs = {"dataset": dataset, "base_model": BASE}
     alone = run_step(
         "train-qlora", store=folder_store, inputs=inputs, config={**CONFIG, "gradient_accumulation_steps": 2}
     )
     expected = weights(fetch_artifact(alone.reference)[0])
-    for name, weight in weights(fetch_artifact(Reference.parse(reference))[0]).items():
+    for name, weight in weights(fetch_artifact(result.reference)[0]).items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-4, msg=name)
-
-
-def test_two_gpus_get_two_processes_whose_loss_is_temporary_and_the_retry_goes_on(
-    dataset: str, folder_store: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("finemill.runtime.run.num_idle_gpus", lambda: 2)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    inputs = {"dataset": dataset, "base_model": BASE}
-    config = {**CONFIG, "save_steps": 1}
-    killer = Thread(target=kill_a_process_at_the_first_checkpoint, args=(folder_store,))
-    killer.start()
-    with pytest.raises(TemporaryError, match=r"process 1 was killed \(SIGKILL\): run again to continue"):
-        run_step("train-qlora", store=folder_store, inputs=inputs, config=config)
-    killer.join()
-    result = run_step("train-qlora", store=folder_store, inputs=inputs, config=config)
-    assert result.manifest.metrics["train/num_steps"] == CONFIG["max_steps"]
-    output = capfd.readouterr()
-    assert output.out == ""
-    assert "step 1/6" not in output.err.partition("was killed")[2]
-    again = run_step("train-qlora", store=folder_store, inputs=inputs, config=config)
-    assert (again.reused, again.reference) == (True, result.reference)
 
 
 def kill_a_process_at_the_first_checkpoint(store: str) -> None:

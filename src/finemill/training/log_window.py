@@ -34,7 +34,8 @@ class LogWindow(TrainerCallback):  # type: ignore[misc]
             return
         own = len(parts) == args.world_size
         part = parts[0].with_name(_name(args.process_index)) if own else parts[0]
-        saved = torch.load(part, map_location=args.device, weights_only=True)
+        # torch restores nothing to "cpu:0", the device of a process among several without GPUs.
+        saved = torch.load(part, map_location="cpu", weights_only=True)
         trainer: Any = self._trainer
         trainer._total_train_tokens = saved["num_tokens"]
         # The mean loss of all steps ends the log.
@@ -42,10 +43,10 @@ class LogWindow(TrainerCallback):  # type: ignore[misc]
         self.num_tokens = float(saved["num_tokens"])
         if not own:
             return
-        trainer._tr_loss, trainer._globalstep_last_logged = saved["loss"], saved["last_logged"]
+        trainer._tr_loss, trainer._globalstep_last_logged = saved["loss"].to(args.device), saved["last_logged"]
         trainer._metrics["train"].update(saved["metrics"])
         if saved["sums"] is not None:
-            trainer._sums = saved["sums"]
+            trainer._sums = saved["sums"].to(args.device)
             self.num_tokens += float(saved["sums"][-1])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
