@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.context_parallel import ContextParallelTrainer, check_context_parallel
 from finemill.components.train_qlora.rows import load_rows
+from finemill.components.train_qlora.unpadded import UnpaddedTrainer, can_join_rows
 from finemill.components.train_qlora.whole_loss import WholeLossTrainer
 from finemill.runtime.context import StepContext
 from finemill.training.config import SHARDED
@@ -44,7 +45,7 @@ def build_trainer(inputs: TrainingInputs, scratch: Path, config: TrainQLoRAConfi
     return make_trainer(
         inputs,
         config,
-        plain=_plain_trainer(config),
+        plain=_plain_trainer(inputs, config),
         fast=_fast_trainer,
         arguments=lambda: _arguments(config, scratch, inputs.device),
         train_dataset=rows,
@@ -52,9 +53,11 @@ def build_trainer(inputs: TrainingInputs, scratch: Path, config: TrainQLoRAConfi
     )
 
 
-def _plain_trainer(config: TrainQLoRAConfig) -> Callable[..., SFTTrainer]:
+def _plain_trainer(inputs: TrainingInputs, config: TrainQLoRAConfig) -> Callable[..., SFTTrainer]:
     if config.context_parallel > 1:
         return partial(ContextParallelTrainer, parts=config.context_parallel)
+    if inputs.device.type == "cpu" and can_join_rows(inputs.base_model, config):
+        return UnpaddedTrainer
     plenty = config.strategy in SHARDED and not config.gradient_checkpointing
     return WholeLossTrainer if plenty else SFTTrainer
 

@@ -27,10 +27,16 @@ MOST_WARNINGS = 5
 
 
 class BatchWatch(TrainerCallback):  # type: ignore[misc]
-    """Names the rows of a step whose loss is a spike, or no number; reads the device where the trainer does anyway."""
+    """Names the rows of a step whose loss is a spike, or no number; reads the device where the trainer does anyway.
 
-    def __init__(self, dataset: Path) -> None:
+    Args:
+        dataset: whose rows they are.
+        processes_per_row: processes that share a row; of what is cut nothing is named.
+    """
+
+    def __init__(self, dataset: Path, processes_per_row: int = 1) -> None:
         self._dataset = dataset
+        self._in_parts = processes_per_row > 1
         self._steps: deque[tuple[int, list[tuple[dict[str, Any], Tensor]]]] = deque(maxlen=KEPT_STEPS)
         self._usual: deque[float] = deque(maxlen=USUAL_STEPS)
         self._suspect: tuple[int, list[dict[str, Any]]] | None = None
@@ -94,7 +100,7 @@ class BatchWatch(TrainerCallback):  # type: ignore[misc]
         return f" (step {step},{self._names(batches)})"
 
     def _names(self, batches: list[dict[str, Any]]) -> str:
-        if any("shift_labels" in inputs for inputs in batches):
+        if self._in_parts:
             return " rows that processes share, which are not looked for"
         sequences = [ids.tolist() for inputs in batches for ids in _sequences(inputs)]
         names = find_rows(self._dataset, "train", sequences)

@@ -242,7 +242,7 @@ def _train(
         checkpoints = CheckpointCallback(asked, context, global_batch(config))
         # It prints every log entry as a dictionary; RecordCallback says the same in a line.
         trainer.remove_callback(PrinterCallback)
-        batches = BatchWatch(inputs.dataset)
+        batches = BatchWatch(inputs.dataset, config.processes_per_row)
         batches.attach(trainer)
         window = LogWindow(trainer, checkpoint)
         trainer.add_callback(window)
