@@ -119,10 +119,20 @@ def test_a_full_disk_behind_the_output_is_one_line(arguments: str, monkeypatch: 
     assert "No space left on device" in ended.stderr
 
 
-def test_the_exit_code_stays_where_nothing_can_be_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [
+        ("merge", 2),
+        ("merge --adapter x@sha256:0 --base-model builtin:tiny-qwen3", 2),
+        ("""data-prep --sources '[{uri: "example:reasoning", max_rows: 60}]'""", 0),
+    ],
+)
+def test_work_is_done_and_exit_codes_stay_where_nothing_can_be_said(
+    arguments: str, exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-    command = f'"{sys.executable}" -m finemill merge 2> /dev/full'
-    assert subprocess.run(command, shell=True, check=False, cwd=tmp_path).returncode == 2
+    command = f'"{sys.executable}" -m finemill {arguments} --store {tmp_path} 2> /dev/full'
+    assert subprocess.run(command, shell=True, check=False, cwd=tmp_path).returncode == exit_code
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "iso8859-1"])

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
@@ -43,6 +43,8 @@ def explain(error: Exception, place: Path | None = None) -> StepError | None:
             f"the GPU's memory is not enough ({'. '.join(text.split('. ')[:3])}): lower the batch size, max_length or "
             "memory_gb, or end what else uses the GPU"
         )
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return UserError("a file or folder has a name that is no UTF-8: rename it, or choose another --store")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         return UserError(f"this machine's memory is not enough ({text or 'MemoryError'}): use a larger one")
     if text.startswith("Could not determine home directory"):
@@ -118,10 +120,16 @@ def report(command: str, error: Exception) -> int:
         kept = EVENTS_VARIABLE in os.environ or "KUBERNETES_SERVICE_HOST" in os.environ
         log = None if kept else _write_log(command, text)
         if log is None:
-            print(text, file=sys.stderr)
+            _say(text)
         line += f"; the traceback is in {log or 'the lines above'}: please report it"
-    print(f"finemill {command}: {line}", file=sys.stderr)
+    _say(f"finemill {command}: {line}")
     return exit_code
+
+
+def _say(text: str) -> None:
+    # The exit code is told where nothing else can be.
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _write_log(command: str, text: str) -> str | None:

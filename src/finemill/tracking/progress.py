@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -55,14 +56,20 @@ class Progress:
         """Say `text`; `details` go into the event only."""
         if not self._as_json:
             line = text if event == "progress" else ": ".join(part for part in (event, text) if part)
-            print(f"{self.step}: {line}", file=sys.stderr, flush=True)
+            _say(f"{self.step}: {line}")
         self.record(event, text=text, **details)
 
     def record(self, event: Event | RecordedEvent, **details: object) -> None:
         """Write an event for who reads events."""
         line = json.dumps({"time": time.time(), "step": self.step, "event": event, **details})
         if self._as_json:
-            print(line, file=sys.stderr, flush=True)
+            _say(line)
         if self._events:
             with Path(self._events).open("a") as file:
                 file.write(line + "\n")
+
+
+def _say(line: str) -> None:
+    # A log that is full, or that nobody reads any more, is no reason to end hours of work.
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
