@@ -23,12 +23,15 @@ _SMALL = re.compile(
 _IN_REST = re.compile(_LETTER)
 _NAMED = (
     # B is the correct answer; option B is best
-    re.compile(rf"{_LETTER}\W{{0,4}}\s*(?i:is|are)\s+(?:the\s+|most\s+)*(?i:correct|right|best|true|answer)"),
+    re.compile(
+        rf"{_LETTER}\W{{0,4}}\s*(?i:is|are|seems|(?:must|should|would|has\s+to)\s+be)\s+(?:the\s+|most\s+)*"
+        r"(?i:correct|right|best|true|answer)"
+    ),
     re.compile(
         rf"(?i:\b(?:choose|chose|pick|select|go with|opt for|choice is|option is)\b|[选選](?:择|擇)?(?:选项)?)"
         rf"[^\w\n]{{0,4}}{_LETTER}"
     ),
-    re.compile(rf"{_LETTER}\s*(?:选?[项項])?\s*(?:[是为])?\s*最?(?:正确|正確|对的|對的)"),
+    re.compile(rf"{_LETTER}\s*(?:选?[项項])?\s*(?:[是为])?\s*最?(?:正确|正確|对的|對的|符合题意)"),
     re.compile(rf"(?:正确|正確)(?:的|选项|選項)?\s*(?:是|为|為)[^\w\n]{{0,4}}{_LETTER}"),
     re.compile(rf"(?:選択肢|선택지)[^\w\n]{{0,4}}{_LETTER}"),
     re.compile(
@@ -47,6 +50,7 @@ _AT_START = re.compile(
 _AT_END = re.compile(
     rf"(?:\b(?i:is|be|was|therefore|thus|hence|so)\b,?|['\u2019]s\b|[:=]|->|\u2192)[\s*_(\[\"'`$]{{0,5}}{_LETTER}[^\w]*$"
 )
+_LISTED = re.compile(r"(?:^|(?<=[\s*]))\(?(?P<letter>[A-J])(?:[.:]|\)|(?=\s*$))(?=[\s*]|$)", re.MULTILINE)
 _NEGATED = re.compile(
     r"(?i)(?:\b(?:not|cannot|never|neither|nor|rather than|except)\b|n['\u2019]t|不是|不选)\W*(?:\w+\s+)?\W*$"
 )
@@ -87,10 +91,12 @@ def read_letter(text: str) -> str | None:
                 return None
             return said[-1]["letter"].upper()
     last = _AT_END.search(body)
-    first_line = body.strip().split("\n")[0]
-    return (
-        _alone(tidy(body)) or _alone(tidy(first_line)) or (last["letter"] if last and _is_meant(last, body) else None)
-    )
+    lines = body.strip().split("\n")
+    if [match["letter"] for match in _LISTED.finditer(body)][:2] == ["A", "B"]:
+        # The question's own choices, and perhaps one of them below.
+        alone = re.fullmatch(r"\W*([A-J])\W*", lines[-1])
+        return alone[1] if alone and not lines[-2].strip() else None
+    return _alone(tidy(body)) or _alone(tidy(lines[0])) or (last["letter"] if last and _is_meant(last, body) else None)
 
 
 def read_letters(text: str) -> frozenset[str] | None:
