@@ -122,7 +122,8 @@ def _alone(text: str) -> str | None:
     match = _AT_START.match(text.strip())
     end = match.end("letter") if match else 0
     denied = _JOINED.match(text.strip(), end) or _DENIED_AFTER.match(text.strip(), end)
-    return match["letter"].upper() if match and not denied else None
+    several = read_letters(text)
+    return match["letter"].upper() if match and not denied and not several else None
 
 
 def _first_said(rest: str) -> str | None:

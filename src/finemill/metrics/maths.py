@@ -112,13 +112,13 @@ def equal_answers(gold: str, said: str | None) -> bool:
         return True
     if max(len(gold), len(said)) > _LONGEST:
         return False
-    letters = read_letters(tidy(gold))
-    if letters and letters == read_letters(tidy(said)):
+    letters, saids = read_letters(tidy(gold)), read_letters(tidy(said))
+    if letters and letters == saids:
         return True
     choice = _CHOICE.fullmatch(tidy(gold))
     if choice:
         found = _SAID_CHOICE.fullmatch(tidy(said))
-        return found is not None and (found["inside"] or found["plain"]).upper() == choice["letter"]
+        return not saids and found is not None and (found["inside"] or found["plain"]).upper() == choice["letter"]
     return _equal(prepared(gold), prepared(without_choice(said))) or _with_remark(prepared(gold), prepared(said))
 
 
