@@ -21,6 +21,7 @@ from finemill.artifacts.records import write_json
 from finemill.artifacts.rows import RowsReport, RowsSource, find_rows, read_rows_report
 from finemill.components.chat_format.advice import advice_on
 from finemill.components.chat_format.config import ChatFormatConfig
+from finemill.components.chat_format.duration import training_time
 from finemill.components.chat_format.packing import PACKED_ROWS, packing
 from finemill.components.chat_format.report import SplitCounts
 from finemill.components.chat_format.tokenize import ChatTokenizer
@@ -65,6 +66,7 @@ def write_card(
         "end_of_turn_tokens": dataset["end_of_turn_tokens"],
         "lengths": histogram(lengths),
         "packing": packed,
+        "training": training_time(lengths, config) if config.estimate else None,
         "scripts": _scripts(first),
         "examples": list(_examples(_of_all_sources(first), rows, tokenizer)),
     }

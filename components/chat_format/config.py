@@ -7,6 +7,31 @@ from pydantic import Field, model_validator
 from finemill.components.chat_format.named_templates import TemplateName
 from finemill.config import StepConfig
 
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class TrainingEstimate(StepConfig):
+    """What the data card says how long training takes on: the kernels' plan for one epoch of QLoRA with rank 16."""
+
+    model: str
+    """A model that the planner knows by name, as `qwen3-8b`: `finemill estimate --help` lists them."""
+    gpu: str
+    """A card whose rates are measured, as `h100`."""
+    memory_gb: float = Field(default=80.0, gt=0)
+    """Device memory that training may take, GiB."""
+    global_batch_size: int = Field(default=8, ge=1)
+    """Sequences per optimizer step: examples, or packs of them."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        from finemill.kernels.planning.model_shapes import MIXTURES, SHAPES
+        from finemill.kernels.planning.rates import RATES
+
+        for field, name, known in (("model", self.model, [*SHAPES, *MIXTURES]), ("gpu", self.gpu, [*RATES])):
+            if name not in known:
+                raise ValueError(f"{field} '{name}' is not known: it is one of {', '.join(known)}")
+        return self
+
 
 class ChatFormatConfig(StepConfig):
     """How rows become token ids and labels."""
@@ -35,8 +60,9 @@ class ChatFormatConfig(StepConfig):
     finds them in the data set and learns their embeddings, which begin as the mean of all others."""
     assistant_turns: Literal["all", "last"] = "all"
     """Which assistant turns of a conversation are learned."""
-    learned: Literal["assistant", "all"] = "assistant"
-    """What is learned of a conversation: the assistant's turns, or every token (preferences: the answers)."""
+    learned: Literal["assistant", "all"] | tuple[Role, ...] = "assistant"
+    """What is learned of a conversation: the assistant's turns, every token, or the turns of some roles, as
+    `[assistant, tool]`: what each says and the token that ends it (preferences: the answers)."""
     rewritten_turns: Literal["unroll", "in_place", "skip"] = "unroll"
     """Turns that the template writes otherwise once more messages follow, as Qwen3 leaves out thinking blocks: each
     gets a training example that ends with it, so that what is learned is what will be asked; or is learned as it stands
@@ -52,6 +78,9 @@ class ChatFormatConfig(StepConfig):
     rendered_text: Literal["drop", "tokens"] = "drop"
     """Text rows that a chat template wrote, markers of roles in them: left out and counted as `rendered_chat` (give
     messages instead, so that only answers are learned), or learned whole, their control tokens read as such."""
+    estimate: TrainingEstimate | None = None
+    """A model and a card, `{model: qwen3-8b, gpu: h100}`: the data card says in how many steps and hours that trains on
+    the examples, packed and one by one."""
     num_proc: int = Field(default=2, ge=1, le=256)
     """How many processes format rows; what they write is the same for any number. Few rows take one."""
 

@@ -83,9 +83,16 @@ class Example:
 
     @property
     def end_tokens(self) -> list[str | None]:
-        """The end-of-turn token of each learned turn, None where none is learned."""
-        turns = zip(self.draft.turns, self.chosen.ends, strict=True) if self.draft.turns else ()
-        return [turn.end_token if learned else None for turn, learned in turns]
+        """The end-of-turn token of each learned turn of the assistant, None where none is learned."""
+        turns, messages = (
+            zip(self.draft.turns, self.chosen.ends, strict=True) if self.draft.turns else (),
+            self.messages,
+        )
+        return [
+            turn.end_token if learned else None
+            for turn, learned in turns
+            if messages[turn.message]["role"] == "assistant"
+        ]
 
     @property
     def truncated(self) -> bool:

@@ -173,6 +173,10 @@ class _Chat:
             spans = [(0, len(rendered.text.replace(BROKEN, "")))]
             return [whole._replace(spans=spans, turns=tuple(rendered.turns[-1:]))]
         in_place, rewritten, left_out = self._sort_turns(self._messages, rendered)
+        if isinstance(self._config.learned, tuple) and self._worse is None:
+            if "assistant" not in self._config.learned:
+                in_place, rewritten, left_out = [], {}, Counter()
+            in_place = sorted([*in_place, *rendered.others], key=lambda turn: turn.start)
         whole = self._draft(self._messages, rendered, in_place)
         drafts = [whole._replace(left_out=left_out) if left_out and unroll else whole]
         for end, alone in sorted(rewritten.items()) if unroll else ():
@@ -300,7 +304,9 @@ class _Chat:
     def _render(self, messages: list[Message]) -> Rendered:
         broken = self._tokenizer.break_control_tokens(messages)
         tools = self._tokenizer.break_control_tokens(self._conversation.tools)
-        rendered = render_turns(self._template, broken, tools, self._kwargs(messages), self._tokenizer.control)
+        kwargs, learned = self._kwargs(messages), self._config.learned
+        roles = learned if isinstance(learned, tuple) else ()
+        rendered = render_turns(self._template, broken, tools, kwargs, self._tokenizer.control, roles)
         for number, message in enumerate(broken, start=1):
             if message["role"] in ("system", "user") and message["content"].strip() not in rendered.text:
                 raise DroppedRowError("template_changes_question", f"turn {number}")

@@ -1,7 +1,7 @@
 """Which characters, and then which tokens, of a rendered conversation the model must produce."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -37,15 +37,21 @@ class Turn(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """A conversation's text, the text up to its last answer, and the assistant turns in it."""
+    """A conversation's text, the text up to its last answer, the assistant turns in it, and turns of other roles."""
 
     text: str
     prompt: str
     turns: Sequence[Turn]
+    others: Sequence[Turn] = ()
 
 
 def render_turns(
-    template: ChatTemplate, messages: list[Message], tools: Any, kwargs: Mapping[str, Any], control: re.Pattern[str]
+    template: ChatTemplate,
+    messages: list[Message],
+    tools: Any,
+    kwargs: Mapping[str, Any],
+    control: re.Pattern[str],
+    roles: Collection[str] = (),
 ) -> Rendered:
     """Render a conversation that ends with an assistant turn, and find what the model must produce.
 
@@ -60,6 +66,7 @@ def render_turns(
         tools: function descriptions or None.
         kwargs: further variables of the template.
         control: matches the tokenizer's control tokens.
+        roles: those whose turns are to be found beside the assistant's.
     Raises: DroppedRowError: the template refuses the conversation, or does not show a turn as it is.
     """
     known = template.render_from_skeleton(messages, tools, kwargs)
@@ -88,7 +95,24 @@ def render_turns(
     # What a tool answers is written with the call, as in Gemma 4: the model stops before it.
     joined = {number - 1 for number, chunk in chunks.items() if chunk.start == chunk.end}
     turns = [turn._replace(complete=False) if turn.message in joined else turn for turn in turns]
-    return Rendered(text, prompt, [_mark_complete(turn, text, messages, template) for turn in turns])
+    others = [
+        _find_other_turn(text, chunks.get(number), number, message["content"].strip(), control)
+        for number, message in enumerate(messages)
+        if message["role"] in roles and message["role"] != "assistant"
+    ]
+    return Rendered(text, prompt, [_mark_complete(turn, text, messages, template) for turn in turns], others)
+
+
+def _find_other_turn(text: str, chunk: "_Chunk | None", number: int, content: str, control: re.Pattern[str]) -> Turn:
+    """What another role says and the tokens that end it; if that is written otherwise, all that the template writes.
+
+    The first message, a system's, some templates write before they go over the others.
+    """
+    begin, end = (0, len(text)) if chunk is None else (chunk.start if number else 0, chunk.end)
+    start = text.find(content, begin, end)
+    start, said = (begin, end) if start < 0 else (start, start + len(content))
+    closing = _closing(control).match(text, said, end)
+    return Turn(number, start, said, None) if closing is None else Turn(number, start, closing.end(), closing[1])
 
 
 def _generation_prompt(

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from finemill.components.chat_format.card import histogram
+from finemill.components.chat_format.config import ChatFormatConfig
+from finemill.config import parse_config
+from finemill.errors import UserError
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact
 
@@ -35,7 +38,8 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data-prep", store=folder.as_uri(), inputs={}, config={"sources": [{"uri": str(source)}], **sizes}
     )
     inputs = {"rows": str(prepared.reference), "base_model": "builtin:tiny-qwen3"}
-    return fetch_artifact(run_step("chat-format", store=folder.as_uri(), inputs=inputs, config={}).reference)[0]
+    config = {"estimate": {"model": "qwen3-8b", "gpu": "h100", "global_batch_size": 4}}
+    return fetch_artifact(run_step("chat-format", store=folder.as_uri(), inputs=inputs, config=config).reference)[0]
 
 
 def facts_of(card: Path) -> dict[str, Any]:
@@ -49,6 +53,19 @@ def test_a_source_is_counted_at_each_stage(card: Path) -> None:
     assert source["unread_columns"] == {"note": 30}
     left_out = {(own["stage"], own["reason"]): own["rows"] for own in facts_of(card)["left_out"]}
     assert left_out == {("data-prep", "unclosed_thinking"): 1, ("data-prep", "duplicate"): 1}
+
+
+def test_steps_and_hours_of_training_on_a_named_card_are_estimated(card: Path) -> None:
+    training = facts_of(card)["training"]
+    assert (training["model"], training["gpu"], training["steps_one_by_one"]) == ("qwen3-8b", "h100", 10)
+    # One pack holds them all.
+    assert training["steps_packed"] == 1
+    assert 0 < training["hours_packed"] < 0.01
+    assert 0 < training["hours_one_by_one"] < 0.01
+    for page in ("data_card.html", "data_card.md"):
+        assert "qwen3-8b" in (card / page).read_text()
+    with pytest.raises(UserError, match="gpu 'gtx' is not known: it is one of"):
+        parse_config(ChatFormatConfig, {"estimate": {"model": "qwen3-8b", "gpu": "gtx"}}, "chat-format")
 
 
 def test_examples_are_shown_before_and_after_with_what_is_learned(card: Path) -> None:

@@ -94,6 +94,26 @@ def pair(question: str, answer: str) -> Row:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
+@pytest.mark.parametrize(
+    ("roles", "learned"),
+    [
+        (["assistant", "tool"], ["Dim it?<|im_end|>", "it is dim<|im_end|>", "Done.<|im_end|>"]),
+        (["system", "user"], ["Be kind.<|im_end|>", "Dim!<|im_end|>", "Yes.<|im_end|>"]),
+        (["assistant"], ["Dim it?<|im_end|>", "Done.<|im_end|>"]),
+    ],
+)
+def test_turns_of_the_roles_that_are_named_are_learned(tmp_path: Path, roles: list[str], learned: list[str]) -> None:
+    base = Base(tmp_path, byte_tokenizer())
+    call = '<tool_call>\n{"name": "dim", "arguments": {"room": "hall"}}\n</tool_call>'
+    turns = [("system", "Be kind."), ("user", "Dim!"), ("assistant", "Dim it?"), ("user", "Yes.")]
+    messages: list[Row] = [{"role": role, "content": text} for role, text in turns]
+    messages += [{"role": "assistant", "content": call, "weight": 0}]
+    messages += [{"role": "tool", "content": "it is dim"}, {"role": "assistant", "content": "Done."}]
+    (example,) = base.examples({"messages": messages}, learned=roles)
+    assert base.runs(example) == learned
+    assert set(example.end_tokens) <= {"<|im_end|>"}
+
+
 def test_an_end_token_that_takes_in_the_line_break_after_it_is_learned(tmp_path: Path) -> None:
     """As Phi-3's, which are stripped to their right."""
     tokens = [AddedToken(text, special=True, rstrip=True) for text in CONTROL]
