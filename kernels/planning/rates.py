@@ -15,6 +15,9 @@ DIAGONAL, DIAGONAL_BACKWARD = 256, 500
 """Overhead of the tiles on the diagonal of the scores, expressed as extra keys per query."""
 FA4_DIAGONAL, FA4_DIAGONAL_BACKWARD = 1070, 1520
 """Overhead of FlashAttention-4's tiles on the diagonal, likewise."""
+FA4_LONG, FA4_LONGEST, FA4_LONG_FACTOR = 32768, 65536, 1.43
+"""Row length up to which FlashAttention-4 has its full rates, that from which on it takes longer, and how many times as
+long, as measured at 131,072 tokens."""
 SPLIT_SECONDS = 2e-6
 """Seconds that attention's backward loses per further group of heads, times the root of the length, because the card
 runs empty between groups; a quarter of the backward at most."""
@@ -122,9 +125,11 @@ def _attention_seconds(work: Workload, rates: Rates, tokens: int) -> tuple[float
     width = work.shape.q_width
     length = work.row if work.typical is None else min(work.typical, work.row)
     if work.fa4 and not work.ragged:  # a trainer's sequences are shorter, most of them
+        longer = math.log2(min(max(length, FA4_LONG), FA4_LONGEST) / FA4_LONG) / math.log2(FA4_LONGEST / FA4_LONG)
+        factor = 1 + longer * (FA4_LONG_FACTOR - 1)
         return (
-            2 * tokens * (length + FA4_DIAGONAL) * width / rates.fa4_forward,
-            5 * tokens * (length + FA4_DIAGONAL_BACKWARD) * width / rates.fa4_backward,
+            factor * 2 * tokens * (length + FA4_DIAGONAL) * width / rates.fa4_forward,
+            factor * 5 * tokens * (length + FA4_DIAGONAL_BACKWARD) * width / rates.fa4_backward,
         )
     if work.flash:
         return (
