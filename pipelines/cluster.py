@@ -15,7 +15,6 @@ from finemill.pipelines.graph import Resources
 from finemill.pipelines.names import (
     LONGEST_S,
     OWN_LABEL,
-    QUEUE_LABEL,
     RESOURCE,
     FileKey,
     Image,
@@ -282,8 +281,6 @@ class ClusterConfig(StepConfig):
         twice = sorted(self.env.keys() & self.secret_env.keys())
         if twice:
             raise ValueError(f"{twice[0]} is in env and in secret_env: leave one out")
-        if self.queue and QUEUE_LABEL in self.pod_labels:
-            raise ValueError(f"queue and the label {QUEUE_LABEL} in pod_labels name a queue: leave one out")
         return self
 
     @property

@@ -365,7 +365,6 @@ def test_what_kfp_s_pods_do_not_have_is_for_argo_and_refused_for_kfp(
         ("env: {HF_TOKEN: hf_x}", "'env': HF_TOKEN would be written out for everybody"),
         ('env: {A: "x\\0y"}', "holds a NUL character"),
         ("queue: a.b", "'queue': String should match"),
-        ("queue: a\npod_labels: {kueue.x-k8s.io/queue-name: b}", "name a queue: leave one out"),
         ("s3_secret: a..b", "'s3_secret': String should match"),
         ("tolerations: [{key: a, tolerationSeconds: 5}]", "'tolerationSeconds' is about effect: NoExecute alone"),
         ("tolerations: [{key: a, value: x y}]", "'tolerations.0.value': String should match"),

@@ -10,6 +10,7 @@ from botocore.exceptions import ProfileNotFound
 from finemill.cli import main
 from finemill.errors import GateFailedError, StepError, TemporaryError, UserError
 from finemill.runtime.failure import describe, explain, explained, report
+from finemill.storage import s3
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB. Of it, much"
 
@@ -32,7 +33,6 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a tot
         (torch.OutOfMemoryError(OUT_OF_MEMORY), UserError, r"GPU's memory is not enough \(CUDA .*79\.11 GiB\): lower"),
         (RuntimeError("CUDA error: out of memory"), UserError, "the GPU's memory is not enough"),
         (ProfileNotFound(profile="no"), UserError, r"profile \(no\) could not be found: correct the AWS"),
-        (ValueError("Invalid endpoint: host:9000"), UserError, "Invalid endpoint: host:9000: correct the AWS"),
         (MemoryError(), UserError, "this machine's memory is not enough"),
         (RuntimeError("Could not determine home directory."), UserError, "there is no home folder: set HOME"),
         (ModuleNotFoundError("No module named 'kfp'", name="kfp"), UserError, r"pip install 'finemill\[pipelines\]'$"),
@@ -48,6 +48,29 @@ def test_what_a_user_or_the_machine_caused_is_one_line(error: Exception, kind: t
     assert type(known) is kind
     assert re.search(message, str(known))
     assert "\n" not in str(known)
+
+
+@pytest.mark.parametrize(
+    ("variables", "config"),
+    [
+        ({"AWS_ENDPOINT_URL": "host:9000"}, ""),
+        ({"AWS_ENDPOINT_URL": "http://[::1"}, ""),
+        ({"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://elsewhere.example/x"}, ""),
+        ({}, "[default]\ns3 = x\n"),
+    ],
+)
+def test_settings_that_the_s3_client_cannot_read_are_the_user_s(
+    variables: dict[str, str], config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config").write_text(config)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"AWS_CONFIG_FILE": str(tmp_path / "config"), **variables}.items():
+        monkeypatch.setenv(name, value)
+    s3._client.cache_clear()
+    with pytest.raises(UserError, match=r"correct the AWS_\* variables or the profile"), explained():
+        s3.s3_client().list_buckets()
+    s3._client.cache_clear()
 
 
 @pytest.mark.parametrize(

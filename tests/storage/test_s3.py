@@ -12,6 +12,7 @@ from botocore.exceptions import (
     ParamValidationError,
     PartialCredentialsError,
     ProfileNotFound,
+    ProxyConnectionError,
     ReadTimeoutError,
     SSLError,
 )
@@ -305,6 +306,8 @@ def test_an_address_without_a_proper_bucket_is_refused(uri: str) -> None:
         (ParamValidationError(report="Invalid bucket name"), UserError),
         (EndpointConnectionError(endpoint_url="http://h"), TemporaryError),
         (ReadTimeoutError(endpoint_url="http://h"), TemporaryError),
+        (ProxyConnectionError(proxy_url="http://p", error="Tunnel connection failed: 407 Proxy ..."), UserError),
+        (ProxyConnectionError(proxy_url="http://p", error="Tunnel connection failed: 502 Bad Gateway"), TemporaryError),
         (answered(400, "AuthorizationHeaderMalformed"), UserError),
         (answered(403, "SecondLevelDomainForbidden"), UserError),
         (answered(501, "NotImplemented"), UserError),

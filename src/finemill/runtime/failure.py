@@ -36,7 +36,7 @@ def explain(error: Exception, place: Path | None = None) -> StepError | None:
         return _explain_import(error)
     if isinstance(error, OSError):
         return _explain_os(error, place)
-    if type(error).__module__.startswith("botocore.") or text.startswith("Invalid endpoint"):
+    if type(error).__module__.startswith("botocore.") or _passed_through(error, "botocore"):
         return UserError(f"S3: {text}: correct the AWS_* variables or the profile")
     if "out of memory" in text and (type(error).__name__ == "OutOfMemoryError" or "CUDA" in text):
         return UserError(
@@ -52,6 +52,15 @@ def explain(error: Exception, place: Path | None = None) -> StepError | None:
     if type(error).__name__ == "SafetensorError":
         return UserError(f"a safetensors file cannot be read ({text}): fetch or write the model again")
     return None
+
+
+def _passed_through(error: Exception, package: str) -> bool:
+    """Whether an exception comes from a package, which raises what Python does at settings that it cannot read."""
+    traceback, names = error.__traceback__, set[str]()
+    while traceback:
+        names.add(traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0])
+        traceback = traceback.tb_next
+    return package in names
 
 
 def _explain_os(error: OSError, place: Path | None) -> StepError | None:

@@ -23,6 +23,7 @@ from botocore.exceptions import (
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
+    ProxyConnectionError,
     ResponseStreamingError,
     SSLError,
 )
@@ -370,6 +371,8 @@ def readable_errors(uri: str, what: str) -> Iterator[None]:
             "AWS_CA_BUNDLE"
         ) from None
     except (*_NETWORK_ERRORS, ResponseParserError) as error:
+        if isinstance(error, ProxyConnectionError) and "407" in str(error.kwargs.get("error")):
+            raise UserError(f"store {uri} {what}: {error} asks for a password: write it into HTTPS_PROXY") from None
         raise TemporaryError(f"store {uri} {what}: {error}; check AWS_ENDPOINT_URL and the network") from None
     except BotoCoreError as error:
         raise UserError(

@@ -106,9 +106,11 @@ def _check_answers(uri: str) -> None:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLError):
             return
+        line = f"MLflow at {without_credentials(uri)} is out of reach ({reason})"
+        if "407" in str(reason):
+            raise UserError(f"{line}: write the proxy's password into HTTPS_PROXY") from None
         raise TemporaryError(
-            f"MLflow at {without_credentials(uri)} is out of reach ({reason}): correct {_variable_of(uri)}, "
-            "start the server, or unset the variable to record nothing"
+            f"{line}: correct {_variable_of(uri)}, start the server, or unset the variable to record nothing"
         ) from None
 
 
