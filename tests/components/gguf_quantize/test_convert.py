@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from finemill.components.gguf_quantize.imatrix import Importance, channel_import
 from finemill.components.gguf_quantize.mixture import ModelShape, tensor_type
 from finemill.components.gguf_quantize.verify import check_tokenization, kl_divergence
 from finemill.components.gguf_quantize.vocabulary import check_vocabulary, pre_tokenizer_name
-from finemill.components.gguf_quantize.write import WrittenFile, write_gguf
+from finemill.components.gguf_quantize.write import Target, WrittenFile, write_gguf, write_ggufs
 from finemill.errors import StepError, UserError
 from finemill.models.causal_lm import load_causal_lm
 from finemill.models.llama_cpp import serve
 from finemill.models.stored_model import StoredModel
 
+Files = dict[Quantization, WrittenFile]
 TEXT = "Ann has 12 apples and gives 345 away; how many are left of 1000000? It's fine."
 
 
@@ -139,30 +141,51 @@ SLOW_MIXTURES: tuple[tuple[Quantization, float], ...] = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def quick_files(short_model_dir: Path, weights: dict[str, Array], tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return write_all([*SIZES, *MIXTURES], short_model_dir, weights, tmp_path_factory.mktemp("quick"))
+
+
+@pytest.fixture(scope="module")
+def slow_files(short_model_dir: Path, weights: dict[str, Array], tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """All at once: whenever llama.cpp lets go of a model, it lets go of those tables, too."""
+    return write_all([*SLOW, *SLOW_MIXTURES], short_model_dir, weights, tmp_path_factory.mktemp("slow"))
+
+
+def write_all(rows: Sequence[tuple[Any, ...]], base: Path, weights: dict[str, Array], folder: Path) -> Files:
+    targets = [Target(folder / f"{quantization}.gguf", quantization) for quantization, *_ in rows]
+    written = write_ggufs(SourceModel(base), targets, "test", 2, weights)
+    return {target.quantization: file for target, file in zip(targets, written, strict=True)}
+
+
+@pytest.fixture
+def written(quantization: Quantization, request: pytest.FixtureRequest) -> WrittenFile:
+    slow = request.node.get_closest_marker("slow")
+    files: Files = request.getfixturevalue("slow_files" if slow else "quick_files")
+    return files[quantization]
+
+
 @pytest.mark.parametrize(
     ("quantization", "bits", "kl"), [*SIZES, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW)]
 )
 def test_every_type_is_written_and_run(
-    quantization: Quantization, bits: float, kl: float, short_model_dir: Path, tmp_path: Path, weights: dict[str, Array]
+    quantization: Quantization, bits: float, kl: float, written: WrittenFile, short_model_dir: Path
 ) -> None:
-    check_written(short_model_dir, tmp_path / "x.gguf", quantization, bits, weights)
-    assert mean_kl(short_model_dir, tmp_path / "x.gguf") < kl
+    check_written(written, quantization, bits)
+    assert mean_kl(short_model_dir, written.path) < kl
 
 
 @pytest.mark.parametrize(
     ("quantization", "bits"), [*MIXTURES, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW_MIXTURES)]
 )
-def test_every_mixture_of_types_is_written(
-    quantization: Quantization, bits: float, short_model_dir: Path, tmp_path: Path, weights: dict[str, Array]
-) -> None:
-    check_written(short_model_dir, tmp_path / "x.gguf", quantization, bits, weights)
+def test_every_mixture_of_types_is_written(quantization: Quantization, bits: float, written: WrittenFile) -> None:
+    check_written(written, quantization, bits)
 
 
-def check_written(folder: Path, path: Path, quantization: Quantization, bits: float, weights: dict[str, Array]) -> None:
-    written = write_gguf(SourceModel(folder), path, quantization, "test", 2, weights)
+def check_written(written: WrittenFile, quantization: Quantization, bits: float) -> None:
     assert not written.fallbacks
     assert bits - 0.2 < written.bits_per_weight < bits
-    file_type = gguf.LlamaFileType(gguf.GGUFReader(path).fields["general.file_type"].contents())
+    file_type = gguf.LlamaFileType(gguf.GGUFReader(written.path).fields["general.file_type"].contents())
     assert file_type.name.partition("_")[2] == quantization.replace("Q2_K_L", "Q2_K")
 
 
