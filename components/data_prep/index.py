@@ -9,7 +9,7 @@ from typing import Any
 from finemill.artifacts.splits import SPLITS, Split
 from finemill.components.data_prep.clean import Record
 
-_CACHE_KIB = 32 * 1024
+_CACHE_KIB = 8 * 1024
 # So many rows are written at once.
 _NEW_ROWS = 1000
 _TABLES = """

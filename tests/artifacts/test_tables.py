@@ -53,10 +53,16 @@ def test_a_reader_takes_the_columns_of_its_class(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "a.parquet", Short, "merge") == [Short(ids=[1, 2]), Short(ids=[])]
 
 
-def test_batches_come_in_order(tmp_path: Path) -> None:
-    write_rows(tmp_path / "a.parquet", Short, [Short(ids=[number]) for number in range(5)])
+@pytest.mark.parametrize("groups", [[5], [3, 2], [1, 1, 1, 1, 1], [2, 2, 1]])
+def test_batches_come_in_order(tmp_path: Path, groups: list[int]) -> None:
+    numbers = iter(range(5))
+    with RowWriter(tmp_path / "a.parquet", Short) as writer:
+        for group in groups:
+            writer.write([Short(ids=[next(numbers)]) for _ in range(group)])
     batches = iterate_batches(tmp_path / "a.parquet", Short, "merge", batch_rows=2)
     assert [[row.ids[0] for row in batch] for batch in batches] == [[0, 1], [2, 3], [4]]
+    some = iterate_batches(tmp_path / "a.parquet", Short, "merge", batch_rows=2, first=1, step=2)
+    assert [[row.ids[0] for row in batch] for batch in some] == [[2, 3]]
 
 
 def test_what_is_missing_is_said_in_a_line(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ class RowWriter(Generic[RowT]):
     def __init__(self, path: Path, row_type: type[RowT]) -> None:
         self._row_type = row_type
         self._schema = schema_of(row_type)
-        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+        # Nothing looks for the least and the largest text, and memory holds them for all row groups.
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd", write_statistics=False)
 
     def __enter__(self) -> Self:
         return self
@@ -103,7 +104,7 @@ def iterate_batches(
     """
     names = _checked_columns(path, row_type, writer)
     with pq.ParquetFile(path) as file:
-        for batch in islice(file.iter_batches(batch_size=batch_rows, columns=names), first, None, step):
+        for batch in islice(_read_batches(file, batch_rows, names), first, None, step):
             columns = [batch.column(name).to_pylist() for name in names]
             yield [row_type(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
 
@@ -119,7 +120,28 @@ def iterate_record_batches(
 ) -> Iterator[pa.RecordBatch]:
     """The rows of a file in order as Arrow holds them, at most `batch_rows` at a time, with all columns or some."""
     with pq.ParquetFile(path) as file:
-        yield from file.iter_batches(batch_size=batch_rows, columns=columns)
+        yield from _read_batches(file, batch_rows, columns)
+
+
+def _read_batches(file: pq.ParquetFile, batch_rows: int, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
+    """Batches of `batch_rows`, the last with what is left.
+
+    Each row group is opened by itself: a reader of all of them opens them all before the first row.
+    """
+    waiting: list[pa.RecordBatch] = []
+    for group in range(file.num_row_groups):
+        for batch in file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=columns):
+            waiting.append(batch)
+            if sum(part.num_rows for part in waiting) >= batch_rows:
+                joined = _one_batch(waiting)
+                yield joined.slice(0, batch_rows)
+                waiting = [joined.slice(batch_rows)] if joined.num_rows > batch_rows else []
+    if waiting:
+        yield _one_batch(waiting)
+
+
+def _one_batch(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    return batches[0] if len(batches) == 1 else pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
 
 
 def read_rows(path: Path, row_type: type[RowT], writer: str, *, limit: int | None = None) -> list[RowT]:
