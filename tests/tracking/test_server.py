@@ -185,6 +185,15 @@ def test_what_is_no_server_is_named_with_its_variable(uri: str, monkeypatch: pyt
         ask(uri, monkeypatch)
 
 
+@pytest.mark.parametrize("mark", "/?#")
+def test_a_sign_in_a_password_that_must_be_escaped_is_said_without_it(
+    mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="are written %2F %3F %23 %40") as caught:
+        ask(f"http://ann:pass{mark}word@127.0.0.1:5000", monkeypatch)
+    assert "word" not in str(caught.value).replace("password", "")
+
+
 def test_a_scheme_that_a_plug_in_brings_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "sagemaker_mlflow-1.0.dist-info"
     package.mkdir()

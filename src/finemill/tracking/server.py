@@ -81,7 +81,11 @@ def _plugin_schemes() -> set[str]:
 
 
 def _no_server(uri: str) -> UserError:
-    return UserError(f"{_variable_of(uri)}='{without_credentials(uri)}' is no tracking server: give {_ALLOWED}")
+    # What is left of an address without its password looks like one that would do.
+    escaped = "; a password's / ? # @ are written %2F %3F %23 %40 in an address" if "@" in uri else ""
+    return UserError(
+        f"{_variable_of(uri)}='{without_credentials(uri)}' is no tracking server: give {_ALLOWED}{escaped}"
+    )
 
 
 def _variable_of(uri: str) -> str:
