@@ -230,6 +230,8 @@ def read_quantity(answer: str) -> Quantity | None:
         amount = _SHORT_MAGNITUDE.sub(lambda match: f" {_MAGNITUDE_OF[match[1]]}", raw[currency.end() :])
         found = read_quantity(currency["sign"] + amount)
         unit = CURRENCIES[currency["mark"]]
+        if found and found.unit.startswith("per "):
+            return Quantity(found.value, f"{unit} {found.unit}")
         return Quantity(found.value, found.unit or unit) if found and found.unit in ("", unit) else None
     plain = local_digits(tidy(raw))
     scientific = _SCIENTIFIC.match(plain)
