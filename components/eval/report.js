@@ -58,7 +58,8 @@ function onlyIn(after, before) {
 
 function markDifferences(sample) {
   const [base, tuned, ...others] = [...sample.querySelectorAll(".side")].map((side) => side.querySelector(".said"));
-  const found = [[tuned, base], ...others.map((other) => [other, tuned])]
+  const against = sample.querySelector(".pair").dataset.against === "first" ? base : tuned;
+  const found = [[tuned, base], ...others.map((other) => [other, against])]
     .filter(([after, before]) => after && before)
     .flatMap(([after, before]) => onlyIn(words(after), words(before)) ?? []);
   // From the end, so that what is before in the same text stays where it is.

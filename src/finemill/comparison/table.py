@@ -41,20 +41,21 @@ def cells(lines: Sequence[Line], opinions: Opinions) -> Table:
     """A line per model and mode; a measure that no line has is left out."""
     repeated = sorted({name for line in lines for name in line.scores if name.startswith("pass@")})
     names = [name for name in (*_COLUMNS[:1], *repeated, *_COLUMNS[1:]) if any(name in line.scores for line in lines)]
-    changes = any(line.change for line in lines)
     said = opinions.columns()
-    head = ["model", "mode", *names, *([f"{lines[0].compared} change"] if changes else []), *said]
+    changed = f"{lines[0].compared} change" if any(line.change for line in lines) else None
+    if changed:
+        # Beside what it is a change of: at the table's end a narrow page would hide it.
+        names.insert(names.index(lines[0].compared) + 1 if lines[0].compared in names else len(names), changed)
     rows = [
         (
             line.model,
             line.mode,
-            *(_cell(name, line.scores.get(name)) for name in names),
-            *([_change(line.change)] if changes else []),
+            *(_change(line.change) if name == changed else _cell(name, line.scores.get(name)) for name in names),
             *(column.get((line.model, line.mode), "") for column in said.values()),
         )
         for line in lines
     ]
-    return Table(tuple(head), tuple(rows))
+    return Table(("model", "mode", *names, *said), tuple(rows))
 
 
 def table(lines: Sequence[Line], opinions: Opinions) -> str:
