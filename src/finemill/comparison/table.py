@@ -46,16 +46,18 @@ def cells(lines: Sequence[Line], opinions: Opinions) -> Table:
     if changed:
         # Beside what it is a change of: at the table's end a narrow page would hide it.
         names.insert(names.index(lines[0].compared) + 1 if lines[0].compared in names else len(names), changed)
+    spreads = any(line.seed_spread is not None for line in lines)
     rows = [
         (
             line.model,
             line.mode,
             *(_change(line.change) if name == changed else _cell(name, line.scores.get(name)) for name in names),
+            *([_spread(line.seed_spread)] if spreads else []),
             *(column.get((line.model, line.mode), "") for column in said.values()),
         )
         for line in lines
     ]
-    return Table(("model", "mode", *names, *said), tuple(rows))
+    return Table(("model", "mode", *names, *(["spread over seeds"] if spreads else []), *said), tuple(rows))
 
 
 def table(lines: Sequence[Line], opinions: Opinions) -> str:
@@ -97,6 +99,10 @@ def _cell(name: str, score: Score | None) -> str:
     if name in _PERCENT or name.startswith("pass@"):
         return f"{100 * score.mean:.1f} ± {100 * Z95 * score.stderr:.1f}"
     return f"{score.mean:.0f}"
+
+
+def _spread(spread: float | None) -> str:
+    return "" if spread is None else f"{100 * spread:.1f}"
 
 
 def _change(score: Score | None) -> str:
