@@ -47,3 +47,8 @@ def test_every_label_of_the_table_is_read_as_it_says() -> None:
 )
 def test_an_answer_said_a_thousand_times_is_judged_at_once(text: str, right: bool) -> None:
     assert (judge("5", text * 1000).outcome == "right") == right
+
+
+def test_boxes_in_boxes_are_opened_as_far_as_anyone_nests_them() -> None:
+    assert judge("5", r"\boxed{" * 3 + "5" + "}" * 3).outcome == "right"
+    assert judge("5", r"\boxed{" * 300 + "5" + "}" * 300).outcome == "wrong"

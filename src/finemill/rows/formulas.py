@@ -98,6 +98,8 @@ _SAID_END = re.compile(r"(?:\^\{?[23]\}?)?(?:/[A-Za-z]+\^?\{?\d?\}?)?\s*(?:[.,;:
 _TAIL = re.compile(
     r"\s+(?:a\.?m\.?|p\.?m\.?|o['\u2019]clock|in the (?:morning|afternoon|evening))(?![a-z])", re.IGNORECASE
 )
+_MOST_BOXES = 8
+"""Boxes inside of each other."""
 _TEXT_COMMANDS = r"text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|bm|boldsymbol"
 _WITHOUT_VALUE = frozenset("text textbf textit textrm mathrm mathbf mbox operatorname begin end hspace quad".split())
 
@@ -144,7 +146,8 @@ def boxed(text: str) -> str | None:
 
 
 def _inner_box(content: str) -> str:
-    inner = boxed(content) if "\\boxed" in content else None
+    # A model that says nothing but boxes says nothing.
+    inner = boxed(content) if 0 < content.count("\\boxed") <= _MOST_BOXES else None
     return content if inner is None else inner
 
 
