@@ -15,8 +15,9 @@ import numpy as np
 
 from finemill.components.gguf_quantize.convert import Array, SourceModel, text_name
 from finemill.errors import UserError
-from finemill.models.adapter import load_adapter
+from finemill.models.adapter import WEIGHTS_NAME, load_adapter
 from finemill.models.stored_model import StoredModel
+from finemill.models.weights import read_header
 
 _ALPHA = 1.0
 
@@ -30,6 +31,10 @@ def write_lora(base_model: Path, adapter: Path, path: Path) -> int:
     """
     source = SourceModel(base_model)
     source.check()
+    for name in read_header(adapter / WEIGHTS_NAME) if (adapter / WEIGHTS_NAME).is_file() else ():
+        if ".lora_" not in name:
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            raise _not_plain(name, "is trained as a whole")
     tuned = load_adapter(StoredModel(base_model).model, adapter, assign=True)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[source.architecture])
     writer.add_type(gguf.GGUFType.ADAPTER)

@@ -33,6 +33,7 @@ from finemill.models.llama_cpp import serve
 from finemill.models.model_card import llama_cpp_command, write_card
 from finemill.models.sampling import number_of, read_generation_defaults
 from finemill.models.stored_model import StoredModel
+from finemill.models.token_rows import check_token_ids
 from finemill.runtime.context import StepContext
 from finemill.storage.space import require_space
 
@@ -130,12 +131,7 @@ def _training_rows(dataset: Path, config: GGUFQuantizeConfig, num_tokens: int) -
 def _rows(dataset: Path, split: Split, num_tokens: int) -> list[HeldOutRow]:
     """Raises: UserError: rows of a tokenizer that is not the model's."""
     rows = read_held_out(dataset, split)
-    largest = max((max(row.input_ids, default=0) for row in rows), default=0)
-    if largest >= num_tokens:
-        raise UserError(
-            f"gguf-quantize: the dataset in {dataset} has token id {largest}, the model only {num_tokens} tokens: it "
-            "was made for another tokenizer; run chat-format with this model's base"
-        )
+    check_token_ids((row.input_ids for row in rows), num_tokens, dataset)
     return rows
 
 

@@ -1,9 +1,11 @@
 """One GGUF file from a model folder: metadata first, then the tensors, one at a time."""
 
+import errno
 import math
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -121,10 +123,23 @@ def write_ggufs(
             _begin(writer, model, target.quantization, name, chosen)
         for tensor_name, values in model.tensors():
             weights = (imatrix or {}).get(tensor_name)
-            for writer, chosen in zip(writers, types, strict=True):
-                writer.write_tensor_data(_encode(values, chosen[tensor_name].type, num_threads, weights))
+            for writer, target, chosen in zip(writers, targets, types, strict=True):
+                encoded = _encode(values, chosen[tensor_name].type, num_threads, weights)
+                with _explained(target.path):
+                    writer.write_tensor_data(encoded)
     num_parameters = sum(math.prod(shape) for _, shape in model.shapes())
     return [_written(target, chosen, num_parameters) for target, chosen in zip(targets, types, strict=True)]
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """NumPy says of a full disk how many values it wrote, and no more."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
 
 
 def _types(model: SourceModel, targets: Sequence[Target], *, has_imatrix: bool) -> list[dict[str, TensorType]]:

@@ -1,9 +1,14 @@
 """A base in 4 bits, from a model and rows, by a command."""
 
 import json
+import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from finemill.artifacts.four_bit import read_four_bit
 from finemill.commands.quantize_4bit import execute
@@ -55,3 +60,31 @@ def test_a_base_in_4_bits_and_a_mixture_are_refused(
     for folder, message in ((four_bit_dir, "is in 4 bits already"), (tiny_mixture_dir, "is a mixture of experts")):
         with pytest.raises(UserError, match=message):
             execute("quantize-4bit", [str(folder), "--rows", str(tiny_dataset_dir), "--output", str(tmp_path / "x")])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda weights: weights[:1520],
+            r"token id \d+, the model only 1520 tokens: it was made for another tokenizer",
+        ),
+        (lambda weights: weights * math.nan, "the model computes NaN or infinity"),
+    ],
+)
+def test_rows_of_another_tokenizer_and_a_damaged_model_are_one_line(
+    change: Callable[[torch.Tensor], torch.Tensor],
+    message: str,
+    short_model_dir: Path,
+    tiny_dataset_dir: Path,
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(short_model_dir, tmp_path / "m"))
+    weights = load_file(folder / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    weights[name] = change(weights[name]).contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": len(weights[name])}))
+    with pytest.raises(UserError, match=message):
+        execute("quantize-4bit", [str(folder), "--rows", str(tiny_dataset_dir), "--output", str(tmp_path / "x")])

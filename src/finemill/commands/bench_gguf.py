@@ -30,6 +30,7 @@ from finemill.models.base.resolve import resolve_base_model
 from finemill.models.causal_lm import load_causal_lm
 from finemill.models.cores import available_cores
 from finemill.models.stored_model import StoredModel
+from finemill.models.token_rows import check_token_ids
 from finemill.storage.store import artifact_folder
 
 _TYPES = ("Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")
@@ -106,6 +107,7 @@ def _costs(args: argparse.Namespace, names: Sequence[Quantization]) -> Iterator[
     model = resolve_base_model(args.model).path
     stored, source = StoredModel(model), SourceModel(model)
     source.check()
+    check_token_ids([*train, *test], source.num_tokens, args.dataset)
     if source.num_experts:
         raise UserError(f"bench gguf: {args.model} is a mixture of experts, whose stacks are not measured here")
     imatrix = {name: found.weights for name, found in channel_importance(stored, source, train).items()}

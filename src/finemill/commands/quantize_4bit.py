@@ -21,6 +21,7 @@ from finemill.models.nf4.compare import Choice, by_measured_error, compare_choic
 from finemill.models.nf4.config import is_quantized
 from finemill.models.nf4.layers import choose_kept, measure_groups, quantized_layers, skip_modules
 from finemill.models.stored_model import StoredModel
+from finemill.models.token_rows import check_token_ids
 from finemill.models.write_weights import total_bytes
 from finemill.storage.space import require_space
 from finemill.storage.store import artifact_folder
@@ -35,7 +36,7 @@ def execute(name: str, arguments: list[str]) -> int:
     base = resolve_base_model(args.model)
     stored = _opened(args.model, base.path)
     _check_output(args.output)
-    calibration, held_out = (_rows(args.rows, split, args.num_rows) for split in ("train", "test"))
+    calibration, held_out = (_rows(args.rows, split, args.num_rows, stored.num_tokens) for split in ("train", "test"))
     dtype = stored.dtype if stored.dtype.itemsize == 2 else torch.bfloat16
     layers = quantized_layers(stored)
     extra_bytes = _extra_bytes(args.size, total_bytes(checkpoint_shapes(stored, layers, dtype)))
@@ -100,10 +101,11 @@ def _check_output(folder: Path) -> None:
         raise UserError(f"{folder.absolute().parent} is no folder: make it, or write elsewhere")
 
 
-def _rows(where: str, split: Split, count: int) -> list[list[int]]:
-    """Raises: UserError: no dataset there, or no row of two tokens."""
+def _rows(where: str, split: Split, count: int, num_tokens: int) -> list[list[int]]:
+    """Raises: UserError: no dataset there, none of this model's tokens, or no row of two tokens."""
     dataset = artifact_folder(where, "dataset", "chat-format")
     rows = [row.input_ids for row in spread(read_held_out(dataset, split), count) if len(row.input_ids) > 1]
+    check_token_ids(rows, num_tokens, where)
     if not rows:
         raise UserError(f"--rows {where}: no row of the {split} split has two tokens or more")
     return rows

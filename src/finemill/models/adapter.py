@@ -113,7 +113,9 @@ def token_rows(config: AdapterConfig) -> int:
 
 def more_than_lora(config: AdapterConfig) -> str | None:
     """The setting with which an adapter has more than servers of LoRA adapters add to a base; None for none."""
-    settings = ("modules_to_save", "trainable_token_indices", "use_dora")
+    settings = ("modules_to_save", "trainable_token_indices", "use_dora", "lora_bias")
+    if getattr(config, "bias", "none") not in (None, "none"):
+        return "bias"
     return next((name for name in settings if getattr(config, name, None)), None)
 
 

@@ -30,9 +30,13 @@ class AdapterRows:
 
 def can_switch_rows(config: AdapterConfig) -> bool:
     """Whether the adapter is a sum that can be left out row by row: plain LoRA on linear layers."""
-    extra = config.model_extra or {}
-    others = ("use_dora", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "target_parameters")
-    return not config.modules_to_save and not any(extra.get(name) for name in others)
+    others = (
+        "modules_to_save", "use_dora", "trainable_token_indices", "alora_invocation_tokens", "use_qalora",
+        "target_parameters",
+    )  # fmt: skip
+    # Biases that are trained stand in the place of the base's own.
+    has_biases = getattr(config, "bias", "none") != "none"
+    return not has_biases and not any(getattr(config, name, None) for name in others)
 
 
 @contextmanager

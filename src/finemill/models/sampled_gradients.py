@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from finemill.errors import UserError
 from finemill.models.stored_model import StoredModel
 from finemill.models.streaming import batches, streamed
 
@@ -71,7 +72,11 @@ class _Hooks:
 
 
 def _backward(model: Any, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor, generator: torch.Generator) -> int:
-    """Pass the gradient of log p of drawn tokens back. Returns: the number of positions they were drawn at."""
+    """Pass the gradient of log p of drawn tokens back.
+
+    Returns: the number of positions they were drawn at.
+    Raises: UserError: the model computes no numbers.
+    """
     kept_N2 = mask_BT.nonzero()
     kept_N2 = kept_N2[:: -(-len(kept_N2) // _MAX_POSITIONS)]
 
@@ -83,6 +88,10 @@ def _backward(model: Any, input_ids_BT: torch.Tensor, mask_BT: torch.Tensor, gen
         logits_NV = model(input_ids=input_ids_BT, use_cache=False).logits
     finally:
         hook.remove()
+    if not torch.isfinite(logits_NV).all():
+        raise UserError(
+            "the model computes NaN or infinity: its weights are damaged, or overflow; download or train it again"
+        )
     log_p_NV = logits_NV.float().log_softmax(-1)
     drawn_N1 = torch.multinomial(log_p_NV.detach().exp(), 1, generator=generator)
     log_p_NV.gather(-1, drawn_N1).sum().backward()

@@ -1,9 +1,11 @@
 """Rows of the embedding and the output matrix for tokens that a model was not trained with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+
+from finemill.errors import UserError
 
 
 def begin_token_rows(model: Any, token_ids: Sequence[int]) -> None:
@@ -38,3 +40,13 @@ def tokens_without_row(tokenizer: Any, num_tokens: int) -> dict[int, str]:
         for text, token_id in tokenizer.get_vocab().items()
         if token_id >= num_tokens and (token_id not in special or text in template)
     }
+
+
+def check_token_ids(rows: Iterable[Sequence[int]], num_tokens: int, where: object) -> None:
+    """Raises: UserError: rows in `where` hold a token that a model with `num_tokens` has no row for."""
+    largest = max((max(row, default=0) for row in rows), default=0)
+    if largest >= num_tokens:
+        raise UserError(
+            f"the dataset in {where} has token id {largest}, the model only {num_tokens} tokens: it was made for "
+            "another tokenizer; run chat-format with this model's base"
+        )

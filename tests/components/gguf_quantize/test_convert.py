@@ -624,3 +624,13 @@ def test_a_chat_template_that_runs_on_no_chat_is_named(template: str, qwen2_dir:
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(UserError, match=r"the chat template in .* cannot be run"):
         check_vocabulary(SourceModel(folder))
+
+
+def test_a_full_disk_is_called_so(qwen2_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_short(_writer: gguf.GGUFWriter, tensor: Array) -> None:
+        # What NumPy says of it.
+        raise OSError(f"{tensor.size} requested and 7 written")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", cut_short)
+    with pytest.raises(OSError, match=r"No space left on device: .*m\.gguf"):
+        write(qwen2_dir, tmp_path / "m.gguf", "F16")

@@ -73,3 +73,9 @@ def test_what_llama_cpp_does_not_add_is_refused(options: dict[str, Any], llama_d
     with pytest.raises(UserError, match=r"gguf-lora: \S+ is .*merge the adapter"):
         write_lora(llama_dir, tmp_path / "adapter", tmp_path / "lora.gguf")
     assert not (tmp_path / "lora.gguf").exists()
+
+
+def test_biases_that_were_trained_are_not_left_out(qwen2_dir: Path, tmp_path: Path) -> None:
+    save_adapter(qwen2_dir, tmp_path / "adapter", r=2, target_modules=["q_proj"], bias="lora_only")
+    with pytest.raises(UserError, match=r"q_proj\.bias is trained as a whole, .*merge the adapter"):
+        write_lora(qwen2_dir, tmp_path / "adapter", tmp_path / "lora.gguf")
