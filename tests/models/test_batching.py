@@ -33,10 +33,18 @@ def prompts(tokenizer: Any) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in texts]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 5, 64])
+@pytest.mark.parametrize(("batch_size", "columns"), [(1, 128), (3, 128), (5, 4), (64, 128)])
 def test_base_and_tuned_in_one_pass_answer_as_each_does_alone(
-    tuned: Any, tokenizer: Any, tiny_model_dir: Path, prompts: list[list[int]], batch_size: int
+    tuned: Any,
+    tokenizer: Any,
+    tiny_model_dir: Path,
+    prompts: list[list[int]],
+    batch_size: int,
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("finemill.models.row_cache._COLUMNS", columns)
+    monkeypatch.setattr("finemill.models.row_cache._WORTH_MOVING", 2)
     stops = stop_token_ids(tokenizer, tiny_model_dir)
     options: dict[str, Any] = {"stop_token_ids": stops, "max_new_tokens": 16}
     expected = generate_answers(tuned, tokenizer, prompts, **options)

@@ -15,12 +15,14 @@ class AdapterRows:
     """Which rows of the next forward passes have the adapter."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._weights_B = torch.ones(1, device=device)
+        self._by_size = {1: self._weights_B}
 
     def set(self, on: Sequence[bool]) -> None:
-        """One value per row of the batch."""
-        self._weights_B = torch.tensor(list(on), dtype=torch.float32, device=self._device)
+        """One value per row of the batch, in the same memory for as many rows: a graph reads it there."""
+        values_B = torch.tensor(list(on), dtype=torch.float32, device=self._weights_B.device)
+        self._weights_B = self._by_size.setdefault(len(on), values_B)
+        self._weights_B.copy_(values_B)
 
     def gate(self, module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         """The output of an adapter's last factor, nothing for rows without the adapter."""

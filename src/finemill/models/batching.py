@@ -1,41 +1,29 @@
 """Continuous batching: a row that has ended makes room for the next one, and none waits for the longest of its batch.
 
-A running batch shares a key-value cache that is padded on the left, so that the rows' last tokens line up. Prompts
-that come later are run by themselves, and their cache is joined to the running one; rows that have ended are taken out.
+Prompts that come later are run by themselves and put where rows have ended, see row_cache.py. On a GPU the forward
+pass of one token per row is a CUDA graph.
 """
 
-# B rows, T tokens of the cache, V vocabulary
+# B rows, T tokens of a prompt, V vocabulary
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from finemill.models.decode_graph import CaptureError, DecodeGraph, can_capture
+from finemill.models.row_cache import Layers, RowCache
 from finemill.models.sampling import Sampling
 
 # Padded tokens of prompts that are run at once: their activations are in memory together.
 _PROMPT_TOKENS = 16384
-# Rows are taken out, or in, when so many have ended: each time copies the cache.
-_SHARE_ENDED = 8
-
-
-@dataclass
-class _Running:
-    """Rows that are being answered, each with its place in the list of prompts."""
-
-    indices: list[int] = field(default_factory=list)
-    layers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    """Keys and values of each layer, shape (B, heads, T, head width)."""
-    attention: torch.Tensor | None = None
-    """Which columns are a row's own, shape (B, T)."""
-    newest: torch.Tensor | None = None
-    """Each row's newest token, which the cache does not have, shape (B,)."""
-
-    @property
-    def mask(self) -> torch.Tensor:
-        assert self.attention is not None
-        return self.attention
+# A share of the rows has ended before others are put in their places, or the batch gets smaller: a prompt costs more
+# than a token, and a smaller batch a new graph.
+_SHARE_REPLACED, _SHARE_GIVEN_UP, _SHARE_GIVEN_UP_OF_GRAPH = 8, 8, 2
+# A graph costs as much as two passes without one.
+_WORTH_A_GRAPH = 8
+# In the place of a prompt.
+_NONE = -1
 
 
 def supports_continuous_batching(model: Any) -> bool:
@@ -66,33 +54,37 @@ def generate_continuously(
         on_batch: gets the places of the prompts that the next forward passes are about, in their order in the batch.
         on_progress: gets the number of prompts that are answered, whenever it changes.
     """
-    generator = torch.Generator(device=model.device).manual_seed(sampling.seed)
-    stops = frozenset(stop_token_ids)
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    batch = _Batch(model, min(batch_size, len(prompts)), sampling)
     written: list[list[int]] = [[] for _ in prompts]
-    running = _Running()
     ended: set[int] = set()
-    while waiting or running.indices:
-        room = batch_size - len(running.indices) + len(ended & set(running.indices))
-        enough = max(1, min(batch_size, len(running.indices)) // _SHARE_ENDED)
-        if waiting and (room >= enough or not running.indices):
-            _keep(running, ended)
-            new = _take(waiting, prompts, batch_size - len(running.indices))
-            on_batch(new)
-            _join(running, _start(model, [prompts[index] for index in new], new, sampling, generator))
-            on_batch(running.indices)
-            _note(running, written, new, stops, max_new_tokens, ended)
-        elif len(ended & set(running.indices)) >= enough:
-            _keep(running, ended)
-            on_batch(running.indices)
-        if len(ended) == len(prompts):
-            break
-        if running.indices and not set(running.indices) <= ended:
-            _step(model, running, sampling, generator)
-            before = len(ended)
-            _note(running, written, running.indices, stops, max_new_tokens, ended)
-            if len(ended) > before:
-                on_progress(len(ended))
+
+    def note(rows: Sequence[int], tokens: Sequence[int]) -> None:
+        for index, token in ((batch.indices[row], token) for row, token in zip(rows, tokens, strict=True)):
+            written[index].append(token)
+            if token in stops or len(written[index]) >= max_new_tokens[index]:
+                ended.add(index)
+
+    stops = frozenset(stop_token_ids)
+    while len(ended) < len(prompts):
+        before = len(ended)
+        free = [row for row, index in enumerate(batch.indices) if index == _NONE or index in ended]
+        if waiting and len(free) >= max(1, len(batch.indices) // _SHARE_REPLACED):
+            while waiting and free:
+                new = _take(waiting, prompts, len(free))
+                rows, free = free[: len(new)], free[len(new) :]
+                on_batch(new)
+                note(rows, batch.start(rows, new, [prompts[index] for index in new]))
+            on_batch(batch.places)
+        elif not waiting and batch.give_up(free):
+            on_batch(batch.places)
+        rows = [row for row, index in enumerate(batch.indices) if index not in ended]
+        if rows:
+            longest = max(max_new_tokens[batch.indices[row]] - len(written[batch.indices[row]]) for row in rows)
+            tokens = batch.step(rows, longest, len(prompts[waiting[-1]]) if waiting else 0)
+            note(rows, [tokens[row] for row in rows])
+        if len(ended) > before:
+            on_progress(len(ended))
     return written
 
 
@@ -107,9 +99,95 @@ def _take(waiting: list[int], prompts: Sequence[Sequence[int]], count: int) -> l
     return new
 
 
-def _start(
-    model: Any, prompts: Sequence[Sequence[int]], indices: list[int], sampling: Sampling, generator: torch.Generator
-) -> _Running:
+class _Batch:
+    """Rows that are answered together, each with the place of its prompt in the list of prompts."""
+
+    def __init__(self, model: Any, num_rows: int, sampling: Sampling) -> None:
+        self.indices = [_NONE] * num_rows
+        self._model, self._sampling = model, sampling
+        self._generator = torch.Generator(device=model.device).manual_seed(sampling.seed)
+        self._newest_B = torch.zeros(num_rows, dtype=torch.int64, device=model.device)
+        self._cache: RowCache | None = None
+        self._graph: DecodeGraph | None = None
+        self._with_graph = can_capture(model)
+
+    @property
+    def places(self) -> list[int]:
+        return [max(0, index) for index in self.indices]
+
+    def start(self, rows: Sequence[int], indices: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
+        """Run prompts, which takes the places of `rows`. Returns: the first token of each answer."""
+        layers, mask_BT, logits_BV = _run_prompts(self._model, prompts)
+        if self._cache is None:
+            self._cache = RowCache(layers, len(self.indices), mask_BT.shape[1])
+        self._cache.place(rows, layers, mask_BT)
+        first = choose(logits_BV, self._sampling, self._generator)
+        self._newest_B[torch.tensor(rows, device=first.device)] = first
+        for row, index in zip(rows, indices, strict=True):
+            self.indices[row] = index
+        return first.tolist()
+
+    def give_up(self, free: Sequence[int]) -> bool:
+        """Go on without the rows `free`, if they are many. Returns: whether it does."""
+        kept = sorted(set(range(len(self.indices))) - set(free))
+        share = _SHARE_GIVEN_UP_OF_GRAPH if self._graph else _SHARE_GIVEN_UP
+        if not kept or len(free) < max(1, len(self.indices) // share):
+            return False
+        assert self._cache
+        self._cache.keep(kept)
+        self._newest_B = self._newest_B[torch.tensor(kept, device=self._newest_B.device)]
+        self.indices = [self.indices[row] for row in kept]
+        return True
+
+    def step(self, rows: Sequence[int], longest: int, longest_waiting: int) -> list[int]:
+        """One more token of every row; those that are not among `rows` go along unread.
+
+        Args:
+            longest: tokens that one of `rows` may still get.
+            longest_waiting: length of the longest prompt that comes later.
+        """
+        assert self._cache
+        self._cache.reserve(rows, longest_waiting)
+        logits_BV = self._run_graph(longest)
+        if logits_BV is None:
+            logits_BV = self._run(rows)
+        self._cache.advance()
+        self._newest_B.copy_(choose(logits_BV, self._sampling, self._generator))
+        return self._newest_B.tolist()
+
+    def _run(self, rows: Sequence[int]) -> torch.Tensor:
+        cache = self._cache
+        assert cache
+        columns = cache.used(rows)
+        cache.mask_BT.index_fill_(1, cache.column, True)
+        output = self._model(
+            input_ids=self._newest_B[:, None],
+            attention_mask=cache.mask_BT[:, columns],
+            position_ids=cache.lengths_B[:, None],
+            past_key_values=cache.for_model(columns),
+            use_cache=True,
+        )
+        logits_BV: torch.Tensor = output.logits[:, -1]
+        return logits_BV
+
+    def _run_graph(self, longest: int) -> torch.Tensor | None:
+        assert self._cache
+        if not self._with_graph:
+            return None
+        if self._graph is None or self._graph.version != self._cache.version:
+            self._graph = None
+            if longest < _WORTH_A_GRAPH:
+                return None
+            try:
+                self._graph = DecodeGraph(self._model, self._cache, self._newest_B)
+            except CaptureError:
+                self._with_graph = False
+                return None
+        return self._graph()
+
+
+def _run_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Layers, torch.Tensor, torch.Tensor]:
+    """Keys and values of prompts padded on the left, which columns are theirs, and the logits of the next token."""
     from transformers.cache_utils import DynamicCache
 
     width = max(len(prompt) for prompt in prompts)
@@ -128,26 +206,7 @@ def _start(
         use_cache=True,
         logits_to_keep=1,
     )
-    last_B = choose(output.logits[:, -1], sampling, generator)
-    return _Running(list(indices), [(layer.keys, layer.values) for layer in cache.layers], mask_BT, last_B)
-
-
-def _step(model: Any, running: _Running, sampling: Sampling, generator: torch.Generator) -> None:
-    """One more token of every row; those that have ended go along unread."""
-    from transformers.cache_utils import DynamicCache
-
-    assert running.newest is not None
-    running.attention = torch.cat([running.mask, torch.ones_like(running.mask[:, :1])], dim=1)
-    cache = DynamicCache(ddp_cache_data=running.layers)
-    output = model(
-        input_ids=running.newest[:, None],
-        attention_mask=running.attention,
-        position_ids=running.attention.sum(1, keepdim=True) - 1,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    running.layers = [(layer.keys, layer.values) for layer in cache.layers]
-    running.newest = choose(output.logits[:, -1], sampling, generator)
+    return [(layer.keys, layer.values) for layer in cache.layers], mask_BT, output.logits[:, -1]
 
 
 def choose(logits_BV: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
@@ -165,61 +224,3 @@ def choose(logits_BV: torch.Tensor, sampling: Sampling, generator: torch.Generat
     for warper in warpers:
         logits_BV = warper(None, logits_BV)
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
-
-
-def _note(
-    running: _Running,
-    written: list[list[int]],
-    indices: Sequence[int],
-    stops: frozenset[int],
-    max_new_tokens: Sequence[int],
-    ended: set[int],
-) -> None:
-    """Write down the newest token of the rows `indices`, and which have ended with it."""
-    assert running.newest is not None
-    wanted = set(indices)
-    for index, token in zip(running.indices, running.newest.tolist(), strict=True):
-        if index in wanted and index not in ended:
-            written[index].append(token)
-            if token in stops or len(written[index]) >= max_new_tokens[index]:
-                ended.add(index)
-
-
-def _keep(running: _Running, ended: set[int]) -> None:
-    """Take out the rows that have ended, and the columns of the cache that no other row has."""
-    kept = [row for row, index in enumerate(running.indices) if index not in ended]
-    if len(kept) == len(running.indices):
-        return
-    running.indices = [running.indices[row] for row in kept]
-    if not kept:
-        running.layers, running.attention, running.newest = [], None, None
-        return
-    rows = torch.tensor(kept, device=running.mask.device)
-    mask_BT = running.mask[rows]
-    first = int(mask_BT.any(0).int().argmax())
-    running.attention = mask_BT[:, first:]
-    running.newest = running.newest[rows] if running.newest is not None else None
-    running.layers = [(keys[rows][:, :, first:], values[rows][:, :, first:]) for keys, values in running.layers]
-
-
-def _join(running: _Running, new: _Running) -> None:
-    """Add rows, both sides padded on the left to the same width."""
-    if running.indices:
-        assert running.newest is not None
-        assert new.newest is not None
-        width = max(running.mask.shape[1], new.mask.shape[1])
-        new.newest = torch.cat([running.newest, new.newest])
-        new.layers = [
-            (torch.cat([_pad(a, width), _pad(c, width)]), torch.cat([_pad(b, width), _pad(d, width)]))
-            for (a, b), (c, d) in zip(running.layers, new.layers, strict=True)
-        ]
-        padded = [
-            torch.nn.functional.pad(mask_BT, (width - mask_BT.shape[1], 0)) for mask_BT in (running.mask, new.mask)
-        ]
-        new.attention = torch.cat(padded)
-    running.indices = [*running.indices, *new.indices]
-    running.layers, running.attention, running.newest = new.layers, new.attention, new.newest
-
-
-def _pad(states: torch.Tensor, width: int) -> torch.Tensor:
-    return torch.nn.functional.pad(states, (0, 0, width - states.shape[2], 0))
