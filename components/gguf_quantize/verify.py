@@ -17,18 +17,37 @@ from finemill.errors import StepError
 from finemill.metrics.chain import AnsweredProblem, Position, chain_link
 from finemill.metrics.maths import judge
 from finemill.models.generation import Answer
-from finemill.models.llama_cpp import LlamaServer
+from finemill.models.llama_cpp import LlamaServer, Tools
 from finemill.models.stored_model import StoredModel
 from finemill.models.streaming import log_probabilities
 from finemill.rows.answers import final_answer, with_opening
 
 logger = logging.getLogger(__name__)
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 _QUESTION = {"role": "user", "content": "What is 17 plus 25?"}
-_CHATS: tuple[Messages, ...] = (
-    [_QUESTION],
-    [{"role": "system", "content": "Be brief."}, _QUESTION, {"role": "assistant", "content": "42"}, _QUESTION],
+_NUMBER = {"type": "number", "description": 'a "number", as π'}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add two numbers.",
+        "parameters": {"type": "object", "properties": {"a": _NUMBER, "b": _NUMBER}, "required": ["a", "b"]},
+    },
+}
+_ARGUMENTS = {"a": 17, "b": 25}
+# Nine characters: what Mistral's templates want of it.
+_CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": _ARGUMENTS}}
+_CALLED: Messages = [
+    _QUESTION,
+    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "tool", "tool_call_id": _CALL["id"], "content": "42"},
+]
+_CHATS: tuple[tuple[Messages, Tools], ...] = (
+    ([_QUESTION], ()),
+    ([{"role": "system", "content": "Be brief."}, _QUESTION, {"role": "assistant", "content": "42"}, _QUESTION], ()),
+    ([_QUESTION], (_TOOL,)),
+    (_CALLED, (_TOOL,)),
 )
 _CHAT_TOKENS = 8
 # Every kind of piece that a split rule treats by itself: a file that differs on one of these has the wrong tokenizer.
@@ -183,7 +202,7 @@ def check_tokenization(server: LlamaServer, tokenizer: Any, texts: Sequence[str]
 
 
 def check_chats(server: LlamaServer, tokenizer: Any) -> dict[str, float]:
-    """Talk to the server in both thinking modes.
+    """Talk to the server in both thinking modes, and with a tool where the template knows tools.
 
     Returns: the share of probe chats of which the file's template makes, in llama.cpp, what the tokenizer's does;
         nothing for a tokenizer without one.
@@ -191,33 +210,36 @@ def check_chats(server: LlamaServer, tokenizer: Any) -> dict[str, float]:
     """
     matches = []
     for thinking in (True, False):
-        for chat in _CHATS:
-            expected = _rendered(tokenizer, chat, thinking)
+        for chat, tools in _CHATS:
+            expected = _rendered(tokenizer, chat, tools, thinking)
             if expected is None:
                 continue
             try:
-                found = server.chat_prompt(chat, thinking=thinking).removeprefix(tokenizer.bos_token or "")
+                found = server.chat_prompt(chat, tools, thinking=thinking).removeprefix(tokenizer.bos_token or "")
             except StepError as error:
                 logger.warning("%s", error)
                 found = None
             matches.append(found == expected)
-            if matches[-1]:
+            # An answer with a tool would be a call cut short, which the server cannot read.
+            if matches[-1] and not tools:
                 server.chat(chat, thinking=thinking, max_new_tokens=_CHAT_TOKENS)
     return {"chat_prompt_match": sum(matches) / len(matches)} if matches else {}
 
 
 def chat_room(tokenizer: Any) -> int:
     """Tokens that the longest of the probe chats needs, its answer included."""
-    texts = [_rendered(tokenizer, chat, thinking) for chat in _CHATS for thinking in (True, False)]
+    texts = [_rendered(tokenizer, *chat, thinking) for chat in _CHATS for thinking in (True, False)]
     # One more for a first token.
     return max(len(tokenizer(text)["input_ids"]) if text else 0 for text in texts) + _CHAT_TOKENS + 1
 
 
-def _rendered(tokenizer: Any, chat: Messages, thinking: bool) -> str | None:
+def _rendered(tokenizer: Any, chat: Messages, tools: Tools, thinking: bool) -> str | None:
     """The tokenizer's own prompt, without a first token; None where its template does not take such a chat."""
+    if tools and "tools" not in str(tokenizer.chat_template):
+        return None
     try:
         text: str = tokenizer.apply_chat_template(
-            list(chat), tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            list(chat), tools=list(tools) or None, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
         )
     # Templates are programs of other people, and some tokenizers have none.
     except (TemplateError, ValueError, TypeError, KeyError, AttributeError):

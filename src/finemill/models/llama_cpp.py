@@ -14,6 +14,8 @@ from typing import Any
 from finemill.errors import StepError
 from finemill.models.generation import Answer
 
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
 # Answers decoded together: llama.cpp batches them, which is worth more than threads for a small model.
 _PARALLEL = 8
 
@@ -31,18 +33,22 @@ class LlamaServer:
         tokens: list[int] = self._post("/tokenize", body)["tokens"]
         return tokens
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]], *, thinking: bool) -> str:
+    def chat_prompt(self, messages: Messages, tools: Tools = (), *, thinking: bool) -> str:
         """What the file's chat template makes of a chat. Raises: StepError: llama.cpp cannot run the template on it."""
-        return str(self._chat("/apply-template", messages, thinking)["prompt"])
+        return str(self._chat("/apply-template", messages, tools, thinking)["prompt"])
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, thinking: bool, max_new_tokens: int) -> str:
+    def chat(self, messages: Messages, *, thinking: bool, max_new_tokens: int) -> str:
         """The beginning of the answer to a chat, thinking first. Raises: StepError: the server does not answer."""
-        result = self._chat("/v1/chat/completions", messages, thinking, temperature=0, max_tokens=max_new_tokens)
+        options = {"temperature": 0, "max_tokens": max_new_tokens}
+        result = self._chat("/v1/chat/completions", messages, (), thinking, **options)
         message = result["choices"][0]["message"]
         return f"{message.get('reasoning_content') or ''}{message.get('content') or ''}"
 
-    def _chat(self, path: str, messages: Sequence[Mapping[str, str]], thinking: bool, **options: int) -> Any:
-        body = {"messages": list(messages), "chat_template_kwargs": {"enable_thinking": thinking}, **options}
+    def _chat(self, path: str, messages: Messages, tools: Tools, thinking: bool, **options: int) -> Any:
+        body: dict[str, Any] = {"messages": [_as_openai_does(message) for message in messages], **options}
+        body["chat_template_kwargs"] = {"enable_thinking": thinking}
+        if tools:
+            body["tools"] = list(tools)
         try:
             return self._post(path, body)
         except urllib.error.HTTPError as error:
@@ -101,6 +107,17 @@ class LlamaServer:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=60) as response:
             return json.load(response)
+
+
+def _as_openai_does(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with its calls' arguments as JSON text, which chat templates get as values."""
+    if not message.get("tool_calls"):
+        return dict(message)
+    functions = [
+        {**call["function"], "arguments": json.dumps(call["function"]["arguments"])} for call in message["tool_calls"]
+    ]
+    calls = [{**call, "function": function} for call, function in zip(message["tool_calls"], functions, strict=True)]
+    return {**message, "tool_calls": calls}
 
 
 @contextmanager

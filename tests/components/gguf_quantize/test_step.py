@@ -262,6 +262,10 @@ def test_a_chat_template_that_llama_cpp_runs_otherwise_is_said(
         # Without thinking it is another one.
         tokenizer.chat_template = tokenizer.chat_template.replace("enable_thinking", "no_such_value")
         assert check_chats(server, tokenizer) == {"chat_prompt_match": 0.5}
+        tokenizer.chat_template = AutoTokenizer.from_pretrained(tiny_model_dir).chat_template.replace(
+            "# Tools", "Tools"
+        )
+        assert check_chats(server, tokenizer) == {"chat_prompt_match": 0.5}
         tokenizer.chat_template = None
         assert check_chats(server, tokenizer) == {}
 
