@@ -33,7 +33,7 @@ def prompts(tokenizer: Any) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in texts]
 
 
-@pytest.mark.parametrize(("batch_size", "columns"), [(1, 128), (3, 128), (5, 4), (64, 128)])
+@pytest.mark.parametrize(("batch_size", "columns"), [(1, 256), (3, 256), (5, 4), (64, 256)])
 def test_base_and_tuned_in_one_pass_answer_as_each_does_alone(
     tuned: Any,
     tokenizer: Any,

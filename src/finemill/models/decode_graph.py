@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from finemill.models.row_cache import RowCache
@@ -118,7 +119,7 @@ def attend(
     if unknown := [name for name in _UNKNOWN if options.get(name) is not None]:
         raise CaptureError(f"attention with {unknown[0]}")
     B, H, _, D = query.shape
+    # Heads that share a key are as queries of one head: no kernel of torch's takes both a mask and shared keys.
     grouped = query.reshape(B, key.shape[1], H // key.shape[1], D)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).float() * (D**-0.5 if scaling is None else scaling)
-    weights = scores.masked_fill(~attention_mask, -torch.inf).softmax(-1).to(value.dtype)
-    return torch.matmul(weights, value).reshape(B, 1, H, value.shape[-1]), None
+    mixed = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return mixed.reshape(B, 1, H, value.shape[-1]), None

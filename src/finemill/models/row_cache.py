@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-# Columns that are added when none is left.
-_COLUMNS = 128
+# Columns that are added when none is left: a multiple of 8, as torch's kernels have masks.
+_COLUMNS = 256
 # Columns that no row has are given up when so many can be had: each time copies the cache.
 _WORTH_MOVING = 32
 
@@ -38,11 +38,11 @@ class RowCache:
     def __init__(self, like: Layers, num_rows: int, end: int) -> None:
         device = like[0][0].device
         self.version = 0
+        columns = -(-(end + 1) // _COLUMNS) * _COLUMNS
         self.layers = [
-            tuple(part.new_zeros((num_rows, part.shape[1], end + _COLUMNS, part.shape[3])) for part in layer)
-            for layer in like
+            tuple(part.new_zeros((num_rows, part.shape[1], columns, part.shape[3])) for part in layer) for layer in like
         ]
-        self.mask_BT = torch.zeros((num_rows, end + _COLUMNS), dtype=torch.bool, device=device)
+        self.mask_BT = torch.zeros((num_rows, columns), dtype=torch.bool, device=device)
         self.lengths_B = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.column = torch.tensor([end], device=device)
         self._end = end
