@@ -69,7 +69,7 @@ _TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow"}
 # What holds files of rows, and has to be unpacked.
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 # So much of a file shows what is in it.
-_SNIFFED, _SNIFFED_LINES = 4096, 50
+_SNIFFED, _SNIFFED_LINES, _LONGEST_FIRST = 4096, 50, 1 << 22
 _MAX_CHARACTERS = 2**28
 """Characters of the longest row of a text format: more than any book, less than what a gigabyte of memory holds."""
 
@@ -169,7 +169,7 @@ def _check_length(characters: int, where: str) -> None:
 def _read_jsonl(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
     with open_file() as file:
         begin = next((line.strip() for line in iter(lambda: file.readline(_SNIFFED), "") if line.strip()), "")
-    if begin == "{" or (re.match(r"\[\s*(?:\{|\Z)", begin) and not _has_row_lines(open_file, where)):
+    if begin == "{" or (re.match(r"\[\s*(?:\{|\Z)", begin) and not _has_value_lines(open_file, (Damaged,))):
         # One list, or objects over several lines, under the name of the other format.
         yield from _read_values(open_file, where)
         return
@@ -200,7 +200,7 @@ def _read_json(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Da
         first = next((letter for letter in iter(lambda: file.read(1), "") if letter.strip()), "")
     if first not in ("", "[", "{"):
         raise UserError(f"{where}: not JSON rows: it begins with {first!r}, where a list '[' or an object '{{' is read")
-    if _has_row_lines(open_file, where):
+    if _has_value_lines(open_file, ()):
         yield from _read_jsonl(open_file, where)
         return
     yield from _read_values(open_file, where)
@@ -216,11 +216,21 @@ def _read_values(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | 
             raise values.error("Extra data")
 
 
-def _has_row_lines(open_file: Callable[[], TextIO], where: str) -> bool:
-    """Whether the first line is an object, or a list of turns, by itself, and another follows."""
+def _has_value_lines(open_file: Callable[[], TextIO], also: tuple[type, ...]) -> bool:
+    """Whether the first line is a row by itself, and another follows; one of the types `also` is as good as a row.
+
+    What is longer than a conversation is no line but a list, which is read a row at a time.
+    """
     with open_file() as file:
-        lines = (line.strip() for line in _lines(file, where) if line.strip())
-        return isinstance(_parse_line(next(lines, ""), where), dict) and next(lines, None) is not None
+        lines = (line for line in iter(lambda: file.readline(_LONGEST_FIRST), "") if line.strip())
+        first, second = next(lines, ""), next(lines, "")
+    if not second or len(first) == _LONGEST_FIRST:
+        return False
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(_as_row(value, ""), (dict, *also))
 
 
 def _unwrapped(values: JsonValues) -> Iterator[Any]:

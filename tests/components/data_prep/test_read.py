@@ -90,6 +90,13 @@ def test_tables_are_known_by_how_they_begin(tmp_path: Path) -> None:
     assert list(read_rows(tmp_path / "a.jsonl")) == ROWS
 
 
+def test_a_long_list_on_one_line_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finemill.components.data_prep.read._LONGEST_FIRST", 64)
+    monkeypatch.setattr("finemill.components.data_prep.read._MAX_CHARACTERS", 128)
+    for name in ("a.json", "a.jsonl"):
+        assert list(read_rows(written(tmp_path, name, json.dumps(ROWS * 9)))) == ROWS * 9
+
+
 @pytest.mark.parametrize(("name", "end"), [("a.json", "list"), ("a.jsonl", "lines")])
 def test_a_list_of_turns_is_a_row(tmp_path: Path, name: str, end: str) -> None:
     chats = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}] for n in range(2)]
@@ -147,6 +154,7 @@ def test_what_cannot_be_read_is_named_with_its_line(tmp_path: Path, name: str, d
     [
         ("a.jsonl", b'{"a": 1}\n\n{"a": \n{"a": 2}', "line 3", "not valid JSON"),
         ("a.jsonl", b'{"a": 1}\n[1]\n{"a": 2}', "line 2", "a row is an object with columns, found list"),
+        ("a.jsonl", b'[{"b": 1}]\n{"a": 1}\n{"a": 2}', "line 1", "a row is an object with columns, found list"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n{"a": 2}', "line 2", "not UTF-8 text"),
         ("a.jsonl", b'{"a": 1}\n' + b"[" * 5000 + b'\n{"a": 2}', "line 2", "nested too deeply"),
         ("a.jsonl", b'{"a": 1}\n{"a": ' + b"1" * 5000 + b'}\n{"a": 2}', "line 2", "not valid JSON"),
@@ -160,9 +168,9 @@ def test_a_damaged_row_is_named_and_the_others_are_read(
     tmp_path: Path, name: str, data: bytes, where: str, problem: str
 ) -> None:
     (tmp_path / name).write_bytes(data)
-    first, damaged, second = read_rows(tmp_path / name)
-    assert [str(row["a"]) for row in (first, second) if isinstance(row, dict)] == ["1", "2"]
-    assert isinstance(damaged, Damaged)
+    rows = list(read_rows(tmp_path / name))
+    assert [str(row["a"]) for row in rows if isinstance(row, dict)] == ["1", "2"]
+    (damaged,) = (row for row in rows if isinstance(row, Damaged))
     assert damaged.where == f"{tmp_path / name}, {where}"
     assert problem in damaged.problem
 
