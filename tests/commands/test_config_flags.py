@@ -85,6 +85,10 @@ def test_missing_file_and_bad_json_are_named() -> None:
         read("--config", "/nowhere/c.yaml")
     with pytest.raises(UserError, match="--config-json is not JSON"):
         read("--config-json", "{")
+    with pytest.raises(UserError, match="--config-json: 'max_steps' is there twice"):
+        read("--config-json", '{"max_steps": 2, "name": "a", "max_steps": 3}')
+    with pytest.raises(UserError, match="--config-json is nested too deeply"):
+        read("--config-json", "[" * 100_000)
 
 
 def test_a_flag_s_mistake_is_not_blamed_on_the_file(tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from urllib3 import HTTPConnectionPool
+from urllib3.exceptions import LocationParseError, MaxRetryError, ReadTimeoutError, SSLError
 
 import finemill
 from finemill.cli import main
 from finemill.commands import engine_kfp, run_table
+from finemill.errors import TemporaryError, UserError
 from finemill.pipelines.cluster import ClusterConfig
 from tests.commands.api_server import Api, point_kubeconfig_at
 
@@ -293,3 +296,19 @@ def test_an_unreachable_kfp_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["submit", "finetune", "--engine", "kfp", "--host", "http://127.0.0.1:1"]) == 75
     line = capsys.readouterr().err.splitlines()[-1]
     assert "KFP at http://127.0.0.1:1 is out of reach" in line
+
+
+POOL = HTTPConnectionPool("kfp")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (LocationParseError("http://[::1"), UserError),
+        (MaxRetryError(POOL, "/", SSLError("CERTIFICATE_VERIFY_FAILED")), UserError),
+        (MaxRetryError(POOL, "/", ReadTimeoutError(POOL, "/", "late")), TemporaryError),
+    ],
+)
+def test_an_address_and_a_certificate_are_mended_by_nobody_else(error: Exception, kind: type[Exception]) -> None:
+    with pytest.raises(kind), engine_kfp.readable_errors("kfp"):
+        raise error

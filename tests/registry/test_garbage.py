@@ -278,6 +278,12 @@ def test_leftovers_are_as_old_as_the_store_s_own_clock_says(folder_store: str, m
     assert find_leftovers(folder_store, ANY_AGE)
 
 
+@pytest.mark.parametrize("days", ["nan", "inf", "0", "1e10"])
+def test_days_that_are_no_age_are_refused(days: str, folder_store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gc", "--store", folder_store, "--older-than-days", days]) == 2
+    assert "--older-than-days" in capsys.readouterr().err
+
+
 def test_gc_makes_no_registry_where_a_run_had_another(folder_store: str, capsys: pytest.CaptureFixture[str]) -> None:
     put(folder_store, "merge/a")
     age(folder_store, 40)

@@ -97,12 +97,22 @@ def merge_values(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, A
 
 def _read_json(text: str) -> dict[str, Any]:
     try:
-        loaded = unpack(json.loads(decode_text(text)))
+        loaded = unpack(json.loads(decode_text(text), object_pairs_hook=_each_key_once))
+    except RecursionError:
+        raise UserError("--config-json is nested too deeply") from None
     except ValueError as error:
         raise UserError(f"--config-json is not JSON: {error}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"--config-json holds a {type(loaded).__name__}; an object of fields to values is needed")
     return loaded
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise UserError(f"--config-json: '{next(name for name in names if names.count(name) > 1)}' is there twice")
+    return values
 
 
 def _read_value(text: str, model: type[BaseModel], key: str) -> Any:

@@ -171,7 +171,7 @@ class KFPEngine:
 def readable_errors(host: str) -> Iterator[None]:
     """Turn an API error into one line that says what to do."""
     from kfp_server_api import ApiException
-    from urllib3.exceptions import HTTPError
+    from urllib3.exceptions import HTTPError, LocationValueError, SSLError
 
     try:
         yield
@@ -185,6 +185,13 @@ def readable_errors(host: str) -> Iterator[None]:
         raise kind(f"KFP at {host} answers {error.status}: {text}") from None
     except (HTTPError, OSError, TimeoutError) as error:
         line = " ".join(str(error).split())[:200]
+        if isinstance(error, LocationValueError):
+            raise UserError(f"--host {host}: {line}: write http(s)://host:port") from None
+        if isinstance(getattr(error, "reason", error), SSLError):
+            raise UserError(
+                f"KFP at {host}: no trusted connection ({line}): give a host whose certificate a public authority has "
+                "signed, or http:// through a port-forward"
+            ) from None
         raise TemporaryError(f"KFP at {host} is out of reach ({line}): check --host and the port-forward") from None
 
 

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from finemill.registry.garbage import StoredArtifact
 
 _GIB = 2**30
+_MOST_DAYS = 36_500
 
 
 def execute(name: str, arguments: list[str]) -> int:
     """Find garbage and delete it, a line each. Returns: the exit code."""
     parsed = _parser().parse_args(arguments)
-    if parsed.older_than_days < 1:
-        raise UserError(f"--older-than-days {parsed.older_than_days}: a run may take a day, give 1 or more")
+    if not 1 <= parsed.older_than_days <= _MOST_DAYS:
+        raise UserError(f"--older-than-days {parsed.older_than_days}: give 1, as a run may take a day, to {_MOST_DAYS}")
     store = normalize_uri(parsed.store)
     older_than = timedelta(days=parsed.older_than_days)
     from finemill.registry.garbage import find_garbage, find_leftovers
