@@ -10,6 +10,7 @@ from finemill.config import StepConfig
 ALIASES: Mapping[str, str] = {
     "NOT_QUANTIZED": "F16", "FAST_QUANTIZED": "Q8_0", "QUANTIZED": "Q4_K_M", "Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M",
     "Q5_K": "Q5_K_M", "Q3_K_XS": "IQ3_XS", "FP16": "F16", "FP32": "F32",
+    "MXFP4": "MXFP4_MOE",
 }  # fmt: skip
 """Other names of quantizations: Unsloth's, and llama.cpp's short ones."""
 
@@ -32,6 +33,7 @@ Quantization = Annotated[
         "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
         "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K_L", "Q2_K",
         "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
+        "MXFP4_MOE",
         "DYNAMIC_Q6_K", "DYNAMIC_Q5_K_M", "DYNAMIC_Q5_K_S", "DYNAMIC_Q4_K_M", "DYNAMIC_Q4_K_S", "DYNAMIC_IQ4_XS",
         "DYNAMIC_Q3_K_L", "DYNAMIC_Q3_K_M", "DYNAMIC_Q3_K_S",
     ],
@@ -66,9 +68,9 @@ class GGUFQuantizeConfig(StepConfig):
 
     quantizations: tuple[Quantization, ...] = Field(default=("F16", "Q8_0", "Q4_K_M"), min_length=1)
     """Files to write, in llama.cpp's names or Unsloth's, in any case: F16 keeps every weight, Q8_0 is half and Q4_K_M
-    about a third of its size. IQ types are smaller at the same error and slower; TQ types are for ternary models.
-    `dynamic-Q4_K_M` is as large as Q4_K_M and closer to the merged model: each tensor's type is chosen by its measured
-    error on the training rows."""
+    about a third of its size. IQ types are smaller at the same error and slower; TQ types are for ternary models,
+    MXFP4_MOE for mixtures of experts. `dynamic-Q4_K_M` is as large as Q4_K_M and closer to the merged model: each
+    tensor's type is chosen by its measured error on the training rows."""
 
     imatrix: bool = False
     """Weigh each input channel by how strongly the training rows excite it when rounding: smaller error on such text,

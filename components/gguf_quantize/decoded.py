@@ -12,8 +12,8 @@ from finemill.errors import StepError
 
 # Norm of the error, in the tensor's: about twice what rounding costs evenly spread weights.
 _TOLERANCES = {
-    "F32": 0.0, "F16": 2.0**-8, "BF16": 2.0**-8, "Q8": 0.02, "Q6": 0.06, "Q5": 0.1, "Q4": 0.2, "IQ4": 0.2, "Q3": 0.4,
-    "IQ3": 0.4, "Q2": 0.7, "IQ2": 0.7, "IQ1": 1.0, "TQ2": 1.2, "TQ1": 1.2,
+    "F32": 0.0, "F16": 2.0**-8, "BF16": 2.0**-8, "Q8": 0.02, "Q6": 0.06, "Q5": 0.1, "Q4": 0.2, "IQ4": 0.2,
+    "MXFP4": 0.25, "Q3": 0.4, "IQ3": 0.4, "Q2": 0.7, "IQ2": 0.7, "IQ1": 1.0, "TQ2": 1.2, "TQ1": 1.2,
 }  # fmt: skip
 
 

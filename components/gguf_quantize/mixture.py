@@ -31,7 +31,7 @@ _BASE: Mapping[Quantization, Type] = {
     "IQ3_M": Type.IQ3_S, "IQ3_S": Type.IQ3_S, "IQ3_XS": Type.IQ3_S, "IQ3_XXS": Type.IQ3_XXS,
     "Q2_K_L": Type.Q2_K, "Q2_K": Type.Q2_K, "Q2_K_S": Type.Q2_K, "IQ2_M": Type.IQ2_S, "IQ2_S": Type.IQ2_XS,
     "IQ2_XS": Type.IQ2_XS, "IQ2_XXS": Type.IQ2_XXS, "IQ1_M": Type.IQ1_M, "IQ1_S": Type.IQ1_S,
-    "TQ2_0": Type.TQ2_0, "TQ1_0": Type.TQ1_0,
+    "TQ2_0": Type.TQ2_0, "TQ1_0": Type.TQ1_0, "MXFP4_MOE": Type.MXFP4,
 }  # fmt: skip
 _UNROUNDED = ("F32", "F16", "BF16")
 _WITH_EIGHT_EXPERTS = (
@@ -78,6 +78,8 @@ def _wanted(name: str, quantization: Quantization, model: ModelShape) -> Type:
     base = _BASE[quantization]
     if quantization in _UNROUNDED:
         return base
+    if quantization == "MXFP4_MOE":
+        return base if "_exps." in name else Type.Q8_0
     if name == "output.weight" or (model.ties_embeddings and name == "token_embd.weight"):
         return _output(quantization, base)
     if name == "token_embd.weight":

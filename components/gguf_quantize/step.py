@@ -60,6 +60,10 @@ def run(
     """
     source = SourceModel(model, config.context_length)
     source.check()
+    if "MXFP4_MOE" in config.quantizations and not source.num_experts:
+        raise UserError(
+            f"gguf-quantize: MXFP4_MOE rounds experts, and the model in {model} has none: choose Q4_K_M or IQ4_XS"
+        )
     stored = StoredModel(model)
     tokenizer = load_tokenizer(model)
     check_vocabulary(source)

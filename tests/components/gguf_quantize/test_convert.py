@@ -357,6 +357,8 @@ def test_experts_lie_in_stacks_with_their_numbers_in_the_metadata(qwen2_moe_dir:
         ("Q3_K_M", "blk.5.ffn_down_shexp.weight", 60, Type.Q4_K), ("Q4_K_M", "blk.5.attn_v.weight", 8, Type.Q8_0),
         ("Q4_K_M", "blk.5.attn_output.weight", 8, Type.Q5_K), ("Q5_K_M", "blk.5.attn_output.weight", 8, Type.Q5_K),
         ("IQ2_XS", "blk.5.attn_v.weight", 128, Type.Q4_K), ("IQ2_XS", "blk.5.attn_k.weight", 8, Type.Q4_K),
+        ("MXFP4_MOE", "blk.5.ffn_up_exps.weight", 128, Type.MXFP4), ("MXFP4_MOE", "output.weight", 128, Type.Q8_0),
+        ("MXFP4_MOE", "blk.5.attn_v.weight", 8, Type.Q8_0), ("MXFP4_MOE", "blk.5.ffn_up_shexp.weight", 4, Type.Q8_0),
     ],
 )  # fmt: skip
 def test_mixtures_of_experts_have_llama_cpps_rules(

@@ -139,15 +139,25 @@ def test_llama_cpp_answers_what_the_merged_model_answers(
 def test_a_mixture_of_experts_answers_in_llama_cpp_as_it_does_here(
     qwen3_moe_dir: Path, tiny_dataset_dir: Path, step_context: StepContext, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"quantizations": ["F32", "Q4_K_M"], "imatrix": True, "max_kl": {"Q4_K_M": 5}}
+    options: dict[str, Any] = {
+        "quantizations": ["F32", "Q4_K_M", "MXFP4"], "imatrix": True, "max_kl": {"Q4_K_M": 5, "MXFP4": 5},
+    }  # fmt: skip
     metrics = run(qwen3_moe_dir, tiny_dataset_dir, tmp_path, step_context, **options)
     assert metrics["gguf/f32/same_answer_rate"] == 1.0
     assert metrics["gguf/f32/kl"] < 5e-5 < metrics["gguf/q4_k_m/kl"]
     assert metrics["gguf/f32/max_tensor_error"] == 0 < metrics["gguf/q4_k_m/max_tensor_error"] < 0.1
+    assert 0.05 < metrics["gguf/mxfp4_moe/max_tensor_error"] < 0.2
     shapes = {tensor.name: list(tensor.shape) for tensor in gguf.GGUFReader(tmp_path / "imatrix.gguf").tensors}
     assert shapes["blk.1.ffn_down_exps.weight.in_sum2"] == [64, 6]
     assert shapes["blk.1.ffn_down_exps.weight.counts"] == [1, 6]
     assert "--jinja --cpu-moe" in (tmp_path / "README.md").read_text()
+
+
+def test_a_type_for_experts_is_refused_for_a_dense_model(
+    tiny_model_dir: Path, tiny_dataset_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="MXFP4_MOE rounds experts, and the model"):
+        run(tiny_model_dir, tiny_dataset_dir, tmp_path, step_context, quantizations=["mxfp4_moe"])
 
 
 def test_probabilities_are_the_models_own_even_where_the_likeliest_token_is_half_a_character(
