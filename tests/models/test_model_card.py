@@ -34,6 +34,8 @@ def test_a_base_elsewhere_is_not(base_model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "parts"),
     [
+        ("<\uff5cAssistant\uff5c><think>\n <\uff5ctool\u2581calls\u2581begin\uff5c>",
+         ["--reasoning-parser deepseek_r1", "-parser deepseek_v3"]),
         ("<think> {{ x }} <tool_call>", ["--reasoning-parser qwen3", "--tool-call-parser hermes"]),
         ("[TOOL_CALLS]", ["--tool-call-parser mistral"]),
         ({"default": "x", "tool_use": "<|python_tag|>"}, ["--tool-call-parser llama3_json"]),

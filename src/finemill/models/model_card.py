@@ -16,11 +16,12 @@ _RELATIONS: Mapping[Form, str] = {
     "gguf": "quantized",
 }  # fmt: skip
 _LIBRARIES: Mapping[Form, str] = {"gguf": "gguf", "lora": "peft"}
-# What a chat template writes -> the parsers of vLLM and SGLang that read it.
-_REASONING = {"<think>": ("qwen3", "qwen3")}
+# What a chat template writes -> the parsers of vLLM and SGLang that read it; the first that is there counts.
+_REASONING = {"<\uff5cAssistant\uff5c><think>": ("deepseek_r1", "deepseek-r1"), "<think>": ("qwen3", "qwen3")}
 _TOOLS = {
     "<function=": ("qwen3_coder", "qwen3_coder"), "<tool_call>": ("hermes", "qwen25"),
     "[TOOL_CALLS]": ("mistral", "mistral"), "<|python_tag|>": ("llama3_json", "llama3"),
+    "<\uff5ctool\u2581calls\u2581begin\uff5c>": ("deepseek_v3", "deepseekv3"),
 }  # fmt: skip
 
 

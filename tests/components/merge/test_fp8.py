@@ -10,9 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from finemill.artifacts.model import read_merge
 from finemill.components.merge.config import MergeConfig
+from finemill.components.merge.parity import logits_of
 from finemill.components.merge.step import run
 from finemill.errors import StepError
-from finemill.models.fp8 import encode, round_trip
+from finemill.models.fp8 import encode, round_trip, rounded_inputs, rounded_model
+from finemill.models.nf4.layers import quantized_layers
+from finemill.models.stored_model import StoredModel
 from finemill.runtime.context import StepContext
 
 
@@ -32,10 +35,16 @@ def test_transformers_opens_it_and_the_result_says_what_it_costs(
     merged = load_file(tmp_path / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged_fp8", dtype=torch.bfloat16)
     linear = model.model.layers[1].mlp.down_proj
-    found = linear.weight.float() * linear.weight_scale.float() if hasattr(linear, "weight_scale") else linear.weight
     expected = round_trip(merged["model.layers.1.mlp.down_proj.weight"].float(), torch.bfloat16)
-    torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=0)
+    assert torch.equal(linear.weight.float() * linear.weight_scale.float(), expected)
     assert torch.equal(model.lm_head.weight, merged["model.embed_tokens.weight"])
+    # What was measured is what the library computes, inputs in FP8 included.
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "merged_fp8", dtype=torch.float32)
+    layers = quantized_layers(StoredModel(tmp_path))
+    measured = rounded_model(tmp_path, layers, torch.bfloat16)
+    with torch.inference_mode(), rounded_inputs(measured.model, layers):
+        logits_TV = logits_of(measured.model, measured, [[5, 17, 200, 333]])[0]
+        torch.testing.assert_close(opened(torch.tensor([[5, 17, 200, 333]])).logits[0], logits_TV)
     card = (tmp_path / "merged_fp8/README.md").read_text()
     assert "| merged, FP8 | merged |" in card
     assert not json.loads((tmp_path / "config.json").read_text()).get("quantization_config")
