@@ -42,6 +42,8 @@ def test_every_label_of_the_table_is_read_as_it_says() -> None:
         (r"\boxed{5} ", True),
         (r"\boxed{", False),
         ("( ", False),
+        ("(((((((((((((((", False),
+        ("The answer is not ", False),
         ("5", False),
     ],
 )

@@ -46,6 +46,8 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\{")
 _MOST_NUMBER_WORDS = 9
 _LONGEST_SENTENCE = 200
 _LONGEST_DATE = 48
+_LONGEST_ANSWER = 1000
+"""Characters behind "the answer is" in which it stands."""
 _LONGEST_MARK = 64
 """Characters at the end of a prompt that the mark is looked for in."""
 
@@ -203,10 +205,12 @@ def _marked(text: str) -> FinalAnswer | None:
             found.append((heading.start(), FinalAnswer(content[span.start :].rstrip(" *"))))
         elif last and not _MARK.search(content) and len(content.split()) <= _MOST_WORDS and not list(formulas(content)):
             found.append((heading.start(), FinalAnswer(content)))
-    for mark in _MARK.finditer(text):
-        answer = _after_mark(text[mark.end() :])
+    # From the last one: a model may say "the answer is not" a thousand times.
+    for mark in reversed(list(_MARK.finditer(text))):
+        answer = _after_mark(text[mark.end() : mark.end() + _LONGEST_ANSWER])
         if answer:
             found.append((mark.start(), answer))
+            break
     for mark in _IS_THE_ANSWER.finditer(text):
         before = text[max(0, mark.start() - _LONGEST_MARK) : mark.start()]
         said = _formulas_and_dates(before)

@@ -98,6 +98,8 @@ _SAID_END = re.compile(r"(?:\^\{?[23]\}?)?(?:/[A-Za-z]+\^?\{?\d?\}?)?\s*(?:[.,;:
 _TAIL = re.compile(
     r"\s+(?:a\.?m\.?|p\.?m\.?|o['\u2019]clock|in the (?:morning|afternoon|evening))(?![a-z])", re.IGNORECASE
 )
+_MOST_TOKENS = 600
+"""Tokens of a formula that are looked at."""
 _MOST_BOXES = 8
 """Boxes inside of each other."""
 _TEXT_COMMANDS = r"text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|bm|boldsymbol"
@@ -281,6 +283,11 @@ def _is_variable(text: str, last: _Token, token: _Token, gap: str) -> bool:
 
 
 def _finished(text: str, run: list[_Token]) -> Iterator[Span]:
+    if len(run) > _MOST_TOKENS:
+        # Of a long chain of equations the end counts; all else of that length is no answer, nor is a piece of it.
+        run = run[-_MOST_TOKENS:]
+        if not any(token.text == "=" for token in run):
+            return
     run = _last_side(_trimmed(text, run))
     run = _trimmed(text, run)
     if not any(_has_value(token) for token in run):
