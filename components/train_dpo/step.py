@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import Trainer
@@ -15,7 +16,7 @@ from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_dpo.rows import load_answers, load_pairs
 from finemill.components.train_dpo.trainers import TokenizedDPOTrainer, TokenizedKTOTrainer, TokenizedORPOTrainer
 from finemill.runtime.context import StepContext
-from finemill.training.inputs import TrainingInputs, open_inputs
+from finemill.training.inputs import TrainingInputs, check_tokens, open_inputs
 from finemill.training.kernels import make_trainer
 from finemill.training.new_tokens import with_new_tokens
 from finemill.training.positions import check_positions
@@ -41,7 +42,9 @@ def build_trainer(inputs: TrainingInputs, scratch: Path, config: TrainDPOConfig)
     """TRL's trainer on chat-format's tokens, without a second model as reference."""
     trainer_class, load = _trainer_and_rows(config)
     rows = load(inputs.dataset, "train", config.max_length)
-    answers = [name for name in rows.column_names if name.endswith("_ids") and name != "prompt_ids"]
+    sequences = [name for name in rows.column_names if name.endswith("_ids")]
+    answers = [name for name in sequences if name != "prompt_ids"]
+    check_tokens(inputs, max(pc.max(pc.list_flatten(rows.data.column(name))).as_py() or 0 for name in sequences))
     longest = max(len(row["prompt_ids"]) + max(len(row[name]) for name in answers) for row in rows)
     check_positions(inputs.base_model, min(longest, config.max_length), config.max_length, config.rope_scaling)
     return make_trainer(

@@ -15,7 +15,7 @@ from finemill.components.train_qlora.unpadded import UnpaddedTrainer, can_join_r
 from finemill.components.train_qlora.whole_loss import WholeLossTrainer
 from finemill.runtime.context import StepContext
 from finemill.training.config import SHARDED
-from finemill.training.inputs import TrainingInputs, open_inputs
+from finemill.training.inputs import TrainingInputs, check_tokens, open_inputs
 from finemill.training.kernels import make_trainer
 from finemill.training.new_tokens import with_new_tokens
 from finemill.training.positions import check_positions
@@ -40,7 +40,9 @@ def run(
 def build_trainer(inputs: TrainingInputs, scratch: Path, config: TrainQLoRAConfig) -> SFTTrainer:
     """TRL's trainer on rows that are tokenized and labelled already."""
     rows = load_rows(inputs.dataset, "train", config.max_length)
-    longest = pc.max(pc.list_value_length(rows.data.column("input_ids"))).as_py()
+    input_ids = rows.data.column("input_ids")
+    check_tokens(inputs, pc.max(pc.list_flatten(input_ids)).as_py())
+    longest = pc.max(pc.list_value_length(input_ids)).as_py()
     check_positions(inputs.base_model, longest, config.max_length, config.rope_scaling)
     return make_trainer(
         inputs,

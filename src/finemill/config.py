@@ -90,7 +90,8 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> Iterator[tuple[
             yield key, (f"'{key}': " if item["loc"] else "") + f"{item['ctx']['error']!s:.1000}"
         else:
             found = "" if item["type"] == "missing" else f" (found {_brief.repr(item['input']):.160})"
-            yield key, f"'{key}': {item['msg']}{found}"
+            # YAML and flags know lists.
+            yield key, f"'{key}': {item['msg'].replace('a valid tuple', 'a list')}{found}"
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:

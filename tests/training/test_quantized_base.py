@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +5,6 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, set_seed
 
 from finemill.errors import UserError
@@ -55,29 +53,6 @@ def test_linear_layers_are_nf4_and_the_output_layer_is_not(tiny_model_dir: Path)
 def test_without_4_bit_the_base_is_loaded_as_it_is(tiny_model_dir: Path) -> None:
     model = load_base(tiny_model_dir, LoRATrainingConfig(load_in_4bit=False), CPU)
     assert not any(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
-
-
-EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
-
-
-@pytest.mark.parametrize(
-    ("num_experts", "lost", "message"),
-    [
-        (8, None, "config.json says 8 experts, the weights beside it have 4"),
-        (4, EXPERT, f"lacks 1 of the 8 experts' tensors of .*{EXPERT}"),
-        (4, "model.layers.0.mlp.gate.weight", "lacks 1 of the 25 weights .*gate.weight for one"),
-    ],
-)
-def test_a_mixture_with_other_experts_than_it_says_is_one_line(
-    num_experts: int, lost: str | None, message: str, tiny_mixture_dir: Path, tmp_path: Path
-) -> None:
-    config = json.loads((tiny_mixture_dir / "config.json").read_text()) | {"num_experts": num_experts}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    tensors = load_file(tiny_mixture_dir / "model.safetensors")
-    tensors.pop(lost, None)  # type: ignore[arg-type]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=message):
-        load_base(tmp_path, LoRATrainingConfig(), CPU)
 
 
 def test_a_base_in_4_bits_is_trained_on_as_it_is_stored(four_bit_dir: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from finemill.errors import UserError
+from finemill.training.config import LoRATrainingConfig
 from finemill.training.record import RecordCallback
 from tests.recorder import ListRecorder
 
@@ -20,7 +21,7 @@ def recorder() -> ListRecorder:
 def log(recorder: ListRecorder, *, skipped: bool, **logs: float) -> None:
     batches: Any = SimpleNamespace(where=lambda: " (step 1)")
     unused: Any = SimpleNamespace()
-    callback = RecordCallback(recorder, 1e-4, pace=unused, batches=batches, window=unused)
+    callback = RecordCallback(recorder, LoRATrainingConfig(), pace=unused, batches=batches, window=unused)
     state = TrainerState(global_step=1, is_world_process_zero=True)
     arguments = TrainingArguments(output_dir="unused", report_to="none")
     optimizer = SimpleNamespace(step_was_skipped=skipped)
@@ -35,3 +36,10 @@ def test_a_gradient_that_overflowed_in_float16_and_was_left_out_ends_nothing(rec
 def test_a_gradient_that_is_no_number_ends_the_training(recorder: ListRecorder) -> None:
     with pytest.raises(UserError, match=r"train/grad_norm is inf at step 1 \(step 1\): lower learning_rate"):
         log(recorder, skipped=False, grad_norm=math.inf)
+
+
+def test_a_loss_that_is_no_number_before_anything_was_learned_is_the_base_s(recorder: ListRecorder) -> None:
+    with pytest.raises(
+        UserError, match=r"train/loss is nan at step 1 \(step 1\): look whether the base model's weights"
+    ):
+        log(recorder, skipped=False, loss=math.nan)

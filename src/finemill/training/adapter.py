@@ -285,9 +285,10 @@ def start_from_quantization_error(model: PeftModel, base_model: Path) -> Pairs:
             lost = file.get_tensor(stored).to(kept.device).float() - kept
         left, values, right = torch.linalg.svd(lost, full_matrices=False)
         root = values[: len(a)].sqrt()
+        rank = len(root)  # a narrow layer has less than lora_r
         with torch.no_grad():
-            a.copy_(root[:, None] * right[: len(a)] / scaling)
-            b.copy_(left[:, : len(a)] * root)
+            a[:rank] = root[:, None] * right[:rank] / scaling
+            b.zero_()[:, :rank] = left[:, :rank] * root
         initial[name] = (a.detach().cpu().float().clone(), b.detach().cpu().float().clone())
     return initial
 

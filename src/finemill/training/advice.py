@@ -1,8 +1,10 @@
-"""What a loss curve says about over- and underfitting, and what the field does about it."""
+"""What settings and loss curve say about over- and underfitting, and what the field does about it."""
 
 import logging
 from collections.abc import Sequence
 from itertools import pairwise
+
+from finemill.training.config import LoRATrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -12,6 +14,33 @@ RISES = 3
 """Evaluations in a row with a higher validation loss that are no chance."""
 FEWEST_POINTS = 10
 """Points of the curve below which nothing is said about its slope."""
+
+
+def warn_of_length(config: LoRATrainingConfig, *, num_steps: int, num_rows: int, rows_per_step: int) -> None:
+    """Warn of settings for a longer training than this one.
+
+    Args:
+        config: that is trained with.
+        num_steps: of the whole training.
+        num_rows: of the training data.
+        rows_per_step: of all processes.
+    """
+    if config.warmup_steps >= max(2, num_steps):
+        logger.warning(
+            "warmup_steps %g, and the training has %d steps: it never comes to learning_rate %g; a share, as 0.03, "
+            "follows the number of steps",
+            config.warmup_steps, num_steps, config.learning_rate,
+        )  # fmt: skip
+    if config.eval_steps is not None and config.eval_steps > num_steps and not config.early_stopping_patience:
+        logger.warning(
+            "eval_steps %d, and the training has %d steps: nothing is evaluated", config.eval_steps, num_steps
+        )
+    if rows_per_step > num_rows:
+        logger.warning(
+            "a step asks for %d rows, and there are %d: every step is a pass over all of them; lower "
+            "per_device_train_batch_size or gradient_accumulation_steps",
+            rows_per_step, num_rows,
+        )  # fmt: skip
 
 
 def warn_of_fit(losses: Sequence[float], validation_losses: Sequence[float]) -> None:

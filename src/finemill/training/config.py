@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from finemill.config import StepConfig
 from finemill.config_file import read_mapping
@@ -39,6 +39,10 @@ def read_settings(value: Any) -> Any:
         return read_mapping(Path(value), "strategy_config")
     except UserError as error:
         raise ValueError(str(error)) from None
+
+
+_GROUPS = ("all-linear", "attention", "mlp")
+"""What `target_modules` may be instead of names."""
 
 
 class LoRATrainingConfig(StepConfig):
@@ -255,6 +259,19 @@ class LoRATrainingConfig(StepConfig):
 
     resume: Literal["auto", "never", "must"] = "auto"
     """Continue from the newest checkpoint in the store: if there is one, never, or fail without one."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _is_group_or_names(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in _GROUPS:
+            raise ValueError(
+                f"'{value}' is none of {', '.join(_GROUPS)}: write the names of layers as a list, [{value}]"
+            )
+        if isinstance(value, list | tuple) and (groups := [name for name in value if name in _GROUPS]):
+            raise ValueError(
+                f"'{groups[0]}' stands for layers by itself, not in a list: write target_modules: {groups[0]}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:

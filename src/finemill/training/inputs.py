@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from finemill.artifacts.dataset import take_chat_template, take_new_tokens
 from finemill.errors import UserError
+from finemill.models.nf4.config import is_quantized
+from finemill.models.stored_model import StoredModel
 from finemill.runtime.processes import num_processes
 from finemill.training.adapter import lora_config
 from finemill.training.config import LoRATrainingConfig
@@ -32,11 +34,32 @@ class TrainingInputs:
 def open_inputs(base_model: Path, dataset: Path, config: LoRATrainingConfig) -> TrainingInputs:
     """Raises: UserError: what the machine or the base does not have is refused, before anything is loaded."""
     check_strategy(config)
+    if not is_quantized(base_model):
+        StoredModel(base_model)  # transformers would begin weights that are missing at random
     lora_config(base_model, config)
     device = choose_device()
+    if config.use_dora and config.bits == 8 and device.type == "cpu":
+        raise UserError(
+            "use_dora on 8 bits needs a GPU: on a CPU bitsandbytes loses its weights' scales after a step: "
+            "use 4 bits or 16"
+        )
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
     take_chat_template(dataset, tokenizer)
     return TrainingInputs(base_model, dataset, tokenizer, device, tuple(take_new_tokens(dataset, tokenizer)))
+
+
+def check_tokens(inputs: TrainingInputs, largest: int) -> None:
+    """Compare the largest token id of the rows with the base's vocabulary.
+
+    Raises: UserError: the base has no embedding for it, as where chat-format was given another base.
+    """
+    config = AutoConfig.from_pretrained(inputs.base_model, local_files_only=True, trust_remote_code=False)
+    known = max(config.get_text_config().vocab_size, *(token + 1 for token in inputs.new_tokens), 0)
+    if largest >= known:
+        raise UserError(
+            f"the data set has token {largest}, and the base model in {inputs.base_model} knows {known} tokens: run "
+            "chat-format with this base model"
+        )
 
 
 def choose_device() -> torch.device:

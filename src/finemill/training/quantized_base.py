@@ -15,15 +15,11 @@ from finemill.kernels.engine.nf4_quantize import BLOCKSIZE
 from finemill.kernels.engine.quantized_experts import quantize_experts
 from finemill.models.causal_lm import no_progress_bar
 from finemill.models.nf4.config import compute_in, is_quantized
-from finemill.models.stored_model import StoredModel
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.mixture import EXPERTS
 from finemill.training.positions import base_config
 
 logger = logging.getLogger(__name__)
-
-_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""What configurations call the number of experts of a layer."""
 
 WHOLE_SIZE = {4: 0.5, 8: 0.75, 16: 1.0, 32: 2.0}
 """Bytes of a loaded base per byte of its 16-bit files, by bits per weight; embeddings keep their 16."""
@@ -45,11 +41,9 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
     into shards is whole until then, on the card where it fits, else in host memory, a copy per process; its 4-bit
     weights lie in words of the dtype that all shards have.
 
-    Raises: UserError: a mixture's experts or routers are not those that config.json describes.
+    Raises: UserError: a base in 4 bits on the disk, and a training that it does not allow.
     """
     model_config = base_config(base_model, config.rope_scaling)
-    if any(hasattr(model_config, name) for name in _NUM_EXPERTS):
-        StoredModel(base_model)  # transformers would begin a router or an expert that is missing at random
     dtype = compute_dtype(config, device)
     sharded = config.strategy in ("fsdp2", "zero3")
     in_4_bits = is_quantized(base_model)

@@ -8,7 +8,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from finemill.errors import UserError
 from finemill.runtime.context import Recorder
+from finemill.training.advice import warn_of_length
 from finemill.training.batches import BatchWatch
+from finemill.training.checkpoint import global_batch
+from finemill.training.config import LoRATrainingConfig
 from finemill.training.log_window import LogWindow
 from finemill.training.pace import Pace, describe, duration
 
@@ -29,17 +32,22 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
     """Sends what the trainer logs to the recorder, and stops a training whose loss is no number any more."""
 
     def __init__(
-        self, recorder: Recorder, learning_rate: float, pace: Pace, batches: BatchWatch, window: LogWindow
+        self, recorder: Recorder, config: LoRATrainingConfig, pace: Pace, batches: BatchWatch, window: LogWindow
     ) -> None:
         self._recorder = recorder
         self._batches = batches
-        self._learning_rate = learning_rate
+        self._config = config
         self._pace, self._window = pace, window
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock."""
+        """Start the clock, and say what of the settings this training is too short for."""
+        if state.is_world_process_zero:
+            rows = len(kwargs["train_dataloader"].dataset)
+            warn_of_length(
+                self._config, num_steps=state.max_steps, num_rows=rows, rows_per_step=global_batch(self._config)
+            )
         self._started = time.monotonic()
         self._pace.start(state, self._window.num_tokens)
 
@@ -60,10 +68,12 @@ class RecordCallback(TrainerCallback):  # type: ignore[misc]
             return
         for name, value in metrics.items():
             if not math.isfinite(value):
-                raise UserError(
-                    f"{name} is {value} at step {state.global_step}{self._batches.where()}: lower learning_rate (now "
-                    f"{self._learning_rate:g}), lengthen warmup_steps, or look at these rows"
-                )
+                advice = f"lower learning_rate (now {self._config.learning_rate:g}), lengthen warmup_steps"
+                if name == "train/loss" and state.global_step == 1:
+                    # Nothing was learned before it.
+                    advice = "look whether the base model's weights are whole, set compute_dtype to float32"
+                step = f"step {state.global_step}{self._batches.where()}"
+                raise UserError(f"{name} is {value} at {step}: {advice}, or look at these rows")
         if "train/loss" not in metrics:
             self._recorder.log_metrics(metrics, state.global_step)
             return

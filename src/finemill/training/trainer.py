@@ -247,7 +247,7 @@ def _train(
         window = LogWindow(trainer, checkpoint)
         trainer.add_callback(window)
         pace = Pace(trainer.model, card, trainer.args.world_size)
-        trainer.add_callback(RecordCallback(recorder, config.learning_rate, pace, batches, window))
+        trainer.add_callback(RecordCallback(recorder, config, pace, batches, window))
         best = EarlyStopping(config, scratch, checkpoint) if config.early_stopping_patience else None
         if best:
             trainer.add_callback(best)  # before what publishes checkpoints

@@ -30,6 +30,12 @@ def test_how_it_is_checkpointed_does_not_change_where_output_and_checkpoints_are
         ({"load_in_4bit": False, "bnb_4bit_use_double_quant": False}, "has no effect on a base of 16 bits"),
         ({"kernels": "on", "gradient_checkpointing": False}, "gradient_checkpointing False has no effect"),
         ({"target_modules": []}, "target_modules is empty"),
+        (
+            {"target_modules": "q_proj"},
+            r"'q_proj' is none of all-linear, .*write the names of layers as a list, \[q_proj",
+        ),
+        ({"target_modules": ["mlp", "q_proj"]}, "'mlp' stands for layers by itself"),
+        ({"report_to": "wandb"}, "'report_to': Input should be a list"),
         ({"target_modules": ["q_proj", "lm_head"]}, "TRL's losses would pass by"),
     ],
 )

@@ -18,6 +18,7 @@ from finemill.components.train_qlora.rows import load_rows
 from finemill.components.train_qlora.step import run as train_qlora
 from finemill.errors import UserError
 from finemill.runtime.context import StepContext
+from finemill.training.inputs import open_inputs
 
 SETTINGS: dict[str, Any] = {
     "lora_r": 4,
@@ -102,8 +103,8 @@ def test_a_method_learns_and_merges_into_what_it_learned(
 def test_loftq_begins_nearer_to_the_base_than_its_4_bits_are(
     loss_before: float, make_context: MakeContext, base_model: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """With no learning to speak of, the merged adapter is no change of the base."""
-    settings = {"init_lora_weights": "loftq", "learning_rate": 1e-12, "max_steps": 1, "lora_r": 32}
+    """With no learning to speak of, the merged adapter changes nothing, nor in layers narrower than its rank."""
+    settings = {"init_lora_weights": "loftq", "learning_rate": 1e-12, "max_steps": 1, "lora_r": 160}
     config = TrainQLoRAConfig(**SETTINGS | settings | {"eval_steps": 1})
     train_qlora(base_model=base_model, dataset=dataset, output_dir=tmp_path, config=config, context=make_context())
     base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
@@ -130,6 +131,12 @@ def test_a_full_training_is_resumed_bit_for_bit(
         )
         weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_dora_on_8_bits_needs_a_gpu(base_model: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finemill.training.inputs.choose_device", lambda: torch.device("cpu"))
+    with pytest.raises(UserError, match="use_dora on 8 bits needs a GPU"):
+        open_inputs(base_model, dataset, TrainQLoRAConfig(use_dora=True, load_in_8bit=True))
 
 
 @pytest.mark.parametrize(
