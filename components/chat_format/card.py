@@ -21,7 +21,6 @@ from finemill.artifacts.records import write_json
 from finemill.artifacts.rows import RowsReport, RowsSource, find_rows, read_rows_report
 from finemill.components.chat_format.advice import advice_on
 from finemill.components.chat_format.config import ChatFormatConfig
-from finemill.components.chat_format.duration import training_time
 from finemill.components.chat_format.packing import PACKED_ROWS, packing
 from finemill.components.chat_format.report import SplitCounts
 from finemill.components.chat_format.tokenize import ChatTokenizer
@@ -66,13 +65,20 @@ def write_card(
         "end_of_turn_tokens": dataset["end_of_turn_tokens"],
         "lengths": histogram(lengths),
         "packing": packed,
-        "training": training_time(lengths, config) if config.estimate else None,
+        "training": _training_time(lengths, config) if config.estimate else None,
         "scripts": _scripts(first),
         "examples": list(_examples(_of_all_sources(first), rows, tokenizer)),
     }
     write_json(folder / DATA_CARD_FILE, facts)
     (folder / DATA_CARD_PAGE).write_text(_render("data_card.html.jinja", facts, escape=True), encoding="utf-8")
     (folder / DATA_CARD_TEXT).write_text(_render("data_card.md.jinja", facts, escape=False), encoding="utf-8")
+
+
+def _training_time(lengths: NDArray[np.int64], config: ChatFormatConfig) -> dict[str, Any]:
+    # The planner is imported only where it is asked.
+    from finemill.components.chat_format.duration import training_time
+
+    return training_time(lengths, config)
 
 
 def _source(own: Mapping[str, Any], before: RowsSource) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from finemill.rows.answers import final_answer
 from finemill.rows.conversation import Conversation, checked
 from finemill.rows.learned import FLAGS, MARKS, check_excluded, excluded_turns, read_label
 from finemill.rows.rankings import RANKED_COLUMNS, Answer, ranked_answers, ranks_answers
@@ -421,11 +420,16 @@ def _final(row: Reader, shape: str, answer: Any) -> str | None:
     """The final answer for exact match, where the row states one."""
     if not isinstance(answer, str | int | float):
         return None
-    if shape == "reasoning":
-        stated = next((name for name in _FINAL if row.has(name)), None)
-        return final_answer(str(answer)) if stated is None else as_text(row.get(stated), stated)
+    stated = next((name for name in _FINAL if row.has(name)), None) if shape == "reasoning" else None
+    if stated is not None:
+        return as_text(row.get(stated), stated)
     # GSM8K's answers end with `#### <final answer>`.
-    return final_answer(str(answer)) if "####" in str(answer) else None
+    if shape != "reasoning" and "####" not in str(answer):
+        return None
+    # Its patterns take as long to compile as all others here, and most rows need none of them.
+    from finemill.rows.answers import final_answer
+
+    return final_answer(str(answer))
 
 
 def _answer_columns(row: Reader) -> tuple[str, str] | None:
