@@ -1,6 +1,6 @@
 """Configuration of `chat-format`."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -60,7 +60,7 @@ class ChatFormatConfig(StepConfig):
     finds them in the data set and learns their embeddings, which begin as the mean of all others."""
     assistant_turns: Literal["all", "last"] = "all"
     """Which assistant turns of a conversation are learned."""
-    learned: Literal["assistant", "all"] | tuple[Role, ...] = "assistant"
+    learned: Literal["assistant", "all"] | Annotated[tuple[Role, ...], Field(min_length=1)] = "assistant"
     """What is learned of a conversation: the assistant's turns, every token, or the turns of some roles, as
     `[assistant, tool]`: what each says and the token that ends it (preferences: the answers)."""
     rewritten_turns: Literal["unroll", "in_place", "skip"] = "unroll"

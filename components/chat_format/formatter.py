@@ -177,6 +177,8 @@ class _Chat:
             if "assistant" not in self._config.learned:
                 in_place, rewritten, left_out = [], {}, Counter()
             in_place = sorted([*in_place, *rendered.others], key=lambda turn: turn.start)
+            if not in_place and "assistant" not in self._config.learned:
+                raise DroppedRowError("no_learned_turn")
         whole = self._draft(self._messages, rendered, in_place)
         drafts = [whole._replace(left_out=left_out) if left_out and unroll else whole]
         for end, alone in sorted(rewritten.items()) if unroll else ():

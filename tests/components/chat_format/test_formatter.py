@@ -114,6 +114,11 @@ def test_turns_of_the_roles_that_are_named_are_learned(tmp_path: Path, roles: li
     assert set(example.end_tokens) <= {"<|im_end|>"}
 
 
+def test_a_row_without_a_turn_of_the_roles_that_are_named_is_left_out(tmp_path: Path) -> None:
+    with pytest.raises(DroppedRowError, match=r"^no_learned_turn$"):
+        Base(tmp_path, byte_tokenizer()).examples(pair("a", "b"), learned=["tool"])
+
+
 def test_an_end_token_that_takes_in_the_line_break_after_it_is_learned(tmp_path: Path) -> None:
     """As Phi-3's, which are stripped to their right."""
     tokens = [AddedToken(text, special=True, rstrip=True) for text in CONTROL]
