@@ -1,6 +1,9 @@
 """Likeness in the world's scripts, against values computed by hand."""
 
+from random import Random
+
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
 
 from finemill.metrics.text import bleu, chrf, rouge_scores, tokenizer_for, words
 
@@ -51,3 +54,11 @@ def test_bleu_is_the_geometric_mean_of_precisions() -> None:
 def test_an_empty_text_is_like_nothing(reference: str, prediction: str) -> None:
     assert (bleu(reference, prediction), chrf(reference, prediction)) == (0.0, 0.0)
     assert rouge_scores(reference, prediction)["rougeL"] == 0.0
+
+
+def test_rouge_l_is_that_of_rouge_score() -> None:
+    random = Random(0)
+    scorer = RougeScorer(["rougeL"])
+    for _ in range(200):
+        one, other = (" ".join(random.choices("abcde", k=random.randint(1, 20))) for _ in range(2))
+        assert rouge_scores(one, other)["rougeL"] == pytest.approx(scorer.score(one, other)["rougeL"].fmeasure)

@@ -6,7 +6,7 @@ punctuation: rouge-score's own keep nothing but a to z and digits.
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -41,8 +41,27 @@ def rouge_scores(reference: str, prediction: str) -> Mapping[str, float]:
     """F1 of ROUGE-1, ROUGE-2 and ROUGE-L, without stemming (Lin, 2004)."""
     reference, prediction = _normal(reference), _normal(prediction)
     tokenizer = tokenizer_for(reference)
-    parted = [" ".join(words(text, tokenizer)) for text in (reference, prediction)]
-    return {name: float(score.fmeasure) for name, score in _rouge_scorer().score(*parted).items()}
+    right, said = (words(text, tokenizer) for text in (reference, prediction))
+    scores = _rouge_scorer().score(" ".join(right), " ".join(said))
+    common = _common_length(right, said)
+    longest = 2 * common / (len(right) + len(said)) if common else 0.0
+    return {**{name: float(score.fmeasure) for name, score in scores.items()}, "rougeL": longest}
+
+
+def _common_length(one: Sequence[str], other: Sequence[str]) -> int:
+    """Length of the longest common subsequence, a bit per word of `one` (Hyyrö, Bit-parallel LCS-length, 2004).
+
+    rouge-score's own table takes a minute for two texts of 16,000 words.
+    """
+    places: dict[str, int] = {}
+    for place, word in enumerate(one):
+        places[word] = places.get(word, 0) | 1 << place
+    everywhere = (1 << len(one)) - 1
+    left = everywhere
+    for word in other:
+        met = left & places.get(word, 0)
+        left = (left + met | left - met) & everywhere
+    return len(one) - left.bit_count()
 
 
 def bleu(reference: str, prediction: str) -> float:
@@ -79,7 +98,7 @@ class _Spaces:
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Spaces())
+    return RougeScorer(["rouge1", "rouge2"], tokenizer=_Spaces())
 
 
 @cache
