@@ -132,6 +132,7 @@ RULES: dict[str, dict[str, Any]] = {
     **{f"images.{role}.tag": {"pattern": f"^$|{TAG}"} for role in IMAGES},
     **dict.fromkeys(NAMES, NAMED),
     "gpu.queue": {"pattern": f"^$|{SHORT_NAME}"},
+    "gpu.queuePriority": {"pattern": f"^$|{SHORT_NAME}"},
     "images.pullSecrets": {"items": {"type": "string", **NAMED, "minLength": 1}},
     "caBundle.key": {"pattern": FILE_KEY},
     "gpu.resource": {"pattern": RESOURCE},

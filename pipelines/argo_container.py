@@ -34,7 +34,6 @@ from finemill.pipelines.cluster import (
     SecretKey,
 )
 from finemill.pipelines.graph import GPUS, SMALL, STORE, Parameter, Task
-from finemill.pipelines.names import QUEUE_LABEL
 from finemill.runtime.images import IMAGE_VARIABLE
 from finemill.transport import TEXT_MARK
 
@@ -123,7 +122,7 @@ def _variables(task: Task, cluster: ClusterConfig) -> list[EnvVar]:
 
 
 def _labels(task: Task, cluster: ClusterConfig) -> dict[str, str]:
-    queue = {QUEUE_LABEL: cluster.queue} if cluster.queue and task.resources.gpu else {}
+    queue = cluster.queue_labels if task.resources.gpu else {}
     return {
         **cluster.pod_labels,
         "app.kubernetes.io/name": "finemill",

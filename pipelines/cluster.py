@@ -15,6 +15,8 @@ from finemill.pipelines.graph import Resources
 from finemill.pipelines.names import (
     LONGEST_S,
     OWN_LABEL,
+    QUEUE_LABEL,
+    QUEUE_PRIORITY_LABEL,
     RESOURCE,
     FileKey,
     Image,
@@ -258,6 +260,9 @@ class ClusterConfig(StepConfig):
     queue: ShortName | None = None
     """Kueue's LocalQueue that GPU steps wait in."""
 
+    queue_priority: ShortName | None = None
+    """Kueue's WorkloadPriorityClass of GPU steps in that queue; none has it go by the pods' own priority."""
+
     cache_claim: Name | None = None
     """Name of a PersistentVolumeClaim shared by the steps: a base model is pulled and kernels are compiled once.
 
@@ -281,7 +286,15 @@ class ClusterConfig(StepConfig):
         twice = sorted(self.env.keys() & self.secret_env.keys())
         if twice:
             raise ValueError(f"{twice[0]} is in env and in secret_env: leave one out")
+        if self.queue_priority and not self.queue:
+            raise ValueError("queue_priority is about the pods of a queue: name it in queue")
         return self
+
+    @property
+    def queue_labels(self) -> dict[str, str]:
+        """Labels by which Kueue takes up a pod."""
+        labels = {QUEUE_LABEL: self.queue, QUEUE_PRIORITY_LABEL: self.queue_priority}
+        return {name: value for name, value in labels.items() if value and self.queue}
 
     @property
     def all_mounts(self) -> tuple[Mount, ...]:

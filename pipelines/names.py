@@ -14,6 +14,8 @@ LONGEST_S = 2**31 - 1
 """Seconds that Argo and Kubernetes can count."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 """Label of a pod, or a TrainJob, that waits in a queue of Kueue."""
+QUEUE_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
+"""Label that names its WorkloadPriorityClass there."""
 SHORT_NAME = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 """Regular expression of a volume's name, and of one that is a label's value, too."""
 LABEL_VALUE = r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$"

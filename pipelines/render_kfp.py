@@ -25,7 +25,7 @@ from finemill.pipelines.cluster import (
     ClusterConfig,
 )
 from finemill.pipelines.graph import GPUS, Parameter, Pipeline, Task
-from finemill.pipelines.names import QUEUE_LABEL, SHORT_NAME
+from finemill.pipelines.names import SHORT_NAME
 from finemill.pipelines.parameters import ARGUMENT_CHARACTERS, for_kfp
 from finemill.runtime.images import IMAGE_VARIABLE
 from finemill.runtime.kfp_task import TRACKING_PREFIX
@@ -219,5 +219,5 @@ def _set_gpu(call: Any, gpus: Any, cluster: ClusterConfig) -> None:
         kubernetes.add_node_selector(call, label, value)
     for toleration in cluster.gpu_tolerations:
         kubernetes.add_toleration(call, **toleration.model_dump(exclude_none=True))
-    if cluster.queue:
-        kubernetes.add_pod_label(call, QUEUE_LABEL, cluster.queue)
+    for label, value in cluster.queue_labels.items():
+        kubernetes.add_pod_label(call, label, value)

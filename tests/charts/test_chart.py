@@ -233,13 +233,16 @@ def test_the_training_runtime_is_restricted_and_starts_torchrun() -> None:
 @needs_helm
 def test_steps_may_make_train_jobs_where_there_is_a_runtime_and_nowhere_else() -> None:
     for enabled in ("true", "false"):
-        documents = render("--set", f"trainingRuntime.enabled={enabled},gpu.queue=gpus")
+        documents = render("--set", f"trainingRuntime.enabled={enabled},gpu.queue=gpus,gpu.queuePriority=high")
+        labels = steps(workflows(documents)["finetune"])["train-qlora"]["metadata"]["labels"]
+        assert labels["kueue.x-k8s.io/priority-class"] == "high"
         settings = next(item["data"] for item in documents if item["kind"] == "ConfigMap") or {}
         role = next(item for item in documents if item["kind"] == "Role")
         verbs = {name: rule["verbs"] for rule in role["rules"] for name in rule["resources"]}
         runtimes = [item["metadata"]["name"] for item in documents if item["kind"] == "TrainingRuntime"]
         assert [settings[name] for name in settings if name == "FINEMILL_TRAINING_RUNTIME"] == runtimes
         assert settings.get("FINEMILL_TRAINING_QUEUE") == ("gpus" if runtimes else None)
+        assert settings.get("FINEMILL_TRAINING_PRIORITY") == ("high" if runtimes else None)
         assert verbs.get("trainjobs") == (["create", "get", "delete"] if runtimes else None)
         assert verbs.get("pods/log") == (["get"] if runtimes else None)
 
@@ -362,6 +365,7 @@ def test_wrong_values_are_refused(setting: str, message: str, check_values: Draf
         ("schedule.enabled=true,schedule.cron=0 3 * * Fri-Mon", "'5-1' falls"),
         ("schedule.enabled=true,schedule.cron=0 3 30\\,31 FEB ?", "a day that its months do not have"),
         ("schedule.enabled=true,schedule.cron=0 3 31 4\\,6 *", "a day that its months do not have"),
+        ("gpu.queuePriority=high", "name it in gpu.queue"),
         ("gpu=null", "gpu: null is no section"),
         ("images.train=null", "images.train: null is no section"),
         ("images.cpu.repository=null", "images.cpu.repository names no image"),

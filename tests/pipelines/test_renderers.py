@@ -364,6 +364,7 @@ def test_what_kfp_s_pods_do_not_have_is_for_argo_and_refused_for_kfp(
         ("env: {A: x}\nsecret_env: {A: {secret: s, key: k}}", "A is in env and in secret_env"),
         ("env: {HF_TOKEN: hf_x}", "'env': HF_TOKEN would be written out for everybody"),
         ('env: {A: "x\\0y"}', "holds a NUL character"),
+        ("queue_priority: high", "queue_priority is about the pods of a queue"),
         ("queue: a.b", "'queue': String should match"),
         ("s3_secret: a..b", "'s3_secret': String should match"),
         ("tolerations: [{key: a, tolerationSeconds: 5}]", "'tolerationSeconds' is about effect: NoExecute alone"),
@@ -385,6 +386,17 @@ def test_wrong_cluster_settings_name_the_key(
     file.write_text(settings)
     assert main(["compile", "finetune", "--engine", "kfp", "--cluster", str(file), "-o", str(tmp_path / "x")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_queue_s_priority_is_a_label_on_both_engines(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("queue: gpus\nqueue_priority: high")
+    for engine in ("argo", "kfp"):
+        out = tmp_path / f"{engine}.yaml"
+        assert main(["compile", "finetune", "--engine", engine, "--cluster", str(file), "-o", str(out)]) == 0
+        labels = ("queue-name: gpus", "priority-class: high")
+        counts = [out.read_text().count(f"kueue.x-k8s.io/{label}") for label in labels]
+        assert counts[0] == counts[1] > 0
 
 
 def test_a_cluster_s_variables_win_over_the_steps_own(tmp_path: Path) -> None:

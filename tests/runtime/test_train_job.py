@@ -18,7 +18,13 @@ from finemill.errors import StepError, TemporaryError, UserError
 from finemill.registry.config import RegisterConfig
 from finemill.runtime.processes import Node, node_of_train_job
 from finemill.runtime.run import run_step
-from finemill.runtime.train_job import QUEUE_VARIABLE, RUNTIME_VARIABLE, check_train_jobs, run_train_job
+from finemill.runtime.train_job import (
+    PRIORITY_VARIABLE,
+    QUEUE_VARIABLE,
+    RUNTIME_VARIABLE,
+    check_train_jobs,
+    run_train_job,
+)
 
 NAME = "train-qlora-0123"
 ARGUMENTS = ["train-qlora", "--store", "s3://bucket/$(HOME)"]
@@ -122,6 +128,7 @@ def test_a_job_is_created_followed_and_deleted_when_it_completes(
     cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(QUEUE_VARIABLE, "gpus")
+    monkeypatch.setenv(PRIORITY_VARIABLE, "high")
     cluster.lives = [condition("Suspended", "no quota"), [], [], condition("Complete")]
     cluster.pods = [pod(1), pod(0)]
     # A progress bar returns the carriage.
@@ -129,6 +136,7 @@ def test_a_job_is_created_followed_and_deleted_when_it_completes(
     run_train_job(NAME, ARGUMENTS, 2)
     (job,) = cluster.created
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
     assert job["spec"]["runtimeRef"]["name"] == "finemill-torch"
     trainer = job["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["command"], trainer["args"][-1]) == (2, ["finemill"], "s3://bucket/$$(HOME)")

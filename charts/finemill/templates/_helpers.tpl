@@ -136,6 +136,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- if not (or .Values.serviceAccount.create .Values.serviceAccount.name) -}}
 {{- fail "serviceAccount.create is false: name the one to use in serviceAccount.name" -}}
 {{- end -}}
+{{- if and .Values.gpu.queuePriority (not .Values.gpu.queue) -}}
+{{- fail "gpu.queuePriority is about the pods of a queue: name it in gpu.queue" -}}
+{{- end -}}
 {{- if .Values.schedule.enabled -}}
 {{- include "finemill.checkCron" .Values.schedule.cron -}}
 {{- end -}}
@@ -229,6 +232,9 @@ of several nodes has a TrainJob compute, and needs little itself. */}}
 {{- $_ := set $step "tolerations" (concat ($values.gpu.tolerations | default list) ($values.tolerations | default list)) -}}
 {{- if $values.gpu.queue -}}
 {{- $_ := set $labels "kueue.x-k8s.io/queue-name" $values.gpu.queue -}}
+{{- with $values.gpu.queuePriority -}}
+{{- $_ := set $labels "kueue.x-k8s.io/priority-class" . -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- $_ := set $step "podSpecPatch" (toJson $patch) -}}

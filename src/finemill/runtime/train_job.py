@@ -22,6 +22,8 @@ RUNTIME_VARIABLE = "FINEMILL_TRAINING_RUNTIME"
 """Names the TrainingRuntime that nodes are made from; the chart sets it."""
 QUEUE_VARIABLE = "FINEMILL_TRAINING_QUEUE"
 """Names Kueue's LocalQueue that TrainJobs wait in, if they do."""
+PRIORITY_VARIABLE = "FINEMILL_TRAINING_PRIORITY"
+"""Names their WorkloadPriorityClass there; without one Kueue goes by the priority of the runtime's pods."""
 POLL_S = 5.0
 """Seconds between two looks at the job."""
 PATIENCE_S = 120.0
@@ -73,14 +75,14 @@ def _runtime(num_nodes: int) -> str:
 
 def manifest(name: str, arguments: Sequence[str], num_nodes: int, runtime: str) -> dict[str, Any]:
     """The TrainJob as Trainer 2 takes it."""
-    queue = os.environ.get(QUEUE_VARIABLE)
+    kueue = {"queue-name": os.environ.get(QUEUE_VARIABLE), "priority-class": os.environ.get(PRIORITY_VARIABLE)}
     return {
         "apiVersion": f"{_GROUP}/v1alpha1",
         "kind": "TrainJob",
         "metadata": {
             "name": name,
             "labels": {"app.kubernetes.io/name": "finemill", "app.kubernetes.io/component": arguments[0]}
-            | ({"kueue.x-k8s.io/queue-name": queue} if queue else {}),
+            | {f"kueue.x-k8s.io/{name}": value for name, value in kueue.items() if value},
         },
         "spec": {
             "runtimeRef": {"apiGroup": _GROUP, "kind": "TrainingRuntime", "name": runtime},
