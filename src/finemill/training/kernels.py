@@ -15,8 +15,9 @@ from finemill.errors import UserError
 from finemill.models.nf4.config import is_quantized
 from finemill.models.token_rows import begin_token_rows
 from finemill.training.adapter import keep_trained_in_float32, lora_config
-from finemill.training.config import LoRATrainingConfig
+from finemill.training.config import SHARDED, LoRATrainingConfig
 from finemill.training.inputs import TrainingInputs
+from finemill.training.lora_on_cpu import add_in_place
 from finemill.training.memory import eight_bit_moments, must_stream, not_on_kernels
 from finemill.training.positions import base_config
 from finemill.training.quantized_base import compute_dtype, load_base, memory_limit
@@ -64,6 +65,8 @@ def make_trainer(
     if inputs.new_tokens:
         complete_wrapper(trainer.model)
     check_kernels(trainer, config)
+    if inputs.device.type == "cpu" and config.strategy not in SHARDED:
+        add_in_place(trainer.model)
     return trainer
 
 
