@@ -90,6 +90,15 @@ def test_damaged_files_are_one_line(base: Any, adapter: Path) -> None:
         load_adapter(base, adapter)
 
 
+def test_weights_of_the_base_itself_are_not_taken_from_an_adapter(base: Any, adapter: Path) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+    weight = base.model.layers[0].self_attn.q_proj.weight
+    save_file({**tensors, name: torch.zeros_like(weight)}, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"holds .*q_proj\.base_layer\.weight, a weight of the base itself"):
+        load_adapter(base, adapter)
+
+
 def test_shards_and_adapters_inside_the_folder_are_named(base: Any, adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model-00001-of-00002.safetensors")
     with pytest.raises(UserError, match=r"found adapter_model-00001-of-00002\.safetensors .* one safetensors file"):

@@ -25,11 +25,7 @@ def test_new_tokens_begin_as_the_mean_of_those_before_them(
     assert torch.equal(weight[others], before[others])
 
 
-def test_a_special_token_that_no_chat_holds_needs_no_row(short_model_dir: Path) -> None:
+def test_a_token_for_pictures_alone_needs_no_row(short_model_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(short_model_dir)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    assert tokens_without_row(tokenizer, 1536) == {}
-    tokenizer.add_tokens(["word"])
-    assert tokens_without_row(tokenizer, 1536) == {1537: "word"}
-    tokenizer.chat_template += "<image>"
-    assert tokens_without_row(tokenizer, 1536) == {1536: "<image>", 1537: "word"}
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>", "<new>"]})
+    assert tokens_without_row(tokenizer, 1537) == {1537: "<new>"}

@@ -132,6 +132,7 @@ def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
     read_adapter_config(folder)
     check_adapter_weights(folder)
     _check_kind(folder, base)
+    _refuse_base_weights(folder, base)
     training = read_training(folder)
     if training and training.rope_parameters:
         scale_model(base, training.rope_parameters)
@@ -171,6 +172,21 @@ def _check_kind(folder: Path, base: Any) -> None:
             f"the adapter in {folder} is of a dense model ({dense}), and the base ({model}) is a mixture of experts: "
             "pass the base that it was trained on"
         )
+
+
+def _refuse_base_weights(folder: Path, base: Any) -> None:
+    """Raises: UserError: the file holds weights of the base itself, in whose place PEFT would put them.
+
+    Tables that grew are meant to be there.
+    """
+    paths = {id(module): path for path, module in base.named_modules()}
+    ends = tuple(f"{_PREFIX}{paths[id(end)]}." for end in (base.get_input_embeddings(), base.get_output_embeddings()))
+    for name in read_header(folder / WEIGHTS_NAME):
+        if name.endswith(".base_layer.weight") and not name.startswith(ends):
+            raise UserError(
+                f"{folder / WEIGHTS_NAME} holds {name}, a weight of the base itself: save the adapter's own tensors "
+                "alone (save_pretrained of the PEFT model)"
+            )
 
 
 def num_tokens_with(folder: Path, base: Any) -> int:

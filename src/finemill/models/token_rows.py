@@ -7,6 +7,8 @@ import torch
 
 from finemill.errors import UserError
 
+_OF_PICTURES = ("<image_soft_token>",)
+
 
 def begin_token_rows(model: Any, token_ids: Sequence[int]) -> None:
     """Let tokens begin as the mean of those before them, in a model that gets more rows where it has too few.
@@ -28,17 +30,14 @@ def begin_token_rows(model: Any, token_ids: Sequence[int]) -> None:
 
 
 def tokens_without_row(tokenizer: Any, num_tokens: int) -> dict[int, str]:
-    """Tokens that a text may come to, by id, of which a model with `num_tokens` rows knows nothing.
+    """Tokens, by id, that a model with `num_tokens` rows knows nothing of.
 
-    A special one that the chat template never writes does not count: the tokenizer of Gemma's text models has one for
-    pictures.
+    But for one that stands for pictures: Gemma's models of text alone share their tokenizer with those that see.
     """
-    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    template = str(tokenizer.chat_template or "")
     return {
         token_id: text
         for text, token_id in tokenizer.get_vocab().items()
-        if token_id >= num_tokens and (token_id not in special or text in template)
+        if token_id >= num_tokens and text not in _OF_PICTURES
     }
 
 
