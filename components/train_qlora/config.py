@@ -34,6 +34,8 @@ class TrainQLoRAConfig(LoRATrainingConfig):
         reasons = {
             "packing joins rows that attention must keep apart: leave packing out": self.packing,
             "evaluations need whole rows: leave eval_steps out": self.eval_steps is not None,
+            "NEFTune's noise depends on a row's length: leave neftune_noise_alpha out": self.neftune_noise_alpha
+            is not None,
             "kernels 'on' train whole rows: use kernels 'auto' or 'off'": self.kernels == "on",
             f"strategy '{self.strategy}' trains whole rows: use 'auto', 'ddp' or 'fsdp2'": self.strategy
             not in ("auto", "ddp", "fsdp2"),

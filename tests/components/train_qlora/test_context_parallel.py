@@ -119,6 +119,7 @@ def test_the_label_behind_a_cut_is_the_next_part_s_first_token() -> None:
     [
         ({"packing": True}, "leave packing out"),
         ({"eval_steps": 5}, "leave eval_steps out"),
+        ({"neftune_noise_alpha": 5.0}, "leave neftune_noise_alpha out"),
         ({"kernels": "on"}, "kernels 'on' train whole rows"),
         ({"strategy": "zero3"}, "strategy 'zero3' trains whole rows"),
     ],
