@@ -50,7 +50,7 @@ def test_champion_is_scored_on_the_new_versions_rows(
         data = dataset(folder_store, seed)
         adapter = publish("adapter", {**files, "seed": str(seed)}, {"base_model": _BASE, "dataset": data})
         inputs = {"dataset": data, "base_model": _BASE, "adapter": adapter}
-        config = {"max_rows": 3, "max_new_tokens": 4}
+        config = {"max_rows": 5, "max_new_tokens": 4}
         evaluation = str(run_step("eval", store=folder_store, inputs=inputs, config=config).reference)
         model = publish("model", {"config.json": str(seed)}, {"adapter": adapter})
         gguf = publish("gguf", {"gguf.json": str(seed)}, {"model": model})
