@@ -27,7 +27,7 @@ def copy_records(bucket: str, prefix: str, folder: Path) -> None:
 
 def test_every_expert_is_trained_merged_and_exported(s3_store: str, tiny_mixture_dir: Path, tmp_path: Path) -> None:
     rows = ["--data-prep.sources", '[{uri: "example:reasoning", max_rows: 40}]']
-    few = [*rows, "--eval.max-rows", "4", "--eval.max-new-tokens", "8", "--gguf-quantize.verify-rows", "0"]
+    few = [*rows, "--eval.max-rows", "6", "--eval.max-new-tokens", "8", "--gguf-quantize.verify-rows", "0"]
     command = ["run", "finetune", "--store", s3_store, "--base-model", str(tiny_mixture_dir), *SHORT, *few]
     variables = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
     work, copies = tmp_path / "work", tmp_path / "copies"
