@@ -81,7 +81,7 @@ ENVIRONMENT = {
         # Whoever may read workflows would read it.
         "if": {"properties": {"name": {"enum": sorted(SECRET_VARIABLES)}}},
         "then": {"properties": {"value": {"const": "from a Secret, by valueFrom"}}},
-        "dependencies": {"value": {"properties": {"valueFrom": False}}},
+        "dependencies": {"value": {"properties": {"valueFrom": {"const": "none beside a value"}}}},
     }
 }
 OF_KUBERNETES = (Affinity, EnvVarSource, Volume, VolumeMount)

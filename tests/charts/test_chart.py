@@ -327,7 +327,7 @@ def check_values() -> Draft7Validator:
         ("extraVolumes[0].name=a", "extraVolumes.0"),
         ("extraVolumes[0].name=a,extraVolumes[0].emptyDir.medium=Memory,extraVolumes[0].nfs.path=/", "extraVolumes.0"),
         ("extraVolumes[0].name=A_b,extraVolumes[0].emptyDir.medium=Memory", "name"),
-        ("extraEnv[0].name=A,extraEnv[0].value=x,extraEnv[0].valueFrom.fieldRef.fieldPath=x", "fieldRef"),
+        ("extraEnv[0].name=A,extraEnv[0].value=x,extraEnv[0].valueFrom.fieldRef.fieldPath=x", "none beside a value"),
         ("extraEnv[0].name=A,extraEnv[0].valueFrom.fieldRef.key=x", "valueFrom"),
         ("extraEnv[0].name=HF_TOKEN,extraEnv[0].value=hf_x", "from a Secret"),
         ("tolerations[0].operator=Exists,tolerations[0].value=x", "value"),
