@@ -30,6 +30,7 @@ from finemill.models.base.resolve import resolve_base_model
 from finemill.models.causal_lm import load_causal_lm, suitable_threads
 from finemill.models.generation import Answer, stop_token_ids
 from finemill.models.sampling import Sampling
+from finemill.models.token_rows import check_token_ids
 from finemill.runtime.context import StepContext
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ def run(
 
     Both models are one load: the base is the tuned model with its adapter switched off.
 
-    Raises: UserError: the split is empty, the base is not the adapter's own, or a loss is no number.
+    Raises: UserError: the split is empty, the base is not the adapter's own, the dataset is of another tokenizer, or a
+        loss is no number.
     """
     from transformers import AutoTokenizer
 
@@ -66,6 +68,7 @@ def run(
     questions = read_regression_set(tokenizer) if config.regression else None
     tasks = read_tasks(config.lm_eval_tasks)
     tuned = load_adapter(_load_base(base_model, config), adapter)
+    check_token_ids((row.input_ids for row in rows), tuned.get_input_embeddings().weight.shape[0], dataset)
     stops = stop_token_ids(tokenizer, base_model)
     answers = answer_both(
         tuned,

@@ -142,6 +142,29 @@ def test_an_empty_split_is_refused(
         )
 
 
+def test_a_dataset_of_another_tokenizer_is_refused(
+    tiny_model_dir: Path,
+    tiny_adapter_dir: Path,
+    tiny_dataset_dir: Path,
+    tmp_path: Path,
+    step_context: StepContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [replace(row, input_ids=[*row.input_ids, 90_000]) for row in read_held_out(tiny_dataset_dir, "test")]
+    monkeypatch.setattr("finemill.components.eval.step.read_held_out", lambda *_: rows)
+    with pytest.raises(
+        UserError, match=r"token id 90000, the model only \d+ tokens: it was made for another tokenizer"
+    ):
+        evaluate(
+            dataset=tiny_dataset_dir,
+            base_model=tiny_model_dir,
+            adapter=tiny_adapter_dir,
+            output_dir=tmp_path,
+            config=CONFIG,
+            context=step_context,
+        )
+
+
 def test_a_missing_adapter_is_said_in_one_line(
     tiny_model_dir: Path, tiny_dataset_dir: Path, tmp_path: Path, step_context: StepContext
 ) -> None:
