@@ -13,7 +13,7 @@ class TrainQLoRAConfig(LoRATrainingConfig):
     not_in_key: ClassVar[frozenset[str]] = LoRATrainingConfig.not_in_key | {"context_parallel"}
 
     packing: bool = False
-    """Join short rows to sequences of max_length without attention between them. For GPUs: on a CPU it costs time."""
+    """Join short rows to sequences of max_length without attention between them; on a CPU it saves nothing."""
 
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
     """Order of the rows; group_by_length puts rows of like length into a batch, which saves padding."""
