@@ -63,6 +63,8 @@ def watch(store: Store) -> Watch:
 def beat(store: Store, rank: int, **values: int | bool) -> None:
     beats = {"count": 1, "ticks": 20, "step": 7, "finished": False}
     store.set(f"beat/{rank}", json.dumps(beats | values))
+    # Setting does not wait for the server, and the watch has a connection of its own.
+    store.get(f"beat/{rank}")
 
 
 def test_processes_that_keep_step_are_left_alone(watch: Watch, store: Store) -> None:
