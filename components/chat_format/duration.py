@@ -1,13 +1,14 @@
 """In how many steps and hours a named model trains on the examples, on a named card: the kernels' own plan."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finemill.components.chat_format.config import ChatFormatConfig
-from finemill.components.chat_format.packing import PACKED_ROWS, num_packs
+from finemill.components.chat_format.packing import num_packs_of_all
 from finemill.kernels.planning.from_config import workload_of_config
 from finemill.kernels.planning.model_shapes import MIXTURES, SHAPES
 from finemill.kernels.planning.planner import plan_step
@@ -28,15 +29,35 @@ def training_time(lengths: NDArray[np.int64], config: ChatFormatConfig) -> dict[
     assert asked is not None
     model = SHAPES[asked.model].config() if asked.model in SHAPES else MIXTURES[asked.model]
     room = max(config.max_length or 0, int(lengths.max()))
-    counted = lengths[:PACKED_ROWS].tolist()
-    packs = math.ceil(num_packs(counted, room) * len(lengths) / len(counted))
-    found: dict[str, Any] = asked.model_dump()
-    for name, sequences in (("packed", packs), ("one_by_one", len(lengths))):
-        row = math.ceil(int(lengths.sum()) / sequences)
+
+    def seconds(sequences: int, row: int) -> float:
         tokens = min(asked.global_batch_size, sequences) * row
         work = workload_of_config(model, rank=_RANK, quantized=True, tokens=tokens, row=row)
-        plan = plan_step(work, int(asked.memory_gb * 2**30), rates=RATES[asked.gpu], allow_stream=True)
-        steps = math.ceil(sequences / asked.global_batch_size)
+        return plan_step(work, int(asked.memory_gb * 2**30), rates=RATES[asked.gpu], allow_stream=True).seconds
+
+    examples, packs = len(lengths), num_packs_of_all(lengths.tolist(), room)
+    tokens, per_step = int(lengths.sum()), asked.global_batch_size
+    return asked.model_dump() | steps_and_hours(examples, packs, tokens, seconds, sequences_per_step=per_step)
+
+
+def steps_and_hours(
+    examples: int,
+    packs: int,
+    tokens: int,
+    seconds: Callable[[int, int], float],
+    *,
+    sequences_per_step: int,
+    epochs: int = 1,
+) -> dict[str, float]:
+    """Steps and hours of training, with the examples in packs and one by one.
+
+    Args:
+        tokens: of all examples.
+        seconds: of a step, by the number of sequences in all and the tokens of one.
+    """
+    found: dict[str, float] = {}
+    for name, sequences in (("packed", packs), ("one_by_one", examples)):
+        steps = epochs * math.ceil(sequences / sequences_per_step)
         found[f"steps_{name}"] = steps
-        found[f"hours_{name}"] = float(f"{steps * plan.seconds / 3600:.3g}")
+        found[f"hours_{name}"] = float(f"{steps * seconds(sequences, math.ceil(tokens / sequences)) / 3600:.3g}")
     return found

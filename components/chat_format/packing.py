@@ -1,5 +1,6 @@
 """What padding costs, and how many sequences a pack holds."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -25,6 +26,12 @@ def packing(lengths: Sequence[int], max_length: int | None) -> dict[str, float]:
         "padding_packed": round(1 - sum(lengths) / (packs * room), 4),
         "sequences_per_pack": round(len(lengths) / packs, 2),
     }
+
+
+def num_packs_of_all(lengths: Sequence[int], room: int) -> int:
+    """How many packs hold the sequences, by what the first `PACKED_ROWS` of them need."""
+    counted = lengths[:PACKED_ROWS]
+    return math.ceil(num_packs(counted, room) * len(lengths) / len(counted))
 
 
 def num_packs(lengths: Sequence[int], room: int) -> int:

@@ -15,7 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from finemill.artifacts.dataset import read_lengths
-from finemill.components.chat_format.packing import PACKED_ROWS, num_packs
+from finemill.components.chat_format.duration import steps_and_hours
+from finemill.components.chat_format.packing import num_packs_of_all
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.errors import UserError
 from finemill.kernels.engine.expert_layout import EXPERT_FAMILIES, has_dense_layers
@@ -139,18 +140,15 @@ def training_time(args: argparse.Namespace, memory_gb: float) -> dict[str, float
     lengths = [min(length, args.seq) for length in read_lengths(dataset, "train")]
     if not lengths:
         raise UserError(f"{args.dataset} has no training row")
-    counted = lengths[:PACKED_ROWS]
-    packs = math.ceil(num_packs(counted, args.seq) * len(lengths) / len(counted))
     rows_per_step = args.bs * args.accum
-    found: dict[str, float] = {"examples": len(lengths), "tokens": sum(lengths), "packs": packs}
-    for name, sequences in (("packed", packs), ("one_by_one", len(lengths))):
-        row = math.ceil(sum(lengths) / sequences)
+
+    def seconds(sequences: int, row: int) -> float:
         work = workload(args.model, rank=args.rank, quantized=args.quant == "nf4", rows=rows_per_step, row=row)
-        _, plan = planned(args, work, memory_gb)
-        steps = args.epochs * math.ceil(sequences / (args.gpus * rows_per_step))
-        found[f"steps_{name}"] = steps
-        found[f"hours_{name}"] = float(f"{steps * plan.seconds / 3600:.3g}")
-    return found
+        return planned(args, work, memory_gb)[1].seconds
+
+    counts = {"examples": len(lengths), "tokens": sum(lengths), "packs": num_packs_of_all(lengths, args.seq)}
+    per_step = args.gpus * rows_per_step
+    return counts | steps_and_hours(**counts, seconds=seconds, sequences_per_step=per_step, epochs=args.epochs)
 
 
 def _config(model: str) -> Mapping[str, Any]:
