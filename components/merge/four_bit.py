@@ -13,7 +13,7 @@ from finemill.models.nf4.checkpoint import checkpoint_shapes, write_checkpoint
 from finemill.models.nf4.layers import quantized_layers, skip_modules
 from finemill.models.stored_model import StoredModel
 from finemill.models.trained_base import trained_rounding
-from finemill.models.write_weights import total_bytes
+from finemill.models.write_weights import total_bytes, type_beside
 
 FOLDER = "merged_4bit"
 """Its place in the merged model's folder."""
@@ -28,14 +28,14 @@ def four_bit_bytes(stored: StoredModel, dtype: torch.dtype) -> int:
             "merge: merged_4bit does not fit a mixture of experts, whose stacks bitsandbytes leaves in 16 bits: leave "
             "it out, and quantize with gguf-quantize"
         )
-    return total_bytes(checkpoint_shapes(stored, set(quantized_layers(stored)), _type_beside(dtype)))
+    return total_bytes(checkpoint_shapes(stored, set(quantized_layers(stored)), type_beside(dtype)))
 
 
 def write_four_bit_model(merged: StoredModel, dtype: torch.dtype) -> None:
     """Write every linear layer but the output layer in NF4, as Hugging Face's loaders want it, into `FOLDER`."""
     folder = merged.folder / FOLDER
     folder.mkdir()
-    write_checkpoint(merged, set(quantized_layers(merged)), skip_modules(merged, ()), _type_beside(dtype), folder)
+    write_checkpoint(merged, set(quantized_layers(merged)), skip_modules(merged, ()), type_beside(dtype), folder)
 
 
 def four_bit_link(folder: Path, prompts: Sequence[Sequence[int]], expected: Sequence[torch.Tensor]) -> ChainLink:
@@ -58,8 +58,3 @@ def write_four_bit_card(folder: Path, base_model: str, chat_template: object, li
         table={},
         chain=chain_table([link]),
     )
-
-
-def _type_beside(dtype: torch.dtype) -> torch.dtype:
-    """Of what is not quantized."""
-    return dtype if dtype.itemsize == 2 else torch.bfloat16

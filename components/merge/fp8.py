@@ -12,7 +12,7 @@ from finemill.models.fp8 import checkpoint_shapes, rounded_inputs, rounded_model
 from finemill.models.model_card import serve_commands, write_card
 from finemill.models.nf4.layers import quantized_layers
 from finemill.models.stored_model import StoredModel
-from finemill.models.write_weights import total_bytes
+from finemill.models.write_weights import total_bytes, type_beside
 
 FOLDER = "merged_fp8"
 """Its place in the merged model's folder."""
@@ -25,14 +25,14 @@ def fp8_bytes(stored: StoredModel, dtype: torch.dtype) -> int:
             "merge: merged_fp8 does not fit a mixture of experts, whose rounding is not measured here: leave it out, "
             "and quantize with gguf-quantize"
         )
-    return total_bytes(checkpoint_shapes(stored, quantized_layers(stored), _type_beside(dtype)))
+    return total_bytes(checkpoint_shapes(stored, quantized_layers(stored), type_beside(dtype)))
 
 
 def write_fp8_model(merged: StoredModel, dtype: torch.dtype) -> None:
     """Write every linear layer but the output layer in FP8 into `FOLDER`."""
     folder = merged.folder / FOLDER
     folder.mkdir()
-    write_checkpoint(merged, set(quantized_layers(merged)), _type_beside(dtype), folder)
+    write_checkpoint(merged, set(quantized_layers(merged)), type_beside(dtype), folder)
 
 
 def fp8_link(
@@ -40,7 +40,7 @@ def fp8_link(
 ) -> ChainLink:
     """How far the model in FP8, inputs too, is from the merged one in `folder`, whose logits are `expected`."""
     quantized = set(quantized_layers(StoredModel(folder)))
-    rounded = rounded_model(folder, quantized, _type_beside(dtype))
+    rounded = rounded_model(folder, quantized, type_beside(dtype))
     with rounded_inputs(rounded.model, quantized):
         found = logits_of(rounded.model, rounded, prompts)
     return link_of_logits("merged, FP8", "merged", prompts, expected, found)
@@ -58,8 +58,3 @@ def write_fp8_card(folder: Path, base_model: str, chat_template: object, link: C
         table={},
         chain=chain_table([link]),
     )
-
-
-def _type_beside(dtype: torch.dtype) -> torch.dtype:
-    """Of scales, and of what is not quantized."""
-    return dtype if dtype.itemsize == 2 else torch.bfloat16

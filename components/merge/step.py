@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,22 +211,17 @@ def _four_bits(
     config: MergeConfig,
     context: StepContext,
 ) -> list[ChainLink]:
-    """The link to the merged model in 4 bits, which is written, where it is asked for.
-
-    Raises: StepError: 4 bits make another model of it.
-    """
+    """The link to the merged model in 4 bits, which is written, where it is asked for."""
     if not config.merged_4bit:
         return []
-    context.recorder.log_progress("writing the merged model in 4 bits, and comparing it")
-    write_four_bit_model(written, dtype)
-    link = four_bit_link(written.folder, prompts, logits)
-    if not link.kl <= config.max_4bit_kl:
-        raise StepError(
-            f"merge: in 4 bits the merged model differs by {link.kl:.3g} nats per token (KL; allowed "
-            f"{config.max_4bit_kl:g}): use finemill quantize-4bit, which keeps 16 bits where they count, or a larger "
-            "max_4bit_kl"
-        )
-    return [link]
+    return _rounded(
+        "4 bits",
+        partial(write_four_bit_model, written, dtype),
+        partial(four_bit_link, written.folder, prompts, logits),
+        config.max_4bit_kl,
+        "use finemill quantize-4bit, which keeps 16 bits where they count, or a larger max_4bit_kl",
+        context,
+    )
 
 
 def _fp8(
@@ -236,19 +232,35 @@ def _fp8(
     config: MergeConfig,
     context: StepContext,
 ) -> list[ChainLink]:
-    """The link to the merged model in FP8, which is written, where it is asked for.
-
-    Raises: StepError: FP8 makes another model of it.
-    """
+    """The link to the merged model in FP8, which is written, where it is asked for."""
     if not config.merged_fp8:
         return []
-    context.recorder.log_progress("writing the merged model in FP8, and comparing it")
-    write_fp8_model(written, dtype)
-    link = fp8_link(written.folder, dtype, prompts, logits)
-    if not link.kl <= config.max_fp8_kl:
+    return _rounded(
+        "FP8",
+        partial(write_fp8_model, written, dtype),
+        partial(fp8_link, written.folder, dtype, prompts, logits),
+        config.max_fp8_kl,
+        "serve the one in 16 bits, or allow a larger max_fp8_kl",
+        context,
+    )
+
+
+def _rounded(
+    form: str,
+    write: Callable[[], None],
+    compare: Callable[[], ChainLink],
+    max_kl: float,
+    advice: str,
+    context: StepContext,
+) -> list[ChainLink]:
+    """Write the merged model in fewer bits and compare it. Raises: StepError: it is another model."""
+    context.recorder.log_progress(f"writing the merged model in {form}, and comparing it")
+    write()
+    link = compare()
+    if not link.kl <= max_kl:
         raise StepError(
-            f"merge: in FP8 the merged model differs by {link.kl:.3g} nats per token (KL; allowed "
-            f"{config.max_fp8_kl:g}): serve the one in 16 bits, or allow a larger max_fp8_kl"
+            f"merge: in {form} the merged model differs by {link.kl:.3g} nats per token (KL; allowed {max_kl:g}): "
+            f"{advice}"
         )
     return [link]
 

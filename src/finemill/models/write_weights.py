@@ -21,6 +21,11 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
+def type_beside(dtype: torch.dtype) -> torch.dtype:
+    """Of scales and of what is not quantized, in a file whose linear layers are: 16 bits, where `dtype` has others."""
+    return dtype if dtype.itemsize == 2 else torch.bfloat16
+
+
 def total_bytes(shapes: Shapes) -> int:
     """Bytes of all values."""
     return sum(_num_bytes(*shape) for shape in shapes.values())
