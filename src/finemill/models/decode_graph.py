@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from finemill.models.row_cache import RowCache
+from finemill.models.stored_model import NUM_EXPERTS
 
 _logger = logging.getLogger(__name__)
 _ATTENTION = "finemill_one_token"
@@ -63,8 +64,7 @@ class DecodeGraph:
 def can_capture(model: Any) -> bool:
     """Whether it is worth a try: experts are chosen on the host."""
     config = model.config.get_text_config()
-    experts = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-    return model.device.type == "cuda" and not any(experts)
+    return model.device.type == "cuda" and not any(getattr(config, name, None) for name in NUM_EXPERTS)
 
 
 def _capture(graph: torch.cuda.CUDAGraph, model: Any, forward: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from finemill.models.weights import DTYPES, StoredTensor, holds_another_head, st
 
 Rounding = Callable[[str, torch.Tensor], torch.Tensor]
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -389,7 +389,7 @@ def _check_counts(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = config.get("text_config") or config
         layers = config.get("num_hidden_layers")
-        experts = next((config[key] for key in _NUM_EXPERTS if key in config), None)
+        experts = next((config[key] for key in NUM_EXPERTS if key in config), None)
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{folder / 'config.json'} cannot be read ({error}): download or copy the model again"
