@@ -126,6 +126,19 @@ def test_answers_do_not_depend_on_the_batch_they_are_in(tiny_model_dir: Path, ti
     assert any(answer.finished for answer in together)
 
 
+def _evaluate(
+    tiny_model_dir: Path, adapter: Path, dataset: Path, folder: Path, context: StepContext, **config: Any
+) -> Mapping[str, float]:
+    return evaluate(
+        dataset=dataset,
+        base_model=tiny_model_dir,
+        adapter=adapter,
+        output_dir=folder,
+        config=EvalConfig(max_rows=2, max_new_tokens=4, **config),
+        context=context,
+    )
+
+
 def test_an_empty_split_is_refused(
     tiny_model_dir: Path, tiny_adapter_dir: Path, tmp_path: Path, step_context: StepContext
 ) -> None:
@@ -155,14 +168,7 @@ def test_a_dataset_of_another_tokenizer_is_refused(
     with pytest.raises(
         UserError, match=r"token id 90000, the model only \d+ tokens: it was made for another tokenizer"
     ):
-        evaluate(
-            dataset=tiny_dataset_dir,
-            base_model=tiny_model_dir,
-            adapter=tiny_adapter_dir,
-            output_dir=tmp_path,
-            config=CONFIG,
-            context=step_context,
-        )
+        _evaluate(tiny_model_dir, tiny_adapter_dir, tiny_dataset_dir, tmp_path, step_context)
 
 
 def test_a_missing_adapter_is_said_in_one_line(
@@ -177,19 +183,6 @@ def test_a_missing_adapter_is_said_in_one_line(
             config=CONFIG,
             context=step_context,
         )
-
-
-def _evaluate(
-    tiny_model_dir: Path, adapter: Path, dataset: Path, folder: Path, context: StepContext, **config: Any
-) -> Mapping[str, float]:
-    return evaluate(
-        dataset=dataset,
-        base_model=tiny_model_dir,
-        adapter=adapter,
-        output_dir=folder,
-        config=EvalConfig(max_rows=2, max_new_tokens=4, **config),
-        context=context,
-    )
 
 
 def test_a_base_in_4_bits_scores_a_little_other_than_in_16(
