@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from finemill.models.row_cache import RowCache
-from finemill.models.stored_model import NUM_EXPERTS
+from finemill.models.weights import NUM_EXPERTS
 
 _logger = logging.getLogger(__name__)
 _ATTENTION = "finemill_one_token"

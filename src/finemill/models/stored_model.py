@@ -18,11 +18,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
 from finemill.errors import UserError
-from finemill.models.weights import DTYPES, StoredTensor, holds_another_head, stored_tensors
+from finemill.models.weights import DTYPES, NUM_EXPERTS, StoredTensor, holds_another_head, stored_tensors
 
 Rounding = Callable[[str, torch.Tensor], torch.Tensor]
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)

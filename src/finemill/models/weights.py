@@ -20,6 +20,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 """Dtypes by the names that the safetensors format gives them."""
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Names that families give the number of experts in config.json."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
