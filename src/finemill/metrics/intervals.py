@@ -79,12 +79,13 @@ def _without(points: str | None) -> str:
 
 
 def _of_inequality(text: str) -> str | None:
-    parts = _SIGN.split(text.strip())
+    parts = [part.strip() for part in _SIGN.split(text)]
     if len(parts) == 3:
         left, sign, right = parts
         if _is_variable(right):
             left, right, sign = right, left, _mirrored(sign)
-        if not _is_variable(left) or not right:
+        # `\ge 4`, without a letter, is a bound of what is asked for.
+        if not (_is_variable(left) or not left) or not right:
             return None
         edge = "" if _is_strict(sign) else "="
         if _is_below(sign):

@@ -19,10 +19,14 @@ from finemill.metrics.moments import same_moment
 from finemill.metrics.named_values import read_named_values
 from finemill.metrics.quantities import read_compound, read_quantity, same_quantity
 from finemill.metrics.ratios import is_fraction, may_be_time, read_ratio, same_ratio
+from finemill.metrics.regions import same_region
 from finemill.metrics.spelling import prepared, without_choice
-from finemill.metrics.symbolic import proven_equal
+from finemill.metrics.symbolic import proven_equal, proven_order
+from finemill.metrics.unit_vectors import components, read_unit_vector
 from finemill.rows.answers import after_thinking, find_answer, said_of_it, with_opening
-from finemill.rows.formulas import UNITS, tidy
+from finemill.rows.characters import plain_characters
+from finemill.rows.chemistry import chemical_spelling, is_certain
+from finemill.rows.formulas import MAGNITUDES, UNITS, tidy
 from finemill.rows.numerals import in_digits
 
 _CHOICE = re.compile(r"\(?(?P<letter>[A-J])\)?[.:]?")
@@ -59,6 +63,13 @@ _PAIRS = (("yes", "no"), ("true", "false"))
 _YES_OR_NO = re.compile(
     r"\W*((?i:yes|true|false)\b|(?i:no)(?=\W*$|\s*[,.;:!]|\s+(?:it|they|he|she|there|this|because)\b))"
 )
+_UNIT_NAME = "|".join(sorted((name for name in [*UNITS, *MAGNITUDES] if len(name) > 3), key=len, reverse=True))
+_ASKED = re.compile(
+    rf"\bhow\s+many\s+(?:(?:more|total|whole|full|additional|extra)\s+)?(?P<unit>{_UNIT_NAME})s?\b|\bin\s+(?P<in>{_UNIT_NAME})s?\b",
+    re.IGNORECASE,
+)
+_BARE = re.compile(r"-?\d[\d,.]*")
+_LONGEST_QUESTION = 2000
 _LONGEST = 1000
 """Characters of an answer; a longer one is a text, equal where it is spelled alike."""
 
@@ -85,11 +96,19 @@ def judge(gold: str, answer: str, *, prompt: str = "", finished: bool = True) ->
         return Verdict(None, "cut_off")
     said = found.text if found else None
     # An exclamation mark at a sentence's end may be a factorial.
-    if equal_answers(gold, said) or (found and found.exclaimed and "!" in gold and equal_answers(gold, f"{said}!")):
+    if _is_right(gold, said, prompt) or (found and found.exclaimed and "!" in gold and equal_answers(gold, f"{said}!")):
         return Verdict(tidy(said) if said else None, "right")
     label = _said_label(gold, text)
     said = label or said
     return Verdict(tidy(said) if said else None, "right" if label and equal_answers(gold, label) else "wrong")
+
+
+def _is_right(gold: str, said: str | None, prompt: str) -> bool:
+    """Whether `said` is the right answer, in the unit of "how many dozen" or "in cents" where it names none itself."""
+    if equal_answers(gold, said):
+        return True
+    asked = list(_ASKED.finditer(prompt[-_LONGEST_QUESTION:])) if _BARE.fullmatch(gold.strip()) else []
+    return bool(asked) and equal_answers(f"{gold} {asked[-1]['unit'] or asked[-1]['in']}", said)
 
 
 def _said_label(gold: str, text: str) -> str | None:
@@ -119,6 +138,9 @@ def equal_answers(gold: str, said: str | None) -> bool:
     if choice:
         found = _SAID_CHOICE.fullmatch(tidy(said))
         return not saids and found is not None and (found["inside"] or found["plain"]).upper() == choice["letter"]
+    substances = chemical_spelling(plain_characters(gold)), chemical_spelling(plain_characters(said))
+    if substances[0] and is_certain(substances[0]) and (substances[1] or gold.casefold() == said.casefold()):
+        return substances[0] == substances[1]
     return _equal(prepared(gold), prepared(without_choice(said))) or _with_remark(prepared(gold), prepared(said))
 
 
@@ -139,6 +161,12 @@ def _equal(gold: str, said: str) -> bool:
     moments = same_moment(gold, said)
     if moments is not None:
         return moments
+    vectors = read_unit_vector(gold), read_unit_vector(said)
+    if any(vectors) and (same := _same_vector(gold, said, *vectors)) is not None:
+        return same
+    region = same_region(gold, said, _order) if _about_one_letter(gold, said) else None
+    if region is not None:
+        return region
     intervals = as_interval(gold), as_interval(said)
     if all(intervals) and _about_one_letter(gold, said) and _same_union(*map(_union, map(str, intervals))):
         return True
@@ -213,6 +241,28 @@ def _about_one_letter(gold: str, said: str) -> bool:
     """Whether two inequalities are about the same variable, as far as each names one."""
     letters = [set(re.findall(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", text)) - {"R"} for text in (gold, said)]
     return not all(letters) or letters[0] == letters[1]
+
+
+def _same_vector(gold: str, said: str, golds: Mapping[str, str] | None, saids: Mapping[str, str] | None) -> bool | None:
+    """Whether two vectors, one at least a sum of unit vectors, are the same; None where the other is no vector."""
+    if golds and saids:
+        return all(_equal(golds.get(axis, "0"), saids.get(axis, "0")) for axis in {*golds, *saids})
+    other = said if golds else gold
+    listed = read_collection(other, (read_matrix(other), None))
+    if not listed or listed.brackets != "()" or len(listed.items) not in (2, 3):
+        return None
+    along = components(golds or saids or {}, len(listed.items))
+    return along is not None and all(_equal(*pair) for pair in zip(along, listed.items, strict=True))
+
+
+def _order(one: str, other: str) -> int | None:
+    """-1, 0 or 1 as a number is less than another, equal to it or more; None where one is none."""
+    quantities = read_quantity(one), read_quantity(other)
+    if quantities[0] and quantities[1]:
+        if quantities[0].unit or quantities[1].unit:
+            return None
+        return (quantities[0].value > quantities[1].value) - (quantities[0].value < quantities[1].value)
+    return proven_order(one, other)
 
 
 def _union(text: str) -> list[str]:

@@ -1,7 +1,9 @@
 """One spelling of an answer for comparing it: without looks and remarks, powers of habit as LaTeX has them."""
 
 import re
+import unicodedata
 
+from finemill.rows.bounds import spelled_bound
 from finemill.rows.characters import plain_characters
 from finemill.rows.formulas import strip_delimiters
 from finemill.rows.numerals import in_digits
@@ -33,6 +35,10 @@ _UNIT_FRACTION = re.compile(
     rf"\s*\{{\s*{_TEXT}\{{(?P<below>[A-Za-z]+)\}}(?P<power>\^\{{?[23]\}}?)?\s*\}}$"
 )
 _SYNONYMS = (("wedge", "land"), ("vee", "lor"), ("lnot", "neg"), ("to", "rightarrow"), ("gets", "leftarrow"))
+# Set signs as they are typed: [1,2] U (3, inf).
+_UNION_SIGN = re.compile(r"(?<=[\])}])\s*(?:U|union)\s*(?=\\?[\[({])")
+_INFINITE_END = re.compile(r"(?<=[-(\[,+ ])(?:inf(?:ty|inity)?|oo)(?=\s*[,)\]])", re.IGNORECASE)
+_HATTED = re.compile("[\u00ee\u0135]|[ijk]\u0302")
 _TRANSPOSED = re.compile(r"^(?P<row>[\[(][^\[\]()]*[\])])\s*\^\s*\{?\s*(?:T|\\top|\\mathrm\{T\})\s*\}?$")
 
 
@@ -42,10 +48,11 @@ def prepared(text: str) -> str:
     text = re.sub(r"(?<=[\w)])\s?\*\*\s?(?=[\w(-])", "^", text)
     text = _SPACES.sub(" ", _LOOKS.sub("", text)).strip().rstrip(",;").strip()
     text = _TEXT_AT_START.sub(lambda match: f"{match['inside'].strip()} ", text).strip()
-    text = _FOR_INTEGERS.sub("", in_digits(_WHY.sub("", text)))
+    text = spelled_bound(_FOR_INTEGERS.sub("", in_digits(_WHY.sub("", text))))
     text = re.sub(r"^\s*(?:\\(?:approx|sim)(?![A-Za-z])|~)", "", text)
     text = re.sub(r"^(?:\+|positive|plus)?\s*inf(?:inity)?$", r"\\infty", text.strip(), flags=re.IGNORECASE)
     text = re.sub(r"^(?:-|negative|minus)\s*inf(?:inity)?$", r"-\\infty", text, flags=re.IGNORECASE)
+    text = _INFINITE_END.sub(r"\\infty", _UNION_SIGN.sub(r" \\cup ", text))
     text = re.sub(r"\\([lr])angle(?![A-Za-z])", lambda match: "(" if match[1] == "l" else ")", text)
     text = re.sub(r"\+\s?/\s?-|\+-(?=\s?\d)", r"\\pm ", text)
     text = re.sub(r"\s*(?:\.\.\.|\\[lc]?dots(?![A-Za-z]))\s*(?=,)", r"\\ldots", text)
@@ -54,6 +61,7 @@ def prepared(text: str) -> str:
     text = re.sub(r"\\[dt]binom(?![A-Za-z])", r"\\binom", text)
     text = _COMBINATIONS.sub(_as_binomial, text)
     text = re.sub(r"\\(?:hat|vec|mathbf|bm|boldsymbol)\s*\{?\\?([ijk])(?:math)?\}?(?![A-Za-z])", r"\\mathbf{\1}", text)
+    text = re.sub(r"\\mathbf\{\\mathbf\{([ijk])\}\}", r"\\mathbf{\1}", _HATTED.sub(_as_unit_vector, text))
     text = re.sub(r"(?<!\\log)_\{(\d+)\}", r"_\1", text)
     for one, other in _SYNONYMS:
         text = re.sub(rf"\\{one}(?![A-Za-z])", rf"\\{other}", text)
@@ -68,6 +76,10 @@ def prepared(text: str) -> str:
 def without_choice(text: str) -> str:
     """`text` without the letter of a choice in brackets before the answer."""
     return _CHOICE_BEFORE.sub("", text)
+
+
+def _as_unit_vector(match: re.Match[str]) -> str:
+    return f"\\mathbf{{{unicodedata.normalize('NFD', match[0])[0]}}}"
 
 
 def _as_binomial(match: re.Match[str]) -> str:

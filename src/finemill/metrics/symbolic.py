@@ -25,18 +25,34 @@ _lock = threading.Lock()
 _process: "subprocess.Popen[bytes] | None" = None
 
 
-@lru_cache(maxsize=4096)
+_ORDERS = {b"less": -1, b"equal": 0, b"more": 1}
+
+
 def proven_equal(gold: str, said: str) -> bool:
     """Whether two formulas in LaTeX are equal for all values of their variables.
 
     Raises: UserError: Math-Verify is not installed.
     """
-    question = json.dumps([gold, said]).encode() + b"\n"
+    return _ask("equality", gold, said) == b"equal"
+
+
+def proven_order(one: str, other: str) -> int | None:
+    """-1, 0 or 1 as a number is less than another, equal to it or more; None for what is no number.
+
+    Raises: UserError: Math-Verify is not installed.
+    """
+    return _ORDERS.get(_ask("order", one, other) or b"")
+
+
+@lru_cache(maxsize=4096)
+def _ask(what: str, one: str, other: str) -> bytes | None:
+    """What the process says of two formulas, None if it fails or takes too long."""
+    question = json.dumps([what, one, other]).encode() + b"\n"
     with _lock:
         process = _running()
         try:
             if process.stdin is None or process.stdout is None:
-                return False
+                return None
             process.stdin.write(question)
             process.stdin.flush()
             answer = _read_line(process, TIMEOUT_S)
@@ -44,7 +60,7 @@ def proven_equal(gold: str, said: str) -> bool:
             answer = None
         if answer is None:
             _stop()
-        return answer == b"true"
+        return answer
 
 
 def _running() -> "subprocess.Popen[bytes]":

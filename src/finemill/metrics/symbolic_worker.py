@@ -1,4 +1,4 @@
-"""The process behind `symbolic.py`: a pair of formulas per line in, `true` or `false` out. Imports no finemill."""
+"""The process behind `symbolic.py`: a question about two formulas per line in, a word out. Imports no finemill."""
 
 import json
 import logging
@@ -18,12 +18,23 @@ def main() -> None:
 
     print("ready", flush=True)
     for line in sys.stdin:
-        gold, said = json.loads(line)
+        what, one, other = json.loads(line)
         try:
-            equal = proven(gold, said)
+            answer = order(one, other) if what == "order" else "equal" if proven(one, other) else "unequal"
         except Exception:
-            equal = False
-        print("true" if equal else "false", flush=True)
+            answer = "unknown"
+        print(answer, flush=True)
+
+
+def order(one: str, other: str) -> str:
+    """Which of two numbers is less."""
+    values = _parse(one), _parse(other)
+    if any(value is None or value.free_symbols or not value.is_real for value in values):
+        return "unknown"
+    difference = values[0] - values[1]
+    if _is_zero(difference):
+        return "equal"
+    return "less" if difference.evalf(30) < 0 else "more"
 
 
 def proven(gold: str, said: str) -> bool:

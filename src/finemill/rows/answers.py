@@ -9,11 +9,14 @@ right for a piece of what it said.
 import re
 from dataclasses import dataclass
 
+from finemill.rows.bounds import with_bound
 from finemill.rows.channels import thinking_in_blocks
 from finemill.rows.characters import plain_characters
+from finemill.rows.chemistry import chemical_formulas
 from finemill.rows.dates import dates
 from finemill.rows.formulas import Span, boxed, formulas, strip_delimiters, tidy
 from finemill.rows.numerals import in_digits, last_counted
+from finemill.rows.results import without_circumstances
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 # What models of other families write for the same: Magistral, Seed, Command A, Granite, Kimi, OpenThinker, Gemma and
@@ -72,7 +75,10 @@ _NEGATED = re.compile(
     r"|[,;(]\s*no|n['\u2019]t|不是|并非|而非)(?:\s+(?:be|equal(?:\s+to)?))?\s*\W*$"
 )
 # Between an answer and what it is not: 12, not 13.
-_BUT_NOT = re.compile(r"[^\w\n]{0,4}(?:(?:and|but|et|und|e|y|và|而|\u0430)\s*)?[^\d\n.]{2,14}")
+_BUT_NOT = re.compile(
+    r"[^\w\n]{0,4}(?:(?:and|but|et|und|e|y|và|而|\u0430)\s*)?[^\d\n.]{2,14}"
+    r"|,?\s+(?:which|that)\s+(?:is|are|was|were)\s+[^\d\n.]{2,24}"
+)
 _TO = re.compile(r"\s+to\s+(?=\$?\d)")
 # Words for the sign of a number; after another number "minus" is a subtraction.
 _NEGATIVE = re.compile(
@@ -99,7 +105,7 @@ _COPULA = re.compile(
     r"(?P<said>[^\W\d][\w'-]*(?:\s[\w'-]+){0,2})[.!*\s]*$"
 )
 _EXPLAINED = re.compile(
-    r"""(?ix) \A\s* (?P<said>[^\n]{1,64}?) (?: ,?\s+ (?:because|since)\b
+    r"""(?ix) \A\s* (?P<said>[^\n]{1,64}?) (?: ,?\s+ (?:because|since)\b (?=[^\n]*\Z)
     | [ \t]*\n [\s*_\#]* (?: explanation | reasoning | rationale | justification | because
         | here['\u2019]?s\ (?:why|how) | 解释 | 解析 | 理由 | 说明 | 解説 | 説明 | 설명 | explicación | explication
         | erklärung | begründung | spiegazione | explicação | пояснение | объяснение ) )
@@ -249,18 +255,24 @@ def _formula_at_start(text: str) -> Span | None:
     date = next(dates(text[:_LONGEST_DATE]), None)
     if date and not text[: date[0]].strip(" *_(\"'"):
         return Span(*date)
+    substance = next(chemical_formulas(text[:_LONGEST_DATE]), None)
+    if substance and not text[: substance[0]].strip(" *_(\"'$"):
+        return Span(*substance)
     found = formulas(text)
     first = next(found, None)
-    if first is None or text[: first.start].strip(" *_(\"'"):
+    if first is None:
+        return None
+    bound = Span(*with_bound(text, first.start, first.end))
+    if text[: bound.start].strip(" *_(\"'"):
         return None
     # 3 to 5 is all of an answer.
     follows = _TO.match(text, first.end)
     second = next(found, None) if follows else None
-    return Span(first.start, second.end) if follows and second and second.start == follows.end() else first
+    return Span(first.start, second.end) if follows and second and second.start == follows.end() else bound
 
 
 def _last_formula(text: str) -> FinalAnswer | None:
-    found = _formulas_and_dates(text)
+    found = without_circumstances(text, _formulas_and_dates(text))
     while found and _NEGATED.search(text[: found[-1].start]):
         denied = found.pop()
         if not found or not _BUT_NOT.fullmatch(text, found[-1].end, denied.start):
@@ -272,14 +284,25 @@ def _last_formula(text: str) -> FinalAnswer | None:
     if joint and joint.end() == last.start:
         before = text[max(0, found[-2].start - _LONGEST_MARK) : found[-2].start]
         last = Span(found[-2].start, last.end) if _RANGE_BEFORE.search(before) else last
-    return _exclaimed(text, last)
+    bound = Span(*with_bound(text, last.start, last.end))
+    return _exclaimed(text, last) if bound == last else FinalAnswer(text[bound.start : bound.end])
 
 
 def _formulas_and_dates(text: str) -> list[Span]:
-    """Every formula in order, a date as one."""
-    whole = [Span(*date) for date in dates(text)]
-    apart = [one for one in formulas(text) if not any(one.start < date.end and date.start < one.end for date in whole)]
-    return sorted([*apart, *whole], key=lambda span: span.start)
+    """Every formula in order, a date as one, and a substance where its sentence has no number: not in 44 g of CO2."""
+    days, substances = ([Span(*found) for found in find(text)] for find in (dates, chemical_formulas))
+    whole = [*days, *substances]
+    apart = [
+        one for one in formulas(text) if not any(one.start < other.end and other.start < one.end for other in whole)
+    ]
+    numbers = sorted([*apart, *days], key=lambda span: span.start)
+    alone = [one for one in substances if not any(_in_one_sentence(text, other, one) for other in numbers)]
+    return sorted([*numbers, *alone], key=lambda span: span.start)
+
+
+def _in_one_sentence(text: str, one: Span, other: Span) -> bool:
+    first, second = sorted((one, other), key=lambda span: span.start)
+    return not _SENTENCE_END.search(text, first.end, second.start)
 
 
 def _exclaimed(text: str, span: Span, *, alone: bool = True) -> FinalAnswer:

@@ -91,6 +91,7 @@ _AFTER_JOIN = re.compile(r"\s*\$?[-+]?(?:[\d.(\[]|\\[a-z({]|[A-Za-z]\s*(?:[=<>]|
 _AND_A_HALF = re.compile(r"\s+and\s+(?:a|one)\s+(?:half|third|quarter)\b")
 # 2 h 30 min.
 _SMALLER_UNIT = re.compile(r"\s+\d+\s*(?:min|sec|cm|mm|in|oz|ml|[ms])(?![A-Za-z])")
+_COMPARED = re.compile(r"\\(?:[lg](?:eq?|t)|neq?|in)(?![A-Za-z])")
 _FUNCTIONS = ("ln", "log", "exp", "sqrt", "sin", "cos", "tan")
 # Units of one letter: after a number, a space, and before the end of what is said.
 _LETTER_UNITS = ("m", "g", "l", "L", "s", "h", "N", "J", "W", "V", "K")
@@ -263,6 +264,8 @@ def _continues(text: str, run: Sequence[_Token], token: _Token) -> bool:
         return not gap or (last.text in _LETTER_UNITS and bool(_SMALLER_UNIT.match(text, last.end)))
     if last.kind == "word":
         return token.kind == "operator"
+    if token.kind == "number" and last.text == "per":
+        return False
     if token.kind == "number" and last.kind == "number":
         # A mixed number, 2 3/4; two numbers in a row otherwise are not one thing.
         return bool(re.match(r"\d+\s*/\s*\d+", text[token.start :]))
@@ -276,10 +279,10 @@ def _is_variable(text: str, last: _Token, token: _Token, gap: str) -> bool:
         return bool(raised or _SAID_END.match(text, token.end) or _SMALLER_UNIT.match(text, token.end))
     if not gap:
         return last.kind in ("number", "command", "operator", "bracket", "letter", "delimiter", "tail")
-    after = text[token.end :].lstrip()[:1]
+    after = text[token.end :].lstrip()
     if last.kind in ("operator", "bracket", "delimiter") and last.text != ",":
-        return not after.isalpha()
-    return last.kind == "command" or after in ("=", "<", ">", "+", "*", "/", "^", ")")
+        return not after[:1].isalpha()
+    return last.kind == "command" or after[:1] in (*"=<>+*/^)",) or _COMPARED.match(after) is not None
 
 
 def _finished(text: str, run: list[_Token]) -> Iterator[Span]:
@@ -324,6 +327,8 @@ def _is_loose_start(text: str, run: Sequence[_Token]) -> bool:
         # Letters that are no part of a formula, as in 是-5, hold no sign back.
         return not sign or (before.isascii() and before.isalnum())
     if first.kind == "bracket":
+        if first.text == "|":
+            return sum(token.text == "|" for token in run) % 2 == 1
         return not _is_opening(first) or not _closes(run)
     return first.kind in ("delimiter", "join", "word", "unit")
 
@@ -334,7 +339,7 @@ def _is_loose_end(run: Sequence[_Token]) -> bool:
         return _is_opening(last) or sum(map(_is_opening, run)) < sum(t.kind == "bracket" for t in run) / 2
     if last.kind == "operator":
         return last.text[0] not in "^_" or len(last.text) == 1
-    return last.kind in ("delimiter", "join", "word")
+    return last.kind in ("delimiter", "join", "word") or last.text == "per"
 
 
 def _is_opening(token: _Token) -> bool:
@@ -351,7 +356,8 @@ def _last_side(run: Sequence[_Token]) -> list[_Token]:
     depth, cuts, separators = 0, [], []
     for index, token in enumerate(run):
         if token.kind == "bracket":
-            depth += 1 if _is_opening(token) else -1
+            # A bracket that closes none belongs to the sentence around.
+            depth = max(0, depth + (1 if _is_opening(token) else -1))
         elif depth == 0 and (token.text == "=" or (token.text == "\\approx" and not any(map(_has_value, run[:index])))):
             cuts.append(index)
         elif depth == 0 and (token.kind == "join" or token.text in (",", ";")):
