@@ -1,5 +1,6 @@
 """The checks that run before anything is spent: seconds on a CPU instead of a GPU that finds out after an hour."""
 
+import logging
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,8 +19,11 @@ from finemill.runtime.train_job import check_train_jobs
 from finemill.storage.store import hold_lock
 from finemill.tracking.settings import Tracking
 from finemill.training.config import LoRATrainingConfig
+from finemill.training.decoder import UnknownDecoderError, complete
 from finemill.training.memory import needed_gib
 from finemill.training.new_tokens import with_new_tokens
+
+logger = logging.getLogger(__name__)
 
 
 def check_time(inputs: Mapping[str, str], config: PreflightConfig, tracking: Tracking) -> dict[str, str]:
@@ -92,9 +96,16 @@ def check_nodes(sections: Mapping[str, StepConfig]) -> None:
         check_train_jobs(num_nodes)
 
 
-def check_memory(base: BaseFacts, training: LoRATrainingConfig, gpu_memory_gib: float | None) -> float:
-    """GiB of GPU memory that training needs at least. Raises: UserError: the GPU or `memory_gb` is smaller."""
-    needed = needed_gib(base.config, training)
+def check_memory(base: BaseFacts, training: LoRATrainingConfig, gpu_memory_gib: float | None) -> float | None:
+    """GiB of GPU memory that training needs at least; None of a family whose memory cannot be estimated.
+
+    Raises: UserError: the GPU or `memory_gb` is smaller.
+    """
+    try:
+        needed = needed_gib(complete(base.config), training)
+    except UnknownDecoderError as error:
+        logger.warning("GPU memory of training %s is not checked: %s", base.id, error)
+        return None
     limits = {f"memory_gb is {training.memory_gb}": training.memory_gb, f"the GPU has {gpu_memory_gib}": gpu_memory_gib}
     for found, limit in limits.items():
         if limit is not None and needed > limit:

@@ -8,6 +8,7 @@ from finemill.training.config import LoRATrainingConfig
 
 _SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 _UNPAIRED = ("kto", "apo_zero_unpaired")
+_COMPARING = ("kto", "aot", "aot_unpaired")
 
 
 class TrainDPOConfig(LoRATrainingConfig):
@@ -69,7 +70,7 @@ class TrainDPOConfig(LoRATrainingConfig):
     gradient_accumulation_steps: int = Field(default=16, gt=0)
     """Forward passes per optimizer step. The global batch size is the product of both and the number of processes."""
 
-    max_length: int = Field(default=2048, gt=0)
+    max_length: int = Field(default=2048, gt=1)
     """Longer conversations, with either answer, are cut to this many tokens; pairs left without one of the answers are
     dropped and counted."""
 
@@ -77,6 +78,16 @@ class TrainDPOConfig(LoRATrainingConfig):
     def sequences_per_row(self) -> int:
         """Sequences that one row of a batch is: both answers of a pair, or one answer."""
         return 1 if self.is_unpaired else 2
+
+    @property
+    def compares_rows(self) -> bool:
+        """Whether the loss sorts the rows of a forward pass, or takes their mean."""
+        return self.loss_type in _COMPARING
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Where there are no adapters to switch off, and the reference is asked in every step."""
+        return self.method == "full" and self.loss_type != "orpo" and not self.precompute_ref_log_probs
 
     @property
     def is_unpaired(self) -> bool:
@@ -102,7 +113,7 @@ class TrainDPOConfig(LoRATrainingConfig):
         self._refuse(self.is_unpaired, where, sft_weight="choose a loss of pairs")
         kinds = {"desirable_weight": "use 'kto'", "undesirable_weight": "use 'kto'"}
         self._refuse(not self.is_unpaired, where, **kinds)
-        if self.loss_type in ("kto", "aot", "aot_unpaired") and self.per_device_train_batch_size == 1:
+        if self.compares_rows and self.per_device_train_batch_size == 1:
             raise ValueError(
                 f"loss_type '{self.loss_type}' compares the rows of a forward pass: set per_device_train_batch_size to "
                 "2 or more (4 to 16 are usual)"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.config import parse_config
 from finemill.errors import UserError
@@ -110,7 +111,9 @@ def test_auto_divides_a_4_bit_base_where_copies_would_come_from_host_memory(
 def test_one_process_has_nothing_to_share(caplog: pytest.LogCaptureFixture) -> None:
     config = TrainQLoRAConfig(strategy="fsdp2", offload=True)
     assert settle_strategy(config, BASE, None).strategy == "ddp"
-    assert "nothing to share in one process" in caplog.text
+    assert "strategy 'fsdp2' has nothing to share in one process" in caplog.text
+    assert not settle_strategy(TrainQLoRAConfig(offload=True), BASE, None).offload
+    assert "offload has nothing to share in one process" in caplog.text
 
 
 @pytest.mark.parametrize(("processes", "size", "passes"), [("1", 4, 6), ("3", 4, 2), ("4", 3, 2), ("8", 3, 1)])
@@ -132,6 +135,18 @@ def test_processes_that_cannot_share_the_rows_of_a_step_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "5")
     with pytest.raises(UserError, match="24 rows per step, which 5 processes cannot share"):
         keep_global_batch(TrainQLoRAConfig(), tmp_path)
+
+
+def test_a_loss_that_compares_the_rows_of_a_pass_keeps_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "global_batch.json").write_text("24")
+    config = TrainDPOConfig(loss_type="kto", per_device_train_batch_size=4, gradient_accumulation_steps=3)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert keep_global_batch(config, tmp_path).per_device_train_batch_size == 4
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="4 processes cannot share evenly in passes of 4, whose rows the loss compares"):
+        keep_global_batch(config, tmp_path)
 
 
 @pytest.mark.parametrize("flat", [True, False])

@@ -28,7 +28,8 @@ from finemill.kernels.planning.rates import RATES
 from finemill.kernels.planning.workload import FAMILIES, Workload
 from finemill.models.base.resolve import FORMS, resolve_base_model
 from finemill.storage.store import artifact_folder
-from finemill.training.memory import estimate_memory, needed_gib
+from finemill.training.decoder import read_decoder
+from finemill.training.memory import needed_gib
 
 CARD_GB = 80.0
 METHODS: dict[str, dict[str, Any]] = {
@@ -157,8 +158,7 @@ def _config(model: str) -> Mapping[str, Any]:
     if model in MIXTURES:
         return MIXTURES[model]
     folder = resolve_base_model(model, "config").path
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
+    return read_decoder(folder)
 
 
 def table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -175,9 +175,8 @@ def table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         needed[name] = {}
         for method, choice in METHODS.items():
             config = TrainQLoRAConfig(**settings, **choice)
-            plain = config.kernels == "off"
-            gib = estimate_memory(model, config).total if plain else needed_gib(model, config)
-            needed[name][method] = round(gib, 1)
+            # On transformers' layers this is `estimate_memory`.
+            needed[name][method] = round(needed_gib(model, config), 1)
     return needed
 
 

@@ -55,12 +55,14 @@ def keep_global_batch(config: ConfigT, checkpoint: Path) -> ConfigT:
     if rows == global_batch(config):
         return config
     processes = _sharers(config)
-    sizes = range(config.per_device_train_batch_size, 0, -1)
+    asked = config.per_device_train_batch_size
+    sizes = (asked,) if config.compares_rows else range(asked, 0, -1)
     size = next((size for size in sizes if rows % (size * processes) == 0), None)
     if size is None:
         raise UserError(
-            f"the checkpoint's training has {rows} rows per step, which {processes} processes cannot share evenly: "
-            "continue with a number that divides it, or start over with resume: never"
+            f"the checkpoint's training has {rows} rows per step, which {processes} processes cannot share evenly"
+            + (f" in passes of {asked}, whose rows the loss compares" if config.compares_rows else "")
+            + ": continue with a number that divides it, or start over with resume: never"
         )
     passes = rows // (size * processes)
     return config.model_copy(update={"per_device_train_batch_size": size, "gradient_accumulation_steps": passes})

@@ -68,6 +68,16 @@ class LoRATrainingConfig(StepConfig):
     """Whether a loss compares the rows of a forward pass, so that it can be neither cut nor merged with others."""
 
     @property
+    def compares_rows(self) -> bool:
+        """Whether the loss of a row depends on the others of its forward pass: with fewer of them it is another one."""
+        return False
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a second model, the base as it was, stays beside the one that is trained."""
+        return False
+
+    @property
     def sequences_per_row(self) -> int:
         """Sequences that one row of a batch is."""
         return 1
@@ -169,7 +179,7 @@ class LoRATrainingConfig(StepConfig):
     """Passes over the training rows."""
 
     max_steps: int | None = Field(default=None, gt=0)
-    """Optimizer steps; overrides num_train_epochs."""
+    """Optimizer steps, in the place of num_train_epochs."""
 
     per_device_train_batch_size: int = Field(default=2, gt=0)
     """Sequences per device and forward pass."""
@@ -215,7 +225,7 @@ class LoRATrainingConfig(StepConfig):
     what runs, on the kernels, too. 8 bits save 6 bytes per trained weight, Adafactor almost all 8; paged ones move to
     host memory when the card is full."""
 
-    max_length: int = Field(default=2048, gt=0)
+    max_length: int = Field(default=2048, gt=1)
     """Longer rows are cut to this many tokens; rows left without a label are dropped and counted."""
 
     rope_scaling: RopeScaling | None = None
@@ -293,6 +303,7 @@ class LoRATrainingConfig(StepConfig):
             "without early_stopping_patience",
             early_stopping_threshold="set early_stopping_patience",
         )
+        self._refuse(self.max_steps is not None, "beside max_steps", num_train_epochs="leave max_steps out")
         self._refuse(self.method == "full", "with method 'full'", **dict.fromkeys(_OF_ADAPTERS, "use method 'lora'"))
         self._refuse(
             self.kernels == "on",
@@ -319,12 +330,34 @@ class LoRATrainingConfig(StepConfig):
             raise ValueError(
                 f"strategy 'shard' divides a 4-bit base on finemill's kernels, and {found}: use strategy 'fsdp2'"
             )
+        if (reason := self.beyond_kernels()) and (self.kernels == "on" or self.strategy == "shard"):
+            asked, instead = (
+                ("kernels 'on'", "kernels 'auto' or 'off'")
+                if self.kernels == "on"
+                else ("strategy 'shard'", "strategy 'ddp'")
+            )
+            raise ValueError(
+                f"{asked} cannot train this, as {reason}, which finemill's kernels leave out: use {instead}"
+            )
         whole = self.strategy not in ("auto", *SHARDED)
         self._refuse(whole, f"with strategy '{self.strategy}'", offload="use 'fsdp2' or 'zero3'")
         plain = self.strategy not in SHARDED
         self._refuse(plain, f"with strategy '{self.strategy}'", strategy_config="name 'fsdp2', 'zero2' or 'zero3'")
         self._refuse(self.strategy_config is not None, "beside strategy_config", offload="say there where shards wait")
         return self
+
+    def beyond_kernels(self) -> str | None:
+        """What of the training the kernels do not cover, whatever the base and the card; None for nothing."""
+        reasons = {
+            "method is 'full'": self.method == "full",
+            "load_in_8bit is on": self.bits == 8,
+            "bnb_4bit_quant_type is 'fp4'": self.bits == 4 and self.bnb_4bit_quant_type != "nf4",
+            "use_dora is on": self.use_dora,
+            "modules_to_save are trained": bool(self.modules_to_save),
+            "train_router is on": self.train_router,
+            "neftune_noise_alpha is set": self.neftune_noise_alpha is not None,
+        }
+        return next((reason for reason, applies in reasons.items() if applies), None)
 
     def not_sharded_because(self) -> str | None:
         """What of the configuration keeps the model from being cut into shards, with what to do; None for nothing."""

@@ -1,6 +1,5 @@
 """Which trainer takes a training: the one that runs its steps on finemill's kernels, or TRL's as it comes."""
 
-import json
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +15,7 @@ from finemill.models.nf4.config import is_quantized
 from finemill.models.token_rows import begin_token_rows
 from finemill.training.adapter import keep_trained_in_float32, lora_config
 from finemill.training.config import SHARDED, LoRATrainingConfig
+from finemill.training.decoder import read_decoder
 from finemill.training.inputs import TrainingInputs
 from finemill.training.lora_on_cpu import add_in_place
 from finemill.training.memory import eight_bit_moments, must_stream, not_on_kernels
@@ -88,7 +88,7 @@ def _open_trainer(
             logger.warning("trains without finemill's kernels: %s", reason)
         cap_memory(config, device)
         return plain, load_base(base_model, config, device)
-    model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    model = read_decoder(base_model)
     divided = config.strategy == "shard"
     # Layers that differ in their bits cannot take each other's place on the card.
     streamed = divided or (not is_quantized(base_model) and must_stream(model, config, memory_limit(config, device)))

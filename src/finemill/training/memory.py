@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from finemill.errors import UserError
-from finemill.kernels.engine.expert_layout import expert_shape
-from finemill.kernels.engine.plan import ExpertShape
 from finemill.kernels.planning.from_config import is_planned, workload_of_config
 from finemill.kernels.planning.planner import NoPlanError, least_bytes, plan_step, prefers_shards
 from finemill.kernels.planning.workload import Workload
 from finemill.training.config import SHARDED, LoRATrainingConfig
+from finemill.training.decoder import Decoder, UnknownDecoderError
 
 GIB = 2.0**30
 # Bits per weight: 4, and a float32 constant per 64 weights; doubly quantized 8 bits per 64 and 32 per 16384.
@@ -27,6 +26,10 @@ LOGIT_BYTES = 2 + 4 + 4 + 4
 AT_ONCE = 2e9
 # float32 weight and gradient.
 ADAPTER_BYTES = 4 + 4
+EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+"""Names in `target_modules` that experts answer to, too."""
+Matrices = list[tuple[int, int]]
+"""Rows and columns of each."""
 
 
 @dataclass(frozen=True)
@@ -48,54 +51,65 @@ def estimate_memory(model: Mapping[str, Any], config: LoRATrainingConfig) -> Mem
     """Estimate the peak of one training step.
 
     Args:
-        model: the base's config.json, of a decoder with gated MLP (Llama, Mistral, Qwen2, Qwen3), dense or a mixture.
+        model: the base's config.json, `complete`.
         config: batch, length, rank and quantization.
-    Raises: UserError: a shape is not in config.json.
+    Raises: UnknownDecoderError: a width is not in config.json.
     """
-    try:
-        width, layers, vocabulary = model["hidden_size"], model["num_hidden_layers"], model["vocab_size"]
-        inner, heads = model["intermediate_size"], model["num_attention_heads"]
-    except KeyError as error:
-        raise UserError(f"the base model's config.json has no {error}: not a decoder that can be estimated") from None
-    head_dim = model.get("head_dim") or width // heads
-    queries, keys = heads * head_dim, model.get("num_key_value_heads", heads) * head_dim
-    attention = [(width, queries), (width, keys), (width, keys), (queries, width)]
-    mlp = [(width, inner)] * 2 + [(inner, width)]
-    experts = _experts(model)
-    if experts is not None:
-        wide = experts.intermediate
-        mlp, inner = [(width, 2 * wide), (wide, width)] * experts.count, wide * experts.per_token
-    linear = layers * sum(rows * columns for rows, columns in attention + mlp)
-    adapted = attention if experts is not None and config.target_modules == "attention" else attention + mlp
-    adapters = layers * config.lora_r * sum(rows + columns for rows, columns in adapted)
-    tables = vocabulary * width * (1 if model.get("tie_word_embeddings") else 2)
+    shape = Decoder.of(model)
+    width, experts = shape.hidden, shape.experts
+    attention = [(width, shape.queries), (width, shape.keys), (width, shape.keys), (shape.queries, width)]
+    dense = [(width, shape.inner)] * (shape.matrices - 1) + [(shape.inner, width)]
+    mixed, shared = _mixture(shape)
+    sparse_layers = shape.layers - shape.dense_layers
+    layers = [(shape.layers, attention), (shape.dense_layers, dense), (sparse_layers, shared), (sparse_layers, mixed)]
+    *linear, stacked = (count * sum(rows * columns for rows, columns in pairs) for count, pairs in layers)
+    adapted = [config.target_modules != "mlp", *[config.target_modules != "attention"] * 2, _adapts_experts(config)]
+    adapters = config.lora_r * sum(
+        count * sum(rows + columns for rows, columns in pairs)
+        for (count, pairs), is_adapted in zip(layers, adapted, strict=True)
+        if is_adapted
+    )
+    tables = shape.vocabulary * width * (1 if shape.tied else 2)
     nf4 = NF4_DOUBLE_BITS if config.bnb_4bit_use_double_quant else NF4_BITS
     saved = sum(name.rpartition(".")[2] in ("embed_tokens", "lm_head") for name in config.modules_to_save)
-    bits, trained = {4: nf4, 8: 8, 16: 16}[config.bits], adapters + saved * vocabulary * width
+    bits, trained = {4: nf4, 8: 8, 16: 16}[config.bits], adapters + saved * shape.vocabulary * width
+    # bitsandbytes has nothing for a layer's experts in one parameter, of which the kernels' loader makes NF4.
+    stack_bits = bits if config.bits == 4 and config.bnb_4bit_quant_type == "nf4" else 16
+    weights = (sum(linear) * bits + stacked * stack_bits) / 8 + 2 * tables
     if config.method == "full":
-        bits, trained = 0, linear + tables
+        trained = sum(linear) + stacked + tables
+        weights = ADAPTER_BYTES / 2 * trained if config.keeps_reference else 0
     row = -(-config.max_length // config.processes_per_row)
     tokens = config.per_device_train_batch_size * config.sequences_per_row * row
+    inner = shape.inner if experts is None else experts.width * experts.per_token + experts.shared
     # Inside a layer: inputs of the norms and projections, queries, keys, values, and the MLP's three wide tensors.
-    inside = tokens * (6 * width + 3 * queries + 2 * keys + 4 * inner) * 2
+    inside = tokens * (6 * width + 3 * shape.queries + 2 * shape.keys + 4 * inner) * 2
     if experts is not None:
         # A layer's experts decoded, the same with adapters added, twice where PEFT tries them; rows of experts.
-        inside += 3 * 2 * sum(rows * columns for rows, columns in mlp) + tokens * experts.per_token * 3 * width * 2
-    kept = tokens * width * 2 * layers if config.gradient_checkpointing else inside * (layers - 1)
+        decoded = sum(rows * columns for rows, columns in mixed)
+        inside += 3 * 2 * decoded + tokens * experts.per_token * 3 * width * 2
+    kept = tokens * width * 2 * shape.layers if config.gradient_checkpointing else inside * (shape.layers - 1)
     return MemoryEstimate(
-        weights=(linear * bits / 8 + tables * (2 if bits else 0)) / GIB,
+        weights=weights / GIB,
         adapters=trained * (ADAPTER_BYTES + _moment_bytes(config)) / GIB,
         activations=(kept + inside) / GIB,
-        logits=tokens * vocabulary * LOGIT_BYTES / GIB,
+        logits=tokens * shape.vocabulary * LOGIT_BYTES / GIB,
     )
 
 
-def _experts(model: Mapping[str, Any]) -> ExpertShape | None:
-    """The mixture that config.json describes. Raises: UserError: it lacks a field."""
-    try:
-        return expert_shape(model)
-    except KeyError as error:
-        raise UserError(f"the base model's config.json has no {error}: not a mixture that can be estimated") from None
+def _mixture(shape: Decoder) -> tuple[Matrices, Matrices]:
+    """Matrices of a layer's experts, gate and up in one, and of what all tokens pass beside them."""
+    if shape.experts is None:
+        return [], []
+    width, wide, shared = shape.hidden, shape.experts.width, shape.experts.shared
+    return [(width, 2 * wide), (wide, width)] * shape.experts.count, [(width, shared)] * 2 + [(shared, width)]
+
+
+def _adapts_experts(config: LoRATrainingConfig) -> bool:
+    """Whether the experts of a mixture get adapters."""
+    if isinstance(config.target_modules, str):
+        return config.target_modules != "attention"
+    return any(name.rpartition(".")[2] in EXPERT_NAMES for name in config.target_modules)
 
 
 def _moment_bytes(config: LoRATrainingConfig) -> int:
@@ -117,23 +131,17 @@ def not_on_kernels(config: LoRATrainingConfig) -> str | None:
         "kernels is 'off'": config.kernels == "off",
         f"strategy is '{config.strategy}'": config.strategy in SHARDED,
         f"context_parallel is {config.processes_per_row}": config.processes_per_row > 1,
-        "method is 'full'": config.method == "full",
-        "load_in_8bit is on": config.bits == 8,
-        "bnb_4bit_quant_type is 'fp4'": config.bits == 4 and config.bnb_4bit_quant_type != "nf4",
-        "use_dora is on": config.use_dora,
-        "modules_to_save are trained": bool(config.modules_to_save),
-        "train_router is on": config.train_router,
-        "neftune_noise_alpha is set": config.neftune_noise_alpha is not None,
     }
-    return next((reason for reason, applies in reasons.items() if applies), None)
+    return next((reason for reason, applies in reasons.items() if applies), config.beyond_kernels())
 
 
 def covered_workload(model: Mapping[str, Any], config: LoRATrainingConfig) -> Workload | None:
     """The step as the kernels' planner sees it; None where they do not run.
 
     Args:
-        model: the base's config.json.
+        model: the base's config.json, `complete`.
         config: what is trained, and how.
+    Raises: UnknownDecoderError: config.json lacks a field.
     """
     known = is_planned(model) and config.compute_dtype in ("auto", "bfloat16")
     if not known or not_on_kernels(config):
@@ -142,22 +150,31 @@ def covered_workload(model: Mapping[str, Any], config: LoRATrainingConfig) -> Wo
     rows = config.per_device_train_batch_size * config.sequences_per_row
     if not config.whole_passes:
         rows *= config.gradient_accumulation_steps
-    return workload_of_config(
-        model,
-        rank=config.lora_r,
-        quantized=config.bits == 4,
-        tokens=rows * row,
-        row=row,
-        ragged=True,
-        whole=config.whole_passes,
-        expert_rank=0 if config.target_modules == "attention" else config.lora_r,
-    )
+    try:
+        return workload_of_config(
+            model,
+            rank=config.lora_r,
+            quantized=config.bits == 4,
+            tokens=rows * row,
+            row=row,
+            ragged=True,
+            whole=config.whole_passes,
+            expert_rank=config.lora_r if _adapts_experts(config) else 0,
+        )
+    except KeyError as error:
+        raise UnknownDecoderError(f"the base model's config.json has no {error}") from None
 
 
 def needed_gib(model: Mapping[str, Any], config: LoRATrainingConfig) -> float:
-    """GiB that a card must have for this training: on the kernels their leanest plan, elsewhere the plain step."""
-    work = covered_workload(model, config)
+    """GiB that a card must have for this training: on the kernels their leanest plan, elsewhere the plain step.
+
+    Args:
+        model: the base's config.json, `complete`.
+        config: what is trained, and how.
+    Raises: UnknownDecoderError: a width is not in config.json.
+    """
     plain = estimate_memory(model, config).total
+    work = covered_workload(model, config)
     if work is None:
         return plain
     least = least_bytes(work, allow_stream=work.quantized, eight_bit=eight_bit_moments(config))
@@ -168,7 +185,7 @@ def takes_shards(model: Mapping[str, Any], config: LoRATrainingConfig, limit: fl
     """Whether a 4-bit base that does not fit a card trains faster in parts on several than from host memory.
 
     Args:
-        model: the base's config.json.
+        model: the base's config.json, `complete`.
         config: what is trained, and how.
         limit: bytes that training may allocate on a card.
         shards: GPUs of the host.
@@ -188,14 +205,19 @@ def sharded_gib(model: Mapping[str, Any], config: LoRATrainingConfig, processes:
 def fits_without_recompute(model: Mapping[str, Any], config: LoRATrainingConfig, limit: float, processes: int) -> bool:
     """Whether a card holds all activations of the plain path, and whole weights, with a tenth of it to spare.
 
+    Not where the family's memory cannot be estimated.
+
     Args:
-        model: the base's config.json.
+        model: the base's config.json, `complete`.
         config: what is trained, and how, with a strategy that is settled.
         limit: bytes that training may allocate.
         processes: how many share it.
     """
     kept = config.model_copy(update={"gradient_checkpointing": False})
-    part = estimate_memory(model, kept)
+    try:
+        part = estimate_memory(model, kept)
+    except UnknownDecoderError:
+        return False
     needed = part.total
     if config.strategy in SHARDED:
         # Weights and gradients that are whole in 16 bits beside the shards, of what is trained; gathered at once twice.
@@ -208,7 +230,7 @@ def in_one_piece(model: Mapping[str, Any], config: LoRATrainingConfig) -> bool:
     """Whether FSDP2 gathers the whole model at once where a card holds it: full fine-tuning of a small one.
 
     Args:
-        model: the base's config.json.
+        model: the base's config.json, `complete`.
         config: what is trained, and how.
     """
     trained = estimate_memory(model, config).adapters * GIB / (ADAPTER_BYTES + _moment_bytes(config))
@@ -219,14 +241,13 @@ def must_stream(model: Mapping[str, Any], config: LoRATrainingConfig, limit: flo
     """Decide before anything is loaded whether the base's layers have to wait in host memory.
 
     Args:
-        model: the base's config.json.
+        model: the base's config.json, `complete`.
         config: what is trained, and how.
         limit: bytes that training may allocate.
     Raises: UserError: not even the kernels' leanest plan fits, and the plain path takes more.
     """
     work = covered_workload(model, config)
-    plain = estimate_memory(model, config).total * GIB
-    if work is None or plain < limit:
+    if work is None or (plain := estimate_memory(model, config).total * GIB) < limit:
         return False
     try:
         plan_step(work, int(limit), allow_stream=work.quantized, eight_bit=eight_bit_moments(config))

@@ -19,6 +19,7 @@ from finemill.errors import UserError
 from finemill.kernels.planning.planner import plan_step
 from finemill.runtime.processes import num_processes
 from finemill.training.config import SHARDED, ConfigT, LoRATrainingConfig
+from finemill.training.decoder import UnknownDecoderError, read_decoder
 from finemill.training.memory import (
     GIB,
     covered_workload,
@@ -64,7 +65,7 @@ def settle_strategy(config: ConfigT, base_model: Path, limit: float | None) -> C
         base_model: whose config.json says how large it is.
         limit: bytes that training may allocate on a card; None on a CPU, where copies are made.
     """
-    model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    model = read_decoder(base_model)
     config = _with_strategy(config, model, limit)
     if config.gradient_checkpointing != "auto":
         return config
@@ -82,8 +83,9 @@ def settle_strategy(config: ConfigT, base_model: Path, limit: float | None) -> C
 def _with_strategy(config: ConfigT, model: Mapping[str, Any], limit: float | None) -> ConfigT:
     processes = num_processes()
     if processes == 1:
-        if config.strategy in ("shard", *SHARDED):
-            logger.warning("strategy '%s' has nothing to share in one process: trains without shards", config.strategy)
+        if config.strategy in ("shard", *SHARDED) or config.offload:
+            asked = "offload" if config.strategy == "auto" else f"strategy '{config.strategy}'"
+            logger.warning("%s has nothing to share in one process: trains without shards", asked)
         return config.model_copy(update={"strategy": "ddp", "offload": False, "strategy_config": None})
     if config.strategy == "shard":
         _check_shards(model, config, limit)
@@ -92,12 +94,17 @@ def _with_strategy(config: ConfigT, model: Mapping[str, Any], limit: float | Non
     if limit is not None and takes_shards(model, config, limit, _readable_gpus()):
         logger.warning("a copy of the base does not fit a card: strategy 'shard'")
         return config.model_copy(update={"strategy": "shard", "offload": False})
-    if limit is None or config.not_sharded_because() or needed_gib(model, config) * GIB <= limit:
-        return config.model_copy(update={"strategy": "ddp", "offload": False})
+    copies = config.model_copy(update={"strategy": "ddp", "offload": False})
+    if limit is None or config.not_sharded_because():
+        return copies
+    try:
+        needed = needed_gib(model, config)
+    except UnknownDecoderError:
+        return copies
+    if needed * GIB <= limit:
+        return copies
     offload = config.offload or sharded_gib(model, config, processes) * GIB > limit
-    logger.warning(
-        "%.1f GiB do not fit a card: strategy 'fsdp2'%s", needed_gib(model, config), " with offload" if offload else ""
-    )
+    logger.warning("%.1f GiB do not fit a card: strategy 'fsdp2'%s", needed, " with offload" if offload else "")
     return config.model_copy(update={"strategy": "fsdp2", "offload": offload})
 
 

@@ -169,7 +169,8 @@ def run_training(
     """Train from the newest checkpoint to the end, and write the adapter to `output_dir`.
 
     Where the plain path runs out of GPU memory, it begins again from there with half the sequences per forward pass and
-    the same global batch.
+    the same global batch. Several processes end with the line that says which: TRL's losses gather counts in the
+    middle of a forward pass, where the others would wait for the one that failed.
 
     Args:
         build_trainer: makes the trainer, given the folder that its own checkpoints go to, and the configuration.
@@ -187,7 +188,8 @@ def run_training(
                 return _train(build_trainer, inputs, output_dir, smaller, config, context, watch)
             except torch.OutOfMemoryError as error:
                 line = " ".join(str(error).split())
-                smaller = _with_smaller_batches(smaller) if num_processes() == 1 and not _is_ours(error) else None
+                halved = None if _is_ours(error) else _with_smaller_batches(smaller)
+                advice, smaller = _advice(smaller, halved), halved if num_processes() == 1 else None
             if smaller is not None:
                 torch.cuda.empty_cache()
                 logger.warning(
@@ -195,10 +197,18 @@ def run_training(
                     smaller.per_device_train_batch_size,
                     smaller.gradient_accumulation_steps,
                 )
-    raise UserError(
-        f"out of GPU memory ({line:.160}): lower max_length ({config.max_length}) or lora_r ({config.lora_r}), free "
-        "memory on the card, or take a larger one"
-    )
+    raise UserError(f"out of GPU memory ({line:.160}): {advice}, free memory on the card, or take a larger one")
+
+
+def _advice(config: LoRATrainingConfig, halved: LoRATrainingConfig | None) -> str:
+    """What makes a pass smaller: `halved`, where several processes cannot go on with it by themselves."""
+    if halved is not None:
+        return (
+            f"set per_device_train_batch_size {halved.per_device_train_batch_size} and gradient_accumulation_steps "
+            f"{halved.gradient_accumulation_steps}, the same global batch; or lower max_length ({config.max_length})"
+        )
+    compared = f"per_device_train_batch_size ({config.per_device_train_batch_size}), " if config.compares_rows else ""
+    return f"lower {compared}max_length ({config.max_length}) or lora_r ({config.lora_r})"
 
 
 def _is_ours(error: torch.OutOfMemoryError) -> bool:
@@ -207,7 +217,12 @@ def _is_ours(error: torch.OutOfMemoryError) -> bool:
 
 
 def _with_smaller_batches(config: ConfigT) -> ConfigT | None:
-    """The configuration with at most half the sequences per forward pass and the same global batch."""
+    """The configuration with at most half the sequences per forward pass and the same global batch.
+
+    Returns: None where a pass is one row already, or the loss compares the rows of a pass.
+    """
+    if config.compares_rows:
+        return None
     size = config.per_device_train_batch_size
     total = size * config.gradient_accumulation_steps
     fewer = next((count for count in range(size // 2, 0, -1) if total % count == 0), None)

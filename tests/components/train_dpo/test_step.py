@@ -164,10 +164,19 @@ def test_out_of_gpu_memory_goes_on_with_fewer_pairs_per_pass(
     assert metrics["train/num_steps"] == CONFIG.max_steps
     assert metrics["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-3)
     monkeypatch.setattr(TokenizedDPOTrainer, "training_step", lambda *_: _out_of_memory())
-    with pytest.raises(UserError, match=r"out of GPU memory \(CUDA out of memory.*: lower max_length"):
-        train_dpo(
-            base_model=tiny_model_dir, dataset=preferences, output_dir=tmp_path, config=CONFIG, context=make_context()
-        )
+    comparing = CONFIG.model_copy(update={"loss_type": "aot"})
+    for config, advice in (
+        (CONFIG, "lower max_length"),
+        (comparing, r"lower per_device_train_batch_size \(4\), max_len"),
+    ):
+        with pytest.raises(UserError, match=rf"out of GPU memory \(CUDA out of memory.*: {advice}"):
+            train_dpo(
+                base_model=tiny_model_dir,
+                dataset=preferences,
+                output_dir=tmp_path,
+                config=config,
+                context=make_context(),
+            )
 
 
 @pytest.mark.parametrize("loss_type", get_args(TrainDPOConfig.model_fields["loss_type"].annotation))
