@@ -25,7 +25,7 @@ from finemill.components.chat_format.report import (
     warn_of_missing_ends,
     warn_of_mix,
 )
-from finemill.components.chat_format.workers import Work, format_rows
+from finemill.components.chat_format.workers import FormatWork, format_rows
 from finemill.components.chat_format.write import write_split
 from finemill.errors import UserError
 from finemill.runtime.context import StepContext
@@ -51,7 +51,7 @@ def run(
     ):
         for split in SPLITS:
             num_proc = min(config.num_proc, num_rows(rows, split) // _BATCH_ROWS) or 1
-            work = Work(rows, split, _BATCH_ROWS, base_model, config)
+            work = FormatWork(rows, split, _BATCH_ROWS, base_model, config)
             with closing(format_rows(work, formatter, num_proc=num_proc)) as formatted:
                 batches = _count(formatted, split, counts[split], rejected, context)
                 write_split(output_dir, split, batches, counts[split], asked.mix, chat if split == "train" else None)

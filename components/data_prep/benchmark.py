@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator
 from contextlib import closing
 
-from finemill.components.data_prep.clean import Record
 from finemill.components.data_prep.config import DataPrepConfig, Source
 from finemill.components.data_prep.load import load_source
 from finemill.components.data_prep.read import Damaged, Row
@@ -38,7 +37,7 @@ class Benchmarks:
             for run in runs_of(units, self._length):
                 self._runs.setdefault(hash(run), place)
 
-    def check(self, _: Record, text: str) -> None:
+    def check(self, text: str) -> None:
         """Raises: DroppedRowError: the normalized text shares a run with a benchmark, or holds a short one whole."""
         if not self._runs:
             return

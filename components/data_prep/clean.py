@@ -3,14 +3,19 @@
 import json
 import logging
 import re
-import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from finemill.components.data_prep.benchmark import Benchmarks
 from finemill.components.data_prep.config import DataPrepConfig, Source
+from finemill.components.data_prep.dedup import sketch_of
+from finemill.components.data_prep.load import name_columns
 from finemill.components.data_prep.quality import flags_of
-from finemill.components.data_prep.read import Damaged, Row
+from finemill.components.data_prep.read import Damaged, Row, UnreadRow
+from finemill.components.data_prep.record import Record
+from finemill.components.data_prep.split import is_sampled, order_key, split_of
 from finemill.errors import UserError
 from finemill.rows.conversation import Conversation, num_characters, whole_text
 from finemill.rows.identity import normalize_text, question_key, row_id, text_key
@@ -25,140 +30,168 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _TEXT = json.JSONEncoder(ensure_ascii=False, default=str)
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What is kept of a row; its text lies in the spool.
-
-    `number` counts from 1 in the source. `row_id` and the keys are sha256 digests: of the row, of its normalized first
-    question, of everything it says, normalized.
-    """
-
-    source: int
-    number: int
-    row_id: str
-    shape: str
-    prompt_key: bytes
-    text_key: bytes
-    num_characters: int
-    offset: int
-
-
 @dataclass
 class SourceCounts:
-    """What became of a source's rows.
+    """What became of a source's rows, or of some of them.
 
-    `reject` gets number, reason and field of each that is left out; `flags` counts doubtful ones by flag.
+    `rejected` has number, reason and field of each that is left out, until they are taken; `flags` counts doubtful ones
+    by flag. `columns` are those that the configuration names and a row had, `last_columns` those of the last row,
+    `unknown_columns` those of the last row of no known shape. `damage` says what is wrong with damaged rows.
     """
 
-    reject: Callable[[int, str, str], None] = lambda number, reason, field: None
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
     flags: Counter[str] = field(default_factory=Counter)
-    _first: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    columns: set[str] = field(default_factory=set)
+    last_columns: tuple[str, ...] = ()
+    unknown_columns: str = "none"
+    damage: list[Damaged] = field(default_factory=list)
+    rejected: list[tuple[int, str, str]] = field(default_factory=list)
+    _first: dict[str, list[int]] = field(default_factory=dict)
 
     def drop(self, number: int, reason: str, where: str = "") -> None:
         """Count a row that is left out, and say where in it the reason lies: nowhere in particular in the whole row."""
         self.dropped[reason] += 1
         self._note(reason, number)
-        self.reject(number, reason, where or WHOLE_ROW)
+        self.rejected.append((number, reason, where or WHOLE_ROW))
 
     def flag(self, number: int, name: str) -> None:
         """Count a doubtful row."""
         self.flags[name] += 1
         self._note(name, number)
 
+    def add(self, later: "SourceCounts") -> None:
+        """Count what became of the rows that follow."""
+        self.read += later.read
+        for name in ("dropped", "shapes", "unread", "flags"):
+            getattr(self, name).update(getattr(later, name))
+        self.columns |= later.columns
+        self.last_columns = later.last_columns or self.last_columns
+        if later.dropped["unknown_shape"]:
+            self.unknown_columns = later.unknown_columns
+        self.damage += later.damage
+        self.rejected += later.rejected
+        for name, numbers in later._first.items():
+            for number in numbers:
+                self._note(name, number)
+
+    def take_rejected(self) -> list[tuple[int, str, str]]:
+        """Those that were left out since the last call."""
+        taken, self.rejected = self.rejected, []
+        return taken
+
     def _note(self, name: str, number: int) -> None:
-        if len(self._first[name]) < _MAX_SHOWN:
-            self._first[name].append(number)
+        numbers = self._first.setdefault(name, [])
+        if len(numbers) < _MAX_SHOWN:
+            numbers.append(number)
 
     def first(self, name: str) -> list[int]:
         """Numbers of the first rows left out for a reason, or with a flag."""
         return self._first.get(name, [])
 
 
-class Spool:
-    """Row texts in a temporary file."""
+class CleanBatch(NamedTuple):
+    """The usable rows of a batch in order, and what became of the others."""
 
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="finemill-rows-")  # noqa: SIM115 - lives as long as the spool
-
-    def append(self, text: str) -> int:
-        """Store a text without line breaks and return its offset."""
-        offset = self._file.tell()
-        self._file.write(text.encode() + b"\n")
-        return offset
-
-    def read(self, offset: int) -> str:
-        """The text stored at `offset`. Nothing may be appended afterwards."""
-        self._file.seek(offset)
-        return self._file.readline()[:-1].decode()
-
-    def close(self) -> None:
-        """Free the disk space."""
-        self._file.close()
+    records: list[Record]
+    counts: SourceCounts
 
 
-def clean_rows(
-    rows: Iterable[Row | Damaged], number: int, config: DataPrepConfig, spool: Spool, counts: SourceCounts
-) -> Iterator[tuple[Record, str]]:
-    """Records of the rows that can be used, each with its normalized text for near-duplicate search.
+class Cleaner:
+    """Makes records of one source's rows, each by itself, so that any process may do it."""
 
-    Raises: UserError: no row of the source has a known shape, or one has none and `unknown_rows` is `error`.
-    """
-    source, columns = config.sources[number], "none"
-    for row in rows:
-        counts.read += 1
-        if isinstance(row, Damaged):
-            _count_damaged(row, counts, config)
-            continue
-        shape = source.shape or detect_shape(row, source.columns)
+    def __init__(self, source: int, config: DataPrepConfig, benchmarks: Benchmarks) -> None:
+        self._number, self._source, self._config = source, config.sources[source], config
+        self._benchmarks = benchmarks
+        self._named = {*self._source.columns.values(), *self._source.remove_columns}
+
+    def clean(self, rows: Sequence[UnreadRow], first: int) -> CleanBatch:
+        """The rows that can be used; `first` is the number of the first row in the source."""
+        batch = CleanBatch([], SourceCounts(read=len(rows)))
+        for number, unread in enumerate(rows, start=first):
+            row = unread.read()
+            if isinstance(row, Damaged):
+                batch.counts.damage.append(row)
+                batch.counts.drop(number, "damaged", f"{row.where}: {row.problem}"[:_MAX_FIELD])
+                continue
+            try:
+                record = self._record(row, number, batch.counts)
+            except DroppedRowError as reason:
+                batch.counts.drop(number, str(reason), reason.field)
+                continue
+            if self._source.sample is None or is_sampled(record.row_id, self._source.sample, self._config.seed):
+                batch.records.append(record)
+            else:
+                batch.counts.dropped["not_sampled"] += 1
+        return batch
+
+    def _record(self, row: Row, number: int, counts: SourceCounts) -> Record:
+        """Raises: DroppedRowError: the row cannot be used, or is not wanted."""
+        config = self._config
+        counts.last_columns = tuple(map(str, row))
+        counts.columns |= self._named.intersection(row)
+        row = name_columns(row, self._source)
+        shape = self._source.shape or detect_shape(row, self._source.columns)
         if shape is None:
-            columns = ", ".join(map(str, row)) or "none"
-            counts.drop(counts.read, "unknown_shape", f"columns {columns}"[:_MAX_FIELD])
-            if config.unknown_rows == "error":
-                raise UserError(_unknown_message(source, counts, columns))
-            continue
+            counts.unknown_columns = ", ".join(map(str, row)) or "none"
+            raise DroppedRowError("unknown_shape", f"columns {counts.unknown_columns}"[:_MAX_FIELD])
         counts.shapes[shape] += 1
-        try:
-            conversation = to_conversation(row, shape, bad_answers=config.labelled_bad == "keep")
-            text = _row_text(row, conversation, config)
-        except DroppedRowError as reason:
-            counts.drop(counts.read, str(reason), reason.field)
-            continue
+        conversation = to_conversation(row, shape, bad_answers=config.labelled_bad == "keep")
+        text = _row_text(row, conversation, config)
         counts.unread.update(conversation.unread)
         flags = flags_of(conversation)
         for flag in flags:
-            counts.flag(counts.read, flag)
+            counts.flag(number, flag)
         unwanted = next((flag for flag in flags if flag in config.drop_flagged), None)
         if unwanted is not None:
-            counts.drop(counts.read, unwanted)
-            continue
-        said = normalize_text(whole_text(conversation))
-        record = Record(
-            source=number,
-            number=counts.read,
-            row_id=row_id(row),
+            raise DroppedRowError(unwanted)
+        said, identity, prompt_key = normalize_text(whole_text(conversation)), row_id(row), question_key(conversation)
+        self._benchmarks.check(said)
+        return Record(
+            source=self._number,
+            number=number,
+            row_id=identity,
             shape=shape,
-            prompt_key=question_key(conversation),
+            prompt_key=prompt_key,
             text_key=text_key(said),
+            sketch=sketch_of(said) if config.dedup == "minhash" else None,
             num_characters=num_characters(conversation),
-            offset=spool.append(text),
+            split=split_of(self._number, prompt_key, config),
+            position=order_key(identity, config.seed),
+            text=text,
         )
-        yield record, said
-    if counts.read and not counts.shapes:
-        raise UserError(_unknown_message(source, counts, columns))
 
 
-def _count_damaged(row: Damaged, counts: SourceCounts, config: DataPrepConfig) -> None:
-    counts.drop(counts.read, "damaged", f"{row.where}: {row.problem}"[:_MAX_FIELD])
-    if counts.dropped["damaged"] > config.max_damaged_rows:
-        raise UserError(
-            f"{row.where}: {row.problem}; correct it, set format if the file is something else, or raise "
-            f"max_damaged_rows ({config.max_damaged_rows})"
-        )
-    logger.warning("%s: %s; the row is left out", row.where, row.problem)
+def check_counts(counts: SourceCounts, source: Source, config: DataPrepConfig) -> None:
+    """Log damaged rows that were not logged yet.
+
+    Raises: UserError: too many are damaged, or a row has no known shape and `unknown_rows` is `error`.
+    """
+    before = counts.dropped["damaged"] - len(counts.damage)
+    for number, row in enumerate(counts.damage, start=before + 1):
+        if number > config.max_damaged_rows:
+            raise UserError(
+                f"{row.where}: {row.problem}; correct it, set format if the file is something else, or raise "
+                f"max_damaged_rows ({config.max_damaged_rows})"
+            )
+        logger.warning("%s: %s; the row is left out", row.where, row.problem)
+    counts.damage.clear()
+    if counts.dropped["unknown_shape"] and config.unknown_rows == "error":
+        raise UserError(_unknown_message(source, counts))
+
+
+def check_all_counts(counts: SourceCounts, source: Source) -> None:
+    """Raises: UserError: the source has no rows, none of a known shape, or a column was named that none has."""
+    if not counts.read:
+        raise UserError(f"{source.uri}: no rows in it; check sources[].uri, name and split")
+    missing = {*source.columns.values(), *source.remove_columns} - counts.columns
+    if missing and counts.last_columns:
+        listed, found = ", ".join(map(repr, sorted(missing))), ", ".join(sorted(counts.last_columns))
+        raise UserError(f"{source.uri}: columns: no column {listed}; the rows have {found}")
+    if not counts.shapes:
+        raise UserError(_unknown_message(source, counts))
 
 
 def _row_text(row: Row, conversation: Conversation, config: DataPrepConfig) -> str:
@@ -179,13 +212,13 @@ def _is_unicode(text: str) -> bool:
     return text.isascii() or not _SURROGATE.search(text)
 
 
-def _unknown_message(source: Source, counts: SourceCounts, columns: str) -> str:
+def _unknown_message(source: Source, counts: SourceCounts) -> str:
     if counts.dropped["damaged"] == counts.read:
         return f"{source.uri}: all {counts.read} rows are damaged; set format if the file is something else"
     known = "; ".join(shape.columns for shape in SHAPES.values())
     rows = ", ".join(map(str, counts.first("unknown_shape")))
     number = counts.dropped["unknown_shape"]
     return (
-        f"{source.uri}: {number} of {counts.read} rows have no known shape (first: row {rows}; columns {columns}); "
-        f"known are: {known}. Name the columns with sources[].columns"
+        f"{source.uri}: {number} of {counts.read} rows have no known shape (first: row {rows}; columns "
+        f"{counts.unknown_columns}); known are: {known}. Name the columns with sources[].columns"
     )

@@ -1,6 +1,6 @@
 """Configuration of `data-prep`."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -47,6 +47,8 @@ class Source(StepConfig):
 class DataPrepConfig(StepConfig):
     """Which rows to read, how to clean and split them, and in which shares they are trained on."""
 
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"num_proc"})
+
     sources: list[Source] = Field(min_length=1)
     """Where rows come from."""
     mix_by: MixBy = "rows"
@@ -89,6 +91,8 @@ class DataPrepConfig(StepConfig):
     leave them out and count them, or keep them for `train-dpo` with `loss_type: kto`; no other training learns them."""
     seed: int = Field(default=0, ge=0)
     """Decides the splits, the order of rows and the example data."""
+    num_proc: int = Field(default=2, ge=1, le=256)
+    """How many processes read and clean rows; what they write is the same for any number. Small sources take one."""
 
     @property
     def source_names(self) -> list[str]:

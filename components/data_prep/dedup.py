@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from finemill.components.data_prep.clean import Record
 from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.data_prep.index import Place, RowIndex
+from finemill.components.data_prep.record import Record
 from finemill.components.data_prep.units import runs_of, units_of
 from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
@@ -32,16 +32,16 @@ class Deduplicator:
         self._index = index
         self._near = NearDuplicates(config.minhash_threshold)
 
-    def check(self, record: Record, text: str) -> None:
-        """Remember a row; `text` is its normalized text. Raises: DroppedRowError: it repeats one, which is named."""
+    def check(self, record: Record) -> None:
+        """Remember a row. Raises: DroppedRowError: it repeats one, which is named."""
         if self._mode == "none":
             return
         own = (record.source, record.number)
         first = self._index.first(record.row_id if self._mode == "exact" else record.text_key, own)
         if first != own:
             raise DroppedRowError("duplicate", self._place(first, record.source))
-        if self._mode == "minhash":
-            self._near.add(text)
+        if record.sketch is not None:
+            self._near.add(record.sketch)
 
     def near_duplicates(self) -> Iterator[tuple[int, Place, str]]:
         """The index's rows that are near-duplicates: number and place of each, and what it nearly repeats."""
@@ -55,6 +55,21 @@ class Deduplicator:
         return f"row {number}" if source == own_source else f"row {number} of {self._sources[source]}"
 
 
+def sketch_of(text: str) -> bytes:
+    """A normalized text's MinHash signature: the smallest hashes of its triples of words, or of letters in scripts
+    without spaces, as unsigned integers of 32 bits.
+
+    Raises: UserError: rensa is not installed.
+    """
+    try:
+        from rensa import RMinHash
+    except ImportError:
+        raise UserError("dedup minhash needs rensa: pip install 'finemill[data]'") from None
+    sketch = RMinHash(_NUM_HASHES, _SEED)
+    sketch.update(list(runs_of(units_of(text), _SHINGLE_UNITS)))
+    return array("I", sketch.digest()).tobytes()
+
+
 class NearDuplicates:
     """MinHash signatures (Broder 1997) with banded lookup (Leskovec, Mining of Massive Datasets, section 3.4).
 
@@ -65,18 +80,9 @@ class NearDuplicates:
         self._threshold = threshold
         self._signatures = array("I")
 
-    def add(self, text: str) -> None:
-        """Remember a text: the smallest hashes of its triples of words, or of letters in scripts without spaces.
-
-        Raises: UserError: rensa is not installed.
-        """
-        try:
-            from rensa import RMinHash
-        except ImportError:
-            raise UserError("dedup minhash needs rensa: pip install 'finemill[data]'") from None
-        sketch = RMinHash(_NUM_HASHES, _SEED)
-        sketch.update(list(runs_of(units_of(text), _SHINGLE_UNITS)))
-        self._signatures.extend(sketch.digest())
+    def add(self, sketch: bytes) -> None:
+        """Remember a text by its sketch."""
+        self._signatures.frombytes(sketch)
 
     def repeats(self) -> dict[int, int]:
         """For each text that is nearly one before it, that one, as numbers in the order in which they were added."""

@@ -1,13 +1,13 @@
 """What is known of each row, in a temporary database: memory holds its cache, however many rows there are."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from finemill.artifacts.splits import SPLITS, Split
-from finemill.components.data_prep.clean import Record
+from finemill.components.data_prep.record import Record
 
 _CACHE_KIB = 8 * 1024
 # So many rows are written at once.
@@ -51,10 +51,11 @@ class RowIndex:
         found: Place = self._database.execute("SELECT source, number FROM seen WHERE key = ?", (key,)).fetchone()
         return found
 
-    def add(self, record: Record, split: Split, position: bytes) -> None:
-        """Remember a usable row; `position` sorts it among the others of its split."""
+    def add(self, record: Record, offset: int) -> None:
+        """Remember a usable row, and the offset of its text in the spool."""
         values = (record.source, record.number, record.row_id, record.shape, record.prompt_key)
-        self._new_rows.append((self._num_rows, *values, record.num_characters, record.offset, split, position))
+        place = (record.num_characters, offset, record.split, record.position)
+        self._new_rows.append((self._num_rows, *values, *place))
         self._num_rows += 1
         if len(self._new_rows) >= _NEW_ROWS:
             self.complete()
@@ -64,9 +65,9 @@ class RowIndex:
         self._database.executemany("INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._new_rows)
         self._new_rows.clear()
 
-    def reject(self, place: Place, reason: str, field: str) -> None:
-        """Remember a row that is left out."""
-        self._database.execute("INSERT INTO rejected VALUES (?, ?, ?, ?)", (*place, reason, field))
+    def reject(self, source: int, rows: Iterable[tuple[int, str, str]]) -> None:
+        """Remember rows of a source that are left out: number, reason and field of each."""
+        self._database.executemany("INSERT INTO rejected VALUES (?, ?, ?, ?)", ((source, *row) for row in rows))
 
     def place_of(self, number: int) -> Place:
         """The place of a usable row by its number in the order in which they were added, from 0."""

@@ -24,6 +24,12 @@ class JsonValues:
         self._buffer, self._position, self._ended = "", 0, False
         # Lines, and characters of the last one, that are done and dropped.
         self._lines, self._columns = 0, 0
+        self._dropped = 0
+
+    @property
+    def characters(self) -> int:
+        """How many characters are read so far."""
+        return self._dropped + self._position
 
     def peek(self) -> str:
         """The next character that is no white space, "" at the end."""
@@ -78,6 +84,7 @@ class JsonValues:
         self._lines += self._buffer.count("\n", 0, self._position)
         line_end = self._buffer.rfind("\n", 0, self._position)
         self._columns = self._position - line_end - 1 if line_end >= 0 else self._columns + self._position
+        self._dropped += self._position
         self._buffer = self._buffer[self._position :]
         self._position = 0
         piece = self._file.read(max(_PIECE, len(self._buffer)))

@@ -3,17 +3,19 @@
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple, overload
 from urllib.parse import urlsplit
 
 from finemill.artifacts.manifest import sha256_file
 from finemill.components.data_prep.config import DataPrepConfig, Source
 from finemill.components.data_prep.hub import snapshot_dataset
-from finemill.components.data_prep.read import COMPRESSIONS, FORMATS, Damaged, Row, is_data_file, read_rows
+from finemill.components.data_prep.read import COMPRESSIONS, FORMATS, Damaged, Row, UnreadRow, find_rows, is_data_file
 from finemill.errors import UserError
 from finemill.rows.shapes import KNOWN_COLUMNS
 from finemill.rows.speakers import known_name
@@ -43,11 +45,52 @@ _MOST_SHOWN = 8
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file of rows: what to call it, what identifies its bytes, and how to get it as a local path."""
+    """A file of rows: what to call it, what identifies its bytes, and how to get it as a local path.
+
+    `is_here` says that it need not be fetched.
+    """
 
     name: str
     digest: Callable[[], str]
     fetch: Callable[[Path], Path]
+    is_here: bool = False
+
+
+class LocalFile(NamedTuple):
+    """A file of rows on this machine; `name` is what to call it."""
+
+    name: str
+    path: Path
+
+
+class SourceFiles(Sequence[LocalFile]):
+    """The files of a source, each fetched into `folder` when it is first asked for."""
+
+    def __init__(self, files: Sequence[DataFile], folder: Path) -> None:
+        self._files, self._folder = files, folder
+        self._paths: dict[int, Path] = {}
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @overload
+    def __getitem__(self, number: int) -> LocalFile: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[LocalFile]: ...
+
+    def __getitem__(self, number: int | slice) -> LocalFile | list[LocalFile]:
+        if isinstance(number, slice):
+            return [self[place] for place in range(*number.indices(len(self)))]
+        file = self._files[number]
+        if number not in self._paths:
+            self._paths[number] = file.fetch(self._folder)
+        return LocalFile(file.name, self._paths[number])
+
+    @property
+    def are_here(self) -> bool:
+        """Whether none need be fetched."""
+        return all(file.is_here for file in self._files)
 
 
 def source_digests(inputs: Mapping[str, str], config: DataPrepConfig, tracking: Tracking) -> dict[str, str]:
@@ -68,34 +111,36 @@ def source_digests(inputs: Mapping[str, str], config: DataPrepConfig, tracking: 
     return digests
 
 
-def load_source(source: Source, seed: int) -> Generator[Row | Damaged, None, None]:
-    """The rows of a source in order, columns renamed, at most `max_rows`; close it to free its temporary folder.
+@contextmanager
+def source_files(source: Source, seed: int) -> Iterator[SourceFiles]:
+    """The files of a source; those that were fetched are gone afterwards.
 
-    Raises: UserError: at the end, a column was named that no row has.
+    Raises: UserError: no such place, or no data file in it.
     """
-    named, row = set(source.columns.values()) | set(source.remove_columns), Row()
     with TemporaryDirectory(prefix="finemill-source-") as folder:
         found = _find_files(source, seed)
         files = _select_files(found, source)
         _warn_of_others(found, source)
-        paths: dict[int, Path] = {}
+        yield SourceFiles(files, Path(folder))
 
-        def rows() -> Iterator[Row | Damaged]:
-            for number, file in enumerate(files):
-                path = paths[number] if number in paths else paths.setdefault(number, file.fetch(Path(folder)))
-                yield from read_rows(path, source.format, file.name)
 
-        start, stop = row_range(source, lambda: sum(1 for _ in rows()))
-        for read in islice(islice(rows(), start, stop), source.max_rows):
-            if isinstance(read, Damaged):
-                yield read
-            else:
-                row = read
-                named.difference_update(row)
-                yield name_columns(row, source)
-    if named and row:
-        columns = ", ".join(map(repr, sorted(named)))
-        raise UserError(f"{source.uri}: columns: no column {columns}; the rows have {', '.join(sorted(row))}")
+def find_source_rows(files: Sequence[LocalFile], source: Source) -> Iterator[UnreadRow]:
+    """The rows of a source's files in order, those of its `split` and at most `max_rows`, columns as they are."""
+
+    def rows() -> Iterator[UnreadRow]:
+        for file in files:
+            yield from find_rows(file.path, source.format, file.name)
+
+    start, stop = row_range(source, lambda: sum(1 for _ in rows()))
+    return islice(islice(rows(), start, stop), source.max_rows)
+
+
+def load_source(source: Source, seed: int) -> Generator[Row | Damaged, None, None]:
+    """The rows of a source in order, columns renamed; close it to free its temporary folder."""
+    with source_files(source, seed) as files:
+        for found in find_source_rows(files, source):
+            row = found.read()
+            yield row if isinstance(row, Damaged) else name_columns(row, source)
 
 
 def split_name(split: str | None) -> str | None:
@@ -225,7 +270,7 @@ def _local_files(place: Path, uri: str) -> dict[str, DataFile]:
 
 
 def _local_file(path: Path, name: str) -> DataFile:
-    return DataFile(name, lambda: sha256_file(path), lambda _: path)
+    return DataFile(name, lambda: sha256_file(path), lambda _: path, is_here=True)
 
 
 def _example_file(source: Source, seed: int) -> DataFile:

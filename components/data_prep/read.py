@@ -10,12 +10,13 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from finemill.components.data_prep.json_values import JsonValues
-from finemill.components.data_prep.tables import read_table
+from finemill.components.data_prep.tables import find_table_rows
 from finemill.errors import UserError
 from finemill.rows.shapes import detect_shape
 from finemill.rows.speakers import turn_list
@@ -64,6 +65,13 @@ class Damaged:
     problem: str
 
 
+class UnreadRow(NamedTuple):
+    """A row that is found, and parsed by who wants it: about how many bytes it has, and what parses it."""
+
+    size: int
+    read: Callable[[], Row | Damaged]
+
+
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow"}
 # What holds files of rows, and has to be unpacked.
@@ -85,6 +93,14 @@ def read_rows(path: Path, file_format: str = "auto", shown_as: str | None = None
     A row of a text file is one document: the lines up to the next blank line, as `{"text": ...}`.
     Raises: UserError: names the file and the line from which on it cannot be read.
     """
+    return (row.read() for row in find_rows(path, file_format, shown_as))
+
+
+def find_rows(path: Path, file_format: str = "auto", shown_as: str | None = None) -> Iterator[UnreadRow]:
+    """The rows that `read_rows` reads; finding those of JSONL and of tables takes a small part of the time.
+
+    Raises: UserError: as `read_rows`; what is wrong with a row of a table is raised where that is read.
+    """
     where = shown_as or str(path)
     if file_format == "auto":
         file_format = _table_format(path) or FORMATS.get(_ending(path.name), "")
@@ -99,7 +115,7 @@ def read_rows(path: Path, file_format: str = "auto", shown_as: str | None = None
             file_format = "json"
     try:
         if file_format in ("parquet", "arrow"):
-            yield from read_table(path, where, file_format)
+            yield from (UnreadRow(size, read) for size, read in find_table_rows(path, where, file_format))
             return
         # Of JSONL a line that is no UTF-8 is one damaged row.
         errors = "surrogateescape" if file_format == "jsonl" else "strict"
@@ -166,7 +182,7 @@ def _check_length(characters: int, where: str) -> None:
         raise UserError(f"{where}: more than {_MAX_CHARACTERS} characters in one row: split it, or correct format")
 
 
-def _read_jsonl(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
+def _read_jsonl(open_file: Callable[[], TextIO], where: str) -> Iterator[UnreadRow]:
     with open_file() as file:
         begin = next((line.strip() for line in iter(lambda: file.readline(_SNIFFED), "") if line.strip()), "")
     if begin == "{" or (re.match(r"\[\s*(?:\{|\Z)", begin) and not _has_value_lines(open_file, (Damaged,))):
@@ -176,10 +192,11 @@ def _read_jsonl(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | D
     with open_file() as file:
         for number, line in enumerate(_lines(file, where), start=1):
             if line.strip():
-                yield _parse_line(line.strip(), f"{where}, line {number}")
+                yield UnreadRow(len(line), partial(_parse_line, line, where, number))
 
 
-def _parse_line(line: str, where: str) -> Row | Damaged:
+def _parse_line(line: str, file: str, number: int) -> Row | Damaged:
+    line, where = line.strip(), f"{file}, line {number}"
     try:
         line.encode()
         # A list's objects that lost its brackets keep their commas.
@@ -194,7 +211,7 @@ def _parse_line(line: str, where: str) -> Row | Damaged:
         return Damaged(where, "not readable JSON (nested too deeply)")
 
 
-def _read_json(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
+def _read_json(open_file: Callable[[], TextIO], where: str) -> Iterator[UnreadRow]:
     """A list of objects, or objects one after the other; one object per line, as many files so named hold, is JSONL."""
     with open_file() as file:
         first = next((letter for letter in iter(lambda: file.read(1), "") if letter.strip()), "")
@@ -206,12 +223,14 @@ def _read_json(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Da
     yield from _read_values(open_file, where)
 
 
-def _read_values(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
+def _read_values(open_file: Callable[[], TextIO], where: str) -> Iterator[UnreadRow]:
     with open_file() as file:
         values = JsonValues(file, where)
         found = values.items() if values.peek() == "[" else _unwrapped(values)
+        passed = 0
         for number, value in enumerate(found, start=1):
-            yield _as_row(value, f"{where}, row {number}")
+            yield _found(_as_row(value, f"{where}, row {number}"), values.characters - passed)
+            passed = values.characters
         if values.peek():
             raise values.error("Extra data")
 
@@ -265,6 +284,11 @@ def _rows_in(value: dict[str, Any]) -> list[Row]:
     return rows if detect_shape(rows[0]) else []
 
 
+def _found(row: Row | Damaged, size: int) -> UnreadRow:
+    """A row that had to be parsed to be found."""
+    return UnreadRow(size, lambda: row)
+
+
 def _as_row(value: Any, where: str) -> Row | Damaged:
     if isinstance(value, list) and turn_list(value):
         return {"messages": value}
@@ -273,7 +297,7 @@ def _as_row(value: Any, where: str) -> Row | Damaged:
     return value
 
 
-def _read_csv(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
+def _read_csv(open_file: Callable[[], TextIO], where: str) -> Iterator[UnreadRow]:
     csv.field_size_limit(_MAX_CHARACTERS)
     with open_file() as file:
         begin = list(itertools.islice(_csv_lines(file, where), _SNIFFED_LINES))
@@ -292,7 +316,7 @@ def _read_csv(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Dam
                     # A quote that is not closed, which takes all the lines that follow into its cell.
                     raise UserError(f"{where}, line {reader.line_num}: not valid CSV ({error})") from None
                 # The line of the error is not counted yet.
-                yield Damaged(f"{where}, line {reader.line_num + 1}", f"not valid CSV ({error})")
+                yield _found(Damaged(f"{where}, line {reader.line_num + 1}", f"not valid CSV ({error})"), 0)
                 continue
             if row is None:
                 return
@@ -301,9 +325,9 @@ def _read_csv(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Dam
                     f"the row has another number of cells than the header ({len(names)}); "
                     "quote cells that hold commas or line breaks"
                 )
-                yield Damaged(f"{where}, line {reader.line_num}", problem)
+                yield _found(Damaged(f"{where}, line {reader.line_num}", problem), 0)
             else:
-                yield dict(row)
+                yield _found(row, sum(map(len, row.values())))
 
 
 def _csv_lines(file: TextIO, where: str) -> Iterator[str]:
@@ -321,7 +345,7 @@ def _cells_in_common(lines: list[str], delimiter: str) -> tuple[int, int]:
     return (sum(len(row) == width for row in rows), width) if width > 1 else (0, 0)
 
 
-def _read_text(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Damaged]:
+def _read_text(open_file: Callable[[], TextIO], where: str) -> Iterator[UnreadRow]:
     document: list[str] = []
     length = 0
     with open_file() as file:
@@ -331,10 +355,10 @@ def _read_text(open_file: Callable[[], TextIO], where: str) -> Iterator[Row | Da
                 length += len(line)
                 _check_length(length, f"{where}, line {number}")
             elif document:
-                yield {"text": "\n".join(document)}
+                yield _found({"text": "\n".join(document)}, length)
                 document, length = [], 0
     if document:
-        yield {"text": "\n".join(document)}
+        yield _found({"text": "\n".join(document)}, length)
 
 
 _TEXT_READERS = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "text": _read_text}

@@ -3,6 +3,16 @@
 import hashlib
 
 from finemill.artifacts.splits import Split
+from finemill.components.data_prep.config import DataPrepConfig
+
+
+def split_of(source: int, prompt_key: bytes, config: DataPrepConfig) -> Split:
+    """The split that the row's source goes to, or the one of its first question, of those that have no own source."""
+    own = {other.into for other in config.sources}
+    test_size = 0.0 if "test" in own else config.test_size
+    validation_size = 0.0 if "validation" in own else config.validation_size
+    into = config.sources[source].into
+    return into or assign_split(prompt_key, test_size=test_size, validation_size=validation_size, seed=config.seed)
 
 
 def assign_split(prompt_key: bytes, *, test_size: float, validation_size: float, seed: int) -> Split:

@@ -1,6 +1,6 @@
 """The step `data-prep`: raw rows in, one Parquet file per split out."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -8,18 +8,19 @@ from pathlib import Path
 from finemill.artifacts.rows import PreparedRow, rows_writer
 from finemill.artifacts.splits import SPLITS, Split
 from finemill.components.data_prep.benchmark import Benchmarks
-from finemill.components.data_prep.clean import Record, SourceCounts, Spool, clean_rows
+from finemill.components.data_prep.clean import CleanBatch, SourceCounts, check_all_counts, check_counts
 from finemill.components.data_prep.config import DataPrepConfig
 from finemill.components.data_prep.dedup import Deduplicator
 from finemill.components.data_prep.index import RowIndex
-from finemill.components.data_prep.load import load_source
+from finemill.components.data_prep.load import source_files
 from finemill.components.data_prep.report import (
     split_counts,
     warn_of_losses,
     warn_of_unread_columns,
     write_report,
 )
-from finemill.components.data_prep.split import assign_split, is_sampled, order_key
+from finemill.components.data_prep.spool import Spool
+from finemill.components.data_prep.workers import clean_source
 from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
 from finemill.runtime.context import StepContext
@@ -36,7 +37,7 @@ def run(*, output_dir: Path, config: DataPrepConfig, context: StepContext) -> Ma
     Raises: UserError: a source that cannot be read, rows of no known shape, or a split without rows.
     """
     with closing(Spool()) as spool, closing(RowIndex()) as index:
-        counts = [SourceCounts(_rejecter(index, number)) for number in range(len(config.sources))]
+        counts = [SourceCounts() for _ in config.sources]
         _read_rows(config, spool, index, counts, context)
         rows = index.counts()
         _check_splits(rows, config, counts)
@@ -47,65 +48,56 @@ def run(*, output_dir: Path, config: DataPrepConfig, context: StepContext) -> Ma
         return write_report(output_dir, config, counts, split_counts(rows, config), index, context.state)
 
 
-def _rejecter(index: RowIndex, source: int) -> Callable[[int, str, str], None]:
-    return lambda number, reason, field: index.reject((source, number), reason, field)
-
-
 def _read_rows(
     config: DataPrepConfig, spool: Spool, index: RowIndex, counts: list[SourceCounts], context: StepContext
 ) -> None:
     """Put the usable rows of all sources into the index."""
-    checks = (Deduplicator(config, index), Benchmarks(config))
+    deduplicator, benchmarks = Deduplicator(config, index), Benchmarks(config)
     # A row that is held out and elsewhere, too, stays held out.
     numbers = sorted(range(len(config.sources)), key=lambda number: config.sources[number].into in (None, "train"))
     for number in numbers:
-        for record in _read_source(number, config, spool, counts[number], checks, context):
-            index.add(record, _split_of(record, config), order_key(record.row_id, config.seed))
+        with (
+            source_files(config.sources[number], config.seed) as files,
+            closing(clean_source(files, number, config, benchmarks)) as batches,
+        ):
+            _read_source(batches, number, config, spool, index, counts[number], deduplicator, context)
     index.complete()
-    for number, (source, row), repeated in checks[0].near_duplicates():
+    for number, (source, row), repeated in deduplicator.near_duplicates():
         index.remove(number)
         counts[source].drop(row, "near_duplicate", repeated)
     for source, row in index.take_held_out():
         counts[source].drop(row, "held_out_question")
+    for number, count in enumerate(counts):
+        index.reject(number, count.take_rejected())
 
 
 def _read_source(
+    batches: Iterable[CleanBatch],
     number: int,
     config: DataPrepConfig,
     spool: Spool,
+    index: RowIndex,
     counts: SourceCounts,
-    checks: tuple[Deduplicator, Benchmarks],
+    deduplicator: Deduplicator,
     context: StepContext,
-) -> Iterator[Record]:
-    """The usable rows of a source that no row before them repeats."""
-    source = config.sources[number]
-    with closing(load_source(source, config.seed)) as rows:
-        for record, text in clean_rows(rows, number, config, spool, counts):
-            if counts.read % _PROGRESS_ROWS == 0:
-                context.recorder.log_progress(f"{counts.read} rows of {source.uri}")
-            if source.sample is not None and not is_sampled(record.row_id, source.sample, config.seed):
-                counts.dropped["not_sampled"] += 1
-                continue
+) -> None:
+    source, told = config.sources[number], 0
+    for batch in batches:
+        counts.add(batch.counts)
+        check_counts(counts, source, config)
+        for record in batch.records:
             try:
-                for check in reversed(checks):
-                    check.check(record, text)
+                deduplicator.check(record)
             except DroppedRowError as reason:
                 counts.drop(record.number, str(reason), reason.field)
             else:
-                yield record
-    if not counts.read:
-        raise UserError(f"{source.uri}: no rows in it; check sources[].uri, name and split")
+                index.add(record, spool.append(record.text))
+        index.reject(number, counts.take_rejected())
+        if counts.read >= told + _PROGRESS_ROWS:
+            told = counts.read
+            context.recorder.log_progress(f"{counts.read} rows of {source.uri}")
+    check_all_counts(counts, source)
     context.recorder.log_progress(f"{counts.read} rows read from {source.uri}")
-
-
-def _split_of(record: Record, config: DataPrepConfig) -> Split:
-    """The split that the row's source goes to, or the one of its first question, of those that have no own source."""
-    own = {source.into for source in config.sources}
-    into = config.sources[record.source].into
-    test_size = 0.0 if "test" in own else config.test_size
-    validation_size = 0.0 if "validation" in own else config.validation_size
-    sizes = {"test_size": test_size, "validation_size": validation_size}
-    return into or assign_split(record.prompt_key, seed=config.seed, **sizes)
 
 
 def _check_splits(

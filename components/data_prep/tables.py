@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +16,48 @@ _BATCH_ROWS = 1024
 Decode = Callable[[Any], Any]
 
 
-def read_table(path: Path, where: str, file_format: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file in order.
+def find_table_rows(path: Path, where: str, file_format: str) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
+    """The rows of a file in order: of each about how many bytes it has, and what makes an object of it.
 
     Arrow gives every object all keys that any other has: those that are null are left out inside of columns. JSON
     columns are decoded, maps are objects.
-    Raises: UserError: the file is damaged, or of another format.
+    Raises: UserError: the file is damaged, or of another format; so does what makes the objects.
     """
-    try:
+    with _readable(where, file_format):
         for batch in (_parquet_batches if file_format == "parquet" else _arrow_batches)(path):
             if file_format == "arrow":
                 # Offsets and lengths are believed as they stand: damaged ones lead out of the file's memory.
                 batch.validate(full=True)
-            decoders = {field.name: decode for field in batch.schema if (decode := _decoder(field.type)) is not None}
-            for row in batch.to_pylist():
-                yield {**row, **{name: decode(row[name]) for name, decode in decoders.items()}}
+            rows = _TableRows(batch, where, file_format)
+            size = batch.nbytes // max(1, batch.num_rows)
+            yield from ((size, partial(rows.row, number)) for number in range(batch.num_rows))
+
+
+class _TableRows:
+    """The rows of a batch, which become objects all at once when the first is asked for."""
+
+    def __init__(self, batch: pa.RecordBatch, where: str, file_format: str) -> None:
+        self._batch, self._where, self._format = batch, where, file_format
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        decoders = {field.name: decode for field in self._batch.schema if (decode := _decoder(field.type)) is not None}
+        with _readable(self._where, self._format):
+            return [
+                {**row, **{name: decode(row[name]) for name, decode in decoders.items()}}
+                for row in self._batch.to_pylist()
+            ]
+
+    def row(self, number: int) -> dict[str, Any]:
+        """The row of this number, from 0."""
+        return self._rows[number]
+
+
+@contextmanager
+def _readable(where: str, file_format: str) -> Iterator[None]:
+    """Raises: UserError: instead of what Arrow raises for a file that is damaged, or of another format."""
+    try:
+        yield
     except (pa.ArrowException, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise

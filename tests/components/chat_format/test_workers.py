@@ -8,7 +8,7 @@ import pytest
 from finemill.artifacts.rows import PreparedRow, rows_writer
 from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.chat_format.formatter import load_formatter
-from finemill.components.chat_format.workers import Work, format_rows
+from finemill.components.chat_format.workers import FormatWork, format_rows
 from finemill.errors import TemporaryError, UserError
 from finemill.models.base.resolve import BUILTIN_MODELS
 
@@ -18,7 +18,7 @@ BASE = BUILTIN_MODELS["builtin:tiny-qwen3"]
 ROW = '{"prompt": "Count to %d.", "completion": "1 to %d"}'
 
 
-def work(folder: Path, number: int, config: ChatFormatConfig) -> Work:
+def work(folder: Path, number: int, config: ChatFormatConfig) -> FormatWork:
     """Batches of ten rows, written to a folder."""
     with rows_writer(folder, "train") as writer:
         writer.write(
@@ -33,7 +33,7 @@ def work(folder: Path, number: int, config: ChatFormatConfig) -> Work:
                 for place in range(10 * number)
             ]
         )
-    return Work(folder, "train", 10, BASE, config)
+    return FormatWork(folder, "train", 10, BASE, config)
 
 
 @pytest.mark.parametrize("num_proc", [2, 3])
@@ -69,5 +69,5 @@ def test_a_process_that_is_killed_is_a_temporary_error(tmp_path: Path) -> None:
         for child in children:
             if b"import serve" in Path(f"/proc/{child}/cmdline").read_bytes():
                 os.kill(child, signal.SIGKILL)
-        with pytest.raises(TemporaryError, match="a process that formats rows was killed"):
+        with pytest.raises(TemporaryError, match="a process that works on rows was killed"):
             list(found)

@@ -1,12 +1,17 @@
+from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from random import Random
 
 import pytest
 
-from finemill.components.data_prep.clean import Record, SourceCounts, Spool, clean_rows
+from finemill.components.data_prep.benchmark import Benchmarks
+from finemill.components.data_prep.clean import Cleaner
 from finemill.components.data_prep.config import DataPrepConfig
-from finemill.components.data_prep.dedup import Deduplicator, NearDuplicates
+from finemill.components.data_prep.dedup import Deduplicator, NearDuplicates, sketch_of
 from finemill.components.data_prep.index import RowIndex
+from finemill.components.data_prep.read import UnreadRow
+from finemill.components.data_prep.record import Record
 from finemill.config import parse_config
 from finemill.rows.reasons import DroppedRowError
 
@@ -17,39 +22,42 @@ def text_of(rng: Random, length: int = 60) -> list[str]:
     return [rng.choice(WORDS) for _ in range(length)]
 
 
-def reason_of(dedup: Deduplicator, record: Record, text: str) -> str | None:
+def records(texts: Sequence[str], mode: str) -> tuple[DataPrepConfig, list[Record]]:
+    config = parse_config(DataPrepConfig, {"sources": [{"uri": "a"}], "dedup": mode}, "data-prep")
+    rows = [UnreadRow(len(text), partial(dict, text=text)) for text in texts]
+    return config, Cleaner(0, config, Benchmarks(config)).clean(rows, first=1).records
+
+
+def reason_of(dedup: Deduplicator, record: Record) -> str | None:
     try:
-        dedup.check(record, text)
+        dedup.check(record)
     except DroppedRowError as reason:
         return str(reason)
     return None
 
 
 def test_a_repeated_row_names_the_one_that_it_repeats() -> None:
-    config = parse_config(DataPrepConfig, {"sources": [{"uri": "a"}]}, "data-prep")
-    with closing(Spool()) as spool, closing(RowIndex()) as index:
+    config, (first, second) = records(["Hi", "hi"], "normalized")
+    with closing(RowIndex()) as index:
         dedup = Deduplicator(config, index)
-        (first, text), (second, _) = clean_rows([{"text": "Hi"}, {"text": "hi"}], 0, config, spool, SourceCounts())
-        dedup.check(first, text)
+        dedup.check(first)
         with pytest.raises(DroppedRowError, match=r"^duplicate$") as repeated:
-            dedup.check(second, text)
+            dedup.check(second)
     assert repeated.value.field == "row 1"
 
 
 def reasons(mode: str, *texts: str) -> list[str | None]:
-    config = parse_config(DataPrepConfig, {"sources": [{"uri": "a"}], "dedup": mode}, "data-prep")
-    with closing(Spool()) as spool, closing(RowIndex()) as index:
+    config, cleaned = records(texts, mode)
+    with closing(RowIndex()) as index:
         dedup = Deduplicator(config, index)
-        cleaned = list(clean_rows(({"text": text} for text in texts), 0, config, spool, SourceCounts()))
-        found = [reason_of(dedup, record, text) for record, text in cleaned]
-        for (record, _), reason in zip(cleaned, found, strict=True):
+        found = [reason_of(dedup, record) for record in cleaned]
+        for record, reason in zip(cleaned, found, strict=True):
             if reason is None:
-                index.add(record, "train", b"")
+                index.add(record, offset=0)
         index.complete()
         near = {row for _, (_, row), _ in dedup.near_duplicates()}
     return [
-        "near_duplicate" if record.number in near else reason
-        for (record, _), reason in zip(cleaned, found, strict=True)
+        "near_duplicate" if record.number in near else reason for record, reason in zip(cleaned, found, strict=True)
     ]
 
 
@@ -83,8 +91,8 @@ def test_minhash_decides_by_the_overlap_of_word_triples() -> None:
         first, second = ({tuple(text[i : i + 3]) for i in range(58)} for text in (words, other))
         overlap = len(first & second) / len(first | second)
         near = NearDuplicates(threshold=0.6)
-        near.add(" ".join(words))
-        near.add(" ".join(other))
+        near.add(sketch_of(" ".join(words)))
+        near.add(sketch_of(" ".join(other)))
         # The estimate has a standard deviation of 0.04.
         right += abs(overlap - 0.6) < 0.12 or near.repeats() == ({1: 0} if overlap >= 0.6 else {})
     assert right == 100
@@ -112,5 +120,5 @@ def test_of_many_near_duplicates_the_first_stays_and_is_named() -> None:
     near, rng = NearDuplicates(threshold=0.8), Random(0)
     words = text_of(rng)
     for number in range(300):
-        near.add(" ".join([*words[:59], f"end{number}"] if number % 3 else text_of(rng)))
+        near.add(sketch_of(" ".join([*words[:59], f"end{number}"] if number % 3 else text_of(rng))))
     assert near.repeats() == {number: 1 for number in range(2, 300) if number % 3}

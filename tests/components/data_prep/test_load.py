@@ -123,12 +123,6 @@ def test_a_saved_data_set_is_read_split_by_split(tmp_path: Path) -> None:
     assert texts(uri=str(tmp_path), split="train") == "train"
 
 
-def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("frage\n1+1?\n")
-    with pytest.raises(UserError, match="no column 'query'; the rows have frage"):
-        rows(uri=str(tmp_path / "a.csv"), columns={"question": "query"})
-
-
 @pytest.mark.parametrize(
     ("source", "message"),
     [

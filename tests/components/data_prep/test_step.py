@@ -190,6 +190,12 @@ def test_a_random_share_of_a_source_stays_the_same_when_rows_come(folder_store: 
     assert 40 < len(ids[0]) < 80
 
 
+def test_a_column_that_is_not_there_is_named(folder_store: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("frage\n1+1?\n")
+    with pytest.raises(UserError, match="no column 'query'; the rows have frage"):
+        prepare(folder_store, [{"uri": str(tmp_path / "a.csv"), "columns": {"question": "query"}}])
+
+
 def test_every_row_that_is_left_out_is_listed_with_reason_and_field(folder_store: str, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "image"}]}]
     rows = [

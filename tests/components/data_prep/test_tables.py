@@ -1,12 +1,18 @@
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from finemill.components.data_prep.tables import read_table
+from finemill.components.data_prep.tables import find_table_rows
 from finemill.errors import UserError
+
+
+def read_table(path: Path, file_format: str) -> list[dict[str, Any]]:
+    return [read() for _, read in find_table_rows(path, "a", file_format)]
+
 
 CALLS = [
     {
@@ -28,7 +34,7 @@ def test_keys_that_are_null_because_another_row_has_them_are_left_out(tmp_path: 
     else:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
             stream.write_table(table)
-    read = list(read_table(path, "a", "parquet" if file_format == "parquet" else "arrow"))
+    read = read_table(path, "parquet" if file_format == "parquet" else "arrow")
     assert read == [
         {"calls": [{"name": "dim", "arguments": {"room": "hall"}}], "tools": {"dim": {"room": {"type": "s"}}}},
         {"calls": [{"name": "find", "arguments": {"origin": "Ulm"}}], "tools": {"find": {"origin": {"type": "s"}}}},
@@ -54,7 +60,7 @@ def test_json_columns_and_maps_are_decoded_and_their_own_nulls_stay(tmp_path: Pa
     ]
     table = pa.table([column.cast(field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
     pq.write_table(table, tmp_path / "a.parquet")
-    assert list(read_table(tmp_path / "a.parquet", "a", "parquet")) == [
+    assert read_table(tmp_path / "a.parquet", "parquet") == [
         {
             "messages": [{"role": "user", "content": None}, "plain"],
             "tool": {"name": "f", "schema": {"default": None}},
@@ -73,7 +79,7 @@ def test_an_arrow_file_with_any_byte_damaged_is_read_or_refused(tmp_path: Path) 
     for position in range(len(sound)):
         path.write_bytes(sound[:position] + bytes([sound[position] ^ 0x80]) + sound[position + 1 :])
         try:
-            list(read_table(path, "a", "arrow"))
+            read_table(path, "arrow")
         except UserError:
             refused += 1
     assert refused > 100
