@@ -147,7 +147,12 @@ class Cleaner:
         unwanted = next((flag for flag in flags if flag in config.drop_flagged), None)
         if unwanted is not None:
             raise DroppedRowError(unwanted)
-        said, identity, prompt_key = normalize_text(whole_text(conversation)), row_id(row), question_key(conversation)
+        said, identity = normalize_text(whole_text(conversation)), row_id(row)
+        try:
+            prompt_key, whole_key = question_key(conversation), text_key(said)
+        except UnicodeEncodeError:
+            # Escaped in a text that holds JSON, where the row as it is written does not show it.
+            raise DroppedRowError("not_unicode") from None
         self._benchmarks.check(said)
         return Record(
             source=self._number,
@@ -155,7 +160,7 @@ class Cleaner:
             row_id=identity,
             shape=shape,
             prompt_key=prompt_key,
-            text_key=text_key(said),
+            text_key=whole_key,
             sketch=sketch_of(said) if config.dedup == "minhash" else None,
             num_characters=num_characters(conversation),
             split=split_of(self._number, prompt_key, config),

@@ -129,7 +129,7 @@ def find_source_rows(files: Sequence[LocalFile], source: Source) -> Iterator[Unr
 
     def rows() -> Iterator[UnreadRow]:
         for file in files:
-            yield from find_rows(file.path, source.format, file.name)
+            yield from find_rows(file.path, source.format, file.name, split_name(source.split))
 
     start, stop = row_range(source, lambda: sum(1 for _ in rows()))
     return islice(islice(rows(), start, stop), source.max_rows)

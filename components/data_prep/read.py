@@ -5,6 +5,7 @@ import csv
 import gzip
 import itertools
 import json
+import logging
 import lzma
 import re
 import zlib
@@ -17,9 +18,12 @@ from typing import Any, NamedTuple, TextIO
 
 from finemill.components.data_prep.json_values import JsonValues
 from finemill.components.data_prep.tables import find_table_rows
+from finemill.components.data_prep.wrapped import hub_rows, split_lists, squad_rows, unwrapped
 from finemill.errors import UserError
 from finemill.rows.shapes import detect_shape
 from finemill.rows.speakers import turn_list
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -87,16 +91,21 @@ def is_data_file(name: str) -> bool:
     return _ending(name) in FORMATS
 
 
-def read_rows(path: Path, file_format: str = "auto", shown_as: str | None = None) -> Iterator[Row | Damaged]:
+def read_rows(
+    path: Path, file_format: str = "auto", shown_as: str | None = None, split: str | None = None
+) -> Iterator[Row | Damaged]:
     """The rows of one file, in order; a damaged line is one of them.
 
-    A row of a text file is one document: the lines up to the next blank line, as `{"text": ...}`.
+    Of a JSON file that has a list for each split, those of `split`, or all. A row of a text file is one document: the
+    lines up to the next blank line, as `{"text": ...}`.
     Raises: UserError: names the file and the line from which on it cannot be read.
     """
-    return (row.read() for row in find_rows(path, file_format, shown_as))
+    return (row.read() for row in find_rows(path, file_format, shown_as, split))
 
 
-def find_rows(path: Path, file_format: str = "auto", shown_as: str | None = None) -> Iterator[UnreadRow]:
+def find_rows(
+    path: Path, file_format: str = "auto", shown_as: str | None = None, split: str | None = None
+) -> Iterator[UnreadRow]:
     """The rows that `read_rows` reads; finding those of JSONL and of tables takes a small part of the time.
 
     Raises: UserError: as `read_rows`; what is wrong with a row of a table is raised where that is read.
@@ -119,7 +128,11 @@ def find_rows(path: Path, file_format: str = "auto", shown_as: str | None = None
             return
         # Of JSONL a line that is no UTF-8 is one damaged row.
         errors = "surrogateescape" if file_format == "jsonl" else "strict"
-        yield from _TEXT_READERS[file_format](lambda: _open_text(path, errors), where)
+        open_file: Callable[[], TextIO] = lambda: _open_text(path, errors)  # noqa: E731
+        if file_format in ("json", "jsonl"):
+            yield from (_read_json if file_format == "json" else _read_jsonl)(open_file, where, split)
+        else:
+            yield from (_read_csv if file_format == "csv" else _read_text)(open_file, where)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text at byte {error.start}; convert the file, or correct format") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
@@ -182,12 +195,12 @@ def _check_length(characters: int, where: str) -> None:
         raise UserError(f"{where}: more than {_MAX_CHARACTERS} characters in one row: split it, or correct format")
 
 
-def _read_jsonl(open_file: Callable[[], TextIO], where: str) -> Iterator[UnreadRow]:
+def _read_jsonl(open_file: Callable[[], TextIO], where: str, split: str | None) -> Iterator[UnreadRow]:
     with open_file() as file:
         begin = next((line.strip() for line in iter(lambda: file.readline(_SNIFFED), "") if line.strip()), "")
     if begin == "{" or (re.match(r"\[\s*(?:\{|\Z)", begin) and not _has_value_lines(open_file, (Damaged,))):
         # One list, or objects over several lines, under the name of the other format.
-        yield from _read_values(open_file, where)
+        yield from _read_values(open_file, where, split)
         return
     with open_file() as file:
         for number, line in enumerate(_lines(file, where), start=1):
@@ -211,22 +224,22 @@ def _parse_line(line: str, file: str, number: int) -> Row | Damaged:
         return Damaged(where, "not readable JSON (nested too deeply)")
 
 
-def _read_json(open_file: Callable[[], TextIO], where: str) -> Iterator[UnreadRow]:
+def _read_json(open_file: Callable[[], TextIO], where: str, split: str | None) -> Iterator[UnreadRow]:
     """A list of objects, or objects one after the other; one object per line, as many files so named hold, is JSONL."""
     with open_file() as file:
         first = next((letter for letter in iter(lambda: file.read(1), "") if letter.strip()), "")
     if first not in ("", "[", "{"):
         raise UserError(f"{where}: not JSON rows: it begins with {first!r}, where a list '[' or an object '{{' is read")
     if _has_value_lines(open_file, ()):
-        yield from _read_jsonl(open_file, where)
+        yield from _read_jsonl(open_file, where, split)
         return
-    yield from _read_values(open_file, where)
+    yield from _read_values(open_file, where, split)
 
 
-def _read_values(open_file: Callable[[], TextIO], where: str) -> Iterator[UnreadRow]:
+def _read_values(open_file: Callable[[], TextIO], where: str, split: str | None) -> Iterator[UnreadRow]:
     with open_file() as file:
         values = JsonValues(file, where)
-        found = values.items() if values.peek() == "[" else _unwrapped(values)
+        found = values.items() if values.peek() == "[" else _unwrapped(values, where, split)
         passed = 0
         for number, value in enumerate(found, start=1):
             yield _found(_as_row(value, f"{where}, row {number}"), values.characters - passed)
@@ -252,15 +265,29 @@ def _has_value_lines(open_file: Callable[[], TextIO], also: tuple[type, ...]) ->
     return isinstance(_as_row(value, ""), (dict, *also))
 
 
-def _unwrapped(values: JsonValues) -> Iterator[Any]:
+def _unwrapped(values: JsonValues, where: str, split: str | None) -> Iterator[Any]:
     """Objects one after the other; of a single one that is no row itself, the rows that it holds."""
     first = values.value()
-    if not values.peek() and (rows := _rows_in(first)):
+    if not values.peek() and (lists := split_lists(first)):
+        yield from _of_split(lists, where, split)
+        return
+    if not values.peek() and (rows := squad_rows(first) or hub_rows(first) or _rows_in(first)):
         yield from rows
         return
     yield first
     while values.skip(",") or values.peek() == "{":
         yield values.value()
+
+
+def _of_split(lists: Mapping[str, list[Any]], where: str, split: str | None) -> Iterator[Any]:
+    """The rows of one split, of all without a name. Raises: UserError: there is none of that name."""
+    if split is not None and split not in lists:
+        raise UserError(f"{where}: no split '{split}'; it has {', '.join(lists)}")
+    if split is None and len(lists) > 1:
+        logger.warning("%s: the rows of %s are read as one; name one of them with split", where, " and ".join(lists))
+    for name, rows in lists.items():
+        if split in (None, name):
+            yield from rows
 
 
 def _rows_in(value: dict[str, Any]) -> list[Row]:
@@ -294,7 +321,8 @@ def _as_row(value: Any, where: str) -> Row | Damaged:
         return {"messages": value}
     if not isinstance(value, dict):
         return Damaged(where, f"a row is an object with columns, found {type(value).__name__}")
-    return value
+    row = unwrapped(value)
+    return Damaged(where, row) if isinstance(row, str) else row
 
 
 def _read_csv(open_file: Callable[[], TextIO], where: str) -> Iterator[UnreadRow]:
@@ -359,6 +387,3 @@ def _read_text(open_file: Callable[[], TextIO], where: str) -> Iterator[UnreadRo
                 document, length = [], 0
     if document:
         yield _found({"text": "\n".join(document)}, length)
-
-
-_TEXT_READERS = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "text": _read_text}

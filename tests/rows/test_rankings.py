@@ -68,6 +68,8 @@ def test_of_several_answers_the_better_and_the_worse_are_told_by_what_the_row_sa
         ({"context": [ASKED], "response1": "4", "response2": "5", "overall_preference": 0}, "tie"),
         ({**TWO, "winner": 1}, "unclear_verdict"),
         ({**TWO, "winner": "gpt-4"}, "unclear_verdict"),
+        ({"history": "2+2?", "human_ref_a": "4", "human_ref_b": "5", "labels": 2.5}, "unclear_verdict"),
+        ({"prompt": "2+2?", "generations": [{"a": "4"}, "5"], "rating": [9, 1]}, "no_answer"),
         ({"prompt": ["a?", "b?"], "response_a": ["A", "B"], "response_b": ["C", "D"], "winner": "a"},
          "histories_differ"),
     ],

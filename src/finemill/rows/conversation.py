@@ -23,6 +23,8 @@ _SHOWS_MEDIA = re.compile(
 
 
 _MAY_SHOW_MEDIA = re.compile(r"<\|?(?:im|vi|au|sp|AUDIO|IMAGE|begin)|\[IMG\]|;base64,")
+# ToolACE's calls, whose functions have names of several words: `[Market Trends API(country="us")]`.
+_NAMED_CALLS = re.compile(r"\s*\[[A-Za-z][^\[\]()\n]*\(.*\)\]\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,10 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def _calls_in_text(message: Message) -> bool:
-    return message["role"] == "assistant" and has_call_text(split_thinking(message["content"])[1])
+    if message["role"] != "assistant":
+        return False
+    said = split_thinking(message["content"])[1]
+    return has_call_text(said) or _NAMED_CALLS.fullmatch(said) is not None
 
 
 def _said(message: Message, where: str) -> str:

@@ -53,7 +53,8 @@ _VERDICTS = (
 )
 # Other names under which false, and nothing else, says that an answer is no good one: a number may count anything.
 _SAYS_GOOD = re.compile(
-    r"(?:is_|was_|\w+_is_)?(?:good|correct|valid|verified|passed|accepted|approved|preferred|desirable|liked|helpful)"
+    r"(?:is_|was_|\w+_is_)?(?:good|correct|valid|verified|passed|accepted|approved|preferred|desirable|liked|helpful"
+    r"|success(?:ful)?|resolved|solved)"
     r"(?:_(?:answer|response|completion|output|solution))?|(?:binary|response|answer|completion|preference|kto)_label"
     r"|(?:answer|response|completion|solution|output)_(?:is_)?(?:good|correct|valid|verified|accepted)"
 )

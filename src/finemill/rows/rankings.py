@@ -11,6 +11,8 @@ from finemill.rows.values import is_missing, parse_json
 
 _STEMS = ("response", "answer", "output", "completion", "conversation", "candidate", "reply", "summary", "human_ref")
 _SUFFIXES = (("a", "b"), ("0", "1"), ("1", "2"))
+# Of three or more, two say nothing about the best.
+_NEXT = {"b": "c", "1": "2", "2": "3"}
 # Two answers, a column each.
 _PAIRS = [
     (form.format(stem, one), form.format(stem, other), (one, other))
@@ -60,6 +62,8 @@ def ranked_answers(row: Reader) -> tuple[Answer, Answer] | None:
     if row.names.isdisjoint(_TELLS):
         return None
     pair = next((pair for pair in _PAIRS if row.has(pair[0]) and row.has(pair[1])), None)
+    if pair is not None and row.has(f"{pair[1][:-1]}{_NEXT[pair[1][-1]]}"):
+        return None
     return _of_list(row) if pair is None else _of_pair(row, *pair)
 
 
@@ -93,7 +97,8 @@ def _verdict(row: Reader, columns: tuple[str, str], suffixes: tuple[str, str]) -
     for name in filter(row.has, _VERDICTS):
         if columns[0] == "human_ref_a" and _number(row.peek(name)) is not None:
             # SHP's 1 means the first.
-            return 1 - int(row.get(name))
+            number = _number(row.get(name))
+            return _by_size(name, 0.5, number if number in (0, 1) else None)
         return _named(name, row.get(name), columns, suffixes)
     for score in _SCORES:
         names = [f"{score}_{suffix}" for suffix in suffixes]
@@ -153,7 +158,7 @@ def _of_list(row: Reader) -> tuple[Answer, Answer] | None:
 
 
 def _numbers_inside(answers: Sequence[Any]) -> tuple[str, list[float]] | None:
-    if not all(isinstance(answer, Mapping) and any(answer.get(name) for name in _TEXTS) for answer in answers):
+    if not all(isinstance(answer, Mapping) and _has_text(answer) for answer in answers):
         return None
     for name in (*_RANKS, *_SCORES):
         numbers = [_number(answer.get(name)) for answer in answers]
@@ -161,6 +166,10 @@ def _numbers_inside(answers: Sequence[Any]) -> tuple[str, list[float]] | None:
         if len(found) == len(answers):
             return name, found
     return None
+
+
+def _has_text(answer: Mapping[str, Any]) -> bool:
+    return any(answer.get(name) for name in _TEXTS)
 
 
 def _lists_beside(row: Reader, length: int) -> Iterator[tuple[str, list[float]]]:
@@ -176,7 +185,9 @@ def _answer(row: Reader, column: str, place: int, value: Any, ranked_by: str) ->
     field = f"{column}[{place}]"
     if not isinstance(value, Mapping) or "role" in value:
         return Answer(field, value)
-    key = next(name for name in _TEXTS if value.get(name))
+    key = next((name for name in _TEXTS if value.get(name)), None)
+    if key is None:
+        raise DroppedRowError("no_answer", field)
     row.note_unread(
         f"{column}[].{name}" for name, v in value.items() if name not in (key, ranked_by) and not is_missing(v)
     )

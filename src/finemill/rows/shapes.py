@@ -1,10 +1,11 @@
 """The shapes of rows that public data sets come in: how each is told from the others, and what it says."""
 
-import re
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from finemill.rows.choices import CHOICE_COLUMNS, CORRECT_COLUMNS, offers_choices, read_choices
 from finemill.rows.conversation import Conversation, checked
 from finemill.rows.learned import FLAGS, MARKS, check_excluded, excluded_turns, read_label
 from finemill.rows.rankings import RANKED_COLUMNS, Answer, ranked_answers, ranks_answers
@@ -63,17 +64,6 @@ _HISTORY = (
     *("previous_turns", "previous_messages", "past_messages", "prior_turns"),
 )
 _FINAL = ("expected_answer", "final_answer", "answer")
-_CHOICES = ("choices", "options")
-# Columns of choices that stand in a column each.
-_LETTERED = [[form.format(letter) for letter in letters] for form, letters in (
-    ("{}", "ABCDEFGHIJ"), ("option_{}", "abcdefghij"), ("choice_{}", "abcdefghij"), ("option{}", "abcdefghij"),
-    ("option{}", "123456789"), ("option_{}", "123456789"), ("choice{}", "123456789"), ("choice_{}", "123456789"),
-)]  # fmt: skip
-_CORRECT = (
-    *("answer", "answerKey", "answer_key", "answer_index", "answer_idx", "correct_answer", "correct_option"),
-    *("correct_choice", "correct_index", "correct", "gold", "gold_index", "target", "label"),
-)
-_LETTER_COLUMNS = [column for columns in _LETTERED[1:] for column in columns]
 _CHAT_SHAPES = ("messages", "sharegpt")
 _ROW_THINKING = (*THINKING_KEYS, "complex_cot")
 # Switches that some sets keep in a column with the name of a thinking block.
@@ -81,7 +71,10 @@ _SWITCHES = ("on", "off", "yes", "no", "true", "false")
 # Prompt columns and answer columns by shape; of each the first that says something counts.
 _PAIRS = {
     "reasoning": (("problem",), ("generated_solution", "solution", "answer")),
-    "alpaca": (("instruction",), ("output", "response", "answer", "completion", "target")),
+    "alpaca": (
+        ("instruction",),
+        ("output", "response", "answer", "completion", "target", "generation", "content", "code"),
+    ),
     "prompt_completion": (
         (
             *("prompt", "query", "input", "user", "human", "inputs", "user_prompt", "user_input", "user_message"),
@@ -97,20 +90,33 @@ _PAIRS = {
                 "bot_response",
                 "ai_response",
             ),
-            *("output_text", "target_text", "answers"),
+            *("output_text", "target_text", "answers", "generation", "ideal", "canonical_solution", "content", "code"),
         ),
     ),
     "question_answer": (
         ("question", "context"),
-        ("answer", "response", "output", "completion", "solution", "answers", "correct_answer"),
+        (
+            *("solution", "answer", "response", "output", "completion", "answers", "correct_answer", "best_answer"),
+            *("generation", "content", "code"),
+        ),
     ),
 }
+# Answers under names that may be something else: not beside these prompts, or only if they are several words.
+_NO_PROMPT_OF_CONTENT = ("message", "query", "inputs", "input_text", "context")
+# Documents and what is to be written about them.
+_WRITTEN_ABOUT = (
+    ("document", "article", "dialogue", "dialog", "post", "text"),
+    ("summary", "highlights", "tldr", "code"),
+)
+# What is to be done with an input beside it.
+_TASKS = ("definition", "task_definition", "task_description")
+_PLACEHOLDERS = ("-", "n/a", "nan", "none", "null")
 # Columns of the better and the worse answer, alone and beside a word for answer.
 _PREFERENCES = [
     pair
     for form in (
         "{}", "{}_response", "{}_answer", "{}_output", "{}_completion", "{}_messages", "{}_conversation", "{}_text",
-        "response_{}", "answer_{}", "output_{}", "completion_{}",
+        "{}_conversations", "response_{}", "answer_{}", "output_{}", "completion_{}",
     )
     for pair in (
         (form.format(better), form.format(worse))
@@ -122,12 +128,28 @@ _PREFERENCES = [
     )
 ] + [("response_j", "response_k")]  # fmt: skip
 _REJECTED_ALONE = ("rejected_response", "rejected_messages", "rejected_answer", "rejected")
+# A worse answer beside the one of a question and its answer.
+_WORSE = (
+    *("rejected_response", "rejected_answer", "rejected_output", "rejected_completion", "rejected_text", "rejected"),
+    *("dispreferred_response", "non_preferred_output", "bad_response", "worse_response", "negative_response"),
+)
 _BETTER = frozenset(better for better, _ in _PREFERENCES)
 # What self-instruct and others write where there is no input.
 _NO_INPUT = ("<noinput>", "noinput", "no input", "n/a", "nan", "none", "null")
 # Columns of a question that another one beside them, the task, comes before.
 _BESIDE_INSTRUCTION = ("question", "query", "prompt", "problem")
 _PROMPTS = tuple(name for prompts, _ in _PAIRS.values() for name in prompts)
+# Of a conversation that ends with a question.
+_ANSWERS_BESIDE = (
+    "completion",
+    "response",
+    "output",
+    "answer",
+    "assistant",
+    "assistant_response",
+    "model_response",
+    "reply",
+)
 _ANSWERS = tuple({name for _, answers in _PAIRS.values() for name in answers} - set(_PROMPTS))
 
 
@@ -155,7 +177,7 @@ def detect_shape(row: Row, named: Collection[str] = ()) -> str | None:
         )
         if best is not None:
             return best
-    return None
+    return "sharegpt" if _only_chat(Reader(row)) is not None else None
 
 
 def to_conversation(row: Row, shape: str, *, bad_answers: bool = False) -> Conversation:
@@ -223,15 +245,36 @@ def _with_system(row: Reader, messages: list[Message]) -> list[Message]:
 
 def _from_chat(column: str) -> Callable[[Reader], Conversation]:
     def convert(row: Reader) -> Conversation:
-        turns, tools = _split_tools(chat_turns(row.get(column)) or [])
+        turns, tools = _split_tools(_by_speakers(row, chat_turns(row.get(column)) or [], row.peek(column)))
         if excluded := excluded_turns(row, turns):
             turns = [{**turn, "weight": 0} if number in excluded else turn for number, turn in enumerate(turns)]
-        messages = _with_system(row, _with_row_thinking(row, to_messages(turns, row, column)))
+        messages = to_messages(turns, row, column)
+        asks = bool(messages) and messages[-1]["role"] != "assistant"
+        answer = next(filter(row.has, _ANSWERS_BESIDE), None) if asks else None
+        if answer is not None:
+            messages = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages]
+            messages += _said(row, answer)[0]
+        messages = _with_system(row, _with_row_thinking(row, messages))
         if row.has("prompt") and any(message["content"] == row.peek("prompt") for message in messages):
             row.get("prompt")
         return Conversation(messages, to_tools(row.get(*_TOOLS) or tools))
 
     return convert
+
+
+def _by_speakers(row: Reader, turns: list[Turn], value: Any) -> list[Turn]:
+    """Turns that are texts, by a list of speakers beside them. Raises: DroppedRowError: they do not speak in turn."""
+    speakers = parse_json(row.peek("speakers"))
+    if not isinstance(speakers, list) or len(speakers) != len(turns) or not isinstance(parse_json(value), list):
+        return turns
+    if not all(isinstance(text, str) for text in parse_json(value)):
+        return turns
+    row.get("speakers")
+    if all(turn_role({"role": speaker}) in ROLES for speaker in speakers):
+        return [{**turn, "role": speaker} for turn, speaker in zip(turns, speakers, strict=True)]
+    if len({*map(str, speakers)}) > 2 or any(a == b for a, b in itertools.pairwise(speakers)):
+        raise DroppedRowError("role_order", "speakers")
+    return turns
 
 
 def _split_tools(turns: Sequence[Turn]) -> tuple[list[Turn], Any]:
@@ -288,6 +331,16 @@ def _first_chat(row: Reader) -> str | None:
     return next((name for name in _CHATS if name in row.names and _is_chat(row, name)), None)
 
 
+def _only_chat(row: Reader) -> str | None:
+    """The one column, whatever its name, with turns of one who asks and one who answers; None for several."""
+    found = [name for name in row.names if isinstance(name, str) and _is_dialogue(turn_list(row.peek(name)))]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_dialogue(turns: list[Turn] | None) -> bool:
+    return {"user", "assistant"} <= {ROLES.get(turn_role(turn)) for turn in turns or ()}
+
+
 def _is_chat(row: Reader, name: str) -> bool:
     value = row.peek(name)
     texts = isinstance(value, list) and all(isinstance(turn, str) for turn in value)
@@ -333,41 +386,94 @@ def _user(text: str) -> Message:
 
 def _matches_pair(shape: str) -> Callable[[Reader], bool]:
     prompts, answers = _PAIRS[shape]
-    return lambda row: row.has(*prompts) and any(row.has(name) for name in answers if name not in prompts)
+    if shape == "prompt_completion":
+        return lambda row: _answer_column(row, prompts, answers) is not None or _written_about(row) is not None
+    return lambda row: _answer_column(row, prompts, answers) is not None
+
+
+def _answer_column(row: Reader, prompts: tuple[str, ...], answers: tuple[str, ...]) -> str | None:
+    """The column of the answer to the question in one of `prompts`, None where there is no question or no answer."""
+    prompt = next(filter(row.has, prompts), None)
+    if prompt is None:
+        return None
+    return next(
+        (name for name in answers if name not in prompts and row.has(name) and _answers(row, prompt, name)), None
+    )
+
+
+def _answers(row: Reader, prompt: str, name: str) -> bool:
+    """Whether a column holds an answer: a `content` may be a page that was found, a `code` a language's."""
+    if name == "content":
+        return prompt not in _NO_PROMPT_OF_CONTENT and not row.has("role", "from")
+    return name != "code" or is_prose(row.peek(name))
+
+
+def _written_about(row: Reader) -> tuple[str, str] | None:
+    """The columns of a document and of what is written about it, as sets of summaries have them."""
+    document, written = (next((name for name in names if row.has(name)), None) for names in _WRITTEN_ABOUT)
+    if document is None or written is None or not isinstance(row.peek(document), str):
+        return None
+    return (document, written) if written != "code" or is_prose(row.peek(written)) else None
 
 
 def _from_pair(shape: str) -> Callable[[Reader], Conversation]:
     prompts, answers = _PAIRS[shape]
 
     def convert(row: Reader) -> Conversation:
-        before = _asked(row, prompts)
-        column = next((name for name in answers if row.has(name)), None)
+        column = _answer_column(row, prompts, answers)
+        if column is None and shape == "prompt_completion" and (about := _written_about(row)) is not None:
+            document, column = about
+            before = [_user(row.text(document))]
+        else:
+            before = _asked(row, prompts, column)
         if column is None:
             raise DroppedRowError("no_answer", " or ".join(answers))
-        value = _single(row.get(column)) if column == "answers" else row.get(column)
-        if turn_list(value):
-            said = _with_row_thinking(row, _turns(row, column, value))
-        elif column == "answers" and are_calls(value):
-            said = [{"role": "assistant", "content": "", "tool_calls": to_calls(value)}]
-        else:
-            answer = as_text(value, column)
-            said = [_in_column(column, assistant, answer, _row_thinking(row, answer))]
-        return Conversation(_with_system(row, [*before, *said]), to_tools(row.get(*_TOOLS)), _final(row, shape, value))
+        said, value = _said(row, column)
+        return Conversation(
+            _with_system(row, [*before, *said]), to_tools(row.get(*_TOOLS)), _final(row, shape, column, value)
+        )
 
     return convert
 
 
-def _single(answers: Any) -> Any:
-    """The answer of a list with one; SQuAD's `{"text": [...]}` is such a list."""
-    if are_calls(answers):
-        return answers
-    answers = parse_json(answers)
+def _said(row: Reader, column: str) -> tuple[list[Message], Any]:
+    """The messages of the answer in a column, and what stands there."""
+    value = row.get(column)
+    value = _first_answer(row, column, value) if column == "answers" or isinstance(value, list) else value
+    if turn_list(value):
+        return _with_row_thinking(row, _turns(row, column, value)), value
+    if column == "answers" and are_calls(value):
+        return [{"role": "assistant", "content": "", "tool_calls": to_calls(value)}], value
+    answer = as_text(value, column)
+    return [_in_column(column, assistant, answer, _row_thinking(row, answer))], value
+
+
+def _first_answer(row: Reader, column: str, given: Any) -> Any:
+    """The first of several answers that all are right, the others named as not read: texts, or SQuAD's objects."""
+    if are_calls(given) or turn_list(given):
+        return given
+    answers = parse_json(given)
     texts = answers.get("text") if isinstance(answers, Mapping) else answers
-    return texts[0] if isinstance(texts, list) and texts and texts == texts[:1] * len(texts) else answers
+    if isinstance(texts, list) and all(isinstance(item, Mapping) and "text" in item for item in texts):
+        texts = [item["text"] for item in texts]
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        return given
+    if texts != texts[:1] * len(texts):
+        row.note_unread([f"{column}[1:]"])
+    return texts[0]
 
 
-def _asked(row: Reader, columns: tuple[str, ...]) -> list[Message]:
-    """The messages before an answer; of a prompt that is a list of messages no answer is learned."""
+def _single(answers: Any) -> Any:
+    """The answer of a list with one."""
+    answers = parse_json(answers)
+    return answers[0] if isinstance(answers, list) and answers and answers == answers[:1] * len(answers) else answers
+
+
+def _asked(row: Reader, columns: tuple[str, ...], answer: str | None = None) -> list[Message]:
+    """The messages before an answer; of a prompt that is a list of messages no answer is learned.
+
+    `answer` is the column of the answer.
+    """
     column = next((name for name in columns if row.has(name)), None)
     if column is None:
         raise DroppedRowError("empty_turn", " or ".join(columns))
@@ -381,10 +487,24 @@ def _asked(row: Reader, columns: tuple[str, ...]) -> list[Message]:
         return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in to_messages(turns[:-1], row, column)]
     if turn_list(value):
         return [{**m, "weight": 0} if m["role"] == "assistant" else m for m in _turns(row, column, value)]
-    history = _history(row)
-    names = (*_CONTEXT, *_BESIDE_INSTRUCTION) if column == "instruction" else _CONTEXT
-    context = _beside(row, [n for n in names if n != column and not (history and n == "context")])
-    return [*history, _user("\n\n".join(filter(None, (as_text(value, column), context))))]
+    history, question = _history(row), as_text(value, column)
+    if question.strip().lower() in _PLACEHOLDERS:
+        raise DroppedRowError("empty_turn", column)
+    names = [*_CONTEXT]
+    if column == "instruction":
+        names += [name for name in _BESIDE_INSTRUCTION if not _repeats(row, name, question, answer)]
+    context = _beside(row, [n for n in names if n not in (column, answer) and not (history and n == "context")])
+    task = row.text(*_TASKS) if column in ("input", "inputs") else ""
+    return [*history, _user("\n\n".join(filter(None, (task, question, context))))]
+
+
+def _repeats(row: Reader, name: str, question: str, answer: str | None) -> bool:
+    """Whether a column beside an instruction is made of it: a prompt that was rendered, with or without the answer."""
+    text, said = row.peek(name), row.peek(answer or "")
+    if not isinstance(text, str):
+        return False
+    rendered = any(line.startswith("### ") for line in text.splitlines())
+    return rendered or question.strip() in text or (isinstance(said, str) and is_prose(said) and said.strip() in text)
 
 
 def _beside(row: Reader, names: Sequence[str]) -> str:
@@ -416,11 +536,12 @@ def _row_thinking(row: Reader, answer: str) -> str:
     return thinking_under(row, columns)
 
 
-def _final(row: Reader, shape: str, answer: Any) -> str | None:
+def _final(row: Reader, shape: str, column: str, answer: Any) -> str | None:
     """The final answer for exact match, where the row states one."""
     if not isinstance(answer, str | int | float):
         return None
-    stated = next((name for name in _FINAL if row.has(name)), None) if shape == "reasoning" else None
+    solved = shape == "reasoning" or column == "solution"
+    stated = next((name for name in _FINAL if row.has(name)), None) if solved else None
     if stated is not None:
         return as_text(row.get(stated), stated)
     # GSM8K's answers end with `#### <final answer>`.
@@ -434,9 +555,16 @@ def _final(row: Reader, shape: str, answer: Any) -> str | None:
 
 def _answer_columns(row: Reader) -> tuple[str, str] | None:
     """The columns of the better and of the worse answer."""
-    if row.names.isdisjoint(_BETTER):
+    if not row.names.isdisjoint(_BETTER):
+        pair = next((pair for pair in _PREFERENCES if row.has(pair[0]) and row.has(pair[1])), None)
+        if pair is not None:
+            return pair
+    worse = None if row.names.isdisjoint(_WORSE) else next(filter(row.has, _WORSE), None)
+    if worse is None or is_true(row.peek(worse)) is not None:
         return None
-    return next((pair for pair in _PREFERENCES if row.has(pair[0]) and row.has(pair[1])), None)
+    found = (_answer_column(row, prompts, (*answers, "text")) for prompts, answers in _PAIRS.values())
+    better = next(filter(None, found), None)
+    return None if better is None else (better, worse)
 
 
 def _is_preference(row: Reader) -> bool:
@@ -563,65 +691,15 @@ def _after(asked: list[Message], answer: list[Message]) -> list[Message]:
     return [*system, *answer] if answer[0]["role"] != "system" else answer
 
 
-def _is_multiple_choice(row: Reader) -> bool:
-    return row.has("question") and row.has(*_CORRECT) and (row.has(*_CHOICES) or bool(_lettered(row)))
-
-
-def _lettered(row: Reader) -> list[str]:
-    """The columns of choices that stand in a column each: A, B; option_a, option_b; none for fewer than two."""
-    for columns in _LETTERED:
-        found = [column for column in columns if row.has(column)]
-        if len(found) > 1 and found == columns[: len(found)]:
-            return found
-    return []
-
-
 def _from_multiple_choice(row: Reader) -> Conversation:
-    """The choices by letter under the question; the answer is a letter, or the text that the row gives."""
-    choices = row.get(*_CHOICES) or _by_column(row)
-    letters, texts = _choices(parse_json(choices))
-    marks = (
-        f"{letter}. " if not re.match(rf"\(?{re.escape(letter)}[).:]", text) else ""
-        for letter, text in zip(letters, texts, strict=True)
-    )
-    lines = [f"{mark}{text}" for mark, text in zip(marks, texts, strict=True)]
-    answer = _correct_letter(row.get(*_CORRECT), letters, texts)
-    asked = "\n".join([row.text("question"), *lines])
-    messages = [_user("\n\n".join(filter(None, (_beside(row, _CONTEXT), asked)))), assistant(answer)]
-    return Conversation(_with_system(row, messages), answer=answer if answer in letters else None)
-
-
-def _by_column(row: Reader) -> Any:
-    """Choices that stand in a column each: by number where the columns are numbered, which count from 1."""
-    columns = _lettered(row)
-    texts = [row.get(column) for column in columns]
-    return dict(zip("123456789", texts, strict=False)) if columns[:1] and columns[0][-1] == "1" else texts
-
-
-def _choices(value: Any) -> tuple[list[str], list[str]]:
-    """Letters and texts: of a list, of `{"text": [...], "label": [...]}`, or of texts by letter."""
-    if isinstance(value, Mapping) and isinstance(value.get("text"), list):
-        letters, texts = value.get("label"), value["text"]
-    elif isinstance(value, Mapping):
-        letters, texts = list(value), list(value.values())
-    else:
-        letters, texts = None, value if isinstance(value, list) else [value]
-    if not isinstance(letters, list) or len(letters) != len(texts):
-        letters = [chr(ord("A") + number) for number in range(len(texts))]
-    return list(map(str, letters)), [as_text(text, "choices") for text in texts]
-
-
-def _correct_letter(answer: Any, letters: list[str], texts: list[str]) -> str:
-    stated = as_text(answer, "answer").strip()
-    if stated in letters:
-        return stated
-    if stated in texts:
-        return letters[texts.index(stated)]
-    if not stated.isdecimal():
-        return stated
-    if int(stated) >= len(letters):
-        raise DroppedRowError("bad_choices", "answer")
-    return letters[int(stated)]
+    """The choices by letter under the question; the answer is a letter, or the letters of several."""
+    choices = read_choices(row)
+    context = _beside(row, [name for name in _CONTEXT if name != choices.column])
+    messages = [
+        _user("\n\n".join(filter(None, (context, choices.asked)))),
+        assistant(choices.answer, _row_thinking(row, choices.answer)),
+    ]
+    return Conversation(_with_system(row, messages), answer=choices.letter)
 
 
 def _is_turns(row: Reader) -> bool:
@@ -669,12 +747,12 @@ SHAPES: Mapping[str, Shape] = {
         "conversations (from, value)",
         _CHATS,
         lambda row: _first_chat(row) is not None,
-        lambda row: _from_chat(_first_chat(row) or "")(row),
+        lambda row: _from_chat(_first_chat(row) or _only_chat(row) or "")(row),
     ),
     "multiple_choice": Shape(
         "question, choices, answer",
-        ("question", *_CHOICES, *_LETTER_COLUMNS),
-        _is_multiple_choice,
+        CHOICE_COLUMNS,
+        offers_choices,
         _from_multiple_choice,
     ),
     **{
@@ -691,7 +769,7 @@ SHAPES: Mapping[str, Shape] = {
 }
 """Every known shape by name, the more specific before the more general."""
 
-_OTHERS = (*_CHATS, *_TEXTS, *_SYSTEM, *_TOOLS, *_CONTEXT, *_FINAL, *_CHOICES, *_CORRECT, *_ROW_THINKING, *_HISTORY)
+_OTHERS = (*_CHATS, *_TEXTS, *_SYSTEM, *_TOOLS, *_CONTEXT, *_FINAL, *CORRECT_COLUMNS, *_ROW_THINKING, *_HISTORY)
 KNOWN_COLUMNS = frozenset(
     (
         *(name for shape in SHAPES.values() for name in shape.main),

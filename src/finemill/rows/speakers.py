@@ -25,6 +25,10 @@ _TYPES = ("human", "ai", "user", "assistant", "system", "tool")
 ROLE_KEYS = ("role", "from", "speaker", "sender", "author")
 """Keys of a turn that may hold its speaker."""
 
+# Flags of a turn whether one who asks, or one who answers, speaks.
+_IS_USER = ("is_user", "is_human", "from_user", "is_created_by_user", "is_customer", "is_prompter")
+_IS_ASSISTANT = ("is_bot", "is_assistant", "is_ai", "is_model", "is_agent", "from_bot")
+
 # What two columns, or two keys of a turn, are called that hold a question and its answer.
 _ASKED = ("user", "human", "question", "instruction", "prompt", "query", "input")
 _SAID = (*_ASSISTANTS, "answer", "response", "completion", "output")
@@ -34,6 +38,11 @@ _TRANSCRIPT = re.compile(
     r"(?:\A|\n)[ \t]*(?:#{1,4}[ \t]*|\*\*|\[)?(?P<role>Human|User|Assistant|System|GPT|ChatGPT|Bot|AI|Function Response"
     r"|Tool)(?:\*\*|\])?:(?:\*\*)?",
     re.IGNORECASE,
+)
+# Before all questions, and all answers, of a list of texts.
+_ASKS_AND_SAYS = (
+    re.compile("\\A\\s*(?:\u95ee|\u60a3\u8005|\u75c5\u4eba|\u7528\u6237|Q|Question)\\s*[:\uff1a]\\s*"),
+    re.compile("\\A\\s*(?:\u7b54|\u533b\u751f|\u52a9\u624b|A|Answer)\\s*[:\uff1a]\\s*"),
 )
 # Glaive's and others' end of a turn.
 _END_OF_TEXT = re.compile(r"\s*<\|endoftext\|>\s*\Z")
@@ -127,6 +136,8 @@ def transcript_turns(text: str) -> list[Turn] | None:
 def _texts_in_turn(texts: list[str]) -> list[Turn]:
     """Texts of two who speak in turn; a text may name its speaker."""
     turns: list[Turn] = []
+    if all(pattern.match(text) for pattern, text in zip(_ASKS_AND_SAYS * len(texts), texts, strict=False)):
+        texts = [_ASKS_AND_SAYS[number % 2].sub("", text) for number, text in enumerate(texts)]
     for number, text in enumerate(texts):
         match = _TRANSCRIPT.match(text)
         role = match["role"] if match else ("user", "assistant")[number % 2]
@@ -180,8 +191,21 @@ def _with_author(turn: Turn) -> Turn:
     turn = named(turn, ROLE_KEYS)
     if not turn_role(turn) and isinstance(kind := turn.get("type"), str):
         return _of_type(turn, kind.lower().removesuffix("message"))
+    if not turn_role(turn) or ROLES.get(turn_role(turn)) is None:
+        turn = _with_flagged_role(turn)
     author = turn.get("author")
     return {**turn, "author": author["role"]} if isinstance(author, Mapping) and "role" in author else turn
+
+
+def _with_flagged_role(turn: Turn) -> Turn:
+    """A turn in which a flag says who speaks, with a role: SillyTavern's, LibreChat's and PIPPA's."""
+    for key, value in turn.items():
+        name = snake_case(key) if isinstance(key, str) else ""
+        if isinstance(value, bool) and name in (*_IS_USER, *_IS_ASSISTANT):
+            return {"role": "user" if value is (name in _IS_USER) else "assistant"} | {
+                k: v for k, v in turn.items() if k not in (key, *ROLE_KEYS)
+            }
+    return turn
 
 
 def _of_type(turn: Turn, kind: str) -> Turn:

@@ -16,14 +16,15 @@ from finemill.rows.learned import FLAGS, is_learned
 from finemill.rows.reader import Reader
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.speakers import CALL_ROLES, ROLE_KEYS, ROLES, THINKING_ROLES, named, snake_case, turn_role
-from finemill.rows.thinking import split_thinking
+from finemill.rows.thinking import split_thinking, thinking_of
 from finemill.rows.tools import CALLED, to_calls
 from finemill.rows.values import as_text, holds_nothing, is_missing, parse_json
 
 Message = dict[str, Any]
 
 _APART = frozenset((*CALL_ROLES, *THINKING_ROLES))
-_CONTENT_KEYS = ("content", "value", "text", "utterance", "message", "body", "msg", "parts")
+_CONTENT_KEYS = ("content", "value", "text", "utterance", "message", "body", "msg", "mes", "parts")
+_SYSTEM_KEYS = ("system_prompt", "system")
 _RESULT_KEYS = ("result", "output", "response", "tool_output", "observation", "results")
 _CALL_KEYS = ("tool_calls", "function_call", "tool_call", "function_calls", "calls", "tool_use")
 THINKING_KEYS = (
@@ -68,11 +69,19 @@ _MEDIA = re.compile(
     r"|speech)s?)(?P<place>_?(?:path|file|filename|file_name|url|uri|base64|b64|bytes|data|list|\d+)s?)?"
     r"|pixel_values|input_features"
 )
+# WebDataset's columns, which hold what files with these ends do.
+_MEDIA_ENDS = frozenset(
+    ("jpg", "jpeg", "png", "webp", "gif", "tiff", "mp3", "wav", "flac", "ogg", "mp4", "avi", "webm")
+)
+_MEDIA_FILE = re.compile(r"\S+\.(?:jpe?g|png|webp|gif|tiff|mp3|wav|flac|ogg|mp4|avi|webm)", re.IGNORECASE)
+_OF_MEDIA = ("media", "files", "file", "attachments")
 
 
 @lru_cache(maxsize=4096)
 def _media_types(name: str) -> tuple[type, ...]:
     """The types that a value of this name has if it is a picture, a sound or a film; none for other names."""
+    if name in _MEDIA_ENDS:
+        return (bytes, dict)
     match = _MEDIA.fullmatch(snake_case(name))
     if match is None:
         return ()
@@ -84,7 +93,13 @@ def media_in(values: Mapping[Any, Any]) -> str | None:
     for name, value in values.items():
         if isinstance(name, str) and isinstance(value, _media_types(name)) and not holds_nothing(value):
             return name
+        if name in _OF_MEDIA and any(isinstance(v, str) and _MEDIA_FILE.fullmatch(v) for v in _items(value)):
+            return str(name)
     return None
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 _PART_KEYS = frozenset(
@@ -137,7 +152,7 @@ def to_messages(turns: Sequence[Mapping[str, Any]], reader: Reader, column: str)
                 else:
                     messages.append(message)
             if plain is None:
-                _check_answer(turn_reader)
+                _check_answer(turn_reader, messages[-1] if messages else {})
         except DroppedRowError as reason:
             raise reason.within(f"{column}[{number}]") from None
         if plain is None:
@@ -199,7 +214,7 @@ def _read_turn(turn: Reader) -> Iterator[Message]:
         yield from _assistant_turn(turn, name)
         return
     is_learned(turn, only_excluded=True)
-    content = turn.get(*_CONTENT_KEYS)
+    content = turn.get(*_CONTENT_KEYS, *(_SYSTEM_KEYS if role == "system" else ()))
     parts = _parts(content) if role == "user" or _holds_results(content) else []
     for part in parts:
         if part.get("type") == "tool_result":
@@ -299,11 +314,15 @@ def _joined(before: Message, message: Message) -> Message:
     return {**joined, **({"tool_calls": calls} if calls else {})}
 
 
-def _check_answer(turn: Reader) -> None:
-    """Raises: DroppedRowError: what is not read of an assistant's turn sounds like its thinking, or like calls."""
+def _check_answer(turn: Reader, message: Message) -> None:
+    """Raises: DroppedRowError: what is not read of an assistant's turn sounds like its thinking, or like calls.
+
+    Beside an answer that thinks, `message`, the same thinking may stand again.
+    """
     if ROLES.get(_speaker(turn)) != "assistant":
         return
-    check_unread_thinking(turn, in_turn=True)
+    if not thinking_of(message):
+        check_unread_thinking(turn, in_turn=True)
     for name in turn.unread:
         if _SOUNDS_LIKE_CALLS.search(name) and _holds_calls(turn.peek(name)):
             raise DroppedRowError("calls_not_read", name)
@@ -331,7 +350,9 @@ def is_prose(value: Any) -> bool:
     """Whether a value is a text of several words, a list, or an object with either: no switch, number or level."""
     if isinstance(value, Mapping):
         return any(map(is_prose, value.values()))
-    return len(value.split()) > 1 if isinstance(value, str) else isinstance(value, list)
+    if isinstance(value, list):
+        return any(map(is_prose, value))
+    return isinstance(value, str) and len(value.split()) > 1
 
 
 def _parts(content: Any) -> list[Mapping[str, Any]]:
@@ -413,10 +434,10 @@ def _result(content: Any) -> str:
     if (
         isinstance(content, list)
         and content
-        and all(isinstance(p, Mapping) and p.keys() <= {"json", "text"} for p in content)
+        and all(isinstance(p, Mapping) and len(p) == 1 and p.keys() <= {"json", "text"} for p in content)
     ):
         return "".join(
-            part["text"] if "text" in part else json.dumps(part["json"], ensure_ascii=False) for part in content
+            str(part["text"]) if "text" in part else json.dumps(part["json"], ensure_ascii=False) for part in content
         )
     return json.dumps(content, ensure_ascii=False, default=str)
 

@@ -72,6 +72,38 @@ def preference(rng: Random) -> Row:
     return {"prompt": rng.choice((text(rng), messages(rng)[:-1])), "chosen": answer(), "rejected": answer()}
 
 
+def chosen_by_letter(rng: Random) -> Row:
+    texts = [text(rng) for _ in range(rng.randint(2, 4))]
+    listed: Row = {
+        "choices": {"choices": rng.choice((texts, str(texts), [{"label": c, "text": c} for c in texts]))},
+        "columns": {f"{rng.choice(('option_', 'op', ''))}{'abcd'[place]}": t for place, t in enumerate(texts)},
+        "numbered": {f"ending{place}": choice for place, choice in enumerate(texts)},
+        "nested": {"question": {"stem": text(rng), "choices": [{"text": t, "label": "A"} for t in texts]}},
+        "answers": {"answers": texts},
+    }
+    return {"question": text(rng), "label": rng.choice(("A", 1, "1", "(B)", [0])), **listed[rng.choice(list(listed))]}
+
+
+def ranked(rng: Random) -> Row:
+    answers = [{"text": text(rng), "score": rng.random()} for _ in range(rng.randint(1, 3))]
+    two = {"human_ref_a": text(rng), "human_ref_b": text(rng), "labels": rng.choice((0, 1, 2.5))}
+    beside = {"query": text(rng), "response": text(rng), "rejected_response": text(rng)}
+    return rng.choice(({"prompt": text(rng), "completions": answers}, {"prompt": text(rng), **two}, beside))
+
+
+def exported(rng: Random) -> Row:
+    said = {"from_name": "response", "value": {"text": [text(rng)]}}
+    message = {"author": {"role": "user"}, "content": {"parts": [text(rng)]}}
+    return rng.choice(
+        (
+            {"id": 1, "data": {"prompt": text(rng)}, "annotations": [{"result": [said]}]},
+            {"row_idx": 0, "row": {"text": text(rng)}, "truncated_cells": []},
+            {"mapping": {"a": {"parent": None, "message": message}}, "current_node": "a"},
+            {"messages": messages(rng)[:-1], "answer": text(rng)},
+        )
+    )
+
+
 DRAWN: dict[str, Callable[[Random], Row]] = {
     "messages": lambda rng: {"messages": messages(rng), "tools": rng.choice((TOOLS, None, json.dumps(TOOLS)))},
     "sharegpt": lambda rng: {"conversations": messages(rng, role="from", content="value"), "system": text(rng)},
@@ -83,6 +115,9 @@ DRAWN: dict[str, Callable[[Random], Row]] = {
     "multiple_choice": lambda rng: {"question": text(rng), "choices": [text(rng), "b"], "answer": rng.choice("AB01")},
     "turns": lambda rng: {"turns": [text(rng), text(rng)], "reference": [text(rng), text(rng)]},
     "text": lambda rng: {"text": text(rng)},
+    "ranked": ranked,
+    "by letter": chosen_by_letter,
+    "exported": exported,
 }
 
 

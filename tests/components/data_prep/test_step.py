@@ -202,10 +202,11 @@ def test_every_row_that_is_left_out_is_listed_with_reason_and_field(folder_store
         *sums(range(60)),
         {"foo": 1},
         *sums(range(1)),
-        {"question": "a", "answer": ["b"]},
+        {"question": "a", "answer": {"a": 1}},
         {"messages": turns},
         {"messages": [turns[0], {"role": "assistant", "content": " "}]},
         {"prompt": "a", "completion": "<think>b"},
+        {"messages": '[{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]'},
     ]
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "not JSON\n")
@@ -219,7 +220,8 @@ def test_every_row_that_is_left_out_is_listed_with_reason_and_field(folder_store
         (64, "not_text", "messages[1]"),
         (65, "empty_turn", "turn 2"),
         (66, "unclosed_thinking", "completion"),
-        (67, "damaged", f"{source}, line 67: not valid JSON (Expecting value at column 1)"),
+        (67, "not_unicode", "row"),
+        (68, "damaged", f"{source}, line 68: not valid JSON (Expecting value at column 1)"),
     ]
 
 
