@@ -118,6 +118,19 @@ def detach_stream(causal: Any) -> None:
     del causal._finemill_stream, causal._finemill_hooks
 
 
+def release_shards(model: Any) -> None:
+    """Let go what processes read of each other's parts, at the end of a training: the model can run no more.
+
+    A collective of all processes that share a divided base.
+
+    Args:
+        model: the base, or adapters on it.
+    """
+    stream = weight_stream_of(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    if stream is not None and stream.shards is not None:
+        stream.shards.close()
+
+
 def quantized_linears(layer: nn.Module) -> list[Any]:
     """A decoder layer's linear layers below their adapters, in the order of `LINEARS`: of a mixture, attention's."""
     attention, mlp = layer.self_attn, layer.mlp

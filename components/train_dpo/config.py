@@ -94,6 +94,11 @@ class TrainDPOConfig(LoRATrainingConfig):
         """Whether the loss takes each answer by itself."""
         return self.loss_type in _UNPAIRED
 
+    @property
+    def needs_whole_base(self) -> bool:
+        """Whether weights of the base are computed with or copied before it can be cut into shards."""
+        return super().needs_whole_base or self.precompute_ref_log_probs
+
     @model_validator(mode="after")
     def _check_loss(self) -> Self:
         if self.label_smoothing and self.loss_type not in _SMOOTHED:

@@ -67,6 +67,21 @@ class WeightShards:
                 f"strategy 'shard': a GPU's memory cannot be read by the others ({problem}); use 'ddp' or 'fsdp2'"
             )
 
+    def close(self) -> None:
+        """Unmap the others' parts, and let the own one go when all have; every process of the group calls it.
+
+        PyTorch asks of whoever shares a GPU's memory to keep it until nobody has it mapped: it would complain at the
+        end of a process whose part is still counted as another's. No layer can be gathered from then on.
+        """
+        device = self._mine.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a layer may still be on its way
+        self._parts = []
+        _exchange(None)
+        del self._mine
+        if device.type == "cuda":
+            torch.cuda.ipc_collect()
+
     def pieces(self, layer: int) -> Iterator[tuple[int, Tensor]]:
         """Yield where each part of a layer begins, and the part; every process begins with another one."""
         for step in range(self.count):

@@ -86,7 +86,7 @@ def streamed(model: Any, stored: StoredModel, device: torch.device, *, backward:
     """
     layers = {id(layer) for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module}
     with ExitStack() as stack:
-        for unit in _units(model):
+        for unit in loaded_together(model):
             loaded = _Unit(unit, stored, device)
             if backward and id(unit) in layers:
                 unit.forward = loaded.checkpointed(unit.forward)
@@ -104,7 +104,7 @@ def streamed(model: Any, stored: StoredModel, device: torch.device, *, backward:
         yield
 
 
-def _units(model: torch.nn.Module) -> list[torch.nn.Module]:
+def loaded_together(model: torch.nn.Module) -> list[torch.nn.Module]:
     """What is loaded together: a decoder layer, and elsewhere a module with parameters, with its adapter if it has one.
 
     An adapter may read its module's weight outside that module's own call, as DoRA does.

@@ -374,6 +374,11 @@ class LoRATrainingConfig(StepConfig):
         return next((reason for reason, applies in reasons.items() if applies), None)
 
     @property
+    def needs_whole_base(self) -> bool:
+        """Whether weights of the base are computed or copied before it can be cut into shards."""
+        return bool(self.modules_to_save) or self.train_router or self.init_lora_weights == "loftq"
+
+    @property
     def bits(self) -> Literal[4, 8, 16]:
         """Bits per weight of the frozen base's linear layers."""
         if self.method == "full":

@@ -16,6 +16,7 @@ from finemill.kernels.engine.quantized_experts import quantize_experts
 from finemill.models.causal_lm import no_progress_bar
 from finemill.models.nf4.config import compute_in, is_quantized
 from finemill.training.config import LoRATrainingConfig
+from finemill.training.hollow_base import load_hollow
 from finemill.training.mixture import EXPERTS
 from finemill.training.positions import base_config
 
@@ -38,8 +39,9 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
     """Load the base on `device`, linear layers but the output layer, and experts, quantized if that is asked for.
 
     Weights that are trained themselves are float32: bfloat16 would round small updates to nothing. A base that is cut
-    into shards is whole until then, on the card where it fits, else in host memory, a copy per process; its 4-bit
-    weights lie in words of the dtype that all shards have.
+    into shards gets its weights then, layer by layer; or, where something is computed with them before, is whole until
+    then, on the card where it fits, else in host memory, a copy per process. Its 4-bit weights lie in words of the
+    dtype that all shards have.
 
     Raises: UserError: a base in 4 bits on the disk, and a training that it does not allow.
     """
@@ -73,17 +75,21 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
         )
-    with no_progress_bar():
-        model = AutoModelForCausalLM.from_pretrained(
-            base_model,
-            config=model_config,
-            dtype=torch.float32 if config.method == "full" else dtype,
-            device_map={"": "cpu" if sharded and not _fits_card(base_model, config, device) else device},
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            **quantization,
-        )
+    stored_dtype = torch.float32 if config.method == "full" else dtype
+    if sharded and not config.needs_whole_base:
+        model = load_hollow(base_model, model_config, stored_dtype, quantization.get("quantization_config"))
+    else:
+        with no_progress_bar():
+            model = AutoModelForCausalLM.from_pretrained(
+                base_model,
+                config=model_config,
+                dtype=stored_dtype,
+                device_map={"": "cpu" if sharded and not _fits_card(base_model, config, device) else device},
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                **quantization,
+            )
     keep_trainable_on_cpu(model)
     _quantize_experts(model, config, sharded=sharded)
     return model

@@ -153,8 +153,9 @@ def _fsdp_config(config: LoRATrainingConfig) -> dict[str, Any]:
         "cpu_offload": config.offload,
         "activation_checkpointing": bool(config.gradient_checkpointing),
     }
-    # Checkpoints are written from whole tensors, whatever a file says.
-    return (config.strategy_config or settings) | {"version": 2, "state_dict_type": "FULL_STATE_DICT"}
+    # Checkpoints are written from whole tensors, and a base is read by all processes, whatever a file says.
+    kept = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}
+    return (config.strategy_config or settings) | kept
 
 
 def _deepspeed_config(config: LoRATrainingConfig) -> dict[str, Any]:

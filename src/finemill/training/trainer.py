@@ -279,6 +279,10 @@ def _train(
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if best and not checkpoints.stop_requested:
             best.restore(trainer.model)
+        if config.strategy == "shard":
+            from finemill.kernels.streamed import release_shards
+
+            release_shards(trainer.model)
     if checkpoints.stop_requested and trainer.state.global_step < trainer.state.max_steps:
         raise TemporaryError(f"stopped at step {trainer.state.global_step}; run again to continue from there")
     save_adapter(trainer, inputs.tokenizer, output_dir, base, rope_scaling=config.rope_scaling)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from transformers import Trainer
 
+from finemill.training.hollow_base import filled_as_cut, hollow_base_of
+
 ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -125,11 +127,12 @@ class WholeState:
         return optimizer
 
     def prepare_for_training(self, max_steps: int, train_dataloader: Any, checkpoint: str | None) -> Any:
-        """Restore the weights while the model is whole, cut it into shards, then restore the moments."""
+        """Restore the weights before the model is cut into shards, cut it, then restore the moments."""
         trainer = self._trainer
         if checkpoint is not None:
             _load_weights(trainer.model, Path(checkpoint))
-        prepared = self._prepare(max_steps, train_dataloader, None)
+        with filled_as_cut(trainer):
+            prepared = self._prepare(max_steps, train_dataloader, None)
         if checkpoint is not None:
             saved = torch.load(Path(checkpoint, OPTIMIZER_FILE), map_location="cpu", weights_only=True)
             self._load_moments(saved["state"])
@@ -261,6 +264,8 @@ def _load_weights(model: Any, checkpoint: Path) -> None:
 
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_file(checkpoint / ADAPTER_FILE))
+    elif hollow := hollow_base_of(model):
+        hollow.begin_from(checkpoint / MODEL_FILE)
     else:
         model.load_state_dict(load_file(checkpoint / MODEL_FILE), strict=False)
         model.tie_weights()

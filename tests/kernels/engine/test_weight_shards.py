@@ -1,5 +1,6 @@
 """Processes of a host read each other's part of a layer, those of another host have their own copy."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -53,3 +54,16 @@ def test_a_layer_is_gathered_from_the_processes_of_its_host(
 def test_all_end_where_one_cannot_map_a_part(shards: list[WeightShards], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"cannot be read by the others \(process 3: no such memory\); use 'ddp'"):
         join(monkeypatch, 0, shards, [None, None, None, "process 3: no such memory"])
+
+
+def test_a_part_is_kept_until_all_have_unmapped_it(shards: list[WeightShards], monkeypatch: pytest.MonkeyPatch) -> None:
+    join(monkeypatch, 0, shards, [None] * 4)
+    others = [weakref.ref(part) for part in shards[0]._parts[1:]]
+    own = weakref.ref(shards[0]._mine)
+    at_barrier: list[bool] = []
+    monkeypatch.setattr(
+        weight_shards, "_exchange", lambda _: at_barrier.extend(part() is not None for part in (own, *others))
+    )
+    shards[0].close()
+    assert at_barrier == [True, False]
+    assert own() is None
