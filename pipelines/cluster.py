@@ -27,7 +27,7 @@ from finemill.pipelines.names import (
     ShortName,
     Variable,
 )
-from finemill.pipelines.quantity import CPU, Memory
+from finemill.pipelines.quantity import CPU, Memory, gibibytes
 from finemill.runtime.images import IMAGES
 
 SHARED_MEMORY_PATH = "/dev/shm"
@@ -311,6 +311,10 @@ class ClusterConfig(StepConfig):
     def image(self, role: str) -> str:
         """The image of a role in `src/finemill/runtime/images.py`."""
         return {"cpu": self.image_cpu, "train": self.image_train}[role]
+
+    def host_memory_gib(self, resources: Resources) -> float:
+        """GiB that a GPU task's process may have beside its shared memory."""
+        return gibibytes(self.size(resources).memory) - gibibytes(self.shared_memory)
 
     def size(self, resources: Resources) -> ContainerSize:
         """Requests and limits of a task."""

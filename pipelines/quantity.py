@@ -29,6 +29,13 @@ def _memory(value: object) -> str:
     return f"{kib * 1024 // _BINARY[unit]}{unit}"
 
 
+def gibibytes(memory: str) -> float:
+    """GiB of a quantity as `Memory` has it."""
+    found = _QUANTITY.fullmatch(memory)
+    assert found is not None
+    return int(found[1]) * _BINARY[found[3]] / 2**30
+
+
 def _cpu(value: object) -> str:
     """Cores as a whole number, or as thousandths."""
     text = _text(value)

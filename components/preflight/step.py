@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finemill.artifacts.plan import RunPlan, write_plan
 from finemill.components.preflight.base_model import BaseFacts, inspect_base_model
-from finemill.components.preflight.config import PreflightConfig
+from finemill.components.preflight.config import PreflightConfig, PreflightSettings
 from finemill.config import StepConfig, parse_config
 from finemill.errors import UserError
 from finemill.models.base.pin import pin_base_model
@@ -52,7 +52,7 @@ def run(*, output_dir: Path, config: PreflightConfig, context: StepContext) -> d
         # chat-format's, which its data set brings to the training
         num_tokens = max(len(getattr(section, "new_tokens", ())) for section in parsed.values())
         training = with_new_tokens(training, num_tokens)
-    needed = check_memory(base, training, config.gpu_memory_gib) if base and training else None
+    needed = check_memory(base, training, config) if base and training else None
     plan = RunPlan(
         base_model=base.id if base else None,
         store=context.store,
@@ -96,21 +96,23 @@ def check_nodes(sections: Mapping[str, StepConfig]) -> None:
         check_train_jobs(num_nodes)
 
 
-def check_memory(base: BaseFacts, training: LoRATrainingConfig, gpu_memory_gib: float | None) -> float | None:
+def check_memory(base: BaseFacts, training: LoRATrainingConfig, config: PreflightSettings) -> float | None:
     """GiB of GPU memory that training needs at least; None of a family whose memory cannot be estimated.
 
     Raises: UserError: the GPU or `memory_gb` is smaller.
     """
     try:
-        needed = needed_gib(complete(base.config), training)
+        needed = needed_gib(complete(base.config), training, host_gib=config.host_memory_gib)
     except UnknownDecoderError as error:
         logger.warning("GPU memory of training %s is not checked: %s", base.id, error)
         return None
-    limits = {f"memory_gb is {training.memory_gb}": training.memory_gb, f"the GPU has {gpu_memory_gib}": gpu_memory_gib}
+    gpu, host = config.gpu_memory_gib, config.host_memory_gib
+    limits = {f"memory_gb is {training.memory_gb}": training.memory_gb, f"the GPU has {gpu}": gpu}
+    beside = "" if host is None else f" beside a container of {host:g}"
     for found, limit in limits.items():
         if limit is not None and needed > limit:
             raise UserError(
-                f"training {base.id} needs {needed:.1f} GiB of GPU memory at least, {found}: lower max_length "
+                f"training {base.id} needs {needed:.1f} GiB of GPU memory at least{beside}, {found}: lower max_length "
                 f"({training.max_length}), per_device_train_batch_size ({training.per_device_train_batch_size}) or "
                 f"lora_r ({training.lora_r}), or ask for a larger GPU"
             )

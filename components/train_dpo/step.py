@@ -14,7 +14,12 @@ from trl import DPOConfig, KTOConfig
 from finemill.artifacts.splits import Split
 from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_dpo.rows import load_answers, load_pairs
-from finemill.components.train_dpo.trainers import TokenizedDPOTrainer, TokenizedKTOTrainer, TokenizedORPOTrainer
+from finemill.components.train_dpo.trainers import (
+    TokenizedDPOTrainer,
+    TokenizedKTOTrainer,
+    TokenizedORPOTrainer,
+    add_noise,
+)
 from finemill.runtime.context import StepContext
 from finemill.training.inputs import TrainingInputs, check_tokens, open_inputs
 from finemill.training.kernels import make_trainer
@@ -47,7 +52,7 @@ def build_trainer(inputs: TrainingInputs, scratch: Path, config: TrainDPOConfig)
     check_tokens(inputs, max(pc.max(pc.list_flatten(rows.data.column(name))).as_py() or 0 for name in sequences))
     longest = max(len(row["prompt_ids"]) + max(len(row[name]) for name in answers) for row in rows)
     check_positions(inputs.base_model, min(longest, config.max_length), config.max_length, config.rope_scaling)
-    return make_trainer(
+    trainer = make_trainer(
         inputs,
         config,
         plain=trainer_class,
@@ -57,6 +62,9 @@ def build_trainer(inputs: TrainingInputs, scratch: Path, config: TrainDPOConfig)
         train_dataset=rows,
         eval_dataset=load(inputs.dataset, "validation", config.max_length) if config.eval_steps else None,
     )
+    if config.neftune_noise_alpha is not None:
+        add_noise(trainer.model, config.neftune_noise_alpha)
+    return trainer
 
 
 def _on_kernels(trainer_class: type[Trainer]) -> type[Trainer]:
@@ -74,6 +82,7 @@ def _trainer_and_rows(config: TrainDPOConfig) -> tuple[type[Trainer], Callable[[
 def _arguments(config: TrainDPOConfig, scratch: Path, device: torch.device) -> DPOConfig | KTOConfig:
     shared: dict[str, Any] = {
         **shared_arguments(config, scratch, device),
+        "neftune_noise_alpha": None,  # see add_noise
         "beta": config.beta,
         "precompute_ref_log_probs": config.precompute_ref_log_probs,
         # TRL would switch off the adapters' own dropout too.

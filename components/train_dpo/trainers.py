@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from transformers.integrations.neftune import neftune_post_forward_hook
 from trl import DPOTrainer, KTOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -38,6 +39,21 @@ def share_cache(dataset: Any) -> None:
     folder = [Path(dataset._get_cache_file_path("any")).parent]
     broadcast_object_list(folder)
     dataset._get_cache_file_path = lambda fingerprint: str(folder[0] / f"cache-{fingerprint}.arrow")
+
+
+def add_noise(model: Any, alpha: float) -> None:
+    """NEFTune's noise on the embeddings of passes that are learned from.
+
+    transformers' own comes with every pass in training mode: TRL's trainers ask the same model for the reference then,
+    which is a fixed one only without it.
+    """
+    embedding = model.get_input_embeddings()
+    embedding.neftune_noise_alpha = alpha
+    embedding.register_forward_hook(_noise_where_learned)
+
+
+def _noise_where_learned(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return neftune_post_forward_hook(module, args, output) if torch.is_grad_enabled() else output
 
 
 class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]

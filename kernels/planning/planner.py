@@ -264,10 +264,10 @@ def prefers_shards(
         return False
 
 
-def least_bytes(work: Workload, *, allow_stream: bool, eight_bit: bool | None = None) -> int:
+def least_bytes(work: Workload, *, allow_stream: bool, eight_bit: bool | None = None, host: int | None = None) -> int:
     """Peak of the leanest plan: what a card must have. The arguments are those of `plan_step`."""
     try:
-        plan_step(work, 0, allow_stream=allow_stream, eight_bit=eight_bit)
+        plan_step(work, 0, allow_stream=allow_stream, eight_bit=eight_bit, host=host)
     except NoPlanError as error:
         return error.least
     raise AssertionError("a plan of no memory")

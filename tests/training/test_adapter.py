@@ -2,7 +2,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import MixtralConfig, PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
+import torch
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from finemill.errors import UserError
 from finemill.training.adapter import lora_config
@@ -34,6 +43,17 @@ def test_a_name_that_fits_no_layer_is_refused_with_those_there_are(
 ) -> None:
     with pytest.raises(UserError, match=message):
         lora_config(tiny_model_dir, LoRATrainingConfig(target_modules=targets))
+
+
+@pytest.mark.parametrize(
+    ("named", "saved"),
+    [(["norm"], ["model.norm"]), (["q_norm", "embed_tokens", "lm_head"], ["q_norm", "embed_tokens", "lm_head"])],
+)
+def test_modules_that_end_alike_are_not_trained_along(named: list[str], saved: list[str], tiny_model_dir: Path) -> None:
+    """PEFT takes all whose name ends so."""
+    adapters = lora_config(tiny_model_dir, LoRATrainingConfig.model_validate({"modules_to_save": named}))
+    assert adapters is not None
+    assert adapters.modules_to_save == saved
 
 
 SIZES: dict[str, Any] = {
@@ -101,6 +121,24 @@ def test_what_experts_do_not_take_is_one_line(settings: dict[str, Any], message:
     QWEN3_MOE.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message):
         lora_config(tmp_path, LoRATrainingConfig(**settings))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "attention", "mlp", ("q_proj", "fc1")])
+def test_what_rows_of_text_never_pass_gets_no_adapter(targets: str | tuple[str, ...], tmp_path: Path) -> None:
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=SIZES | {"head_dim": 32}, vision_config=vision)
+    config.save_pretrained(tmp_path)
+    settings = LoRATrainingConfig.model_validate({"target_modules": targets})
+    if not isinstance(targets, str):
+        with pytest.raises(UserError, match="'fc1' fits no layer of the base model"):
+            lora_config(tmp_path, settings)
+        return
+    adapters = lora_config(tmp_path, settings)
+    with torch.device("meta"):
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), adapters)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert names
+    assert all("language_model.layers." in name for name in names)
 
 
 def test_a_dense_base_has_no_routers(tiny_model_dir: Path) -> None:

@@ -49,6 +49,23 @@ def test_loss_and_gradients_are_those_of_peft(load_in_4bit: bool, short_model_di
         assert torch.equal(model(input_ids=IDS).logits, base)
 
 
+def test_a_layer_s_output_may_be_added_to_in_place() -> None:
+    """As Falcon does with that of its MLP."""
+    torch.manual_seed(0)
+    adapters = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model: Any = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 4)), adapters)
+    rows = torch.randn(2, 3, 6)
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        output = model(rows)
+        output += 1
+        output.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+        add_in_place(model)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("settings", [{"lora_dropout": 0.1}, {"use_dora": True}])
 def test_other_layers_stay(settings: dict[str, Any], short_model_dir: Path) -> None:
     model = a_model(short_model_dir, LoRATrainingConfig(), **settings)

@@ -71,6 +71,15 @@ def test_the_kernels_need_what_their_leanest_plan_does() -> None:
     assert needed_gib({**QWEN3_8B, "model_type": "gpt_neox"}, TrainQLoRAConfig()) > 15
 
 
+def test_what_may_not_wait_on_the_host_is_on_the_card() -> None:
+    """8B in 4 bits is 3.9 GB, which a container of 32 GiB holds beside the process, and one of 5 does not."""
+    needed = [needed_gib(QWEN3_8B, TrainQLoRAConfig(), host_gib=gib) for gib in (None, 32.0, 5.0, 1.0)]
+    assert needed[0] == needed[1] < 3.4
+    assert 5 < needed[2] <= needed[3] < 8
+    with pytest.raises(UserError, match=r"GiB of GPU memory beside 1\.0 of host memory"):
+        must_stream(QWEN3_8B, TrainQLoRAConfig(), 4 * GIB, host=int(GIB))
+
+
 @pytest.mark.parametrize(("limit_gib", "streamed"), [(80.0, False), (7.2, False), (5.0, True), (3.5, True)])
 def test_a_base_that_does_not_fit_waits_in_host_memory(limit_gib: float, streamed: bool) -> None:
     assert must_stream(QWEN3_8B, TrainQLoRAConfig(), limit_gib * GIB) is streamed

@@ -5,7 +5,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import PreTrainedModel, set_seed
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig, set_seed
 
 from finemill.errors import UserError
 from finemill.models.base.resolve import BUILTIN_MODELS
@@ -48,6 +49,22 @@ def test_linear_layers_are_nf4_and_the_output_layer_is_not(tiny_model_dir: Path)
     assert len(quantized) == 7 * model.config.num_hidden_layers
     assert not isinstance(model.lm_head, bnb.nn.Linear4bit)
     assert {model.get_submodule(name).weight.quant_state.quant_type for name in quantized} == {"nf4"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"load_in_8bit": True}])
+def test_routers_that_are_trained_keep_their_16_bits(settings: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+    description = Qwen2MoeConfig(**sizes, **experts, num_key_value_heads=1, vocab_size=64)
+    AutoModelForCausalLM.from_config(description).save_pretrained(tmp_path)
+    kinds = []
+    for train_router in (False, True):
+        config = LoRATrainingConfig(train_router=train_router, **settings)
+        model: Any = load_base(tmp_path, config, torch.device("cpu"))
+        layer = model.model.layers[0]
+        kinds.append([type(part) is nn.Linear for part in (layer.mlp.shared_expert_gate, model.lm_head)])
+        assert type(layer.self_attn.q_proj) is not nn.Linear
+    assert kinds == [[False, True], [True, True]]
 
 
 def test_without_4_bit_the_base_is_loaded_as_it_is(tiny_model_dir: Path) -> None:

@@ -25,6 +25,7 @@ def execute(name: str, arguments: list[str]) -> int:
 
     cluster = read_cluster_config(parsed.cluster, image_cpu=parsed.image_cpu, image_train=parsed.image_train)
     defaults = read_defaults(parsed, pipeline)
+    tell_preflight(pipeline, defaults, cluster)
     if str(parsed.output) == "-":
         with TemporaryDirectory() as folder:
             file = Path(folder, "pipeline.yaml")
@@ -48,6 +49,15 @@ def _compile(
         from finemill.pipelines.render_argo import compile_argo
 
         compile_argo(pipeline, defaults, cluster, output, schedule=parsed.schedule, timezone=parsed.timezone)
+
+
+def tell_preflight(pipeline: Pipeline, defaults: dict[str, Any], cluster: "ClusterConfig") -> None:
+    """Let preflight know how much memory the container of a training has, unless the configuration says it."""
+    tasks = {task.name: task for task in pipeline.tasks}
+    training = next((task for name, task in tasks.items() if name.startswith("train-")), None)
+    if training and "preflight" in tasks:
+        host = {"host_memory_gib": cluster.host_memory_gib(training.resources)}
+        defaults["preflight"] = host | defaults.get("preflight", {})
 
 
 def read_defaults(parsed: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What is trained on the base: adapters, whole modules or all of it, and the files they are saved in."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def lora_config(base_model: Path, config: LoRATrainingConfig, new_tokens: Sequen
     model = _hollow_model(base_model)
     mixture = Mixture.of(model)
     tied = model.config.get_text_config().tie_word_embeddings
-    targets, experts = _target_modules(model, config, mixture), _target_parameters(config, mixture)
+    prefix = _decoder_prefix(model)
+    targets, experts = _target_modules(model, config, mixture, prefix), _target_parameters(config, mixture)
     modules = [*_modules_to_save(model, config), *_routers(config, mixture)]
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -56,6 +58,7 @@ def lora_config(base_model: Path, config: LoRATrainingConfig, new_tokens: Sequen
         init_lora_weights="gaussian" if config.init_lora_weights == "gaussian" else True,
         target_modules=targets,
         target_parameters=experts or None,
+        exclude_modules=rf"(?!{re.escape(prefix)}).*" if _fit_beside(model, targets, prefix) else None,
         modules_to_save=modules or None,
         trainable_token_indices=_token_tables(model, modules, new_tokens) or None,
         # Else an embedding that is trained would leave its output matrix as it was.
@@ -82,8 +85,25 @@ def _hollow_model(base_model: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(description)
 
 
-def _target_modules(model: PreTrainedModel, config: LoRATrainingConfig, mixture: Mixture) -> str | list[str]:
-    """The layers that get adapters, as PEFT takes them; experts and routers are not among them.
+def _decoder_prefix(model: PreTrainedModel) -> str:
+    """How names in the decoder begin where a model sees or hears as well; nothing where it is all decoder."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
+
+
+def _fit_beside(model: PreTrainedModel, targets: str | list[str], prefix: str) -> bool:
+    """Whether targets fit layers beside the decoder, which rows of text never pass."""
+    beside = [name for name, _ in model.named_modules() if not name.startswith(prefix)]
+    return any(_fits(name, target) for name in beside for target in ([] if isinstance(targets, str) else targets))
+
+
+def _target_modules(
+    model: PreTrainedModel, config: LoRATrainingConfig, mixture: Mixture, prefix: str
+) -> str | list[str]:
+    """The layers that get adapters, as PEFT takes them; experts and routers are not among them, nor what is beside the
+    decoder, whose names begin with `prefix`.
 
     Raises: UserError: a name that fits no layer, or one that takes no adapter. PEFT passes by a name that fits nothing
         as long as another one fits something.
@@ -93,12 +113,14 @@ def _target_modules(model: PreTrainedModel, config: LoRATrainingConfig, mixture:
         and module is not model.get_output_embeddings()
         and not mixture.is_router(name)
         for name, module in model.named_modules()
+        if name.startswith(prefix)
     }
     targets = config.target_modules
     if targets == "all-linear":
         linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         # PEFT's own choice would take linear layers that choose or weigh experts, too.
-        return _own_names({n: takes and n in linear for n, takes in layers.items()}) if mixture.experts else targets
+        own = _own_names({name: takes and name in linear for name, takes in layers.items()})
+        return own if mixture.experts or prefix else targets
     if isinstance(targets, str):
         return _group(layers, targets, mixture)
     for target in targets:
@@ -179,7 +201,13 @@ def _modules_to_save(model: PreTrainedModel, config: LoRATrainingConfig) -> list
                 f"modules_to_save: '{saved}' is a linear layer, which the base has in {config.bits} bits: give it an "
                 "adapter (target_modules), or set load_in_4bit and load_in_8bit to false"
             )
-    return list(config.modules_to_save)
+    return [name for module in config.modules_to_save for name in _in_full(module, list(holders))]
+
+
+def _in_full(module: str, there: Sequence[str]) -> list[str]:
+    """A module's name, or its full ones where PEFT would take others that end alike: q_norm for norm."""
+    named = [name for name in there if _fits(name, module)]
+    return named if any(name.endswith(module) and name not in named for name in there) else [module]
 
 
 def _fits(name: str, target: str) -> bool:
@@ -208,6 +236,8 @@ def save_adapter(
     positions, if `rope_scaling` changed them.
     """
     model, weights = trainer.model, trained_weights(trainer.model)
+    # What modules that are trained as a whole have beside, as a router its correction, PEFT asks for by name.
+    weights |= {name: buffer.cpu() for name, buffer in model.named_buffers() if ".modules_to_save." in name}
     output_dir.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PeftModel):
         _name_base(model.peft_config["default"], base)

@@ -106,12 +106,13 @@ def complete(model: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if is_planned(model):
         return model
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.for_model(**model)
         text = config.get_text_config(decoder=True)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError):
         return model  # whoever loads it says what is wrong with it
     found = {name: value for name in _ALL if (value := getattr(text, name, None)) is not None}
     return {**model, **text.to_dict(), **found, "model_type": model["model_type"]}

@@ -35,7 +35,13 @@ def open_inputs(base_model: Path, dataset: Path, config: LoRATrainingConfig) -> 
     """Raises: UserError: what the machine or the base does not have is refused, before anything is loaded."""
     check_strategy(config)
     if not is_quantized(base_model):
-        StoredModel(base_model)  # transformers would begin weights that are missing at random
+        # transformers would begin weights that are missing at random.
+        model = StoredModel(base_model).model
+        if model.base_model is model:
+            raise UserError(
+                f"{type(model).__name__} has no part of its own below the output layer, where TRL's losses begin: it "
+                "cannot be trained"
+            )
     lora_config(base_model, config)
     device = choose_device()
     if config.use_dora and config.bits == 8 and device.type == "cpu":

@@ -25,6 +25,9 @@ from finemill.training.trainer import cap_memory
 
 logger = logging.getLogger(__name__)
 
+_REFUSALS = ("is incompatible with Mamba-based models", "is not supported. Currently, only the following modules")
+"""What PEFT's errors say of layers that it puts no adapters on."""
+
 
 def make_trainer(
     inputs: TrainingInputs,
@@ -55,13 +58,21 @@ def make_trainer(
                 len(inputs.new_tokens),
             )
     adapters = lora_config(inputs.base_model, config, inputs.new_tokens)
-    trainer = make(
-        model=model,
-        args=arguments(),
-        processing_class=inputs.tokenizer,
-        peft_config=adapters,
-        **options,
-    )
+    try:
+        trainer = make(
+            model=model,
+            args=arguments(),
+            processing_class=inputs.tokenizer,
+            peft_config=adapters,
+            **options,
+        )
+    except ValueError as error:
+        if not any(words in str(error) for words in _REFUSALS):
+            raise
+        line = " ".join(str(error).split())
+        raise UserError(
+            f"PEFT puts no adapters on these layers ({line:.250}): name others in target_modules, or use method 'full'"
+        ) from None
     if inputs.new_tokens:
         complete_wrapper(trainer.model)
     check_kernels(trainer, config)
@@ -89,9 +100,14 @@ def _open_trainer(
         cap_memory(config, device)
         return plain, load_base(base_model, config, device)
     model = read_decoder(base_model)
+    from finemill.kernels.engine.host_memory import free_host_bytes
+
     divided = config.strategy == "shard"
     # Layers that differ in their bits cannot take each other's place on the card.
-    streamed = divided or (not is_quantized(base_model) and must_stream(model, config, memory_limit(config, device)))
+    streamed = divided or (
+        not is_quantized(base_model)
+        and must_stream(model, config, memory_limit(config, device), host=free_host_bytes())
+    )
     trainer = partial(fast(), memory_gb=config.memory_gb, eight_bit=eight_bit_moments(config))
     if not streamed:
         return trainer, load_base(base_model, config, device)

@@ -57,10 +57,12 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.flatten(0, -2)
         inner = rows @ a.T
-        output = functional.linear(rows, _dense(weight), bias).addmm_(inner, b.T, alpha=scaling)
+        # No view is returned: some families add to a layer's output in place, which autograd forbids on one.
+        output = functional.linear(x, _dense(weight), bias)
+        output.view(-1, output.shape[-1]).addmm_(inner, b.T, alpha=scaling)
         ctx.save_for_backward(rows, a, b, inner)
         ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
-        return output.view(*x.shape[:-1], -1)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

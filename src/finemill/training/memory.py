@@ -24,6 +24,8 @@ NF4_BITS, NF4_DOUBLE_BITS = 4 + 32 / 64, 4 + 8 / 64 + 32 / (64 * 256)
 LOGIT_BYTES = 2 + 4 + 4 + 4
 # Weights that FSDP2 gathers and reduces at once: a few GB, in the time that Python takes to launch it layer by layer.
 AT_ONCE = 2e9
+# What a training process takes of a container's memory beside its plan, and how much of the rest may be page-locked.
+PROCESS_GIB, FREE_SHARE = 3.0, 0.9
 # float32 weight and gradient.
 ADAPTER_BYTES = 4 + 4
 EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
@@ -165,19 +167,21 @@ def covered_workload(model: Mapping[str, Any], config: LoRATrainingConfig) -> Wo
         raise UnknownDecoderError(f"the base model's config.json has no {error}") from None
 
 
-def needed_gib(model: Mapping[str, Any], config: LoRATrainingConfig) -> float:
+def needed_gib(model: Mapping[str, Any], config: LoRATrainingConfig, *, host_gib: float | None = None) -> float:
     """GiB that a card must have for this training: on the kernels their leanest plan, elsewhere the plain step.
 
     Args:
         model: the base's config.json, `complete`.
         config: what is trained, and how.
+        host_gib: memory of the container, in which plans may have weights and activations wait; None for any.
     Raises: UnknownDecoderError: a width is not in config.json.
     """
     plain = estimate_memory(model, config).total
     work = covered_workload(model, config)
     if work is None:
         return plain
-    least = least_bytes(work, allow_stream=work.quantized, eight_bit=eight_bit_moments(config))
+    host = None if host_gib is None else int(max(0.0, host_gib - PROCESS_GIB) * GIB * FREE_SHARE)
+    least = least_bytes(work, allow_stream=work.quantized, eight_bit=eight_bit_moments(config), host=host)
     return min(plain, least / GIB)
 
 
@@ -237,24 +241,26 @@ def in_one_piece(model: Mapping[str, Any], config: LoRATrainingConfig) -> bool:
     return config.strategy == "fsdp2" and config.method == "full" and trained <= AT_ONCE
 
 
-def must_stream(model: Mapping[str, Any], config: LoRATrainingConfig, limit: float) -> bool:
+def must_stream(model: Mapping[str, Any], config: LoRATrainingConfig, limit: float, *, host: int | None = None) -> bool:
     """Decide before anything is loaded whether the base's layers have to wait in host memory.
 
     Args:
         model: the base's config.json, `complete`.
         config: what is trained, and how.
         limit: bytes that training may allocate.
+        host: bytes of host memory that plans may take; None for any.
     Raises: UserError: not even the kernels' leanest plan fits, and the plain path takes more.
     """
     work = covered_workload(model, config)
     if work is None or (plain := estimate_memory(model, config).total * GIB) < limit:
         return False
     try:
-        plan_step(work, int(limit), allow_stream=work.quantized, eight_bit=eight_bit_moments(config))
+        plan_step(work, int(limit), allow_stream=work.quantized, eight_bit=eight_bit_moments(config), host=host)
     except NoPlanError as error:
+        beside = "" if host is None else f" beside {host / GIB:.1f} of host memory"
         raise UserError(
-            f"training needs {error.least / GIB:.2f} GiB of GPU memory ({plain / GIB:.1f} without finemill's kernels), "
-            f"there are {limit / GIB:.2f}: lower max_length ({config.max_length}) or lora_r ({config.lora_r}), or give "
-            "more in memory_gb"
+            f"training needs {error.least / GIB:.2f} GiB of GPU memory{beside} ({plain / GIB:.1f} without finemill's "
+            f"kernels), there are {limit / GIB:.2f}: lower max_length ({config.max_length}) or lora_r "
+            f"({config.lora_r}), or give more in memory_gb"
         ) from None
     return work.quantized and work.loading_bytes() > limit

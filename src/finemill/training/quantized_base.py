@@ -17,7 +17,7 @@ from finemill.models.causal_lm import no_progress_bar
 from finemill.models.nf4.config import compute_in, is_quantized
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.hollow_base import load_hollow
-from finemill.training.mixture import EXPERTS
+from finemill.training.mixture import EXPERTS, Mixture
 from finemill.training.positions import base_config
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,9 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
             config=model_config,
         )
     quantization: dict[str, Any] = {}
+    whole = _whole_layers(model_config) if config.train_router else None
     if config.bits == 8:
-        quantization["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        quantization["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     if config.bits == 4 and not in_4_bits:
         quantization["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -74,6 +75,7 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
             bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
+            llm_int8_skip_modules=whole,
         )
     stored_dtype = torch.float32 if config.method == "full" else dtype
     if sharded and not config.needs_whole_base:
@@ -91,8 +93,29 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
                 **quantization,
             )
     keep_trainable_on_cpu(model)
+    if config.train_router:
+        _check_routers(model)
     _quantize_experts(model, config, sharded=sharded)
     return model
+
+
+def _whole_layers(model_config: Any) -> list[str]:
+    """Linear layers that are not quantized where routers are trained: routers, and the output layer as ever."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    output = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    return [output, *Mixture.of(model).routers]
+
+
+def _check_routers(model: PreTrainedModel) -> None:
+    """Raises: UserError: a router that is to be trained is quantized already."""
+    routers = Mixture.of(model)
+    for name, module in model.named_modules():
+        if routers.is_router(name) and isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt):
+            raise UserError(
+                f"train_router: the base model has {name} quantized on the disk: pass the unquantized model, or leave "
+                "train_router out"
+            )
 
 
 def memory_limit(config: LoRATrainingConfig, device: torch.device) -> float:

@@ -58,6 +58,10 @@ def test_every_run_checks_anew(folder_store: str) -> None:
         ),
         ({"steps": {"train_qlora": {"memory_gb": 0.1}}}, r"needs .* at least, memory_gb is 0\.1: lower"),
         (
+            {"steps": {"train_qlora": {}}, "gpu_memory_gib": 0.1, "host_memory_gib": 5},
+            r"at least beside a container of 5, the GPU has 0\.1: lower",
+        ),
+        (
             {"steps": {"train_qlora": {}}, "gpu_memory_gib": 0.1},
             r"needs .* at least, the GPU has 0\.1: lower",
         ),

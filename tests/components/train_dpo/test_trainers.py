@@ -4,9 +4,22 @@ from typing import Any
 import pytest
 import torch
 
-from finemill.components.train_dpo.trainers import TokenizedKTOTrainer, TokenizedORPOTrainer
+from finemill.components.train_dpo.trainers import TokenizedKTOTrainer, TokenizedORPOTrainer, add_noise
 from finemill.kernels.preferences import on_engine
 from tests.kernels.test_preferences import history, train
+
+
+def test_noise_comes_with_what_is_learned_from_and_not_with_the_reference() -> None:
+    """TRL's trainers ask the model in training mode for both."""
+    model = torch.nn.Embedding(8, 4)
+    model.get_input_embeddings = lambda: model  # type: ignore[assignment]
+    add_noise(model, 5.0)
+    ids = torch.tensor([[1, 2, 3]])
+    assert not torch.equal(model(ids), model.weight[ids])
+    with torch.no_grad():
+        assert torch.equal(model(ids), model.weight[ids])
+    model.eval()
+    assert torch.equal(model(ids), model.weight[ids])
 
 
 @pytest.mark.filterwarnings("ignore")
