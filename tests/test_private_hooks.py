@@ -6,6 +6,7 @@ Pins leave room for updates, so a library that moved one of these fails here, in
 import ast
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,6 +53,12 @@ def test_trl() -> None:
         assert "labels=labels, fused_lm_head=True" in inspect.getsource(trainer).replace("completion_labels", "labels")
         assert parameters(trainer._precompute_ref_logps) == ["dataset", "name", "batch_size"]
     assert parameters(trl.DPOTrainer._compute_loss) == ["model", "inputs", "return_outputs"]
+
+
+def test_accelerate() -> None:
+    """training/hollow_base.py fills each module where Accelerate calls PyTorch's function that cuts it."""
+    prepare = pytest.importorskip("accelerate.utils.fsdp_utils").fsdp2_prepare_model
+    assert re.search(r"from torch\.distributed\.fsdp import .*\bfully_shard\b", inspect.getsource(prepare))
 
 
 def test_datasets() -> None:
