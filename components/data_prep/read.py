@@ -202,6 +202,9 @@ def _read_jsonl(open_file: Callable[[], TextIO], where: str, split: str | None) 
         # One list, or objects over several lines, under the name of the other format.
         yield from _read_values(open_file, where, split)
         return
+    if _is_wrapper(open_file):
+        yield from _read_values(open_file, where, split)
+        return
     with open_file() as file:
         for number, line in enumerate(_lines(file, where), start=1):
             if line.strip():
@@ -263,6 +266,20 @@ def _has_value_lines(open_file: Callable[[], TextIO], also: tuple[type, ...]) ->
     except (ValueError, RecursionError):
         return False
     return isinstance(_as_row(value, ""), (dict, *also))
+
+
+def _is_wrapper(open_file: Callable[[], TextIO]) -> bool:
+    """Whether the only line of a file is an object with rows in it."""
+    with open_file() as file:
+        lines = (line for line in iter(lambda: file.readline(_LONGEST_FIRST), "") if line.strip())
+        first, second = next(lines, ""), next(lines, "")
+    if second or not first.startswith("{"):
+        return False
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and bool(split_lists(value) or squad_rows(value) or hub_rows(value))
 
 
 def _unwrapped(values: JsonValues, where: str, split: str | None) -> Iterator[Any]:
@@ -336,6 +353,8 @@ def _read_csv(open_file: Callable[[], TextIO], where: str) -> Iterator[UnreadRow
             names = reader.fieldnames or ()
         except csv.Error as error:
             raise UserError(f"{where}, line 1: not valid CSV ({error})") from None
+        if twice := [name for number, name in enumerate(names) if name.strip() and name in names[:number]]:
+            raise UserError(f"{where}, line 1: two columns are called '{twice[0]}': rename one of them")
         while True:
             try:
                 row = next(reader, None)

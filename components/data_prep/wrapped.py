@@ -1,5 +1,6 @@
 """Rows inside of other objects, as tools export them: files with a list for each split, the hub's API, annotations."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,17 +8,23 @@ from finemill.rows.values import is_missing, parse_json
 
 Row = dict[str, Any]
 
-SPLITS = ("train", "training", "validation", "valid", "val", "dev", "eval", "test")
-"""Names of lists of rows in one object; any other beside them makes it another object."""
+_SPLIT = re.compile(r"(?:train|training|validation|valid|val|dev|eval|test)(?:[_-]\w+)?", re.IGNORECASE)
 # Of a chat that was exported, one branch of its tree.
 _TREE = ("mapping", "current_node")
 
 
 def split_lists(value: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The lists of rows of a file that has one for each split, `{"train": [...], "test": [...]}`; none for others."""
-    lists = {name: rows for name, rows in value.items() if str(name).lower() in SPLITS}
-    whole = len(lists) == len(value) and all(isinstance(rows, list) for rows in lists.values())
-    return lists if whole and all(isinstance(row, dict) for rows in lists.values() for row in rows) else {}
+    """The lists of rows of a file that has one for each split, `{"train": [...], "test": [...]}`; none for others.
+
+    What describes the data may stand beside them, another list of objects may not.
+    """
+    lists = {name: rows for name, rows in value.items() if isinstance(rows, list) and any(map(_is_row, rows))}
+    whole = all(_SPLIT.fullmatch(name) and all(map(_is_row, rows)) for name, rows in lists.items())
+    return lists if whole else {}
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def squad_rows(value: Mapping[str, Any]) -> list[Row]:

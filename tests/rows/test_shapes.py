@@ -102,6 +102,8 @@ def test_each_shape_is_told_from_the_others(shape: str) -> None:
         {"question": "2+2?", "solution": "4", "answer": "four"},
         {"document": "2+2?", "summary": "4"},
         {"text": "2+2?", "summary": "4"},
+        {"text": "2+2?", "answer": "4"},
+        {"question": "2+2?", "answer": "4", "title": "a", "highlights": "b"},
         {"messages": pair("2+2?", "")[:1], "answer": "4"},
         {**sharegpt(("human", "2+2?")), "output": pair("", "4")[1]},
         {"items": pair("2+2?", "4"), "id": 1},
@@ -162,6 +164,8 @@ def test_columns_that_the_user_named_decide_between_shapes() -> None:
         ({"question": "a", "answers": {"text": ["b", "the b"]}}, ["answers[1:]"]),
         ({"prompt": "a", "completion": "b", "reasoning_types": ["deduction", "maths"]}, ["reasoning_types"]),
         ({"text": "a", "code": "en"}, ["code"]),
+        ({"text": "Q: 2+2? A: 4", "answer": "4"}, ["answer"]),
+        ({"text": "a", "answer": "accept"}, ["answer"]),
     ],
 )  # fmt: skip
 def test_what_is_not_read_is_named(row: Row, unread: list[str]) -> None:

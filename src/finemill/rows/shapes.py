@@ -106,8 +106,9 @@ _NO_PROMPT_OF_CONTENT = ("message", "query", "inputs", "input_text", "context")
 # Documents and what is to be written about them.
 _WRITTEN_ABOUT = (
     ("document", "article", "dialogue", "dialog", "post", "text"),
-    ("summary", "highlights", "tldr", "code"),
+    ("summary", "highlights", "tldr", "code", "answer", "response", "completion", "output"),
 )
+_PRODIGY = ("accept", "reject", "ignore")
 # What is to be done with an input beside it.
 _TASKS = ("definition", "task_definition", "task_description")
 _PLACEHOLDERS = ("-", "n/a", "nan", "none", "null")
@@ -410,10 +411,16 @@ def _answers(row: Reader, prompt: str, name: str) -> bool:
 
 def _written_about(row: Reader) -> tuple[str, str] | None:
     """The columns of a document and of what is written about it, as sets of summaries have them."""
-    document, written = (next((name for name in names if row.has(name)), None) for names in _WRITTEN_ABOUT)
-    if document is None or written is None or not isinstance(row.peek(document), str):
+    if row.has(*_PROMPTS):
         return None
-    return (document, written) if written != "code" or is_prose(row.peek(written)) else None
+    document, written = (next((name for name in names if row.has(name)), None) for names in _WRITTEN_ABOUT)
+    text, said = row.peek(document or ""), row.peek(written or "")
+    if document is None or written is None or not isinstance(text, str) or not isinstance(said, str):
+        return None
+    # Prodigy's verdicts; a text that was rendered with its answer.
+    if written in _ANSWERS and (said.strip() in _PRODIGY or said.strip() in text):
+        return None
+    return (document, written) if written != "code" or is_prose(said) else None
 
 
 def _from_pair(shape: str) -> Callable[[Reader], Conversation]:

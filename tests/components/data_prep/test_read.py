@@ -114,6 +114,11 @@ def test_csv_cells_may_hold_line_breaks(tmp_path: Path) -> None:
     assert list(read_rows(path)) == [{"prompt": "a\r\nb", "completion": "c"}]
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"line 1: two columns are called 'answer': rename one of them$"):
+        list(read_rows(written(tmp_path, "a.csv", "question,answer,answer\na,b,c\n")))
+
+
 def test_the_delimiter_is_the_one_that_rows_and_header_share(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", "prompt;answer (a, b, or c)\n1, 2, 3?;c\n4?;b\n")
     assert list(read_rows(path)) == [

@@ -31,6 +31,19 @@ def test_a_file_with_a_list_for_each_split_has_the_rows_of_the_one_that_is_named
         list(read_rows(path, split="dev"))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"version": "1", "train_sft": [ROW], "test_sft": [OTHER]}),
+        json.dumps({"train_sft": [ROW], "test_sft": [OTHER], "languages": ["en"]}) + "\n",
+    ],
+)
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_splits_may_have_longer_names_and_descriptions_beside_them(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert list(read_rows(tmp_path / name, split="train_sft")) == [ROW]
+
+
 def test_answers_of_the_hubs_api_are_its_rows_and_one_that_was_cut_is_damaged(tmp_path: Path) -> None:
     answer = {
         "features": [{"feature_idx": 0, "name": "question"}],
