@@ -58,6 +58,8 @@ _CONSTANT = re.compile(r"\+\s*[Cc]$")
 _GOES_ON = re.compile(r"\.\.\.|\\[lcvd]?dots(?![A-Za-z])")
 _SAME = r"\\text\{\s*or\s*\}|\bor\b|="
 _SHORT_WORDS = dict.fromkeys(("dne", "doesn't exist"), "does not exist")
+# Of Japanese and Korean, written with the word before them.
+_SENTENCE_END = re.compile("(?:です|でした|である|입니다|이다)$")
 _PAIRS = (("yes", "no"), ("true", "false"))
 # Without "no idea" and "no one".
 _YES_OR_NO = re.compile(
@@ -188,6 +190,9 @@ def _equal(gold: str, said: str) -> bool:
     matrices = read_matrix(gold), read_matrix(said)
     if all(matrices):
         return _same_matrix(*matrices)
+    if any(matrices) and all("\\begin" in text for text in (gold, said)):
+        # A multiple of a matrix.
+        return proven_equal(gold, said)
     values = tuple(read_named_values(split_outside(text, SEPARATOR)) for text in (gold, said))
     collections = read_collection(gold, matrices), read_collection(said, (matrices[1], matrices[0]))
     if any(values):
@@ -408,6 +413,7 @@ def _has_unit(text: str) -> bool:
 
 
 def _words(text: str) -> str:
+    text = _SENTENCE_END.sub("", text.strip()) or text
     text = re.sub(r"^(?:the|a|an)\s+", "", " ".join(text.replace("\u2019", "'").split()), flags=re.IGNORECASE)
     return _SHORT_WORDS.get(text.casefold(), text)
 

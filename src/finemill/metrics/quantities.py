@@ -51,6 +51,7 @@ _ALIASES = {
     "kph": "kilometer per hour",
     "sq": "square",
     "ohm": "\u03c9",
+    "rad": "radian",
     "celsius": "c",
     "centigrade": "c",
     "fahrenheit": "f",
@@ -148,7 +149,7 @@ _NO_UNIT = frozenset(
     """and or to not than less minus plus times over divided by half halves quarter quarters third thirds fourth
     fourths fifth fifths sixth tenth tenths point points zero one two three four five six seven eight nine ten
     eleven twelve twenty thirty forty fifty sixty seventy eighty ninety negative positive pi sqrt sin cos tan
-    log ln exp mod if when where undefined infinity infinite""".split()
+    is are was impossible wrong incorrect log ln exp mod if when where undefined infinity infinite""".split()
 )
 _MOST_UNIT_WORDS = 6
 _LARGEST_EXPONENT = 400
@@ -217,7 +218,8 @@ def read_quantity(answer: str) -> Quantity | None:
     wrapped = _WRAPPED.fullmatch(raw)
     if wrapped:
         value = _value(tidy(wrapped["number"]))
-        return _with_unit(value, wrapped["unit"] + (wrapped["power"] or ""), wrapped=True)
+        unit = re.sub(r"~|\\cdot(?![A-Za-z])", " ", wrapped["unit"])
+        return _with_unit(value, unit + (wrapped["power"] or ""), wrapped=True)
     for command, mark in _COMMANDS.items():
         raw = raw.replace(command, mark)
     raw = _PER_POWER.sub(

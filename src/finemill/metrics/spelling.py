@@ -24,6 +24,18 @@ _FOR_INTEGERS = re.compile(
     rf"\s*[,;]?\s*\(?\s*(?:(?:{_TEXT}\{{)?\s*(?:where|for|with|for\s+all)\s*\}}?)?\s*[kmn]\s*\\in\s*"
     r"(?:\\mathbb\s*\{?[ZN]\}?(?:\^\{?[+*]\}?)?|[ZN])\s*\)?$"
 )
+_NUMBER = r"(?P<number>\d+(?:\.\d+)?)\s*(?:\\text\{\s*)?"
+_SPOKEN = (
+    (re.compile(rf"^{_NUMBER}squared\b\s*\}}?$"), r"\g<number>^2"),
+    (re.compile(rf"^{_NUMBER}cubed\b\s*\}}?$"), r"\g<number>^3"),
+    (re.compile(rf"^{_NUMBER}factorial\b\s*\}}?$"), r"\g<number>!"),
+    (re.compile(rf"^{_NUMBER}(?P<unit>degrees\s+)?below\s+zero\b\s*\}}?$"), r"-\g<number> \g<unit>"),
+)
+# f(x) = x for all real x: what holds without a condition says so with or without these words.
+_FOR_ALL = re.compile(
+    r"\s*,?\s*(?:\\(?:text|mathrm|quad)\s*\{?\s*)?,?\s*for\s+(?:all|every|each|any)\b(?:\\(?:text|in|mathbb)(?![A-Za-z])"
+    r"|real|positive|natural|rational|non-?negative|integers?|numbers?|values|of|[a-z](?![A-Za-z])|[RZNQ+^{}\s])*[.]?$"
+)
 _CHOOSE = re.compile(r"\{\s*(?P<above>[^{}]+?)\s*\\choose\s*(?P<below>[^{}]+?)\s*\}")
 _COMBINATIONS = re.compile(
     r"(?:\\mathrm\{C\}|C)(?:_\{?(?P<one>\d+)\}?\^\{?(?P<other>\d+)\}?|\^\{?(?P<a>\d+)\}?_\{?(?P<b>\d+)\}?"
@@ -46,9 +58,11 @@ def prepared(text: str) -> str:
     """`text` in the spelling that answers are compared in, the letter of its choice left out: `(A) 5` as `5`."""
     text = re.sub(r"\bper\s+cent\b", "percent", strip_delimiters(plain_characters(text)))
     text = re.sub(r"(?<=[\w)])\s?\*\*\s?(?=[\w(-])", "^", text)
+    for pattern, replacement in _SPOKEN:
+        text = pattern.sub(replacement, text)
     text = _SPACES.sub(" ", _LOOKS.sub("", text)).strip().rstrip(",;").strip()
     text = _TEXT_AT_START.sub(lambda match: f"{match['inside'].strip()} ", text).strip()
-    text = spelled_bound(_FOR_INTEGERS.sub("", in_digits(_WHY.sub("", text))))
+    text = spelled_bound(_FOR_INTEGERS.sub("", _FOR_ALL.sub("", in_digits(_WHY.sub("", text)))))
     text = re.sub(r"^\s*(?:\\(?:approx|sim)(?![A-Za-z])|~)", "", text)
     text = re.sub(r"^(?:\+|positive|plus)?\s*inf(?:inity)?$", r"\\infty", text.strip(), flags=re.IGNORECASE)
     text = re.sub(r"^(?:-|negative|minus)\s*inf(?:inity)?$", r"-\\infty", text, flags=re.IGNORECASE)

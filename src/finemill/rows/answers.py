@@ -7,15 +7,16 @@ right for a piece of what it said.
 """
 
 import re
+from bisect import bisect
 from dataclasses import dataclass
 
-from finemill.rows.bounds import with_bound
+from finemill.rows.bounds import with_its_words
 from finemill.rows.channels import thinking_in_blocks
 from finemill.rows.characters import plain_characters
 from finemill.rows.chemistry import chemical_formulas
 from finemill.rows.dates import dates
 from finemill.rows.formulas import Span, boxed, formulas, strip_delimiters, tidy
-from finemill.rows.numerals import in_digits, last_counted
+from finemill.rows.numerals import in_digits, last_counted, last_spelled
 from finemill.rows.results import without_circumstances
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -45,6 +46,7 @@ _TURN_ENDS = re.compile(
     r"<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<\|end_of_text\|>|<\|endoftext\|>|</s>|<end_of_turn>|<turn\|>|<eos>"
     "|<\uff5cend\u2581of\u2581sentence\uff5c>"
 )
+_RUN = re.compile(r"(([\W_])\2{31})\2+")
 _BOX = re.compile(r"\\(?:boxed|fbox)\{")
 _MOST_NUMBER_WORDS = 9
 _LONGEST_SENTENCE = 200
@@ -70,10 +72,18 @@ _LETTER = re.compile(
     r"(?:\\(?:text|mathrm|textbf|mathbf)\{)?\(?(?P<letter>[A-J])\)?\}?(?:\*\*)?(?=$|[.,;:)\]\n]|\s*(?:because|since|as)\b)"
 )
 _NEGATED = re.compile(
-    r"(?i)(?:\b(?:not|never|neither|nor|no longer|rather than|instead of"
+    r"(?i)(?:\b(?:not|never|neither|nor|no longer|rather than|instead of|cannot|none of(?: the)?"
     r"|(?:more|less|fewer|greater|larger|smaller|bigger|higher|lower) than|pas|nicht|non|não|не|không phải|bukan)"
-    r"|[,;(]\s*no|n['\u2019]t|不是|并非|而非)(?:\s+(?:be|equal(?:\s+to)?))?\s*\W*$"
+    r"|\\neq?(?![A-Za-z])|[,;(]\s*no|n['\u2019]t(?:\s+(?:think|believe)\s[^.\n]{0,30})?|不是|并非|而非)(?:\s+(?:be|equal(?:\s+to)?))?\s*\W*$"
 )
+_DENIED_AFTER = re.compile(
+    r"(?i)[*_$)\s]*\s(?:is|are|was|were)(?:n['\u2019]t|\s+(?:not|wrong|incorrect|impossible|false))\b"
+)
+# Numbers of steps, of formulas and of a list's items, and the base of a number, are no answers.
+_REFERENCE = re.compile(
+    r"(?i)\b(?:steps?|equations?|eqs?\.|figure|fig\.|table|section|theorem|lemma|in\s+base|formula|appendix|chapter)\s*\(?$"
+)
+_ITEM = re.compile(r"^[ \t*]*(?P<number>\d{1,2})[.)][ \t*]+(?=\S)", re.MULTILINE)
 # Between an answer and what it is not: 12, not 13.
 _BUT_NOT = re.compile(
     r"[^\w\n]{0,4}(?:(?:and|but|et|und|e|y|và|而|\u0430)\s*)?[^\d\n.]{2,14}"
@@ -93,16 +103,25 @@ _NOTED = re.compile(r"<<[^<>\n]*>>")
 _HTML = re.compile(r"</?(?:b|strong|i|em|u|p|span|div|code|h[1-6])>|<br\s*/?>", re.IGNORECASE)
 # Steps of an equation under each other.
 _ALIGNED = re.compile(
-    r"\\begin\{(?P<kind>(?:align|aligned|gather|gathered|equation|split|multline|eqnarray)\*?)\}(?P<lines>.*?)"
+    r"\\begin\{(?P<kind>(?:align|aligned|gather|gathered|equation|split|multline|eqnarray)\*?)\}(?P<lines>.{0,4000}?)"
     r"\\end\{(?P=kind)\}",
     re.DOTALL,
 )
 # A JSON text in which a command's backslash was not escaped.
 _UNESCAPED = (("\x08oxed", "\\boxed"), ("\x0crac", "\\frac"), ("\text{", "\\text{"), ("\times", "\\times"))
-_COPULA = re.compile(
-    r"(?i)(?:^|[.!?\n:,]\s*)(?:(?:so|thus|therefore|hence),?\s+)?(?:it|this|that|there|the\s+[\w\s'-]{1,40}?)"
-    r"(?:\s+(?:is|are|was|must be|will be|would be|should be)\b|['\u2019]s\b)\s+"
-    r"(?P<said>[^\W\d][\w'-]*(?:\s[\w'-]+){0,2})[.!*\s]*$"
+_SAID = r"(?P<said>[^\W\d][\w'-]*(?:\s[\w'-]+){0,2})"
+_COPULA = (
+    re.compile(
+        r"(?i)(?:^|[.!?\n:,]\s*)(?:(?:so|thus|therefore|hence|also|donc),?\s+)?(?:it|this|that|there|es|das|c['\u2019]"
+        r"|(?:the|die|der|das|la|le|l['\u2019]|el|il)\s*[\w\s'-]{1,40}?)"
+        r"(?:\s*(?:is|are|was|must be|will be|would be|should be|ist|war|est|était|es|è)\b|['\u2019]s\b)"
+        rf"\s+{_SAID}[.!*\s]*$"
+    ),
+    re.compile(rf"(?i)\b(?:is|are|was|were)\s+(?!not\b|never\b)\w+\s+by\s+{_SAID}[.!*\s]*$"),
+    # Jupiter is the largest planet.
+    re.compile(
+        rf"{_SAID}\s+(?:is|was|are|were)\s+the\s+(?!(?:[\w'-]+\s+)*(?:not|than)\b)(?:[\w'-]+\s*){{1,12}}[.!*\s]*$"
+    ),
 )
 _EXPLAINED = re.compile(
     r"""(?ix) \A\s* (?P<said>[^\n]{1,64}?) (?: ,?\s+ (?:because|since)\b (?=[^\n]*\Z)
@@ -139,7 +158,7 @@ def final_answer(text: str) -> str | None:
 
 def find_answer(text: str) -> FinalAnswer | None:
     """The answer that `text` ends with; None where there is none, or where the text ends inside the thinking block."""
-    text = plain_thinking(text)
+    text = shorter_runs(plain_thinking(text))
     if inside_thinking(text):
         return None
     text = _NOTED.sub("", _TURN_ENDS.split(text.rpartition(THINK_CLOSE)[2])[0])
@@ -160,6 +179,11 @@ def find_answer(text: str) -> FinalAnswer | None:
     text = re.sub(r"\+\s?/\s?-(?=\s?\d)", r"\\pm ", text)
     text = re.sub(r"(?<![\d.,/])(\d+)\s+out\s+of\s+(\d+)(?![\d.,/]*\d)", r"\1/\2", text)
     return _marked(text) or _explained(text) or _last_formula(text) or _counted(text) or _short(text)
+
+
+def shorter_runs(text: str) -> str:
+    """`text` with a sign that stands a thousand times in a row there a few times: no pattern is slow on it."""
+    return _RUN.sub(r"\1", text)
 
 
 def plain_thinking(text: str) -> str:
@@ -262,7 +286,7 @@ def _formula_at_start(text: str) -> Span | None:
     first = next(found, None)
     if first is None:
         return None
-    bound = Span(*with_bound(text, first.start, first.end))
+    bound = Span(*with_its_words(text, first.start, first.end))
     if text[: bound.start].strip(" *_(\"'"):
         return None
     # 3 to 5 is all of an answer.
@@ -272,8 +296,10 @@ def _formula_at_start(text: str) -> Span | None:
 
 
 def _last_formula(text: str) -> FinalAnswer | None:
-    found = without_circumstances(text, _formulas_and_dates(text))
-    while found and _NEGATED.search(text[: found[-1].start]):
+    items = _item_numbers(text)
+    found = [one for one in _formulas_and_dates(text) if one.start not in items and not _is_reference(text, one)]
+    found = without_circumstances(text, found)
+    while found and _is_denied(text, found[-1]):
         denied = found.pop()
         if not found or not _BUT_NOT.fullmatch(text, found[-1].end, denied.start):
             return None
@@ -284,25 +310,36 @@ def _last_formula(text: str) -> FinalAnswer | None:
     if joint and joint.end() == last.start:
         before = text[max(0, found[-2].start - _LONGEST_MARK) : found[-2].start]
         last = Span(found[-2].start, last.end) if _RANGE_BEFORE.search(before) else last
-    bound = Span(*with_bound(text, last.start, last.end))
+    bound = Span(*with_its_words(text, last.start, last.end))
     return _exclaimed(text, last) if bound == last else FinalAnswer(text[bound.start : bound.end])
+
+
+def _is_denied(text: str, span: Span) -> bool:
+    before = text[max(0, span.start - _LONGEST_SENTENCE) : span.start]
+    return _NEGATED.search(before) is not None or _DENIED_AFTER.match(text, span.end) is not None
+
+
+def _is_reference(text: str, span: Span) -> bool:
+    return _REFERENCE.search(text[max(0, span.start - _LONGEST_MARK) : span.start]) is not None
+
+
+def _item_numbers(text: str) -> set[int]:
+    """Where the numbers of a list's items stand: 1, 2 and so on, each at the beginning of a line."""
+    items = list(_ITEM.finditer(text))
+    counted = [int(item["number"]) for item in items] == list(range(1, len(items) + 1))
+    return {item.start("number") for item in items} if counted and len(items) > 1 else set()
 
 
 def _formulas_and_dates(text: str) -> list[Span]:
     """Every formula in order, a date as one, and a substance where its sentence has no number: not in 44 g of CO2."""
     days, substances = ([Span(*found) for found in find(text)] for find in (dates, chemical_formulas))
-    whole = [*days, *substances]
-    apart = [
-        one for one in formulas(text) if not any(one.start < other.end and other.start < one.end for other in whole)
-    ]
+    taken = {place for span in (*days, *substances) for place in range(span.start, span.end)}
+    apart = [one for one in formulas(text) if taken.isdisjoint(range(one.start, one.end))]
     numbers = sorted([*apart, *days], key=lambda span: span.start)
-    alone = [one for one in substances if not any(_in_one_sentence(text, other, one) for other in numbers)]
+    ends = [match.start() for match in _SENTENCE_END.finditer(text)] if substances else []
+    counting = {bisect(ends, one.start) for one in numbers}
+    alone = [one for one in substances if bisect(ends, one.start) not in counting]
     return sorted([*numbers, *alone], key=lambda span: span.start)
-
-
-def _in_one_sentence(text: str, one: Span, other: Span) -> bool:
-    first, second = sorted((one, other), key=lambda span: span.start)
-    return not _SENTENCE_END.search(text, first.end, second.start)
 
 
 def _exclaimed(text: str, span: Span, *, alone: bool = True) -> FinalAnswer:
@@ -319,7 +356,7 @@ def _exclaimed(text: str, span: Span, *, alone: bool = True) -> FinalAnswer:
 
 
 def _counted(text: str) -> FinalAnswer | None:
-    number = last_counted(text)
+    number = last_counted(text) or last_spelled(text)
     return FinalAnswer(number) if number else None
 
 
@@ -337,6 +374,8 @@ def _is_spelled(words: str) -> bool:
 
 
 def said_of_it(text: str) -> str | None:
-    """What the last sentence says that something is, in up to three words: the Monday of "So it is Monday."."""
-    match = _COPULA.search(after_thinking(text)[-_LONGEST_SENTENCE:])
+    """What the last sentence says that something is, or of what it speaks, in up to three words: `So it is Monday.`"""
+    said = after_thinking(text)
+    match = _COPULA[0].search(said[-_LONGEST_SENTENCE:]) or _COPULA[1].search(said[-_LONGEST_SENTENCE:])
+    match = match or (_COPULA[2].fullmatch(said) if len(said) <= _LONGEST_SENTENCE else None)
     return match["said"] if match else None

@@ -1,4 +1,4 @@
-"""Numbers that are only bounds, `at least 4`, `4 or more`, `至少4`: none of them says that it is 4."""
+"""Numbers that words around them make bounds or others: `at least 4`, `4 or more`, `至少4`, `half of 4` are not 4."""
 
 import re
 
@@ -17,17 +17,19 @@ _PREFIXES = {
         r"|多くても|최대"
     ),
     ">": (
-        r"\\gt(?![A-Za-z])|>|(?:(?:greater|more|larger|bigger|higher)\s+than|over|above|mehr\s+als|größer\s+als|plus\s+de|más\s+de"
+        r"\\gt(?![A-Za-z])|(?<![=-])>|(?:(?:greater|more|larger|bigger|higher)\s+than|(?:(?:just|slightly)\s+)?(?:over|above)|mehr\s+als|größer\s+als|plus\s+de|más\s+de"
         r"|mais\s+de|più\s+di|более|أكثر\s+من)\b|大于|多于|超过"
     ),
     "<": (
-        r"\\lt(?![A-Za-z])|<|(?:(?:less|fewer|smaller|lower)\s+than|under|below|nearly|almost|weniger\s+als|kleiner\s+als|fast|moins\s+de"
+        r"\\lt(?![A-Za-z])|<|(?:(?:less|fewer|smaller|lower)\s+than|(?:(?:just|slightly)\s+)?(?:under|below)|not\s+quite|nearly|almost|weniger\s+als|kleiner\s+als|fast|moins\s+de"
         r"|presque|menos\s+de|casi|meno\s+di|менее|почти|أقل\s+من)\b|小于|少于|不到|将近"
     ),
 }
 _SUFFIXES = {
-    r"\ge ": r"\s+(?:or\s+(?:more|greater|higher|above|larger)|oder\s+mehr|ou\s+plus|o\s+más)\b|以上|이상|\+",
-    r"\le ": r"\s+(?:or\s+(?:less|fewer|lower|below|smaller)|oder\s+weniger|ou\s+moins|o\s+menos)\b|以下|以内|이하",
+    r"\ge ": r"\s+(?:or\s+(?:more|greater|higher|above|larger)"
+    r"|oder\s+mehr|ou\s+plus|o\s+más|at\s+(?:least|minimum)|plus(?=\W*$))\b|以上|이상|\+",
+    r"\le ": r"\s+(?:or\s+(?:less|fewer|lower|below|smaller)"
+    r"|oder\s+weniger|ou\s+moins|o\s+menos|at\s+(?:most|maximum))\b|以下|以内|이하",
     "<": "未満|미만",
 }
 _FRONT = "|".join(f"(?P<f{place}>{phrases})" for place, phrases in enumerate(_PREFIXES.values()))
@@ -38,16 +40,24 @@ _AFTER = re.compile(rf"(?:{_BACK})(?=[\s.,;!)*$]|$)", re.IGNORECASE)
 # Of "over 4 weeks" and "up to 4" in a sentence the number is as often no answer at all.
 _PLAIN = re.compile(r"(?:^|\b(?:is|are|was|were|be|takes?|needs?|costs?|[=:])|[:=])\W*$", re.IGNORECASE)
 _LOOSE = re.compile(r"[\\<>]|over|above|under|below|up\s+to|fast", re.IGNORECASE)
+_OTHER_BEFORE = re.compile(
+    r"\b(?:half|twice|double|triple|thrice|log|(?:(?:square|cube)(?:\s+root)?|roots?|multiples?|factors?|divisors?"
+    r"|powers?|reciprocal)\s+of|divisible\s+by)\s+(?:of\s+)?[*_$(]*$",
+    re.IGNORECASE,
+)
+_OTHER_AFTER = re.compile(r"\s+(?:of\s+[a-z](?![A-Za-z])|factorial\b|(?:degrees\s+)?below\s+zero\b)", re.IGNORECASE)
 _LONGEST = 48
 
 
-def with_bound(text: str, start: int, end: int) -> tuple[int, int]:
-    """Where the number from `start` to `end` of a text and the words that make it a bound begin and end."""
+def with_its_words(text: str, start: int, end: int) -> tuple[int, int]:
+    """Where the number from `start` to `end` of a text and the words that make it another begin and end."""
     window = text[max(0, start - _LONGEST) : start]
     before = _ENDS_BEFORE.search(window)
     if before and (not _LOOSE.match(before[0]) or _PLAIN.search(window[: before.start()])):
         start -= len(window) - before.start()
-    after = _AFTER.match(text, end)
+    elif other := _OTHER_BEFORE.search(window):
+        start -= len(window) - other.start()
+    after = _AFTER.match(text, end) or _OTHER_AFTER.match(text, end)
     return start, after.end() if after else end
 
 

@@ -15,7 +15,7 @@ _JSON_MARK = re.compile(
 # `[TOOL_CALLS]name[ARGS]{...}`, Kimi's, DeepSeek's, gpt-oss's, Llama's: a name and then its arguments.
 _NAMED_MARK = re.compile(
     r"\[TOOL_CALLS\]\s*(?P<mistral>[\w.-]+)\s*(?:\[CALL_ID\][\w-]*)?(?:\[ARGS\])?(?=\s*\{)"
-    r"|(?:functions\.)?(?P<kimi>[\w.-]+):\d+\s*<\|tool_call_argument_begin\|>"
+    r"|(?<![\w.-])(?:functions\.)?(?P<kimi>[\w.-]+):\d+\s*<\|tool_call_argument_begin\|>"
     "|(?:<\uff5ctool\u2581call\u2581begin\uff5c>)(?:function)?(?:<\uff5ctool\u2581sep\uff5c>)?(?P<deepseek>[\\w.-]+)"
     "(?:<\uff5ctool\u2581sep\uff5c>|\\s*```json)"
     r"|to=functions\.(?P<gpt_oss>[\w.-]+)[^{]*?<\|message\|>"

@@ -21,9 +21,9 @@ _ARROW = re.compile(r"\s*(?:-+>|=+>?|\\(?:long)?rightarrow|\\to(?![A-Za-z])|\\ri
 _STATE = re.compile(r"\((?:s|l|g|aq)\)")
 _WRAPPED = re.compile(r"\\(?:ce|mathrm|text|textrm|mathit|operatorname|rm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _SUB = r"(?:_?\{?\d{1,3}\}?)?"
-_RAW_GROUP = rf"\((?:{_ELEMENT}{_SUB})+\){_SUB}"
+_RAW_GROUP = rf"\((?:{_ELEMENT}{_SUB}){{1,12}}\){_SUB}"
 _IN_TEXT = re.compile(
-    rf"(?<![\w\\^.=+*/-])(?:\\(?:ce|mathrm|text)\{{)?(?={_ELEMENT}[\w{{}}]*(?:{_ELEMENT}|\())(?:{_ELEMENT}{_SUB}|{_RAW_GROUP})+"
+    rf"(?<![\w\\^.=+*/-])(?:\\(?:ce|mathrm|text)\{{)?(?={_ELEMENT}[\w{{}}]{{0,12}}(?:{_ELEMENT}|\())(?:{_ELEMENT}{_SUB}|{_RAW_GROUP}){{1,24}}"
     r"(?:\^\{?\d?[+-]\}?)?\}*(?!\s*[=<>^*/(]|[\w-])"
 )
 

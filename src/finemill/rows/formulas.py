@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from finemill.rows.characters import plain_characters
 
 UNITS = frozenset(
-    """percent percentage degree degrees dollar dollars cent cents euro euros pound pounds yuan yen rupee rupees usd eur
-    gbp inr jpy krw cny rmb chf brl cad aud won franc francs peso pesos ruble rubles celsius fahrenheit kelvin kwh ohm
+    """percent percentage degree degrees radian radians dollar dollars cent cents euro euros pound pounds yuan yen rupee
+    rupees usd eur gbp inr jpy krw cny rmb chf brl cad aud won franc francs peso pesos ruble rubles celsius fahrenheit
+    kelvin kwh ohm
     ohms ha \u03c9 k\u03c9 \u03bcm \u03bcg \u03bcs
         cm mm m km dm um nm inch inches ft feet foot yd yard yards mile miles mi g kg mg gram grams kilogram kilograms
     lb lbs oz ounce ounces ton tons l ml liter liters litre litres gallon gallons cup cups s ms sec secs second seconds
@@ -91,16 +92,21 @@ _AFTER_JOIN = re.compile(r"\s*\$?[-+]?(?:[\d.(\[]|\\[a-z({]|[A-Za-z]\s*(?:[=<>]|
 _AND_A_HALF = re.compile(r"\s+and\s+(?:a|one)\s+(?:half|third|quarter)\b")
 # 2 h 30 min.
 _SMALLER_UNIT = re.compile(r"\s+\d+\s*(?:min|sec|cm|mm|in|oz|ml|[ms])(?![A-Za-z])")
+_INCHES = re.compile(r"\d in(?:\^\{?[23]\}?)?[.,;!?)*]*\s*$", re.MULTILINE)
 _COMPARED = re.compile(r"\\(?:[lg](?:eq?|t)|neq?|in)(?![A-Za-z])")
 _FUNCTIONS = ("ln", "log", "exp", "sqrt", "sin", "cos", "tan")
 # Units of one letter: after a number, a space, and before the end of what is said.
-_LETTER_UNITS = ("m", "g", "l", "L", "s", "h", "N", "J", "W", "V", "K")
+_LETTER_UNITS = ("m", "g", "l", "L", "s", "h", "N", "J", "W", "V", "K", "A")
 _SAID_END = re.compile(r"(?:\^\{?[23]\}?)?(?:/[A-Za-z]+\^?\{?\d?\}?)?\s*(?:[.,;:!?)*]|$)", re.MULTILINE)
 _TAIL = re.compile(
     r"\s+(?:a\.?m\.?|p\.?m\.?|o['\u2019]clock|in the (?:morning|afternoon|evening))(?![a-z])", re.IGNORECASE
 )
 _MOST_TOKENS = 600
 """Tokens of a formula that are looked at."""
+_BRACE = re.compile(r"(?<!\\)[{}]")
+_LONGEST_GROUP = 2000
+"""Characters of what braces hold."""
+_LONGEST_NAME = 32
 _MOST_BOXES = 8
 """Boxes inside of each other."""
 _TEXT_COMMANDS = r"text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|bm|boldsymbol"
@@ -137,7 +143,11 @@ def boxed(text: str) -> str | None:
             found.append((match.start(), end, text[match.end() : end - 1]))
         elif plain := re.compile(r"[^\s{}$\\]+").match(text, match.end()):
             found.append((match.start(), plain.end(), plain[0].rstrip(".")))
-    outer = [box for box in found if not any(start < box[0] and box[1] < end for start, end, _ in found)]
+    outer: list[tuple[int, int, str]] = []
+    for box in found:
+        # In the order of their beginnings, so that the last outer one is the only one that may hold the next.
+        if not outer or box[1] >= outer[-1][1]:
+            outer.append(box)
     joined: list[str] = []
     follows = len(text)
     for start, end, content in reversed(outer):
@@ -155,13 +165,12 @@ def _inner_box(content: str) -> str:
 
 
 def _group_end(text: str, start: int) -> int | None:
-    """The position after the group whose opening brace is at `start`."""
+    """The position after the group whose opening brace is at `start`, None for one that is never closed."""
     depth = 0
-    for position in range(start, len(text)):
-        if text[position] in "{}" and text[position - 1 : position] != "\\":
-            depth += 1 if text[position] == "{" else -1
-            if depth == 0:
-                return position + 1
+    for brace in _BRACE.finditer(text, start, start + _LONGEST_GROUP):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return brace.end()
     return None
 
 
@@ -220,14 +229,16 @@ def _word_kind(text: str, match: re.Match[str]) -> str:
         return "letter" if len(word) <= 2 and word.lower() not in ("st", "nd", "rd", "th") else "tail"
     if len(word) == 1:
         return "letter"
+    if word == "in" and match.start() > 1 and _INCHES.match(text, match.start() - 2):
+        return "unit"
     return "unit" if word.lower() in UNITS or word.lower() in MAGNITUDES else "word"
 
 
 def _arguments_end(text: str, end: int) -> int:
     r"""After the arguments of a LaTeX command: braces, `\sqrt[3]`, the two digits of `\frac12`."""
-    name = re.search(r"\\([A-Za-z]*)$", text[:end])
+    name = re.search(r"\\([A-Za-z]*)$", text[max(0, end - _LONGEST_NAME) : end])
     if name and name[1] == "begin":
-        environment = re.compile(r"(\{[A-Za-z]+\*?\})(?:(?!\\end\1).)*\\end\1", re.DOTALL).match(text, end)
+        environment = re.compile(r"(\{[A-Za-z]+\*?\})(?:(?!\\end\1).){0,4000}\\end\1", re.DOTALL).match(text, end)
         return environment.end() if environment else end
     if name and name[1] in ("frac", "dfrac", "tfrac", "cfrac"):
         short = re.compile(r"\s*(?:\d(?=[\d{\s])|(?=\{))").match(text, end)

@@ -43,6 +43,13 @@ _WORDS = frozenset(
     | set("halves and a an minus negative".split())
 )
 _WORD = re.compile(r"(?P<gap>[\s-]*)(?P<word>[A-Za-z]+)(?![\w'\u2019])")
+_COUNTS = "|".join(word for word in [*_UNITS, *_TENS, "hundred", "thousand", "dozen"] if word not in ("zero", "one"))
+_SPELLED_AT_END = re.compile(
+    rf"(?<![\w-])(?P<said>(?:(?:minus|negative)\s+)?(?:an?\s+(?=hundred|thousand|dozen))?(?:{_COUNTS})(?:[\s-]+(?:{_COUNTS}|and|one))*(?![\w-])"
+    r"(?:\s+(?!and\b|or\b|of\b|more\s+than\b)[a-z]+){0,3})[.!*\s]*$",
+    re.IGNORECASE,
+)
+_LONGEST_SPELLED = 120
 _AND_A_PART = re.compile(r"^(\d+)\s+and\s+(?:a|one)\s+(half|third|quarter)\b", re.IGNORECASE)
 # Half an hour, three quarters of a mile.
 _OF_A = re.compile(r"^\s+(?:of\s+)?an?\s+(?=[A-Za-z])", re.IGNORECASE)
@@ -92,6 +99,15 @@ def last_counted(text: str) -> str | None:
         if counted and counted in _HAN_COUNTER and not (match["number"] and len(match[0]) == 1 and match[0] == "一"):
             found = _han_match(match)
     return found
+
+
+def last_spelled(text: str) -> str | None:
+    """The number in words that a text without digits ends with, and what it counts: `8 apples` of `... eight apples.`
+
+    In running text `one` and `a` are no numbers.
+    """
+    match = _SPELLED_AT_END.search(text[-_LONGEST_SPELLED:])
+    return in_digits(match["said"]) if match and not any(map(str.isdigit, text)) else None
 
 
 def _han_match(match: re.Match[str]) -> str | None:
