@@ -152,7 +152,9 @@ def read_rows(path: Path, row_type: type[RowT], writer: str, *, limit: int | Non
 def read_columns(path: Path, row_type: type, writer: str) -> pa.Table:
     """The columns of `row_type` in the order of its fields. Raises: UserError: as `iterate_batches`."""
     names = _checked_columns(path, row_type, writer)
-    return pq.read_table(path, columns=names).select(names)
+    # `pq.read_table` would load pandas for its data sets of many files.
+    with pq.ParquetFile(path) as file:
+        return file.read(names).select(names)
 
 
 def _checked_columns(path: Path, row_type: type, writer: str) -> list[str]:

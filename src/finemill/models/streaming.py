@@ -2,6 +2,7 @@
 
 # B rows, T tokens, V vocabulary
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -109,10 +110,7 @@ def loaded_together(model: torch.nn.Module) -> list[torch.nn.Module]:
 
     An adapter may read its module's weight outside that module's own call, as DoRA does.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    whole = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    whole = _adapter_classes()
     units: list[torch.nn.Module] = []
 
     def visit(module: torch.nn.Module, *, in_list: bool) -> None:
@@ -124,6 +122,16 @@ def loaded_together(model: torch.nn.Module) -> list[torch.nn.Module]:
 
     visit(model, in_list=False)
     return units
+
+
+def _adapter_classes() -> tuple[type, ...]:
+    """PEFT's classes of adapters; none where PEFT is not loaded, and its import would take two seconds."""
+    if "peft" not in sys.modules:
+        return ()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return BaseTunerLayer, AuxiliaryTrainingWrapper
 
 
 class _Unit:

@@ -106,6 +106,10 @@ class Step(NamedTuple):
         collecting = gc.isenabled()
         gc.disable()
         try:
+            if self.image == "train" and BASE_MODEL in self.inputs:
+                from finemill.models.bitsandbytes_import import import_bitsandbytes
+
+                import_bitsandbytes()
             loaded: Callable[..., Mapping[str, float]] = self._load("step:run")
         finally:
             gc.freeze()
