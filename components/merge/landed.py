@@ -1,34 +1,68 @@
-"""Whether the written files hold what the adapter says: every tensor read back, and of a stack every expert."""
+"""The files, and whether they hold what the adapter says: every tensor read back, and of a stack every expert."""
 
 import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from finemill.artifacts.model import LandedTensor
-from finemill.components.merge.merged import ExpectedPart, MergedModel
+from finemill.components.merge.merged import MergedModel, Part, slices
 from finemill.errors import StepError
-from finemill.models.stored_model import StoredModel
+from finemill.models.stored_model import Group, StoredModel
 from finemill.models.weights import DTYPES
+from finemill.models.write_weights import Shapes, WeightFiles
 
 # Of the written change: products summed in another order round to another neighbour now and then.
 _TOLERANCE = 0.02
 _FLOAT32_STEP = 2.0**-20
-# What fits a core's cache: whole, an embedding would be in memory several times.
-_VALUES_AT_ONCE = 1 << 19
 
 
-@torch.inference_mode()
-def check_written(written: StoredModel, merged: MergedModel) -> list[LandedTensor]:
-    """Compare every written parameter with the base's and with the change that the adapter's own factors mean.
+def write_checked(
+    merged: MergedModel, expected: MergedModel, folder: Path, shapes: Shapes, max_shard_size: str
+) -> list[LandedTensor]:
+    """Write the merged model, and compare what the files hold of every parameter with base and adapter.
+
+    That is done right after it was written, from the file's own bytes, for many parameters at once.
 
     Args:
-        written: the files.
-        merged: base and adapter, opened anew: nothing of it has been written. It is used up.
-    Returns: what came of each change.
+        merged: what is written.
+        expected: base and adapter, opened anew. Both are used up.
+    Returns: what came of each change, in the order of the files.
     Raises: StepError: a tensor, or one expert of a stack, is not what base and adapter make of it.
     """
-    return [tensor for name in written.group_of if (tensor := _check(name, written, merged)).meant]
+    threads = torch.get_num_threads()
+    with WeightFiles(folder, shapes, max_shard_size) as files:
+        written = StoredModel(folder)
+
+        @torch.inference_mode()
+        def write(job: Sequence[Group]) -> list[LandedTensor]:
+            for group in job:
+                for key, first_row, values in merged.pieces(group):
+                    files.write(key, values, first_row)
+            for group in job:
+                merged.forget(group)
+            landed = [_check(name, written, expected) for group in job for name in group.names]
+            for group in job:
+                expected.forget(group)
+            return landed
+
+        jobs = merged.jobs()
+        by_rows = [job for job in jobs if all(map(merged.takes_rows, job))]
+        # What needs whole matrices is done one by one, by all threads together.
+        landed = [tensor for job in jobs if job not in by_rows for tensor in write(job)]
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                landed += [tensor for tensors in pool.map(write, by_rows) for tensor in tensors]
+        finally:
+            torch.set_num_threads(threads)
+    if missed := written.group_of.keys() - {tensor.name for tensor in landed}:
+        raise StepError(f"merge: {min(missed)} is in the written files, and nothing was to be written there")
+    order = {name: number for number, name in enumerate(written.group_of)}
+    return sorted((tensor for tensor in landed if tensor.meant), key=lambda tensor: order[tensor.name])
 
 
 def _check(name: str, written: StoredModel, merged: MergedModel) -> LandedTensor:
@@ -68,7 +102,7 @@ class _Part:
     along: float = 0.0
 
 
-def _compare(expected: ExpectedPart, found: torch.Tensor, dtype: torch.dtype) -> _Part:
+def _compare(expected: Part, found: torch.Tensor, dtype: torch.dtype) -> _Part:
     if found.shape != expected.shape:
         return _Part(holds=False, lost=math.inf)
     if expected.is_base and torch.equal(expected.base.to(dtype), found):
@@ -76,16 +110,14 @@ def _compare(expected: ExpectedPart, found: torch.Tensor, dtype: torch.dtype) ->
     # Of new tokens nothing is subtracted.
     has_base = expected.base.shape == expected.shape
     meant = change = lost = along = off = size = 0.0
-    step = max(1, _VALUES_AT_ONCE // max(1, math.prod(found.shape[1:])))
-    for first in range(0, len(found), step):
-        rows = slice(first, first + step)
+    for rows in slices(found.shape):
         wanted, own = expected.rows(rows), found[rows].float()
         base = expected.base[rows].float() if has_base else wanted
         meant_rows, found_rows = wanted - base, own - base
         meant += _square(meant_rows)
         change += _square(found_rows)
         along += _product(meant_rows, found_rows)
-        lost += _square(found_rows - meant_rows)
+        lost += _square(own - wanted)
         off += _square(own - wanted.to(dtype).float())
         size += _square(wanted)
     # Also of a file with NaN.

@@ -1,9 +1,10 @@
 """The merged model's tensors, one after the other: base plus adapter in float32, rounded once."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,23 +13,26 @@ from finemill.errors import StepError, UserError
 from finemill.models.stored_model import Group, StoredModel
 from finemill.models.weights import DTYPES
 
+# What fits a core's cache.
+_VALUES_AT_ONCE = 1 << 19
+
 
 @dataclass(frozen=True)
-class ExpectedPart:
-    """What a whole tensor, or one expert, should be before rounding; its rows are computed when they are asked for.
+class Part:
+    """A whole tensor, or one expert, before rounding; its rows are computed when they are asked for.
 
-    `base` is as the base holds it. With `factors`, B, A and their factor, the product is added to it; `whole` stands in
-    its place; without either it stays.
+    `base` is as the base holds it. `delta` gives what is added to some of its rows; `whole` stands in its place;
+    without either it stays.
     """
 
     base: torch.Tensor
-    factors: tuple[torch.Tensor, torch.Tensor, float] | None = None
+    delta: Callable[[slice], torch.Tensor] | None = None
     whole: torch.Tensor | None = None
 
     @property
     def is_base(self) -> bool:
         """Whether nothing is to be changed."""
-        return self.factors is None and self.whole is None
+        return self.delta is None and self.whole is None
 
     @property
     def shape(self) -> torch.Size:
@@ -40,16 +44,20 @@ class ExpectedPart:
         if self.whole is not None:
             return self.whole[which].float()
         base = self.base[which].float()
-        if self.factors is None:
-            return base
-        b, a, scaling = self.factors
-        return torch.addmm(base, b[which], a, alpha=scaling)
+        return base if self.delta is None else base + self.delta(which)
+
+
+def slices(shape: Sequence[int]) -> Iterator[slice]:
+    """All rows of a tensor, a few at a time."""
+    step = max(1, _VALUES_AT_ONCE // max(1, math.prod(shape[1:])))
+    return (slice(first, first + step) for first in range(0, shape[0], step))
 
 
 class MergedModel:
     """What is written for `stored` with the adapter of `tuned`, a PEFT model on `stored.model`.
 
-    Iterating merges the adapter's modules one by one, in place: once, and last of all that is done with `tuned`.
+    What is more than plain LoRA, PEFT merges in place, module by module, once: `pieces` are the last that is done with
+    `tuned`. Different jobs can be done by different threads.
 
     Args:
         dtype: of every tensor; None: each keeps the type it has in the base.
@@ -76,7 +84,7 @@ class MergedModel:
             if (weight := getattr(_original_module(module), "weight", None)) is not None
             and stored.name_of(weight) is None
         }
-        self._last: tuple[str, Mapping[str, torch.Tensor]] = ("", {})
+        self._merged: dict[str, Mapping[str, torch.Tensor]] = {}
         for parameter in self._model.parameters():
             if stored.name_of(parameter) is None:
                 parameter.data = parameter.data.float()
@@ -125,20 +133,27 @@ class MergedModel:
             shapes[self._stored.output_name] = embedding
         return shapes
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(stored name, values) in the order of `shapes`. Raises: StepError: a part of the adapter has no place."""
-        written: set[str] = set()
-        for group in self._groups():
-            yield from self._tensors(group)
-            written |= set(group.names)
+    def jobs(self) -> list[tuple[Group, ...]]:
+        """Everything to be written; what one module of the adapter decides lies together.
+
+        So do the embedding and the output matrix, which come first: they are the largest.
+
+        Raises: StepError: a part of the adapter has no place.
+        """
+        groups = list(self._groups())
         if self.unties_embeddings:
-            output = self._stored.output_name
-            embedding = self._stored.group_of[self._stored.embedding_name]
-            yield output, self._rounded(output, self._type_of(embedding, next(iter(embedding.keys))))
+            groups.append(Group({self._stored.output_name: ""}, (self._stored.output_name,)))
+        placed = {name for group in groups for name in group.names}
         if self._stored.is_tied:
-            written.add(self._stored.output_name)
-        if left := self.changed - written:
+            placed.add(self._stored.output_name)
+        if left := self.changed - placed:
             raise StepError(f"merge: {len(left)} tensors that the adapter changes have no place, {min(left)} for one")
+        ends = {self._stored.embedding_name, self._stored.output_name}
+        jobs: dict[str, list[Group]] = {"": []}
+        for group in groups:
+            path = next((self._path_of[name] for name in group.names if name in self._path_of), next(iter(group.keys)))
+            jobs.setdefault(path if ends.isdisjoint(group.names) else "", []).append(group)
+        return [tuple(job) for job in jobs.values()]
 
     def _groups(self) -> Iterator[Group]:
         """All but a stored copy of the output matrix that is written anew."""
@@ -148,35 +163,89 @@ class MergedModel:
 
     def _type_of(self, group: Group, key: str) -> torch.dtype:
         """What the model has no use for, and what is no floating-point number, stays as it is."""
-        own = DTYPES[self._stored.tensors[key if key in group.keys else next(iter(group.keys))].dtype]
+        keys = self._source(group).keys
+        own = DTYPES[self._stored.tensors[key if key in keys else next(iter(keys))].dtype]
         return (self._dtype or own) if group.names and own.is_floating_point else own
 
-    def _tensors(self, group: Group) -> Iterator[tuple[str, torch.Tensor]]:
-        is_as_stored = self._stored.layout(group).keys() == group.keys.keys()
+    def _source(self, group: Group) -> Group:
+        """Itself, or the embedding's for an output matrix that becomes one of its own."""
+        is_new = self.unties_embeddings and self._stored.output_name in group.names
+        return self._stored.group_of[self._stored.embedding_name] if is_new else group
+
+    def takes_rows(self, group: Group) -> bool:
+        """Whether `pieces` of it are some rows, or one expert, and no more of it is in memory."""
+        return self._is_copied(group) or self._is_plain(group) or self._is_split(group)
+
+    def _is_copied(self, group: Group) -> bool:
         is_untouched = self.changed.isdisjoint(group.names) and not (group.names and self._stored.is_rounded)
-        if is_untouched and is_as_stored:
+        is_stored = all(key in self._stored.tensors for key in group.keys)
+        return is_untouched and is_stored and self._stored.layout(group).keys() == group.keys.keys()
+
+    def _is_plain(self, group: Group) -> bool:
+        """Whether it is one matrix, stored as it is, with plain LoRA."""
+        names = [name for name in group.names if name in self._stored.group_of]
+        return (
+            len(names) == len(group.keys) == 1
+            and len(self._stored.layout(group)) == 1
+            and self._own_base(names[0]) is None
+            and self._stored.holds_as_is(names[0])
+            and self._plain_module(names[0]) is not None
+        )
+
+    def _is_split(self, group: Group) -> bool:
+        """Whether it is one stack of experts, with LoRA on stacks or none."""
+        if not all(key in self._stored.tensors for key in group.keys) or not self._stored.is_split(group):
+            return False
+        return group.names[0] not in self.changed or self._stack(group.names[0]) is not None
+
+    def pieces(self, group: Group) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """(stored name, first row, values) of everything that is written for `group`: PEFT's sum, rounded once."""
+        if self._is_copied(group):
             for key in self._stored.layout(group):
-                yield key, _round(key, self._stored.read_stored(key), self._type_of(group, key))
+                yield from self._rows(key, Part(self._stored.read_stored(key)), self._type_of(group, key))
             return
-        dtype = self._type_of(group, next(iter(group.keys)))
-        if self._stored.is_split(group):
+        key = next(iter(group.keys))
+        dtype = self._type_of(group, key)
+        if self._is_plain(group):
+            base = next(self._stored.parts(group.names[0], widen=False))
+            yield from self._rows(key, Part(base, _delta_of_peft(self._plain_module(group.names[0]))), dtype)
+            return
+        if key in self._stored.tensors and self._stored.is_split(group):
             name = group.names[0]
             for number, part in enumerate(self._merged_parts(name)):
-                yield from self._stored.restore_expert(group, number, _round(name, part, dtype)).items()
+                restored = self._stored.restore_expert(group, number, _round(name, part, dtype))
+                yield from ((key, 0, values) for key, values in restored.items())
             return
         values = {name: self._rounded(name, dtype) for name in group.names}
-        yield from self._stored.restore(group, values).items()
+        restored = self._stored.restore(group, values) if key in self._stored.tensors else {key: values[key]}
+        yield from ((key, 0, values) for key, values in restored.items())
+
+    def _rows(self, key: str, part: Part, dtype: torch.dtype) -> Iterator[tuple[str, int, torch.Tensor]]:
+        if not part.shape:
+            yield key, 0, _round(key, part.base, dtype)
+            return
+        for rows in slices(part.shape):
+            yield key, rows.start, _round(key, part.base[rows] if part.is_base else part.rows(rows), dtype)
+
+    def forget(self, group: Group) -> None:
+        """Drop what PEFT merged of it. What a whole module's merge decided is gone then."""
+        for name in group.names:
+            self._merged.pop(self._path_of.get(name, ""), None)
 
     def _merged_parts(self, name: str) -> Iterator[torch.Tensor]:
         """A stack as it is written, before rounding: expert by expert, with PEFT's own factors where it has some."""
-        path = self._path_of.get(name, "")
-        wrapper = _wrapped(self._modules[path]).get(name.removeprefix(f"{path}.")) if path else None
+        wrapper = self._stack(name)
         if wrapper is None:
             yield from self._value(name) if name in self.changed else self.base_parts(name)
             return
         b, a, scaling = wrapper.get_delta_factors("default")
         for base, *factors in zip(self.base_parts(name), b, a, strict=True):
             yield torch.addmm(base, *factors, alpha=scaling)
+
+    def _stack(self, name: str) -> Any:
+        """PEFT's LoRA on a stack of experts; None where there is none."""
+        path = self._path_of.get(name)
+        return _wrapped(self._modules[path]).get(name.removeprefix(f"{path}.")) if path else None
 
     def base_parts(self, name: str) -> Iterator[torch.Tensor]:
         """The base's own values, float32: of a stack, expert by expert; any other parameter, all at once."""
@@ -191,38 +260,44 @@ class MergedModel:
         """The embedding, for an output matrix that becomes one of its own."""
         return name if name in self._stored.group_of else self._stored.embedding_name
 
-    def expected_parts(self, name: str) -> Iterator["ExpectedPart"]:
+    def expected_parts(self, name: str) -> Iterator[Part]:
         """Base plus adapter before rounding, in the parts of `base_parts`.
 
-        LoRA is added here, factor by factor; what is more than a sum, as PEFT merges it.
+        LoRA is the product of its factors here, not what PEFT merges; what is more than a sum is.
         """
         own = self._own_base(name)
         bases = self._stored.parts(self._name_in_base(name), widen=False) if own is None else iter((own,))
         if name not in self.changed:
-            return map(ExpectedPart, bases)
-        factors = self._factors(name)
-        if factors is not None:
-            return (ExpectedPart(base, factors=of_one) for base, of_one in zip(bases, factors, strict=True))
+            return map(Part, bases)
+        deltas = self._deltas(name)
+        if deltas is not None:
+            return (Part(base, delta) for base, delta in zip(bases, deltas, strict=True))
         value = self._value(name)
         wholes = value if value.dim() == 3 else (value,)
-        return (ExpectedPart(base, whole=whole) for base, whole in zip(bases, wholes, strict=True))
+        return (Part(base, whole=whole) for base, whole in zip(bases, wholes, strict=True))
 
-    def _factors(self, name: str) -> Sequence[tuple[torch.Tensor, torch.Tensor, float]] | None:
-        """B, A and the factor of each part; None where the change is more than their product."""
+    def _deltas(self, name: str) -> list[Callable[[slice], torch.Tensor]] | None:
+        """The change of each part, by the adapter's own factors; None where it is more than their product."""
+        stack = self._stack(name)
+        if stack is not None and stack.num_experts > 1:
+            return _by_expert(stack)
+        module = stack or self._plain_module(name)
+        is_merged = self._path_of.get(name) in self._merged
+        if module is None or is_merged or module.lora_variant or any(module.lora_bias.values()):
+            return None
+        b, a = (factors["default"].weight for factors in (module.lora_B, module.lora_A))
+        return [_delta(b, a, module.scaling["default"])]
+
+    def _plain_module(self, name: str) -> Any:
+        """PEFT's LoRA on a linear layer, where that adds a product to the weight `name` and no more; else None."""
         from peft.tuners.lora.layer import Linear
 
         path = self._path_of.get(name)
-        # A module that PEFT has merged has no factors left.
-        if path is None or path == self._last[0]:
+        if path is None or path in self._merged or name != f"{path}.weight":
             return None
-        stack = _wrapped(self._modules[path]).get(name.removeprefix(f"{path}."))
-        if stack is not None and stack.num_experts > 1:
-            return _by_expert(stack)
-        module = stack or self._modules[path]
-        is_plain = stack is not None or (type(module) is Linear and name == f"{path}.weight")
-        if not is_plain or module.lora_variant or any(module.lora_bias.values()):
-            return None
-        return [(module.lora_B["default"].weight, module.lora_A["default"].weight, module.scaling["default"])]
+        module = self._modules[path]
+        is_plain = type(module) is Linear and not module.fan_in_fan_out
+        return module if is_plain and not module.lora_variant and not any(module.lora_bias.values()) else None
 
     def _rounded(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """One parameter as it is written."""
@@ -238,10 +313,9 @@ class MergedModel:
             whole: torch.Tensor = self._replaced[name].detach()
             return whole.float()
         path = self._path_of[name]
-        # A module's bias and weight lie beside each other.
-        if self._last[0] != path:
-            self._last = path, _merge_module(path, self._modules[path], self._stored)
-        return self._last[1][name.removeprefix(f"{path}.")]
+        if path not in self._merged:
+            self._merged[path] = _merge_module(path, self._modules[path], self._stored)
+        return self._merged[path][name.removeprefix(f"{path}.")]
 
 
 def _adapted_modules(model: torch.nn.Module) -> dict[str, Any]:
@@ -281,13 +355,34 @@ def _changed_names(module: Any, stored: StoredModel) -> Iterator[str]:
         yield name
 
 
-def _by_expert(stack: Any) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-    """B, A and the factor of each expert, as PEFT lays them out: in A one expert's rows after the other's, in B each
-    expert's columns as many apart as there are experts.
+def _by_expert(stack: Any) -> list[Callable[[slice], torch.Tensor]]:
+    """The change of each expert, from factors as PEFT lays them out: in A one expert's rows after the other's, in B
+    each expert's columns as many apart as there are experts.
     """
     a, b = (factors["default"].weight for factors in (stack.lora_A, stack.lora_B))
     count, rank, scaling = stack.num_experts, stack.r["default"], stack.scaling["default"]
-    return [(b[:, expert::count], a[expert * rank : (expert + 1) * rank], scaling) for expert in range(count)]
+    return [_delta(b[:, expert::count], a[expert * rank : (expert + 1) * rank], scaling) for expert in range(count)]
+
+
+def _delta(b: torch.Tensor, a: torch.Tensor, scaling: float) -> Callable[[slice], torch.Tensor]:
+    return lambda rows: scaling * (b[rows] @ a)
+
+
+def _delta_of_peft(module: Any) -> Callable[[slice], torch.Tensor]:
+    """PEFT's own sum of products, of an adapter that has only some of the rows."""
+    b = module.lora_B["default"].weight
+
+    def of_rows(rows: slice) -> torch.Tensor:
+        part = SimpleNamespace(
+            lora_A=module.lora_A,
+            lora_B={"default": SimpleNamespace(weight=b[rows], device=b.device)},
+            scaling=module.scaling,
+            fan_in_fan_out=module.fan_in_fan_out,
+        )
+        found: torch.Tensor = type(module).get_delta_weight(part, "default")
+        return found
+
+    return of_rows
 
 
 def _wrapped(module: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from finemill.components.merge.four_bit import (
 )
 from finemill.components.merge.fp8 import FOLDER as FP8_FOLDER
 from finemill.components.merge.fp8 import fp8_bytes, fp8_link, write_fp8_card, write_fp8_model
-from finemill.components.merge.landed import check_written
+from finemill.components.merge.landed import write_checked
 from finemill.components.merge.merged import MergedModel
 from finemill.components.merge.parity import compare_logits, link_of_logits, logits_of, probe_prompts
 from finemill.errors import StepError, UserError
@@ -33,7 +33,7 @@ from finemill.models.generation import stop_token_ids
 from finemill.models.model_card import serve_commands, write_card
 from finemill.models.stored_model import Rounding, StoredModel
 from finemill.models.trained_base import trained_rounding
-from finemill.models.write_weights import total_bytes, write_model
+from finemill.models.write_weights import total_bytes
 from finemill.runtime.context import StepContext
 from finemill.storage.space import require_space
 
@@ -98,17 +98,17 @@ def _merge(
     )
     write_generation_config(base_model, output_dir, stop_token_ids(tokenizer, base_model))
     shapes = merged.shapes()
-    context.recorder.log_progress(f"merging, and writing {total_bytes(shapes) / 1e9:.2f} GB")
-    write_model(output_dir, shapes, merged, config.max_shard_size)
-    context.recorder.log_progress("comparing the written model with base and adapter")
+    used_rounding = rounding if config.base == "dequantized" else None
+    anew = put_on(StoredModel(base_model, used_rounding), addition, config)[1]
+    size_gb = total_bytes(shapes) / 1e9
+    context.recorder.log_progress(f"merging, writing {size_gb:.2f} GB, and comparing every written tensor")
+    tensors = write_checked(merged, anew, output_dir, shapes, config.max_shard_size)
+    landed = summarize(tensors)
+    context.recorder.log_progress("what the written model says to the probes")
     written = StoredModel(output_dir)
     found = logits_of(written.model, written, prompts)
     parity = compare_logits(expected, found)
     link = link_of_logits("merged", _ADDED_TO[config.base], prompts, expected, found)
-    context.recorder.log_progress("comparing every written tensor with base and adapter")
-    used_rounding = rounding if config.base == "dequantized" else None
-    tensors = check_written(written, put_on(StoredModel(base_model, used_rounding), addition, config)[1])
-    landed = summarize(tensors)
     in_4_bits = _four_bits(written, dtype, prompts, found, config, context)
     in_fp8 = _fp8(written, dtype, prompts, found, config, context)
     record = MergeRecord(

@@ -173,7 +173,8 @@ class StoredModel:
         """
         group = self.group_of[name]
         if len(self._shapes[name]) != 3:
-            yield self.read(name) if widen or not self._is_as_stored(name) else self.read_stored(next(iter(group.keys)))
+            as_stored = None if widen else self.read_as_stored(name)
+            yield self.read(name) if as_stored is None else as_stored
             return
         experts = _by_expert(group.keys)
         with self._opened(group.keys) as read:
@@ -186,10 +187,14 @@ class StoredModel:
             else:
                 yield from self.read(name)
 
-    def _is_as_stored(self, name: str) -> bool:
-        return (
-            not self.is_rounded and self.group_of[name].converter is None and self.shape_of(name) == self._shapes[name]
-        )
+    def read_as_stored(self, name: str) -> torch.Tensor | None:
+        """One parameter, a view of its file; None where the file holds something else than the parameter's values."""
+        return self.read_stored(next(iter(self.group_of[name].keys))) if self.holds_as_is(name) else None
+
+    def holds_as_is(self, name: str) -> bool:
+        """Whether one stored tensor is the parameter's values, but for their type."""
+        is_one = self.group_of[name].converter is None
+        return is_one and not self.is_rounded and self.shape_of(name) == self._shapes[name]
 
     def _converted(self, name: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """What transformers' rule makes of stored tensors."""

@@ -12,6 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from finemill.models.stored_model import StoredModel
+from finemill.models.widened import Widened
 
 # Tokens in one pass: weights are read once for all of them, and their activations are in memory together.
 _TOKENS_AT_ONCE = 4096
@@ -88,7 +89,7 @@ def streamed(model: Any, stored: StoredModel, device: torch.device, *, backward:
     layers = {id(layer) for module in model.modules() if isinstance(module, torch.nn.ModuleList) for layer in module}
     with ExitStack() as stack:
         for unit in loaded_together(model):
-            loaded = _Unit(unit, stored, device)
+            loaded = _Unit(unit, stored, device, backward=backward)
             if backward and id(unit) in layers:
                 unit.forward = loaded.checkpointed(unit.forward)
                 stack.callback(delattr, unit, "forward")
@@ -137,7 +138,7 @@ def _adapter_classes() -> tuple[type, ...]:
 class _Unit:
     """The places of one unit's parameters, filled during its call."""
 
-    def __init__(self, unit: torch.nn.Module, stored: StoredModel, device: torch.device) -> None:
+    def __init__(self, unit: torch.nn.Module, stored: StoredModel, device: torch.device, *, backward: bool) -> None:
         self._places = [
             (module, name, parameter)
             for module in unit.modules()
@@ -146,6 +147,7 @@ class _Unit:
         ]
         self._stored = stored
         self._device = device
+        self._backward = backward
 
     def checkpointed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """`forward` with the weights in their places, computed again when gradients pass back."""
@@ -164,13 +166,23 @@ class _Unit:
 
     def load(self, *_hooked: Any) -> None:
         """Before the call."""
-        values: dict[int, torch.nn.Parameter] = {}
+        values: dict[int, Any] = {}
         for module, name, parameter in self._places:
             if id(parameter) not in values:
-                stored_name = self._stored.name_of(parameter)
-                value = self._stored.read(stored_name) if stored_name else parameter
-                values[id(parameter)] = torch.nn.Parameter(value.to(self._device), requires_grad=False)
+                values[id(parameter)] = self._read(parameter)
             module._parameters[name] = values[id(parameter)]
+
+    def _read(self, parameter: torch.nn.Parameter) -> Any:
+        stored_name = self._stored.name_of(parameter)
+        if stored_name is None:
+            return torch.nn.Parameter(parameter.to(self._device), requires_grad=False)
+        values = self._stored.read_as_stored(stored_name)
+        if values is None:
+            return torch.nn.Parameter(self._stored.read(stored_name).to(self._device), requires_grad=False)
+        # A matrix stays in its file, row by row, where no gradient is wanted.
+        if values.dim() == 2 and self._device.type == "cpu" and not self._backward:
+            return values.as_subclass(Widened)
+        return torch.nn.Parameter(values.to(self._device).to(torch.float32, copy=True), requires_grad=False)
 
     def drop(self, *_hooked: Any) -> None:
         """After the call, also one that failed."""

@@ -6,11 +6,12 @@ values (https://huggingface.co/docs/safetensors). The library's own writer wants
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from io import RawIOBase
 from pathlib import Path
+from typing import BinaryIO, Self
 
 import torch
 
@@ -31,39 +32,79 @@ def total_bytes(shapes: Shapes) -> int:
     return sum(_num_bytes(*shape) for shape in shapes.values())
 
 
+class WeightFiles:
+    """Safetensors files with their headers, and an index where there are several; values come in any order.
+
+    Their places are holes until then, so that the files can be opened as they will be.
+    """
+
+    def __init__(self, folder: Path, shapes: Shapes, max_shard_size: str) -> None:
+        shards = _shards(shapes, max_shard_size)
+        names = [
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            for number in range(1, len(shards) + 1)
+        ]
+        self._shapes = shapes
+        self._files: list[BinaryIO] = []
+        self._places: dict[str, tuple[int, int]] = {}
+        for name, shard in zip(names, shards, strict=True):
+            file = (folder / name).open("wb", buffering=0)
+            self._files.append(file)
+            header = _header(shard)
+            _write_all(file.fileno(), memoryview(header), 0)
+            end = len(header)
+            for key, shape in shard.items():
+                self._places[key] = file.fileno(), end
+                end += _num_bytes(*shape)
+            file.truncate(end)
+        if len(shards) > 1:
+            weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            index = {"metadata": {"total_size": total_bytes(shapes)}, "weight_map": weight_map}
+            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        for file in self._files:
+            file.close()
+
+    def write(self, key: str, values: torch.Tensor, first_row: int = 0) -> None:
+        """Put a tensor, or some rows of it from `first_row` on, in its place; from any thread."""
+        shape, dtype = self._shapes[key]
+        assert values.dtype == dtype, (key, values.dtype)
+        assert values.shape[1:] == shape[1:], (key, values.shape)
+        assert first_row + math.prod(values.shape[:1]) <= math.prod(shape[:1]), (key, values.shape)
+        file, start = self._places[key]
+        start += first_row * _num_bytes(shape[1:], dtype)
+        _write_all(file, values.contiguous().flatten().view(torch.uint8).numpy().data, start)
+
+
 def write_model(folder: Path, shapes: Shapes, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_size: str) -> None:
-    """Write `tensors`, which come in the order of `shapes`, as one file or as several with an index.
+    """Write `tensors`, which are those of `shapes`, as one file or as several with an index.
 
     While one is written, the next is computed: two are in memory.
     """
-    shards = _shards(shapes, max_shard_size)
-    names = [
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        for number in range(1, len(shards) + 1)
-    ]
-    source = iter(tensors)
-    for name, shard in zip(names, shards, strict=True):
-        with (folder / name).open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer:
-            written: Future[None] = writer.submit(_write_all, file, memoryview(_header(shard)))
-            for expected, (shape, dtype) in shard.items():
-                key, tensor = next(source)
-                assert (key, tuple(tensor.shape), tensor.dtype) == (expected, shape, dtype), (key, expected)
+    left = set(shapes)
+    with WeightFiles(folder, shapes, max_shard_size) as files, ThreadPoolExecutor(1) as writer:
+        written: Future[None] | None = None
+        for key, tensor in tensors:
+            assert tuple(tensor.shape) == shapes[key][0], (key, tensor.shape)
+            left.remove(key)
+            if written:
                 written.result()
-                written = writer.submit(_write_all, file, tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-                del tensor
+            written = writer.submit(files.write, key, tensor)
+            del tensor
+        if written:
             written.result()
-    # The source checks, at its end, that nothing was left out.
-    assert next(source, None) is None
-    if len(shards) > 1:
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        index = {"metadata": {"total_size": total_bytes(shapes)}, "weight_map": weight_map}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    assert not left, left
 
 
-def _write_all(file: RawIOBase, values: memoryview) -> None:
+def _write_all(file: int, values: memoryview, start: int) -> None:
     """One call of the system writes 2 GiB at most."""
     while values:
-        values = values[file.write(values) or 0 :]
+        written = os.pwrite(file, values, start)
+        values, start = values[written:], start + written
 
 
 def _shards(shapes: Shapes, max_shard_size: str) -> list[dict[str, tuple[tuple[int, ...], torch.dtype]]]:

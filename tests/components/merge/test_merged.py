@@ -28,11 +28,10 @@ from transformers import (
 )  # fmt: skip
 
 from finemill.components.gguf_quantize.convert import SourceModel
-from finemill.components.merge import step
 from finemill.components.merge.config import MergeConfig
 from finemill.components.merge.step import run
 from finemill.errors import StepError, UserError
-from finemill.models.write_weights import write_model
+from finemill.models.write_weights import WeightFiles
 from finemill.runtime.context import StepContext
 
 SMALL: dict[str, Any] = {
@@ -207,13 +206,13 @@ def test_a_tensor_or_expert_that_lost_its_change_on_the_way_to_the_disk_is_named
     config = EXPERTS if family == "qwen3_moe" else LoraConfig(r=2, target_modules=["q_proj"])
     adapter = adapter_dir(base, tmp_path / "adapter", config)
 
-    def write_and_lose(folder: Path, *args: Any) -> None:
-        write_model(folder, *args)
-        tensors = load_file(folder / "model.safetensors")
-        tensors[key] = load_file(base / "model.safetensors")[key] + ("gate.weight" in key)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    lost = load_file(base / "model.safetensors")[key] + ("gate.weight" in key)
+    write = WeightFiles.write
 
-    monkeypatch.setattr(step, "write_model", write_and_lose)
+    def write_and_lose(files: WeightFiles, name: str, values: torch.Tensor, first_row: int = 0) -> None:
+        write(files, name, lost if name == key else values, first_row)
+
+    monkeypatch.setattr(WeightFiles, "write", write_and_lose)
     with pytest.raises(StepError, match=named):
         merge(base, adapter, tmp_path / "merged", step_context, max_kl=100, min_top1_agreement=1e-9)
 

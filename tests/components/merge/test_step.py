@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora.layer import Linear
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -15,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from finemill.artifacts.manifest import Producer, new_manifest
 from finemill.artifacts.model import read_merge
 from finemill.components.merge.config import MergeConfig
-from finemill.components.merge.merged import MergedModel
 from finemill.components.merge.parity import compare_logits
 from finemill.components.merge.step import run as merge_adapter
 from finemill.components.train_qlora.config import TrainQLoRAConfig
@@ -148,13 +148,14 @@ def test_a_wrong_merge_is_caught(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    correct = MergedModel._value
+    correct = Linear.get_delta_weight
+    width = json.loads((tiny_model_dir / "config.json").read_text())["intermediate_size"]
 
-    def drop_one_matrix(model: MergedModel, name: str) -> torch.Tensor:
-        lost = name == "model.layers.0.mlp.down_proj.weight"
-        return model._stored.read(name) if lost else correct(model, name)
+    def drop_down_projections(adapter: Linear, name: str) -> torch.Tensor:
+        change: torch.Tensor = correct(adapter, name)
+        return change * int(adapter.lora_A[name].in_features != width)
 
-    monkeypatch.setattr(MergedModel, "_value", drop_one_matrix)
+    monkeypatch.setattr(Linear, "get_delta_weight", drop_down_projections)
     with pytest.raises(StepError, match=r"layers\.0\.mlp\.down_proj\.weight is not written as base and adapter"):
         merge(tiny_model_dir, tiny_adapter_dir, tmp_path, step_context)
 
