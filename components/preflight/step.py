@@ -22,6 +22,7 @@ from finemill.training.config import LoRATrainingConfig
 from finemill.training.decoder import UnknownDecoderError, complete
 from finemill.training.memory import needed_gib
 from finemill.training.new_tokens import with_new_tokens
+from finemill.training.stored_bits import check_stored_bits
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,10 @@ def run(*, output_dir: Path, config: PreflightConfig, context: StepContext) -> d
         # chat-format's, which its data set brings to the training
         num_tokens = max(len(getattr(section, "new_tokens", ())) for section in parsed.values())
         training = with_new_tokens(training, num_tokens)
-    needed = check_memory(base, training, config) if base and training else None
+    needed = None
+    if base and training:
+        check_stored_bits(base.config, training, base.id)
+        needed = check_memory(base, training, config)
     plan = RunPlan(
         base_model=base.id if base else None,
         store=context.store,

@@ -118,6 +118,11 @@ class TrainDPOConfig(LoRATrainingConfig):
         self._refuse(self.is_unpaired, where, sft_weight="choose a loss of pairs")
         kinds = {"desirable_weight": "use 'kto'", "undesirable_weight": "use 'kto'"}
         self._refuse(not self.is_unpaired, where, **kinds)
+        if self.keeps_reference and self.rope_scaling is not None:
+            raise ValueError(
+                "rope_scaling gives the model other positions than the reference, which TRL loads with method 'full' "
+                "from the base's files: set precompute_ref_log_probs, and the model itself is asked before training"
+            )
         if self.compares_rows and self.per_device_train_batch_size == 1:
             raise ValueError(
                 f"loss_type '{self.loss_type}' compares the rows of a forward pass: set per_device_train_batch_size to "

@@ -71,6 +71,12 @@ def test_the_kernels_need_what_their_leanest_plan_does() -> None:
     assert needed_gib({**QWEN3_8B, "model_type": "gpt_neox"}, TrainQLoRAConfig()) > 15
 
 
+def test_a_base_that_is_stored_in_4_bits_comes_to_the_card_whole() -> None:
+    stored = QWEN3_8B | {"quantization_config": {"load_in_4bit": True}}
+    assert needed_gib(QWEN3_8B, TrainQLoRAConfig()) < 3.4
+    assert 5.5 < needed_gib(stored, TrainQLoRAConfig()) < 6.5
+
+
 def test_what_may_not_wait_on_the_host_is_on_the_card() -> None:
     """8B in 4 bits is 3.9 GB, which a container of 32 GiB holds beside the process, and one of 5 does not."""
     needed = [needed_gib(QWEN3_8B, TrainQLoRAConfig(), host_gib=gib) for gib in (None, 32.0, 5.0, 1.0)]

@@ -1,5 +1,6 @@
 """What every training begins with: base, data set, the tokenizer of the tuned model, the device."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from finemill.models.stored_model import StoredModel
 from finemill.runtime.processes import num_processes
 from finemill.training.adapter import lora_config
 from finemill.training.config import LoRATrainingConfig
+from finemill.training.stored_bits import check_stored_bits
 from finemill.training.strategy import check_strategy
 
 
@@ -34,6 +36,7 @@ class TrainingInputs:
 def open_inputs(base_model: Path, dataset: Path, config: LoRATrainingConfig) -> TrainingInputs:
     """Raises: UserError: what the machine or the base does not have is refused, before anything is loaded."""
     check_strategy(config)
+    check_stored_bits(json.loads((base_model / "config.json").read_text(encoding="utf-8")), config, str(base_model))
     if not is_quantized(base_model):
         # transformers would begin weights that are missing at random.
         model = StoredModel(base_model).model

@@ -182,6 +182,9 @@ def needed_gib(model: Mapping[str, Any], config: LoRATrainingConfig, *, host_gib
         return plain
     host = None if host_gib is None else int(max(0.0, host_gib - PROCESS_GIB) * GIB * FREE_SHARE)
     least = least_bytes(work, allow_stream=work.quantized, eight_bit=eight_bit_moments(config), host=host)
+    if model.get("quantization_config"):
+        # It comes to the card as it is stored, before anything of it may wait elsewhere.
+        least = max(least, work.loading_bytes())
     return min(plain, least / GIB)
 
 

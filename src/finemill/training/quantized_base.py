@@ -19,6 +19,7 @@ from finemill.training.config import LoRATrainingConfig
 from finemill.training.hollow_base import load_hollow
 from finemill.training.mixture import EXPERTS, Mixture
 from finemill.training.positions import base_config
+from finemill.training.stored_bits import check_stored_bits
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,9 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
     model_config = base_config(base_model, config.rope_scaling)
     dtype = compute_dtype(config, device)
     sharded = config.strategy in ("fsdp2", "zero3")
+    check_stored_bits(_description(base_model), config, str(base_model))
     in_4_bits = is_quantized(base_model)
     if in_4_bits:
-        _check_quantized(base_model, config)
         compute_in(model_config, dtype)
     if device.type == "cuda" and not sharded and not in_4_bits and _has_experts_to_quantize(base_model, config):
         from finemill.kernels.streamed import load_streamed
@@ -132,23 +133,14 @@ def _fits_card(base_model: Path, config: LoRATrainingConfig, device: torch.devic
     return WHOLE_SIZE[config.bits if config.method == "lora" else 32] * stored <= 0.9 * memory_limit(config, device)
 
 
-def _check_quantized(base_model: Path, config: LoRATrainingConfig) -> None:
-    """Raises: UserError: a training that a base which is in 4 bits on the disk does not allow."""
-    reasons = {
-        f"{config.bits} bits": config.bits != 4,
-        f"strategy '{config.strategy}'": config.strategy in ("fsdp2", "zero3"),
-        "init_lora_weights 'loftq'": config.init_lora_weights == "loftq",
-    }
-    if reason := next((reason for reason, applies in reasons.items() if applies), None):
-        raise UserError(
-            f"the base model in {base_model} is stored in 4 bits, and {reason} cannot be had of it: use load_in_4bit "
-            "with a whole copy on each GPU, or pass the unquantized model"
-        )
+def _description(base_model: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    return values
 
 
 def _has_experts_to_quantize(base_model: Path, config: LoRATrainingConfig) -> bool:
     """Whether the base is a mixture that the engine's loader quantizes layer by layer."""
-    model = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    model = _description(base_model)
     experts = expert_shape(model)
     nf4 = config.bits == 4 and config.bnb_4bit_quant_type == "nf4"
     if not nf4 or experts is None or has_dense_layers(model):

@@ -19,6 +19,10 @@ from finemill.errors import UserError
         ({"loss_type": "orpo", "precompute_ref_log_probs": True}, "precompute_ref_log_probs True has no effect"),
         ({"loss_type": "kto"}, "compares the rows of a forward pass: set per_device_train_batch_size to 2 or more"),
         ({"desirable_weight": 2.0}, "desirable_weight 2.0 has no effect with loss_type 'sigmoid': .* use 'kto'"),
+        (
+            {"method": "full", "rope_scaling": {"rope_type": "yarn", "factor": 2}},
+            "rope_scaling gives the model other positions than the reference, .* set precompute_ref_log_probs",
+        ),
         ({"loss_type": "exo_pair"}, "needs a label_smoothing above 0"),
         ({"target_modules": ["q_proj", "lm_head"]}, "TRL's losses would pass by"),
         ({"target_modules": []}, "target_modules is empty"),
