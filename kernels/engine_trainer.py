@@ -164,6 +164,17 @@ def host_limit(engine: FastModel, work: Workload) -> int:
     return free_host_bytes() + weights + (0 if engine.arena is None else engine.arena.slab.numel())
 
 
+def budget_bytes(device: torch.device, memory_gb: float | None) -> int:
+    """What a plan may allocate on the card: `memory_gb` as far as there is that much, or what `free_bytes` says."""
+    if memory_gb is None:
+        return free_bytes(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    there, asked = free + torch.cuda.memory_allocated(device), int(memory_gb * 2**30)
+    if asked > there:
+        logger.warning("memory_gb %g, and the card has %.2f GiB free: plans for those", memory_gb, there / 2**30)
+    return min(asked, there)
+
+
 def free_bytes(device: torch.device) -> int:
     """What this process may allocate on the card; a twentieth is left for fragments and other processes."""
     free, _ = torch.cuda.mem_get_info(device)

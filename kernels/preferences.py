@@ -19,7 +19,7 @@ from trl import DPOTrainer, KTOTrainer
 from finemill.kernels.accelerate import Acceleration, accelerate_model, has_unequal_layers, leave_unchanged, workload_of
 from finemill.kernels.engine.plan import Plan
 from finemill.kernels.engine.shapes import Buckets, Shapes
-from finemill.kernels.engine_trainer import EAGER_BUCKET, EngineTrainer, free_bytes, host_limit
+from finemill.kernels.engine_trainer import EAGER_BUCKET, EngineTrainer, budget_bytes, host_limit
 from finemill.kernels.planning.planner import plan_step
 from finemill.kernels.planning.rates import rates_of
 
@@ -88,7 +88,7 @@ class PreferenceSteps(EngineTrainer):
         sequences = 1 if isinstance(self, KTOTrainer) else 2
         tokens = args.per_device_train_batch_size * sequences * longest
         work = workload_of(engine, tokens=tokens, row=longest, whole=True)
-        budget = free_bytes(engine.device) if self._memory_gb is None else int(self._memory_gb * 2**30)
+        budget = budget_bytes(engine.device, self._memory_gb)
         plan = plan_step(
             work,
             budget,

@@ -29,7 +29,7 @@ from finemill.kernels.accelerate import Acceleration, accelerate_model, has_uneq
 from finemill.kernels.engine.graphs import GraphRunner
 from finemill.kernels.engine.plan import Plan
 from finemill.kernels.engine.shapes import Buckets, Shapes
-from finemill.kernels.engine_trainer import EAGER_BUCKET, EngineTrainer, free_bytes, host_limit
+from finemill.kernels.engine_trainer import EAGER_BUCKET, EngineTrainer, budget_bytes, free_bytes, host_limit
 from finemill.kernels.ops.packing import IGNORE_INDEX, PackedBatch, pack_budget, send, split_rows
 from finemill.kernels.planning.planner import MARGIN, plan_graphed_step, plan_step
 from finemill.kernels.planning.rates import rates_of
@@ -274,7 +274,7 @@ class FastSFTTrainer(EngineTrainer, SFTTrainer):  # type: ignore[misc]
         if engine.device.type != "cuda":
             return Plan.everything(len(engine.layers)), None
         card = free_bytes(engine.device)
-        budget = card if memory_gb is None else int(memory_gb * 2**30)
+        budget = budget_bytes(engine.device, memory_gb)
         rates = rates_of(torch.cuda.get_device_name(engine.device))
         if engine.attention_backend(longest) == "plain":
             use_graphs = False  # it reads the boundaries on the host, which no graph can hold

@@ -1,6 +1,7 @@
 """The checks that run before anything is spent: seconds on a CPU instead of a GPU that finds out after an hour."""
 
 import logging
+import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,8 +117,8 @@ def check_memory(base: BaseFacts, training: LoRATrainingConfig, config: Prefligh
     for found, limit in limits.items():
         if limit is not None and needed > limit:
             raise UserError(
-                f"training {base.id} needs {needed:.1f} GiB of GPU memory at least{beside}, {found}: lower max_length "
-                f"({training.max_length}), per_device_train_batch_size ({training.per_device_train_batch_size}) or "
-                f"lora_r ({training.lora_r}), or ask for a larger GPU"
+                f"training {base.id} needs {math.ceil(100 * needed) / 100:.2f} GiB of GPU memory at least{beside}, "
+                f"{found}: lower max_length ({training.max_length}), per_device_train_batch_size "
+                f"({training.per_device_train_batch_size}) or lora_r ({training.lora_r}), or ask for a larger GPU"
             )
     return needed

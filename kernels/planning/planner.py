@@ -38,10 +38,14 @@ Parking = tuple[HostLevels, int]
 
 
 class NoPlanError(UserError):
-    """Not even the leanest plan fits; `budget`, what it needs (`least`) and the limit of `host` memory are bytes."""
+    """Not even the leanest plan fits; `budget`, what it needs (`least`) and the limit of `host` memory are bytes.
+
+    Of both a share is kept back (`MARGIN`); `allowance` is what a limit must be for the leanest plan.
+    """
 
     def __init__(self, budget: int, least: int, host: int | None = None) -> None:
         self.budget, self.least = budget, least
+        self.allowance = int(least / MARGIN) + 2
         beside = "" if host is None else f" beside {host / 2**30:.1f} GiB of host memory"
         super().__init__(
             f"no plan fits {budget / 2**30:.2f} GiB{beside}: the leanest needs {least / 2**30:.2f} GiB; "
@@ -265,11 +269,11 @@ def prefers_shards(
 
 
 def least_bytes(work: Workload, *, allow_stream: bool, eight_bit: bool | None = None, host: int | None = None) -> int:
-    """Peak of the leanest plan: what a card must have. The arguments are those of `plan_step`."""
+    """The least limit that `plan_step` finds a plan for, whose arguments these are: what a card must have."""
     try:
         plan_step(work, 0, allow_stream=allow_stream, eight_bit=eight_bit, host=host)
     except NoPlanError as error:
-        return error.least
+        return error.allowance
     raise AssertionError("a plan of no memory")
 
 

@@ -71,6 +71,15 @@ def test_the_kernels_need_what_their_leanest_plan_does() -> None:
     assert needed_gib({**QWEN3_8B, "model_type": "gpt_neox"}, TrainQLoRAConfig()) > 15
 
 
+@pytest.mark.parametrize("model", [QWEN3_8B, MIXTURES["qwen3-30b-a3b"]])
+def test_what_is_said_to_be_needed_is_enough_and_less_is_not(model: dict[str, Any]) -> None:
+    config = TrainQLoRAConfig()
+    needed = needed_gib(model, config) * GIB
+    assert must_stream(model, config, needed)
+    with pytest.raises(UserError, match=f"training needs {needed / GIB:.2f} GiB of GPU memory"):
+        must_stream(model, config, 0.998 * needed)
+
+
 def test_a_base_that_is_stored_in_4_bits_comes_to_the_card_whole() -> None:
     stored = QWEN3_8B | {"quantization_config": {"load_in_4bit": True}}
     assert needed_gib(QWEN3_8B, TrainQLoRAConfig()) < 3.4

@@ -262,8 +262,8 @@ def must_stream(model: Mapping[str, Any], config: LoRATrainingConfig, limit: flo
     except NoPlanError as error:
         beside = "" if host is None else f" beside {host / GIB:.1f} of host memory"
         raise UserError(
-            f"training needs {error.least / GIB:.2f} GiB of GPU memory{beside} ({plain / GIB:.1f} without finemill's "
-            f"kernels), there are {limit / GIB:.2f}: lower max_length ({config.max_length}) or lora_r "
+            f"training needs {error.allowance / GIB:.2f} GiB of GPU memory{beside} ({plain / GIB:.1f} without "
+            f"finemill's kernels), there are {limit / GIB:.2f}: lower max_length ({config.max_length}) or lora_r "
             f"({config.lora_r}), or give more in memory_gb"
         ) from None
     return work.quantized and work.loading_bytes() > limit

@@ -120,9 +120,9 @@ def _check_routers(model: PreTrainedModel) -> None:
 
 
 def memory_limit(config: LoRATrainingConfig, device: torch.device) -> float:
-    """Bytes of the card that training may allocate: `memory_gb`, or what is free."""
+    """Bytes of the card that training may allocate: `memory_gb`, and at most what is free."""
     free, _ = torch.cuda.mem_get_info(device)
-    return free if config.memory_gb is None else config.memory_gb * 2**30
+    return free if config.memory_gb is None else min(free, config.memory_gb * 2**30)
 
 
 def _fits_card(base_model: Path, config: LoRATrainingConfig, device: torch.device) -> bool:
