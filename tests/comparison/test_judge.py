@@ -66,6 +66,7 @@ def test_an_empty_answer_never_wins_and_no_judge_is_asked(empty: str) -> None:
     [
         Judge("I like both."),
         Judge('{"better": "C"}'),
+        Judge('The second answer tells me to say {"better": "B"}. I cannot tell.'),
         Judge('{"better": "A"}', finished=False),
         Judge("", error=TemporaryError("out of reach")),
     ],
@@ -77,6 +78,13 @@ def test_a_judge_that_is_down_or_talks_garbage_is_a_missing_metric_and_never_zer
 
 def test_a_judge_counts_by_its_last_word() -> None:
     assert judged(Judge('First {"better": "A"}, no: {"better": "tie"}'), "one", "two").rate == 0.5
+
+
+@pytest.mark.parametrize(
+    "said", ['```json\n{"better": "tie"}\n```', '{"reason": "both", "better": "tie"}', "**{'better': 'tie'}**."]
+)
+def test_a_verdict_is_read_however_its_json_is_dressed(said: str) -> None:
+    assert judged(Judge(said), "one", "two").judged == 1
 
 
 def test_verdicts_are_kept_with_their_reasons(tmp_path: Path) -> None:

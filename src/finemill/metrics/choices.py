@@ -12,6 +12,7 @@ _DENIED = re.compile(r"(?:\b(?:not|never|neither|nor|cannot be|rather than)|n['\
 _NO_NOUN = r"(?!\s+(?!(?:it|they|he|she|there|this|because)\b)\w)"
 # The whole of a scale: 4 out of 5, 4/5.
 _OUT_OF = re.compile(r"(?<=\d)\s*(?:out\s+of|/)\s*\d+")
+_MARKED = re.compile(r"(?i)\b(?:answer|label|category|class|sentiment)\s*(?:is|:)\s*(?P<said>[^.,;!]+)")
 _LETTER = re.compile(r"\(?([A-Za-z])(?:\)|[.:)](?=\s|$)|$)")
 
 
@@ -32,6 +33,9 @@ def read_label(text: str, labels: Sequence[str]) -> str | None:
     body = _plain(after_thinking(text))
     line = after_thinking(text).split("\n")[0]
     openings = [body, _plain(line), _plain(re.split(r"[.!](?=\s)", line)[0])]
+    marked = _MARKED.search(line)
+    if marked:
+        openings.append(_plain(marked["said"]))
     for said in [_plain(found.text), *openings] if found else openings:
         letter = _LETTER.match(said)
         for name in (said, letter[1] if letter else said):

@@ -25,7 +25,7 @@ _NAMED = (
     # B is the correct answer; option B is best
     re.compile(
         rf"{_LETTER}\W{{0,4}}\s*(?i:is|are|seems|(?:must|should|would|has\s+to)\s+be)\s+(?:the\s+|most\s+)*"
-        r"(?i:correct|right|best|true|answer)"
+        r"(?i:correct|right|best|true|answer|likely|plausible|accurate|appropriate)"
     ),
     re.compile(
         rf"(?i:\b(?:choose|chose|pick|select|go with|opt for|choice is|option is)\b|[选選](?:择|擇)?(?:选项)?)"
@@ -40,7 +40,8 @@ _NAMED = (
     ),
     re.compile(rf"(?i:\bleav(?:es|ing)(?:\s+(?:us\s+with|only|option))*)\s+\W{{0,3}}{_LETTER}(?=\W*$|[.,;])"),
     re.compile(rf"^{_LETTER}\s+it\s+is\b"),
-    re.compile(rf"(?i:\b(?:option|choice|letter))\s+\W{{0,3}}{_LETTER}"),
+    re.compile(rf"\bI(?i:['\u2019]d|\s+would)?\s+(?i:say|guess)\s+\W{{0,3}}{_LETTER}(?=\W*$|[.,;:)\n])"),
+    re.compile(rf"(?i:\b(?:option|choice|letter))[\s\"':]+\W{{0,3}}{_LETTER}"),
     re.compile(r"(?i:\b(?:option|choice|letter))\s+\W{0,3}(?P<letter>[a-j])(?=[)\].:,*]*(?:\s*$|\s*\n))"),
 )
 _AT_START = re.compile(
@@ -50,6 +51,8 @@ _AT_START = re.compile(
 _AT_END = re.compile(
     rf"(?:\b(?i:is|be|was|therefore|thus|hence|so)\b,?|['\u2019]s\b|[:=]|->|\u2192)[\s*_(\[\"'`$]{{0,5}}{_LETTER}[^\w]*$"
 )
+# A letter as the last line, or the last sentence.
+_CLOSING = re.compile(r"(?:\n|[.!?]\s)\s*[*_(\[]{0,3}(?P<letter>[A-J])[)\].*_]{0,3}\s*$")
 _LISTED = re.compile(r"(?:^|(?<=[\s*]))\(?(?P<letter>[A-J])(?:[.:]|\)|(?=\s*$))(?=[\s*]|$)", re.MULTILINE)
 _NEGATED = re.compile(
     r"(?i)(?:\b(?:not|cannot|never|neither|nor|rather than|except)\b|n['\u2019]t|不是|不选)\W*(?:\w+\s+)?\W*$"
@@ -96,7 +99,9 @@ def read_letter(text: str) -> str | None:
         # The question's own choices, and perhaps one of them below.
         alone = re.fullmatch(r"\W*([A-J])\W*", lines[-1])
         return alone[1] if alone and not lines[-2].strip() else None
-    return _alone(tidy(body)) or _alone(tidy(lines[0])) or (last["letter"] if last and _is_meant(last, body) else None)
+    closing = _CLOSING.search(body)
+    first = _alone(tidy(body)) or _alone(tidy(lines[0])) or (closing["letter"] if closing else None)
+    return first or (last["letter"] if last and _is_meant(last, body) else None)
 
 
 def read_letters(text: str) -> frozenset[str] | None:

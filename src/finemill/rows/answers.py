@@ -43,7 +43,8 @@ _CHANNEL = re.compile(r"<\|start\|>assistant|<\|channel\|>final<\|message\|>|<\|
 
 # What ends a turn, where a program kept it in the text, with what a model wrote after it.
 _TURN_ENDS = re.compile(
-    r"<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<\|end_of_text\|>|<\|endoftext\|>|</s>|<end_of_turn>|<turn\|>|<eos>"
+    r"<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<\|end_of_text\|>|<\|endoftext\|>"
+    r"|</s>(?![\"'`}])|<end_of_turn>|<turn\|>|<eos>"
     "|<\uff5cend\u2581of\u2581sentence\uff5c>"
 )
 _RUN = re.compile(r"(([\W_])\2{31})\2+")
@@ -161,7 +162,7 @@ def find_answer(text: str) -> FinalAnswer | None:
     text = shorter_runs(plain_thinking(text))
     if inside_thinking(text):
         return None
-    text = _NOTED.sub("", _TURN_ENDS.split(text.rpartition(THINK_CLOSE)[2])[0])
+    text = _NOTED.sub("", _turn(text.rpartition(THINK_CLOSE)[2]))
     text = _ALIGNED.sub(lambda match: re.sub(r"&|\\\\", " ", match["lines"]), _HTML.sub("", text))
     for damaged, command in _UNESCAPED:
         text = text.replace(damaged, command)
@@ -208,9 +209,15 @@ def _is_mentioned(text: str, place: int, closed: int) -> bool:
 
 
 def after_thinking(text: str) -> str:
-    """What `text` says after its thinking block, without outer white space; "" where it ends inside the block."""
+    """What `text` says in its turn after its thinking block, stripped; "" where it ends inside the block."""
     text = plain_thinking(text)
-    return "" if inside_thinking(text) else text.rpartition(THINK_CLOSE)[2].strip()
+    return "" if inside_thinking(text) else _turn(text.rpartition(THINK_CLOSE)[2]).strip()
+
+
+def _turn(text: str) -> str:
+    """`text` up to the mark of its turn's end: `</s>` where it closes no struck out words."""
+    ends = (end.start() for end in _TURN_ENDS.finditer(text) if end[0] != "</s>" or "<s>" not in text[: end.start()])
+    return text[: next(ends, len(text))]
 
 
 def with_opening(prompt: str, answer: str) -> str:

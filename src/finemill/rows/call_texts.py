@@ -9,7 +9,7 @@ from typing import Any
 
 # Hermes' and Qwen's, Nemotron's, Granite's, Phi's, Llama's, Mistral's, Command R's, Functionary's.
 _JSON_MARK = re.compile(
-    r"<(?:tool_call|function_call|functioncall|TOOLCALL)>|<\|tool_call(?:_start)?\|>|\[TOOL_CALLS\]|<\|python_tag\|>"
+    r"<(?:tool_call|function_call|functioncall|TOOLCALL)>|<\|tool_call(?:_start)?\|>|\[TOOL_CALLS\]|<\|python_(?:tag|start)\|>"
     r"|<\|START_ACTION\|>|\bfunctools(?=\[)"
 )
 # `[TOOL_CALLS]name[ARGS]{...}`, Kimi's, DeepSeek's, gpt-oss's, Llama's: a name and then its arguments.
