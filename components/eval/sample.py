@@ -35,7 +35,9 @@ def score_answer(
     """
     reference = _without_stop(row.completion, stops)
     text, right_text = (with_opening(row.prompt, said) for said in (answer.text, reference))
-    verdict = judge(row.answer, text, finished=answer.finished) if row.answer is not None else None
+    verdict = None
+    if row.answer is not None:
+        verdict = judge(row.answer, text, prompt=row.prompt, finished=answer.finished)
     texts = None if verdict else (after_thinking(right_text), after_thinking(text))
     rouge = rouge_scores(*texts) if texts else {}
     calls = read_tool_calls(right_text)

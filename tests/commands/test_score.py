@@ -101,6 +101,8 @@ def test_tool_calls_are_compared_with_a_list(tmp_path: Path, capsys: Any) -> Non
         ('{"prediction": null}', "maths", "line 1: `prediction` is null"),
         ('{"prediction": "1"}', "maths", "line 1 has no `reference`"),
         ('{"prediction": "1", "reference": 1, "finished": "no"}', "maths", '`finished` is "no"'),
+        ('{"prediction": "1", "reference": NaN}', "maths", "line 1 is not JSON: NaN"),
+        ('{"prediction": "1", "reference": ["1", "2"]}', "choice", "line 1 has several references"),
         ('{"prediction": "1"}', "regex", "line 1 has no `pattern`"),
         ('{"prediction": "1"}', "meteor", "unknown metric 'meteor'; the metrics are maths, rouge, bleu"),
         ('{"prediction": "1", "schema": "{"}', "json", "no JSON schema"),
@@ -126,3 +128,18 @@ def test_a_separator_of_lines_inside_a_text_parts_no_rows(tmp_path: Path) -> Non
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prediction": "a\u2028b", "reference": "a"}\n', encoding="utf-8")
     assert main(["score", str(path), "--metrics", "rouge"]) == 0
+
+
+def test_of_several_references_the_best_one_counts(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prediction": "Big Apple \\ud800", "reference": ["New York", "Big Apple"]}\n')
+    assert main(["score", str(path), "--metrics", "rouge,maths", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert row["rouge1"] == 1.0
+
+
+def test_the_unit_that_a_question_asks_for_is_that_of_the_answer(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prediction": "Each costs $0.25.", "reference": "25", "prompt": "What does it cost in cents?"}\n')
+    assert main(["score", str(path), "--metrics", "maths", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["exact_match"] is True

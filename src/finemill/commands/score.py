@@ -31,8 +31,8 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"finemill {name}",
         description="Score predictions that exist already. A line of FILE is a JSON object with `prediction` and "
-        "`reference`; `source` groups the means, `prompt` and `finished` say where the thinking began and whether the "
-        "answer was cut, `schema` and `pattern` are a row's own rules.",
+        "`reference`, a list where any of several is right; `source` groups the means, `prompt` and `finished` say "
+        "where the thinking began and whether the answer was cut, `schema` and `pattern` are a row's own rules.",
         allow_abbrev=False,
     )
     parser.add_argument("file", metavar="FILE", help="JSON lines; - for standard input")

@@ -91,7 +91,8 @@ def score_reply(question: Question, reply: Reply, model: str, mode: Mode, sample
     """Compare a model's reply with what the row has."""
     verdict = None
     if question.answer is not None:
-        verdict = judge(question.answer, reply.text, finished=reply.finished)
+        asked = question.messages[-1]["content"]
+        verdict = judge(question.answer, reply.text, prompt=asked, finished=reply.finished)
     text = None if verdict else reply.answer
     inner = final_answer(reply.thinking) if reply.thinking and reply.answer else None
     said = verdict.final_answer if verdict else None

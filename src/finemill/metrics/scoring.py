@@ -25,6 +25,8 @@ class Prediction:
     line: int
     prediction: str
     reference: str | None = None
+    other_references: tuple[str, ...] = ()
+    """Others that are as good: the best one counts."""
     source: str | None = None
     prompt: str = ""
     """The rendered prompt, for templates that open the thinking block."""
@@ -44,6 +46,11 @@ class Prediction:
         if self.reference is None:
             raise UserError(f"line {self.line} has no `reference`, which this metric compares with")
         return self.reference
+
+    @property
+    def golds(self) -> tuple[str, ...]:
+        """Every reference. Raises: UserError: there is none."""
+        return (self.gold, *self.other_references)
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ def read_predictions(lines: Iterable[str], where: str) -> list[Prediction]:
 
 def _read_line(line: str, number: int, where: str) -> Prediction:
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}, line {number} is not JSON: {error}") from None
     if not isinstance(record, dict):
@@ -79,10 +86,12 @@ def _read_line(line: str, number: int, where: str) -> Prediction:
     finished = record.get("finished", True)
     if not isinstance(finished, bool):
         raise UserError(f"{where}, line {number}: `finished` is {json.dumps(finished)[:40]}; it is true or false")
+    reference, *others = _references(record.get("reference"))
     return Prediction(
         number,
-        record["prediction"],
-        reference=_as_text(record.get("reference")),
+        _as_text(record["prediction"]) or "",
+        reference=reference,
+        other_references=tuple(other for other in others if other),
         source=_as_text(record.get("source")),
         prompt=_as_text(record.get("prompt")) or "",
         finished=finished,
@@ -91,16 +100,28 @@ def _read_line(line: str, number: int, where: str) -> Prediction:
     )
 
 
+def _references(value: Any) -> list[str | None]:
+    """A list of texts as several references, anything else as one."""
+    several = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+    return [_as_text(one) for one in (value if several else [value])]
+
+
 def _as_text(value: Any) -> str | None:
     """Text as it is, None as None, anything else, a number or a list of tool calls, as JSON."""
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    # Half of a pair of escapes is no character and cannot be printed.
+    return re.sub("[\ud800-\udfff]", "\ufffd", text) if text else text
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _maths(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
     scores: list[dict[str, Value]] = []
     for row in rows:
-        worked = find_answer(row.gold) if "####" in row.gold or "\\boxed" in row.gold else None
-        verdict = judge(worked.text if worked else row.gold, row.text, finished=row.finished)
+        verdicts = [judge(_worked(gold), row.text, prompt=row.prompt, finished=row.finished) for gold in row.golds]
+        verdict = next((one for one in verdicts if one.outcome == "right"), verdicts[0])
         right, cut = verdict.outcome == "right", verdict.outcome == "cut_off"
         scores.append(
             {"exact_match": right, "cut_off": cut, "outcome": verdict.outcome, "final_answer": verdict.final_answer}
@@ -108,16 +129,31 @@ def _maths(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
     return scores
 
 
+def _worked(gold: str) -> str:
+    """The final answer of a reference that is a worked solution."""
+    found = find_answer(gold) if "####" in gold or "\\boxed" in gold else None
+    return found.text if found else gold
+
+
 def _rouge(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
-    return [dict(rouge_scores(after_thinking(row.gold), after_thinking(row.text))) for row in rows]
+    return _likeness(rows, rouge_scores)
 
 
 def _bleu(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
-    return [{"bleu": bleu(after_thinking(row.gold), after_thinking(row.text))} for row in rows]
+    return _likeness(rows, lambda gold, said: {"bleu": bleu(gold, said)})
 
 
 def _chrf(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
-    return [{"chrf": chrf(after_thinking(row.gold), after_thinking(row.text))} for row in rows]
+    return _likeness(rows, lambda gold, said: {"chrf": chrf(gold, said)})
+
+
+def _likeness(rows: Sequence[Prediction], score: Callable[[str, str], Mapping[str, float]]) -> list[dict[str, Value]]:
+    """Scores against the reference that is most like the answer, each on its own."""
+    found: list[dict[str, Value]] = []
+    for row in rows:
+        each = [score(after_thinking(gold), after_thinking(row.text)) for gold in row.golds]
+        found.append({name: max(one[name] for one in each) for name in each[0]})
+    return found
 
 
 def _choice(rows: Sequence[Prediction]) -> list[dict[str, Value]]:
@@ -135,6 +171,8 @@ def _labels_of(rows: Sequence[Prediction]) -> list[str]:
     spelled: dict[str, str] = {}
     golds = []
     for row in rows:
+        if row.other_references:
+            raise UserError(f"line {row.line} has several references; `choice` compares with one label")
         letter = re.fullmatch(r"\s*\(?([A-Ja-j])[).]?\s*", row.gold)
         label = letter[1].upper() if letter else row.gold.strip()
         golds.append(spelled.setdefault(label.casefold(), label))
