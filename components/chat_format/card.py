@@ -74,7 +74,7 @@ def write_card(
     (folder / DATA_CARD_TEXT).write_text(_render("data_card.md.jinja", facts, escape=False), encoding="utf-8")
 
 
-def _training_time(lengths: NDArray[np.int64], config: ChatFormatConfig) -> dict[str, Any]:
+def _training_time(lengths: NDArray[np.integer[Any]], config: ChatFormatConfig) -> dict[str, Any]:
     # The planner is imported only where it is asked.
     from finemill.components.chat_format.duration import training_time
 
@@ -101,7 +101,7 @@ def _left_out(prepared: RowsReport, dataset: Mapping[str, Any]) -> Iterator[dict
             yield {"stage": stage, "source": uri, "reason": reason, "rows": number}
 
 
-def histogram(lengths: NDArray[np.int64]) -> list[dict[str, int]]:
+def histogram(lengths: NDArray[np.integer[Any]]) -> list[dict[str, int]]:
     """How many sequences have how many tokens: from a power of two, or the half way to the next, up to the next."""
     if not len(lengths):
         return []

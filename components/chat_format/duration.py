@@ -17,7 +17,7 @@ from finemill.kernels.planning.rates import RATES
 _RANK = 16
 
 
-def training_time(lengths: NDArray[np.int64], config: ChatFormatConfig) -> dict[str, Any]:
+def training_time(lengths: NDArray[np.integer[Any]], config: ChatFormatConfig) -> dict[str, Any]:
     """Steps and hours of one epoch, with the examples in packs of the longest length and one by one.
 
     Args:
@@ -35,7 +35,7 @@ def training_time(lengths: NDArray[np.int64], config: ChatFormatConfig) -> dict[
         work = workload_of_config(model, rank=_RANK, quantized=True, tokens=tokens, row=row)
         return plan_step(work, int(asked.memory_gb * 2**30), rates=RATES[asked.gpu], allow_stream=True).seconds
 
-    examples, packs = len(lengths), num_packs_of_all(lengths.tolist(), room)
+    examples, packs = len(lengths), num_packs_of_all(lengths, room)
     tokens, per_step = int(lengths.sum()), asked.global_batch_size
     return asked.model_dump() | steps_and_hours(examples, packs, tokens, seconds, sequences_per_step=per_step)
 

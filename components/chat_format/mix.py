@@ -1,5 +1,7 @@
 """The proportions of the sources among the examples that training gets, after cutting, unrolling and leaving out."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,7 +13,7 @@ _TOLERANCE = 0.005
 
 
 def mix_examples(
-    sources: NDArray[np.int64], sizes: NDArray[np.int64], names: list[str], mix: Mix, split: Split
+    sources: NDArray[np.integer[Any]], sizes: NDArray[np.integer[Any]], names: list[str], mix: Mix, split: Split
 ) -> NDArray[np.int64]:
     """How often each example is taken so that the sources' sizes stand in the proportion of the weights.
 
@@ -57,7 +59,7 @@ def apportion(total: float, shares: NDArray[np.float64]) -> NDArray[np.int64]:
     return counts
 
 
-def _take(sizes: NDArray[np.int64], budget: float) -> NDArray[np.int64]:
+def _take(sizes: NDArray[np.integer[Any]], budget: float) -> NDArray[np.int64]:
     """How often to take each example to come as near to `budget` as a part of the last round can, at least one once."""
     whole, rest = divmod(budget + 1e-6, float(sizes.sum()))
     times = np.full(len(sizes), int(whole), dtype=np.int64)

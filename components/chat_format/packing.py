@@ -3,6 +3,10 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 PACKED_ROWS = 20_000
 """So many sequences are packed to count packs; of more, which stand in a random order, the first."""
@@ -28,9 +32,9 @@ def packing(lengths: Sequence[int], max_length: int | None) -> dict[str, float]:
     }
 
 
-def num_packs_of_all(lengths: Sequence[int], room: int) -> int:
+def num_packs_of_all(lengths: Sequence[int] | NDArray[np.integer[Any]], room: int) -> int:
     """How many packs hold the sequences, by what the first `PACKED_ROWS` of them need."""
-    counted = lengths[:PACKED_ROWS]
+    counted = np.asarray(lengths[:PACKED_ROWS]).tolist()
     return math.ceil(num_packs(counted, room) * len(lengths) / len(counted))
 
 

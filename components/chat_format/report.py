@@ -21,6 +21,7 @@ from finemill.components.chat_format.tokenize import ChatTokenizer
 logger = logging.getLogger(__name__)
 
 _SHOWN_REASONS = 4
+_SUMMED = 1 << 16
 
 
 class SplitCounts:
@@ -72,65 +73,78 @@ class SplitCounts:
         return list(self._names)
 
     @property
-    def sources(self) -> NDArray[np.int64]:
+    def sources(self) -> NDArray[np.uint16]:
         """Number of each example's source, shape (E,)."""
-        return np.array(self._sources, dtype=np.int64)
+        return np.frombuffer(self._sources, dtype=np.uint16)
 
     @property
-    def unrolled(self) -> NDArray[np.bool_]:
+    def unrolled(self) -> NDArray[np.int8]:
         """Whether each example is a part of a conversation, shape (E,)."""
-        return np.array(self._unrolled, dtype=bool)
+        return np.frombuffer(self._unrolled, dtype=np.int8)
 
-    def sizes(self, by: MixBy) -> NDArray[np.int64]:
+    def sizes(self, by: MixBy) -> NDArray[np.int32]:
         """What each example counts, shape (E,); of a preference both conversations."""
         if by == "rows":
-            return np.ones(len(self._tokens), dtype=np.int64)
-        return np.array(self._tokens if by == "tokens" else self._learned, dtype=np.int64)
+            return np.broadcast_to(np.int32(1), len(self._tokens))
+        return np.frombuffer(self._tokens if by == "tokens" else self._learned, dtype=np.int32)
 
-    def _taken(self) -> NDArray[np.int64]:
-        return np.ones(len(self._tokens), dtype=np.int64) if self.times is None else self.times
+    def _sums(self, values: NDArray[Any], groups: NDArray[Any], num_groups: int, *, mixed: bool = True) -> list[int]:
+        """Sums of the examples' values by group, with `mixed` as often as each example is taken.
+
+        A piece at a time, since sums of many examples at once take several times the memory of what is summed.
+        """
+        sums = np.zeros(num_groups, dtype=np.int64)
+        for start in range(0, len(values), _SUMMED):
+            part = slice(start, start + _SUMMED)
+            weights = values[part] if self.times is None or not mixed else values[part] * self.times[part]
+            sums += np.bincount(groups[part], weights=weights, minlength=num_groups).astype(np.int64)
+        return list(sums.tolist())
+
+    def _sum(self, values: NDArray[Any]) -> int:
+        return self._sums(values, np.broadcast_to(np.int8(0), len(values)), 1)[0]
 
     @property
     def examples(self) -> int:
         """How many examples the split has."""
-        return int(self._taken().sum())
+        return self._sum(self.sizes("rows"))
 
     @property
     def tokens(self) -> int:
         """How many tokens they have."""
-        return int(self._taken() @ self.sizes("tokens"))
+        return self._sum(self.sizes("tokens"))
 
     @property
     def learned(self) -> int:
         """How many of those are learned."""
-        return int(self._taken() @ self.sizes("learned_tokens"))
+        return self._sum(self.sizes("learned_tokens"))
 
     @property
     def truncated(self) -> int:
         """How many examples are cut."""
-        return int(self._taken() @ np.array(self._truncated, dtype=np.int64))
+        return self._sum(np.frombuffer(self._truncated, dtype=np.int8))
 
     @property
     def thinking(self) -> int:
         """How many examples are rendered to think."""
-        return int(self._taken() @ np.array(self._thinking, dtype=np.int64))
+        return self._sum(np.frombuffer(self._thinking, dtype=np.int8))
 
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
-        return int((self.sizes("tokens") * (self._taken() > 0)).max(initial=0))
+        return int(self.lengths.max(initial=0))
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> NDArray[np.int32]:
         """Tokens of each example that is taken, as often as it is."""
-        return np.repeat(self.sizes("tokens"), self._taken())
+        tokens = self.sizes("tokens")
+        return tokens if self.times is None else np.repeat(tokens, self.times)
 
     @property
     def ends(self) -> Counter[str | None]:
         """End-of-turn tokens of the learned turns; None for turns without one."""
         ends: Counter[str | None] = Counter()
-        numbers = np.bincount(np.array(self._ends), weights=self._taken(), minlength=len(self._known_ends))
-        for group, number in zip(self._known_ends, numbers.astype(np.int64).tolist(), strict=True):
+        numbers = self._sums(self.sizes("rows"), np.frombuffer(self._ends, dtype=np.int32), len(self._known_ends))
+        for group, number in zip(self._known_ends, numbers, strict=True):
             for token in group if number else ():
                 ends[token] += number
         return ends
@@ -151,22 +165,22 @@ class SplitCounts:
             "examples": self.examples,
             "rows_dropped": dict(sorted(self.rows_dropped.items())),
             "examples_dropped": dict(sorted(self.examples_dropped.items())),
-            "examples_left_out_by_mix": int((self._taken() == 0).sum()),
-            "examples_repeated_by_mix": int(np.maximum(self._taken() - 1, 0).sum()),
+            "examples_left_out_by_mix": 0 if self.times is None else int((self.times == 0).sum()),
+            "examples_repeated_by_mix": 0 if self.times is None else int(np.maximum(self.times - 1, 0).sum()),
             "examples_truncated": self.truncated,
             "examples_thinking": self.thinking,
             "tokens": self.tokens,
             "tokens_learned": self.learned,
             "tokens_per_example": {"median": median, "p95": most, "longest": longest},
-            "examples_unrolled": int(self._taken() @ self.unrolled),
+            "examples_unrolled": self._sum(self.unrolled),
             "turns_without_end_token": self.ends[None],
         }
 
     def source_reports(self, names: Sequence[str], mix: Mix | None) -> list[SourceReport]:
         """What each source has in the split."""
         asked = mix.weights if mix else {}
-        taken = self._amounts(names, self._taken())
-        formatted = self._amounts(names, np.ones(len(self._tokens), dtype=np.int64))
+        taken = self._amounts(names, mixed=True)
+        formatted = self._amounts(names, mixed=False)
         return [
             SourceReport(
                 uri=name,
@@ -179,17 +193,16 @@ class SplitCounts:
             for name in names
         ]
 
-    def _amounts(self, names: Sequence[str], times: NDArray[np.int64]) -> dict[str, SourceAmounts]:
-        by_source: dict[str, NDArray[np.int64]] = {}
-        for by in get_args(MixBy):
-            sums = np.bincount(self.sources, weights=times * self.sizes(by), minlength=len(self._names))
-            by_source[by] = sums.astype(np.int64)
+    def _amounts(self, names: Sequence[str], *, mixed: bool) -> dict[str, SourceAmounts]:
+        by_source = {
+            by: self._sums(self.sizes(by), self.sources, len(self._names), mixed=mixed) for by in get_args(MixBy)
+        }
         return {
             name: SourceAmounts(
                 **{
                     key: value
                     for by, sums in by_source.items()
-                    for key, value in _with_share(by, int(sums[number]) if number is not None else 0, int(sums.sum()))
+                    for key, value in _with_share(by, sums[number] if number is not None else 0, sum(sums))
                 }
             )
             for name, number in ((name, self._names.get(name)) for name in names)
