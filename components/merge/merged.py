@@ -361,7 +361,10 @@ def _by_expert(stack: Any) -> list[Callable[[slice], torch.Tensor]]:
     """
     a, b = (factors["default"].weight for factors in (stack.lora_A, stack.lora_B))
     count, rank, scaling = stack.num_experts, stack.r["default"], stack.scaling["default"]
-    return [_delta(b[:, expert::count], a[expert * rank : (expert + 1) * rank], scaling) for expert in range(count)]
+    factors = [(b[:, expert::count], a[expert * rank : (expert + 1) * rank]) for expert in range(count)]
+    if getattr(_original_module(stack), "is_transposed", False):  # (E, in, out), as gpt-oss has them
+        factors = [(a.T, b.T) for b, a in factors]
+    return [_delta(b, a, scaling) for b, a in factors]
 
 
 def _delta(b: torch.Tensor, a: torch.Tensor, scaling: float) -> Callable[[slice], torch.Tensor]:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -6,6 +7,8 @@ import torch
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV3Config,
     Gemma3Config,
     MixtralConfig,
     PretrainedConfig,
@@ -14,8 +17,11 @@ from transformers import (
 )
 
 from finemill.errors import UserError
-from finemill.training.adapter import lora_config
+from finemill.models.adapter import load_adapter
+from finemill.models.base.resolve import ResolvedBase
+from finemill.training.adapter import lora_config, save_adapter
 from finemill.training.config import LoRATrainingConfig
+from finemill.training.quantized_base import load_base
 
 
 @pytest.mark.parametrize(
@@ -139,6 +145,39 @@ def test_what_rows_of_text_never_pass_gets_no_adapter(targets: str | tuple[str, 
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert names
     assert all("language_model.layers." in name for name in names)
+
+
+WIDE: dict[str, Any] = {"vocab_size": 1536, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+WHOLE: dict[str, PretrainedConfig] = {
+    "a router with a buffer": DeepseekV3Config(
+        **WIDE, num_hidden_layers=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, first_k_dense_replace=1, moe_intermediate_size=32, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+    ),
+    "a tower that rows of text never pass": Gemma3Config(
+        text_config=WIDE | {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 32},
+        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_model_that_is_trained_whole_opens_as_any_adapter(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(WHOLE[name]).save_pretrained(base)
+    model = load_base(base, LoRATrainingConfig(method="full"), torch.device("cpu"))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any("vision" in name for name in trained)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter += 0.1
+    trainer: Any = SimpleNamespace(model=model, state=SimpleNamespace(max_steps=1, log_history=[{"loss": 1.0}]))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    save_adapter(trainer, tokenizer, tmp_path / "adapter", ResolvedBase(base, {}, "base"), rope_scaling=None)
+    tuned = load_adapter(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "adapter")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
 def test_a_dense_base_has_no_routers(tiny_model_dir: Path) -> None:

@@ -156,7 +156,8 @@ def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
 
 def _check_kind(folder: Path, base: Any) -> None:
     """Raises: UserError: an adapter of a dense model on a mixture of experts, or the reverse."""
-    places = {name for name, _ in base.named_modules()}
+    tensors = (*base.named_parameters(), *base.named_buffers())
+    places = {name for name, _ in base.named_modules()} | {name for name, _ in tensors}
     names = (name.removeprefix(_PREFIX).partition(".lora_")[0] for name in read_header(folder / WEIGHTS_NAME))
     strangers = [name for name in names if ".mlp." in name and name.removesuffix(".weight") not in places]
     model, of_mixture = type(base).__name__, any(name.endswith(".experts") for name in places)

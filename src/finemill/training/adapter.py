@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def lora_config(base_model: Path, config: LoRATrainingConfig, new_tokens: Sequen
     model = _hollow_model(base_model)
     mixture = Mixture.of(model)
     tied = model.config.get_text_config().tie_word_embeddings
-    prefix = _decoder_prefix(model)
+    prefix = decoder_prefix(model)
     targets, experts = _target_modules(model, config, mixture, prefix), _target_parameters(config, mixture)
     modules = [*_modules_to_save(model, config), *_routers(config, mixture)]
     return LoraConfig(
@@ -85,7 +85,7 @@ def _hollow_model(base_model: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(description)
 
 
-def _decoder_prefix(model: PreTrainedModel) -> str:
+def decoder_prefix(model: PreTrainedModel) -> str:
     """How names in the decoder begin where a model sees or hears as well; nothing where it is all decoder."""
     if model.config.get_text_config() is model.config:
         return ""
@@ -281,14 +281,35 @@ def _name_base(config: LoraConfig, base: ResolvedBase) -> None:
 
 def _save_whole(model: PreTrainedModel, trained: Mapping[str, Tensor], output_dir: Path, base: ResolvedBase) -> None:
     """Write every weight as PEFT saves modules that are trained as a whole, beside no adapter at all."""
-    weights = {f"base_model.model.{name}": weight for name, weight in trained.items()}
+    holders = {name.rpartition(".")[0] for name in trained}
+    saved = model.state_dict()
+    # A module's buffers, as a router's correction, are parts of it for PEFT.
+    buffers = {
+        name: buffer.cpu()
+        for name, buffer in model.named_buffers()
+        if name in saved and name.rpartition(".")[0] in holders
+    }
+    weights = {f"base_model.model.{name}": weight for name, weight in {**trained, **buffers}.items()}
     save_file(weights, output_dir / WEIGHTS_NAME, metadata={"format": "pt"})
-    holders = sorted({name.split(".")[-2] for name in weights})
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules="dummy-target-modules", modules_to_save=holders)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules="dummy-target-modules", modules_to_save=_names(model, holders)
+    )
     config.ensure_weight_tying = model.config.get_text_config().tie_word_embeddings
     config.inference_mode = True
     _name_base(config, base)
     config.save_pretrained(output_dir)
+
+
+def _names(model: PreTrainedModel, modules: Collection[str]) -> list[str]:
+    """Names that PEFT takes for just these modules: their last ones, or whole ones where others end alike."""
+    others = [name for name, _ in model.named_modules() if name not in modules]
+    return sorted(
+        {
+            path if any(name.endswith(last) for name in others) else last
+            for path in modules
+            for last in [path.rpartition(".")[2]]
+        }
+    )
 
 
 Pairs = dict[str, tuple[Tensor, Tensor]]

@@ -15,6 +15,7 @@ from finemill.kernels.engine.nf4_quantize import BLOCKSIZE
 from finemill.kernels.engine.quantized_experts import quantize_experts
 from finemill.models.causal_lm import no_progress_bar
 from finemill.models.nf4.config import compute_in, is_quantized
+from finemill.training.adapter import decoder_prefix
 from finemill.training.config import LoRATrainingConfig
 from finemill.training.hollow_base import load_hollow
 from finemill.training.mixture import EXPERTS, Mixture
@@ -94,10 +95,21 @@ def load_base(base_model: Path, config: LoRATrainingConfig, device: torch.device
                 **quantization,
             )
     keep_trainable_on_cpu(model)
+    if config.method == "full":
+        _freeze_beside(model)
     if config.train_router:
         _check_routers(model)
     _quantize_experts(model, config, sharded=sharded)
     return model
+
+
+def _freeze_beside(model: PreTrainedModel) -> None:
+    """Leave what rows of text never pass as it is: the parts of a model that see or hear."""
+    prefix = decoder_prefix(model)
+    kept = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    for name, parameter in model.named_parameters():
+        if not name.startswith(prefix) and id(parameter) not in kept:
+            parameter.requires_grad_(False)
 
 
 def _whole_layers(model_config: Any) -> list[str]:

@@ -15,6 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2Config,
@@ -44,6 +46,7 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "qwen3": lambda shape: Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16)),
     "qwen3_moe": lambda shape: Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **MOE, head_dim=16)),
     "qwen2_moe": lambda shape: Qwen2MoeForCausalLM(Qwen2MoeConfig(**shape, **MOE, shared_expert_intermediate_size=48)),
+    "gpt_oss": lambda shape: GptOssForCausalLM(GptOssConfig(**shape, num_local_experts=4, head_dim=16)),
     "mixtral": lambda shape: MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=4)),
 }
 
@@ -126,6 +129,10 @@ KINDS = {
     "whole output matrix": ("qwen2", LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])),
     "experts": (
         "qwen3_moe",
+        LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    ),
+    "experts with inputs before outputs": (
+        "gpt_oss",
         LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
     ),
 }  # fmt: skip
