@@ -1,7 +1,7 @@
 import pytest
 
 from finemill.rows.reasons import DroppedRowError
-from finemill.rows.thinking import split_thinking, switch_of, with_thinking, without_thinking
+from finemill.rows.thinking import bare_thinking, split_thinking, switch_of, with_thinking, without_thinking
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,27 @@ def test_thinking_is_split_from_the_answer_and_a_mention_is_not(text: str, expec
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("<think>hm", "unclosed_thinking"), ("<think>a</think>\n<think>b</think>c", "two_thinking_blocks")],
-)
+    [
+        ("<think>hm", "unclosed_thinking"),
+        *((text, "two_thinking_blocks") for text in (
+            "<think>a</think>\n<think>b</think>c", "<think>\n<think>\na\n</think>b", "<think>a</think>\n</think>b",
+            "<think>a\n<think>\nb</think>\nc</think>d")),
+    ],
+)  # fmt: skip
 def test_a_block_that_does_not_end_or_is_doubled_is_refused(text: str, reason: str) -> None:
     with pytest.raises(DroppedRowError, match=f"^{reason}$"):
         split_thinking(text)
+
+
+@pytest.mark.parametrize("text", ["a", "<think>a</think>", "\n<think>a", "a</think>", "<think>a</think>\n\nb"])
+def test_a_block_that_stands_apart_may_have_its_tags(text: str) -> None:
+    assert bare_thinking(text, "b") == "a"
+    with pytest.raises(DroppedRowError, match=r"^two_thinking_blocks$"):
+        bare_thinking("<think>a</think>c", "b")
+
+
+def test_a_mention_of_the_tag_in_a_block_is_no_second_one() -> None:
+    assert split_thinking("<think>The <think> tag opens it.</think>b") == ("The <think> tag opens it.", "b")
 
 
 def test_thinking_is_taken_out_or_put_in_of_assistants_only() -> None:

@@ -9,6 +9,8 @@ from finemill.rows.reasons import DroppedRowError
 _BLOCK = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>(?P<content>.*)", re.DOTALL)
 # Without `<think>`, which some models' prompts end with, only a line of its own can be told from a mention.
 _CLOSED = re.compile(r"(?P<reasoning>(?:(?!</?think>).)*)\n[ \t]*</think>[ \t]*\r?\n(?P<content>.*)", re.DOTALL)
+# A second block that begins in the first, which a mention in a sentence does not, and one that ends once more.
+_OPENED_AGAIN = re.compile(r"\A\s*<think>|\n[ \t]*<think>[ \t]*(?:\n|\Z)")
 # At an end, where Qwen3's users write it; one within the text is mentioned.
 _SWITCH = re.compile(r"(?:\A\s*/(no_)?think(?=\s|\Z))|(?:(?<=\s)/(no_)?think\s*\Z)")
 
@@ -29,9 +31,22 @@ def split_thinking(text: str) -> tuple[str | None, str]:
         match = _CLOSED.match(text)
         if match is None or "</think>" in match["content"]:
             return None, text
-    if match["content"].lstrip().startswith("<think>"):
+    if match["content"].lstrip().startswith(("<think>", "</think>")) or _OPENED_AGAIN.search(match["reasoning"]):
         raise DroppedRowError("two_thinking_blocks")
     return match["reasoning"].strip("\r\n"), match["content"].lstrip("\r\n")
+
+
+def bare_thinking(text: str, content: str) -> str:
+    """A thinking block that stands apart from its answer, `content`, without the tags that some write around it.
+
+    Raises: DroppedRowError: another text than the answer follows the block.
+    """
+    if "think>" not in text:
+        return text
+    bare, _, rest = text.strip().removeprefix("<think>").partition("</think>")
+    if _OPENED_AGAIN.search(bare) or rest.strip() not in ("", content.strip()):
+        raise DroppedRowError("two_thinking_blocks")
+    return bare
 
 
 def switch_of(question: str) -> bool | None:

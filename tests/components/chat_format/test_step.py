@@ -228,9 +228,11 @@ def test_documents_are_learned_whole(tmp_path: Path) -> None:
 
 
 def test_preferences_keep_both_answers_and_learn_the_better(tmp_path: Path) -> None:
-    _, (row,) = format_rows(tmp_path, [{"prompt": "2+2?", "chosen": "4", "rejected": "5"}])
+    result, (row,) = format_rows(tmp_path, [{"prompt": "2+2?", "chosen": "4", "rejected": "5, or 6, or 7"}])
     assert learned(row) == row["completion"] == "4<|im_end|>"
-    assert row["rejected"] == "5<|im_end|>"
+    assert row["rejected"] == "5, or 6, or 7<|im_end|>"
+    counts, both = summary(result), (row["input_ids"], row["rejected_input_ids"])
+    assert (counts["tokens"], counts["tokens_per_example"]["longest"]) == (sum(map(len, both)), max(map(len, both)))
     assert (
         BACKEND.decode([label for label in row["rejected_labels"] if label != -100], skip_special_tokens=False)
         == (row["rejected"])
