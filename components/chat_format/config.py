@@ -46,6 +46,10 @@ class ChatFormatConfig(StepConfig):
     unsupported_system: Literal["fold", "drop", "error"] = "fold"
     """A system message under a template that takes none (Gemma's): put before the first question, with a blank line
     between; the row left out and counted; or the end of the run."""
+    unsupported_tools: Literal["drop", "fold", "error"] = "drop"
+    """Functions and calls under a template that shows none: the row left out and counted; functions listed in the
+    system message, calls as text in answers and results in turns of the user's, in Hermes' way, as the tuned model is
+    to be asked then; or the end of the run."""
     chat_template: TemplateName | None = None
     """A template by name, used instead of the base model's own or for a base that has none. `chatml`, `qwen`, `llama3`
     and `gemma` need their control tokens in the tokenizer; `alpaca`, `vicuna` and `mistral` none. `qwen` has tools and

@@ -30,6 +30,7 @@ from finemill.components.chat_format.template import (
 )
 from finemill.components.chat_format.tokenize import ChatTokenizer, load_tokenizer
 from finemill.components.chat_format.tokens import Tokens
+from finemill.components.chat_format.tool_texts import with_tool_texts
 from finemill.errors import UserError
 from finemill.models.base.unusable import explained_files
 from finemill.rows.conversation import Conversation
@@ -81,7 +82,9 @@ class Formatter:
             return self._document_drafts(record, conversation, conversation.text)
         if not isinstance(self._templates, ChatTemplates):
             raise self._templates
-        chat = _Chat(record, conversation, self._templates.of(conversation.tools), self.tokenizer, self._config)
+        template = self._templates.of(conversation.tools)
+        conversation = _with_shown_tools(record, conversation, template, self._config)
+        chat = _Chat(record, conversation, template, self.tokenizer, self._config)
         return chat.drafts(unroll=unroll)
 
     def _document_drafts(self, record: PreparedRow, conversation: Conversation, text: str) -> list[Draft]:
@@ -336,6 +339,30 @@ class _Chat:
         if switch_of(messages[asked]["content"]) is not None:
             return True
         return any(self._template.thinking_of(m) for m in messages[asked:] if m["role"] == "assistant")
+
+
+def _with_shown_tools(
+    record: PreparedRow, conversation: Conversation, template: ChatTemplate, config: ChatFormatConfig
+) -> Conversation:
+    """The conversation with its functions and calls where the template shows them, by `unsupported_tools`."""
+    messages, worse = conversation.messages, conversation.rejected
+    has_calls = any(m["role"] == "tool" or "tool_calls" in m for m in (*messages, *(worse or ())))
+    lacks_calls = has_calls and not template.takes_tool_calls
+    lacks_tools = bool(conversation.tools) and not template.takes_tools
+    if not (lacks_calls or lacks_tools) or config.unsupported_tools == "drop":
+        return conversation
+    if config.unsupported_tools == "error":
+        raise UserError(
+            f"row {record.id} of {record.source} has tools, and the chat template shows none; set unsupported_tools to "
+            "fold or drop, or give another template"
+        )
+    listed = conversation.tools if lacks_tools else None
+    return replace(
+        conversation,
+        messages=with_tool_texts(messages, listed, calls=lacks_calls),
+        tools=None if lacks_tools else conversation.tools,
+        rejected=None if worse is None else with_tool_texts(worse, listed, calls=lacks_calls),
+    )
 
 
 def _spread(turns: list[Turn], number: int) -> list[Turn]:

@@ -305,6 +305,34 @@ def test_a_system_message_that_the_template_takes_not_stands_before_the_first_qu
         base.examples(SYSTEM, unsupported_system="error")
 
 
+@pytest.mark.parametrize("template", [CHATML, REFUSES])
+def test_tools_that_the_template_shows_not_are_texts_if_that_is_asked(tmp_path: Path, template: str) -> None:
+    base = Base(tmp_path, byte_tokenizer(), template)
+    tool = {"type": "function", "function": {"name": "dim", "parameters": {}}}
+    calls = [{"type": "function", "function": {"name": "dim", "arguments": {"room": room}}} for room in ("a", "b")]
+    row = {
+        "messages": [
+            {"role": "user", "content": "Dim."},
+            {"role": "assistant", "content": "Both.", "tool_calls": calls},
+            {"role": "tool", "content": "ok"},
+            {"role": "tool", "content": "no"},
+            {"role": "assistant", "content": "One is."},
+        ],
+        "tools": [tool],
+    }
+    (example,) = base.examples(row, unsupported_tools="fold")
+    text = base.text(example)
+    assert f"<tools>\n{json.dumps(tool)}\n</tools>" in text.partition("Dim.")[0]
+    result = "<|im_start|>user\n<tool_response>\nok\n</tool_response>\n<tool_response>\nno\n</tool_response><|im_end|>"
+    assert result in text
+    written = [f"<tool_call>\n{json.dumps({'name': 'dim', 'arguments': {'room': r}})}\n</tool_call>" for r in "ab"]
+    assert base.runs(example) == ["\n".join(["Both.", *written]) + "<|im_end|>", "One is.<|im_end|>"]
+    with pytest.raises(DroppedRowError, match=r"^template_without_tools$"):
+        base.examples(row)
+    with pytest.raises(UserError, match="row 0 of test has tools, and the chat template shows none"):
+        base.examples(row, unsupported_tools="error")
+
+
 def test_a_system_message_that_a_template_forgets_after_a_call_stands_before_the_first_question(tmp_path: Path) -> None:
     """Mistral v0.3's stands in the last message, if that is the user's."""
     template = WITH_CALLS.replace("ARGUMENTS", "(c.function.arguments | tojson)").replace(
