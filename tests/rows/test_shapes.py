@@ -409,6 +409,7 @@ def test_earlier_turns_stay_before_both_answers_of_a_preference() -> None:
         ({"question": "a", "answer": ""}, "no_answer"),
         ({"question": " ", "answer": "b"}, "empty_turn"),
         ({"input": "-", "output": "b"}, "empty_turn"),
+        ({"instruction": "a", "output": ["b", "c"]}, "not_text"),
         ({"messages": pair("a", "b"), "resolved": False}, "labelled_bad"),
         ({"question": "a", "answer": "b", "jpg": b"c"}, "not_text"),
         ({"question": "a", "answer": "b", "media": ["1.mp4"]}, "not_text"),

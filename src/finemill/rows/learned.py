@@ -79,7 +79,7 @@ _SAYS_LEARNED = re.compile(
     r"|grad(?:ient)?s?|backprop)(?:_|$)"
 )
 _SAYS_EXCLUDED = re.compile(
-    r"(?:^|_)(?:(?:no|not|non|dont|do_not|without)_\w*(?:loss|train|learn|supervis)\w*|skip(?:ped)?|ignored?"
+    r"(?:^|_)(?:(?:no|not|non|dont|do_not|without)_\w*(?:loss|train|learn|supervis|grad|backprop)\w*|skip(?:ped)?|ignored?"
     r"|un(?:train|learn|supervis)\w*|excluded?|mask(?:ed|s)?|omit(?:ted)?|frozen|freeze|context_only|only_context"
     r"|is_context|as_context)(?:_|$)"
 )

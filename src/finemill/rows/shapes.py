@@ -111,6 +111,8 @@ _WRITTEN_ABOUT = (
 _PRODIGY = ("accept", "reject", "ignore")
 # What is to be done with an input beside it.
 _TASKS = ("definition", "task_definition", "task_description")
+# Of lists in these columns each is a right answer; of others they may be parts of one.
+_SEVERAL_RIGHT = ("answer", "answers", "targets", "ideal")
 _PLACEHOLDERS = ("-", "n/a", "nan", "none", "null")
 # Columns of the better and the worse answer, alone and beside a word for answer.
 _PREFERENCES = [
@@ -466,6 +468,8 @@ def _first_answer(row: Reader, column: str, given: Any) -> Any:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         return given
     if texts != texts[:1] * len(texts):
+        if column not in _SEVERAL_RIGHT:
+            return given
         row.note_unread([f"{column}[1:]"])
     return texts[0]
 
