@@ -70,6 +70,7 @@ LISTED = "A. 3\nB. 4"
         {"query": "2+2?", "options": ["3", "4"], "correct_option": 1},
         {"prompt": "2+2?", "options": ["3", "4"], "answer": "B"},
         {"instruction": "2+2?", "choices": ["3", "4"], "answer": "B"},
+        {"question": "2+2?", "option": {"A": "3", "B": "4"}, "answer": "B"},
         {"sentence": "2+2?", "options": {"A": "3", "B": "4"}, "answer": "B"},
     ],
 )  # fmt: skip
@@ -98,6 +99,7 @@ def test_several_right_choices_are_all_said() -> None:
         {"choices": ["2", "1", "0"], "answer": 2},
         {"choices": "['b' 'c']", "answer": 1},
         {"A": "b", "B": "c", "answer": 1},
+        {"choice1": "b", "choice2": "c", "label": 1},
         {"opa": "b", "opb": "c", "cop": -1},
         {"choices": ["b", "c"], "answer": "A. c"},
     ],
@@ -105,6 +107,18 @@ def test_several_right_choices_are_all_said() -> None:
 def test_a_choice_that_cannot_be_told_leaves_the_row_out(row: Row) -> None:
     with pytest.raises(DroppedRowError, match=r"^bad_choices$"):
         read({"question": "a", **row})
+
+
+def test_an_answer_that_is_a_letter_is_not_learned_without_the_choices_that_may_stand_beside_it() -> None:
+    for beside in (["b", "c"], {"A": "b", "B": "c"}):
+        row: Row = {"question": "a", "answer": "B", "alternatives_shown": beside}
+        with pytest.raises(DroppedRowError, match=r"^bad_choices$"):
+            to_conversation(row, "question_answer")
+    for answer, column in (("B", "tags"), ("Bob", "heard")):
+        row = {"question": "a", "answer": answer, column: ["b", "c"]}
+        assert to_conversation(row, "question_answer").messages == pair("a", answer)
+    shown = to_conversation({"question": "A) b B) c", "answer": "B", "heard": ["b", "c"]}, "question_answer")
+    assert shown.messages[-1]["content"] == "B"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ def learned(row: Row) -> list[bool]:
     [
         {"weight": 0}, {"weight": "0.0"}, {"weight": -1}, {"train": False}, {"loss": "no"}, {"sft_weight": 0},
         {"is_trainable": "False"}, {"do_train": False}, {"learnable": False}, {"loss_mask": 0}, {"assistant_mask": 0},
-        {"mask": True}, {"masked": 1}, {"is_ignored": True}, {"no_loss": True}, {"no_grad": True}, {"skip_training": True},
+        {"mask": True}, {"masked": 1}, {"is_ignored": True}, {"no_loss": True}, {"skip_training": True},
+        {"no_grad": True},
         {"isTrainable": False}, {"label": False}, {"is_correct": False}, {"is_rejected": True},
         {"rating": 5, "weight": 0}, {"untrained": True}, {"grad": False}, {"context_only": True}, {"upvote": 0},
         {"labels": False},

@@ -253,6 +253,15 @@ def test_functions_may_stand_under_other_names_and_in_a_turn() -> None:
         assert list(read(row).unread) == []
 
 
+def test_template_variables_of_a_row_bring_its_system_message_and_functions() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    variables = {"custom_instructions": "Be brief.", "enable_thinking": False, "xml_tools": [json.dumps(tool)], "x": 1}
+    conversation = read({"messages": pair("a?", "A."), "chat_template_kwargs": variables})
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}, *pair("a?", "A.")]
+    assert conversation.tools == [tool]
+    assert list(conversation.unread) == ["chat_template_kwargs.x"]
+
+
 def test_an_answer_that_is_calls_is_read_as_such() -> None:
     row = {
         "query": "a?",

@@ -15,7 +15,7 @@ _QUESTIONS = (
     *("question", "question_stem", "stem", "query", "ctx", "goal", "sentence", "startphrase", "problem", "prompt"),
     *("instruction", "input"),
 )
-_LISTS = ("choices", "options", "endings")
+_LISTS = ("choices", "options", "endings", "option", "choice")
 # Several answers are choices if a number beside them says which is right.
 _ANSWERS = ("answers", "candidates", "alternatives")
 # Columns of choices that stand in a column each.
@@ -42,6 +42,11 @@ _STATED = re.compile(r"\(?(?P<letter>[A-Za-z])\)?(?:\s*[.):]\s*(?P<text>.*))?", 
 # Several right ones: `A, C` and `AC`.
 _SEVERAL = re.compile(r"[A-J](?:(?:\s*(?:,|;|and|&)\s*|\s?)[A-J])+")
 _LISTED = re.compile(r"(?:^|(?<=[\s,;(]))(?P<letter>[A-Ja-j])\s?[.):](?=\s*\S)")
+_LETTER_NAMES = "ABCDEFGHIJ"
+# Lists of these names say what a row is about.
+_DESCRIBES = re.compile(
+    r"tag|keyword|topic|type|categor|label|domain|lang|source|skill|concept|url|id|meta", re.IGNORECASE
+)
 _MARKED = "{}. {}"
 # What a model's own choices have, as OpenAI's servers give them.
 _OF_MODELS = frozenset(("message", "logprobs", "finish_reason"))
@@ -85,7 +90,8 @@ def offers_choices(row: Reader) -> bool:
     given = _nested(row) if column is None else row.peek(column)
     if column is None and not given and not _lettered(row):
         return False
-    if column is not None and question != "question" and not _may_list(given):
+    sure = question == "question" and column in _LISTS[:3]
+    if column is not None and not sure and not _may_list(given):
         return False
     return row.has(*_CORRECT) or bool(given and _marks_right(given))
 
@@ -263,6 +269,9 @@ def _right(name: str, answer: Any, listed: _Listed, kind: str) -> str:
     stated = as_text(answer, name).strip()
     number = _index(answer, stated)
     by_text = _by_text(stated, listed)
+    # A label may count from 0 also where columns count from 1, as in COPA.
+    if number is not None and name == "label" and kind.endswith("*1") and not kind.startswith(_FROM_ZERO):
+        raise DroppedRowError("bad_choices", name)
     if number is None or stated in listed.letters:
         found_letter = (by_text if stated in listed.texts else None) or _by_letter(stated, listed) or by_text
         if found_letter is not None:
@@ -315,6 +324,26 @@ def _bare(text: str) -> str:
     """A choice's text without its mark, but for case and spaces."""
     match = _STATED.fullmatch(text.strip())
     return " ".join((match["text"] if match and match["text"] else text).split()).lower()
+
+
+def names_a_choice(answer: str) -> bool:
+    """Whether an answer is nothing but the letter of a choice."""
+    match = _STATED.fullmatch(answer.strip())
+    return match is not None and not match["text"] and match["letter"] in _LETTER_NAMES
+
+
+def lists_choices(text: str) -> bool:
+    """Whether a question lists choices by letters itself."""
+    return len(_LISTED.findall(text)) > 1
+
+
+def may_be_choices(name: str, value: Any) -> bool:
+    """Whether an unknown column may be the choices of a question: several texts, by letter or in a list."""
+    value = _parsed(value)
+    if isinstance(value, Mapping):
+        return len(value) > 1 and (all(len(str(key)) == 1 for key in value) or isinstance(value.get("text"), list))
+    texts = isinstance(value, list) and all(isinstance(text, str) and text for text in value)
+    return texts and 1 < len(value) <= len(_LETTER_NAMES) and not _DESCRIBES.search(name)
 
 
 def _agrees(value: Any, answer: str, listed: _Listed) -> bool:

@@ -5,14 +5,22 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from finemill.rows.choices import CHOICE_COLUMNS, CORRECT_COLUMNS, offers_choices, read_choices
+from finemill.rows.choices import (
+    CHOICE_COLUMNS,
+    CORRECT_COLUMNS,
+    lists_choices,
+    may_be_choices,
+    names_a_choice,
+    offers_choices,
+    read_choices,
+)
 from finemill.rows.conversation import Conversation, checked
 from finemill.rows.learned import FLAGS, MARKS, check_excluded, excluded_turns, read_label
 from finemill.rows.rankings import RANKED_COLUMNS, Answer, ranked_answers, ranks_answers
 from finemill.rows.reader import Reader
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.speakers import ROLES, Turn, chat_turns, transcript_turns, turn_list, turn_role
-from finemill.rows.tools import are_calls, to_calls, to_tools
+from finemill.rows.tools import Tool, are_calls, to_calls, to_tools
 from finemill.rows.turns import (
     THINKING_KEYS,
     Message,
@@ -97,7 +105,7 @@ _PAIRS = {
         ("question", "context"),
         (
             *("solution", "answer", "response", "output", "completion", "answers", "correct_answer", "best_answer"),
-            *("generation", "content", "code"),
+            *("model_answer", "generation", "content", "code"),
         ),
     ),
 }
@@ -260,9 +268,32 @@ def _from_chat(column: str) -> Callable[[Reader], Conversation]:
         messages = _with_system(row, _with_row_thinking(row, messages))
         if row.has("prompt") and any(message["content"] == row.peek("prompt") for message in messages):
             row.get("prompt")
-        return Conversation(messages, to_tools(row.get(*_TOOLS) or tools))
+        return Conversation(*_with_template_variables(row, messages, row.get(*_TOOLS) or tools))
 
     return convert
+
+
+def _with_template_variables(
+    row: Reader, messages: list[Message], tools: Any
+) -> tuple[list[Message], list[Tool] | None]:
+    """Messages and functions with those that SmolTalk2 and others keep among the template's variables of a row."""
+    variables = row.peek("chat_template_kwargs")
+    if not isinstance(variables, Mapping):
+        return messages, to_tools(tools)
+    inside = Reader(variables)
+    system, listed = (
+        text_of(inside.get(*_SYSTEM, "custom_instructions"), "chat_template_kwargs"),
+        inside.get("tools", "xml_tools"),
+    )
+    # It follows from the answers.
+    inside.get("enable_thinking")
+    row.get("chat_template_kwargs")
+    row.note_unread(f"chat_template_kwargs.{name}" for name in inside.unread)
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    elif system:
+        messages = [{**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
+    return messages, to_tools(tools or listed)
 
 
 def _by_speakers(row: Reader, turns: list[Turn], value: Any) -> list[Turn]:
@@ -438,11 +469,20 @@ def _from_pair(shape: str) -> Callable[[Reader], Conversation]:
         if column is None:
             raise DroppedRowError("no_answer", " or ".join(answers))
         said, value = _said(row, column)
+        if isinstance(value, str) and names_a_choice(value) and not lists_choices(before[-1]["content"]):
+            _check_unread_choices(row)
         return Conversation(
             _with_system(row, [*before, *said]), to_tools(row.get(*_TOOLS)), _final(row, shape, column, value)
         )
 
     return convert
+
+
+def _check_unread_choices(row: Reader) -> None:
+    """Raises: DroppedRowError: beside an answer that is a letter stands what may be choices."""
+    column = next((name for name in row.unread if may_be_choices(name, row.peek(name))), None)
+    if column is not None:
+        raise DroppedRowError("bad_choices", column)
 
 
 def _said(row: Reader, column: str) -> tuple[list[Message], Any]:

@@ -17,7 +17,7 @@ from finemill.rows.reader import Reader
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.speakers import CALL_ROLES, ROLE_KEYS, ROLES, THINKING_ROLES, named, snake_case, turn_role
 from finemill.rows.thinking import bare_thinking, split_thinking, thinking_of
-from finemill.rows.tools import CALLED, to_calls
+from finemill.rows.tools import CALLED, are_calls, to_calls
 from finemill.rows.values import as_text, holds_nothing, is_missing, parse_json
 
 Message = dict[str, Any]
@@ -43,6 +43,7 @@ THINKING_KEYS = (
     "thinking_trace",
     "thought_process",
     "reasoning_trace",
+    "model_reasoning",
     "reasoning_trajectory",
     "thinking_trajectory",
     "reasoning_steps",
@@ -260,9 +261,10 @@ def _assistant_turn(turn: Reader, name: str) -> Iterator[Message]:
     calls = [part for part in _parts(content) if part.get("type") == "tool_use"]
     if isinstance(content, list):
         content = [part for part in _parts(content) if part not in thinking_parts and part not in calls]
-    text = text_of(content)
+    given = content if name in CALL_ROLES and are_calls(content if isinstance(content, list) else [content]) else None
+    text = text_of(content) if given is None else ""
     key = next((key for key in _CALL_KEYS if turn.has(key) and not holds_nothing(turn.peek(key))), None)
-    stated = None if key is None else turn.get(key)
+    stated = given if key is None else turn.get(key)
     recipient = turn.peek("recipient")
     if stated is None and isinstance(recipient, str) and recipient.startswith(_NAMESPACE):
         stated, text = {"name": turn.get("recipient").removeprefix(_NAMESPACE), "arguments": text}, ""
