@@ -14,6 +14,7 @@ Flag = Literal[
     "placeholder",
     "refusal",
     "repeated_turn",
+    "repetition",
     "truncated_answer",
 ]
 
@@ -37,6 +38,11 @@ _REFUSAL = re.compile(
 # An answer of more characters than this that ends within a word or after a comma was cut.
 _CUT_LENGTH = 200
 _CUT = re.compile(r"[^\W\d_]\Z|[,;(]\s*\Z")
+# A shorter one was, if it ends with a word that another must follow.
+_CUT_SHORT, _CUT_WORD = 40, re.compile(r"\b(?:the|an?|and|or|because|than|my|your|their|its|whose)\Z", re.IGNORECASE)
+# So often a model says the same line or sentence again that has lost its way.
+_LOOPS = 4
+_SENTENCE = re.compile(r"(?<=[.!?\u3002\uff01\uff1f])\s*|\n+")
 # Fewer letters say nothing about a text's language.
 _FEWEST_LETTERS = 20
 
@@ -51,7 +57,8 @@ def flags_of(conversation: Conversation) -> list[Flag]:
     question = next((text for text, m in zip(texts, spoken, strict=True) if m["role"] == "user"), "")
     found: dict[Flag, bool] = {name: any(map(test, texts)) for name, test in _IN_TEXT.items()}
     found["refusal"] = _REFUSAL.match(answer) is not None
-    found["truncated_answer"] = len(answer) > _CUT_LENGTH and _CUT.search(answer.rstrip("\n ")) is not None
+    found["truncated_answer"] = _is_cut(answer.rstrip("\n "))
+    found["repetition"] = any(map(_loops, (text for text, m in zip(texts, spoken, strict=True) if m["role"] != "user")))
     found["language_mix"] = not (question.isascii() and answer.isascii()) and _differ(
         _script(question), _script(answer)
     )
@@ -72,6 +79,24 @@ def _may_hold_placeholder(text: str) -> bool:
         return True
     lower = text.lower()
     return "todo" in lower or "lorem" in lower
+
+
+def _is_cut(answer: str) -> bool:
+    if len(answer) > _CUT_LENGTH:
+        return _CUT.search(answer) is not None
+    return len(answer) > _CUT_SHORT and _CUT_WORD.search(answer) is not None
+
+
+def _loops(answer: str) -> bool:
+    """Whether an answer says one thing again and again: a line or sentence, one after the other."""
+    if len(answer) < _LOOPS * _FEWEST_LETTERS:
+        return False
+    said = [part.strip() for part in _SENTENCE.split(answer)]
+    said = [part for part in said if part]
+    return any(
+        len(part) >= _FEWEST_LETTERS and said[place : place + _LOOPS] == [part] * _LOOPS
+        for place, part in enumerate(said[: 1 - _LOOPS])
+    )
 
 
 def _repeats(texts: list[str]) -> bool:

@@ -3,7 +3,10 @@ import pytest
 from finemill.components.data_prep.quality import advice_for, flags_of
 from finemill.rows.shapes import detect_shape, to_conversation
 
-LONG = "This answer is long enough to be taken for one that was cut. " * 5
+LONG = "".join(
+    f"This is sentence {number} of an answer that is long enough to be one that was cut. " for number in range(4)
+)
+LOOP = "And so it goes on and on. " * 4
 CHINESE = (
     "\u8fd9\u662f\u4e00\u4e2a\u5173\u4e8e\u57ce\u5e02\u548c\u6cb3\u6d41\u7684\u95ee\u9898"
     "\u8bf7\u7528\u4e2d\u6587\u56de\u7b54\u8c22\u8c22\u4f60"
@@ -20,6 +23,12 @@ CHINESE = (
         ("Hi", "Sorry to hear that! I can help.", []),
         ("Hi", LONG + "And then the", ["truncated_answer"]),
         ("Hi", LONG.strip(), []),
+        ("Hi", "This sentence was cut off in the middle of the", ["truncated_answer"]),
+        ("Hi", "Neither Ann nor Bob knows what they are looking at", []),
+        ("Hi", f"First. {LOOP}", ["repetition"]),
+        ("Hi", LOOP.replace(". ", ",\n"), ["repetition"]),
+        (LOOP, "Yes.", []),
+        ("Hi", "- 1\n- 1\n- 1\n- 1\n" * 5, []),
         ("Hi", "Dear [Your Name], thanks.", ["placeholder"]),
         ("Hi", "Lorem ipsum dolor.", ["placeholder"]),
         ("x = [name, value]; what is it?", "A list.", []),
