@@ -74,6 +74,13 @@ def write_card(
     (folder / DATA_CARD_TEXT).write_text(_render("data_card.md.jinja", facts, escape=False), encoding="utf-8")
 
 
+def _duration(hours: float) -> str:
+    """Hours as people say them."""
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} seconds"
+    return f"{hours * 60:.0f} minutes" if hours < 1 else f"{hours:,.1f} hours"
+
+
 def _training_time(lengths: NDArray[np.integer[Any]], config: ChatFormatConfig) -> dict[str, Any]:
     # The planner is imported only where it is asked.
     from finemill.components.chat_format.duration import training_time
@@ -180,5 +187,6 @@ def _render(name: str, facts: Mapping[str, Any], *, escape: bool) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["share"] = lambda value: f"{value:.1%}"
+    environment.filters["duration"] = _duration
     environment.filters["number"] = lambda value: f"{value:,.0f}"
     return environment.get_template(name).render(facts)

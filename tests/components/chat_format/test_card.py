@@ -63,9 +63,18 @@ def test_steps_and_hours_of_training_on_a_named_card_are_estimated(card: Path) -
     assert 0 < training["hours_packed"] < 0.01
     assert 0 < training["hours_one_by_one"] < 0.01
     for page in ("data_card.html", "data_card.md"):
-        assert "qwen3-8b" in (card / page).read_text()
+        assert re.search(r"QLoRA on qwen3-8b takes 1 steps and \d+ seconds packed", (card / page).read_text())
     with pytest.raises(UserError, match="gpu 'gtx' is not known: it is one of"):
         parse_config(ChatFormatConfig, {"estimate": {"model": "qwen3-8b", "gpu": "gtx"}}, "chat-format")
+
+
+def test_what_the_text_says_are_paragraphs_of_their_own(card: Path) -> None:
+    told = (card / "data_card.md").read_text().partition("Padding: ")[2].partition("Tokenizer")[0]
+    paragraphs = told.strip().split("\n\n")
+    assert paragraphs[0].endswith("the kernels' estimate.")
+    assert all("\n" not in paragraph for paragraph in paragraphs)
+    assert any(paragraph.startswith("Not read in ") and "note (30 rows)" in paragraph for paragraph in paragraphs)
+    assert any(paragraph.startswith("Scripts: ") for paragraph in paragraphs)
 
 
 def test_examples_are_shown_before_and_after_with_what_is_learned(card: Path) -> None:
