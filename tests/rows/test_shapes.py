@@ -99,7 +99,8 @@ def test_each_shape_is_told_from_the_others(shape: str) -> None:
         {"input": pair("2+2?", "")[:1], "ideal": "4"},
         {"question": "2+2?", "answer": ["4"]},
         {"question": "2+2?", "answers": [{"text": "4", "answer_start": 0}]},
-        {"question": "2+2?", "solution": "4", "answer": "four"},
+        {"question": "2+2?", "solution": "4", "answer": 4},
+        {"question": "2+2?", "solution": "", "answer": "4"},
         {"document": "2+2?", "summary": "4"},
         {"text": "2+2?", "summary": "4"},
         {"text": "2+2?", "answer": "4"},
@@ -138,6 +139,7 @@ def test_the_same_question_and_answer_are_read_from_every_shape(row: Row) -> Non
         {"chosen": "4", "rejected": "5"},
         {"prompt": "2+2?", "response_a": "4", "response_b": "5", "response_c": "6", "winner": "a"},
         {"x": pair("2+2?", "4"), "y": pair("2+2?", "5")},
+        {"q": "2+2?", "a": "4", "few_shot_examples": pair("2+3?", "5")},
         {"prompt": "2+2?", "completions": ["2", "4"], "labels": [False, True]},
     ],
 )
@@ -165,6 +167,7 @@ def test_columns_that_the_user_named_decide_between_shapes() -> None:
         ({"prompt": "a", "completion": "b", "reasoning_types": ["deduction", "maths"]}, ["reasoning_types"]),
         ({"text": "a", "code": "en"}, ["code"]),
         ({"text": "Q: 2+2? A: 4", "answer": "4"}, ["answer"]),
+        ({"question": "a", "solution": "7", "answer": "It is 7, since 3 and 4 make it."}, ["solution"]),
         ({"text": "a", "answer": "accept"}, ["answer"]),
     ],
 )  # fmt: skip
@@ -418,6 +421,7 @@ def test_earlier_turns_stay_before_both_answers_of_a_preference() -> None:
         ({"question": "a", "answer": ""}, "no_answer"),
         ({"question": " ", "answer": "b"}, "empty_turn"),
         ({"input": "-", "output": "b"}, "empty_turn"),
+        ({"messages": pair("a", "")[:1], "answer": "B", "shown": ["b", "c"]}, "bad_choices"),
         ({"instruction": "a", "output": ["b", "c"]}, "not_text"),
         ({"messages": pair("a", "b"), "resolved": False}, "labelled_bad"),
         ({"question": "a", "answer": "b", "jpg": b"c"}, "not_text"),

@@ -1,6 +1,7 @@
 """The shapes of rows that public data sets come in: how each is told from the others, and what it says."""
 
 import itertools
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -119,6 +120,8 @@ _WRITTEN_ABOUT = (
 _PRODIGY = ("accept", "reject", "ignore")
 # What is to be done with an input beside it.
 _TASKS = ("definition", "task_definition", "task_description")
+# Turns under such names are shown to the model or belong to another answer.
+_NO_CHAT = re.compile(r"example|shot|demo|context|history|prompt|retriev|negative|reject|worse|bad", re.IGNORECASE)
 # Of lists in these columns each is a right answer; of others they may be parts of one.
 _SEVERAL_RIGHT = ("answer", "answers", "targets", "ideal")
 _PLACEHOLDERS = ("-", "n/a", "nan", "none", "null")
@@ -264,7 +267,10 @@ def _from_chat(column: str) -> Callable[[Reader], Conversation]:
         answer = next(filter(row.has, _ANSWERS_BESIDE), None) if asks else None
         if answer is not None:
             messages = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages]
+            asked = messages[-1]["content"]
             messages += _said(row, answer)[0]
+            if names_a_choice(messages[-1]["content"]) and not lists_choices(asked):
+                _check_unread_choices(row)
         messages = _with_system(row, _with_row_thinking(row, messages))
         if row.has("prompt") and any(message["content"] == row.peek("prompt") for message in messages):
             row.get("prompt")
@@ -367,7 +373,8 @@ def _first_chat(row: Reader) -> str | None:
 
 def _only_chat(row: Reader) -> str | None:
     """The one column, whatever its name, with turns of one who asks and one who answers; None for several."""
-    found = [name for name in row.names if isinstance(name, str) and _is_dialogue(turn_list(row.peek(name)))]
+    names = [name for name in row.names if isinstance(name, str) and not _NO_CHAT.search(name)]
+    found = [name for name in names if _is_dialogue(turn_list(row.peek(name)))]
     return found[0] if len(found) == 1 else None
 
 
@@ -430,9 +437,17 @@ def _answer_column(row: Reader, prompts: tuple[str, ...], answers: tuple[str, ..
     prompt = next(filter(row.has, prompts), None)
     if prompt is None:
         return None
-    return next(
+    found = next(
         (name for name in answers if name not in prompts and row.has(name) and _answers(row, prompt, name)), None
     )
+    if found == "solution" and "answer" in answers and _is_longer(row.peek("answer"), row.peek("solution")):
+        # The result is called so there, and how it is found the answer.
+        return "answer"
+    return found
+
+
+def _is_longer(one: Any, other: Any) -> bool:
+    return isinstance(one, str) and isinstance(other, str) and len(one) > len(other)
 
 
 def _answers(row: Reader, prompt: str, name: str) -> bool:
