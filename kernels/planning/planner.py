@@ -381,8 +381,12 @@ def _candidates(work: Workload, budget: int, rates: Rates, tokens: int, *, allow
                 workspace=work.attention_workspace(tokens),
                 mlp_tile=work.mlp_tile,
             )
-            plan = replace(plan, levels=_fill_device(work, budget, plan))
-            yield replace(plan, seconds=step_seconds(work, rates, plan), peak=peak_bytes(work, plan))
+            peak = peak_bytes(work, plan)
+            if peak <= budget:
+                plan = replace(plan, levels=_fill_device(work, budget, plan))
+                yield replace(plan, seconds=step_seconds(work, rates, plan), peak=peak_bytes(work, plan))
+            else:  # keeping more makes it no smaller
+                yield replace(plan, peak=peak)
 
 
 def _parkings(work: Workload, rates: Rates, tokens: int, forward: float) -> Iterator[Parking]:
