@@ -12,9 +12,12 @@ from hera.workflows.models import Affinity, EnvVarSource, Volume, VolumeMount
 
 from finemill.config import parse_config
 from finemill.credentials import SECRET_VARIABLES
+from finemill.pipelines.affinity import AFFINITY_RULES
 from finemill.pipelines.catalog import PIPELINES
 from finemill.pipelines.cluster import CACHE_PATH, SHARED_MEMORY_PATH, ClusterConfig
 from finemill.pipelines.names import (
+    ARGO_PATH,
+    ARGO_VOLUME,
     FILE_KEY,
     LABEL_KEY,
     LABEL_VALUE,
@@ -23,6 +26,7 @@ from finemill.pipelines.names import (
     MOUNT_PATH,
     NAME,
     OWN_LABEL,
+    PASSWORD,
     REPOSITORY,
     RESOURCE,
     SHORT_NAME,
@@ -47,6 +51,8 @@ URL = {"pattern": rf"^(https?://([^\[\]/\s@:]+|\[[0-9A-Fa-f:.]+\])(:{PORT})?(/\S
 NAMED = {"pattern": f"^$|{NAME}", "maxLength": LONGEST_NAME}
 # Argo would evaluate it.
 PLAIN = {"type": "string", "not": {"pattern": r"\{\{"}}
+# Whoever may read workflows would read the password.
+OPEN = {"type": "string", "not": {"pattern": rf"\{{\{{|{PASSWORD}"}}
 KEYS = {"propertyNames": {"pattern": LABEL_KEY}}
 LABELS = {"additionalProperties": {"type": "string", "pattern": LABEL_VALUE}, **KEYS}
 TOLERATIONS = {
@@ -75,7 +81,7 @@ ENVIRONMENT = {
         "required": ["name"],
         "properties": {
             "name": {"type": "string", "pattern": VARIABLE},
-            "value": PLAIN,
+            "value": OPEN,
             "valueFrom": {"allOf": [{"$ref": "#/definitions/EnvVarSource"}, {"minProperties": 1, "maxProperties": 1}]},
         },
         # Whoever may read workflows would read it.
@@ -94,20 +100,61 @@ MOUNT = {
         "subPath": {"not": {"pattern": r"^/|(^|/)\.\.(/|$)"}},
     }
 }
+_SELECTOR = {"$ref": "#/definitions/LabelSelector"}
+_CIDR = r"^([0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)/[0-9]{1,3}$"
+_PORT = {"type": "integer", "minimum": 1, "maximum": 65535}
+EGRESS_PORT = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "port": {
+            "type": ["integer", "string"],
+            "minimum": 1,
+            "maximum": 65535,
+            "pattern": "^[a-z0-9-]*[a-z][a-z0-9-]*$",
+        },
+        "endPort": _PORT,
+        "protocol": {"enum": ["TCP", "UDP", "SCTP"]},
+    },
+}
+EGRESS_PEER = {
+    "type": "object",
+    "additionalProperties": False,
+    "minProperties": 1,
+    "properties": {
+        "ipBlock": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["cidr"],
+            "properties": {
+                "cidr": {"type": "string", "pattern": _CIDR},
+                "except": {"type": "array", "items": {"type": "string", "pattern": _CIDR}},
+            },
+        },
+        "namespaceSelector": _SELECTOR,
+        "podSelector": _SELECTOR,
+    },
+    "dependencies": {"ipBlock": {"maxProperties": 1}},
+}
 EGRESS = {
     "items": {
         "type": "object",
         "additionalProperties": False,
-        "properties": {key: {"type": "array", "items": {"type": "object"}} for key in ("ports", "to")},
+        "properties": {
+            "ports": {"type": "array", "items": EGRESS_PORT},
+            "to": {"type": "array", "items": EGRESS_PEER},
+        },
     }
 }
+# As botocore takes it.
+REGION = {"pattern": "^$|^[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?$"}
 NAMES = (
     *(f"{service}.existingSecret" for service in ("s3", "mlflow", "hub")),
     *("caBundle.configMap", "cache.existingClaim", "priorityClassName", "serviceAccount.name"),
 )
 SIZES = ("small", "large", "gpu")
-VOLUMES = ("tmp", "cache", "shared-memory", "ca-bundle")
-PATHS = ("/tmp", CACHE_PATH, SHARED_MEMORY_PATH, "/etc/finemill/ca")
+VOLUMES = ("tmp", "cache", "shared-memory", "ca-bundle", ARGO_VOLUME)
+PATHS = ("/tmp", CACHE_PATH, SHARED_MEMORY_PATH, "/etc/finemill/ca", ARGO_PATH)
 TIMEZONES = resources.files("tzdata").joinpath("zones").read_text().split()
 
 
@@ -120,6 +167,7 @@ def _but(key: str, taken: tuple[str, ...]) -> dict[str, Any]:
 RULES: dict[str, dict[str, Any]] = {
     "store": {"pattern": SHARED_STORE},
     "s3.endpointUrl": URL,
+    "s3.region": REGION,
     "hub.endpoint": URL,
     # Plug-ins have schemes of their own; a host and a port are none.
     "mlflow.trackingUri": {
@@ -167,10 +215,7 @@ RULES: dict[str, dict[str, Any]] = {
     **{f"resources.{size}.cpu": CPU for size in SIZES},
     **{f"resources.{size}.memory": MEMORY for size in SIZES},
     **{f"resources.{size}.ephemeralStorage": {**MEMORY, "pattern": f"^$|{MEMORY_PATTERN}"} for size in SIZES},
-    **{
-        f"networkPolicy.{name}Ports": {"items": {"type": "integer", "minimum": 1, "maximum": 65535}}
-        for name in ("dns", "apiServer", "s3", "mlflow", "hub")
-    },
+    **{f"networkPolicy.{name}Ports": {"items": _PORT} for name in ("dns", "apiServer", "s3", "mlflow", "hub")},
 }
 TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
 
@@ -223,16 +268,20 @@ def definitions() -> dict[str, Any]:
         found |= {**schema.pop("$defs", {}), model.__name__: schema}
     for shape in OF_KUBERNETES:
         schema = shape.model_json_schema(ref_template="#/definitions/{model}")
-        found |= {name: _strict(item) for name, item in {**schema.pop("$defs", {}), shape.__name__: schema}.items()}
+        found |= {
+            name: _strict(item, AFFINITY_RULES.get(name))
+            for name, item in {**schema.pop("$defs", {}), shape.__name__: schema}.items()
+        }
     return dict(sorted((name, _without_texts(schema)) for name, schema in found.items()))
 
 
-def _strict(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a class of Kubernetes without what is null and keys that it does not have."""
+def _strict(schema: dict[str, Any], rules: dict[str, Any] | None) -> dict[str, Any]:
+    """The schema of a class of Kubernetes without what is null and keys that it does not have, and with its rules."""
     if "properties" not in schema:
         return schema
     properties = {name: item["anyOf"][0] if "anyOf" in item else item for name, item in schema["properties"].items()}
-    return {**schema, "properties": properties, "additionalProperties": False}
+    strict = {**schema, "properties": properties, "additionalProperties": False}
+    return {**strict, "allOf": [rules]} if rules else strict
 
 
 def _without_texts(schema: Any) -> Any:

@@ -11,10 +11,13 @@ from pydantic import AfterValidator, Field, model_validator
 
 from finemill.config import StepConfig
 from finemill.credentials import SECRET_VARIABLES
+from finemill.pipelines.affinity import check_affinity
 from finemill.pipelines.graph import Resources
 from finemill.pipelines.names import (
+    ARGO_PATH,
     LONGEST_S,
     OWN_LABEL,
+    PASSWORD,
     QUEUE_LABEL,
     QUEUE_PRIORITY_LABEL,
     RESOURCE,
@@ -60,20 +63,27 @@ def _plain(text: str) -> str:
 
 
 def _affinity(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same, if Kubernetes knows every key in it."""
+    """The same, if Kubernetes takes it and knows every key in it."""
     from hera.workflows.models import Affinity
 
     known = Affinity.model_validate(value).model_dump(by_alias=True, exclude_none=True)
     if known != value:
         raise ValueError(f"Kubernetes would read {json.dumps(known)} of it: correct the key that is missing there")
+    check_affinity(value)
     return value
 
 
 def _not_secret(variables: Mapping[str, str]) -> Mapping[str, str]:
-    """The same, if no variable is one that nobody may read."""
+    """The same, if no variable is one that nobody may read, or holds a password in an address."""
     secret = sorted(SECRET_VARIABLES & variables.keys())
     if secret:
         raise ValueError(f"{secret[0]} would be written out for everybody: put it into a Secret and into secret_env")
+    with_password = sorted(name for name, value in variables.items() if re.search(PASSWORD, value))
+    if with_password:
+        raise ValueError(
+            f"the password in {with_password[0]} would be written out for everybody: put the address into a Secret and "
+            "into secret_env"
+        )
     return variables
 
 
@@ -162,7 +172,7 @@ class Mount(StepConfig):
 
 def _apart(mounts: tuple[Mount, ...]) -> tuple[Mount, ...]:
     """The same, if every folder has one content."""
-    paths = ["/tmp", CACHE_PATH, SHARED_MEMORY_PATH, _CA_PATH, *(mount.path for mount in mounts)]
+    paths = ["/tmp", CACHE_PATH, SHARED_MEMORY_PATH, _CA_PATH, ARGO_PATH, *(mount.path for mount in mounts)]
     twice = [path for path in paths if paths.count(path) > 1]
     if twice:
         raise ValueError(f"{twice[0]} is mounted already: choose another path")

@@ -14,6 +14,7 @@ from trl import DPOTrainer, KTOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from finemill.kernels.orpo import ORPOTrainer
+from finemill.training.adapter import keep_trained_in_float32
 
 
 class PairCollator(DataCollatorForPreference):  # type: ignore[misc]
@@ -31,11 +32,14 @@ class PairCollator(DataCollatorForPreference):  # type: ignore[misc]
         return batch
 
 
-def share_cache(dataset: Any) -> None:
-    """Have all processes of a machine look where the main one keeps what it computes of a dataset in memory.
+def before_reference(model: Any, dataset: Any) -> None:
+    """Have reference log probabilities computed and kept as a training needs it.
 
-    `datasets` gives each a folder of its own, in which TRL would not find the main one's reference log probabilities.
+    ZeRO-3 cuts the model for them: adapters that TRL has cast to bfloat16 would be shards of bfloat16 from then on. And
+    all processes of a machine look where the main one keeps what it computes of a dataset in memory: `datasets` gives
+    each a folder of its own, in which TRL would not find it.
     """
+    keep_trained_in_float32(model)
     folder = [Path(dataset._get_cache_file_path("any")).parent]
     broadcast_object_list(folder)
     dataset._get_cache_file_path = lambda fingerprint: str(folder[0] / f"cache-{fingerprint}.arrow")
@@ -63,7 +67,7 @@ class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         return dataset
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        share_cache(dataset)
+        before_reference(self.model, dataset)
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     @property
@@ -88,7 +92,7 @@ class TokenizedKTOTrainer(KTOTrainer):  # type: ignore[misc]
         return dataset
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        share_cache(dataset)
+        before_reference(self.model, dataset)
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
 

@@ -13,6 +13,9 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
+from finemill.config import parse_config
+from finemill.errors import UserError
+from finemill.pipelines.cluster import ClusterConfig
 from finemill.pipelines.names import NAME
 
 ROOT = Path(__file__).parents[2]
@@ -345,11 +348,74 @@ def check_values() -> Draft7Validator:
         ("serviceAccount.annotations.a b=c", "a b"),
         ("s3.endpointUrl=http://minio:99999", "endpointUrl"),
         ("mlflow.trackingUri=https://mlflow/?token=x", "trackingUri"),
+        ("s3.region=eu central", "region"),
+        ("extraEnv[0].name=HTTPS_PROXY,extraEnv[0].value=http://me:secret@proxy:3128", "value"),
+        ("extraVolumes[0].name=var-run-argo,extraVolumes[0].emptyDir.medium=Memory", "name"),
+        ("extraVolumeMounts[0].name=a,extraVolumeMounts[0].mountPath=/var/run/argo", "mountPath"),
+        ("networkPolicy.extraEgress[0].ports[0].protocol=tcp", "protocol"),
+        ("networkPolicy.extraEgress[0].ports[0].port=70000", "port"),
+        ("networkPolicy.extraEgress[0].to[0].ipBlock.cidr=10.0.0.0", "cidr"),
+        ("networkPolicy.extraEgress[0].to[0].ipBlok.cidr=10.0.0.0/8", "ipBlok"),
+        ("networkPolicy.extraEgress[0].to[0].podSelector.matchLabel.a=b", "matchLabel"),
     ],
 )
 def test_wrong_values_are_refused(setting: str, message: str, check_values: Draft7Validator) -> None:
     errors = list(check_values.iter_errors(setting_as_values(setting)))
     assert any(message in f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors)
+
+
+def of_nodes(term: str) -> str:
+    return f"nodeAffinity: {{requiredDuringSchedulingIgnoredDuringExecution: {{nodeSelectorTerms: {term}}}}}"
+
+
+def of_pods(selector: str) -> str:
+    term = f"{{topologyKey: a, labelSelector: {selector}}}"
+    return f"podAffinity: {{requiredDuringSchedulingIgnoredDuringExecution: [{term}]}}"
+
+
+@pytest.mark.parametrize(
+    ("affinity", "problem"),
+    [
+        (of_nodes("[]"), "nodeSelectorTerms is empty"),
+        (of_nodes("[{matchExpressions: [{key: a, operator: in, values: [b]}]}]"), "operator in is none of In, NotIn"),
+        (of_nodes("[{matchExpressions: [{key: a, operator: In}]}]"), "operator In takes values"),
+        (of_nodes("[{matchExpressions: [{key: a, operator: Exists, values: [b]}]}]"), "Exists takes no values"),
+        (of_nodes("[{matchExpressions: [{key: a, operator: Gt, values: [b]}]}]"), "Gt takes one whole number"),
+        (
+            "nodeAffinity: {preferredDuringSchedulingIgnoredDuringExecution: [{weight: 0, preference: {}}]}",
+            "weight 0 is none from 1 to 100",
+        ),
+        (
+            "podAntiAffinity: {requiredDuringSchedulingIgnoredDuringExecution: [{topologyKey: ''}]}",
+            "topologyKey is empty",
+        ),
+        (
+            of_pods("{matchExpressions: [{key: a, operator: Lt, values: ['1']}]}"),
+            "operator Lt is none of In, NotIn, Exists, DoesNotExist",
+        ),
+    ],
+)
+def test_an_affinity_that_kubernetes_refuses_is_refused_by_the_chart_and_the_cluster_s_file(
+    affinity: str, problem: str, check_values: Draft7Validator
+) -> None:
+    values = {"affinity": yaml.safe_load(affinity)}
+    assert not check_values.is_valid(values)
+    with pytest.raises(UserError, match=problem):
+        parse_config(ClusterConfig, values, "cluster.yaml")
+
+
+def test_an_affinity_that_kubernetes_takes_is_taken(check_values: Draft7Validator) -> None:
+    values = {"affinity": yaml.safe_load(of_nodes("[{matchExpressions: [{key: a/b, operator: Gt, values: ['8']}]}]"))}
+    check_values.validate(values)
+    assert parse_config(ClusterConfig, values, "cluster.yaml").affinity == values["affinity"]
+
+
+@needs_helm
+def test_steps_with_an_identity_of_the_cloud_reach_what_gives_it_out_and_others_do_not() -> None:
+    for secret, is_open in (("", True), ("keys", False)):
+        (policy,) = [item for item in render("--set", f"s3.existingSecret={secret}") if item["kind"] == "NetworkPolicy"]
+        blocks = [peer["ipBlock"]["cidr"] for rule in policy["spec"]["egress"] for peer in rule.get("to", [])]
+        assert ("169.254.0.0/16" in blocks) is is_open
 
 
 @needs_helm
@@ -377,7 +443,15 @@ def test_helm_refuses_wrong_values(setting: str, message: str) -> None:
 
 @needs_helm
 def test_a_list_that_is_null_is_empty() -> None:
-    names = ("extraEnv", "extraVolumes", "tolerations", "gpu.tolerations", "gpu.nodeSelector", "networkPolicy.hubPorts")
+    names = (
+        "config",
+        "extraEnv",
+        "extraVolumes",
+        "tolerations",
+        "gpu.tolerations",
+        "gpu.nodeSelector",
+        "networkPolicy.hubPorts",
+    )
     options = ("trainingRuntime.enabled=true", *(f"{name}=null" for name in names))
     found = steps(workflows(render("--set", ",".join(options)))["finetune"])
     assert not found["train-qlora"]["tolerations"]

@@ -342,6 +342,8 @@ def test_what_kfp_s_pods_do_not_have_is_for_argo_and_refused_for_kfp(
         ("mounts: [{path: /x}]", "give one of config_map, secret and claim"),
         ("mounts: [{path: /x, claim: a, secret: b}]", "give one of config_map, secret and claim"),
         ("tolerations: [{keys: x}]", "unknown key 'tolerations.0.keys'"),
+        ("env: {HTTPS_PROXY: 'http://me:secret@proxy'}", "the password in HTTPS_PROXY would be written out"),
+        ("mounts: [{path: /var/run/argo, secret: a}]", "/var/run/argo is mounted already"),
         ("affinity: {nodeAfinity: {}}", "'affinity': Kubernetes would read {} of it"),
         ("affinity: {nodeAffinity: {preferred: []}}", "'affinity': Kubernetes would read"),
         ("affinity: {nodeAffinity: 5}", "'affinity"),

@@ -249,7 +249,7 @@ of several nodes has a TrainJob compute, and needs little itself. */}}
 {{- $values.store -}}
 {{- else if eq $name "gpus" -}}
 {{- $values.gpu.count -}}
-{{- else if hasKey $values.config $name -}}
+{{- else if hasKey ($values.config | default dict) $name -}}
 {{- $value := index $values.config $name -}}
 {{- if kindIs "map" $value }}{{ toJson $value | replace "{{" "\\u007b\\u007b" }}{{ else }}{{ $value }}{{ end -}}
 {{- else if and (eq $name "preflight") $values.gpu.memoryGiB -}}
