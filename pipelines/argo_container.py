@@ -38,10 +38,11 @@ from finemill.runtime.images import IMAGE_VARIABLE
 from finemill.transport import TEXT_MARK
 
 # 75: preempted, or a service out of reach. 143: ended by SIGTERM before the step could answer. 137: killed, by a node
-# that goes down or for its memory; the second would only happen again. -1: evicted, or a node that was lost.
+# that goes down or for its memory. -1: evicted, or a node that was lost. What took more memory or disk than its limit
+# would only do so again; what was evicted because its node had none left may find another.
 RETRY_EXPRESSION = (
-    "lastRetry.status == 'Error' || asInt(lastRetry.exitCode) in [75, 143, -1] || "
-    "(asInt(lastRetry.exitCode) == 137 && !(lastRetry.message contains 'OOMKilled'))"
+    "lastRetry.status == 'Error' || (asInt(lastRetry.exitCode) in [75, 137, 143, -1] && "
+    "!(lastRetry.message matches 'OOMKilled|exceed(s|ed) (the|its local)'))"
 )
 _CPU_LIMIT = EnvVarSource(resource_field_ref=ResourceFieldSelector(container_name="main", resource="limits.cpu"))
 OUTPUT_FILE = "/tmp/finemill-output/reference"

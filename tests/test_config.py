@@ -82,6 +82,12 @@ def test_yes_and_no_are_no_numbers(values: dict[str, object], key: str) -> None:
     assert parse_config(Numbers, {"verbose": True, "rank": 2}, "c.yaml").verbose is True
 
 
+@pytest.mark.parametrize("values", [{"rank": 10**30}, {"layer": {"rank": -(2**63) - 1}}, {"sizes": [1, 2**63]}])
+def test_whole_numbers_beyond_64_bits_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="a whole number beyond 9223372036854775807: give a smaller one"):
+        parse_config(Numbers, values, "c.yaml")
+
+
 class Size(StepConfig):
     cpu: str = "1"
 

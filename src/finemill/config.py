@@ -34,7 +34,17 @@ class StepConfig(BaseModel):
             raise ValueError("true, false, yes, no, on and off are no number: give a number")
         return value
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _refuse_beyond_64_bits(cls, value: Any) -> Any:
+        """Python counts on where files, tensors and other languages end."""
+        numbers = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(number, int) and abs(number) > _LARGEST for number in numbers):
+            raise ValueError(f"a whole number beyond {_LARGEST}: give a smaller one")
+        return value
 
+
+_LARGEST = 2**63 - 1
 _brief = Repr()
 """Shows a value in a few words, however large what a file's anchors expand to is."""
 _brief.maxstring = _brief.maxother = 80

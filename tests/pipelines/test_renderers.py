@@ -2,6 +2,7 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 import finemill
 from finemill.cli import main
+from finemill.pipelines.argo_container import RETRY_EXPRESSION
 from finemill.pipelines.catalog import PIPELINES
 from finemill.pipelines.graph import SMALL, Task
 from finemill.transport import unpack
@@ -42,6 +44,31 @@ def test_both_engines_get_the_same_steps_edges_parameters_conditions_retries_and
     assert set(kfp) == set(argo) == {task.name for task in PIPELINES[name].tasks}
     for task in kfp:
         assert kfp[task] == argo[task], task
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "message", "again"),
+    [
+        ("Error", -1, "pod deleted", True),  # its node was drained, or is gone
+        ("Failed", 75, "main: Error (exit code 75)", True),  # and it had time for a checkpoint
+        ("Failed", 143, "main: Error (exit code 143)", True),
+        ("Failed", 137, "main: Error (exit code 137)", True),
+        ("Failed", 137, "The node was low on resource: memory. Threshold quantity: 100Mi, available: 50Mi. ", True),
+        ("Failed", -1, "The node was low on resource: ephemeral-storage. ", True),
+        ("Failed", 137, "main: OOMKilled (exit code 137)", False),
+        ("Failed", 137, "Pod ephemeral local storage usage exceeds the total limit of containers 64Gi. ", False),
+        ("Failed", 143, 'Container main exceeded its local ephemeral storage limit "64Gi". ', False),
+        ("Failed", -1, 'Usage of EmptyDir volume "shared-memory" exceeds the limit "2Gi". ', False),
+        ("Failed", 2, "main: Error (exit code 2)", False),
+        ("Failed", 1, "main: Error (exit code 1)", False),
+    ],
+)
+def test_argo_tries_again_what_may_pass_elsewhere(status: str, exit_code: int, message: str, again: bool) -> None:
+    """The messages are the kubelet's and Argo's, the expression's language is Python's but for its signs."""
+    spelled = RETRY_EXPRESSION.replace("||", "or").replace("&&", "and").replace("!(", "not (")
+    spelled = re.sub(r"lastRetry\.message matches ('[^']*')", r"re.search(\1, lastRetry.message)", spelled)
+    last = SimpleNamespace(status=status, exitCode=str(exit_code), message=message)
+    assert bool(eval(spelled, {"re": re, "asInt": int, "lastRetry": last})) is again
 
 
 def test_the_cluster_s_settings_reach_both_engines(tmp_path: Path) -> None:

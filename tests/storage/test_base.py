@@ -35,3 +35,9 @@ def test_a_file_s_address_has_no_query_and_no_fragment() -> None:
 def test_an_empty_address_is_refused(uri: str) -> None:
     with pytest.raises(UserError, match="address is empty"):
         normalize_uri(uri)
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/%00x", "a\0b"])
+def test_an_address_with_a_nul_is_refused(uri: str) -> None:
+    with pytest.raises(UserError, match="holds a NUL character"):
+        normalize_uri(uri)

@@ -34,7 +34,9 @@ def normalize_uri(uri: str) -> str:
 
 
 def local_path(uri: str) -> Path:
-    """The path of a file URI, or of a plain path."""
+    """The path of a file URI, or of a plain path. Raises: UserError: it holds a NUL character."""
+    if "\0" in uri or (uri.startswith("file:") and "%00" in uri):
+        raise UserError(f"{uri!r:.200} holds a NUL character, which no file's name has: correct the address")
     if not uri.startswith("file:"):
         return Path(uri)
     # Nothing in a file's address is a query or a fragment: `#` and `?` are characters of its name.
