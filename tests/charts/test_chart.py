@@ -124,6 +124,9 @@ def test_the_pipelines_are_the_compiled_ones_but_for_the_release_s_own_values() 
                 step["podSpecPatch"] = json.loads(step["podSpecPatch"])
                 step["metadata"]["labels"].pop("app.kubernetes.io/instance", None)
                 step["nodeSelector"] = step.get("nodeSelector") or {}
+            for parameter in item["spec"]["arguments"]["parameters"]:
+                if parameter["name"] == "preflight":
+                    parameter["value"] = json.loads(parameter["value"])  # 30 is 30.0
             item["spec"]["serviceAccountName"] = ""
         assert by_name(template["spec"]["volumes"]) == by_name(compiled["spec"]["volumes"])
         assert steps(template) == steps(compiled)
@@ -210,7 +213,7 @@ def test_configuration_reaches_the_parameters() -> None:
     assert parameters["base_model"]["value"] == "hf://Qwen/Qwen3-0.6B@abc"
     assert json.loads(parameters["train_qlora"]["value"]) == {"lora_r": 32}
     parameters = by_name(workflows(render("--set", "gpu.memoryGiB=24"))["finetune"]["spec"]["arguments"]["parameters"])
-    assert json.loads(parameters["preflight"]["value"]) == {"gpu_memory_gib": 24}
+    assert json.loads(parameters["preflight"]["value"]) == {"gpu_memory_gib": 24, "host_memory_gib": 30}
 
 
 @needs_helm
@@ -432,6 +435,7 @@ def test_steps_with_an_identity_of_the_cloud_reach_what_gives_it_out_and_others_
         ("schedule.enabled=true,schedule.cron=0 3 30\\,31 FEB ?", "a day that its months do not have"),
         ("schedule.enabled=true,schedule.cron=0 3 31 4\\,6 *", "a day that its months do not have"),
         ("gpu.queuePriority=high", "name it in gpu.queue"),
+        ("gpu.sharedMemory=32Gi", "gpu.sharedMemory counts into resources.gpu.memory"),
         ("gpu=null", "gpu: null is no section"),
         ("images.train=null", "images.train: null is no section"),
         ("images.cpu.repository=null", "images.cpu.repository names no image"),

@@ -136,6 +136,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- if not (or .Values.serviceAccount.create .Values.serviceAccount.name) -}}
 {{- fail "serviceAccount.create is false: name the one to use in serviceAccount.name" -}}
 {{- end -}}
+{{- with include "finemill.hostGiB" . -}}
+{{- if le (float64 .) 0.0 -}}
+{{- fail "gpu.sharedMemory counts into resources.gpu.memory: give less of the one, or more of the other" -}}
+{{- end -}}
+{{- end -}}
 {{- if and .Values.gpu.queuePriority (not .Values.gpu.queue) -}}
 {{- fail "gpu.queuePriority is about the pods of a queue: name it in gpu.queue" -}}
 {{- end -}}
@@ -241,7 +246,17 @@ of several nodes has a TrainJob compute, and needs little itself. */}}
 {{- toYaml $step -}}
 {{- end }}
 
-{{/* The value of a pipeline's parameter: dict "root" $ "parameter" the entry of the pipeline's own arguments. */}}
+{{/* GiB of a GPU step's memory beside its shared memory, where both are given in Gi; else nothing. */}}
+{{- define "finemill.hostGiB" -}}
+{{- $whole := toString .Values.resources.gpu.memory -}}
+{{- $shared := toString .Values.gpu.sharedMemory -}}
+{{- if and (regexMatch "^[0-9.]+Gi$" $whole) (regexMatch "^[0-9.]+Gi$" $shared) -}}
+{{- subf (trimSuffix "Gi" $whole) (trimSuffix "Gi" $shared) -}}
+{{- end -}}
+{{- end }}
+
+{{/* The value of a pipeline's parameter: dict "root" $ "parameter" the entry of the pipeline's own arguments "trains" whether
+one of its steps does. */}}
 {{- define "finemill.parameter" -}}
 {{- $values := .root.Values -}}
 {{- $name := .parameter.name -}}
@@ -252,8 +267,16 @@ of several nodes has a TrainJob compute, and needs little itself. */}}
 {{- else if hasKey ($values.config | default dict) $name -}}
 {{- $value := index $values.config $name -}}
 {{- if kindIs "map" $value }}{{ toJson $value | replace "{{" "\\u007b\\u007b" }}{{ else }}{{ $value }}{{ end -}}
-{{- else if and (eq $name "preflight") $values.gpu.memoryGiB -}}
-{{- toJson (dict "gpu_memory_gib" $values.gpu.memoryGiB) -}}
+{{- else if eq $name "preflight" -}}
+{{- $memory := dict -}}
+{{- with $values.gpu.memoryGiB -}}
+{{- $_ := set $memory "gpu_memory_gib" . -}}
+{{- end -}}
+{{- $host := include "finemill.hostGiB" .root -}}
+{{- if and .trains $host -}}
+{{- $_ := set $memory "host_memory_gib" (float64 $host) -}}
+{{- end -}}
+{{- toJson $memory -}}
 {{- else if hasKey .parameter "value" -}}
 {{- .parameter.value -}}
 {{- end -}}
