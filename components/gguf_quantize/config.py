@@ -40,7 +40,9 @@ Quantization = Annotated[
     BeforeValidator(_canonical),
 ]  # fmt: skip
 
-NEED_IMATRIX = frozenset({"Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"})
+NEED_IMATRIX = frozenset(
+    {"Q2_K_S", "IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"}
+)  # fmt: skip
 """Quantizations that llama.cpp does not write without an importance matrix."""
 
 _MAX_KL = {32: 0.01, 16: 0.01, 8: 0.02, 6: 0.05, 5: 0.2, 4: 0.5, 3: 1.0, 2: 3.0, 1: 5.0}
@@ -74,8 +76,8 @@ class GGUFQuantizeConfig(StepConfig):
 
     imatrix: bool = False
     """Weigh each input channel by how strongly the training rows excite it when rounding: smaller error on such text,
-    for a forward pass over `imatrix_rows` rows. Always so where a dynamic file, Q2_K_S or a type of one or two IQ bits
-    is written."""
+    for a forward pass over `imatrix_rows` rows. Always so where a dynamic file, Q2_K_S, IQ3_XS, IQ3_XXS or
+    a type of one or two IQ bits is written."""
 
     imatrix_rows: int = Field(default=64, ge=1)
     """Training rows that the channel weights, and the errors of dynamic files, come from."""

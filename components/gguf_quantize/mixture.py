@@ -16,10 +16,10 @@ from finemill.components.gguf_quantize.config import Quantization
 
 # When the row length is no multiple of 256, llama.cpp takes the type of 32 that is next in size.
 _FALLBACK = {
-    Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0, Type.TQ1_0: Type.Q4_0, Type.TQ2_0: Type.Q4_0,
+    Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0,
+    **dict.fromkeys((Type.Q2_K, Type.Q3_K, Type.TQ1_0, Type.TQ2_0), Type.Q4_0),
     **dict.fromkeys(
-        (Type.Q2_K, Type.Q3_K, Type.IQ1_S, Type.IQ1_M, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S,
-         Type.IQ4_XS),
+        (Type.IQ1_S, Type.IQ1_M, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S, Type.IQ4_XS),
         Type.IQ4_NL,
     ),
 }  # fmt: skip
@@ -71,7 +71,13 @@ def tensor_type(name: str, shape: tuple[int, ...], quantization: Quantization, m
     if len(shape) < 2 or name.endswith("_norm.weight") or "ffn_gate_inp" in name:
         return TensorType(Type.F32, Type.F32)
     wanted = _wanted(name, quantization, model)
-    return TensorType(_allowed(wanted, shape[-1]), wanted)
+    # The output matrix gets eight bits then, whichever K-quant it was to be.
+    stands_in = Type.Q6_K if wanted == Type.Q5_K and _is_output(name, model) and shape[-1] % 256 else wanted
+    return TensorType(_allowed(stands_in, shape[-1]), wanted)
+
+
+def _is_output(name: str, model: ModelShape) -> bool:
+    return name == "output.weight" or (model.ties_embeddings and name == "token_embd.weight")
 
 
 def _wanted(name: str, quantization: Quantization, model: ModelShape) -> Type:
@@ -80,7 +86,7 @@ def _wanted(name: str, quantization: Quantization, model: ModelShape) -> Type:
         return base
     if quantization == "MXFP4_MOE":
         return base if "_exps." in name else Type.Q8_0
-    if name == "output.weight" or (model.ties_embeddings and name == "token_embd.weight"):
+    if _is_output(name, model):
         return _output(quantization, base)
     if name == "token_embd.weight":
         return _embedding(quantization, base)
@@ -178,6 +184,8 @@ def _down(layer: int, quantization: Quantization, model: ModelShape) -> Type:
         return Type.Q5_K if layer < model.num_layers // 16 else Type.Q4_K
     if quantization in ("Q4_K_M", "Q5_K_M"):
         return Type.Q6_K if _matters_more(layer, model.num_layers) else _BASE[quantization]
+    if quantization == "IQ3_M" and model.num_experts == 8 and _matters_more(layer, model.num_layers):
+        return Type.Q4_K
     if quantization == "IQ3_XXS" and not model.has_imatrix:
         return Type.Q4_K if first else Type.Q3_K
     everywhere = {"Q2_K": Type.Q3_K, "Q2_K_L": Type.Q3_K, "Q3_K_L": Type.Q5_K}

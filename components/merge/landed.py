@@ -109,20 +109,22 @@ def _compare(expected: Part, found: torch.Tensor, dtype: torch.dtype) -> _Part:
         return _Part(holds=True)
     # Of new tokens nothing is subtracted.
     has_base = expected.base.shape == expected.shape
-    meant = change = lost = along = off = size = 0.0
+    meant = along = lost = off = size = 0.0
     for rows in slices(found.shape):
-        wanted, own = expected.rows(rows), found[rows].float()
-        base = expected.base[rows].float() if has_base else wanted
-        meant_rows, found_rows = wanted - base, own - base
+        wanted, own = expected.rows(rows), found[rows]
+        meant_rows = wanted - expected.base[rows].float() if has_base else torch.zeros_like(wanted)
+        lost_rows = own.float() - wanted
         meant += _square(meant_rows)
-        change += _square(found_rows)
-        along += _product(meant_rows, found_rows)
-        lost += _square(own - wanted)
-        off += _square(own - wanted.to(dtype).float())
+        along += _product(meant_rows, lost_rows)
+        lost += _square(lost_rows)
+        if not torch.equal(wanted.to(dtype), own):
+            off += _square(own.float() - wanted.to(dtype).float())
         size += _square(wanted)
+    # What is found is what was meant and what was lost.
+    change = math.sqrt(max(meant + 2 * along + lost, 0.0))
     # Also of a file with NaN.
-    holds = off <= (_TOLERANCE * math.sqrt(change) + _FLOAT32_STEP * math.sqrt(size)) ** 2
-    return _Part(holds, math.sqrt(meant), math.sqrt(change), math.sqrt(lost), along)
+    holds = off <= (_TOLERANCE * change + _FLOAT32_STEP * math.sqrt(size)) ** 2
+    return _Part(holds, math.sqrt(meant), change, math.sqrt(lost), meant + along)
 
 
 def _product(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -86,7 +86,7 @@ def _merge(
     check_tokens(tokenizer, merged.vocab_size or stored.num_tokens, adapter)
     context.recorder.log_progress("what base and adapter say to the probes")
     expected = logits_of(tuned, stored, prompts)
-    trained = _trained_base(base_model, addition, rounding, prompts, config, context)
+    trained = _trained_base(base_model, addition, rounding, prompts, expected, config, context)
     write_config(
         base_model,
         output_dir,
@@ -180,19 +180,24 @@ def _trained_base(
     addition: Addition,
     rounding: Rounding | None,
     prompts: Sequence[Sequence[int]],
+    expected: Sequence[torch.Tensor],
     config: MergeConfig,
     context: StepContext,
 ) -> list[ChainLink]:
     """How far the base is, under the adapter, from the base in 4 bits that was trained on; empty if there was none.
 
+    Args:
+        expected: logits of the one of the two that the adapter is added to.
     Raises: StepError: it is another model than the one that was trained.
     """
     if rounding is None:
         return []
-    context.recorder.log_progress("what the base in 4 bits that was trained on and the adapter say to the probes")
-    logits = []
-    for stored in (StoredModel(base_model, rounding), StoredModel(base_model)):
-        logits.append(logits_of(put_on(stored, addition, config)[0], stored, prompts))
+    is_unquantized = config.base == "unquantized"
+    what = "base in 4 bits that was trained on" if is_unquantized else "base itself"
+    context.recorder.log_progress(f"what the {what} and the adapter say to the probes")
+    stored = StoredModel(base_model, rounding if is_unquantized else None)
+    others = logits_of(put_on(stored, addition, config)[0], stored, prompts)
+    logits = (others, expected) if is_unquantized else (expected, others)
     link = link_of_logits(_ADDED_TO["unquantized"], _ADDED_TO["dequantized"], prompts, *logits)
     if not link.kl <= config.max_trained_base_kl:
         raise StepError(

@@ -1,10 +1,13 @@
+import ctypes
 import json
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from finemill.commands import libllama_quantize
 from finemill.commands.bench import execute
 
 
@@ -38,3 +41,33 @@ def test_merge_and_files_are_measured_part_by_part_beside_others_and_nothing_is_
         assert sum(result["parts_s"].values()) == pytest.approx(result["wall_s"])
         assert result["peak_gib"] > 0
     assert not list(folder.iterdir())
+
+
+def test_llama_cpps_library_is_asked_for_the_type_with_its_own_defaults_for_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[bytes, bytes, int, int, bytes]] = []
+
+    class Function:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __call__(self, *args: Any) -> Any:
+            if self.name.endswith("default_params"):
+                return libllama_quantize._Params(0, 8, tuple(range(252)) * 2)
+            if self.name.endswith("quantize"):
+                params = args[2]._obj
+                asked.append((args[0], args[1], params.threads, params.type, bytes(params.others)[:3]))
+            return 0
+
+    class Library:
+        def __init__(self, path: str) -> None:
+            self.path = path
+
+        def __getattr__(self, name: str) -> Function:
+            function = self.__dict__[name] = Function(name)
+            return function
+
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    assert libllama_quantize.main("libllama.so", "f16.gguf", "q4.gguf", "Q4_K_M", "3") == 0
+    assert asked == [(b"f16.gguf", b"q4.gguf", 3, 15, b"\0\1\2")]

@@ -1,5 +1,5 @@
 """`finemill bench export`: a model of a published shape with random weights, merged with an adapter, here and by PEFT,
-and quantized, here and by llama.cpp where its `llama-quantize` is on the PATH.
+and quantized, here and by llama.cpp's own quantizer: `llama-quantize` on the PATH, or a shared library of llama.cpp.
 
 Each in a process of its own, so that the peak of host memory is its alone; seconds are said per part. The step also
 compares what it wrote with base and adapter; PEFT's `merge_and_unload`, in the base's own type, does not.
@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 
+from finemill.commands import libllama_quantize
 from finemill.errors import StepError
 from finemill.kernels.planning.model_shapes import SHAPES, ModelShape
 from finemill.models.cores import available_cores
@@ -73,6 +75,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--folder", type=Path, help="disk that is measured; needs room for two models. Default: TMPDIR")
     parser.add_argument("--threads", type=int, help="CPU threads of torch. Default: its own choice")
     parser.add_argument("--alone", action="store_true", help="without PEFT, which holds the whole model in memory")
+    parser.add_argument(
+        "--libllama", type=Path, metavar="FILE", help="libllama*.so to quantize with where no llama-quantize is on the "
+        "PATH: @node-llama-cpp/linux-x64 on npm has one, and llama-cpp-py-sync on PyPI",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="an object per program instead of lines")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="finemill-bench-", dir=args.folder) as folder:
@@ -96,12 +102,20 @@ def _quantize(base: Path, folder: Path, args: argparse.Namespace) -> None:
     wall_s, peak_gib, parts = _measure(partial(_write_gguf, threads), base, base, written, args.threads)
     made = Export("finemill", "GGUF", args.shape, _size_gb(written), wall_s, peak_gib, parts)
     _print(made, as_json=args.json)
-    if (tool := shutil.which("llama-quantize")) and not args.alone:
+    if (tool := _llama_cpp(args.libllama)) and not args.alone:
         output = folder / "llama.cpp"
         output.mkdir()
         peak_gib, parts = _quantize_by_llama_cpp(tool, threads, written / f"{_TYPES[0]}.gguf", output)
         made = Export("llama.cpp", "GGUF", args.shape, _size_gb(output), sum(parts.values()), peak_gib, parts)
         _print(made, as_json=args.json)
+
+
+def _llama_cpp(library: Path | None) -> list[str]:
+    """The command of llama.cpp's quantizer; empty where there is none."""
+    if library:
+        return [sys.executable, "-m", libllama_quantize.__name__, str(library)]
+    tool = shutil.which("llama-quantize")
+    return [tool] if tool else []
 
 
 def _size_gb(folder: Path) -> float:
@@ -264,12 +278,12 @@ def _write_gguf(threads: int, base: Path, _adapter: Path, output: Path) -> dict[
     return clock.parts()
 
 
-def _quantize_by_llama_cpp(tool: str, threads: int, source: Path, output: Path) -> tuple[float, dict[str, float]]:
+def _quantize_by_llama_cpp(tool: list[str], threads: int, source: Path, output: Path) -> tuple[float, dict[str, float]]:
     """GiB at most, and seconds by type. Raises: StepError: the program fails."""
     clock, peak = _Clock(), 0
     for type_ in _TYPES[1:]:
         clock.log_progress(f"llama-quantize to {type_}")
-        command = [tool, str(source), str(output / f"{type_}.gguf"), type_, str(threads)]
+        command = [*tool, str(source), str(output / f"{type_}.gguf"), type_, str(threads)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -210,19 +210,34 @@ def test_every_mixture_is_llama_cpps(quantization: Quantization, name: str, expe
     assert tensor_type(name, (512, 512), quantization, model).type == expected
 
 
+@pytest.mark.parametrize(("layer", "expected"), [(0, Type.Q4_K), (1, Type.IQ3_S), (3, Type.Q4_K), (7, Type.Q4_K)])
+def test_beside_eight_experts_more_layers_of_iq3_m_have_four_bits(layer: int, expected: Type) -> None:
+    for part in ("ffn_down_exps", "ffn_down_shexp"):
+        name = f"blk.{layer}.{part}.weight"
+        assert tensor_type(name, (512, 512), "IQ3_M", ModelShape(8, 2, False, num_experts=8)).type == expected
+    name = f"blk.{layer}.ffn_down.weight"
+    of_dense = tensor_type(name, (512, 512), "IQ3_M", ModelShape(8, 2, False))
+    assert of_dense.type == (Type.Q4_K if layer == 0 else Type.IQ3_S)
+
+
 @pytest.mark.parametrize(
-    ("quantization", "expected"),
+    ("quantization", "expected", "of_output"),
     [
-        ("IQ2_XXS", Type.IQ4_NL),
-        ("Q3_K_S", Type.IQ4_NL),
-        ("Q5_K_S", Type.Q5_1),
-        ("Q6_K", Type.Q8_0),
-        ("TQ1_0", Type.Q4_0),
+        ("IQ2_XXS", Type.IQ4_NL, Type.Q8_0),
+        ("IQ3_XXS", Type.IQ4_NL, Type.Q8_0),
+        ("Q2_K", Type.Q4_0, Type.Q8_0),
+        ("Q3_K_S", Type.Q4_0, Type.Q8_0),
+        ("Q5_K_S", Type.Q5_1, Type.Q8_0),
+        ("Q6_K", Type.Q8_0, Type.Q8_0),
+        ("TQ1_0", Type.Q4_0, Type.Q8_0),
     ],
 )
-def test_rows_of_96_have_a_type_in_every_mixture(quantization: Quantization, expected: Type) -> None:
+def test_rows_of_96_have_llama_cpps_type_in_every_mixture(
+    quantization: Quantization, expected: Type, of_output: Type
+) -> None:
     model = ModelShape(16, heads_per_kv_head=1, ties_embeddings=False)
     assert tensor_type("blk.5.ffn_gate.weight", (512, 96), quantization, model).type == expected
+    assert tensor_type("output.weight", (512, 96), quantization, model).type == of_output
 
 
 def test_metadata_names_template_end_of_turn_and_pre_tokenizer(tiny_model_dir: Path, tmp_path: Path) -> None:
