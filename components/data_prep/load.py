@@ -15,7 +15,16 @@ from urllib.parse import urlsplit
 from finemill.artifacts.manifest import sha256_file
 from finemill.components.data_prep.config import DataPrepConfig, Source
 from finemill.components.data_prep.hub import snapshot_dataset
-from finemill.components.data_prep.read import COMPRESSIONS, FORMATS, Damaged, Row, UnreadRow, find_rows, is_data_file
+from finemill.components.data_prep.read import (
+    COMPRESSIONS,
+    FORMATS,
+    Damaged,
+    Row,
+    UnreadRow,
+    find_rows,
+    is_data_file,
+    split_pattern,
+)
 from finemill.errors import UserError
 from finemill.rows.shapes import KNOWN_COLUMNS
 from finemill.rows.speakers import known_name
@@ -229,8 +238,7 @@ def _select_files(files: dict[str, DataFile], source: Source) -> list[DataFile]:
     if source.name is not None:
         chosen = [name for name in chosen if source.name in name.split("/")[:-1]]
     if (split := split_name(source.split)) is not None:
-        word = re.compile(rf"(?:^|[/._-]){re.escape(split)}(?:[/._-]|$)", re.IGNORECASE)
-        chosen = [name for name in chosen if word.search(name)]
+        chosen = [name for name in chosen if split_pattern(split).search(name)]
     if not chosen:
         asked = "".join(f" of {key} '{getattr(source, key)}'" for key in ("name", "split") if getattr(source, key))
         found = ", ".join(sorted(files)[:8]) or "nothing"

@@ -123,6 +123,8 @@ def find_rows(
         if file_format == "text" and _is_json(lambda: _open_text(path, "surrogateescape")):
             file_format = "json"
     try:
+        if file_format not in ("json", "jsonl"):
+            _check_split(where, split)
         if file_format in ("parquet", "arrow"):
             yield from (UnreadRow(size, read) for size, read in find_table_rows(path, where, file_format))
             return
@@ -205,6 +207,7 @@ def _read_jsonl(open_file: Callable[[], TextIO], where: str, split: str | None) 
     if _is_wrapper(open_file):
         yield from _read_values(open_file, where, split)
         return
+    _check_split(where, split)
     with open_file() as file:
         for number, line in enumerate(_lines(file, where), start=1):
             if line.strip():
@@ -242,7 +245,10 @@ def _read_json(open_file: Callable[[], TextIO], where: str, split: str | None) -
 def _read_values(open_file: Callable[[], TextIO], where: str, split: str | None) -> Iterator[UnreadRow]:
     with open_file() as file:
         values = JsonValues(file, where)
-        found = values.items() if values.peek() == "[" else _unwrapped(values, where, split)
+        is_list = values.peek() == "["
+        if is_list:
+            _check_split(where, split)
+        found = values.items() if is_list else _unwrapped(values, where, split)
         passed = 0
         for number, value in enumerate(found, start=1):
             yield _found(_as_row(value, f"{where}, row {number}"), values.characters - passed)
@@ -288,12 +294,27 @@ def _unwrapped(values: JsonValues, where: str, split: str | None) -> Iterator[An
     if not values.peek() and (lists := split_lists(first)):
         yield from _of_split(lists, where, split)
         return
+    _check_split(where, split)
     if not values.peek() and (rows := squad_rows(first) or hub_rows(first) or _rows_in(first)):
         yield from rows
         return
     yield first
     while values.skip(",") or values.peek() == "{":
         yield values.value()
+
+
+def _check_split(where: str, split: str | None) -> None:
+    """Check a split that a file without splits is asked for: all its rows are `train`, as in `datasets`.
+
+    Raises: UserError: it is another one, and not the one that the file's name says.
+    """
+    if split is not None and split != "train" and not split_pattern(split).search(where):
+        raise UserError(f"{where}: no split '{split}' in it, and its name does not say so; leave split out")
+
+
+def split_pattern(split: str) -> re.Pattern[str]:
+    """How the path of a split's file says so: train.jsonl, train-00000-of-00002.parquet, train/x.csv."""
+    return re.compile(rf"(?:^|[/._-]){re.escape(split)}(?:[/._-]|$)", re.IGNORECASE)
 
 
 def _of_split(lists: Mapping[str, list[Any]], where: str, split: str | None) -> Iterator[Any]:

@@ -32,6 +32,24 @@ def test_a_file_with_a_list_for_each_split_has_the_rows_of_the_one_that_is_named
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.jsonl", json.dumps(ROW) + "\n" + json.dumps(ROW)),
+        ("rows.json", json.dumps([ROW])),
+        ("rows.json", json.dumps(ROW)),
+        ("rows.csv", "question,answer\n2+2?,4\n"),
+    ],
+)
+def test_a_file_without_splits_is_train_or_what_its_name_says(tmp_path: Path, name: str, text: str) -> None:
+    for path in (tmp_path / name, tmp_path / f"dev-{name}"):
+        path.write_text(text)
+    assert list(read_rows(tmp_path / name, split="train"))[:1] == [ROW]
+    assert list(read_rows(tmp_path / f"dev-{name}", split="dev"))[:1] == [ROW]
+    with pytest.raises(UserError, match=r"no split 'dev' in it, and its name does not say so; leave split out$"):
+        list(read_rows(tmp_path / name, split="dev"))
+
+
+@pytest.mark.parametrize(
     "text",
     [
         json.dumps({"version": "1", "train_sft": [ROW], "test_sft": [OTHER]}),
