@@ -270,6 +270,12 @@ class LoRATrainingConfig(StepConfig):
     resume: Literal["auto", "never", "must"] = "auto"
     """Continue from the newest checkpoint in the store: if there is one, never, or fail without one."""
 
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _is_a_word(cls, value: Any) -> Any:
+        """YAML, and with it a flag, reads `on` and `off` as truth values."""
+        return ("off", "on")[value] if isinstance(value, bool) else value
+
     @field_validator("target_modules", mode="before")
     @classmethod
     def _is_group_or_names(cls, value: Any) -> Any:

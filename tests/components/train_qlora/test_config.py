@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from finemill.artifacts.manifest import Producer
 from finemill.components.train_qlora.config import TrainQLoRAConfig
@@ -14,6 +15,11 @@ def output_key(**values: object) -> str:
 def test_how_it_is_checkpointed_does_not_change_where_output_and_checkpoints_are() -> None:
     assert output_key(resume="must", save_steps=3, save_total_limit=9) == output_key()
     assert output_key(seed=1) != output_key()
+
+
+@pytest.mark.parametrize(("written", "read"), [("on", "on"), ("off", "off"), ("'off'", "off"), ("auto", "auto")])
+def test_kernels_are_on_and_off_in_yaml_too(written: str, read: str) -> None:
+    assert parse_config(TrainQLoRAConfig, yaml.safe_load(f"kernels: {written}"), "file").kernels == read
 
 
 @pytest.mark.parametrize(
