@@ -37,15 +37,15 @@ def approve(config: ApproveConfig, uri: str) -> str:
 
 def signed(tag: str, by: str | None, why: str | None) -> dict[str, str]:
     """The tags that say when, by whom and why something was done; by this machine's user if nobody is named."""
-    reason = {tag + WHY: why} if why else {}
+    reason = {tag + WHY: _one_line(why)} if why else {}
     # The tag that counts comes last: a crash before it leaves nothing half done.
-    return {tag + BY: by or _user(), **reason, tag: datetime.now(UTC).isoformat(timespec="seconds")}
+    return {tag + BY: _one_line(by or _user()), **reason, tag: datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def signature(version: Version, tag: str) -> str | None:
     """When, by whom and why, as one phrase; None if it was not done."""
     when = version.tags.get(tag)
-    return f"on {when}{_who_and_why(version.tags, tag)}" if when else None
+    return _one_line(f"on {when}{_who_and_why(version.tags, tag)}") if when else None
 
 
 def read_model(command: str, uri: str, name: str) -> RegisteredModel:
@@ -59,6 +59,11 @@ def read_model(command: str, uri: str, name: str) -> RegisteredModel:
 def _who_and_why(tags: Mapping[str, str], tag: str) -> str:
     by, why = tags.get(tag + BY), tags.get(tag + WHY)
     return (f" by {by}" if by else "") + (f": {why}" if why else "")
+
+
+def _one_line(text: str) -> str:
+    """`text` without line breaks and control characters, which PostgreSQL does not take and a table does not show."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def _user() -> str:

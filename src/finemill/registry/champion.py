@@ -13,7 +13,7 @@ from typing import Any
 
 from finemill.artifacts.manifest import Manifest, Reference
 from finemill.errors import UserError, kind_of
-from finemill.registry.snapshot import EVALUATION_TAG, RegisteredModel, Version
+from finemill.registry.snapshot import ARTIFACT_TAG, EVALUATION_TAG, RegisteredModel, Version
 from finemill.runtime.context import StepContext
 from finemill.runtime.processes import step_arguments
 from finemill.storage.store import fetch_artifact, read_artifact
@@ -37,11 +37,11 @@ def comparable_evaluation(
 def _standing_evaluation(champion: Version, evaluation: Manifest, context: StepContext) -> Reference | None:
     """The one it was registered with, or one that was made for an earlier comparison."""
     test = _test_of(evaluation)
-    tagged = champion.tags.get(_tag(test))
-    for reference in (champion.artifact("evaluation"), Reference.parse(tagged) if tagged else None):
-        if reference is None:
+    for text in (champion.tags.get(f"{ARTIFACT_TAG}evaluation"), champion.tags.get(_tag(test))):
+        if not text:
             continue
         try:
+            reference = Reference.parse(text)
             manifest = fetch_artifact(reference)[1]
         except UserError as error:
             context.recorder.log_progress(f"an evaluation of the champion cannot be read: {error}")

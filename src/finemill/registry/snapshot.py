@@ -72,9 +72,12 @@ class Version:
     tags: Mapping[str, str]
 
     def artifact(self, port: str) -> Reference | None:
-        """The reference of one of the version's artifacts."""
+        """The reference of one of the version's artifacts. Raises: UserError: its tag holds none."""
         text = self.tags.get(f"{ARTIFACT_TAG}{port}")
-        return Reference.parse(text) if text else None
+        try:
+            return Reference.parse(text) if text else None
+        except UserError as error:
+            raise UserError(f"version {self.number} in the registry, tag {ARTIFACT_TAG}{port}: {error}") from None
 
     @property
     def artifacts(self) -> dict[str, str]:

@@ -368,6 +368,25 @@ def test_a_version_waits_for_approval_where_that_is_asked(folder_store: str, reg
     assert str(decision(result).approved).endswith(" by ann: read 20 answers")
 
 
+def test_a_reason_of_several_lines_stays_one(folder_store: str, registered: Line) -> None:
+    inputs = registered("one")
+    assert main(["approve", "1", "--by", "ann", "--why", "read\n20\x00answers"]) == 0
+    found = decision(promote(folder_store, inputs, require_approval=True))
+    assert str(found.approved).endswith(" by ann: read 20 answers")
+
+
+def test_a_champion_whose_tag_names_no_evaluation_is_named_or_scored_again(
+    tracking_uri: str, folder_store: str, registered: Line
+) -> None:
+    promote(folder_store, registered("one", loss=0.5))
+    client = MlflowClient(tracking_uri)
+    for port in ("evaluation", "adapter"):
+        client.set_model_version_tag("finemill", "1", f"finemill.artifact.{port}", "by hand")
+    with pytest.raises(UserError, match=r"version 1 in the registry, tag finemill\.artifact\.adapter: 'by hand' is no"):
+        promote(folder_store, registered("two", loss=0.4))
+    assert aliases() == {"champion": 1, "challenger": 2}
+
+
 def test_only_a_version_that_is_there_can_be_approved(registered: Line, capsys: Any) -> None:
     registered("one")
     assert main(["approve", "7"]) == 2
