@@ -34,6 +34,19 @@ def test_one_inside_is_refused_by_name_and_never_shown() -> None:
         ("{'Authorization': 'Bearer sk-SECRET', 'x': 1}", "{'Authorization': 'Bearer ***', 'x': 1}"),
         ("> Authorization: Basic dXNlcjpwYXNz", "> Authorization: Basic ***"),
         ("the authorization of the user failed", "the authorization of the user failed"),
+        ("host=db user=x password=pass dbname=y", "host=db user=x password=*** dbname=y"),
+        ('{"password": "pass", "x": 1}', '{"password": "***", "x": 1}'),
+        ("Server=db;PWD=pass;x", "Server=db;PWD=***;x"),
+        ("?odbc_connect=PWD%3Dpass", "?odbc_connect=PWD%3D***"),
+        ("AccountName=a;AccountKey=k3yk3yk3yk3y==;x", "AccountName=a;AccountKey=***;x"),
+        ("> X-Api-Key: k3yk3yk3yk3y", "> X-Api-Key: ***"),
+        ("Set-Cookie: sid=k3yk3yk3yk3y; Path=/", "Set-Cookie: sid=***; Path=/"),
+        ('{"access_token": "k3yk3yk3yk3y"}', '{"access_token": "***"}'),
+        ("https://x/#access_token=k", "https://x/#access_token=***"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMII\n-----END RSA", "-----BEGIN RSA PRIVATE KEY-----***-----END RSA"),
+        ("pad_token: <|im_end|>, max_new_tokens=2048", "pad_token: <|im_end|>, max_new_tokens=2048"),
+        ("secret: finemill-s3; bad password: check it", "secret: finemill-s3; bad password: check it"),
+        ("tokenizer: hf://Qwen/Qwen3-0.6B, pwd=/tmp", "tokenizer: hf://Qwen/Qwen3-0.6B, pwd=/tmp"),
     ],
 )
 def test_what_an_address_holds_is_cut_out(text: str, shown: str) -> None:
@@ -46,6 +59,27 @@ def test_the_environment_s_credentials_are_cut_out_however_they_are_spelled(monk
     monkeypatch.setenv("HF_TOKEN", "abc")
     text = "finemill: key a/b+c=SECRET, a%2Fb%2Bc%3DSECRET, a/b%2Bc%3DSECRET abc"
     assert without_credentials(text) == "finemill: key ***, ***, *** abc"
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "a%2fb%26%22%5cc%3cd12",
+        'a/b&\\"\\\\c<d12',
+        "a/b&amp;&quot;\\c&lt;d12",
+        "bWU6YS9iJiJcYzxkMTI=",
+        'a/b&"\\c<d1',
+        "a/b&",
+    ],
+)
+def test_a_secret_is_cut_out_as_libraries_spell_it_and_where_its_text_was_cut(
+    spelled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an address, in JSON, in a page, in a header, without its end; of a few characters alone nobody can tell."""
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", 'a/b&"\\c<d12')
+    shown = spelled if len(spelled) < 10 else "***"
+    assert without_credentials(f"near {spelled}") == f"near {shown}"
 
 
 @pytest.mark.parametrize(("key_id", "secret"), [("minioadmin", False), ("AKIAIOSFODNN7EXAMPLE", True)])

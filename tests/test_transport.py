@@ -1,5 +1,6 @@
 import base64
 import json
+import zlib
 from typing import Any
 
 import pytest
@@ -38,7 +39,13 @@ def test_nothing_that_an_engine_would_change_is_left_for_kfp() -> None:
     assert unpack(pack_for_kfp("s3://b/$(NAME)")) == "s3://b/$(NAME)"
 
 
-@pytest.mark.parametrize("text", ["packed:", "packed:????", "packed:" + base64.b64encode(b"no zlib").decode()])
+DEEP = zlib.compress(b"[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["packed:", "packed:????", *(f"packed:{base64.b64encode(data).decode()}" for data in (b"no zlib", DEEP))],
+)
 def test_what_cannot_be_unpacked_is_one_line(text: str) -> None:
     with pytest.raises(UserError, match="cannot be unpacked"):
         unpack({"system_prompt": text})

@@ -1,9 +1,12 @@
 """Credentials from the environment: as they were meant, and never in a text that is shown or kept."""
 
+import json
 import os
 import re
+from base64 import b64encode
 from collections.abc import Iterator, MutableMapping
-from urllib.parse import quote
+from html import escape
+from urllib.parse import quote, quote_plus
 
 from finemill.errors import UserError
 
@@ -30,6 +33,8 @@ _SHORTEST = 6
 """Length in characters of the shortest value that is looked for in texts: a shorter one is part of any word."""
 _SHORTEST_KEY_ID = 16
 """The same of an access key's id, which on a server of one's own is a user's name, `minio` or the bucket's."""
+_SHORTEST_PART = 10
+"""Length in characters of the shortest beginning of a secret that is looked for."""
 _SECRET_NAME = re.compile(
     r"(SECRET|TOKEN|PASSWORD|PASSWD|CONNECTION_STRING|(API|ACCESS|ACCOUNT|PRIVATE|SECRET|STORAGE)_?KEY)$", re.IGNORECASE
 )
@@ -39,10 +44,23 @@ _SHORTEST_OF_OTHERS = 12
 # `user:password@` in a URI; the password may hold `/` and `@`, where what follows the colon is no port.
 _USER = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s@:]+:(?!\d+/)[^\s@]*@)")
 _QUERY = re.compile(
-    r"([?&;][\w.%-]*(?:sig|signature|token|secret|password|passwd|pwd|auth|key|accesskeyid|credential)=)"
+    r"([?&;#][\w.%-]*(?:sig|signature|token|secret|password|passwd|pwd|auth|key|accesskeyid|credential)=)"
     r"[^&;\s'\"<>]+",
     re.IGNORECASE,
 )
+_NAMED = re.compile(
+    r"""((?:pass(?:word|wd|phrase)|\bpwd|secret(?:[_-]?access)?[_-]?key|client[_-]?secret)"""
+    r"""(?:['"]?(?:\s*=\s*|%3D)['"]?|['"]\s*:\s*['"]?|:(?=\S)))[^\s'",;&/][^\s'",;&]*""",
+    re.IGNORECASE,
+)
+"""Pattern of a password behind its name, as a library shows its settings, and of what is only ever a secret."""
+_NAMED_KEY = re.compile(
+    r"""((?:pass(?:word|wd|phrase)|token|secret|jwt|cookie|session|sid|signature|(?:api|access|account|secret)[_-]?key)"""
+    r"""['"]?\s*[:=]\s*['"]?(?:\w+=)?)(?=[^\s'",;&]*\d)(?=[^\s'",;&]*[A-Za-z])[\w+/.~=-]{12,}""",
+    re.IGNORECASE,
+)
+"""The same of names that other things have, too: what follows has to look like a key, letters and digits."""
+_PRIVATE_KEY = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?=-----END|\Z)", re.DOTALL)
 _HEADER = re.compile(r"((?:Invalid|Illegal) header value )b?(['\"]).*?\2")
 _AUTHORIZATION = re.compile(
     r"(authorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token)\s+)?)[^\s'\",;]+", re.IGNORECASE
@@ -76,11 +94,32 @@ def credential_in(text: str) -> str | None:
 def without_credentials(text: str) -> str:
     """The text without the values of credentials in the environment, and without those inside of URIs."""
     for _, value in (*_known_secrets(), *_other_secrets()):
-        for spelling in {value, quote(value, safe=""), quote(value), repr(value)[1:-1]}:
+        for spelling in _spellings(value):
             text = text.replace(spelling, "***")
+        text = _without_beginning(text, value)
     text = _USER.sub("", text)
-    for pattern in (_QUERY, _AUTHORIZATION, _HEADER):
+    for pattern in (_QUERY, _AUTHORIZATION, _HEADER, _NAMED, _NAMED_KEY, _PRIVATE_KEY):
         text = pattern.sub(r"\1***", text)
+    return text
+
+
+def _spellings(value: str) -> set[str]:
+    """A secret as libraries write it into addresses, JSON, pages, Python's texts and headers, the longest first."""
+    quoted = (quote(value, safe=""), quote(value), quote_plus(value))
+    lower = (re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), text) for text in quoted)
+    as_json = (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])
+    as_python = (repr(value)[1:-1], repr(value.encode())[2:-1])
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    header = b64encode(f"{user}:{value}".encode()).decode()
+    return {value, *quoted, *lower, *as_json, *as_python, escape(value), escape(value, quote=False), header}
+
+
+def _without_beginning(text: str, value: str) -> str:
+    """The text without what is left of a secret where somebody has cut the text."""
+    for length in range(len(value) - 1, _SHORTEST_PART - 1, -1):
+        if value[:_SHORTEST_PART] not in text:
+            break
+        text = text.replace(value[:length], "***")
     return text
 
 

@@ -72,7 +72,7 @@ def _unpack(text: str) -> Any:
         if not data.eof:
             raise ValueError("not whole, or too large")
         return json.loads(unpacked)
-    except (ValueError, zlib.error):
+    except (ValueError, RecursionError, zlib.error):
         raise UserError(f"'{text[:40]}' cannot be unpacked: give the value itself, as JSON") from None
 
 
