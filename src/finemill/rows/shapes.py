@@ -68,6 +68,12 @@ _TOOLS = (
     *("function_definitions", "tools_json", "apis", "tool_config"),
 )
 _CONTEXT = ("input", "context", "contexts", "passage", "document", "background", "schema", "article", "paragraph")
+# Columns of what was found for a question, where they hold texts.
+_FOUND = (
+    *("story", "documents", "passages", "ctxs", "retrieved_documents", "retrieved_contexts", "retrieved_passages"),
+    *("knowledge", "support"),
+)
+_FOUND_TEXTS = ("text", "content", "passage", "passage_text", "page_content", "body")
 _HISTORY = (
     *("history", "chat_history", "conversation_history", "dialogue_history", "dialog_history", "message_history"),
     *("previous_turns", "previous_messages", "past_messages", "prior_turns"),
@@ -385,6 +391,9 @@ def _is_dialogue(turns: list[Turn] | None) -> bool:
 def _is_chat(row: Reader, name: str) -> bool:
     value = row.peek(name)
     texts = isinstance(value, list) and all(isinstance(turn, str) for turn in value)
+    if texts and row.has("question") and row.has("answer", "label") and row.peek("question") not in value:
+        # They are what is asked about.
+        return False
     # Texts under `turns` are MT-bench's questions; under `data` they alone are a chat, objects may be rows.
     return (
         texts is (name == "data") and chat_turns(value) is not None
@@ -557,6 +566,8 @@ def _asked(row: Reader, columns: tuple[str, ...], answer: str | None = None) -> 
     if question.strip().lower() in _PLACEHOLDERS:
         raise DroppedRowError("empty_turn", column)
     names = [*_CONTEXT]
+    if column == "question":
+        names += [name for name in ("dialogue", "dialog", "conversation") if _passages(row.peek(name))]
     if column == "instruction":
         names += [name for name in _BESIDE_INSTRUCTION if not _repeats(row, name, question, answer)]
     context = _beside(row, [n for n in names if n not in (column, answer) and not (history and n == "context")])
@@ -577,6 +588,8 @@ def _beside(row: Reader, names: Sequence[str]) -> str:
     """The text that a question is about, in the first of these columns that holds one."""
     name = next(filter(row.has, names), None)
     if name is None:
+        name = next((n for n in _FOUND if isinstance(row.peek(n), str) or _passages(row.peek(n))), None)
+    if name is None or not row.has(name):
         return ""
     # A list under `input` may be anything.
     passages = [] if name == "input" else _passages(row.peek(name))
@@ -586,8 +599,31 @@ def _beside(row: Reader, names: Sequence[str]) -> str:
 
 
 def _passages(value: Any) -> list[str]:
-    """The texts of a list that is one of passages, as retrieval gives them; none for any other value."""
-    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else []
+    """The texts of passages as retrieval gives them, in a list or by column; none for any other value."""
+    if isinstance(value, Mapping):
+        return _passages_by_column(value)
+    if not isinstance(value, list) or turn_list(value):
+        return []
+    if all(isinstance(item, Mapping) for item in value):
+        texts = [next((item[key] for key in _FOUND_TEXTS if isinstance(item.get(key), str)), "") for item in value]
+        titled = [
+            f"{item['title']}\n{text}" if item.get("title") else text for item, text in zip(value, texts, strict=True)
+        ]
+        return titled if all(texts) else []
+    return value if all(isinstance(item, str) for item in value) else []
+
+
+def _passages_by_column(value: Mapping[str, Any]) -> list[str]:
+    """HotpotQA's titles and sentences; PubMedQA's and MS MARCO's lists of texts."""
+    titles, sentences = value.get("title"), value.get("sentences")
+    if isinstance(titles, list) and isinstance(sentences, list) and len(titles) == len(sentences):
+        if all(isinstance(s, list) and all(isinstance(part, str) for part in s) for s in sentences):
+            return [f"{title}\n{''.join(parts)}" for title, parts in zip(titles, sentences, strict=True)]
+        return []
+    texts: list[Any] = next(
+        (value[key] for key in ("contexts", "passage_text", "texts") if isinstance(value.get(key), list)), []
+    )
+    return texts if all(isinstance(text, str) for text in texts) else []
 
 
 def _turns(row: Reader, column: str, value: Any) -> list[Message]:
@@ -760,7 +796,8 @@ def _after(asked: list[Message], answer: list[Message]) -> list[Message]:
 def _from_multiple_choice(row: Reader) -> Conversation:
     """The choices by letter under the question; the answer is a letter, or the letters of several."""
     choices = read_choices(row)
-    context = _beside(row, [name for name in _CONTEXT if name != choices.column])
+    names = [*_CONTEXT, *(name for name in ("dialogue", "dialog", "conversation") if _passages(row.peek(name)))]
+    context = _beside(row, [name for name in names if name != choices.column])
     messages = [
         _user("\n\n".join(filter(None, (context, choices.asked)))),
         assistant(choices.answer, _row_thinking(row, choices.answer)),
@@ -835,7 +872,18 @@ SHAPES: Mapping[str, Shape] = {
 }
 """Every known shape by name, the more specific before the more general."""
 
-_OTHERS = (*_CHATS, *_TEXTS, *_SYSTEM, *_TOOLS, *_CONTEXT, *_FINAL, *CORRECT_COLUMNS, *_ROW_THINKING, *_HISTORY)
+_OTHERS = (
+    *_CHATS,
+    *_TEXTS,
+    *_SYSTEM,
+    *_TOOLS,
+    *_CONTEXT,
+    *_FOUND,
+    *_FINAL,
+    *CORRECT_COLUMNS,
+    *_ROW_THINKING,
+    *_HISTORY,
+)
 KNOWN_COLUMNS = frozenset(
     (
         *(name for shape in SHAPES.values() for name in shape.main),
