@@ -204,7 +204,8 @@ def test_a_base_in_4_bits_with_layers_in_16_is_covered(short_model_dir: Path, tm
 
 
 def test_experts_without_adapters_stay_frozen(device: str) -> None:
-    model, batch = make_model(MIXTURES["qwen3_moe"](), device, target_modules=["q_proj", "v_proj"]), make_batch(device)
+    config = Qwen3MoeConfig(**{**QWEN3_MOE, "num_hidden_layers": 2})
+    model, batch = make_model(config, device, target_modules=["q_proj", "v_proj"]), make_batch(device)
     expected = loss_and_grads(model, batch)
     engine_of(model)
     assert_same(loss_and_grads(model, batch), expected)
@@ -356,7 +357,7 @@ def test_micro_batches_of_both_forwards_add_up(device: str) -> None:
 
 def test_rank_stabilized_scaling_and_partial_targets(device: str) -> None:
     settings = {"use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"v_proj": 2}}
-    config = FAMILIES["llama"]()
+    config = LlamaConfig(**{**SIZES, "num_hidden_layers": 2})
     plain, batch = make_model(config, device, **{**settings, "rank_pattern": {}}), make_batch(device)
     expected = loss_and_grads(plain, batch)
     assert accelerate_model(plain).active

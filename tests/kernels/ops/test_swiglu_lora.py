@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from finemill.kernels.ops import swiglu_lora
+from finemill.kernels.ops.launch import INTERPRETED
 from finemill.kernels.ops.swiglu import swiglu_backward
 from finemill.kernels.ops.swiglu_lora import (
     _dya_partial,
@@ -95,14 +96,16 @@ def test_gate_and_up_get_what_the_pass_for_them_alone_gives(
     torch.testing.assert_close(run(inputs, 1.0, pitched)[0], expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-30)
 
 
-@pytest.mark.parametrize("shape", [(540, 256, 16), (33, 600, 16), (3000, 384, 32)])
+@pytest.mark.parametrize("shape", [(140 if INTERPRETED else 540, 256, 16), (33, 600, 16), (3000, 384, 32)])
 def test_runs_repeat_bit_for_bit_wherever_the_partial_sums_lie(
     shape: tuple[int, int, int], dtype: torch.dtype, device: str, pitched: Callable[..., torch.Tensor]
 ) -> None:
     inputs = make(shape, dtype, device)
     # Rows of dh that start at odd multiples of two bytes have no room for fp32, nor can Hopper's kernel address them.
     on_hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-    for pads in ((64, 64, 128), (63, 63, 61)) if on_hopper else ((64, 64, 63),):
+    # The interpreter runs one program after another: there only the place of the sums could make a difference.
+    elsewhere = ((64, 63),) if INTERPRETED else ((64, 64, 63),)
+    for pads in ((64, 64, 128), (63, 63, 61)) if on_hopper else elsewhere:
         first, *others = (run(inputs, 2.0, pitched, pad) for pad in pads)
         for other in others:
             for left, right in zip(first, other, strict=True):
