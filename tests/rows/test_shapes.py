@@ -221,24 +221,6 @@ def test_a_list_of_passages_beside_a_question_is_its_context_and_no_conversation
     assert messages_of(row) == pair("Who?\n\nA letter.\n\nB wrote it.", "B")
 
 
-@pytest.mark.parametrize(
-    ("found", "text"),
-    [
-        ([{"title": "Mail", "text": "A letter."}, {"text": "B wrote it."}], "Mail\nA letter.\n\nB wrote it."),
-        ({"title": ["Mail", "B"], "sentences": [["A ", "letter."], ["B."]]}, "Mail\nA letter.\n\nB\nB."),
-        ({"contexts": ["A letter.", "B."], "labels": ["x"]}, "A letter.\n\nB."),
-    ],
-)
-def test_passages_may_have_titles_and_columns(found: Any, text: str) -> None:
-    for column in ("context", "passages"):
-        assert messages_of({"question": "Who?", column: found, "answer": "B"}) == pair(f"Who?\n\n{text}", "B")
-
-
-def test_what_was_found_in_another_form_is_named_as_not_read() -> None:
-    conversation = read({"question": "Who?", "documents": [1, 2], "answer": "B"})
-    assert (conversation.messages, list(conversation.unread)) == (pair("Who?", "B"), ["documents"])
-
-
 def test_a_context_that_is_a_list_of_turns_stands_before_the_question() -> None:
     row = {"prompt": "b?", "completion": "B.", "context": pair("a?", "A.")}
     assert messages_of(row) == [*pair("a?", "A."), *pair("b?", "B.")]

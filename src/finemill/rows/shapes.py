@@ -15,6 +15,7 @@ from finemill.rows.choices import (
     offers_choices,
     read_choices,
 )
+from finemill.rows.context import CONTEXT_COLUMNS, FOUND_COLUMNS, passages_in, text_beside
 from finemill.rows.conversation import Conversation, checked
 from finemill.rows.learned import FLAGS, MARKS, check_excluded, excluded_turns, read_label
 from finemill.rows.rankings import RANKED_COLUMNS, Answer, ranked_answers, ranks_answers
@@ -67,13 +68,6 @@ _TOOLS = (
     *("tools", "functions", "available_tools", "available_functions", "tool_list", "function_list", "tool_definitions"),
     *("function_definitions", "tools_json", "apis", "tool_config"),
 )
-_CONTEXT = ("input", "context", "contexts", "passage", "document", "background", "schema", "article", "paragraph")
-# Columns of what was found for a question, where they hold texts.
-_FOUND = (
-    *("story", "documents", "passages", "ctxs", "retrieved_documents", "retrieved_contexts", "retrieved_passages"),
-    *("knowledge", "support"),
-)
-_FOUND_TEXTS = ("text", "content", "passage", "passage_text", "page_content", "body")
 _HISTORY = (
     *("history", "chat_history", "conversation_history", "dialogue_history", "dialog_history", "message_history"),
     *("previous_turns", "previous_messages", "past_messages", "prior_turns"),
@@ -154,8 +148,6 @@ _WORSE = (
     *("dispreferred_response", "non_preferred_output", "bad_response", "worse_response", "negative_response"),
 )
 _BETTER = frozenset(better for better, _ in _PREFERENCES)
-# What self-instruct and others write where there is no input.
-_NO_INPUT = ("<noinput>", "noinput", "no input", "n/a", "nan", "none", "null")
 # Columns of a question that another one beside them, the task, comes before.
 _BESIDE_INSTRUCTION = ("question", "query", "prompt", "problem")
 _PROMPTS = tuple(name for prompts, _ in _PAIRS.values() for name in prompts)
@@ -405,7 +397,7 @@ def _is_chat(row: Reader, name: str) -> bool:
 def _history(row: Reader) -> list[Message]:
     """Earlier turns beside a question: messages, or pairs of question and answer."""
     column = next(filter(row.has, _HISTORY), None)
-    if column is None and isinstance(row.peek("context"), list) and not _passages(row.peek("context")):
+    if column is None and isinstance(row.peek("context"), list) and not passages_in(row.peek("context")):
         column = "context" if chat_turns(row.peek("context")) else None
     if column is None:
         return []
@@ -565,12 +557,12 @@ def _asked(row: Reader, columns: tuple[str, ...], answer: str | None = None) -> 
     history, question = _history(row), as_text(value, column)
     if question.strip().lower() in _PLACEHOLDERS:
         raise DroppedRowError("empty_turn", column)
-    names = [*_CONTEXT]
+    names = [*CONTEXT_COLUMNS]
     if column == "question":
-        names += [name for name in ("dialogue", "dialog", "conversation") if _passages(row.peek(name))]
+        names += [name for name in ("dialogue", "dialog", "conversation") if passages_in(row.peek(name))]
     if column == "instruction":
         names += [name for name in _BESIDE_INSTRUCTION if not _repeats(row, name, question, answer)]
-    context = _beside(row, [n for n in names if n not in (column, answer) and not (history and n == "context")])
+    context = text_beside(row, [n for n in names if n not in (column, answer) and not (history and n == "context")])
     task = row.text(*_TASKS) if column in ("input", "inputs") else ""
     return [*history, _user("\n\n".join(filter(None, (task, question, context))))]
 
@@ -582,48 +574,6 @@ def _repeats(row: Reader, name: str, question: str, answer: str | None) -> bool:
         return False
     rendered = any(line.startswith("### ") for line in text.splitlines())
     return rendered or question.strip() in text or (isinstance(said, str) and is_prose(said) and said.strip() in text)
-
-
-def _beside(row: Reader, names: Sequence[str]) -> str:
-    """The text that a question is about, in the first of these columns that holds one."""
-    name = next(filter(row.has, names), None)
-    if name is None:
-        name = next((n for n in _FOUND if isinstance(row.peek(n), str) or _passages(row.peek(n))), None)
-    if name is None or not row.has(name):
-        return ""
-    # A list under `input` may be anything.
-    passages = [] if name == "input" else _passages(row.peek(name))
-    context = "\n\n".join(passages) or row.text(name)
-    row.get(name)
-    return "" if context.strip().lower() in _NO_INPUT else context
-
-
-def _passages(value: Any) -> list[str]:
-    """The texts of passages as retrieval gives them, in a list or by column; none for any other value."""
-    if isinstance(value, Mapping):
-        return _passages_by_column(value)
-    if not isinstance(value, list) or turn_list(value):
-        return []
-    if all(isinstance(item, Mapping) for item in value):
-        texts = [next((item[key] for key in _FOUND_TEXTS if isinstance(item.get(key), str)), "") for item in value]
-        titled = [
-            f"{item['title']}\n{text}" if item.get("title") else text for item, text in zip(value, texts, strict=True)
-        ]
-        return titled if all(texts) else []
-    return value if all(isinstance(item, str) for item in value) else []
-
-
-def _passages_by_column(value: Mapping[str, Any]) -> list[str]:
-    """HotpotQA's titles and sentences; PubMedQA's and MS MARCO's lists of texts."""
-    titles, sentences = value.get("title"), value.get("sentences")
-    if isinstance(titles, list) and isinstance(sentences, list) and len(titles) == len(sentences):
-        if all(isinstance(s, list) and all(isinstance(part, str) for part in s) for s in sentences):
-            return [f"{title}\n{''.join(parts)}" for title, parts in zip(titles, sentences, strict=True)]
-        return []
-    texts: list[Any] = next(
-        (value[key] for key in ("contexts", "passage_text", "texts") if isinstance(value.get(key), list)), []
-    )
-    return texts if all(isinstance(text, str) for text in texts) else []
 
 
 def _turns(row: Reader, column: str, value: Any) -> list[Message]:
@@ -796,8 +746,11 @@ def _after(asked: list[Message], answer: list[Message]) -> list[Message]:
 def _from_multiple_choice(row: Reader) -> Conversation:
     """The choices by letter under the question; the answer is a letter, or the letters of several."""
     choices = read_choices(row)
-    names = [*_CONTEXT, *(name for name in ("dialogue", "dialog", "conversation") if _passages(row.peek(name)))]
-    context = _beside(row, [name for name in names if name != choices.column])
+    names = [
+        *CONTEXT_COLUMNS,
+        *(name for name in ("dialogue", "dialog", "conversation") if passages_in(row.peek(name))),
+    ]
+    context = text_beside(row, [name for name in names if name != choices.column])
     messages = [
         _user("\n\n".join(filter(None, (context, choices.asked)))),
         assistant(choices.answer, _row_thinking(row, choices.answer)),
@@ -877,8 +830,8 @@ _OTHERS = (
     *_TEXTS,
     *_SYSTEM,
     *_TOOLS,
-    *_CONTEXT,
-    *_FOUND,
+    *CONTEXT_COLUMNS,
+    *FOUND_COLUMNS,
     *_FINAL,
     *CORRECT_COLUMNS,
     *_ROW_THINKING,
