@@ -271,6 +271,12 @@ def _not_in_llama_cpp(model: SourceModel) -> Iterator[str]:
     without_bias = (gguf.MODEL_ARCH.QWEN3, gguf.MODEL_ARCH.QWEN3MOE, *GEMMA)
     if model.architecture in without_bias and config.get("attention_bias"):
         yield "attention_bias true is not supported; llama.cpp has no biases in this family"
+    heads = int(config["num_attention_heads"])
+    if model.architecture == gguf.MODEL_ARCH.QWEN2 and model.head_dim * heads != config["hidden_size"]:
+        yield (
+            f"{heads} heads of width {model.head_dim} are not supported: llama.cpp wants hidden_size "
+            f"({config['hidden_size']}) shared out among them in this family"
+        )
     if model.num_experts:
         yield from _experts_not_in_llama_cpp(model)
     if model.architecture in GEMMA:

@@ -136,8 +136,8 @@ def _in_block(part: str, layer: int, quantization: Quantization, model: ModelSha
     # Beside eight large experts, attention is so small that more bits cost next to nothing.
     if model.num_experts == 8 and part in ("attn_v", "attn_k"):
         return Type.Q8_0
-    if model.num_experts == 8 and part == "attn_output" and quantization in _WITH_EIGHT_EXPERTS:
-        return Type.Q5_K
+    if model.num_experts == 8 and part == "attn_output":
+        return Type.Q5_K if quantization in _WITH_EIGHT_EXPERTS else base
     if part == "attn_v":
         return _value(layer, quantization, model)
     if part == "ffn_down":

@@ -107,24 +107,21 @@ def _compare(expected: Part, found: torch.Tensor, dtype: torch.dtype) -> _Part:
         return _Part(holds=False, lost=math.inf)
     if expected.is_base and torch.equal(expected.base.to(dtype), found):
         return _Part(holds=True)
-    # Of new tokens nothing is subtracted.
-    has_base = expected.base.shape == expected.shape
     meant = along = lost = off = size = 0.0
     for rows in slices(found.shape):
-        wanted, own = expected.rows(rows), found[rows]
-        meant_rows = wanted - expected.base[rows].float() if has_base else torch.zeros_like(wanted)
-        lost_rows = own.float() - wanted
-        meant += _square(meant_rows)
-        along += _product(meant_rows, lost_rows)
-        lost += _square(lost_rows)
-        if not torch.equal(wanted.to(dtype), own):
-            off += _square(own.float() - wanted.to(dtype).float())
+        wanted, change = expected.changed_rows(rows)
+        missed = found[rows].float() - wanted
+        meant += _square(change)
+        along += _product(change, missed)
+        lost += _square(missed)
         size += _square(wanted)
+        if not torch.equal(rounded := wanted.to(dtype), found[rows]):
+            off += _square(found[rows].float() - rounded.float())
     # What is found is what was meant and what was lost.
-    change = math.sqrt(max(meant + 2 * along + lost, 0.0))
+    norm = math.sqrt(max(meant + 2 * along + lost, 0.0))
     # Also of a file with NaN.
-    holds = off <= (_TOLERANCE * change + _FLOAT32_STEP * math.sqrt(size)) ** 2
-    return _Part(holds, math.sqrt(meant), change, math.sqrt(lost), meant + along)
+    holds = off <= (_TOLERANCE * norm + _FLOAT32_STEP * math.sqrt(size)) ** 2
+    return _Part(holds, math.sqrt(meant), norm, math.sqrt(lost), meant + along)
 
 
 def _product(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -41,10 +41,19 @@ class Part:
 
     def rows(self, which: slice) -> torch.Tensor:
         """Some of them, float32."""
+        return self.changed_rows(which)[0]
+
+    def changed_rows(self, which: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Some of them, float32, and how they differ from the base: of new tokens' rows, not at all."""
         if self.whole is not None:
-            return self.whole[which].float()
-        base = self.base[which].float()
-        return base if self.delta is None else base + self.delta(which)
+            rows = self.whole[which].float()
+            is_new = self.base.shape != self.whole.shape
+            return rows, torch.zeros_like(rows) if is_new else rows - self.base[which].float()
+        rows = self.base[which].float()
+        if self.delta is None:
+            return rows, torch.zeros_like(rows)
+        change = self.delta(which)
+        return rows + change, change
 
 
 def slices(shape: Sequence[int]) -> Iterator[slice]:
@@ -368,7 +377,8 @@ def _by_expert(stack: Any) -> list[Callable[[slice], torch.Tensor]]:
 
 
 def _delta(b: torch.Tensor, a: torch.Tensor, scaling: float) -> Callable[[slice], torch.Tensor]:
-    return lambda rows: scaling * (b[rows] @ a)
+    scaled = scaling * b
+    return lambda rows: scaled[rows] @ a
 
 
 def _delta_of_peft(module: Any) -> Callable[[slice], torch.Tensor]:

@@ -220,6 +220,14 @@ def test_beside_eight_experts_more_layers_of_iq3_m_have_four_bits(layer: int, ex
     assert of_dense.type == (Type.Q4_K if layer == 0 else Type.IQ3_S)
 
 
+@pytest.mark.parametrize(("quantization", "expected"), [("Q3_K_L", Type.Q3_K), ("Q3_K_M", Type.Q5_K)])
+def test_beside_eight_experts_attention_has_its_output_matrix_as_in_llama_cpp(
+    quantization: Quantization, expected: Type
+) -> None:
+    model = ModelShape(8, 2, False, num_experts=8)
+    assert tensor_type("blk.3.attn_output.weight", (512, 512), quantization, model).type == expected
+
+
 @pytest.mark.parametrize(
     ("quantization", "expected", "of_output"),
     [
@@ -440,6 +448,7 @@ LLAMA_3 = {
     ("values", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"head_dim": 64}, r"4 heads of width 64 are not supported: llama\.cpp wants hidden_size \(96\)"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "the weights are quantized"),
         ({"rope_parameters": {**YARN, "attention_factor": 1.0}}, r"YaRN's attention_factor 1\.0 is not supported"),
         ({"rope_parameters": {**YARN, "beta_fast": 4.0}}, r"YaRN's beta_fast 4\.0"),
