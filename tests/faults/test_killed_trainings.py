@@ -1,4 +1,6 @@
-"""A training is killed at any moment, between its checkpoints and within one: it ends in the same adapter."""
+"""A training is killed at any moment, between its checkpoints and within one, or its node is drained: it ends in the
+same adapter.
+"""
 
 import multiprocessing
 import os
@@ -39,6 +41,8 @@ TRAININGS: dict[str, tuple[int, str, list[str]]] = {
 LIBRARIES = ["finemill.cli", "finemill.components.train_qlora.step", "finemill.components.train_dpo.step"]
 LIBRARIES += ["bitsandbytes", "mlflow"]
 KILLS_PER_TRAINING = 10
+GRACE_S = 30
+"""What Kubernetes gives a pod between SIGTERM and SIGKILL when its node is drained."""
 
 
 def train(arguments: list[str], folder: Path) -> None:
@@ -59,14 +63,26 @@ def forks() -> ForkServerContext:
     return context
 
 
-def ended(context: ForkServerContext, arguments: list[str], folder: Path, after_s: float | None = None) -> float:
-    """Train until the end, or kill it after a while. Returns: seconds."""
+def ended(
+    context: ForkServerContext,
+    arguments: list[str],
+    folder: Path,
+    after_s: float | None = None,
+    *,
+    drained: bool = False,
+) -> float:
+    """Train until the end, or kill it after a while, as Kubernetes does where its node is drained. Returns: seconds."""
     began = time.monotonic()
     process = context.Process(target=train, args=(arguments, folder))
     process.start()
     process.join(after_s)
     if after_s is None:
         assert process.exitcode == 0, (folder / "stderr").read_text()
+    elif drained:
+        process.terminate()
+        process.join(GRACE_S)
+        # 75 with a checkpoint, SIGTERM's own before there is anything to keep: both are tried again on Argo.
+        assert process.exitcode in (0, 75, -signal.SIGTERM), (folder / "stderr").read_text()
     else:
         process.kill()
         process.join()
@@ -109,6 +125,6 @@ def test_a_training_that_is_killed_ends_in_the_same_adapter(
         folder = folder_of(f"killed-{left}")
         for _ in range(min(left, KILLS_PER_TRAINING)):
             left -= 1
-            ended(forks, arguments, folder, rng.uniform(0.1, took))
+            ended(forks, arguments, folder, rng.uniform(0.1, took), drained=rng.random() < 0.3)
         ended(forks, arguments, folder)
         assert adapter(folder) == expected
