@@ -13,6 +13,7 @@ from finemill.rows.answers import final_answer
         ("5+3 = 8, and half of that is 4.", "4"),
         ("They have 5+3 = 8 apples but need 12.", "12"),
         ("She buys 2*4 = 8 eggs for $24.", "24"),
+        ("They have 5*3 = 15 in the red box and 3 in the blue box.", "3"),
         ("That is 10*3 = 30 miles.\nIn 6 hours he walks 5 of them.", "5"),
     ],
 )

@@ -22,11 +22,12 @@ _REALS = re.compile(
     r"(?:\s*(?:\\setminus|\\backslash|-|except)\s*(?:\\?\{)?\s*(?P<without>[^{}\\]+?)\s*(?:\\?\})?)?",
     re.IGNORECASE,
 )
-_UNEQUAL = re.compile(r"[A-Za-z]\s*(?:\\neq?(?![A-Za-z])|!=)\s*(?P<without>[^=<>,]+)")
+_UNEQUAL = re.compile(r"[A-Za-z]\s*(?:\\neq?(?![A-Za-z])|!=)\s*(?P<without>[^=<>]+)")
 _ABSOLUTE = re.compile(
     r"(?:\||\\lvert\s*)\s*[A-Za-z]\s*(?:(?P<minus>[-+])\s*(?P<centre>[\d./]+)\s*)?(?:\||\\rvert)"
     rf"\s*(?P<sign>{_BELOW}|{_ABOVE})\s*(?P<edge>[^<>=|]*[^<>=|\s])\s*"
 )
+_VARIABLE = re.compile(r"[A-Za-z]|\\(?:theta|alpha|beta|gamma|phi|varphi|lambda|mu|omega)")
 _EITHER = re.compile(r"\s*(?:\\text\{\s*or\s*\}|\\lor(?![A-Za-z])|\bor\b|\u2228)\s*")
 # `\{x \mid x > 2\}`: the values of a letter for which an inequality holds.
 _BUILT = re.compile(
@@ -102,7 +103,7 @@ def _of_inequality(text: str) -> str | None:
 
 
 def _is_variable(text: str) -> bool:
-    return re.fullmatch(r"[A-Za-z]", text.strip()) is not None
+    return _VARIABLE.fullmatch(text.strip()) is not None
 
 
 def _is_strict(sign: str) -> bool:

@@ -19,6 +19,7 @@ _WITHOUT = r"\\(?:setminus|backslash)(?![A-Za-z])|\\(?=\s+\\?\{|\\\{)|-(?=\s*\\?
 _AND = r"(?:\\text\{\s*)?\b(?:and|but)\b(?:\s*\})?"
 _ALL_HOLD = rf",\s*{_AND}|,|{_AND}|\\land(?![A-Za-z])"
 _RELATION = re.compile(r"[<>]|\\(?:[lg](?:eq?|t)|neq?)(?![A-Za-z])|!=")
+_REAL = re.compile(r"[A-Za-z]\s*\\in\s*\\mathbb\s*\{?R\}?")
 _INTERVAL = re.compile(r"[\[(].*[\])]", re.DOTALL)
 # What is no tuple, list or set of points.
 _EVIDENT = re.compile(rf"{_UNION}|{_INTERSECTION}|{_WITHOUT}|\\infty|^\[[^\[\]]*\)$|^\([^()]*\]$|{_RELATION.pattern}")
@@ -59,10 +60,12 @@ def same_region(gold: str, said: str, order: Order) -> bool | None:
 
 
 def _read(text: str) -> _Region | None:
-    conditions = split_outside(text, _ALL_HOLD)
-    if len(conditions) > 1:
+    conditions = [part for part in split_outside(text, _ALL_HOLD) if not _REAL.fullmatch(part)]
+    if len(conditions) == 1:
+        text = conditions[0]
+    elif all(map(_RELATION.search, conditions)):
         letters = {letter for part in conditions for letter in re.findall(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", part)}
-        return _combined("all", conditions) if len(letters) == 1 and all(map(_RELATION.search, conditions)) else None
+        return _combined("all", conditions) if len(letters) == 1 else None
     text = as_interval(text) or text.strip()
     for kind, separator in (("union", _UNION), ("all", _INTERSECTION), ("without", _WITHOUT)):
         parts = split_outside(text, separator)

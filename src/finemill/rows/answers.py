@@ -116,8 +116,9 @@ _COPULA = (
         r"(?i)(?:^|[.!?\n:,]\s*)(?:(?:so|thus|therefore|hence|also|donc),?\s+)?(?:it|this|that|there|es|das|c['\u2019]"
         r"|(?:the|die|der|das|la|le|l['\u2019]|el|il)\s*[\w\s'-]{1,40}?)"
         r"(?:\s*(?:is|are|was|must be|will be|would be|should be|ist|war|est|était|es|è)\b|['\u2019]s\b)"
-        rf"\s+{_SAID}[.!*\s]*$"
+        rf"\s+{_SAID}(?:,\s+not\s[^.,\n]{{1,40}})?[.!*\s]*$"
     ),
+    re.compile(rf"(?:\s(?:\u2014|هي|هو)\s+{_SAID}|(?<!不)(?:是|は)\s*(?P<sign>[^\W\d_]{{1,12}}))[.!。*\s]*$"),
     re.compile(rf"(?i)\b(?:is|are|was|were)\s+(?!not\b|never\b)\w+\s+by\s+{_SAID}[.!*\s]*$"),
     # Jupiter is the largest planet.
     re.compile(
@@ -327,7 +328,8 @@ def _is_denied(text: str, span: Span) -> bool:
 
 
 def _is_reference(text: str, span: Span) -> bool:
-    return _REFERENCE.search(text[max(0, span.start - _LONGEST_MARK) : span.start]) is not None
+    named = _REFERENCE.search(text[max(0, span.start - _LONGEST_MARK) : span.start])
+    return named is not None and re.fullmatch(r"\(?\d+(?:\.\d+)*\)?", text[span.start : span.end]) is not None
 
 
 def _item_numbers(text: str) -> set[int]:
@@ -383,6 +385,8 @@ def _is_spelled(words: str) -> bool:
 def said_of_it(text: str) -> str | None:
     """What the last sentence says that something is, or of what it speaks, in up to three words: `So it is Monday.`"""
     said = after_thinking(text)
-    match = _COPULA[0].search(said[-_LONGEST_SENTENCE:]) or _COPULA[1].search(said[-_LONGEST_SENTENCE:])
-    match = match or (_COPULA[2].fullmatch(said) if len(said) <= _LONGEST_SENTENCE else None)
-    return match["said"] if match else None
+    *anywhere, alone = _COPULA
+    matches = (pattern.search(said[-_LONGEST_SENTENCE:]) for pattern in anywhere)
+    match = next(filter(None, matches), None)
+    match = match or (alone.fullmatch(said) if len(said) <= _LONGEST_SENTENCE else None)
+    return next(filter(None, (match["said"], match.groupdict().get("sign"))), None) if match else None

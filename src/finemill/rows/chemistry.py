@@ -18,6 +18,9 @@ _SUBSTANCE = re.compile(rf"\d{{0,2}}{_BODY}(?:\*\d{{0,2}}{_BODY})?{_CHARGE}?")
 # What no word is: a number behind an element or a group, a charge, a capital behind a small letter.
 _CERTAIN = re.compile(rf"[A-Za-z)\]]\d|{_CHARGE}|[a-z][A-Z]")
 _ARROW = re.compile(r"\s*(?:-+>|=+>?|\\(?:long)?rightarrow|\\to(?![A-Za-z])|\\rightleftharpoons|\u2192|\u21cc)\s*")
+# Between substances, not the charge at one's end.
+_PLUS = re.compile(r"(?<=[\s\d}])\+(?=\s*[\\\dA-Z(\[])")
+_ATOM = re.compile(rf"(?P<name>{_ELEMENT})(?P<charge>\d[+-])")
 _STATE = re.compile(r"\((?:s|l|g|aq)\)")
 _WRAPPED = re.compile(r"\\(?:ce|mathrm|text|textrm|mathit|operatorname|rm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _SUB = r"(?:_?\{?\d{1,3}\}?)?"
@@ -44,7 +47,7 @@ def chemical_spelling(text: str) -> str | None:
     for _ in range(4):
         text = _WRAPPED.sub(r"\1", text)
     text = re.sub(r"\^\{([^{}]*)\}", lambda match: "^" + match[1].replace(" ", ""), text)
-    raw = [[part.strip() for part in re.split(r"(?<=[\s\d}])\+|\+(?=\s)", side)] for side in _ARROW.split(text)]
+    raw = [[part.strip() for part in _PLUS.split(side)] for side in _ARROW.split(text)]
     if any(re.search(r"[A-Za-z)\]]\s+\d", part) for side in raw for part in side):
         # CHF 10 is a sum of money.
         return None
@@ -53,7 +56,16 @@ def chemical_spelling(text: str) -> str | None:
         return None
     if len(sides) == 1 and len(sides[0]) > 1:
         return None
-    return " > ".join(" + ".join(re.sub(r"\^?(\d?)([+-])(\d?)$", r"^\1\3\2", part) for part in side) for side in sides)
+    return " > ".join(" + ".join(map(_with_charge, side)) for side in sides)
+
+
+def _with_charge(substance: str) -> str:
+    """A charge behind `^`, its number first: `Fe3+`, `Fe^+3` and `Fe^3+` are one, and so are `NH4+` and `NH4^+`."""
+    raised = re.sub(r"\^(\d?)([+-])(\d?)$", r"^\1\3\2", substance)
+    if raised != substance or "^" in substance or substance[-1] not in "+-":
+        return raised
+    atom = _ATOM.fullmatch(substance)
+    return f"{atom['name']}^{atom['charge']}" if atom else f"{substance[:-1]}^{substance[-1]}"
 
 
 def is_certain(spelling: str) -> bool:

@@ -44,10 +44,10 @@ _WORDS = frozenset(
 )
 _WORD = re.compile(r"(?P<gap>[\s-]*)(?P<word>[A-Za-z]+)(?![\w'\u2019])")
 _COUNTS = "|".join(word for word in [*_UNITS, *_TENS, "hundred", "thousand", "dozen"] if word not in ("zero", "one"))
+# With a capital it is part of a name: The Three Musketeers.
 _SPELLED_AT_END = re.compile(
     rf"(?<![\w-])(?P<said>(?:(?:minus|negative)\s+)?(?:an?\s+(?=hundred|thousand|dozen))?(?:{_COUNTS})(?:[\s-]+(?:{_COUNTS}|and|one))*(?![\w-])"
-    r"(?:\s+(?!and\b|or\b|of\b|more\s+than\b)[a-z]+){0,3})[.!*\s]*$",
-    re.IGNORECASE,
+    r"(?:\s+(?!and\b|or\b|of\b|more\s+than\b)[a-z]+){0,3})[.!*\s]*$"
 )
 _LONGEST_SPELLED = 120
 _AND_A_PART = re.compile(r"^(\d+)\s+and\s+(?:a|one)\s+(half|third|quarter)\b", re.IGNORECASE)

@@ -9,22 +9,23 @@ from collections.abc import Sequence
 from finemill.rows.formulas import Span
 
 _WORDS = r"(?:\s+[^\W\d]['\u2019\w-]*)"
+_NEAR = _WORDS.replace(r"\s+", r"\s+(?!(?:and|or)\b)")
 _OF = (
-    r"(?:after|for|in|of|from|per|every|each|at|on|by|during|within|between|with|before|across|among|until|that|to"
+    r"(?:after|for|in|of|off|from|per|every|each|at|on|by|during|within|between|with|before|across|among|until|that|to"
     r"|over|than|nach|pro|für|pour|par|après|dans|para|por|en|después|tras)"
 )
 _AMOUNT = r"\s+\$?\d[\d.,/]*(?:%|[A-Za-z]{1,3}\b|(?:-[A-Za-z]+)+)?"
 # Words between a result and a circumstance, `liters of water out of the 24 liters`; and one more, `and 4 packets`.
 _CIRCUMSTANCES = re.compile(
-    rf"{_WORDS}{{0,9}}?(?:\s+{_OF}{_WORDS}{{0,4}}(?<!\sto){_AMOUNT}|{_AMOUNT}\s+\w+\s+(?:from\s+now|ago|later|earlier))"
-    rf"(?:{_WORDS}{{0,6}}\s+(?:and|or|{_OF}){_WORDS}{{0,3}}(?<!\sto){_AMOUNT})*{_WORDS}{{0,12}}\s*[.!]?\s*",
+    rf"{_WORDS}{{0,9}}?(?:\s+{_OF}{_NEAR}{{0,4}}(?<!\sto){_AMOUNT}|{_AMOUNT}\s+\w+\s+(?:from\s+now|ago|later|earlier))"
+    rf"(?:{_WORDS}{{0,6}}\s+(?:and|or|{_OF}){_NEAR}{{0,3}}(?<!\sto){_AMOUNT}(?!\s+{_OF}\b))*{_WORDS}{{0,12}}\s*[.!]?\s*",
     re.IGNORECASE,
 )
 # A word that has something else be the result.
 _ANOTHER = re.compile(
     r"(?i)(?<!\bto\s)\b(?:is|are|was|were|be|becomes?|leaving|leaves|so|then|thus|therefore|but|however|needs?|gets?"
     r"|equals?|makes|(?:plus|minus|times)(?=\s+\$?\d)|half|twice|which|while|because|since|if|has|have|had|giving|gives"
-    r"|totals?|totall?ing|means|costs|takes|not|enough|ist|sind|est|sont|es|son)\b"
+    r"|total(?:s|\s+of)|totall?ing|means|costs|takes|not|enough|ist|sind|est|sont|es|son)\b"
 )
 # Eight eggs for $24: either may be asked for.
 _PRICE = re.compile(r"\b(?:for|at|costing)\W+\$")
