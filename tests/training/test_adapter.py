@@ -10,6 +10,8 @@ from transformers import (
     AutoTokenizer,
     DeepseekV3Config,
     Gemma3Config,
+    GPT2Config,
+    GptOssConfig,
     MixtralConfig,
     PretrainedConfig,
     Qwen2MoeConfig,
@@ -60,6 +62,21 @@ def test_modules_that_end_alike_are_not_trained_along(named: list[str], saved: l
     adapters = lora_config(tiny_model_dir, LoRATrainingConfig.model_validate({"modules_to_save": named}))
     assert adapters is not None
     assert adapters.modules_to_save == saved
+
+
+def test_the_embedding_of_another_family_is_tied_to_its_output_layer_too(tmp_path: Path) -> None:
+    """GPT-2 calls it wte, and has linear layers of a class of its own."""
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0)
+    config.save_pretrained(tmp_path)
+    settings = {"modules_to_save": ["wte"], "embedding_learning_rate": 1e-5, "target_modules": ["c_attn"]}
+    adapters = lora_config(tmp_path, LoRATrainingConfig.model_validate(settings))
+    assert adapters is not None
+    assert adapters.ensure_weight_tying
+    with torch.device("meta"):
+        model: Any = get_peft_model(AutoModelForCausalLM.from_config(config), adapters)
+    ends = model.get_base_model().transformer.wte, model.get_base_model().lm_head
+    embedding, output = (end.modules_to_save["default"].weight for end in ends)
+    assert embedding is output
 
 
 SIZES: dict[str, Any] = {
@@ -178,6 +195,13 @@ def test_a_model_that_is_trained_whole_opens_as_any_adapter(name: str, tiny_mode
     ids = torch.arange(8)[None]
     with torch.no_grad():
         torch.testing.assert_close(tuned(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_a_module_with_weights_beside_its_parts_cannot_be_trained_whole(tmp_path: Path) -> None:
+    """As attention of gpt-oss has its sinks; PEFT would not open what was saved."""
+    GptOssConfig(**SIZES, num_local_experts=4, head_dim=32).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be saved .* model\.layers\.0\.self_attn has weights beside"):
+        lora_config(tmp_path, LoRATrainingConfig(method="full"))
 
 
 def test_a_dense_base_has_no_routers(tiny_model_dir: Path) -> None:

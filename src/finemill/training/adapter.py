@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.pytorch_utils import Conv1D
 
 from finemill.artifacts.adapter import TrainingRecord, write_training
 from finemill.artifacts.four_bit import read_four_bit
@@ -21,12 +22,12 @@ from finemill.models.base.resolve import ResolvedBase
 from finemill.models.rope import RopeScaling
 from finemill.models.weights import read_header
 from finemill.training.adapter_card import write_adapter_card
-from finemill.training.config import LoRATrainingConfig
+from finemill.training.config import TABLES, LoRATrainingConfig
 from finemill.training.mixture import Mixture
 from finemill.training.whole_state import plain_names, trained_weights
 
-TABLES = ("embed_tokens", "lm_head")
-"""What embeddings and output layer are called."""
+_LAYERS = (nn.Linear, nn.Embedding, Conv1D)
+"""Layers that PEFT puts adapters on; GPT-2's linear layers are the last."""
 _GROUPS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "expert")}
 """What the module above the linear layers of a group is called."""
 
@@ -38,21 +39,25 @@ def lora_config(base_model: Path, config: LoRATrainingConfig, new_tokens: Sequen
         base_model: folder of the base.
         config: what is trained.
         new_tokens: ids whose rows of embedding and output matrix are trained.
-    Raises: UserError: a named module is none of the model in `base_model`.
+    Raises: UserError: a named module is none of the model in `base_model`, or PEFT cannot keep the whole of it.
     """
-    if config.method == "full":
-        return None
     model = _hollow_model(base_model)
+    if config.method == "full":
+        _check_whole(model)
+        return None
     mixture = Mixture.of(model)
     tied = model.config.get_text_config().tie_word_embeddings
     prefix = decoder_prefix(model)
     targets, experts = _target_modules(model, config, mixture, prefix), _target_parameters(config, mixture)
     modules = [*_modules_to_save(model, config), *_routers(config, mixture)]
+    if tied and not {"embed_tokens", "lm_head"} & set(modules) and any(name in TABLES for name in modules):
+        modules.append("lm_head")  # PEFT ties by these names
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights="gaussian" if config.init_lora_weights == "gaussian" else True,
@@ -64,6 +69,18 @@ def lora_config(base_model: Path, config: LoRATrainingConfig, new_tokens: Sequen
         # Else an embedding that is trained would leave its output matrix as it was.
         ensure_weight_tying=tied and any(_fits(name, table) for name in modules for table in TABLES),
     )
+
+
+def _check_whole(model: PreTrainedModel) -> None:
+    """Raises: UserError: a module has weights beside those of its parts, which PEFT cannot both keep."""
+    prefix = decoder_prefix(model)
+    names = [name.rpartition(".")[0] for name, _ in model.named_parameters() if name.startswith(prefix)]
+    for holder in dict.fromkeys(names):
+        if any(name.startswith(f"{holder}.") for name in names):
+            raise UserError(
+                f"method 'full' cannot be saved for this base: PEFT keeps modules whole, and {holder} has weights "
+                "beside those of its parts: use method 'lora'"
+            )
 
 
 def _token_tables(model: PreTrainedModel, modules: Sequence[str], new_tokens: Sequence[int]) -> dict[str, list[int]]:
@@ -109,7 +126,7 @@ def _target_modules(
         as long as another one fits something.
     """
     layers = {
-        name: isinstance(module, nn.Linear | nn.Embedding)
+        name: isinstance(module, _LAYERS)
         and module is not model.get_output_embeddings()
         and not mixture.is_router(name)
         for name, module in model.named_modules()

@@ -13,6 +13,9 @@ from finemill.models.rope import RopeScaling
 SHARDED = ("fsdp2", "zero2", "zero3")
 """Strategies that cut the model, or its optimizer, into shards."""
 
+TABLES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "embeddings")
+"""What families call embeddings and output layer."""
+
 _OF_ADAPTERS = (
     "lora_r",
     "lora_alpha",
@@ -319,10 +322,9 @@ class LoRATrainingConfig(StepConfig):
         if self.init_lora_weights == "loftq" and (self.bits != 4 or self.use_dora):
             raise ValueError("init_lora_weights 'loftq' needs a 4-bit base, and LoRA without use_dora")
         self._refuse(not self.train_router, "on frozen routers", router_aux_loss_coef="set train_router")
-        tables = self.method == "full" or {"embed_tokens", "lm_head"} & {
-            name.rpartition(".")[2] for name in self.modules_to_save
-        }
-        self._refuse(not tables, "on frozen embeddings", embedding_learning_rate="add embed_tokens to modules_to_save")
+        tables = [name for name in self.modules_to_save if name.rpartition(".")[2] in TABLES]
+        frozen = self.method != "full" and not tables
+        self._refuse(frozen, "on frozen embeddings", embedding_learning_rate="add embed_tokens to modules_to_save")
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from finemill.errors import UserError
 from finemill.kernels.planning.from_config import is_planned, workload_of_config
 from finemill.kernels.planning.planner import NoPlanError, least_bytes, plan_step, prefers_shards
 from finemill.kernels.planning.workload import Workload
-from finemill.training.config import SHARDED, LoRATrainingConfig
+from finemill.training.config import SHARDED, TABLES, LoRATrainingConfig
 from finemill.training.decoder import Decoder, UnknownDecoderError
 
 GIB = 2.0**30
@@ -73,7 +73,7 @@ def estimate_memory(model: Mapping[str, Any], config: LoRATrainingConfig) -> Mem
     )
     tables = shape.vocabulary * width * (1 if shape.tied else 2)
     nf4 = NF4_DOUBLE_BITS if config.bnb_4bit_use_double_quant else NF4_BITS
-    saved = sum(name.rpartition(".")[2] in ("embed_tokens", "lm_head") for name in config.modules_to_save)
+    saved = sum(name.rpartition(".")[2] in TABLES for name in config.modules_to_save)
     bits, trained = {4: nf4, 8: 8, 16: 16}[config.bits], adapters + saved * shape.vocabulary * width
     # bitsandbytes has nothing for a layer's experts in one parameter, of which the kernels' loader makes NF4.
     stack_bits = bits if config.bits == 4 and config.bnb_4bit_quant_type == "nf4" else 16

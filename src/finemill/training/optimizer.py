@@ -4,8 +4,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from finemill.training.adapter import TABLES
-from finemill.training.config import LoRATrainingConfig
+from finemill.training.config import TABLES, LoRATrainingConfig
 
 
 def set_learning_rates(trainer: Trainer, config: LoRATrainingConfig) -> None:
