@@ -2,7 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import boto3
 import pytest
@@ -19,7 +22,7 @@ from botocore.exceptions import (
 
 from finemill.artifacts.manifest import MANIFEST_NAME, Manifest, Producer, Reference, new_manifest
 from finemill.errors import TemporaryError, UserError
-from finemill.storage import s3
+from finemill.storage import lock, s3
 from finemill.storage.s3 import download_object, readable_errors, s3_client, split_uri
 from finemill.storage.store import fetch_artifact, hold_lock, publish_artifact, read_manifest, staging_folder
 from tests.storage.s3_proxy import Faults, RefusalError, flip, s3_proxy
@@ -341,3 +344,27 @@ def test_the_profile_s_addressing_style_is_kept(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     assert s3_client().meta.config.s3["addressing_style"] == "path"
     s3._client.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ({}, "what answered is no S3 server"),
+        ({"Contents": [{"Key": "prefix/a", "Size": 1}]}, "lists objects without 'LastModified'"),
+        ({"Contents": [{"Key": "prefix/a", "LastModified": datetime.now(UTC)}]}, "lists objects without 'Size'"),
+    ],
+)
+def test_an_answer_that_is_no_listing_is_one_line(
+    answer: dict[str, Any], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login page with 200 is read as an answer without fields."""
+    client = SimpleNamespace(get_paginator=lambda _: SimpleNamespace(paginate=lambda **_: [answer]))
+    monkeypatch.setattr(s3, "s3_client", lambda: client)
+    with pytest.raises(UserError, match=problem):
+        s3.list_files("s3://bucket/prefix")
+
+
+def test_a_lock_of_a_server_without_a_clock_is_one_line() -> None:
+    head = {"ResponseMetadata": {"HTTPHeaders": {}}, "LastModified": datetime.now(UTC)}
+    with pytest.raises(UserError, match="sends no Date"):
+        lock._age_s(head)

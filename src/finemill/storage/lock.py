@@ -104,8 +104,12 @@ def _head(client: Any, bucket: str, key: str) -> Any:
 
 
 def _age_s(head: Any) -> float:
+    """Seconds since the object was put. Raises: UserError: the server does not say what time it is."""
     from email.utils import parsedate_to_datetime
 
-    now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+    date = head["ResponseMetadata"]["HTTPHeaders"].get("date")
+    if date is None:
+        raise UserError("the S3 server, or a proxy before it, sends no Date, so nobody knows how old a lock is")
+    now = parsedate_to_datetime(date)
     age: float = (now - head["LastModified"]).total_seconds()
     return age

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
@@ -192,11 +192,23 @@ def list_files(uri: str) -> tuple[StoredFile, ...]:
     bucket, prefix = split_uri(f"{uri}/")
     with readable_errors(uri, "cannot be listed"):
         pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return tuple(
-            StoredFile(item["Key"].removeprefix(prefix), item["Size"], item["LastModified"])
-            for page in pages
-            for item in page.get("Contents", [])
-        )
+        return tuple(_stored_file(item, prefix) for page in pages for item in _listed(page, uri))
+
+
+def _listed(page: Mapping[str, Any], uri: str) -> list[dict[str, Any]]:
+    """The objects of a page. Raises: UserError: it is no listing, as what a login page is read as."""
+    items: list[dict[str, Any]] = page.get("Contents", [])
+    if not items and "IsTruncated" not in page and "KeyCount" not in page:
+        raise UserError(f"store {uri} cannot be listed: what answered is no S3 server: check AWS_ENDPOINT_URL")
+    return items
+
+
+def _stored_file(item: Mapping[str, Any], prefix: str) -> StoredFile:
+    """An object of a listing. Raises: UserError: its size or time is missing."""
+    try:
+        return StoredFile(item["Key"].removeprefix(prefix), item["Size"], item["LastModified"])
+    except KeyError as error:
+        raise UserError(f"the S3 server lists objects without {error}: check AWS_ENDPOINT_URL") from None
 
 
 def delete(uri: str) -> None:
