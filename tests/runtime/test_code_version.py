@@ -28,9 +28,13 @@ def digests(package: Path) -> dict[str, str]:
     return {name: code_digest(step, package) for name, step in STEPS.items()}
 
 
-def changed_by(package: Path, file: str) -> set[str]:
+@pytest.fixture(scope="module")
+def before(package: Path) -> dict[str, str]:
+    return digests(package)
+
+
+def changed_by(package: Path, file: str, before: dict[str, str]) -> set[str]:
     """The steps whose digest changes while a file of the package has another line."""
-    before = digests(package)
     path = package / file
     text = path.read_bytes()
     path.write_bytes(text + b"\n# another line\n")
@@ -64,9 +68,9 @@ def changed_by(package: Path, file: str) -> set[str]:
     ],
 )
 def test_what_a_step_imports_or_reads_changes_its_key(
-    package: Path, file: str, concerned: set[str], others: set[str]
+    package: Path, before: dict[str, str], file: str, concerned: set[str], others: set[str]
 ) -> None:
-    changed = changed_by(package, file)
+    changed = changed_by(package, file, before)
     assert changed >= concerned
     assert not changed & others
 
@@ -104,21 +108,20 @@ def test_what_a_step_imports_or_reads_changes_its_key(
         "components/eval/component.py",
     ],
 )
-def test_what_no_step_computes_with_changes_no_key(package: Path, file: str) -> None:
-    assert changed_by(package, file) == set()
+def test_what_no_step_computes_with_changes_no_key(package: Path, before: dict[str, str], file: str) -> None:
+    assert changed_by(package, file, before) == set()
 
 
-def test_chat_template_in_a_folder_of_data_changes_the_key(package: Path) -> None:
+def test_chat_template_in_a_folder_of_data_changes_the_key(package: Path, before: dict[str, str]) -> None:
     template = package / "components" / "chat_format" / "chat_templates" / "plain.jinja"
-    before = digests(package)
     write(package, {str(template.relative_to(package)): "{{ messages }}"})
     after = digests(package)
     shutil.rmtree(template.parent)
     assert {name for name in STEPS if before[name] != after[name]} == {"chat-format"}
 
 
-def test_key_does_not_depend_on_where_the_package_lies(package: Path) -> None:
-    assert digests(package) == digests(PACKAGE)
+def test_key_does_not_depend_on_where_the_package_lies(package: Path, before: dict[str, str]) -> None:
+    assert digests(package) == before == digests(PACKAGE)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +137,12 @@ def test_key_does_not_depend_on_where_the_package_lies(package: Path) -> None:
     ],
 )
 def test_version_of_a_library_changes_the_keys_of_steps_that_compute_with_it(
-    library: str, concerned: set[str], others: set[str], monkeypatch: pytest.MonkeyPatch
+    library: str,
+    concerned: set[str],
+    others: set[str],
+    before: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = digests(PACKAGE)
     monkeypatch.setattr(code_version, "version", lambda name: "99.0" if name == library else metadata.version(name))
     after = digests(PACKAGE)
     changed = {name for name in STEPS if before[name] != after[name]}
@@ -184,15 +190,15 @@ def test_imports_are_followed_however_they_are_written(tmp_path: Path) -> None:
             "    except ImportError:\n        match g:\n            case 1:\n                import finemill.rows.d\n",
             "rows/b.py": 'import_module("finemill.rows.e")\n',
             "rows/c.py": "import typing\nif typing.TYPE_CHECKING:\n    import finemill.rows.types\n"
-            "else:\n    import finemill.rows.f\n",
+            "else:\n    import finemill.rows.f\nif not typing.TYPE_CHECKING:\n    import finemill.rows.g\n",
             "rows/d.py": "from finemill import kernels\nimport finemill.kernels.ops\n",
             "kernels/ops/__init__.py": "",
             "kernels/ops/unused.py": "",
-            **{f"rows/{name}.py": "" for name in ("e", "f", "types", "unused", "of_package")},
+            **{f"rows/{name}.py": "" for name in ("e", "f", "g", "types", "unused", "of_package")},
         },
     )
     files, _ = closure(["finemill.components.step.step"], tmp_path)
-    rows = {"__init__", "a", "b", "c", "d", "e", "f", "of_package"}
+    rows = {"__init__", "a", "b", "c", "d", "e", "f", "g", "of_package"}
     assert set(files) == {"components/step/step.py", "kernels/ops/__init__.py"} | {f"rows/{name}.py" for name in rows}
 
 

@@ -19,6 +19,7 @@ from finemill.kernels.bench.data import ensure_checkpoint
 from finemill.kernels.bench.runs import Quantiles, ScaleRun, add_record_argument, header, record_runs
 from finemill.kernels.bench.step import check_device
 from finemill.kernels.planning.model_shapes import SHAPES
+from finemill.models.bitsandbytes_import import import_bitsandbytes
 from finemill.runtime.processes import run_in_processes
 
 STRATEGIES = ("ddp", "shard", "fsdp2", "zero2", "zero3")
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> int:
     """Run the benchmark. Returns: exit code."""
     args = _parse(argv)
     if RESULT_VARIABLE in os.environ:
+        import_bitsandbytes()
         from finemill.commands.bench_scale_run import measure
 
         measure(args)

@@ -133,10 +133,15 @@ def _statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
     """Every statement in `body`, however deep; expressions hold no imports."""
     for node in body:
         yield node
-        only_types = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        only_types = isinstance(node, ast.If) and _is_type_checking(node.test)
         for field in ("body", "handlers", "cases", "orelse", "finalbody"):
             if not (only_types and field == "body"):
                 yield from _statements(getattr(node, field, ()))
+
+
+def _is_type_checking(test: ast.expr) -> bool:
+    name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", None)
+    return name == "TYPE_CHECKING"
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
