@@ -33,6 +33,7 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a tot
         (torch.OutOfMemoryError(OUT_OF_MEMORY), UserError, r"GPU's memory is not enough \(CUDA .*79\.11 GiB\): lower"),
         (RuntimeError("CUDA error: out of memory"), UserError, "the GPU's memory is not enough"),
         (ProfileNotFound(profile="no"), UserError, r"profile \(no\) could not be found: correct the AWS"),
+        (UnicodeError("encoding with 'idna' codec failed"), UserError, "an address names no host"),
         (MemoryError(), UserError, "this machine's memory is not enough"),
         (RuntimeError("Could not determine home directory."), UserError, "there is no home folder: set HOME"),
         (ModuleNotFoundError("No module named 'kfp'", name="kfp"), UserError, r"pip install 'finemill\[pipelines\]'$"),

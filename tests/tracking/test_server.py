@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from finemill.errors import TemporaryError, UserError
 from finemill.registry.snapshot import read_registered_model
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact
-from finemill.tracking.server import check_reachable
+from finemill.tracking.server import check_reachable, find_experiment
 from finemill.tracking.settings import Tracking
 from tests.tracking.front import registry_front, write_certificate
 
@@ -174,6 +175,7 @@ def test_a_server_without_tls_is_not_asked_again(monkeypatch: pytest.MonkeyPatch
         "http://[::1",
         "http://",
         "http://host:80 /x",
+        "http://a..b:5000",
         "./mlruns",
         "arn:a:b",
         "sqlite:/x.db",
@@ -183,6 +185,17 @@ def test_a_server_without_tls_is_not_asked_again(monkeypatch: pytest.MonkeyPatch
 def test_what_is_no_server_is_named_with_its_variable(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=f"MLFLOW_REGISTRY_URI='{re.escape(uri)}' is no tracking server: give http"):
         ask(uri, monkeypatch)
+
+
+def test_a_driver_that_there_is_not_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"names a driver that is not there .*mysql.none.*correct MLFLOW_TRACKING"):
+        ask("mysql+none://host/db", monkeypatch)
+
+
+def test_an_answer_without_an_experiment_is_no_mlflow_s() -> None:
+    client: Any = SimpleNamespace(get_experiment_by_name=lambda _: SimpleNamespace(experiment_id=""))
+    with pytest.raises(UserError, match="what answers at http://gateway is not MLflow"):
+        find_experiment(client, Tracking("http://gateway"))
 
 
 @pytest.mark.parametrize("mark", "/?#")

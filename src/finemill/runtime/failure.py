@@ -45,6 +45,8 @@ def explain(error: Exception, place: Path | None = None) -> StepError | None:
         )
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return UserError("a file or folder has a name that is no UTF-8: rename it, or choose another --store")
+    if isinstance(error, UnicodeError) and "idna" in text:
+        return UserError(f"an address names no host ({text}): correct it")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         return UserError(f"this machine's memory is not enough ({text or 'MemoryError'}): use a larger one")
     if text.startswith("Could not determine home directory"):

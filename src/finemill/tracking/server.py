@@ -104,7 +104,7 @@ def _check_answers(uri: str) -> None:
             pass
     except (urllib.error.HTTPError, http.client.BadStatusLine):
         return
-    except http.client.InvalidURL:
+    except (http.client.InvalidURL, UnicodeError):  # a host's part that is empty, or longer than 63 characters
         raise _no_server(uri) from None
     except OSError as error:
         reason = getattr(error, "reason", error)
@@ -151,11 +151,25 @@ def open_client(uri: str, registry_uri: str | None = None) -> "MlflowClient":
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    with readable_errors(uri), _alone(uri), _alone(registry_uri or uri):
+    with readable_errors(uri), _known_driver(), _alone(uri), _alone(registry_uri or uri):
         client = MlflowClient(tracking_uri=uri, registry_uri=registry_uri or uri)
         if registry_uri and sqlite_path(registry_uri):
             client.search_registered_models(max_results=1)
     return client
+
+
+@contextmanager
+def _known_driver() -> Iterator[None]:
+    """Raises: UserError: SQLAlchemy has no driver of that name."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "NoSuchModuleError":
+            raise
+        raise UserError(
+            f"a database's address names a driver that is not there ({error}): correct {TRACKING_VARIABLE} or "
+            f"{REGISTRY_VARIABLE}"
+        ) from None
 
 
 @contextmanager
@@ -205,6 +219,11 @@ def find_experiment(client: "MlflowClient", tracking: Tracking) -> str:
             found = client.get_experiment_by_name(name)
     if found is None:
         raise UserError(f"MLflow experiment '{name}' was deleted: restore it, or set MLFLOW_EXPERIMENT_NAME to another")
+    if not found.experiment_id:
+        raise UserError(
+            f"what answers at {without_credentials(tracking.runs)} is not MLflow (an experiment without an id): "
+            f"correct {TRACKING_VARIABLE}"
+        )
     return str(found.experiment_id)
 
 
