@@ -11,7 +11,7 @@ import finemill
 PACKAGE = Path(finemill.__file__).parent
 # From the ground up. A folder imports from rows above its own; folders of one row do not know each other.
 LAYERS = (
-    ("errors",),
+    ("errors", "redaction"),
     ("config", "config_file", "credentials", "transport", "kernels.ops"),
     ("artifacts", "rows", "kernels.engine"),
     ("storage", "metrics", "kernels.planning"),

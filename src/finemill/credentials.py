@@ -9,6 +9,7 @@ from html import escape
 from urllib.parse import quote, quote_plus
 
 from finemill.errors import UserError
+from finemill.redaction import without_secret_forms
 
 _VARIABLES = (
     "AWS_ACCESS_KEY_ID",
@@ -41,30 +42,6 @@ _SECRET_NAME = re.compile(
 """Names of other variables that hold a secret, those that a cluster's `secret_env` adds among them."""
 _SHORTEST_OF_OTHERS = 12
 """Length in characters of the shortest of their values that is looked for: `password` is a word, too."""
-# `user:password@` in a URI; the password may hold `/` and `@`, where what follows the colon is no port.
-_USER = re.compile(r"(?<=://)(?:[^/\s]*@|[^/\s@:]+:(?!\d+/)[^\s@]*@)")
-_QUERY = re.compile(
-    r"([?&;#][\w.%-]*(?:sig|signature|token|secret|password|passwd|pwd|auth|key|accesskeyid|credential)=)"
-    r"[^&;\s'\"<>]+",
-    re.IGNORECASE,
-)
-_NAMED = re.compile(
-    r"""((?:pass(?:word|wd|phrase)|\bpwd|secret(?:[_-]?access)?[_-]?key|client[_-]?secret)"""
-    r"""(?:['"]?(?:\s*=\s*|%3D)['"]?|['"]\s*:\s*['"]?|:(?=\S)))[^\s'",;&/][^\s'",;&]*""",
-    re.IGNORECASE,
-)
-"""Pattern of a password behind its name, as a library shows its settings, and of what is only ever a secret."""
-_NAMED_KEY = re.compile(
-    r"""((?:pass(?:word|wd|phrase)|token|secret|jwt|cookie|session|sid|signature|(?:api|access|account|secret)[_-]?key)"""
-    r"""['"]?\s*[:=]\s*['"]?(?:\w+=)?)(?=[^\s'",;&]*\d)(?=[^\s'",;&]*[A-Za-z])[\w+/.~=-]{12,}""",
-    re.IGNORECASE,
-)
-"""The same of names that other things have, too: what follows has to look like a key, letters and digits."""
-_PRIVATE_KEY = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(?=-----END|\Z)", re.DOTALL)
-_HEADER = re.compile(r"((?:Invalid|Illegal) header value )b?(['\"]).*?\2")
-_AUTHORIZATION = re.compile(
-    r"(authorization['\"]?\s*[:=]\s*['\"]?(?:(?:bearer|basic|token)\s+)?)[^\s'\",;]+", re.IGNORECASE
-)
 
 
 def clean_credentials(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -92,15 +69,12 @@ def credential_in(text: str) -> str | None:
 
 
 def without_credentials(text: str) -> str:
-    """The text without the values of credentials in the environment, and without those inside of URIs."""
+    """The text without the values of credentials in the environment, and without what has a secret's form."""
     for _, value in (*_known_secrets(), *_other_secrets()):
         for spelling in _spellings(value):
             text = text.replace(spelling, "***")
         text = _without_beginning(text, value)
-    text = _USER.sub("", text)
-    for pattern in (_QUERY, _AUTHORIZATION, _HEADER, _NAMED, _NAMED_KEY, _PRIVATE_KEY):
-        text = pattern.sub(r"\1***", text)
-    return text
+    return without_secret_forms(text)
 
 
 def _spellings(value: str) -> set[str]:
