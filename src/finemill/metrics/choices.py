@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 from finemill.metrics.letters import read_letter
-from finemill.rows.answers import after_thinking, find_answer, shorter_runs
+from finemill.rows.answers import after_thinking, find_answer
 from finemill.rows.formulas import tidy
+from finemill.rows.repeats import shorter_repeats
 
 _DENIED = re.compile(r"(?:\b(?:not|never|neither|nor|cannot be|rather than)|n['\u2019]t|不是|并非|不)(?:\s+be)?\s*$")
 # The no of "no idea" is no answer.
@@ -26,7 +27,7 @@ def read_label(text: str, labels: Sequence[str]) -> str | None:
         choice = read_letter(text)
         return choice if choice in labels else None
     by_name = {_plain(label): label for label in labels}
-    text = shorter_runs(text)
+    text = shorter_repeats(text)
     if all(label.isdigit() for label in labels):
         text = _OUT_OF.sub("", text)
     found = find_answer(text)

@@ -3,8 +3,9 @@
 import re
 import unicodedata
 
-from finemill.rows.answers import after_thinking, shorter_runs
+from finemill.rows.answers import after_thinking
 from finemill.rows.formulas import boxed, tidy
+from finemill.rows.repeats import shorter_repeats
 
 # Words before a letter, in the languages that questions with choices are most often in.
 _ANSWER = (
@@ -77,7 +78,7 @@ def read_letter(text: str) -> str | None:
     A box counts first, then what follows the word for answer, then other phrases; a letter alone in a sentence is as
     often an article or a name.
     """
-    body = shorter_runs(unicodedata.normalize("NFKC", after_thinking(text)))
+    body = unicodedata.normalize("NFKC", after_thinking(shorter_repeats(text)))
     box = boxed(body)
     if box is not None:
         inside = tidy(box)

@@ -17,6 +17,7 @@ from finemill.rows.chemistry import chemical_formulas
 from finemill.rows.dates import dates
 from finemill.rows.formulas import Span, boxed, formulas, strip_delimiters, tidy
 from finemill.rows.numerals import in_digits, last_counted, last_spelled
+from finemill.rows.repeats import shorter_repeats
 from finemill.rows.results import without_circumstances
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -47,7 +48,6 @@ _TURN_ENDS = re.compile(
     r"|</s>(?![\"'`}])|<end_of_turn>|<turn\|>|<eos>"
     "|<\uff5cend\u2581of\u2581sentence\uff5c>"
 )
-_RUN = re.compile(r"(([\W_])\2{31})\2+")
 _BOX = re.compile(r"\\(?:boxed|fbox)\{")
 _MOST_NUMBER_WORDS = 9
 _LONGEST_SENTENCE = 200
@@ -122,7 +122,7 @@ _COPULA = (
     re.compile(rf"(?i)\b(?:is|are|was|were)\s+(?!not\b|never\b)\w+\s+by\s+{_SAID}[.!*\s]*$"),
     # Jupiter is the largest planet.
     re.compile(
-        rf"{_SAID}\s+(?:is|was|are|were)\s+the\s+(?!(?:[\w'-]+\s+)*(?:not|than)\b)(?:[\w'-]+\s*){{1,12}}[.!*\s]*$"
+        rf"{_SAID}\s+(?:is|was|are|were)\s+the\s+(?!(?:[\w'-]++\s++)*(?:not|than)\b)[\w'-]++(?:\s++[\w'-]++){{0,11}}+[.!*\s]*$"
     ),
 )
 _EXPLAINED = re.compile(
@@ -160,7 +160,7 @@ def final_answer(text: str) -> str | None:
 
 def find_answer(text: str) -> FinalAnswer | None:
     """The answer that `text` ends with; None where there is none, or where the text ends inside the thinking block."""
-    text = shorter_runs(plain_thinking(text))
+    text = plain_thinking(shorter_repeats(text))
     if inside_thinking(text):
         return None
     text = _NOTED.sub("", _turn(text.rpartition(THINK_CLOSE)[2]))
@@ -181,11 +181,6 @@ def find_answer(text: str) -> FinalAnswer | None:
     text = re.sub(r"\+\s?/\s?-(?=\s?\d)", r"\\pm ", text)
     text = re.sub(r"(?<![\d.,/])(\d+)\s+out\s+of\s+(\d+)(?![\d.,/]*\d)", r"\1/\2", text)
     return _marked(text) or _explained(text) or _last_formula(text) or _counted(text) or _short(text)
-
-
-def shorter_runs(text: str) -> str:
-    """`text` with a sign that stands a thousand times in a row there a few times: no pattern is slow on it."""
-    return _RUN.sub(r"\1", text)
 
 
 def plain_thinking(text: str) -> str:

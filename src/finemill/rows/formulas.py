@@ -93,6 +93,7 @@ _AND_A_HALF = re.compile(r"\s+and\s+(?:a|one)\s+(?:half|third|quarter)\b")
 # 2 h 30 min.
 _SMALLER_UNIT = re.compile(r"\s+\d+\s*(?:min|sec|cm|mm|in|oz|ml|[ms])(?![A-Za-z])")
 _INCHES = re.compile(r"\d in(?:\^\{?[23]\}?)?[.,;!?)*]*\s*$", re.MULTILINE)
+_FRACTION = re.compile(r"\d+\s*/\s*\d+")
 _COMPARED = re.compile(r"\\(?:[lg](?:eq?|t)|neq?|in)(?![A-Za-z])")
 _FUNCTIONS = ("ln", "log", "exp", "sqrt", "sin", "cos", "tan")
 # Units of one letter: after a number, a space, and before the end of what is said.
@@ -279,7 +280,7 @@ def _continues(text: str, run: Sequence[_Token], token: _Token) -> bool:
         return False
     if token.kind == "number" and last.kind == "number":
         # A mixed number, 2 3/4; two numbers in a row otherwise are not one thing.
-        return bool(re.match(r"\d+\s*/\s*\d+", text[token.start :]))
+        return bool(_FRACTION.match(text, token.start))
     return not (token.kind == "operator" and token.text in ("!", "'") and gap)
 
 
@@ -290,7 +291,7 @@ def _is_variable(text: str, last: _Token, token: _Token, gap: str) -> bool:
         return bool(raised or _SAID_END.match(text, token.end) or _SMALLER_UNIT.match(text, token.end))
     if not gap:
         return last.kind in ("number", "command", "operator", "bracket", "letter", "delimiter", "tail")
-    after = text[token.end :].lstrip()
+    after = text[token.end : token.end + _LONGEST_NAME].lstrip()
     if last.kind in ("operator", "bracket", "delimiter") and last.text != ",":
         return not after[:1].isalpha()
     return last.kind == "command" or after[:1] in (*"=<>+*/^)",) or _COMPARED.match(after) is not None

@@ -16,9 +16,11 @@ _OF = (
 )
 _AMOUNT = r"\s+\$?\d[\d.,/]*(?:%|[A-Za-z]{1,3}\b|(?:-[A-Za-z]+)+)?"
 # Words between a result and a circumstance, `liters of water out of the 24 liters`; and one more, `and 4 packets`.
+# Which of several prepositions a circumstance begins with changes nothing of its end: no second try, or n numbers take
+# 2^n of them.
 _CIRCUMSTANCES = re.compile(
-    rf"{_WORDS}{{0,9}}?(?:\s+{_OF}{_NEAR}{{0,4}}(?<!\sto){_AMOUNT}|{_AMOUNT}\s+\w+\s+(?:from\s+now|ago|later|earlier))"
-    rf"(?:{_WORDS}{{0,6}}\s+(?:and|or|{_OF}){_NEAR}{{0,3}}(?<!\sto){_AMOUNT}(?!\s+{_OF}\b))*{_WORDS}{{0,12}}\s*[.!]?\s*",
+    rf"(?>{_WORDS}{{0,9}}?(?:\s+{_OF}{_NEAR}{{0,4}}(?<!\sto){_AMOUNT}|{_AMOUNT}\s+\w+\s+(?:from\s+now|ago|later|earlier)))"
+    rf"(?>{_WORDS}{{0,6}}\s+(?:and|or|{_OF}){_NEAR}{{0,3}}(?<!\sto){_AMOUNT}(?!\s+{_OF}\b))*+{_WORDS}{{0,12}}+\s*[.!]?\s*",
     re.IGNORECASE,
 )
 # A word that has something else be the result.
@@ -30,7 +32,6 @@ _ANOTHER = re.compile(
 # Eight eggs for $24: either may be asked for.
 _PRICE = re.compile(r"\b(?:for|at|costing)\W+\$")
 _SENTENCE_END = re.compile(r"[.!?]\s+\S|\n\s*\S")
-_LEADS = re.compile(r"=\s*$")
 # It takes 15 hours to clean 45 rooms.
 _TAKEN = re.compile(
     r"\b(?:takes?|took|needs?|needed|requires?|required)\s+(?P<result>\$?\d[\d.,]*)"
@@ -58,7 +59,7 @@ def without_circumstances(text: str, found: Sequence[Span]) -> list[Span]:
         span = kept[place]
         if len(text) - span.end > _LONGEST:
             break
-        if not _LEADS.search(text[: span.start]):
+        if not text[max(0, span.start - _LONGEST) : span.start].rstrip().endswith("="):
             continue
         tail = text[span.end :]
         if _SENTENCE_END.search(tail):
