@@ -61,9 +61,16 @@ class EarlyStopping(TrainerCallback):  # type: ignore[misc]
                 save_file(weights, self._scratch / WEIGHTS)
         else:
             self.worse += 1
-        if self.worse >= self._patience:
+        if self.has_stopped:
             control.should_training_stop = True
+            # The adapter itself comes next: whoever went on from here would train further.
+            control.should_save = False
         return control
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether too many evaluations were no better."""
+        return self.worse >= self._patience
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the best weights into the checkpoint that was just written."""

@@ -1,6 +1,7 @@
 """Which trainer takes a training: the one that runs its steps on finemill's kernels, or TRL's as it comes."""
 
 import logging
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,8 @@ def make_trainer(
         ) from None
     if inputs.new_tokens:
         complete_wrapper(trainer.model)
+    if config.method == "full":
+        keep_own_names(trainer.model)
     check_kernels(trainer, config)
     if inputs.device.type == "cpu" and config.strategy not in SHARDED:
         add_in_place(trainer.model)
@@ -141,6 +144,14 @@ def check_kernels(trainer: Trainer, config: LoRATrainingConfig) -> None:
         keep_trained_in_float32(trainer.model)
     elif not config.gradient_checkpointing:
         logger.warning("gradient_checkpointing false has no effect on finemill's kernels: they plan it by memory_gb")
+
+
+def keep_own_names(model: PreTrainedModel) -> None:
+    """Have checkpoints of a whole model hold its weights in one file, by its own names.
+
+    transformers would write a mixture's experts as the hub has them, one by one, and pass them by when it goes on.
+    """
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False, max_shard_size=sys.maxsize)
 
 
 def complete_wrapper(model: PreTrainedModel) -> None:

@@ -277,13 +277,15 @@ def _train(
         initial = start_from_quantization_error(trainer.model, base.path) if loftq else {}
         with checkpoints:
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if best and not checkpoints.stop_requested:
+        has_ended = trainer.state.global_step >= trainer.state.max_steps or (best is not None and best.has_stopped)
+        is_told_to_stop = checkpoints.stop_requested and not has_ended
+        if best and not is_told_to_stop:
             best.restore(trainer.model)
         if config.strategy == "shard":
             from finemill.kernels.streamed import release_shards
 
             release_shards(trainer.model)
-    if checkpoints.stop_requested and trainer.state.global_step < trainer.state.max_steps:
+    if is_told_to_stop:
         raise TemporaryError(f"stopped at step {trainer.state.global_step}; run again to continue from there")
     save_adapter(trainer, inputs.tokenizer, output_dir, base, rope_scaling=config.rope_scaling)
     if num_processes() > 1:

@@ -1,5 +1,7 @@
 """A training that gets worse stops, and what it writes are the best weights it had."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from finemill.artifacts.adapter import read_training
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.components.train_qlora.step import run as train_qlora
 from finemill.runtime.context import StepContext
+from tests.recorder import recorded
 
 CONFIG = TrainQLoRAConfig(
     lora_r=4,
@@ -64,8 +67,30 @@ def test_a_resumed_training_knows_its_best_weights(
         for name in ("first", "resumed")
     ]
     assert runs[0]["train/best_step"] == runs[1]["train/best_step"]
-    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("resumed", "first"))
+    assert_alike(tmp_path / "resumed", tmp_path / "first")
+
+
+def test_a_sigterm_in_the_last_step_leaves_the_best_weights(
+    make_context: Callable[[], StepContext], base_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"max_steps": 2, "resume": "never"})
+    for name in ("alone", "told"):
+        context = make_context()
+        if name == "told":
+            recorded(context).on_progress = lambda text: (
+                os.kill(os.getpid(), signal.SIGTERM) if text.startswith("step 1/2") else None
+            )
+        metrics = train_qlora(
+            base_model=base_model, dataset=dataset, output_dir=tmp_path / name, config=config, context=context
+        )
+        assert metrics["train/best_step"] == 1
+    assert_alike(tmp_path / "told", tmp_path / "alone")
+
+
+def assert_alike(one: Path, other: Path) -> None:
+    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert read_training(one) == read_training(other)
 
 
 def test_patience_needs_evaluations() -> None:

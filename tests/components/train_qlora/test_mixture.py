@@ -53,3 +53,21 @@ def test_every_expert_learns_and_the_adapter_opens_in_peft(
     assert len(routers) == 2
     assert all(torch.equal(state[name], router) != config.train_router for name, router in routers.items())
     assert any("gate" in name for name in weights if "experts" not in name) == config.train_router
+
+
+def test_all_experts_go_on_from_a_checkpoint_of_a_whole_model(
+    make_context: MakeContext, tiny_mixture_dir: Path, dataset: Path, tmp_path: Path
+) -> None:
+    values = {name: value for name, value in SETTINGS.items() if name != "lora_r"} | {"save_steps": 2}
+    config = TrainQLoRAConfig(**values, method="full")
+    weights = []
+    for name in ("whole", "resumed"):
+        train_qlora(
+            base_model=tiny_mixture_dir,
+            dataset=dataset,
+            output_dir=tmp_path / name,
+            config=config,
+            context=make_context(),
+        )
+        weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
