@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from finemill.artifacts.chain import ChainLink
 from finemill.artifacts.dataset import IGNORE_INDEX, HeldOutRow
@@ -242,7 +241,7 @@ def _rendered(tokenizer: Any, chat: Messages, tools: Tools, thinking: bool) -> s
             list(chat), tools=list(tools) or None, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
         )
     # Templates are programs of other people, and some tokenizers have none.
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError):
+    except Exception:
         return None
     return text.removeprefix(tokenizer.bos_token or "")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -116,11 +115,11 @@ def _check_template(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     ):
         try:
             tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            problem = error
         # There is none, none of that name, or one that wants something else.
         except (ValueError, TypeError, KeyError, AttributeError):
             return
+        except Exception as error:
+            problem = error
         else:
             return
     raise UserError(

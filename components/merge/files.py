@@ -12,9 +12,11 @@ import torch
 from finemill.artifacts.adapter import has_tokenizer
 from finemill.artifacts.records import write_json
 from finemill.errors import UserError
+from finemill.models.adapter import read_adapter_config, token_rows
 from finemill.models.rope import scale_json
-from finemill.models.sampling import read_generation_defaults
+from finemill.models.sampling import number_of, read_generation_defaults
 from finemill.models.token_rows import tokens_without_row
+from finemill.models.weights import is_pointer
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +54,22 @@ def load_tokenizer(folder: Path, named: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # The library's own errors are plain `Exception`s.
     except Exception as error:
+        if pointer := next(filter(is_pointer, sorted(folder.iterdir())), None):
+            raise UserError(f"merge: {named / pointer.name} is Git LFS's note of the file: run git lfs pull") from None
         line = " ".join(str(error).split())
         raise UserError(f"merge: the tokenizer in {named} cannot be loaded: {line:.300}") from error
 
 
-def check_tokens(tokenizer: Any, num_tokens: int, adapter: Path) -> None:
-    """Raises: UserError: the tokenizer has tokens that the model has no embedding for."""
+def check_tokens(tokenizer: Any, num_tokens: int, adapter: Path, base_rows: int) -> None:
+    """Raises: UserError: the tokenizer has tokens that the model has no embedding for, or the adapter has a row of its
+    own for what is no token.
+    """
+    trained = token_rows(read_adapter_config(adapter))
+    if trained > max(base_rows, len(tokenizer)):
+        raise UserError(
+            f"merge: the adapter in {adapter} trained token id {trained - 1} (trainable_token_indices), its tokenizer "
+            f"has {len(tokenizer)} tokens, the base {base_rows} embeddings: it is of a model with another vocabulary"
+        )
     if unknown := tokens_without_row(tokenizer, num_tokens):
         last = max(unknown)
         raise UserError(
@@ -83,6 +95,8 @@ def write_config(
         rope_parameters: if the adapter was trained on positions that were scaled.
     """
     config = json.loads((base_model / "config.json").read_text(encoding="utf-8"))
+    # An empty one says nothing, and transformers opens no model that has it.
+    config.pop("quantization_config", None)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = str(dtype).removeprefix("torch.")
     # Models with several parts keep the text model's fields one level down.
@@ -103,7 +117,7 @@ def write_generation_config(base_model: Path, output_dir: Path, stop_token_ids: 
     parameters without `do_sample`, as the first Llama 2 has them, are meant to be used: transformers ignores them and
     refuses to save them.
     """
-    values = read_generation_defaults(base_model)
+    values = _without_words(read_generation_defaults(base_model))
     if any(values.get(name) is not None for name in _SAMPLING):
         values.setdefault("do_sample", True)
     if values.get("do_sample") is False:
@@ -113,6 +127,20 @@ def write_generation_config(base_model: Path, output_dir: Path, stop_token_ids: 
         logger.warning("the base's generation_config.json is reduced to its special tokens: %s", problem)
         values = {name: value for name, value in values.items() if name.endswith("_token_id")}
     write_json(output_dir / "generation_config.json", values)
+
+
+def _without_words(values: dict[str, Any]) -> dict[str, Any]:
+    """The values but for parameters of sampling that are no number: servers end on them when they start."""
+    kept = {
+        name: value
+        for name, value in values.items()
+        if name not in _SAMPLING or value is None or number_of(values, name) is not None
+    }
+    if left_out := sorted(values.keys() - kept.keys()):
+        logger.warning(
+            "the base's generation_config.json is taken without %s: no number from 0 on", ", ".join(left_out)
+        )
+    return kept
 
 
 def _problem(values: dict[str, Any]) -> str | None:

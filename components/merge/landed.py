@@ -12,7 +12,6 @@ from finemill.artifacts.model import LandedTensor
 from finemill.components.merge.merged import MergedModel, Part, slices
 from finemill.errors import StepError
 from finemill.models.stored_model import Group, StoredModel
-from finemill.models.weights import DTYPES
 from finemill.models.write_weights import Shapes, WeightFiles
 
 # Of the written change: products summed in another order round to another neighbour now and then.
@@ -66,7 +65,7 @@ def write_checked(
 
 
 def _check(name: str, written: StoredModel, merged: MergedModel) -> LandedTensor:
-    dtype = DTYPES[written.tensors[next(iter(written.group_of[name].keys))].dtype]
+    dtype = written.tensors[next(iter(written.group_of[name].keys))].torch_dtype
     pairs = zip(merged.expected_parts(name), written.parts(name, widen=False), strict=True)
     parts = [_compare(*pair, dtype) for pair in pairs]
     for number, part in enumerate(parts):

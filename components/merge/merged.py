@@ -11,7 +11,6 @@ import torch
 
 from finemill.errors import StepError, UserError
 from finemill.models.stored_model import Group, StoredModel
-from finemill.models.weights import DTYPES
 
 # What fits a core's cache.
 _VALUES_AT_ONCE = 1 << 19
@@ -173,7 +172,7 @@ class MergedModel:
     def _type_of(self, group: Group, key: str) -> torch.dtype:
         """What the model has no use for, and what is no floating-point number, stays as it is."""
         keys = self._source(group).keys
-        own = DTYPES[self._stored.tensors[key if key in keys else next(iter(keys))].dtype]
+        own = self._stored.tensors[key if key in keys else next(iter(keys))].torch_dtype
         return (self._dtype or own) if group.names and own.is_floating_point else own
 
     def _source(self, group: Group) -> Group:
@@ -448,7 +447,8 @@ def _check_biases(modules: Mapping[str, Any]) -> None:
 def _round(name: str, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Raises: UserError: NaN or infinity, or a value that `dtype` cannot hold."""
     rounded = values.to(dtype)
-    if not dtype.is_floating_point or not rounded.numel():
+    # Of eight bits are only tensors that the model has no use for, and torch does not compare those.
+    if not dtype.is_floating_point or dtype.itemsize == 1 or not rounded.numel():
         return rounded
     smallest, largest = torch.aminmax(rounded)
     if math.isfinite(smallest) and math.isfinite(largest):

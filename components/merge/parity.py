@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from finemill.artifacts.chain import ChainLink
 from finemill.metrics.chain import Position, chain_link
@@ -33,10 +32,12 @@ def probe_prompts(tokenizer: Any) -> list[list[int]]:
     try:
         texts = [_render(tokenizer, question, thinking=True) for question in _QUESTIONS]
         texts += [_render(tokenizer, question, thinking=False) for question in _QUESTIONS[:_WITHOUT_THINKING]]
-    # Templates are programs of other people: some want a system message, tools, or another role first.
-    except (ValueError, TypeError, KeyError, AttributeError, TemplateError):
-        return [tokenizer(question)["input_ids"] for question in _QUESTIONS]
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in dict.fromkeys(texts)]
+    # Templates are programs of other people: some want a system message, tools or another role, some divide by 0.
+    except Exception:
+        texts = []
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in dict.fromkeys(texts)]
+    # Some write nothing.
+    return prompts if prompts and all(prompts) else [tokenizer(question)["input_ids"] for question in _QUESTIONS]
 
 
 def _render(tokenizer: Any, question: str, *, thinking: bool) -> str:

@@ -83,7 +83,8 @@ def _merge(
     prompts = probe_prompts(tokenizer)
     tuned, merged = put_on(stored, addition, config)
     refuse_router(tuned, config)
-    check_tokens(tokenizer, merged.vocab_size or stored.num_tokens, adapter)
+    base_rows = stored.shape_of(stored.embedding_name)[0]
+    check_tokens(tokenizer, merged.vocab_size or stored.num_tokens, adapter, base_rows)
     context.recorder.log_progress("what base and adapter say to the probes")
     expected = logits_of(tuned, stored, prompts)
     trained = _trained_base(base_model, addition, rounding, prompts, expected, config, context)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,13 @@ def test_an_adapter_that_fits_only_partly_is_refused(
         ({"target_modules": ["no_such_layer"]}, "does not fit the base model: Target modules"),
         ({"rank_pattern": {"q_proj": 16}}, "does not fit the base model"),
         ({"modules_to_save": ["q_norm"]}, "does not fit the base model"),
+        ({"rank_pattern": None}, "'rank_pattern': Input should be a valid dictionary"),
+        ({"rank_pattern": {"q_proj": 4.0}}, "'rank_pattern.q_proj': Input should be a valid integer"),
+        ({"lora_dropout": None}, "'lora_dropout': Input should be a valid number"),
+        ({"lora_alpha": math.nan}, "'lora_alpha': Input should be a finite number"),
+        ({"trainable_token_indices": [-1]}, "greater than or equal to 0"),
+        ({"target_modules": "*q_proj"}, "does not fit the base model: nothing to repeat"),
+        ({"megatron_config": {"size": 1}}, "does not fit the base model: No module named 'megatron'"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_one_line(

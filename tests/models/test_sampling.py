@@ -21,6 +21,7 @@ def test_qwen3_has_one_sampling_with_thinking_and_another_without(family: str) -
         ({"do_sample": False, "temperature": 3.0}, GREEDY),
         ({"do_sample": True, "temperature": 0.2, "top_p": 0.9}, Sampling(0.2, 0.9, 50)),
         ({"do_sample": True, "min_p": 0.1}, Sampling(1.0, 1.0, 50, 0.1)),
+        ({"do_sample": True, "temperature": None, "top_p": "0.9", "top_k": -1}, Sampling(1.0, 1.0, 50)),
     ],
 )
 def test_other_families_take_what_their_file_says(defaults: dict[str, Any], expected: Sampling) -> None:

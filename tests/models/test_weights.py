@@ -51,6 +51,9 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
     shard.write_bytes(b"\xff" * 20)
     with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is damaged"):
         stored_tensors(tmp_path)
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 4\n")
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is Git LFS's note .*: run git lfs pull"):
+        stored_tensors(tmp_path)
     shard.unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is missing in .* \(1 of 2 files"):
         stored_tensors(tmp_path)

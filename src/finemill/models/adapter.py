@@ -1,14 +1,15 @@
 """A LoRA adapter on its base: read without running code, put on the model it was trained on, every tensor in place."""
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 from finemill.artifacts.adapter import read_training
 from finemill.artifacts.ports import BASE_MODEL
@@ -41,14 +42,15 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     peft_type: str
-    r: int = Field(default=8, gt=0)
-    lora_alpha: float = 8
+    r: int = Field(default=8, gt=0, strict=True)
+    lora_alpha: float = Field(default=8, strict=True, allow_inf_nan=False)
+    lora_dropout: float = Field(default=0, strict=True)
     target_modules: list[str] | str | None = None
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    rank_pattern: dict[str, Annotated[int, Field(gt=0, strict=True)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(strict=True, allow_inf_nan=False)]] = {}
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str | None = True
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    trainable_token_indices: list[NonNegativeInt] | dict[str, list[NonNegativeInt]] | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
 
@@ -145,7 +147,8 @@ def load_adapter(base: Any, folder: Path, *, assign: bool = False) -> Any:
             _resize_embeddings(base, num_tokens_with(folder, base), assign=assign)
             tuned = PeftModelForCausalLM(base, config, low_cpu_mem_usage=assign)
             result = tuned.load_adapter(folder, "default", low_cpu_mem_usage=assign, torch_device="cpu")
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    # A pattern that is none, and programs that PEFT would want for some settings.
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, re.error, ImportError) as error:
         line = " ".join(str(error).split())
         raise UserError(f"the adapter in {folder} does not fit the base model: {line:.300}") from error
     _check_keys(folder, tuned, result.missing_keys, _without_copies(folder, tuned, result.unexpected_keys))

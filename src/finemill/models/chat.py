@@ -109,14 +109,13 @@ class LocalChat:
         ]
 
     def _prompt(self, messages: Sequence[Mapping[str, str]], thinking: bool | None) -> str:
-        from jinja2 import TemplateError
-
         options = {} if thinking is None else {"enable_thinking": thinking}
         try:
             text: str = self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True, **options
             )
-        except TemplateError as error:
+        # Templates are programs of other people.
+        except Exception as error:
             raise UserError(f"the model's chat template refuses the chat: {error}") from None
         return text
 

@@ -45,11 +45,15 @@ def recommended_sampling(model_type: str | None, defaults: Mapping[str, Any], *,
     if not defaults.get("do_sample"):
         return GREEDY
     return Sampling(
-        temperature=float(defaults.get("temperature", 1.0)),
-        top_p=float(defaults.get("top_p", 1.0)),
-        top_k=int(defaults.get("top_k", 50)),
-        min_p=float(defaults.get("min_p") or 0.0),
+        temperature=_or(number_of(defaults, "temperature"), 1.0),
+        top_p=_or(number_of(defaults, "top_p"), 1.0),
+        top_k=int(_or(number_of(defaults, "top_k"), 50)),
+        min_p=_or(number_of(defaults, "min_p"), 0.0),
     )
+
+
+def _or(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
 
 
 def read_generation_defaults(folder: Path) -> dict[str, Any]:

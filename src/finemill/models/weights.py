@@ -17,12 +17,14 @@ _SINGLE = "model.safetensors"
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 """Dtypes by the names that the safetensors format gives them."""
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Names that families give the number of experts in config.json."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,15 @@ class StoredTensor:
     def is_float(self) -> bool:
         """Whether the values are floating-point numbers of 16 bits or more."""
         return self.dtype in _FLOATS
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type as torch has it. Raises: UserError: torch has none, as of values of less than eight bits."""
+        if self.dtype not in DTYPES:
+            raise UserError(
+                f"{self.path} holds tensors of type {self.dtype}, which cannot be read: pass the model in 16 bits"
+            )
+        return DTYPES[self.dtype]
 
     @property
     def num_elements(self) -> int:
@@ -84,7 +95,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 name: StoredTensor(path, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
             }
     except (SafetensorError, OSError, ValueError) as error:
+        if is_pointer(path):
+            raise UserError(f"{path} is Git LFS's note of the file and not the file: run git lfs pull") from None
         raise UserError(f"{path} is damaged ({error}): download or copy it again") from None
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what Git leaves in its place where LFS is not set up."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
 
 
 def _weight_map(path: Path) -> Mapping[str, str]:

@@ -347,6 +347,18 @@ def test_a_base_that_only_says_that_it_ties_its_ends_keeps_both_as_in_transforme
     assert SourceModel(base).names()["lm_head.weight"] == "output.weight"
 
 
+def test_a_row_of_its_own_for_what_is_no_token_is_refused(
+    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3])
+    adapter = adapter_dir(base, tmp_path / "adapter", config)
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**values, "trainable_token_indices": [9999]}))
+    with pytest.raises(UserError, match=r"trained token id 9999 .*, its tokenizer has 1536 tokens, the base 1536"):
+        merge(base, adapter, tmp_path / "merged", step_context)
+
+
 def test_a_tokenizer_with_more_tokens_than_the_merged_model_is_refused(
     tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
 ) -> None:
@@ -448,6 +460,24 @@ def test_a_tensor_that_the_base_keeps_in_32_bits_stays_so(
     merged = load_file(merge(base, adapter, tmp_path / "merged", step_context) / "model.safetensors")
     assert torch.equal(merged["model.norm.weight"], tensors["model.norm.weight"])
     assert merged["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+def test_what_a_model_has_no_use_for_is_kept_whatever_its_type(
+    tiny_model_dir: Path, step_context: StepContext, tmp_path: Path
+) -> None:
+    base = base_dir("qwen2", tiny_model_dir, tmp_path / "base")
+    types = (torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.complex64, torch.int64)
+    more = {f"model.extra.{number}": torch.ones(3).to(dtype) for number, dtype in enumerate(types)}
+    save_file({**load_file(base / "model.safetensors"), **more}, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = adapter_dir(base, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"]))
+    configuration = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**configuration, "quantization_config": {}}))
+    merged = merge(base, adapter, tmp_path / "merged", step_context)
+    found = load_file(merged / "model.safetensors")
+    for name, tensor in more.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
 
 
 def test_a_change_smaller_than_the_rounding_step_is_said(

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from finemill.artifacts.manifest import Producer, new_manifest
 from finemill.artifacts.model import read_merge
 from finemill.components.merge.config import MergeConfig
-from finemill.components.merge.parity import compare_logits
+from finemill.components.merge.parity import compare_logits, probe_prompts
 from finemill.components.merge.step import run as merge_adapter
 from finemill.components.train_qlora.config import TrainQLoRAConfig
 from finemill.errors import StepError, UserError
 from finemill.models.adapter import WEIGHTS_NAME
+from finemill.models.generation import stop_token_ids
 from finemill.models.nf4.encode import round_trip
 from finemill.runtime.context import StepContext
 
@@ -242,13 +243,22 @@ def test_named_templates_are_the_adapters_too(
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
 
 
-def test_a_template_that_wants_another_chat_is_no_reason_to_stop(
-    tiny_model_dir: Path, tiny_adapter_dir: Path, step_context: StepContext, tmp_path: Path
-) -> None:
-    adapter = Path(shutil.copytree(tiny_adapter_dir, tmp_path / "adapter"))
-    (adapter / "chat_template.jinja").write_text("{{ raise_exception('a system message comes first') }}")
-    metrics = merge(tiny_model_dir, adapter, tmp_path / "merged", step_context)
-    assert 0 < metrics["merge/kl"] < 1e-3
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('a system message comes first') }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[7] }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{# writes nothing #}",
+        "{% for",
+    ],
+)
+def test_a_template_that_wants_another_chat_is_no_reason_to_stop(template: str, tiny_model_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = template
+    assert stop_token_ids(tokenizer, tiny_model_dir)
+    assert tokenizer.decode(probe_prompts(tokenizer)[0]) == "What is 17 plus 25?"
 
 
 @pytest.mark.parametrize(
@@ -257,6 +267,7 @@ def test_a_template_that_wants_another_chat_is_no_reason_to_stop(
         ({"temperature": 0.9, "top_p": 0.6, "pad_token_id": 0}, {"temperature": 0.9, "do_sample": True}),
         ({"do_sample": False, "temperature": 0.9, "max_length": 99}, {"do_sample": False, "max_length": 99}),
         ({"early_stopping": "maybe", "pad_token_id": 7}, {"pad_token_id": 7}),
+        ({"temperature": "0.7", "eos_token_id": True}, {"eos_token_id": [1512, 1510]}),
         ("{", {}),
         ([], {}),
     ],
