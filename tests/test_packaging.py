@@ -55,7 +55,7 @@ def test_extras_all_holds_every_extra_a_user_needs() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     (everything,) = extras["all"]
     named = set(everything.removeprefix("finemill[").removesuffix("]").split(","))
-    assert named == set(extras) - {"all", "dev", "deepspeed", "lm-eval", "long", "report"}
+    assert named == set(extras) - {"all", "dev", "deepspeed", "gptq", "lm-eval", "long", "report"}
 
 
 def test_no_folder_of_the_checkout_shadows_an_installed_package() -> None:

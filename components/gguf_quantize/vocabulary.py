@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,6 @@ def pre_tokenizer_name(definition: dict[str, Any]) -> str:
 
     Raises: UserError: not a byte-level BPE tokenizer, or a split rule that has no name here.
     """
-    if definition["model"]["type"] != "BPE":
-        raise UserError(
-            f"gguf-quantize: the tokenizer is {definition['model']['type']}; supported is BPE, byte-level as in Qwen2, "
-            "Qwen3 and Llama 3, or of SentencePiece as in Mistral 7B and Llama 2"
-        )
     name = _split_name(definition.get("pre_tokenizer") or {})
     takes_whole_words = bool(definition["model"].get("ignore_merges"))
     if takes_whole_words == (name in _WHOLE_WORDS):
@@ -73,6 +68,15 @@ def pre_tokenizer_name(definition: dict[str, Any]) -> str:
             f"{str(takes_whole_words).lower()}; llama.cpp does the opposite after the split that it calls {name}"
         )
     return name
+
+
+def _check_kind(definition: Mapping[str, Any]) -> None:
+    """Raises: UserError: no BPE."""
+    if definition["model"]["type"] != "BPE":
+        raise UserError(
+            f"gguf-quantize: the tokenizer is {definition['model']['type']}; supported is BPE, byte-level as in Qwen2, "
+            "Qwen3 and Llama 3, or of SentencePiece as in Mistral 7B and Llama 2"
+        )
 
 
 def _split_name(pre_tokenizer: Mapping[str, Any]) -> str:
@@ -142,6 +146,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, num_embeddings: int) -
             f"gguf-quantize: the tokenizer has token id {last}, {unknown[last]!r}, the model only {num_embeddings} "
             "embeddings: they are not of one model"
         )
+    _check_kind(definition)
     tokens, types = _tokens(definition, num_embeddings)
     if definition["model"].get("byte_fallback"):
         _add_sentencepiece(writer, definition, tokens)
@@ -205,10 +210,20 @@ def _tokens(definition: dict[str, Any], num_embeddings: int) -> tuple[list[str],
     unknown = definition["model"].get("unk_token")
     types |= {index: gguf.TokenType.UNKNOWN for index, text in texts.items() if unknown and text == unknown}
     ids = range(num_embeddings)
-    return (
-        [texts.get(index, f"[PAD{index}]") for index in ids],
-        [types.get(index, gguf.TokenType.UNUSED) for index in ids],
-    )
+    tokens = [texts.get(index, f"[PAD{index}]") for index in ids]
+    _check_repeated(tokens)
+    return tokens, [types.get(index, gguf.TokenType.UNUSED) for index in ids]
+
+
+def _check_repeated(tokens: Sequence[str]) -> None:
+    """Raises: UserError: two ids have one text, at which llama.cpp ends the whole process."""
+    first: dict[str, int] = {}
+    for index, text in enumerate(tokens):
+        if first.setdefault(text, index) != index:
+            raise UserError(
+                f"gguf-quantize: token ids {first[text]} and {index} of the tokenizer are both {text!r}; llama.cpp "
+                "wants each token once: rename one of them in tokenizer.json"
+            )
 
 
 def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

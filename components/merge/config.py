@@ -80,6 +80,18 @@ class MergeConfig(StepConfig):
     max_fp8_kl: float = Field(default=0.05, gt=0)
     """Largest mean KL divergence, in nats per token, of that one from the model in 16 bits."""
 
+    merged_gptq: bool = False
+    """Write the merged model in GPTQ's format, 4 bits in groups of 128 inputs, too, into the folder `merged_gptq` of
+    the output, as vLLM and SGLang read it. AutoRound (`pip install 'finemill[gptq]'`) rounds it on rows that the
+    adapter was trained on, with the model whole in memory. The result says what that costs."""
+
+    gptq_steps: int = Field(default=200, ge=0)
+    """Steps in which AutoRound learns how a layer's weights are rounded, for a GPU; 0 weighs errors by the layer's
+    inputs alone, in seconds a layer on a CPU."""
+
+    max_gptq_kl: float = Field(default=0.5, gt=0)
+    """Largest mean KL divergence, in nats per token, of that one from the model in 16 bits."""
+
     force: bool = False
     """Merge although nothing shows that the base is the one the adapter was trained on, which the result says, or
     although it has LoRA on a mixture's routers."""

@@ -25,6 +25,8 @@ from finemill.components.merge.four_bit import (
 )
 from finemill.components.merge.fp8 import FOLDER as FP8_FOLDER
 from finemill.components.merge.fp8 import fp8_bytes, fp8_link, write_fp8_card, write_fp8_model
+from finemill.components.merge.gptq import FOLDER as GPTQ_FOLDER
+from finemill.components.merge.gptq import calibration_rows, gptq_bytes, gptq_link, write_gptq_card, write_gptq_model
 from finemill.components.merge.landed import write_checked
 from finemill.components.merge.merged import MergedModel
 from finemill.components.merge.parity import compare_logits, link_of_logits, logits_of, probe_prompts
@@ -78,6 +80,8 @@ def _merge(
     size = stored.num_elements * dtype.itemsize
     size += four_bit_bytes(stored, dtype) if config.merged_4bit else 0
     size += fp8_bytes(stored, dtype) if config.merged_fp8 else 0
+    calibration = calibration_rows(stored, context) if config.merged_gptq else []
+    size += gptq_bytes(stored) if config.merged_gptq else 0
     require_space(output_dir, size, "the merged model")
     tokenizer = copy_tokenizer(adapter, base_model, output_dir)
     prompts = probe_prompts(tokenizer)
@@ -112,6 +116,7 @@ def _merge(
     link = link_of_logits("merged", _ADDED_TO[config.base], prompts, expected, found)
     in_4_bits = _four_bits(written, dtype, prompts, found, config, context)
     in_fp8 = _fp8(written, dtype, prompts, found, config, context)
+    in_gptq = _gptq(written, dtype, tokenizer, calibration, prompts, found, config, context)
     record = MergeRecord(
         base_model=content_name(context.references["base_model"]),
         base_known_by=known_by,
@@ -128,7 +133,7 @@ def _merge(
         **landed,
         tensors=tuple(tensors),
         base=config.base,
-        chain=(*trained, link, *in_4_bits, *in_fp8),
+        chain=(*trained, link, *in_4_bits, *in_fp8, *in_gptq),
     )
     write_merge(output_dir, record)
     _write_card(output_dir, record, tokenizer.chat_template, written.num_experts)
@@ -136,6 +141,8 @@ def _merge(
         write_four_bit_card(output_dir, record.base_model, tokenizer.chat_template, own)
     for own in in_fp8:
         write_fp8_card(output_dir, record.base_model, tokenizer.chat_template, own)
+    for own in in_gptq:
+        write_gptq_card(output_dir, record.base_model, tokenizer.chat_template, own)
     # Also of a model that says NaN.
     if not (parity["kl"] <= config.max_kl and parity["top1_agreement"] >= config.min_top1_agreement):
         raise StepError(
@@ -148,10 +155,12 @@ def _merge(
         **_link_metrics("trained_base", trained),
         **_link_metrics("merged_4bit", in_4_bits),
         **_link_metrics("merged_fp8", in_fp8),
+        **_link_metrics("merged_gptq", in_gptq),
         **{f"merge/{name}": value for name, value in {**parity, **landed}.items()},
         "merge/size_bytes": _weight_bytes(output_dir),
         **({"merge/merged_4bit_size_bytes": _weight_bytes(output_dir / FOLDER)} if in_4_bits else {}),
         **({"merge/merged_fp8_size_bytes": _weight_bytes(output_dir / FP8_FOLDER)} if in_fp8 else {}),
+        **({"merge/merged_gptq_size_bytes": _weight_bytes(output_dir / GPTQ_FOLDER)} if in_gptq else {}),
     }
 
 
@@ -247,6 +256,29 @@ def _fp8(
         partial(fp8_link, written.folder, dtype, prompts, logits),
         config.max_fp8_kl,
         "serve the one in 16 bits, or allow a larger max_fp8_kl",
+        context,
+    )
+
+
+def _gptq(
+    written: StoredModel,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
+    logits: Sequence[torch.Tensor],
+    config: MergeConfig,
+    context: StepContext,
+) -> list[ChainLink]:
+    """The link to the merged model in GPTQ's format, which is written, where it is asked for."""
+    if not config.merged_gptq:
+        return []
+    return _rounded(
+        "GPTQ's format",
+        partial(write_gptq_model, written.folder, dtype, tokenizer, rows, config.gptq_steps),
+        partial(gptq_link, written.folder, prompts, logits),
+        config.max_gptq_kl,
+        "raise gptq_steps, serve the one in FP8 or 16 bits, or allow a larger max_gptq_kl",
         context,
     )
 

@@ -9,11 +9,11 @@ from typing import Literal
 from finemill.models.base.resolve import hub_name
 
 CARD_FILE = "README.md"
-Form = Literal["safetensors", "lora", "bitsandbytes", "fp8", "gguf"]
+Form = Literal["safetensors", "lora", "bitsandbytes", "fp8", "gptq", "gguf"]
 # What the hub calls them beside their base, and the libraries that open them.
 _RELATIONS: Mapping[Form, str] = {
     "safetensors": "finetune", "lora": "adapter", "bitsandbytes": "quantized", "fp8": "quantized",
-    "gguf": "quantized",
+    "gptq": "quantized", "gguf": "quantized",
 }  # fmt: skip
 _LIBRARIES: Mapping[Form, str] = {"gguf": "gguf", "lora": "peft"}
 # What a chat template writes -> the parsers of vLLM and SGLang that read it; the first that is there counts.

@@ -327,14 +327,27 @@ def test_an_unknown_architecture_is_named(tiny_model_dir: Path, tmp_path: Path) 
         write(tmp_path / "m", tmp_path / "x.gguf", "F16")
 
 
-def test_an_unknown_split_or_tokenizer_is_named(tiny_model_dir: Path) -> None:
+def test_an_unknown_split_or_tokenizer_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
     definition = json.loads((tiny_model_dir / "tokenizer.json").read_text())
     assert pre_tokenizer_name(definition) == "qwen2"
     definition["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\w+"
     with pytest.raises(UserError, match="splits text by"):
         pre_tokenizer_name(definition)
-    with pytest.raises(UserError, match="WordPiece; supported is BPE, byte-level"):
-        pre_tokenizer_name({"model": {"type": "WordPiece"}})
+    definition["model"] = {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0, "byte_fallback": False}
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "m"))
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(UserError, match="Unigram; supported is BPE, byte-level"):
+        check_vocabulary(SourceModel(folder))
+
+
+def test_a_token_that_is_there_twice_is_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """llama.cpp ends the whole process at it, without an error that could be caught."""
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "m"))
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["added_tokens"][-1]["content"] = "a"
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(UserError, match=r"token ids \d+ and 1535 of the tokenizer are both 'a'"):
+        check_vocabulary(SourceModel(folder))
 
 
 def configured(folder: Path, target: Path, **values: object) -> SourceModel:
