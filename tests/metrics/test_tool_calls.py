@@ -28,6 +28,9 @@ def test_calls_are_read_in_the_notations_of_chat_templates(text: str) -> None:
 
 
 F = ToolCall("f", {"a": 1})
+DSML = '<|invoke name="f">\n<|parameter name="a" string="false">1</|parameter>\n</|invoke>'.replace(
+    "|", "\uff5cDSML\uff5c"
+)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +50,11 @@ F = ToolCall("f", {"a": 1})
         "```tool_code\nf(a=1)\n```",
         'Sure, here is the call:\n{"name":"f","arguments":{"a":1}}',
         '{"tool":"f","args":{"a":1}}',
+        '{"role":"assistant","content":[{"type":"text","text":"Yes."},{"type":"tool_use","name":"f","input":{"a":1}}]}',
+        '{"parts":[{"functionCall":{"name":"f","args":{"a":1}}}]}',
+        """<functioncall> {"name": "f", "arguments": '{"a": 1}'} <|endoftext|>""",
+        DSML,
+        "<function=f><parameter=a>1.0</parameter></function>",
     ],
 )
 def test_calls_of_every_family_are_read(text: str) -> None:
@@ -72,8 +80,36 @@ def test_a_text_without_calls_has_none(text: str) -> None:
     assert read_tool_calls(text) == []
 
 
-def test_of_a_broken_call_the_name_counts() -> None:
-    assert read_tool_calls('<tool_call>\n{"name": "weather", "arguments": {"city": "Pa') == [ToolCall("weather", None)]
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Pa',
+        "<tool_call>{'name': 'weather', 'arguments': {'city': 'Paris'}}</tool_call>",
+        '[weather(city="Pa',
+        '[weather("Paris")]',
+    ],
+)
+def test_of_a_broken_call_the_name_counts(text: str) -> None:
+    assert read_tool_calls(text) == [ToolCall("weather", None)]
+
+
+@pytest.mark.parametrize(
+    "text", ["f(x)", "[see(s) the text]", "[a](https://example.com)", '{"content": [1], "name": "x"}']
+)
+def test_formulas_links_and_data_are_no_calls(text: str) -> None:
+    assert read_tool_calls(text) == []
+
+
+def test_values_in_python_and_in_xml_are_those_of_json() -> None:
+    call = ToolCall("f", {"a": [1, {"b": True}], "c": None})
+    for text in (
+        '[f(a=(1, {"b": true}), c=null)]',
+        '<function=f><parameter=a>[1.0, {"b": true}]</parameter><parameter=c>null</parameter></function>',
+    ):
+        assert score_tool_calls([call], read_tool_calls(text)).exact
+    assert not score_tool_calls(
+        [ToolCall("f", {"a": ["1"]})], read_tool_calls("<function=f><parameter=a>[1]</parameter></function>")
+    ).exact
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from finemill.errors import UserError
 from finemill.metrics.schemas import PATTERN_TIMEOUT_S, check_schema, keeps
 from finemill.rows.answers import after_thinking
 
-_FENCE = re.compile(r"\s*(?P<mark>```|~~~)(?:json)?\s*\n(?P<inside>.*?)\n?\s*(?P=mark)\s*", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"\s*(?P<mark>```|~~~)(?:json)?\s+(?P<inside>.*?)\n?\s*(?P=mark)\s*", re.DOTALL | re.IGNORECASE)
 
 
 def keeps_schema(text: str, schema: str) -> bool:

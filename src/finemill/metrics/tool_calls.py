@@ -58,7 +58,7 @@ def _same(gold: ToolCall, said: ToolCall) -> bool:
 def _same_value(gold: Any, said: Any) -> bool:
     """Equality as JSON has it: keys in any order, 1 is 1.0, and true is not 1; without types, equality of either."""
     if isinstance(said, Untyped) or isinstance(gold, Untyped):
-        return str(gold) == str(said) or _typed(gold) == _typed(said)
+        return str(gold) == str(said) or _same_value(_typed(gold), _typed(said))
     if isinstance(gold, bool) or isinstance(said, bool):
         return gold is said
     if isinstance(gold, Mapping) and isinstance(said, Mapping):
@@ -68,14 +68,14 @@ def _same_value(gold: Any, said: Any) -> bool:
     return bool(gold == said)
 
 
-def _typed(value: Any) -> str:
-    """A value as JSON; an untyped one as the value that it spells, if it spells one."""
-    if isinstance(value, Untyped):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = {"true": True, "false": False, "none": None}.get(value.lower(), str(value))
-    return json.dumps(value, sort_keys=True)
+def _typed(value: Any) -> Any:
+    """The value that an untyped one spells, if it spells one; any other value, and other texts, as they are."""
+    if not isinstance(value, Untyped):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return {"true": True, "false": False, "none": None}.get(value.lower(), str(value))
 
 
 def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:

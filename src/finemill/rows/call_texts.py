@@ -54,9 +54,16 @@ _CLOSING = re.compile(
     "|<\\|im_end\\|>|<\\|end_of_text\\|>|<\uff5ctool\u2581calls?\u2581end\uff5c>|<\uff5cend\u2581of\u2581sentence\uff5c>"
     "|<\\|tool_call(?:s_section)?_end\\|>)+\\Z"
 )
-_NAME = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"]+)"')
+_NAME = re.compile(r"""\s*\{\s*["']name["']\s*:\s*["']([^"']+)["']""")
+# Glaive's arguments are JSON between single quotes, which no JSON has.
+QUOTED_ARGUMENTS = re.compile(r"(\"arguments\":\s*)'(.*)'(\s*\}\s*)\Z", re.DOTALL)
+# Of a list that is no Python, cut or with arguments that have no names; without brackets it is as often a formula.
+_BROKEN_LIST = re.compile(r"\s*\[\s*([A-Za-z_][\w.]*)\((?=\s*\w+\s*=|[^()]*\)\]\s*\Z)")
+# As JSON and JavaScript spell them.
+_CONSTANTS = {"true": True, "false": False, "null": None}
 _GAP = re.compile(r"[\s;,]*")
 _NAMES = ("name", "tool_name", "tool", "function", "action")
+_NESTED = ("function", "functionCall", "function_call")
 _BESIDE = frozenset(("name", "type", "id", "index", "tool_call_id"))
 """Keys of a call without arguments; an object with a name and others is no call."""
 _ARGUMENTS = ("arguments", "parameters", "args", "input", "action_input", "tool_input", "tool_args", "kwargs", "params")
@@ -106,6 +113,8 @@ def marked_calls(text: str) -> tuple[str, list[ToolCall]] | None:
 
 
 def _xml(text: str) -> list[ToolCall]:
+    # DeepSeek's own name in each of its tags.
+    text = text.replace("\uff5cDSML\uff5c", "")
     for call, parameter in _XML_CALLS:
         found = [
             ToolCall(
@@ -190,12 +199,20 @@ def _json_calls(text: str, position: int) -> tuple[list[ToolCall], int]:
         if text[start : start + 1] not in ("{", "["):
             break
         value, end = _decode(text, start)
+        if end is None and (quoted := QUOTED_ARGUMENTS.sub(plain_arguments, text[start:])) != text[start:]:
+            value, end = _decode(quoted, 0)
+            end = None if end is None else len(text)
         if end is None:
             name = _NAME.match(text, start)
             return ([*found, ToolCall(name[1], None)] if name else found), len(text)
         found += _calls_of(value)
         position = end
     return found, position
+
+
+def plain_arguments(match: re.Match[str]) -> str:
+    """A match of `QUOTED_ARGUMENTS` as JSON has it."""
+    return f"{match[1]}{json.dumps(match[2])}{match[3]}"
 
 
 def _decode(text: str, position: int) -> tuple[Any, int | None]:
@@ -214,10 +231,13 @@ def _calls_of(value: Any) -> Iterator[ToolCall]:
         return
     if not isinstance(value, Mapping):
         return
-    if isinstance(value.get("tool_calls"), list):
-        yield from _calls_of(value["tool_calls"])
+    # OpenAI's messages, Anthropic's, Gemini's.
+    several = next((value[key] for key in ("tool_calls", "content", "parts") if isinstance(value.get(key), list)), None)
+    if several is not None:
+        yield from _calls_of(several)
         return
-    item = value["function"] if isinstance(value.get("function"), Mapping) else value
+    nested = next((value[key] for key in _NESTED if isinstance(value.get(key), Mapping)), None)
+    item = value if nested is None else nested
     name = next((item[key] for key in _NAMES if isinstance(item.get(key), str)), None)
     if name is None or (not any(key in item for key in _ARGUMENTS) and not item.keys() <= _BESIDE):
         return
@@ -239,7 +259,8 @@ def _python_calls(text: str) -> list[ToolCall]:
     try:
         return [_python_call(item) for line in ast.parse(text.strip()).body for item in _called(line)]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
+        broken = _BROKEN_LIST.match(text)
+        return [ToolCall(broken[1], None)] if broken else []
 
 
 def _called(line: ast.stmt) -> Sequence[ast.expr]:
@@ -257,5 +278,15 @@ def _python_call(node: ast.expr) -> ToolCall:
     """Raises: ValueError: `node` is no call of a name with constants by name."""
     if not isinstance(node, ast.Call) or node.args or any(word.arg is None for word in node.keywords):
         raise ValueError("no call with arguments by name")
-    arguments = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
-    return ToolCall(ast.unparse(node.func), arguments)
+    return ToolCall(ast.unparse(node.func), {str(word.arg): _constant(word.value) for word in node.keywords})
+
+
+def _constant(node: ast.expr) -> Any:
+    """A value as JSON has it. Raises: ValueError: it is no constant."""
+    if isinstance(node, ast.Name) and node.id in _CONSTANTS:
+        return _CONSTANTS[node.id]
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_constant(item) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        return {ast.literal_eval(key): _constant(item) for key, item in zip(node.keys, node.values, strict=True) if key}
+    return ast.literal_eval(node)

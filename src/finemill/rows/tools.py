@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from finemill.rows.call_texts import marked_calls, read_calls
+from finemill.rows.call_texts import QUOTED_ARGUMENTS, marked_calls, plain_arguments, read_calls
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.values import holds_nothing, is_missing, parse_json
 
@@ -45,8 +45,6 @@ _CALL_TEXT = re.compile(
     re.DOTALL,
 )
 _CALL_MARKS = ("<tool_call>", "<functioncall>", "[TOOL_CALLS]", "<|python_tag|>")
-# Glaive's arguments are JSON between single quotes, which no JSON has.
-_QUOTED_ARGUMENTS = re.compile(r"(\"arguments\":\s*)'(.*)'(\s*\}\s*)\Z", re.DOTALL)
 _RESPONSE_TEXT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 
 
@@ -65,17 +63,13 @@ def to_calls(value: Any) -> list[Call]:
 def _values_in(text: str) -> Iterator[Any]:
     """The calls in a text: JSON values one after the other, or within `<tool_call>` tags."""
     for part in ["".join(groups) for groups in _CALL_TEXT.findall(text)] or [text.strip()]:
-        value = parse_json(_QUOTED_ARGUMENTS.sub(_plain_arguments, part) if "'" in part else part)
+        value = parse_json(QUOTED_ARGUMENTS.sub(plain_arguments, part) if "'" in part else part)
         if isinstance(value, list):
             yield from value
         elif isinstance(value, Mapping):
             yield value
         else:
             yield from _one_by_one(part)
-
-
-def _plain_arguments(match: re.Match[str]) -> str:
-    return f"{match[1]}{json.dumps(match[2])}{match[3]}"
 
 
 def _one_by_one(text: str) -> Iterator[Any]:
