@@ -19,6 +19,7 @@ from finemill.pipelines.names import (
     ARGO_PATH,
     ARGO_VOLUME,
     FILE_KEY,
+    HIGHEST_ID,
     LABEL_KEY,
     LABEL_VALUE,
     LONGEST_NAME,
@@ -163,6 +164,17 @@ def _but(key: str, taken: tuple[str, ...]) -> dict[str, Any]:
     return {"properties": {key: {"not": {"enum": list(taken)}}}}
 
 
+ID = {"type": "integer", "minimum": 0, "maximum": HIGHEST_ID}
+POD_SECURITY = {
+    "additionalProperties": False,
+    "properties": {
+        "runAsUser": {**ID, "minimum": 1},
+        "runAsGroup": ID,
+        "fsGroup": ID,
+        "supplementalGroups": {"type": "array", "items": ID},
+    },
+}
+
 # What the default of a value cannot tell about the others that are allowed.
 RULES: dict[str, dict[str, Any]] = {
     "store": {"pattern": SHARED_STORE},
@@ -200,6 +212,7 @@ RULES: dict[str, dict[str, Any]] = {
     },
     "networkPolicy.extraEgress": EGRESS,
     "podLabels": {**LABELS, "propertyNames": {"pattern": LABEL_KEY, "not": {"pattern": OWN_LABEL}}},
+    "podSecurityContext": POD_SECURITY,
     "podAnnotations": {"additionalProperties": PLAIN, **KEYS},
     "nodeSelector": LABELS,
     "tolerations": TOLERATIONS,
@@ -254,7 +267,7 @@ def config_properties() -> dict[str, Any]:
     texts = {item.name for pipeline in PIPELINES.values() for item in pipeline.values}
     sections = {name: task.step for pipeline in PIPELINES.values() for name, task in pipeline.sections.items()}
     return {
-        **{name: {"type": "string", "minLength": 1} for name in sorted(texts)},
+        **{name: {"type": "string", "minLength": 1, "pattern": r"^(\S(.*\S)?)?$"} for name in sorted(texts)},
         **{name: {"$ref": f"#/definitions/{step.section_class.__name__}"} for name, step in sorted(sections.items())},
     }
 

@@ -15,6 +15,7 @@ from finemill.pipelines.affinity import check_affinity
 from finemill.pipelines.graph import Resources
 from finemill.pipelines.names import (
     ARGO_PATH,
+    HIGHEST_ID,
     LONGEST_S,
     OWN_LABEL,
     PASSWORD,
@@ -272,6 +273,19 @@ class ClusterConfig(StepConfig):
 
     queue_priority: ShortName | None = None
     """Kueue's WorkloadPriorityClass of GPU steps in that queue; none has it go by the pods' own priority."""
+
+    run_as_user: int | None = Field(default=None, ge=1, le=HIGHEST_ID)
+    """Numeric user of all steps' pods; none takes the image's (65532), or the one that OpenShift gives a namespace."""
+
+    run_as_group: int | None = Field(default=None, ge=0, le=HIGHEST_ID)
+    """Numeric group of all steps' pods; none takes the image's (0)."""
+
+    fs_group: int | None = Field(default=None, ge=0, le=HIGHEST_ID)
+    """Group that volumes belong to, where a claim that root owns is to be written. None where the platform sets one,
+    as OpenShift does. Argo only."""
+
+    supplemental_groups: tuple[Annotated[int, Field(ge=0, le=HIGHEST_ID)], ...] = ()
+    """Further groups of all steps' pods, for shared folders as NFS has them. Argo only."""
 
     cache_claim: Name | None = None
     """Name of a PersistentVolumeClaim shared by the steps: a base model is pulled and kernels are compiled once.

@@ -11,7 +11,7 @@ from finemill.components.preflight.config import PreflightSettings
 from finemill.components.promote.config import PromoteConfig
 from finemill.components.train_dpo.config import TrainDPOConfig
 from finemill.components.train_qlora.config import TrainQLoRAConfig
-from finemill.config import StepConfig
+from finemill.config import Input, StepConfig
 from finemill.pipelines.gates import PreferencePromoteConfig
 from finemill.registry.config import RegisterConfig
 
@@ -19,7 +19,7 @@ from finemill.registry.config import RegisterConfig
 class FinetuneConfig(StepConfig):
     """Raw rows and a base model in; adapter, merged model, GGUF files, report and a promoted version out."""
 
-    base_model: str = "builtin:tiny-qwen3"
+    base_model: Input = "builtin:tiny-qwen3"
     """The model to tune: hf://org/name@revision, a folder, or builtin:tiny-qwen3."""
 
     preflight: PreflightSettings = Field(default_factory=PreflightSettings)
@@ -53,7 +53,7 @@ class FinetuneConfig(StepConfig):
 class AlignConfig(StepConfig):
     """Preferences and a base model in; adapter, merged model, GGUF files, report and a promoted version out."""
 
-    base_model: str = "builtin:tiny-qwen3"
+    base_model: Input = "builtin:tiny-qwen3"
     """The model to align: hf://org/name@revision, a folder, builtin:tiny-qwen3, or the reference <uri>@sha256:<digest>
     of a merged model, as `merge` printed it: that is how a tuned model is aligned."""
 
@@ -88,7 +88,7 @@ class AlignConfig(StepConfig):
 class RetrainConfig(StepConfig):
     """Ends as unchanged unless there is new data; otherwise trains, evaluates, exports, and promotes what is better."""
 
-    base_model: str = "builtin:tiny-qwen3"
+    base_model: Input = "builtin:tiny-qwen3"
     """The model to tune: hf://org/name@revision, a folder, or builtin:tiny-qwen3."""
 
     preflight: PreflightSettings = Field(default_factory=PreflightSettings)
@@ -122,16 +122,16 @@ class RetrainConfig(StepConfig):
 class ExportConfig(StepConfig):
     """Merge an adapter into its base, write and check GGUF files, and register the result."""
 
-    base_model: str
+    base_model: Input
     """The model that the adapter was trained on, hf://org/name@revision."""
 
-    adapter: str
+    adapter: Input
     """Reference of the adapter, <uri>@sha256:<digest>."""
 
-    dataset: str
+    dataset: Input
     """Reference of the dataset whose held-out rows check the GGUF files."""
 
-    evaluation: str
+    evaluation: Input
     """Reference of the adapter's evaluation."""
 
     preflight: PreflightSettings = Field(default_factory=PreflightSettings)

@@ -42,20 +42,23 @@ class {{ name }}(StepConfig):
 def config_source(pipelines: Iterable[Pipeline]) -> str:
     """The text of `config.py`, formatted."""
     classes: dict[str, tuple[str, list[tuple[str, str]]]] = {}
-    imported = {StepConfig}
+    imported: set[type[StepConfig]] = set()
     for pipeline in pipelines:
         sections = {name: task.section for name, task in pipeline.sections.items()}
         imported |= set(sections.values())
         fields = [_value(item) for item in pipeline.values] + [_section(*item) for item in sections.items()]
         classes[pipeline.config_name] = (pipeline.description, fields)
-    imports = sorted(f"from {item.__module__} import {item.__name__}" for item in imported)
+    imports = sorted(
+        [f"from {StepConfig.__module__} import Input, {StepConfig.__name__}"]
+        + [f"from {item.__module__} import {item.__name__}" for item in imported]
+    )
     environment = Environment(trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined)
     return environment.from_string(_TEMPLATE).render(imports=imports, classes=classes)
 
 
 def _value(item: Parameter) -> tuple[str, str]:
     default = "" if item.default is None else f' = "{item.default}"'
-    return f"{item.name}: str{default}", _docstring(item.description)
+    return f"{item.name}: Input{default}", _docstring(item.description)
 
 
 def _section(name: str, model: type[StepConfig]) -> tuple[str, str]:

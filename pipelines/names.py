@@ -10,6 +10,8 @@ NAME = f"^{_SUBDOMAIN}$"
 """Regular expression of an object's name."""
 LONGEST_NAME = 253
 """Characters of the longest."""
+HIGHEST_ID = 2**31 - 1
+"""Highest number of a user or a group that Kubernetes takes."""
 LONGEST_S = 2**31 - 1
 """Seconds that Argo and Kubernetes can count."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"

@@ -68,9 +68,7 @@ def build_argo_template(pipeline: Pipeline, defaults: Mapping[str, Any], cluster
         labels={"app.kubernetes.io/name": "finemill", "app.kubernetes.io/component": pipeline.name},
         service_account_name=cluster.service_account,
         image_pull_secrets=[LocalObjectReference(name=name) for name in cluster.image_pull_secrets] or None,
-        security_context=PodSecurityContext(
-            run_as_non_root=True, seccomp_profile=SeccompProfile(type="RuntimeDefault")
-        ),
+        security_context=_security(cluster),
         volumes=_volumes(cluster),
         pod_priority_class_name=cluster.priority_class,
         affinity=Affinity.model_validate(cluster.affinity) if cluster.affinity else None,
@@ -112,6 +110,19 @@ def _argument(item: Parameter, text: str | None) -> ArgoParameter:
     if text is None:
         return ArgoParameter(name=item.name, description=item.description)
     return ArgoParameter(name=item.name, value=text, description=item.description)
+
+
+def _security(cluster: ClusterConfig) -> PodSecurityContext:
+    """Who the pods run as. A cache has many files, whose group is set once and not at each start."""
+    return PodSecurityContext(
+        run_as_non_root=True,
+        run_as_user=cluster.run_as_user,
+        run_as_group=cluster.run_as_group,
+        fs_group=cluster.fs_group,
+        fs_group_change_policy=None if cluster.fs_group is None else "OnRootMismatch",
+        supplemental_groups=list(cluster.supplemental_groups) or None,
+        seccomp_profile=SeccompProfile(type="RuntimeDefault"),
+    )
 
 
 def _volumes(cluster: ClusterConfig) -> list[Any]:

@@ -133,7 +133,7 @@ def _set_execution(call: Any, task: Task, arguments: Mapping[str, Any], cluster:
     kubernetes.set_image_pull_policy(call, cluster.image_pull_policy)
     if cluster.image_pull_secrets:
         kubernetes.set_image_pull_secrets(call, list(cluster.image_pull_secrets))
-    kubernetes.set_security_context(call, run_as_non_root=True)
+    kubernetes.set_security_context(call, cluster.run_as_user, cluster.run_as_group, run_as_non_root=True)
     _set_environment(call, cluster)
     _set_pod(call, cluster)
     if task.resources.gpu:
@@ -183,7 +183,8 @@ def _refuse_argo_s(cluster: ClusterConfig) -> None:
     sized = [f"sizes.{name}.ephemeral_storage" for name, size in cluster.sizes.items() if size.ephemeral_storage]
     affinity = [f"affinity.{name}" for name in cluster.affinity if name != "nodeAffinity"]
     own = [name for name in ("priority_class", "pod_disruption_budget") if getattr(cluster, name)]
-    given = [*sized, *affinity, *own]
+    groups = [name for name in ("fs_group", "supplemental_groups") if getattr(cluster, name) not in (None, ())]
+    given = [*sized, *affinity, *own, *groups]
     if given:
         raise UserError(f"cluster settings: {', '.join(given)}: KFP's pods have no such field, leave it out")
     _check_volumes(cluster)

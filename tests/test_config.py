@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 import pytest
 from pydantic import Field, field_validator, model_validator
 
-from finemill.config import StepConfig, parse_config
+from finemill.config import Input, StepConfig, parse_config
 from finemill.errors import UserError
 
 
@@ -112,3 +112,15 @@ class Nested(StepConfig):
 def test_an_unknown_key_is_named_with_those_that_a_file_may_have_there(values: Any, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         parse_config(Nested, values, "my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "names nothing"), ("  ", "names nothing"), (" hf://o/n", "blanks"), ("a\nb", "a line break")],
+)
+def test_what_a_run_is_given_by_name_has_one(text: str, message: str) -> None:
+    class Run(StepConfig):
+        base_model: Input
+
+    with pytest.raises(UserError, match=f"'base_model': .*{message}"):
+        parse_config(Run, {"base_model": text}, "run.yaml")

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping
 from reprlib import Repr
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from finemill.errors import UserError
 
@@ -44,6 +44,16 @@ class StepConfig(BaseModel):
         return value
 
 
+def _named(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it names nothing: give a name, or leave it out")
+    if text != text.strip() or not text.isprintable():
+        raise ValueError("it has a line break, a tab or blanks around it: leave them out")
+    return text
+
+
+Input = Annotated[str, AfterValidator(_named)]
+"""Type of what a run is given by name: a model, a folder, a reference."""
 _LARGEST = 2**63 - 1
 _brief = Repr()
 """Shows a value in a few words, however large what a file's anchors expand to is."""

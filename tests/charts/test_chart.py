@@ -673,3 +673,20 @@ def test_texts_in_the_configuration_hold_nothing_for_argo_to_evaluate(tmp_path: 
     text = parameters["chat_format"]["value"]
     assert "{{" not in text
     assert json.loads(text) == {"system_prompt": prompt}
+
+
+@needs_helm
+def test_pods_run_as_whom_the_platform_says(tmp_path: Path) -> None:
+    """Helm reads a whole number of a file as a fraction; OpenShift's are long enough to be written with an exponent."""
+    given = {"runAsUser": 1000680000, "fsGroup": 1000680000, "supplementalGroups": [5]}
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump({"podSecurityContext": given, "trainingRuntime": {"enabled": True}}))
+    objects = render("-f", str(values))
+    runtime = next(item for item in objects if item["kind"] == "TrainingRuntime")
+    [job] = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    node = job["template"]["spec"]["template"]["spec"]
+    for spec in (node, *(item["spec"] for item in workflows(objects).values())):
+        assert given.items() <= spec["securityContext"].items()
+        assert spec["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
+        assert spec["securityContext"]["runAsNonRoot"]
+    assert "minimum: got 0" in render_error("--set", "podSecurityContext.runAsUser=0")

@@ -342,6 +342,18 @@ def test_what_a_platform_adds_reaches_every_step_on_both_engines(tmp_path: Path)
         assert '"tolerationSeconds": 60' in task.tolerations[0]
 
 
+def test_pods_run_as_whom_the_platform_says(tmp_path: Path) -> None:
+    """A namespace of OpenShift has numbers of its own, and so has a shared folder's owner."""
+    file, out = tmp_path / "cluster.yaml", tmp_path / "out.yaml"
+    file.write_text("run_as_user: 1000680000\nrun_as_group: 5\n")
+    assert main(["compile", "finetune", "--engine", "argo", "--cluster", str(file), "-o", str(out)]) == 0
+    assert {"runAsUser": 1000680000, "runAsGroup": 5}.items() <= yaml.safe_load(out.read_text())["spec"][
+        "securityContext"
+    ].items()
+    assert main(["compile", "finetune", "--engine", "kfp", "--cluster", str(file), "-o", str(out)]) == 0
+    assert out.read_text().count("runAsUser: '1000680000'") == len(PIPELINES["finetune"].tasks)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -349,6 +361,8 @@ def test_what_a_platform_adds_reaches_every_step_on_both_engines(tmp_path: Path)
         "sizes: {gpu: {cpu: 1, memory: 1Gi, ephemeral_storage: 50Gi}}",
         "pod_disruption_budget: true",
         "affinity: {podAntiAffinity: {preferredDuringSchedulingIgnoredDuringExecution: []}}",
+        "fs_group: 0",
+        "supplemental_groups: [1001]",
     ],
 )
 def test_what_kfp_s_pods_do_not_have_is_for_argo_and_refused_for_kfp(
@@ -357,7 +371,8 @@ def test_what_kfp_s_pods_do_not_have_is_for_argo_and_refused_for_kfp(
     file, out = tmp_path / "cluster.yaml", tmp_path / "out.yaml"
     file.write_text(settings)
     assert main(["compile", "finetune", "--engine", "argo", "--cluster", str(file), "-o", str(out)]) == 0
-    wanted = "podPriorityClassName: batch|ephemeral-storage: 50Gi|minAvailable: 9999|podAntiAffinity"
+    fields = "podPriorityClassName: batch|ephemeral-storage: 50Gi|minAvailable: 9999|podAntiAffinity"
+    wanted = f"{fields}|fsGroupChangePolicy: OnRootMismatch|- 1001\n"
     assert re.search(wanted, out.read_text())
     assert main(["compile", "finetune", "--engine", "kfp", "--cluster", str(file), "-o", str(out)]) == 2
     assert "KFP's pods have no such field" in capsys.readouterr().err

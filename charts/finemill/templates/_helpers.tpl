@@ -82,6 +82,16 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | 
 {{- toYaml $mounts -}}
 {{- end }}
 
+{{/* Who the pods run as: YAML. A cache has many files, whose group is set once and not at each start. */}}
+{{- define "finemill.podSecurity" -}}
+{{- $security := dict "runAsNonRoot" true "seccompProfile" (dict "type" "RuntimeDefault") -}}
+{{- $given := .Values.podSecurityContext | default dict -}}
+{{- if hasKey $given "fsGroup" -}}
+{{- $_ := set $security "fsGroupChangePolicy" "OnRootMismatch" -}}
+{{- end -}}
+{{- toYaml (merge $security $given) -}}
+{{- end }}
+
 {{/* Requests and limits of a container, given its size: YAML. */}}
 {{- define "finemill.quantities" -}}
 {{- $quantities := dict "cpu" (toString .cpu) "memory" (toString .memory) -}}
