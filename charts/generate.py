@@ -20,6 +20,7 @@ from finemill.pipelines.names import (
     ARGO_VOLUME,
     FILE_KEY,
     HIGHEST_ID,
+    IMAGE_PATHS,
     LABEL_KEY,
     LABEL_VALUE,
     LONGEST_NAME,
@@ -155,7 +156,7 @@ NAMES = (
 )
 SIZES = ("small", "large", "gpu")
 VOLUMES = ("tmp", "cache", "shared-memory", "ca-bundle", ARGO_VOLUME)
-PATHS = ("/tmp", CACHE_PATH, SHARED_MEMORY_PATH, "/etc/finemill/ca", ARGO_PATH)
+PATHS = ("/tmp", CACHE_PATH, SHARED_MEMORY_PATH, "/etc/finemill/ca", ARGO_PATH, *IMAGE_PATHS)
 TIMEZONES = resources.files("tzdata").joinpath("zones").read_text().split()
 
 

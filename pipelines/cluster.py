@@ -11,11 +11,13 @@ from pydantic import AfterValidator, Field, model_validator
 
 from finemill.config import StepConfig
 from finemill.credentials import SECRET_VARIABLES
+from finemill.errors import UserError
 from finemill.pipelines.affinity import check_affinity
 from finemill.pipelines.graph import Resources
 from finemill.pipelines.names import (
     ARGO_PATH,
     HIGHEST_ID,
+    IMAGE_PATHS,
     LONGEST_S,
     OWN_LABEL,
     PASSWORD,
@@ -177,6 +179,9 @@ def _apart(mounts: tuple[Mount, ...]) -> tuple[Mount, ...]:
     twice = [path for path in paths if paths.count(path) > 1]
     if twice:
         raise ValueError(f"{twice[0]} is mounted already: choose another path")
+    needed = [mount.path for mount in mounts if mount.path in IMAGE_PATHS]
+    if needed:
+        raise ValueError(f"{needed[0]} holds what the image needs: mount a folder in it, or another one")
     return mounts
 
 
@@ -337,8 +342,15 @@ class ClusterConfig(StepConfig):
         return {"cpu": self.image_cpu, "train": self.image_train}[role]
 
     def host_memory_gib(self, resources: Resources) -> float:
-        """GiB that a GPU task's process may have beside its shared memory."""
-        return gibibytes(self.size(resources).memory) - gibibytes(self.shared_memory)
+        """GiB that a GPU task's process may have beside its shared memory. Raises: UserError: there is nothing left."""
+        memory = self.size(resources).memory
+        left = gibibytes(memory) - gibibytes(self.shared_memory)
+        if left <= 0:
+            raise UserError(
+                f"cluster settings: shared_memory of {self.shared_memory} counts into the {memory} of GPU steps "
+                "(sizes.gpu.memory): give less of the one, or more of the other"
+            )
+        return left
 
     def size(self, resources: Resources) -> ContainerSize:
         """Requests and limits of a task."""

@@ -34,6 +34,11 @@ FILE_KEY = r"^[-._A-Za-z0-9]*[-_A-Za-z0-9][-._A-Za-z0-9]*$"
 """Regular expression of a key of a ConfigMap or a Secret."""
 MOUNT_PATH = r"^(/([^/:.]|\.[^/:.]|\.\.[^/:])[^/:]*)+$"
 """Regular expression of a folder in a container that something is mounted at."""
+IMAGE_PATHS = (
+    *("/bin", "/dev", "/etc", "/lib", "/lib64", "/opt", "/opt/finemill", "/proc", "/sbin", "/sys", "/usr"),
+    *("/usr/bin", "/usr/lib", "/usr/local", "/usr/local/bin", "/usr/local/lib"),
+)
+"""Folders without which a container of the images does not start."""
 ARGO_PATH, ARGO_VOLUME = "/var/run/argo", "var-run-argo"
 """What Argo's executor mounts in every container, and where."""
 PASSWORD = r"//[^/@\s]*:[^/@\s]+@"

@@ -16,7 +16,7 @@ SUBMITTED_CHARACTERS = 10_000
 """Characters of JSON that KFP's server takes per parameter of a run."""
 ARGUMENT_CHARACTERS = 90_000
 """Characters of JSON that fit into an argument, in base64 too: Linux takes 128 KiB."""
-SHARED_STORE = r"^s3://[A-Za-z0-9][A-Za-z0-9.:_-]*(/[^{}$]*)?$"
+SHARED_STORE = r"^s3://[A-Za-z0-9][A-Za-z0-9.:_-]*(/[^{}$\x00-\x1f\x7f]*)?$"
 """Regular expression of a store that pods share, and that no engine evaluates."""
 
 

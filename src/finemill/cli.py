@@ -91,7 +91,7 @@ def _prepare_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif stream.encoding.lower() != "utf-8":
+        elif stream.encoding and stream.encoding.lower() != "utf-8":
             stream.reconfigure(encoding="utf-8", errors="surrogateescape" if name == "stdout" else "backslashreplace")
 
 

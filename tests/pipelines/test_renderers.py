@@ -342,6 +342,15 @@ def test_what_a_platform_adds_reaches_every_step_on_both_engines(tmp_path: Path)
         assert '"tolerationSeconds": 60' in task.tolerations[0]
 
 
+@pytest.mark.parametrize("engine", ["argo", "kfp"])
+def test_the_file_may_be_called_anything(engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "pipeline.json"
+    assert main(["compile", "export", "--engine", engine, "-o", str(file)]) == 0
+    assert yaml.safe_load_all(file.read_text())
+    assert main(["compile", "export", "--engine", engine, "-o", str(tmp_path)]) == 2
+    assert "Is a directory" in capsys.readouterr().err
+
+
 def test_pods_run_as_whom_the_platform_says(tmp_path: Path) -> None:
     """A namespace of OpenShift has numbers of its own, and so has a shared folder's owner."""
     file, out = tmp_path / "cluster.yaml", tmp_path / "out.yaml"
@@ -358,7 +367,7 @@ def test_pods_run_as_whom_the_platform_says(tmp_path: Path) -> None:
     "settings",
     [
         "priority_class: batch",
-        "sizes: {gpu: {cpu: 1, memory: 1Gi, ephemeral_storage: 50Gi}}",
+        "sizes: {gpu: {cpu: 1, memory: 4Gi, ephemeral_storage: 50Gi}}",
         "pod_disruption_budget: true",
         "affinity: {podAntiAffinity: {preferredDuringSchedulingIgnoredDuringExecution: []}}",
         "fs_group: 0",
@@ -381,6 +390,8 @@ def test_what_kfp_s_pods_do_not_have_is_for_argo_and_refused_for_kfp(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ("mounts: [{path: /usr, claim: a}]", "/usr holds what the image needs"),
+        ("shared_memory: 200Gi", "shared_memory of 200Gi counts into the 32Gi of GPU steps"),
         ("mounts: [{path: /x}]", "give one of config_map, secret and claim"),
         ("mounts: [{path: /x, claim: a, secret: b}]", "give one of config_map, secret and claim"),
         ("tolerations: [{keys: x}]", "unknown key 'tolerations.0.keys'"),

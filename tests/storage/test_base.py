@@ -9,6 +9,11 @@ from finemill.errors import UserError
 from finemill.storage.base import local_path, normalize_uri
 
 
+def test_an_address_in_s3_with_a_line_break_is_refused() -> None:
+    with pytest.raises(UserError, match="a line break or another control character"):
+        normalize_uri("s3://bucket/prefix\n")
+
+
 @pytest.mark.parametrize("name", ["a b", "a#b", "what?", "My%20Data", "ü", "100%"])
 def test_a_folder_keeps_its_name(name: str, tmp_path: Path) -> None:
     folder = tmp_path / name

@@ -26,29 +26,31 @@ def execute(name: str, arguments: list[str]) -> int:
     cluster = read_cluster_config(parsed.cluster, image_cpu=parsed.image_cpu, image_train=parsed.image_train)
     defaults = read_defaults(parsed, pipeline)
     tell_preflight(pipeline, defaults, cluster)
+    text = _compiled(parsed, pipeline, defaults, cluster)
     if str(parsed.output) == "-":
-        with TemporaryDirectory() as folder:
-            file = Path(folder, "pipeline.yaml")
-            _compile(parsed, pipeline, defaults, cluster, file)
-            print(file.read_text(encoding="utf-8"), end="")
+        print(text, end="")
         return 0
     parsed.output.parent.mkdir(parents=True, exist_ok=True)
-    _compile(parsed, pipeline, defaults, cluster, parsed.output)
+    parsed.output.write_text(text, encoding="utf-8")
     print(parsed.output)
     return 0
 
 
-def _compile(
-    parsed: argparse.Namespace, pipeline: Pipeline, defaults: dict[str, Any], cluster: "ClusterConfig", output: Path
-) -> None:
-    if parsed.engine == "kfp":
-        from finemill.pipelines.render_kfp import compile_kfp
+def _compiled(
+    parsed: argparse.Namespace, pipeline: Pipeline, defaults: dict[str, Any], cluster: "ClusterConfig"
+) -> str:
+    """The YAML. kfp writes into files that are called so alone."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "pipeline.yaml")
+        if parsed.engine == "kfp":
+            from finemill.pipelines.render_kfp import compile_kfp
 
-        compile_kfp(pipeline, defaults, cluster, output, manifests=parsed.manifests)
-    else:
-        from finemill.pipelines.render_argo import compile_argo
+            compile_kfp(pipeline, defaults, cluster, file, manifests=parsed.manifests)
+        else:
+            from finemill.pipelines.render_argo import compile_argo
 
-        compile_argo(pipeline, defaults, cluster, output, schedule=parsed.schedule, timezone=parsed.timezone)
+            compile_argo(pipeline, defaults, cluster, file, schedule=parsed.schedule, timezone=parsed.timezone)
+        return file.read_text(encoding="utf-8")
 
 
 def tell_preflight(pipeline: Pipeline, defaults: dict[str, Any], cluster: "ClusterConfig") -> None:

@@ -1,6 +1,7 @@
 """A file in a store, and how the addresses of folders are spelled."""
 
 import os
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +31,8 @@ def normalize_uri(uri: str) -> str:
             return local_path(uri).expanduser().resolve().as_uri()
         except RuntimeError:
             raise UserError(f"'{uri}': there is no such user, or no HOME: write the folder's whole path") from None
+    if re.search(r"[\x00-\x1f\x7f]", uri):
+        raise UserError(f"{uri!r:.200} holds a line break or another control character: correct the address")
     return uri.rstrip("/")
 
 
