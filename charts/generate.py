@@ -103,7 +103,10 @@ MOUNT = {
     }
 }
 _SELECTOR = {"$ref": "#/definitions/LabelSelector"}
-_CIDR = r"^([0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9a-fA-F:]*:[0-9a-fA-F:.]*)/[0-9]{1,3}$"
+_BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_CIDR = (
+    rf"^({_BYTE}(\.{_BYTE}){{3}}/(3[0-2]|[12]?[0-9])|[0-9a-fA-F:]*:[0-9a-fA-F:.]*/(12[0-8]|1[01][0-9]|[1-9]?[0-9]))$"
+)
 _PORT = {"type": "integer", "minimum": 1, "maximum": 65535}
 EGRESS_PORT = {
     "type": "object",

@@ -358,6 +358,8 @@ def check_values() -> Draft7Validator:
         ("networkPolicy.extraEgress[0].ports[0].protocol=tcp", "protocol"),
         ("networkPolicy.extraEgress[0].ports[0].port=70000", "port"),
         ("networkPolicy.extraEgress[0].to[0].ipBlock.cidr=10.0.0.0", "cidr"),
+        ("networkPolicy.extraEgress[0].to[0].ipBlock.cidr=10.0.0.300/8", "cidr"),
+        ("networkPolicy.extraEgress[0].to[0].ipBlock.cidr=10.0.0.0/33", "cidr"),
         ("networkPolicy.extraEgress[0].to[0].ipBlok.cidr=10.0.0.0/8", "ipBlok"),
         ("networkPolicy.extraEgress[0].to[0].podSelector.matchLabel.a=b", "matchLabel"),
     ],
