@@ -6,6 +6,7 @@ from fractions import Fraction
 
 from finemill.rows.characters import plain_characters
 from finemill.rows.formulas import CURRENCIES, MAGNITUDES, UNITS, strip_delimiters, tidy
+from finemill.rows.si_units import SI_SCALES, SI_UNITS
 
 PERCENT = "%"
 
@@ -56,6 +57,8 @@ _ALIASES = {
     "centigrade": "c",
     "fahrenheit": "f",
     "kwh": "kilowatt hour",
+    "wh": "watt hour",
+    "mol": "mole",
     "kw": "kilowatt",
     "kb": "kilobyte",
     "mb": "megabyte",
@@ -102,6 +105,7 @@ _ALIASES = {
     "度": "degree",
 }
 _SCALES: dict[str, tuple[str, Fraction]] = {
+    **SI_SCALES,
     "kilometer": ("meter", Fraction(1000)),
     "centimeter": ("meter", Fraction(1, 100)),
     "millimeter": ("meter", Fraction(1, 1000)),
@@ -118,10 +122,6 @@ _SCALES: dict[str, tuple[str, Fraction]] = {
     "day": ("second", Fraction(86_400)),
     "week": ("second", Fraction(604_800)),
     "year": ("month", Fraction(12)),
-    **{f"kilo{unit}": (unit, Fraction(1000)) for unit in ("joule", "watt", "pascal", "volt", "hertz")},
-    "megahertz": ("hertz", Fraction(10**6)),
-    "gigahertz": ("hertz", Fraction(10**9)),
-    "milliampere": ("ampere", Fraction(1, 1000)),
     "hectare": ("meter ^2", Fraction(10_000)),
     "decimeter": ("meter", Fraction(1, 10)),
     "tonne": ("gram", Fraction(10**6)),
@@ -304,7 +304,7 @@ def _with_unit(value: Fraction | None, text: str, *, wrapped: bool) -> Quantity 
     words = words[:-1] if words[-1:] == ["per"] else words
     while words and words[0].lower().rstrip("s") in MAGNITUDES:
         value *= MAGNITUDES[words.pop(0).lower().rstrip("s")]
-    lowered = [word.lower() for word in words]
+    lowered = [part for word in words for part in SI_UNITS.get(word, word.lower()).split()]
     if len(words) > _MOST_UNIT_WORDS or set(lowered) & _NO_UNIT or lowered[:1] in (["squared"], ["cubed"]):
         return None
     short = [word for word in lowered if len(word) <= 3 and word not in UNITS | {"in"} and not word.startswith("^")]

@@ -15,7 +15,7 @@ from finemill.rows.channels import thinking_in_blocks
 from finemill.rows.characters import plain_characters
 from finemill.rows.chemistry import chemical_formulas
 from finemill.rows.dates import dates
-from finemill.rows.formulas import Span, boxed, formulas, strip_delimiters, tidy
+from finemill.rows.formulas import CONDITION, Span, boxed, formulas, strip_delimiters, tidy
 from finemill.rows.numerals import in_digits, last_counted, last_spelled
 from finemill.rows.repeats import shorter_repeats
 from finemill.rows.results import without_circumstances
@@ -302,6 +302,8 @@ def _last_formula(text: str) -> FinalAnswer | None:
     items = _item_numbers(text)
     found = [one for one in _formulas_and_dates(text) if one.start not in items and not _is_reference(text, one)]
     found = without_circumstances(text, found)
+    while len(found) > 1 and CONDITION.fullmatch(text, found[-2].end, found[-1].start):
+        found.pop()
     while found and _is_denied(text, found[-1]):
         denied = found.pop()
         if not found or not _BUT_NOT.fullmatch(text, found[-1].end, denied.start):

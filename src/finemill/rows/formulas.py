@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from finemill.rows.characters import plain_characters
+from finemill.rows.si_units import SI_UNITS
 
 UNITS = frozenset(
     """percent percentage degree degrees radian radians dollar dollars cent cents euro euros pound pounds yuan yen rupee
     rupees usd eur gbp inr jpy krw cny rmb chf brl cad aud won franc francs peso pesos ruble rubles celsius fahrenheit
-    kelvin kwh ohm
+    kelvin kwh wh ohm
     ohms ha \u03c9 k\u03c9 \u03bcm \u03bcg \u03bcs
         cm mm m km dm um nm inch inches ft feet foot yd yard yards mile miles mi g kg mg gram grams kilogram kilograms
     lb lbs oz ounce ounces ton tons l ml liter liters litre litres gallon gallons cup cups s ms sec secs second seconds
@@ -87,6 +88,11 @@ _TOKEN = re.compile(
     """
 )
 _BETWEEN_NUMBERS = re.compile(r"\s*(?:[A-Za-z]+\s+){0,2}[A-Za-z]+\s*[-+*/=]\s*[$\\(.]?\d")
+CONDITION = re.compile(
+    r"[\s$*_)\]]*,?\s*(?:for|when|if|where|with|at|given(?:\s+that)?|für|bei|wenn|pour|si|quand|para|cuando)"
+    r"\s+[$\\(]*[A-Za-z](?:_\{?\w\}?)?\s*=\s*"
+)
+"""Between a result and the value for which it is one: 24 for n = 4, 3 at x = 2."""
 # After "or" the next answer: a number, a formula, or what is said of a letter.
 _AFTER_JOIN = re.compile(r"\s*\$?[-+]?(?:[\d.(\[]|\\[a-z({]|[A-Za-z]\s*(?:[=<>]|\\(?:[lg](?:eq?|t)|neq?)(?![A-Za-z])))")
 _AND_A_HALF = re.compile(r"\s+and\s+(?:a|one)\s+(?:half|third|quarter)\b")
@@ -218,6 +224,8 @@ def _tokens(text: str) -> Iterator[_Token]:
 def _word_kind(text: str, match: re.Match[str]) -> str:
     """`letter` of a variable, `unit`, or `word`."""
     word, before = match[0], text[match.start() - 1 : match.start()]
+    if word in SI_UNITS:
+        return "unit"
     if not word.isascii():
         return "unit" if re.fullmatch("\u03bc[A-Za-z]|[kM]?\u03a9", word) else "word"
     if word == "pi":
@@ -264,7 +272,8 @@ def _continues(text: str, run: Sequence[_Token], token: _Token) -> bool:
     if gap.strip() or ("\n" in gap and last.text != "\\[" and token.text != "\\]"):
         return False
     if token.kind == "word":
-        return last.kind in ("number", "unit", "word") and bool(_BETWEEN_NUMBERS.match(text, last.end))
+        between = _BETWEEN_NUMBERS.match(text, last.end) and not CONDITION.match(text, last.end)
+        return last.kind in ("number", "unit", "word") and bool(between)
     if token.kind == "unit":
         return last.kind in ("number", "unit", "letter", "command") or last.text == "/"
     if token.kind == "join":
