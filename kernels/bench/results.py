@@ -1,7 +1,7 @@
 """Tables of what was measured, made of results.jsonl.
 
     python -m finemill.kernels.bench.results            print results.md
-    python -m finemill.kernels.bench.results --write    write results.md, and the README's figures between its marks
+    python -m finemill.kernels.bench.results --write    write both pages, and the README's figures between its marks
 
 Of several runs of one setting the last line of the file is shown.
 """
@@ -30,6 +30,7 @@ from finemill.kernels.bench.runs import (
 from finemill.kernels.planning.model_shapes import SHAPES
 
 PAGE = RESULTS.with_suffix(".md")
+MORE = PAGE.with_name("more_results.md")
 MARKS = ("<!-- made by kernels/bench/results.py -->\n", "<!-- end -->\n")
 """Lines of the README that its figures stand between."""
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
@@ -74,8 +75,8 @@ def scale_setting(run: ScaleRun) -> tuple[object, ...]:
     return *what, run.context_parallel, run.rows, run.seq, run.memory_gb
 
 
-def page(runs: Sequence[Run]) -> str:
-    """Write results.md."""
+def page(runs: Sequence[Run], path: Path = PAGE) -> str:
+    """The text of results.md, or of the page with more."""
     ours = latest(runs)
     steps = [run for run in runs if isinstance(run, StepRun)]
 
@@ -86,7 +87,7 @@ def page(runs: Sequence[Run]) -> str:
     environment = Environment(
         loader=FileSystemLoader(PAGE.parent), trim_blocks=True, undefined=StrictUndefined, autoescape=False
     )
-    return environment.get_template("results.md.jinja").render(
+    return environment.get_template(f"{path.name}.jinja").render(
         gpus=(H100, H200),
         ours=sorted(ours.values(), key=_order),
         peers=defaultdict(lambda: None, latest(runs, "unsloth")),
@@ -202,13 +203,14 @@ def with_figures(readme: str, runs: Sequence[Run]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns: exit code."""
     parser = argparse.ArgumentParser(prog="python -m finemill.kernels.bench.results", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write results.md and the README's figures")
+    parser.add_argument("--write", action="store_true", help="write both pages and the README's figures")
     runs = read_runs()
     if not parser.parse_args(argv).write:
         print(page(runs), end="")
         return 0
     readme = Path(__file__).resolve().parents[2] / "README.md"
-    PAGE.write_text(page(runs), encoding="utf-8")
+    for path in (PAGE, MORE):
+        path.write_text(page(runs, path), encoding="utf-8")
     readme.write_text(with_figures(readme.read_text(encoding="utf-8"), runs), encoding="utf-8")
     return 0
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finemill.kernels.bench.results import PAGE, WITHIN, page, with_figures
+from finemill.kernels.bench.results import MORE, PAGE, WITHIN, page, with_figures
 from finemill.kernels.bench.runs import Quantiles, StepRun, read_runs
 
 ROOT = Path(__file__).parents[3]
@@ -13,8 +13,9 @@ README = (ROOT / "README.md").read_text()
 WRITE = "python -m finemill.kernels.bench.results --write"
 
 
-def test_the_page_is_what_the_runs_say() -> None:
-    assert page(read_runs()) == PAGE.read_text(), f"run {WRITE}"
+@pytest.mark.parametrize("path", [PAGE, MORE], ids=lambda path: path.name)
+def test_a_page_is_what_the_runs_say(path: Path) -> None:
+    assert page(read_runs(), path) == path.read_text(), f"run {WRITE}"
 
 
 def test_the_readmes_figures_are_what_the_runs_say() -> None:
