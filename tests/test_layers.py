@@ -13,7 +13,8 @@ PACKAGE = Path(finemill.__file__).parent
 LAYERS = (
     ("errors", "redaction"),
     ("config", "config_file", "credentials", "transport", "kernels.ops"),
-    ("artifacts", "rows", "kernels.engine"),
+    ("artifacts", "kernels.engine"),
+    ("rows",),
     ("storage", "metrics", "kernels.planning"),
     ("tracking", "models", "kernels"),
     ("runtime", "kernels.bench"),

@@ -15,7 +15,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from numpy.typing import NDArray
 
-from finemill.artifacts.dataset import IGNORE_INDEX, DatasetRow, read_dataset_rows
+from finemill.artifacts.dataset import IGNORE_INDEX, DatasetReport, DatasetRow, SourceReport, read_dataset_rows
 from finemill.artifacts.files import DATA_CARD_FILE, DATA_CARD_PAGE, DATA_CARD_TEXT
 from finemill.artifacts.records import write_json
 from finemill.artifacts.rows import RowsReport, RowsSource, find_rows, read_rows_report
@@ -34,7 +34,7 @@ def write_card(
     folder: Path,
     rows: Path,
     train: SplitCounts,
-    dataset: Mapping[str, Any],
+    dataset: DatasetReport,
     tokenizer: ChatTokenizer,
     config: ChatFormatConfig,
     *,
@@ -55,14 +55,12 @@ def write_card(
     lengths, packed = train.lengths, packing(train.lengths[:PACKED_ROWS].tolist(), config.max_length)
     padding, first = packed.get("padding_in_batches_of_8", 0.0), read_dataset_rows(folder, "train", _FIRST_ROWS)
     facts = {
-        "sources": [_source(own, before) for own, before in zip(dataset["sources"], prepared.sources, strict=True)],
+        "sources": [_source(own, before) for own, before in zip(dataset.sources, prepared.sources, strict=True)],
         "left_out": list(_left_out(prepared, dataset)),
         "advice": list(advice_on(train, config, padding, size=prepared.advice, has_own_template=has_own_template)),
-        "splits": dataset["splits"],
-        "mix": dataset["mix"],
-        "tokenizer_sha256": dataset["tokenizer_sha256"],
-        "chat_template_sha256": dataset["chat_template_sha256"],
-        "end_of_turn_tokens": dataset["end_of_turn_tokens"],
+        **dataset.model_dump(
+            include={"splits", "mix", "tokenizer_sha256", "chat_template_sha256", "end_of_turn_tokens"}
+        ),
         "lengths": histogram(lengths),
         "packing": packed,
         "training": _training_time(lengths, config) if config.estimate else None,
@@ -88,21 +86,21 @@ def _training_time(lengths: NDArray[np.integer[Any]], config: ChatFormatConfig) 
     return training_time(lengths, config)
 
 
-def _source(own: Mapping[str, Any], before: RowsSource) -> dict[str, Any]:
+def _source(own: SourceReport, before: RowsSource) -> dict[str, Any]:
     """A source at each stage."""
     return {
-        **own,
+        **own.model_dump(),
         "read": before.read,
         "left_out_by_data_prep": sum(before.dropped.values()),
-        "left_out_by_chat_format": sum(own["rows_dropped"].values()),
+        "left_out_by_chat_format": sum(own.rows_dropped.values()),
         **before.model_dump(include={"shapes", "unread_columns", "flags", "digest"}),
     }
 
 
-def _left_out(prepared: RowsReport, dataset: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _left_out(prepared: RowsReport, dataset: DatasetReport) -> Iterator[dict[str, Any]]:
     """Rows by source and reason, the commonest first; of chat-format's those of the training rows."""
     dropped = [("data-prep", source.uri, source.dropped) for source in prepared.sources]
-    dropped += [("chat-format", source["uri"], source["rows_dropped"]) for source in dataset["sources"]]
+    dropped += [("chat-format", source.uri, source.rows_dropped) for source in dataset.sources]
     for stage, uri, reasons in dropped:
         for reason, number in sorted(reasons.items(), key=lambda item: -item[1]):
             yield {"stage": stage, "source": uri, "reason": reason, "rows": number}

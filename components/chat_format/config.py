@@ -4,10 +4,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from finemill.artifacts.messages import Role
 from finemill.components.chat_format.named_templates import TemplateName
 from finemill.config import StepConfig
-
-Role = Literal["system", "user", "assistant", "tool"]
 
 
 class TrainingEstimate(StepConfig):

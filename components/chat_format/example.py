@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finemill.artifacts.dataset import IGNORE_INDEX
+from finemill.artifacts.messages import Message
 from finemill.artifacts.rows import PreparedRow
 from finemill.components.chat_format.mask import Turn
 from finemill.components.chat_format.tokens import Tokens
 from finemill.rows.conversation import Conversation
-from finemill.rows.turns import Message
 
 
 class Rejected(NamedTuple):

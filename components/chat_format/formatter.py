@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from finemill.artifacts.dataset import IGNORE_INDEX
+from finemill.artifacts.messages import Message
 from finemill.artifacts.rows import PreparedRow
 from finemill.components.chat_format.config import ChatFormatConfig
 from finemill.components.chat_format.document import (
@@ -37,7 +38,6 @@ from finemill.rows.conversation import Conversation
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.shapes import to_conversation
 from finemill.rows.thinking import switch_of, thinking_of, with_thinking, without_thinking
-from finemill.rows.turns import Message
 
 
 def load_formatter(base_model: Path, config: ChatFormatConfig) -> "Formatter":

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finemill.artifacts.dataset import IGNORE_INDEX
+from finemill.artifacts.messages import Message
 from finemill.components.chat_format.environment import MARK_CLOSE, MARK_OPEN
 from finemill.components.chat_format.template import BROKEN, ChatTemplate
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.thinking import split_thinking
-from finemill.rows.turns import Message
 
 _MARK = re.compile(f"{MARK_OPEN}(\\w+){MARK_CLOSE}")
 _OPENS_THINKING = re.compile(r"<think>\s*\Z")

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from finemill.artifacts.dataset import SourceAmounts, SourceReport
+from finemill.artifacts.dataset import DatasetReport, DatasetSplit, SourceAmounts, SourceReport, TokensPerExample
 from finemill.artifacts.metrics import metric_parts, mix_metric
 from finemill.artifacts.rows import Mix, MixBy, RowsReport
 from finemill.artifacts.splits import Split
@@ -156,27 +156,27 @@ class SplitCounts:
         """Rows without any example by reason."""
         return sum(self.dropped.values(), start=Counter[str]())
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> DatasetSplit:
         """The counts for dataset.json."""
         lengths = self.lengths
         median, most, longest = np.percentile(
             lengths if len(lengths) else [0], [50, 95, 100], method="nearest"
         ).tolist()
-        return {
-            "rows_read": self.read.total(),
-            "examples": self.examples,
-            "rows_dropped": dict(sorted(self.rows_dropped.items())),
-            "examples_dropped": dict(sorted(self.examples_dropped.items())),
-            "examples_left_out_by_mix": 0 if self.times is None else int((self.times == 0).sum()),
-            "examples_repeated_by_mix": 0 if self.times is None else int(np.maximum(self.times - 1, 0).sum()),
-            "examples_truncated": self.truncated,
-            "examples_thinking": self.thinking,
-            "tokens": self.tokens,
-            "tokens_learned": self.learned,
-            "tokens_per_example": {"median": median, "p95": most, "longest": longest},
-            "examples_unrolled": self._sum(self.unrolled),
-            "turns_without_end_token": self.ends[None],
-        }
+        return DatasetSplit(
+            rows_read=self.read.total(),
+            examples=self.examples,
+            rows_dropped=dict(sorted(self.rows_dropped.items())),
+            examples_dropped=dict(sorted(self.examples_dropped.items())),
+            examples_left_out_by_mix=0 if self.times is None else int((self.times == 0).sum()),
+            examples_repeated_by_mix=0 if self.times is None else int(np.maximum(self.times - 1, 0).sum()),
+            examples_truncated=self.truncated,
+            examples_thinking=self.thinking,
+            tokens=self.tokens,
+            tokens_learned=self.learned,
+            tokens_per_example=TokensPerExample(median=median, p95=most, longest=longest),
+            examples_unrolled=self._sum(self.unrolled),
+            turns_without_end_token=self.ends[None],
+        )
 
     def source_reports(self, names: Sequence[str], mix: Mix | None) -> list[SourceReport]:
         """What each source has in the split."""
@@ -251,9 +251,9 @@ def warn_of_losses(counts: Mapping[Split, SplitCounts]) -> None:
 def warn_of_mix(counts: SplitCounts, mix: Mix) -> None:
     """Log what keeping the shares costs."""
     summary = counts.summary()
-    left_out, repeated = summary["examples_left_out_by_mix"], summary["examples_repeated_by_mix"]
+    left_out, repeated = summary.examples_left_out_by_mix, summary.examples_repeated_by_mix
     if left_out or repeated:
-        total = left_out + summary["examples"] - repeated
+        total = left_out + summary.examples - repeated
         logger.warning(
             "train: %d of %d examples left out and %d repeated so that the shares by %s hold (mix_policy %s)",
             left_out,
@@ -266,19 +266,18 @@ def warn_of_mix(counts: SplitCounts, mix: Mix) -> None:
 
 def describe(
     counts: Mapping[Split, SplitCounts], asked: RowsReport, tokenizer: ChatTokenizer, template: ChatTemplate | None
-) -> dict[str, Any]:
+) -> DatasetReport:
     """What dataset.json says."""
     ends = sum((count.ends for count in counts.values()), start=Counter[str | None]())
-    sources = counts["train"].source_reports([source.uri for source in asked.sources], asked.mix)
-    return {
-        "tokenizer_sha256": tokenizer.digest,
-        "chat_template_sha256": hashlib.sha256(template.source.encode()).hexdigest() if template else None,
-        "eos_token": tokenizer.eos_token,
-        "end_of_turn_tokens": {token: ends[token] for token in sorted(filter(None, ends))},
-        "mix": asked.mix.model_dump() if asked.mix else None,
-        "sources": [source.model_dump() for source in sources],
-        "splits": {split: count.summary() for split, count in counts.items()},
-    }
+    return DatasetReport(
+        tokenizer_sha256=tokenizer.digest,
+        chat_template_sha256=hashlib.sha256(template.source.encode()).hexdigest() if template else None,
+        eos_token=tokenizer.eos_token,
+        end_of_turn_tokens={token: ends[token] for token in sorted(filter(None, ends))},
+        mix=asked.mix,
+        sources=counts["train"].source_reports([source.uri for source in asked.sources], asked.mix),
+        splits={split: count.summary() for split, count in counts.items()},
+    )
 
 
 def report_metrics(counts: Mapping[Split, SplitCounts], asked: RowsReport) -> dict[str, float]:

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 from jinja2 import nodes
 
+from finemill.artifacts.messages import Message
 from finemill.rows.reasons import DroppedRowError
-from finemill.rows.turns import Message
 
 GAP = "\ufdd3"
 """Stands around a gap; no text of a row holds it."""

@@ -7,8 +7,8 @@ from typing import TextIO
 
 import pyarrow as pa
 
-from finemill.artifacts.dataset import ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE
-from finemill.artifacts.files import CHAT_FILE, DATASET_FILE, REJECTED_FILE
+from finemill.artifacts.dataset import ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE, write_dataset_report
+from finemill.artifacts.files import CHAT_FILE, REJECTED_FILE
 from finemill.artifacts.records import write_json
 from finemill.artifacts.rows import num_rows, read_rows_report
 from finemill.artifacts.splits import SPLITS, Split
@@ -68,7 +68,7 @@ def run(
     if new_tokens := formatter.tokenizer.new_tokens:
         write_json(output_dir / ADDED_TOKENS_FILE, new_tokens)
     described = describe(counts, asked, formatter.tokenizer, formatter.template)
-    write_json(output_dir / DATASET_FILE, described)
+    write_dataset_report(output_dir, described)
     own = formatter.template is not None and config.chat_template is None
     write_card(output_dir, rows, train, described, formatter.tokenizer, config, has_own_template=own)
     return report_metrics(counts, asked)

@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
+from finemill.artifacts.messages import Message
 from finemill.components.chat_format.environment import chat_environment
 from finemill.components.chat_format.limit import OutOfTimeError, time_limit
 from finemill.components.chat_format.named_templates import CONTROL_TOKENS, TemplateName, read_named_template
@@ -26,7 +27,6 @@ from finemill.errors import UserError
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.thinking import split_thinking
 from finemill.rows.tools import split_call_text, split_response_text
-from finemill.rows.turns import Message
 from finemill.tracking.settings import Tracking
 
 RENDER_TIMEOUT_S = 10.0

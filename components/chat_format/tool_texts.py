@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from finemill.artifacts.messages import Message
 from finemill.rows.tools import Tool
-from finemill.rows.turns import Message
 
 
 def with_tool_texts(messages: Sequence[Message], tools: Sequence[Tool] | None, *, calls: bool) -> list[Message]:

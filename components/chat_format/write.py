@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from finemill.artifacts.dataset import dataset_writer
+from finemill.artifacts.dataset import dataset_writer, iterate_chats
 from finemill.artifacts.rows import Mix
 from finemill.artifacts.splits import Split, split_path
 from finemill.artifacts.tables import iterate_record_batches
@@ -76,13 +76,7 @@ def _write_chat(path: Path, chat: TextIO, once: int) -> None:
 
     The first `once` examples are all that there are; what follows repeats them.
     """
-    columns = ["id", "messages", "tools", "desirable"]
-    rows = (
-        row
-        for batch in iterate_record_batches(path, batch_rows=_BATCH_ROWS, columns=columns)
-        for row in batch.to_pylist()
-    )
-    for row in islice(rows, once):
-        if row["messages"] != "[]" and "-" not in row["id"] and row["desirable"] is not False:
-            tools = f', "tools": {row["tools"]}' if row["tools"] else ""
-            chat.write(f'{{"messages": {row["messages"]}{tools}}}\n')
+    for row in islice(iterate_chats(path, batch_rows=_BATCH_ROWS), once):
+        if row.is_whole and row.desirable is not False:
+            tools = f', "tools": {row.tools}' if row.tools else ""
+            chat.write(f'{{"messages": {row.messages}{tools}}}\n')

@@ -9,28 +9,18 @@ from finemill.artifacts.metrics import (
     BROKEN_RATE,
     FIXED,
     FIXED_RATE,
+    MEANS,
     METRIC_OF_SCORE,
     MODELS,
+    RATES,
     ROWS,
+    Score,
     delta_metric,
     metric_parts,
     model_metric,
     stderr_of,
 )
 from finemill.metrics.statistics import mean, paired_rate_error, rate_error, standard_error, weighted_mean
-
-_RATES = (
-    "exact_match",
-    "cut_off",
-    "tool_calls",
-    "schema_ok",
-    "pattern_ok",
-    "prefers_chosen",
-    "format_ok",
-    "think_closed",
-    "finished",
-)
-MEANS = (*_RATES, "rouge1", "rouge2", "rougeL", "bleu", "chrf", "tool_names", "tool_arguments", "tool_order")
 
 
 def summarize(base: Sequence[Sample], tuned: Sequence[Sample]) -> dict[str, float]:
@@ -68,7 +58,7 @@ def score(samples: Sequence[Sample]) -> dict[str, float]:
         if values:
             metric = METRIC_OF_SCORE.get(name, name)
             scores[metric] = mean(values)
-            error = rate_error if name in _RATES else standard_error
+            error = rate_error if name in RATES else standard_error
             scores[stderr_of(metric)] = error(values)
     scores |= _loss(samples)
     scores["generated_tokens"] = mean([float(sample.num_generated_tokens) for sample in samples])
@@ -92,7 +82,8 @@ def _loss(samples: Sequence[Sample]) -> dict[str, float]:
 def deltas(base: Sequence[Sample], tuned: Sequence[Sample]) -> Mapping[str, float]:
     """Tuned less base, from row-by-row differences: both share what makes a row hard, so that the error is smaller."""
     deltas: dict[str, float] = {}
-    for name in (*MEANS, "loss"):
+    names: tuple[Score, ...] = (*MEANS, "loss")
+    for name in names:
         pairs = [
             (float(after) - float(before), one.num_tokens)
             for one, other in zip(base, tuned, strict=True)
@@ -105,7 +96,7 @@ def deltas(base: Sequence[Sample], tuned: Sequence[Sample]) -> Mapping[str, floa
         if name == "loss":
             deltas[key], deltas[stderr_of(key)] = weighted_mean(differences, num_tokens)
         else:
-            error = paired_rate_error if name in _RATES else standard_error
+            error = paired_rate_error if name in RATES else standard_error
             deltas[key], deltas[stderr_of(key)] = mean(differences), error(differences)
     return deltas
 

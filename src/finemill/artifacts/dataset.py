@@ -5,8 +5,9 @@ tokens, a preference training both answers' tokens, what measures models the tex
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finemill.artifacts.records import Record
+from finemill.artifacts.files import DATASET_FILE
+from finemill.artifacts.records import Record, read_record, write_record
+from finemill.artifacts.rows import Mix
 from finemill.artifacts.splits import Split, split_path
 from finemill.artifacts.tables import RowWriter, iterate_batches, iterate_record_batches, read_columns, read_rows
 from finemill.errors import UserError
@@ -134,9 +137,77 @@ class SourceReport(SourceAmounts):
     formatted: SourceAmounts
 
 
+class TokensPerExample(Record):
+    """Lengths of a split's sequences."""
+
+    median: int
+    p95: int
+    longest: int
+
+
+class DatasetSplit(Record):
+    """What became of a split's rows, and what it has: examples as often as the mix takes them."""
+
+    rows_read: int
+    examples: int
+    rows_dropped: dict[str, int]
+    examples_dropped: dict[str, int]
+    examples_left_out_by_mix: int
+    examples_repeated_by_mix: int
+    examples_truncated: int
+    examples_thinking: int
+    tokens: int
+    tokens_learned: int
+    tokens_per_example: TokensPerExample
+    examples_unrolled: int
+    turns_without_end_token: int
+
+
+class DatasetReport(Record):
+    """How the rows were formatted; without weights there is no mix, for texts no template."""
+
+    tokenizer_sha256: str
+    chat_template_sha256: str | None
+    eos_token: str | None
+    end_of_turn_tokens: dict[str, int]
+    mix: Mix | None
+    sources: list[SourceReport]
+    splits: dict[Split, DatasetSplit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenChat:
+    """What of a row chat.jsonl has, and what decides whether it has it."""
+
+    id: str
+    messages: str
+    tools: str | None
+    desirable: bool | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is a conversation, not a document, and none of the parts of one, whose ids have its number."""
+        return self.messages != "[]" and "-" not in self.id
+
+
 def dataset_writer(folder: Path, split: Split) -> RowWriter[DatasetRow]:
     """A writer of the rows of one split."""
     return RowWriter(split_path(folder, split), DatasetRow)
+
+
+def write_dataset_report(folder: Path, report: DatasetReport) -> None:
+    """Put the report beside the rows."""
+    write_record(folder / DATASET_FILE, report)
+
+
+def read_dataset_report(folder: Path) -> DatasetReport:
+    """Raises: UserError: there is none."""
+    return read_record(folder / DATASET_FILE, DatasetReport, _WRITER)
+
+
+def iterate_chats(path: Path, *, batch_rows: int) -> Iterator[WrittenChat]:
+    """The conversations of a file of examples, in order. Raises: UserError: the file is missing."""
+    return chain.from_iterable(iterate_batches(path, WrittenChat, _WRITER, batch_rows=batch_rows))
 
 
 def read_held_out(dataset: Path, split: Split, limit: int | None = None) -> list[HeldOutRow]:

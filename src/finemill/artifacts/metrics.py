@@ -26,7 +26,26 @@ BROKEN = "eval/broken"
 BROKEN_RATE = "eval/broken_rate"
 
 
-METRIC_OF_SCORE = {
+Rate = Literal[
+    "exact_match",
+    "cut_off",
+    "tool_calls",
+    "schema_ok",
+    "pattern_ok",
+    "prefers_chosen",
+    "format_ok",
+    "think_closed",
+    "finished",
+]
+"""A score of one answer that is yes or no, by its name in `evaluation.SampleScores`."""
+Amount = Literal["rouge1", "rouge2", "rougeL", "bleu", "chrf", "tool_names", "tool_arguments", "tool_order"]
+"""A score that is a number from 0 to 1."""
+Score = Rate | Amount | Literal["loss"]
+RATES: tuple[Rate, ...] = get_args(Rate)
+MEANS: tuple[Rate | Amount, ...] = (*RATES, *get_args(Amount))
+"""Scores whose mean is a metric; a loss has its own weights."""
+
+METRIC_OF_SCORE: dict[Score, str] = {
     "cut_off": "cut_off_rate",
     "schema_ok": "schema_ok_rate",
     "pattern_ok": "pattern_ok_rate",

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
+from finemill.artifacts.messages import Message
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.thinking import split_thinking
 from finemill.rows.tools import Tool, check_call, has_call_text
-from finemill.rows.turns import Message
 
 # A picture's place in a question, as LLaVA and others mark it: at one end; other media on a line of their own, or
 # at the begin if they are no element of HTML; and what marks nothing else anywhere.

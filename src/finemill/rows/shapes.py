@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from finemill.artifacts.messages import Message
 from finemill.rows.choices import (
     CHOICE_COLUMNS,
     CORRECT_COLUMNS,
@@ -25,7 +26,6 @@ from finemill.rows.speakers import ROLES, Turn, chat_turns, transcript_turns, tu
 from finemill.rows.tools import Tool, are_calls, to_calls, to_tools
 from finemill.rows.turns import (
     THINKING_KEYS,
-    Message,
     assistant,
     check_unread_thinking,
     is_prose,

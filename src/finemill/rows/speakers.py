@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+from finemill.artifacts.messages import Role
 from finemill.rows.values import parse_json
 
 Turn = Mapping[str, Any]
@@ -13,7 +14,7 @@ CALL_ROLES = ("function_call", "tool_call", "tool_calls")
 THINKING_ROLES = ("thinking", "reasoning", "thought", "analysis")
 _ASSISTANTS = ("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "ai", "bard", "bing", "claude", "agent", "llm")
 _RESULTS = ("function_response", "function_output", "function_result", "tool_response", "tool_result", "tool_output")
-ROLES = {
+ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter", "customer"), "user"),
     **dict.fromkeys((*_ASSISTANTS, *CALL_ROLES, *THINKING_ROLES), "assistant"),

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from finemill.artifacts.messages import Message
 from finemill.rows.channels import channel_messages, in_channels
 from finemill.rows.learned import FLAGS, is_learned
 from finemill.rows.reader import Reader
@@ -19,8 +20,6 @@ from finemill.rows.speakers import CALL_ROLES, ROLE_KEYS, ROLES, THINKING_ROLES,
 from finemill.rows.thinking import bare_thinking, split_thinking, thinking_of
 from finemill.rows.tools import CALLED, are_calls, to_calls
 from finemill.rows.values import as_text, holds_nothing, is_missing, parse_json
-
-Message = dict[str, Any]
 
 _APART = frozenset((*CALL_ROLES, *THINKING_ROLES))
 _CONTENT_KEYS = ("content", "value", "text", "utterance", "message", "body", "msg", "mes", "parts")

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from finemill.artifacts.dataset import ADDED_TOKENS_FILE, take_new_tokens
+from finemill.artifacts.dataset import ADDED_TOKENS_FILE, read_dataset_report, take_new_tokens
 from finemill.errors import UserError
 from finemill.models.base.resolve import BUILTIN_MODELS, _resolve
 from finemill.runtime.run import StepResult, run_step
@@ -357,10 +357,8 @@ def test_the_shipped_mix_is_75_to_25_of_what_is_trained(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         found = pq.read_table(folder_of(result.reference) / f"{split}.parquet")["source"].to_pylist()
         assert abs(found.count("example:reasoning") - 0.75 * len(found)) < 1
-    assert [
-        source["rows_share"]
-        for source in json.loads((folder_of(result.reference) / "dataset.json").read_text())["sources"]
-    ] == pytest.approx([0.75, 0.25], abs=0.002)
+    shares = [source.rows_share for source in read_dataset_report(folder_of(result.reference)).sources]
+    assert shares == pytest.approx([0.75, 0.25], abs=0.002)
     (warning,) = result.manifest.warnings
     assert "examples left out and 0 repeated so that the shares by rows hold" in warning
 
