@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from finemill.commands.parser import CommandParser
 from finemill.credentials import clean_credentials
 from finemill.runtime.catalog import STEPS
 from finemill.tracking.progress import silence_progress_bars
@@ -140,7 +141,7 @@ def _parse_top_level(arguments: list[str]) -> None:
         "\n".join([f"{group}:", *(f"  {name:<{width}}{text}" for name, (text, _) in commands.items())])
         for group, commands in _GROUPS.items()
     ]
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="finemill",
         usage="finemill COMMAND [OPTIONS]",
         description="From raw chat data and a base model to a tuned, evaluated, exported and registered model.",

@@ -186,3 +186,21 @@ def test_the_hub_is_told_nothing_unless_somebody_asks_for_it(monkeypatch: pytest
     monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
     assert main(["schema", "merge"]) == 0
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "finetune", "--nope", "1"],
+        ["compile", "finetune", "--engine", "nope"],
+        ["chat-format"],
+        ["bench", "data", "--rows", "0"],
+    ],
+)
+def test_a_wrong_option_is_one_line_without_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("finemill ")
+    assert line.endswith(" --help` lists the options")

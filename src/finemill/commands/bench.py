@@ -1,6 +1,6 @@
 """`finemill bench kernels|step|dpo|moe|scale|loss|eval|data|export|gguf`: the measuring programs."""
 
-import argparse
+from finemill.commands.parser import CommandParser
 
 _PROGRAMS = {
     "kernels": "single ops against their references, share of the card's bandwidth",
@@ -18,7 +18,7 @@ _PROGRAMS = {
 
 def execute(name: str, arguments: list[str]) -> int:
     """Hand the arguments to the measuring program. Returns: its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="finemill bench", description="\n".join(f"{key}: {text}" for key, text in _PROGRAMS.items())
     )
     parser.add_argument("what", choices=list(_PROGRAMS))

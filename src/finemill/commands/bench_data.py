@@ -5,7 +5,6 @@ The usual way is what TRL's SFT trainer does with `assistant_only_loss`: `datase
 included; CPU time counts all their processes, which is what a machine that others use, too, leaves comparable.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finemill.commands.parser import CommandParser, count
 from finemill.errors import UserError
 
 _MODEL = "builtin:tiny-qwen3"
@@ -40,11 +40,11 @@ class Cost:
 
 def main(argv: list[str]) -> int:
     """Measure and print. Returns: the exit code."""
-    parser = argparse.ArgumentParser(prog="finemill bench data", description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=10_000, help="rows of the example data, thinking and chats 3 to 1")
+    parser = CommandParser(prog="finemill bench data", description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=count, default=10_000, help="rows of example data, thinking and chats 3 to 1")
     parser.add_argument("--data", type=Path, help="JSONL file with `messages` to take instead")
     parser.add_argument("--base-model", default=_MODEL, help="folder or builtin: model, for its tokenizer and template")
-    parser.add_argument("--num-proc", type=int, default=2, help="processes of either way")
+    parser.add_argument("--num-proc", type=count, default=2, help="processes of either way")
     parser.add_argument("--json", action="store_true", help="an object per way instead of a table")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="finemill-bench-") as folder:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from finemill.commands.parser import CommandParser, count
 from finemill.errors import UserError
 from finemill.kernels.planning.model_shapes import SHAPES
 from finemill.models.adapter_rows import adapter_by_row
@@ -22,14 +23,14 @@ from finemill.models.sampling import GREEDY
 
 def main(argv: list[str]) -> int:
     """Measure and print. Returns: the exit code."""
-    parser = argparse.ArgumentParser(prog="finemill bench eval", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(prog="finemill bench eval", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=tuple(SHAPES), default="qwen3-8b")
-    parser.add_argument("--rows", type=int, default=99, help="rows, each answered by base and tuned (default: 99)")
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="mean length of a prompt (default: 128)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="longest answer (default: 128)")
+    parser.add_argument("--rows", type=count, default=99, help="rows, each answered by base and tuned (default: 99)")
+    parser.add_argument("--prompt-tokens", type=count, default=128, help="mean length of a prompt (default: 128)")
+    parser.add_argument("--new-tokens", type=count, default=128, help="longest answer (default: 128)")
     parser.add_argument("--mixed", action="store_true", help="a few long answers among short ones")
-    parser.add_argument("--batch-size", type=int, default=256, help="answers at once (default: 256)")
-    parser.add_argument("--plain-batch-size", type=int, default=128, help="of the plain loop (default: 128)")
+    parser.add_argument("--batch-size", type=count, default=256, help="answers at once (default: 256)")
+    parser.add_argument("--plain-batch-size", type=count, default=128, help="of the plain loop (default: 128)")
     parser.add_argument("--json", action="store_true", help="one object per way")
     args = parser.parse_args(argv)
     if min(args.rows, args.prompt_tokens, args.new_tokens, args.batch_size, args.plain_batch_size) < 1:

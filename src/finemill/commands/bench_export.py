@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 
 from finemill.commands import libllama_quantize
+from finemill.commands.parser import CommandParser, count
 from finemill.errors import StepError
 from finemill.kernels.planning.model_shapes import SHAPES, ModelShape
 from finemill.models.cores import available_cores
@@ -70,10 +71,10 @@ class _Clock:
 
 def main(argv: list[str]) -> int:
     """Measure and print. Returns: the exit code."""
-    parser = argparse.ArgumentParser(prog="finemill bench export", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="finemill bench export", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="qwen3-8b", choices=sorted(SHAPES))
     parser.add_argument("--folder", type=Path, help="disk that is measured; needs room for two models. Default: TMPDIR")
-    parser.add_argument("--threads", type=int, help="CPU threads of torch. Default: its own choice")
+    parser.add_argument("--threads", type=count, help="CPU threads of torch. Default: its own choice")
     parser.add_argument("--alone", action="store_true", help="without PEFT, which holds the whole model in memory")
     parser.add_argument(
         "--libllama", type=Path, metavar="FILE", help="libllama*.so to quantize with where no llama-quantize is on the "

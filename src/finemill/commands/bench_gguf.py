@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from pydantic import TypeAdapter, ValidationError
 
 from finemill.artifacts.dataset import read_held_out, spread
+from finemill.commands.parser import CommandParser, count
 from finemill.commands.plot import plot, stack
 from finemill.components.gguf_quantize.config import DYNAMIC, Quantization, size_of
 from finemill.components.gguf_quantize.convert import Array, SourceModel
@@ -51,7 +52,7 @@ class Cost:
 
 def main(argv: list[str]) -> int:
     """Measure and print. Returns: the exit code."""
-    parser = argparse.ArgumentParser(prog="finemill bench gguf", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(prog="finemill bench gguf", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--model", default="builtin:tiny-qwen3", help="an unquantized model (default: the built-in one)"
     )
@@ -61,8 +62,8 @@ def main(argv: list[str]) -> int:
         help="chat-format's output, a folder or reference: errors are measured on train rows, KL on test rows",
     )
     parser.add_argument("--quantizations", nargs="+", default=[*_TYPES, *(f"{DYNAMIC}{name}" for name in _TYPES)])
-    parser.add_argument("--imatrix-rows", type=int, default=64, help="training rows (default: 64)")
-    parser.add_argument("--rows", type=int, default=128, help="held-out rows (default: 128)")
+    parser.add_argument("--imatrix-rows", type=count, default=64, help="training rows (default: 64)")
+    parser.add_argument("--rows", type=count, default=128, help="held-out rows (default: 128)")
     parser.add_argument("--plot", type=Path, help="an SVG of KL and perplexity against size")
     parser.add_argument("--json", action="store_true", help="an object per type instead of a table")
     args = parser.parse_args(argv)

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from finemill.commands.parser import CommandParser
 from finemill.kernels.bench.data import ensure_checkpoint
 from finemill.kernels.bench.runs import Quantiles, ScaleRun, add_record_argument, header, record_runs
 from finemill.kernels.bench.step import check_device
@@ -106,7 +107,7 @@ def table(runs: list[ScaleRun]) -> str:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="finemill bench scale", description=__doc__)
+    parser = CommandParser(prog="finemill bench scale", description=__doc__)
     parser.add_argument("--gpus", type=_counts, default=[1, 2], help="numbers of GPUs, comma separated")
     parser.add_argument("--strategy", type=_strategies, default=["ddp"], help=f"of {', '.join(STRATEGIES)}")
     parser.add_argument("--shape", default="qwen3-8b", choices=sorted(SHAPES))

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from finemill.asking.open_model import Messages, open_model
 from finemill.commands.chat_session import Session
 from finemill.commands.model_argument import add_model_arguments, add_sampling_arguments, found_model, read_overrides
+from finemill.commands.parser import CommandParser
 from finemill.errors import UserError
 from finemill.models.reply import End, Piece, Reply, collect
 
@@ -59,7 +60,7 @@ def _read_question() -> str:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"finemill {name}",
         description="Ask a model. In a conversation /think and /no_think switch its thinking, /help lists the rest. "
         "A question behind the model or from a pipe is answered once: the answer on standard output, the thinking on "

@@ -14,6 +14,7 @@ from finemill.artifacts.records import write_json
 from finemill.asking.find_model import FORMS, FoundModel, find_model
 from finemill.asking.open_model import Preset, open_model
 from finemill.commands.model_argument import add_opening_arguments, add_sampling_arguments, read_overrides
+from finemill.commands.parser import CommandParser
 from finemill.comparison.ask import Plan, ask
 from finemill.comparison.judge import judge_all, write_verdicts
 from finemill.comparison.page import write_page
@@ -84,7 +85,7 @@ def execute(name: str, arguments: list[str]) -> int:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"finemill {name}",
         description="Ask several models the same questions and compare their answers. Changes are those from the first "
         "model. A row needs a question and an answer; rows with a known final answer are scored by it, others by "

@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from finemill.commands.config_flags import read_config
+from finemill.commands.parser import CommandParser
 from finemill.commands.pipeline_argument import default_config_file, parse_with_pipeline
 from finemill.errors import UserError
 from finemill.pipelines.graph import Pipeline
@@ -83,7 +84,7 @@ def _check_engine_flags(parsed: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="finemill compile", description="Write a pipeline as KFP or Argo YAML.", allow_abbrev=False
     )
     parser.add_argument("--engine", choices=["kfp", "argo"], required=True, help="which system will run it")

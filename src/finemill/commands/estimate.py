@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from finemill.artifacts.dataset import read_lengths
+from finemill.commands.parser import CommandParser
 from finemill.components.chat_format.duration import steps_and_hours
 from finemill.components.chat_format.packing import num_packs_of_all
 from finemill.components.train_qlora.config import TrainQLoRAConfig
@@ -63,7 +64,7 @@ def execute(name: str, arguments: list[str]) -> int:
 
 
 def _parse(name: str, argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"finemill {name}", description=__doc__)
+    parser = CommandParser(prog=f"finemill {name}", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help=f"one of {', '.join([*SHAPES, *MIXTURES])}, or a base model: {FORMS}")
     what.add_argument("--table", action="store_true", help="GiB that each known size needs at least, by method")

@@ -4,6 +4,7 @@ import argparse
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from finemill.commands.parser import CommandParser
 from finemill.commands.run import local_tracking_uri
 from finemill.errors import UserError
 from finemill.storage.base import normalize_uri
@@ -76,7 +77,7 @@ def _registry(store: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="finemill gc",
         description="Delete artifacts that are old and that no registered version is or was made from. "
         f"{TRACKING_VARIABLE} says where the registry is.",

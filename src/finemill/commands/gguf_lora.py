@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from finemill.commands.model_argument import add_model_arguments, found_model
+from finemill.commands.parser import CommandParser
 from finemill.components.gguf_quantize.lora import write_lora
 from finemill.errors import UserError
 
@@ -24,7 +25,7 @@ def execute(name: str, arguments: list[str]) -> int:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"finemill {name}",
         description="Write a LoRA adapter as GGUF, of a mixture of experts too: llama.cpp adds it to any GGUF file of "
         "the base, so that many adapters share one base. Whole trained modules and DoRA need `merge`.",

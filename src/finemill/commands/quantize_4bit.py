@@ -12,6 +12,7 @@ import torch
 from finemill.artifacts.dataset import read_held_out, spread
 from finemill.artifacts.four_bit import FourBitRecord, FourBitSize, write_four_bit
 from finemill.artifacts.splits import Split
+from finemill.commands.parser import CommandParser
 from finemill.commands.plot import plot
 from finemill.errors import UserError
 from finemill.models.base.resolve import FORMS, resolve_base_model
@@ -61,7 +62,7 @@ def execute(name: str, arguments: list[str]) -> int:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"finemill {name}",
         description="Quantize a base to bitsandbytes' NF4, but for the linear layers in which that costs most: weights "
         "and activations on your rows say which. transformers, PEFT and train-qlora open the result.",

@@ -1,10 +1,10 @@
 """`finemill replay DECISION`: decide again from what a decision refers to, and say whether the verdict is the same."""
 
-import argparse
 from pathlib import Path
 
 from finemill.artifacts.decision import Decision, GateResult, read_decision
 from finemill.artifacts.manifest import Manifest, Reference
+from finemill.commands.parser import CommandParser
 from finemill.components.promote.config import PromoteConfig
 from finemill.config import parse_config
 from finemill.errors import UserError
@@ -13,7 +13,7 @@ from finemill.storage.store import fetch_artifact, read_manifest
 
 def execute(name: str, arguments: list[str]) -> int:
     """Print each check as it was and as it is. Returns: 0 if they agree, 3 if one does not."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"finemill {name}",
         description="Check every gate of a decision again, from the evaluations that it names by digest and the "
         "configuration in its manifest. The registry is neither asked nor changed. In a store that was moved or copied "

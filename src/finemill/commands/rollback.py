@@ -1,8 +1,7 @@
 """`finemill rollback` and `finemill approve`: what people do to a registered model by hand, signed."""
 
-import argparse
-
 from finemill.commands.config_flags import add_config_flags, read_config
+from finemill.commands.parser import CommandParser
 from finemill.components.promote.config import ApproveConfig, RollbackConfig
 from finemill.tracking.settings import Tracking
 
@@ -14,7 +13,7 @@ _DESCRIPTIONS = {
 
 def execute(name: str, arguments: list[str]) -> int:
     """Parse `arguments`, change the registry, print what changed. Returns: the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"finemill {name}",
         description=f"{_DESCRIPTIONS[name]} MLFLOW_TRACKING_URI says where.",
         allow_abbrev=False,

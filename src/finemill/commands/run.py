@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finemill.commands.config_flags import read_config
+from finemill.commands.parser import CommandParser
 from finemill.commands.pipeline_argument import default_config_file, parse_with_pipeline
 from finemill.commands.run_display import RunDisplay, print_results
 from finemill.config import ConfigT, StepConfig
@@ -32,7 +33,7 @@ def execute(name: str, arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="finemill run", description="Run a pipeline on this machine under kfp's local runner.", allow_abbrev=False
     )
     parser.add_argument(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from finemill.artifacts.evaluation import SCORES, Sample, read_samples
+from finemill.commands.parser import CommandParser
 from finemill.components.eval.report import segments
 from finemill.errors import UserError
 from finemill.storage.store import artifact_folder
@@ -26,7 +27,7 @@ def execute(name: str, arguments: list[str]) -> int:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"finemill {name}",
         description="Print an evaluation's rows as JSON lines. `score` is what `finemill score` reads; `evalscope` is "
         "EvalScope's general_qa (query, or the messages of a longer chat, and the right response, a line per row), so "

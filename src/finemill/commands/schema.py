@@ -1,8 +1,8 @@
 """`finemill schema NAME`: the JSON schema of a configuration, for editors and checks."""
 
-import argparse
 import json
 
+from finemill.commands.parser import CommandParser
 from finemill.config import StepConfig
 from finemill.runtime.catalog import STEPS
 
@@ -17,7 +17,7 @@ def execute(name: str, arguments: list[str]) -> int:
         **{pipeline.name: pipeline.config for pipeline in PIPELINES.values()},
         "cluster": ClusterConfig,
     }
-    parser = argparse.ArgumentParser(prog="finemill schema", description="Print the JSON schema of a configuration.")
+    parser = CommandParser(prog="finemill schema", description="Print the JSON schema of a configuration.")
     parser.add_argument("name", choices=list(models), metavar="NAME", help=", ".join(models))
     print(json.dumps(models[parser.parse_args(arguments).name].model_json_schema(), indent=2))
     return 0

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from finemill.artifacts.metrics import Z95
+from finemill.commands.parser import CommandParser
 from finemill.errors import UserError
 from finemill.metrics.scoring import METRICS, Mean, Prediction, Value, means, read_predictions, score_predictions
 
@@ -28,7 +29,7 @@ def execute(name: str, arguments: list[str]) -> int:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"finemill {name}",
         description="Score predictions that exist already. A line of FILE is a JSON object with `prediction` and "
         "`reference`, a list where any of several is right; `source` groups the means, `prompt` and `finished` say "

@@ -13,6 +13,7 @@ from typing import NoReturn
 from finemill.artifacts.adapter import read_training
 from finemill.asking.find_model import FoundModel
 from finemill.commands.model_argument import add_model_arguments, found_model
+from finemill.commands.parser import CommandParser
 from finemill.errors import UserError
 from finemill.models.adapter import more_than_lora, read_adapter_config
 
@@ -37,7 +38,7 @@ def execute(name: str, arguments: list[str]) -> int:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"finemill {name}",
         description="Serve a model to OpenAI's clients: GGUF in llama.cpp's server, which comes with the extra `gguf`; "
         "weights and adapters in vLLM where it is installed. The first line printed starts the same without finemill.",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finemill.artifacts.ports import BASE_MODEL
 from finemill.commands.config_flags import add_config_flags, read_config
+from finemill.commands.parser import CommandParser
 from finemill.runtime.catalog import Step, get_step
 from finemill.tracking.settings import Tracking
 from finemill.transport import decode_text
@@ -54,7 +55,7 @@ def _write(file: Path | None, text: str) -> None:
 
 
 def _parser(step: Step) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"finemill {step.name}", description=step.summary, allow_abbrev=False)
+    parser = CommandParser(prog=f"finemill {step.name}", description=step.summary, allow_abbrev=False)
     parser.add_argument(
         "--store", default="finemill-store", metavar="URI", help="folder or s3://bucket/prefix (default: %(default)s)"
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finemill.commands.config_flags import read_config
+from finemill.commands.parser import CommandParser
 from finemill.commands.pipeline_argument import default_config_file, parse_with_pipeline
 from finemill.commands.run_status import START_TIMEOUT_S, Engine
 from finemill.errors import UserError
@@ -88,7 +89,7 @@ def _parameters(parsed: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="finemill submit",
         description="Start a pipeline in a cluster. What is not given keeps the installed pipeline's defaults.",
         allow_abbrev=False,

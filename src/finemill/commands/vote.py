@@ -6,6 +6,7 @@ import webbrowser
 from pathlib import Path
 
 from finemill.artifacts.comparison import read_answers
+from finemill.commands.parser import CommandParser
 from finemill.comparison.page import write_page
 from finemill.comparison.summary import summarize
 from finemill.comparison.table import Opinions, notes, table
@@ -44,7 +45,7 @@ def execute(name: str, arguments: list[str]) -> int:
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"finemill {name}",
         description="Vote on pairs of answers that `finemill compare --output FOLDER` kept, by keyboard: 1 or left, "
         "2 or right, 0 for neither, u to undo. Which model is on which side is not shown. Votes are kept in "

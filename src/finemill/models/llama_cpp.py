@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finemill.errors import StepError
+from finemill.errors import StepError, UserError
 from finemill.models.generation import Answer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -137,7 +137,7 @@ def serve(path: Path, num_threads: int, context_length: int, *, adapter: Path | 
         info = xllamacpp.CommonAdapterLoraInfo()
         info.path, info.scale = str(adapter), 1.0
         params.lora_adapters = [info]
-    with _running(params) as server:
+    with _running(params, StepError) as server:
         yield LlamaServer(server)
 
 
@@ -160,13 +160,13 @@ def serve_chats(
         port: 0 takes a free one.
         name: what the server calls the model.
     Yields: the address, http://host:port.
-    Raises: StepError: llama.cpp does not load the file.
+    Raises: UserError: llama.cpp does not load the file.
     """
     params = _params(path, num_threads, context_length, parallel)
     params.hostnames = [host]
     params.port = port
     params.model_alias = {name or path.stem}
-    with _running(params) as server:
+    with _running(params, UserError) as server:
         yield str(server.listening_address)
 
 
@@ -189,13 +189,13 @@ def _params(path: Path, num_threads: int, context_length: int, parallel: int) ->
 
 
 @contextmanager
-def _running(params: Any) -> Iterator[Any]:
+def _running(params: Any, failure: type[StepError]) -> Iterator[Any]:
     import xllamacpp
 
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:
-        raise StepError(f"llama.cpp does not load {Path(params.model.path).name}: {error}") from error
+        raise failure(f"llama.cpp does not load {Path(params.model.path).name}: {error}") from error
     try:
         yield server
     finally:

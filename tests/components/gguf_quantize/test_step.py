@@ -33,7 +33,7 @@ from finemill.errors import GateFailedError, StepError, UserError
 from finemill.metrics.chain import AnsweredProblem, Position, chain_link
 from finemill.models.causal_lm import load_causal_lm
 from finemill.models.generation import Answer
-from finemill.models.llama_cpp import serve
+from finemill.models.llama_cpp import serve, serve_chats
 from finemill.models.stored_model import StoredModel
 from finemill.runtime.context import StepContext
 
@@ -235,8 +235,11 @@ def test_files_that_do_not_fit_on_the_disk_are_not_begun(
 
 def test_a_file_that_llama_cpp_cannot_load_is_an_error_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
-    with pytest.raises(StepError, match=r"does not load broken\.gguf"), serve(tmp_path / "broken.gguf", 1, 64):
+    with pytest.raises(StepError, match=r"does not load broken\.gguf") as ours, serve(tmp_path / "broken.gguf", 1, 64):
         pass
+    with pytest.raises(UserError, match=r"does not load broken\.gguf"), serve_chats(tmp_path / "broken.gguf", 1, 64):
+        pass
+    assert ours.value.exit_code == 1  # the step wrote it
 
 
 def test_a_dataset_of_another_tokenizer_and_one_without_short_answers_are_refused(
