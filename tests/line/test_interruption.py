@@ -46,6 +46,6 @@ def test_interrupted_run_goes_on_from_the_last_finished_step(tmp_path: Path) -> 
     interrupt(tmp_path, r"\[2/8\] chat-format +done")
     again = finemill(*RUN, "--dry-run", cwd=tmp_path)
     assert json.loads(again.stdout)["train_qlora"]["max_steps"] == 4
-    shown = "".join(interrupt(tmp_path, r"\[3/8\] train-qlora +done"))
+    shown = "".join(interrupt(tmp_path, r"\[2/8\] chat-format +reused"))
     assert re.findall(r"^\[\d/8\] (\S+) +reused", shown, re.MULTILINE) == LINE[:2]
-    assert not list(tmp_path.glob("store/eval/*/manifest.json"))
+    assert not list(tmp_path.glob("store/train-qlora/*/manifest.json"))
