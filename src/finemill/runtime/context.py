@@ -32,10 +32,10 @@ class Unheard:
     """A recorder for a process that another one speaks for."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Nowhere."""
+        """Discard them: the other process records its own."""
 
     def log_progress(self, text: str) -> None:
-        """To nobody."""
+        """Discard it."""
 
 
 @dataclass(frozen=True)

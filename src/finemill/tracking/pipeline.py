@@ -125,7 +125,7 @@ class _Writer:
     def end(self, status: str) -> None:
         """End the parent run, and the runs of steps that said nothing more."""
         for record in self._open.values():
-            record.fail("ended without a word", "KILLED")
+            record.fail("the step reported nothing more", "KILLED")
         if self._ends and set(self._ends) == {"reused"}:
             self._client.set_tag(self._parent, REUSED_TAG, "true")
         self._client.set_terminated(self._parent, status)
