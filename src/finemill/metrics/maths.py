@@ -29,7 +29,7 @@ from finemill.rows.chemistry import chemical_spelling, is_certain
 from finemill.rows.formulas import MAGNITUDES, UNITS, tidy
 from finemill.rows.numerals import in_digits
 
-_CHOICE = re.compile(r"\(?(?P<letter>[A-J])\)?[.:]?")
+_CHOICE = re.compile(r"(?:\(?(?P<letter>[A-J])\)?|\((?P<small>[a-j])\))[.:]?")
 _SAID_CHOICE = re.compile(r"(?:\((?P<inside>[A-Ja-j])\)|(?P<plain>[A-J])(?=[.:)]|$))[.:)]?(?:\s.*)?", re.DOTALL)
 _IN_A_BASE = re.compile(r"\(?(?P<digits>[0-9A-F]+)\)?_\{?(?P<base>\d+)\}?")
 _NAME = re.compile(
@@ -139,7 +139,11 @@ def equal_answers(gold: str, said: str | None) -> bool:
     choice = _CHOICE.fullmatch(tidy(gold))
     if choice:
         found = _SAID_CHOICE.fullmatch(tidy(said))
-        return not saids and found is not None and (found["inside"] or found["plain"]).upper() == choice["letter"]
+        return (
+            not saids
+            and found is not None
+            and (found["inside"] or found["plain"]).upper() == (choice["letter"] or choice["small"].upper())
+        )
     substances = chemical_spelling(plain_characters(gold)), chemical_spelling(plain_characters(said))
     if substances[0] and is_certain(substances[0]) and (substances[1] or gold.casefold() == said.casefold()):
         return substances[0] == substances[1]

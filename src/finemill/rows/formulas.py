@@ -119,6 +119,9 @@ _MOST_BOXES = 8
 _TEXT_COMMANDS = r"text|textbf|textit|textrm|textsf|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|bm|boldsymbol"
 _WITHOUT_VALUE = frozenset("text textbf textit textrm mathrm mathbf mbox operatorname begin end hspace quad".split())
 
+# A number in another typeface.
+_STYLED = re.compile(r"\\(?:mathbf|mathrm|textbf|mathit|bm|boldsymbol)\{[^{}A-Za-z]*\d[^{}A-Za-z]*\}")
+
 
 @dataclass(frozen=True)
 class Span:
@@ -277,8 +280,10 @@ def _continues(text: str, run: Sequence[_Token], token: _Token) -> bool:
     if token.kind == "unit":
         return last.kind in ("number", "unit", "letter", "command") or last.text == "/"
     if token.kind == "join":
+        # As in 1, 2, and 3: of two things with a comma between them the second may be another sentence's.
+        listed = last.text == "," and sum(one.text == "," for one in run) > 1
         following = _AFTER_JOIN.match(text, token.end)
-        return bool(following) and last.kind not in ("operator", "join", "word")
+        return bool(following) and (listed or last.kind not in ("operator", "join", "word"))
     if token.kind == "letter":
         return _is_variable(text, last, token, gap)
     if last.kind == "letter" and token.kind == "number":
@@ -326,7 +331,11 @@ def _finished(text: str, run: list[_Token]) -> Iterator[Span]:
 def _has_value(token: _Token) -> bool:
     if token.kind == "command":
         matrix = token.text.startswith("\\begin") and "\\end" in token.text
-        return matrix or (token.text[1:].partition("{")[0] not in _WITHOUT_VALUE and token.text != "\\%")
+        return (
+            matrix
+            or bool(_STYLED.fullmatch(token.text))
+            or (token.text[1:].partition("{")[0] not in _WITHOUT_VALUE and token.text != "\\%")
+        )
     return token.kind in ("number", "tail", "function")
 
 
