@@ -129,7 +129,7 @@ def decode(codes: torch.Tensor, zeros: torch.Tensor, scales_GO: torch.Tensor) ->
     codes_IO = (codes[:, None] >> _BITS[:, None] & 15).flatten(0, 1)
     zeros_GO = (zeros[..., None] >> _BITS & 15).flatten(1) + 1
     width = len(codes_IO) // len(scales_GO)
-    codes_GwO = codes_IO.unflatten(0, (-1, width)) - zeros_GO[:, None]
+    codes_GwO = codes_IO.view(-1, width, codes_IO.shape[1]) - zeros_GO[:, None]
     return (codes_GwO * scales_GO.float()[:, None]).flatten(0, 1).T.contiguous()
 
 

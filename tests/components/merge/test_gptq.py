@@ -26,7 +26,7 @@ GROUP = 128
 def pack(codes: torch.Tensor) -> torch.Tensor:
     """Eight 4-bit numbers of the last dimension in one."""
     shifts = torch.arange(0, 32, 4)
-    return (codes.to(torch.int64).unflatten(-1, (-1, 8)) << shifts).sum(-1).to(torch.int32)
+    return (codes.to(torch.int64).view(*codes.shape[:-1], -1, 8) << shifts).sum(-1).to(torch.int32)
 
 
 class Rounded:
