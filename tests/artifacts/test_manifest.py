@@ -105,6 +105,7 @@ def test_an_artifact_of_another_layout_is_told_from_a_damaged_one(tmp_path: Path
 UNSAFE_NAMES = (
     "", "/etc/passwd", "../x", "a/../../x", "a/..", "a/./b", ".", "./a", "a//b", "a/", "a\\b", "..\\x", "C:/x", "c:x",
     "a/D:/x", "a\nb", "a\0b", "a" * 256, "ä" * 128,
+    "manifest.json", "manifest.json/a", "/".join(["a" * 200] * 6),
 )  # fmt: skip
 
 
@@ -128,7 +129,17 @@ def test_a_name_is_a_file_or_a_folder_not_both() -> None:
 
 def test_every_other_name_is_taken(tmp_path: Path) -> None:
     check_names(
-        ["a", "a.b/c", ".hidden", "..a/b..", "sub dir/ü.txt", "xy:z", "model-00001-of-00002.safetensors"], "here"
+        [
+            "a",
+            "a.b/c",
+            ".hidden",
+            "..a/b..",
+            "sub dir/ü.txt",
+            "xy:z",
+            "b/manifest.json",
+            "model-00001-of-00002.safetensors",
+        ],
+        "here",
     )
 
 

@@ -26,6 +26,8 @@ DIGEST_MARK = "@sha256:"
 _FORBIDDEN = re.compile(r"^[A-Za-z]:|[\\\x00-\x1f\x7f\ud800-\udfff]")
 _MAX_PART_BYTES = 255
 """Bytes of the longest name that file systems take."""
+_MAX_NAME_BYTES = 1024
+"""Bytes of the longest key that S3 takes; file systems take paths of four times as many."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +143,19 @@ def _check_layout(data: bytes, where: str) -> None:
 def check_names(names: Iterable[str], where: str) -> None:
     """Names of files stay inside their folder, on every system, and a name is a file or a folder, not both.
 
-    Raises: UserError: a name is absolute, or has an empty part, `.`, `..`, a backslash, a drive or a control character.
+    Raises: UserError: a name is absolute, or has an empty part, `.`, `..`, a backslash, a drive or a control character,
+        is longer than stores take, or is the manifest's own.
     """
     names = list(names)
     folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
     for name in names:
-        if name in folders or not all(map(_is_plain, name.split("/"))):
+        parts = name.split("/")
+        is_plain = parts[0] != MANIFEST_NAME and all(map(_is_plain, parts)) and len(name.encode()) <= _MAX_NAME_BYTES
+        if name in folders or not is_plain:
             raise UserError(
                 f"unsafe artifact: {where}/{MANIFEST_NAME} names {name!r:.100}: names are relative, with forward "
-                "slashes and without '..'; no step writes others, so find out who did and use another artifact"
+                f"slashes, without '..', of {_MAX_NAME_BYTES} bytes at most, and not the manifest's own; no step "
+                "writes others, so find out who did and use another artifact"
             )
 
 
