@@ -51,6 +51,13 @@ def test_what_a_user_or_the_machine_caused_is_one_line(error: Exception, kind: t
     assert "\n" not in str(known)
 
 
+@pytest.mark.parametrize("module", ["secrets", "tokenizers"])
+def test_a_file_in_the_place_of_a_module_is_named(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = ImportError(f"cannot import name 'x' from '{module}'", name=module, path=str(tmp_path / f"{module}.py"))
+    assert str(explain(error)).endswith("in the place of the module: rename it, or start in another folder")
+
+
 @pytest.mark.parametrize(
     ("variables", "config"),
     [

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from finemill.errors import TemporaryError, UserError
-from finemill.runtime.processes import run_in_processes
+from finemill.runtime.processes import num_processes, run_in_processes
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact, list_artifacts
 
@@ -120,6 +120,12 @@ def kill_a_process_at_the_first_checkpoint(store: str) -> None:
             variables = status.read_bytes().split(b"\0")
             if b"RANK=1" in variables and store.encode() in (status.parent / "cmdline").read_bytes():
                 os.kill(int(status.parent.name), signal.SIGKILL)
+
+
+def test_a_number_of_processes_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE is 'two'"):
+        num_processes()
 
 
 def test_the_kind_of_failure_of_a_process_is_that_of_all() -> None:

@@ -12,6 +12,7 @@ import pytest
 from botocore.exceptions import (
     ClientError,
     EndpointConnectionError,
+    HTTPClientError,
     ParamValidationError,
     PartialCredentialsError,
     ProfileNotFound,
@@ -330,6 +331,21 @@ def test_an_address_without_a_proper_bucket_is_refused(uri: str) -> None:
 def test_only_what_may_pass_is_worth_another_attempt(error: Exception, kind: type[Exception]) -> None:
     with pytest.raises(kind), readable_errors("s3://b/p", "cannot be read"):
         raise error
+
+
+def test_a_page_that_no_s3_server_sends_is_named_with_its_status() -> None:
+    page = {"Error": {"Code": "", "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": 403}}
+    with (
+        pytest.raises(UserError, match=r"with HTTP 403, is no S3 server"),
+        readable_errors("s3://b/p", "cannot be read"),
+    ):
+        raise ClientError(page, "GetObject")  # type: ignore[arg-type]
+
+
+def test_redirects_without_an_end_are_one_line() -> None:
+    """botocore asks for the bucket's region in between, of the same server."""
+    with pytest.raises(UserError, match="sends every request elsewhere"), readable_errors("s3://b/p", "cannot be read"):
+        raise HTTPClientError(error=RecursionError("maximum recursion depth exceeded"))
 
 
 def test_the_profile_s_addressing_style_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from finemill.components.promote.config import RollbackConfig
 from finemill.components.promote.rollback import rollback
@@ -22,7 +23,7 @@ from finemill.errors import TemporaryError, UserError
 from finemill.registry.snapshot import read_registered_model
 from finemill.runtime.run import run_step
 from finemill.storage.store import fetch_artifact
-from finemill.tracking.server import check_reachable, find_experiment
+from finemill.tracking.server import check_reachable, find_experiment, readable_errors
 from finemill.tracking.settings import Tracking
 from tests.tracking.front import registry_front, write_certificate
 
@@ -219,6 +220,18 @@ def test_a_scheme_that_a_plug_in_brings_is_left_to_it(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("uri", ["databricks", "databricks://profile", "postgresql+psycopg2://a:1,b:2/mlflow"])
 def test_hosted_servers_and_databases_are_left_to_mlflow(uri: str) -> None:
     check_reachable(uri)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the response body was not in a valid JSON format. Response body: '<html>login</html>'",
+        "Setting the tracking URI to a Unity Catalog backend is not supported in the current version of the client",
+    ],
+)
+def test_what_never_answers_otherwise_is_not_tried_again(text: str) -> None:
+    with pytest.raises(UserError, match="correct MLFLOW_TRACKING_URI"), readable_errors("http://host"):
+        raise MlflowException(text)
 
 
 def test_a_server_out_of_reach_may_come_back() -> None:

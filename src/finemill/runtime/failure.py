@@ -79,8 +79,19 @@ def _explain_import(error: ImportError) -> StepError | None:
     module = (error.name or "").partition(".")[0]
     if module == "finemill":
         return None
+    text = " ".join(str(error).split())
+    if error.path and _is_in_the_way(Path(error.path), module):
+        return UserError(
+            f"{text}: that file is found in the place of the module: rename it, or start in another folder"
+        )
     package = _package_with(module) if module else "finemill[all]"
-    return UserError(f"{' '.join(str(error).split())}: install it with pip install '{package}'")
+    return UserError(f"{text}: install it with pip install '{package}'")
+
+
+def _is_in_the_way(file: Path, module: str) -> bool:
+    """Whether a module is a file of the working folder, or another one in the place of Python's own."""
+    is_python_s = module in sys.stdlib_module_names and Path(os.__file__).parent not in file.parents
+    return is_python_s or file.parent == Path.cwd()
 
 
 def _package_with(module: str) -> str:

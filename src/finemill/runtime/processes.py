@@ -14,13 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finemill.errors import TemporaryError, kind_of
+from finemill.errors import TemporaryError, UserError, kind_of
 from finemill.transport import pack_long
 
 
 def num_processes() -> int:
     """How many processes there are on all nodes."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal():
+        raise UserError(
+            f"{variable} is '{text}', no number of a process: torchrun sets it; leave it out without torchrun"
+        )
+    return int(text)
 
 
 def is_among_processes() -> bool:
@@ -35,7 +44,7 @@ def is_main_process() -> bool:
 
 def process_rank() -> int:
     """The number of this process among all."""
-    return int(os.environ.get("RANK") or 0)
+    return _number("RANK", 0)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ _LATER = re.compile(
     r"|PriorRequestNotComplete|TemporaryRedirect|InternalError|ServiceUnavailable|NoSuchUpload"
 )
 """S3's codes for requests that it would answer at another time."""
+_REDIRECTED = "what answers there sends every request elsewhere, as no S3 server does: check AWS_ENDPOINT_URL"
+"""What is said of a server whose redirects botocore follows, and asks for the bucket's region, without an end."""
 # What a caller can mend, by the code S3 answers with.
 _USER_ERRORS = {
     "AccessDenied": "the credentials may not do this: check the bucket policy and the role",
@@ -375,7 +377,7 @@ def readable_errors(uri: str, what: str) -> Iterator[None]:
         if _code(error) in _USER_ERRORS:
             raise UserError(f"store {uri} {what} ({_code(error)}): {_USER_ERRORS[_code(error)]}") from None
         clock = ": set this machine's clock" if _code(error) == "RequestTimeTooSkewed" else ""
-        line = f"store {uri} {what}: {error}{clock}"
+        line = f"store {uri} {what}: {error}{clock}" if _code(error) else f"store {uri} {what}: {_not_s3(error)}"
         raise (TemporaryError(line) if _may_pass(error) else UserError(line)) from None
     except SSLError as error:
         raise UserError(
@@ -383,18 +385,31 @@ def readable_errors(uri: str, what: str) -> Iterator[None]:
             "AWS_CA_BUNDLE"
         ) from None
     except (*_NETWORK_ERRORS, ResponseParserError) as error:
+        if "maximum recursion depth" in str(error):
+            raise UserError(f"store {uri} {what}: {_REDIRECTED}") from None
         if isinstance(error, ProxyConnectionError) and "407" in str(error.kwargs.get("error")):
             raise UserError(f"store {uri} {what}: {error} asks for a password: write it into HTTPS_PROXY") from None
         raise TemporaryError(f"store {uri} {what}: {error}; check AWS_ENDPOINT_URL and the network") from None
+    except RecursionError:
+        raise UserError(f"store {uri} {what}: {_REDIRECTED}") from None
     except BotoCoreError as error:
         raise UserError(
             f"store {uri} {what}: {error}: correct the address, the AWS_* variables or the profile"
         ) from None
 
 
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
+
+
+def _not_s3(error: ClientError) -> str:
+    """What is said of a page without a code of S3's, as logins, proxies and gateways have."""
+    return f"what answers there, with HTTP {_status(error)}, is no S3 server: check AWS_ENDPOINT_URL and proxies"
+
+
 def _may_pass(error: ClientError) -> bool:
     """Whether the same request may be answered otherwise later."""
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
+    status = _status(error)
     return (
         (status >= 500 and status != 501) or status < 300 or status in (408, 409, 425, 429) or _is_later(_code(error))
     )

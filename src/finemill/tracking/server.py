@@ -5,6 +5,7 @@ Importing MLflow takes seconds of CPU. This module imports it in `open_client` o
 
 import http.client
 import os
+import re
 import shutil
 import sqlite3
 import ssl
@@ -32,6 +33,8 @@ _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _HOSTED = ("databricks", "databricks-uc", "uc")
 _PLUGINS = ("mlflow.tracking_store", "mlflow.model_registry_store")
 """Entry points by which packages bring schemes of their own, as SageMaker's and Azure's do."""
+_NEVER = "credential configuration failed|not in a valid JSON format|is not supported in the current version"
+"""Regular expression of what MLflow's client says without a server's code, and would say again."""
 _ALLOWED = (
     "http(s)://host, sqlite:///folder/mlflow.db, another database URI that MLflow takes, or one of an installed plug-in"
 )
@@ -258,6 +261,8 @@ def readable_errors(uri: str) -> Iterator[None]:
                 f"{place}: no trusted connection ({line}): name the file of its certificate's authority in "
                 "MLFLOW_TRACKING_SERVER_CERT_PATH or REQUESTS_CA_BUNDLE; write http:// if it has none"
             ) from None
-        if status in (400, 404, 409) or "credential configuration failed" in line:
+        if re.search(_NEVER, line):
+            raise UserError(f"{place}: {line}: correct {_variable_of(uri)}, or what stands before the server") from None
+        if status in (400, 404, 409):
             raise UserError(f"{place}: {line}") from None
         raise TemporaryError(f"{place}: {line}") from None
