@@ -298,6 +298,18 @@ def test_an_unreachable_kfp_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     assert "KFP at http://127.0.0.1:1 is out of reach" in line
 
 
+@pytest.mark.parametrize(
+    ("status", "answer", "message"), [(200, "login", "is not KFP but a page"), (401, {"error": "no"}, "refuses (401)")]
+)
+def test_a_login_page_takes_no_run(
+    status: int, answer: Any, message: str, kfp: Api, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kfp.answers["GET", f"{ROOT}/healthz"] = (status, answer)
+    assert main(["submit", "finetune", "--engine", "kfp", "--host", kfp.url]) == 2
+    assert message in capsys.readouterr().err
+    assert not kfp.posted
+
+
 POOL = HTTPConnectionPool("kfp")
 
 

@@ -1,5 +1,6 @@
 """Runs on Kubeflow Pipelines: compiled here, submitted to the API server, read back through it."""
 
+import json
 import sys
 import tempfile
 import time
@@ -41,19 +42,13 @@ class KFPEngine:
     """The KFP API server at `host`; logs come from the cluster in KUBECONFIG if there is one."""
 
     def __init__(self, host: str, namespace: str | None, cluster: ClusterConfig) -> None:
-        from kfp import Client
-
         self.host = host
         self.namespace = namespace or "kubeflow"
         self._multi_user = namespace
         self._cluster = cluster
         self._pods: dict[str, KFPPods | None] = {}
         self._lines: list[str] = []
-        with readable_errors(host), warnings.catch_warnings():
-            # "This client only works with KFP 2", on every start.
-            warnings.simplefilter("ignore", FutureWarning)
-            self._client = Client(host=host, namespace=self.namespace)
-            self._client._healthz_api.healthz_service_get_healthz()
+        self._client = _open_client(host, self.namespace)
 
     def submit(self, pipeline: Pipeline, parameters: Mapping[str, Any]) -> str:
         """Compile, upload and start a run in the experiment `finemill`."""
@@ -165,6 +160,34 @@ class KFPEngine:
             file = Path(folder) / f"{pipeline.name}.yaml"
             compile_kfp(pipeline, {}, self._cluster, file)
             yield str(file)
+
+
+def _open_client(host: str, namespace: str) -> Any:
+    """kfp's client of a server that is one. Raises: UserError: something else answers there, a login page as a rule."""
+    from kfp import Client
+
+    class AskingOnce(Client):  # type: ignore[misc]
+        """kfp's own asks five times, whatever the answer is, and drops it."""
+
+        def get_kfp_healthz(self, sleep_duration: int = 0) -> Any:
+            return self._healthz_api.healthz_service_get_healthz()
+
+    with readable_errors(host), warnings.catch_warnings():
+        # "This client only works with KFP 2", on every start.
+        warnings.simplefilter("ignore", FutureWarning)
+        client = AskingOnce(host=host, namespace=namespace)
+        # kfp takes any text for an answer without fields.
+        answer = client._healthz_api.healthz_service_get_healthz(_preload_content=False).data
+    try:
+        is_kfp = isinstance(json.loads(answer), dict)
+    except ValueError:
+        is_kfp = False
+    if not is_kfp:
+        raise UserError(
+            f"what answers at {host} is not KFP but a page, of a login as a rule: give its API's own address, through "
+            "a port-forward for instance"
+        )
+    return client
 
 
 @contextmanager
