@@ -7,6 +7,7 @@ import pytest
 
 from finemill.metrics.choices import read_label
 from finemill.metrics.maths import judge
+from finemill.metrics.quantities import read_compound
 from finemill.rows.repeats import shorter_repeats
 
 _WORDS = (
@@ -79,3 +80,15 @@ def test_a_long_text_that_repeats_one_thing_is_judged(word: str) -> None:
     with _cpu_seconds(10):
         judge("7", f"{word} " * 20_000)
         read_label(f"{word}\n" * 20_000, ["yes", "no"])
+
+
+@pytest.mark.parametrize("unit", ["5m\n", "5m and ", "5 mand "])
+def test_a_sum_of_many_units_is_read_in_linear_time(unit: str) -> None:
+    with _cpu_seconds(10):
+        assert read_compound(f"{unit * 300}5") is None
+
+
+@pytest.mark.parametrize("space", [" ", "\n"])
+def test_empty_lines_are_read_in_linear_time(space: str) -> None:
+    with _cpu_seconds(10):
+        judge("7", space * 1500)

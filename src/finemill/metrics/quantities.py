@@ -196,7 +196,10 @@ _SEPARATED = re.compile(r"(?<![\d.,])\d{1,3}(?:['\u2019_]\d{3})+(?![\d'\u2019_])
 _CONTINENTAL = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:\.\d{3}){2,}(?:,\d+)?|\.\d{3},\d{1,2})(?![\d.,]*\d)")
 _INDIAN = re.compile(r"(?<![\d.,])\d{1,2}(?:,\d{2})+,\d{3}(?:\.\d+)?(?![\d,]*\d)")
 _COMPOUND_PART = re.compile(r"(?P<number>\d[\d./]*(?: \d+/\d+)?)\s*(?P<unit>[A-Za-z]+)\.?")
-_COMPOUND = re.compile(rf"{_COMPOUND_PART.pattern}(?:\s*,?\s*(?:and\s+)?\d[\d./]*(?: \d+/\d+)?\s*[A-Za-z]+\.?)+")
+# No second try at a part: the space between two may be either's, and n parts would take 2^n tries.
+_COMPOUND = re.compile(
+    rf"(?>{_COMPOUND_PART.pattern})(?>\s*+(?:,\s*+)?(?:and\s++)?\d[\d./]*+(?: \d+/\d+)?\s*+[A-Za-z]++\.?)++"
+)
 _TOKEN = re.compile(r"\s*(?:(?P<number>\d+\.?\d*|\.\d+)|(?P<sign>[-+*/^()]))")
 
 

@@ -126,8 +126,8 @@ _COPULA = (
     ),
 )
 _EXPLAINED = re.compile(
-    r"""(?ix) \A\s* (?P<said>[^\n]{1,64}?) (?: ,?\s+ (?:because|since)\b (?=[^\n]*\Z)
-    | [ \t]*\n [\s*_\#]* (?: explanation | reasoning | rationale | justification | because
+    r"""(?ix) \A\s*+ (?P<said>[^\n]{1,64}?) (?: ,?\s++ (?:because|since)\b (?=[^\n]*\Z)
+    | [ \t]*+\n [\s*_\#]*+ (?: explanation | reasoning | rationale | justification | because
         | here['\u2019]?s\ (?:why|how) | 解释 | 解析 | 理由 | 说明 | 解説 | 説明 | 설명 | explicación | explication
         | erklärung | begründung | spiegazione | explicação | пояснение | объяснение ) )
     """
