@@ -339,7 +339,7 @@ def test_a_page_that_no_s3_server_sends_is_named_with_its_status() -> None:
         pytest.raises(UserError, match=r"with HTTP 403, is no S3 server"),
         readable_errors("s3://b/p", "cannot be read"),
     ):
-        raise ClientError(page, "GetObject")  # type: ignore[arg-type]
+        raise ClientError(page, "GetObject")
 
 
 def test_redirects_without_an_end_are_one_line() -> None:
