@@ -35,7 +35,7 @@ class ChatTokenizer:
         added = backend.get_added_tokens_decoder().values()
         self._added = {token.content for token in added}
         self._control = {token.content for token in added if token.special}
-        self.control = _any_of(self._control)
+        self._note_control()
         self._ends = {self.eos_token} if self.eos_token else set()
 
     @property
@@ -89,7 +89,12 @@ class ChatTokenizer:
         So it is with DeepSeek's role tokens. Marks of thinking blocks stay as they are: models write them.
         """
         self._control |= {token for token in self._added if token in chat and "think" not in token}
+        self._note_control()
+
+    def _note_control(self) -> None:
         self.control = _any_of(self._control)
+        # Most texts hold none of the letters with which such tokens begin.
+        self._control_begins = {token[0] for token in self._control if token}
 
     def add_ends(self, text: str) -> None:
         """Count the control tokens in `text`, which a template wrote after an answer, as such that end one."""
@@ -108,6 +113,8 @@ class ChatTokenizer:
         """
         if isinstance(value, str):
             check_characters(value)
+            if not any(letter in value for letter in self._control_begins):
+                return value
             return self.control.sub(lambda match: f"{match[0][0]}{BROKEN}{match[0][1:]}", value)
         if isinstance(value, list):
             return [self.break_control_tokens(item) for item in value]

@@ -25,6 +25,8 @@ from finemill.rows.shapes import SHAPES, detect_shape, to_conversation
 logger = logging.getLogger(__name__)
 
 _MAX_SHOWN = 5
+# Of answers numbered from 1 more than one in so many names the last choice; fewer are damage.
+_BEYOND_LAST = 20
 _MAX_FIELD = 200
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TEXT = json.JSONEncoder(ensure_ascii=False, default=str)
@@ -197,6 +199,13 @@ def check_all_counts(counts: SourceCounts, source: Source) -> None:
         raise UserError(f"{source.uri}: columns: no column {listed}; the rows have {found}")
     if not counts.shapes:
         raise UserError(_unknown_message(source, counts))
+    beyond, choices = counts.dropped["choice_beyond_last"], counts.shapes["multiple_choice"]
+    if beyond * _BEYOND_LAST > choices:
+        raise UserError(
+            f"{source.uri}: {beyond} of {choices} rows number a choice after the last (first: row "
+            f"{', '.join(map(str, counts.first('choice_beyond_last')))}): they count from 1, and "
+            "from 0 is read; subtract 1, or write letters"
+        )
 
 
 def _row_text(row: Row, conversation: Conversation, config: DataPrepConfig) -> str:

@@ -1,7 +1,7 @@
 """What is doubtful about a row that can be learned: named and counted, left out only if the user says so."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from finemill.rows.conversation import Conversation
@@ -28,6 +28,9 @@ _PLACEHOLDER = re.compile(
     r"|\{\{[^}\n]{1,60}\}\}",
     re.IGNORECASE,
 )
+# Each text that one of both matches holds one of these, in lower case.
+_CONTROL_PARTS = ("<|", "s>", "inst]", "_turn>", "<\uff5c")
+_PLACEHOLDER_PARTS = ("insert", "your", "[enter", "[add", "todo", "lorem", "{{")
 _REFUSAL = re.compile(
     r"\s*(?:(?:i['\u2019]?m|i am) (?:really |very )?sorry,? (?:but )?(?:i|as an)\b.{0,40}?\b(?:can(?:no|['\u2019])t"
     r"|unable)"
@@ -67,18 +70,16 @@ def flags_of(conversation: Conversation) -> list[Flag]:
 
 
 _IN_TEXT: Mapping[Flag, Callable[[str], bool]] = {
-    "control_tokens": lambda text: ("<" in text or "[" in text) and _CONTROL.search(text) is not None,
+    "control_tokens": lambda text: _holds_any(text, _CONTROL_PARTS) and _CONTROL.search(text) is not None,
     "damaged_encoding": lambda text: not text.isascii() and _DAMAGED.search(text) is not None,
-    "placeholder": lambda text: _may_hold_placeholder(text) and _PLACEHOLDER.search(text) is not None,
+    "placeholder": lambda text: _holds_any(text, _PLACEHOLDER_PARTS) and _PLACEHOLDER.search(text) is not None,
 }
 
 
-def _may_hold_placeholder(text: str) -> bool:
-    """Whether a search is worth its time."""
-    if "[" in text or "<" in text or "{{" in text:
-        return True
+def _holds_any(text: str, parts: Sequence[str]) -> bool:
+    """Whether a text holds one of these parts in any case, without which a search is not worth its time."""
     lower = text.lower()
-    return "todo" in lower or "lorem" in lower
+    return any(part in lower for part in parts)
 
 
 def _is_cut(answer: str) -> bool:

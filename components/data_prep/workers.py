@@ -13,8 +13,8 @@ from finemill.runtime.workers import in_turns
 _BATCH_ROWS = 1000
 # Of a batch; one row may have more.
 _BATCH_BYTES = 4 << 20
-# A process more is worth its start from so many bytes of files on.
-_PROCESS_BYTES = 1 << 20
+# A process more is worth its start, most of a second, from so many bytes of files for each on.
+_PROCESS_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def test_several_right_choices_are_all_said() -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        {"choices": ["b", "c"], "answer": 2},
+        {"choices": ["b", "c"], "answer": 3},
         {"choices": ["b", "c"], "answer": -1},
         {"choices": ["b", "c"], "answer": "d"},
         {"choices": ["b", ""], "answer": 0},
@@ -106,6 +106,12 @@ def test_several_right_choices_are_all_said() -> None:
 )
 def test_a_choice_that_cannot_be_told_leaves_the_row_out(row: Row) -> None:
     with pytest.raises(DroppedRowError, match=r"^bad_choices$"):
+        read({"question": "a", **row})
+
+
+@pytest.mark.parametrize("row", [{"opa": "b", "opb": "c", "cop": 2}, {"choices": ["b", "c"], "answer": 2}])
+def test_a_number_after_the_last_choice_is_told_from_other_wrong_ones(row: Row) -> None:
+    with pytest.raises(DroppedRowError, match=r"^choice_beyond_last$"):
         read({"question": "a", **row})
 
 

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from finemill.rows.answers import final_answer
 from finemill.rows.conversation import first_question, whole_text
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.shapes import SHAPES, detect_shape, to_conversation
@@ -185,6 +186,7 @@ def test_the_system_message_may_have_a_column_of_its_own() -> None:
     assert both.rejected == [system, *pair("2+2?", "5")]
     assert messages_of({"messages": [system, *pair("2+2?", "4")], "system": "Be brief."})[0] == system
     assert messages_of({"messages": pair("2+2?", "4"), "system": [{"type": "text", "text": "Be brief."}]})[0] == system
+    assert messages_of({"messages": pair("2+2?", "4"), "system": "SYSTEM: Be brief."})[0] == system
 
 
 def test_more_context_follows_the_question() -> None:
@@ -330,6 +332,37 @@ def test_gsm8k_answers_end_with_the_final_answer() -> None:
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        "48/2 = <<48/2=24>>24\n#### 72", "So 3.\n#### -5", "It is 0.\n#### 0\n",
+        r"So \boxed{7}.\n#### 8", "#### 007", "1\n#### 5\n#### 6",
+        "<think>\n#### 4\n</think>\n#### 9", "So.\n#### 3 km", "<answer>4</answer>\n#### 5",
+    ],
+)  # fmt: skip
+def test_a_plain_number_of_gsm8k_is_what_the_general_search_finds(answer: str) -> None:
+    assert read({"question": "a", "answer": answer}).answer == final_answer(answer)
+
+
+@pytest.mark.parametrize("said", ["proof", "notfound", "n/a"])
+def test_a_problem_that_ends_with_no_answer_states_none(said: str) -> None:
+    assert read({"problem": "a", "solution": "As seen, it holds.", "answer": said}).answer is None
+
+
+def test_answers_of_a_preference_begin_with_what_they_share() -> None:
+    row = {
+        "prompt": "2+2?",
+        "initial_reason_steps": "Step 1: count.\nStep 2: ",
+        "chosen": "It is 4.",
+        "rejected": "It is 5.",
+    }
+    found = read(row)
+    assert [found.messages[-1]["content"], found.rejected[-1]["content"]] == [
+        "Step 1: count.\nStep 2: It is 4.", "Step 1: count.\nStep 2: It is 5.",
+    ]  # fmt: skip
+    assert not found.unread
+
+
+@pytest.mark.parametrize(
     ("row", "answer"),
     [
         ({"problem": "a", "solution": r"So \boxed{7}.", "answer": 8}, "8"),
@@ -405,6 +438,8 @@ def test_earlier_turns_stay_before_both_answers_of_a_preference() -> None:
         ({"text": "a", "exclude": "true"}, "excluded_row"),
         ({"question": "a", "answer": "b", "deepseek_thinking_trajectory": "hm, b"}, "thinking_not_read"),
         ({"instruction": "a", "output": "b", "my_thoughts": "hm, b"}, "thinking_not_read"),
+        ({"messages": [pair("a", "")[0], {**pair("", "b")[1], "reason": "hm, b"}]}, "thinking_not_read"),
+        ({"question": "a", "answer": "b", "scratch": "hm, b"}, "thinking_not_read"),
         ({"messages": pair("a", "b"), "images": ["1.jpg"]}, "not_text"),
         *(({"question": "a", "answer": "b", name: "1.jpg"}, "not_text") for name in
           ("photo", "image_base64", "image_1", "imageUrl", "screenshot", "frame_paths", "video_file")),
@@ -412,7 +447,8 @@ def test_earlier_turns_stay_before_both_answers_of_a_preference() -> None:
         ({"messages": [{**pair("a", "")[0], "images": ["1.jpg"]}, pair("", "b")[1]]}, "not_text"),
         *(({"prompt": "a", "completion": "b", **mark}, "labelled_bad") for mark in (
             {"binary_label": False}, {"is_good_answer": False}, {"verified": "false"}, {"quality": "bad"},
-            {"correctness": "incorrect"}, {"rating": "thumbs_down"}, {"response_label": False}, {"isCorrect": False})),
+            {"correctness": "incorrect"}, {"solution_is_valid": "No"}, {"problem_is_valid": "No"}, {"is_safe": False},
+            {"rating": "thumbs_down"}, {"response_label": False}, {"isCorrect": False})),
         ({"question": "a", "answer": "b", "audio_path": "1.wav"}, "not_text"),
         ({"question": "a", "answer": "b", "image": {"bytes": b"", "path": "1.jpg"}}, "not_text"),
         ({"instruction": "a", "input": ["b"], "output": "c"}, "not_text"),

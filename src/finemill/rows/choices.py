@@ -105,7 +105,7 @@ def read_choices(row: Reader) -> Choices:
     row.get(column)
     if len(listed.letters) < 2 or not all(text.strip() for text in listed.texts):
         raise DroppedRowError("bad_choices", "choices")
-    name = next(filter(row.has, _CORRECT), None)
+    name = row.first(_CORRECT)
     if name is None and not listed.right:
         raise DroppedRowError("no_answer", " or ".join(_CORRECT[:2]))
     answer = listed.right[0] if name is None else _right(name, row.get(name), listed, _kind(row))
@@ -117,15 +117,15 @@ def read_choices(row: Reader) -> Choices:
 
 
 def _question(row: Reader) -> str | None:
-    return next(filter(row.has, _QUESTIONS), None)
+    return row.first(_QUESTIONS)
 
 
 def _list_column(row: Reader) -> str | None:
-    column = next(filter(row.has, _LISTS), None)
+    column = row.first(_LISTS)
     if column is not None or row.names.isdisjoint(_ANSWERS):
         return column
-    column = next(filter(row.has, _ANSWERS), "")
-    given, number = _parsed(row.peek(column)), row.peek(next(filter(row.has, _CORRECT), ""))
+    column = row.first(_ANSWERS) or ""
+    given, number = _parsed(row.peek(column)), row.peek(row.first(_CORRECT) or "")
     texts = isinstance(given, list) and len(given) > 1 and all(isinstance(text, str) for text in given)
     return column if texts and type(number) is int and 0 <= number < len(given) else None
 
@@ -283,6 +283,8 @@ def _right(name: str, answer: Any, listed: _Listed, kind: str) -> str:
         return by_text
     # Of columns called A and B a 1 may be either, unless the name says that it is an index.
     lettered = kind and not kind.endswith(("*0", "*1")) and name not in _INDICES
+    if number == len(listed.letters) and not lettered:
+        raise DroppedRowError("choice_beyond_last", name)
     if lettered or not 0 <= number < len(listed.letters):
         raise DroppedRowError("bad_choices", name)
     letter = listed.letters[number]

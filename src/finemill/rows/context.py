@@ -31,9 +31,10 @@ _NO_INPUT = ("<noinput>", "noinput", "no input", "n/a", "nan", "none", "null")
 
 def text_beside(row: Reader, names: Sequence[str]) -> str:
     """The text that a question is about, in the first of these columns that holds one."""
-    name = next(filter(row.has, names), None)
+    name = row.first(names)
     if name is None:
-        name = next((n for n in FOUND_COLUMNS if isinstance(row.peek(n), str) or passages_in(row.peek(n))), None)
+        found = (n for n in FOUND_COLUMNS if n in row.names)
+        name = next((n for n in found if isinstance(row.peek(n), str) or passages_in(row.peek(n))), None)
     if name is None or not row.has(name):
         return ""
     # A list under `input` may be anything.

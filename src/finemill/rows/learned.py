@@ -51,12 +51,13 @@ _VERDICTS = (
     "vote",
     "reaction",
 )
-# Other names under which false, and nothing else, says that an answer is no good one: a number may count anything.
+# Other names under which false or no, and nothing else, says that an answer is no good one: a number may count
+# anything.
 _SAYS_GOOD = re.compile(
-    r"(?:is_|was_|\w+_is_)?(?:good|correct|valid|verified|passed|accepted|approved|preferred|desirable|liked|helpful"
+    r"(?:is_|was_|\w+_is_)?(?:good|correct|valid|verified|passed|accepted|approved|preferred|desirable|liked|helpful|safe"
     r"|success(?:ful)?|resolved|solved)"
     r"(?:_(?:answer|response|completion|output|solution))?|(?:binary|response|answer|completion|preference|kto)_label"
-    r"|(?:answer|response|completion|solution|output)_(?:is_)?(?:good|correct|valid|verified|accepted)"
+    r"|(?:answer|response|completion|solution|output|problem|question)_(?:is_)?(?:good|correct|valid|verified|accepted)"
 )
 
 _LEARNED_KEYS = (
@@ -147,7 +148,7 @@ def _is_marked(name: str, value: Any) -> bool | None:
         return False
     if name in MARKS:
         return is_true(value)
-    plain = str(value).strip().lower() in ("true", "false") and snake_case(name) not in _VERDICTS
+    plain = str(value).strip().lower() in ("true", "false", "yes", "no") and snake_case(name) not in _VERDICTS
     return is_true(value) if plain else None
 
 

@@ -48,9 +48,15 @@ class Reader:
                 return True
         return False
 
+    def first(self, names: Iterable[str]) -> str | None:
+        """The first of the names that `has` says something; that does not count as reading."""
+        values = self._values
+        # Rows have few names, and most of what is asked for they do not have.
+        return next((name for name in names if name in values and self.has(name)), None)
+
     def text(self, *names: str) -> str:
         """The same as text, "" for none. Raises: DroppedRowError: it is none."""
-        name = next((name for name in names if self.has(name)), None)
+        name = self.first(names)
         return "" if name is None else as_text(self.get(name), name)
 
     def note_unread(self, names: Iterable[str]) -> None:

@@ -117,6 +117,8 @@ _WRITTEN_ABOUT = (
     ("document", "article", "dialogue", "dialog", "post", "text"),
     ("summary", "highlights", "tldr", "code", "answer", "response", "completion", "output"),
 )
+# An answer of GSM8K's form with a plain number, and no sign of a box, a tag or a mark of thinking anywhere.
+_PLAIN_FINAL = re.compile(r"(?:[^\\<\[\u25c1#]|<<)*#### (-?(?:0|[1-9]\d{0,14}))\n?")
 _PRODIGY = ("accept", "reject", "ignore")
 # What is to be done with an input beside it.
 _TASKS = ("definition", "task_definition", "task_description")
@@ -125,6 +127,8 @@ _NO_CHAT = re.compile(r"example|shot|demo|context|history|prompt|retriev|negativ
 # Of lists in these columns each is a right answer; of others they may be parts of one.
 _SEVERAL_RIGHT = ("answer", "answers", "targets", "ideal")
 _PLACEHOLDERS = ("-", "n/a", "nan", "none", "null")
+# What NuminaMath writes for problems that end with none.
+_NO_FINAL = ("proof", "notfound", "not found", *_PLACEHOLDERS)
 # Columns of the better and the worse answer, alone and beside a word for answer.
 _PREFERENCES = [
     pair
@@ -147,6 +151,8 @@ _WORSE = (
     *("rejected_response", "rejected_answer", "rejected_output", "rejected_completion", "rejected_text", "rejected"),
     *("dispreferred_response", "non_preferred_output", "bad_response", "worse_response", "negative_response"),
 )
+# How both answers of a preference begin, which are what follows: Step-DPO's.
+_BEGINNINGS = ("initial_reason_steps", "response_prefix", "answer_prefix", "assistant_prefix")
 _BETTER = frozenset(better for better, _ in _PREFERENCES)
 # Columns of a question that another one beside them, the task, comes before.
 _BESIDE_INSTRUCTION = ("question", "query", "prompt", "problem")
@@ -245,7 +251,8 @@ def _without_excluded(row: Reader, shape: str, conversation: Conversation) -> Co
 
 def _system(row: Reader) -> list[Message]:
     """The system message that some data sets keep in a column of its own."""
-    text = text_of(row.get(*_SYSTEM), "system")
+    # Glaive's and others begin with their speaker.
+    text = re.sub(r"\A\s*SYSTEM:\s*", "", text_of(row.get(*_SYSTEM), "system"))
     return [{"role": "system", "content": text}] if text else []
 
 
@@ -262,7 +269,7 @@ def _from_chat(column: str) -> Callable[[Reader], Conversation]:
             turns = [{**turn, "weight": 0} if number in excluded else turn for number, turn in enumerate(turns)]
         messages = to_messages(turns, row, column)
         asks = bool(messages) and messages[-1]["role"] != "assistant"
-        answer = next(filter(row.has, _ANSWERS_BESIDE), None) if asks else None
+        answer = row.first(_ANSWERS_BESIDE) if asks else None
         if answer is not None:
             messages = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages]
             asked = messages[-1]["content"]
@@ -332,7 +339,7 @@ def _with_row_thinking(row: Reader, messages: list[Message]) -> list[Message]:
     """
     if row.names.isdisjoint(_ROW_THINKING):
         return messages
-    column = next((name for name in _ROW_THINKING if row.has(name)), None)
+    column = row.first(_ROW_THINKING)
     said = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     thoughts = parse_json(row.peek(column or ""))
     if len(said) > 1 and isinstance(thoughts, list) and len(thoughts) == len(said):
@@ -396,7 +403,7 @@ def _is_chat(row: Reader, name: str) -> bool:
 
 def _history(row: Reader) -> list[Message]:
     """Earlier turns beside a question: messages, or pairs of question and answer."""
-    column = next(filter(row.has, _HISTORY), None)
+    column = row.first(_HISTORY)
     if column is None and isinstance(row.peek("context"), list) and not passages_in(row.peek("context")):
         column = "context" if chat_turns(row.peek("context")) else None
     if column is None:
@@ -435,7 +442,7 @@ def _matches_pair(shape: str) -> Callable[[Reader], bool]:
 
 def _answer_column(row: Reader, prompts: tuple[str, ...], answers: tuple[str, ...]) -> str | None:
     """The column of the answer to the question in one of `prompts`, None where there is no question or no answer."""
-    prompt = next(filter(row.has, prompts), None)
+    prompt = row.first(prompts)
     if prompt is None:
         return None
     found = next(
@@ -462,7 +469,7 @@ def _written_about(row: Reader) -> tuple[str, str] | None:
     """The columns of a document and of what is written about it, as sets of summaries have them."""
     if row.has(*_PROMPTS):
         return None
-    document, written = (next((name for name in names if row.has(name)), None) for names in _WRITTEN_ABOUT)
+    document, written = map(row.first, _WRITTEN_ABOUT)
     text, said = row.peek(document or ""), row.peek(written or "")
     if document is None or written is None or not isinstance(text, str) or not isinstance(said, str):
         return None
@@ -541,7 +548,7 @@ def _asked(row: Reader, columns: tuple[str, ...], answer: str | None = None) -> 
 
     `answer` is the column of the answer.
     """
-    column = next((name for name in columns if row.has(name)), None)
+    column = row.first(columns)
     if column is None:
         raise DroppedRowError("empty_turn", " or ".join(columns))
     value = row.get(column)
@@ -593,12 +600,15 @@ def _final(row: Reader, shape: str, column: str, answer: Any) -> str | None:
     if not isinstance(answer, str | int | float):
         return None
     solved = shape == "reasoning" or column == "solution"
-    stated = next((name for name in _FINAL if row.has(name)), None) if solved else None
+    stated = row.first(_FINAL) if solved else None
     if stated is not None:
-        return as_text(row.get(stated), stated)
+        text = as_text(row.get(stated), stated)
+        return None if text.strip().lower() in _NO_FINAL else text
     # GSM8K's answers end with `#### <final answer>`.
     if shape != "reasoning" and "####" not in str(answer):
         return None
+    if (plain := _PLAIN_FINAL.fullmatch(str(answer))) is not None:
+        return plain[1]
     # Its patterns take as long to compile as all others here, and most rows need none of them.
     from finemill.rows.answers import final_answer
 
@@ -611,7 +621,7 @@ def _answer_columns(row: Reader) -> tuple[str, str] | None:
         pair = next((pair for pair in _PREFERENCES if row.has(pair[0]) and row.has(pair[1])), None)
         if pair is not None:
             return pair
-    worse = None if row.names.isdisjoint(_WORSE) else next(filter(row.has, _WORSE), None)
+    worse = row.first(_WORSE)
     if worse is None or is_true(row.peek(worse)) is not None:
         return None
     found = (_answer_column(row, prompts, (*answers, "text")) for prompts, answers in _PAIRS.values())
@@ -698,7 +708,7 @@ def _of_answers(row: Reader, asked: list[Message], answers: Sequence[Answer]) ->
 
 def _turn_by_turn(row: Reader, answers: Sequence[Answer]) -> list[Answer] | None:
     """Whole conversations of questions and answers that are lists, a text a turn; None for other rows."""
-    column = next((name for name in _PROMPTS if row.has(name)), None)
+    column = row.first(_PROMPTS)
     questions, *said = (parse_json(v) for v in (row.peek(column or ""), *(answer.value for answer in answers)))
     lists = (questions, *said)
     if not all(isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts) for texts in lists):
@@ -714,7 +724,7 @@ def _turn_by_turn(row: Reader, answers: Sequence[Answer]) -> list[Answer] | None
 
 
 def _preference_prompt(row: Reader) -> list[Message]:
-    column = next((name for name in _PROMPTS if row.has(name)), None)
+    column = row.first(_PROMPTS)
     if column is not None:
         return _asked(row, (column,))
     chat = next((name for name in (*_CHATS, "messages", "history") if turn_list(row.peek(name))), None)
@@ -729,7 +739,9 @@ def _answer_messages(row: Reader, answer: Answer) -> list[Message]:
     if turns:
         return to_messages(turns, row, answer.field)
     thinking = thinking_under(row, [f"{answer.field}_{name}" for name in THINKING_KEYS])
-    return [_in_column(answer.field, assistant, as_text(_single(answer.value), answer.field), thinking)]
+    # Both answers begin so: what DPO learns of a beginning that they share is nothing.
+    text = row.text(*_BEGINNINGS) + as_text(_single(answer.value), answer.field)
+    return [_in_column(answer.field, assistant, text, thinking)]
 
 
 def _after(asked: list[Message], answer: list[Message]) -> list[Message]:
@@ -836,6 +848,7 @@ _OTHERS = (
     *CORRECT_COLUMNS,
     *_ROW_THINKING,
     *_HISTORY,
+    *_BEGINNINGS,
 )
 KNOWN_COLUMNS = frozenset(
     (

@@ -53,10 +53,10 @@ THINKING_KEYS = (
 )
 # Other names that some text of an assistant's turn may have which it is wrong to leave out.
 _SOUNDS_LIKE_THINKING = re.compile(
-    r"think|thought|reasoning|rationale|scratchpad|monologue|deliberat|(?:\b|_)cot(?:\b|_)", re.IGNORECASE
+    r"think|thought|reasoning|rationale|scratch|monologue|deliberat|(?:\b|_)cot(?:\b|_)", re.IGNORECASE
 )
 # Beside an answer these are about it; beside a row they may be anything.
-_THINKING_IN_TURNS = ("analysis", "internal", "plan", "planning", "reflection", "reflections")
+_THINKING_IN_TURNS = ("analysis", "internal", "plan", "planning", "reason", "reflection", "reflections")
 _SOUNDS_LIKE_CALLS = re.compile(r"tool|function|call|invocation|action|plugin", re.IGNORECASE)
 _TEXT_PARTS = ("", "text", "input_text", "output_text", "refusal", "summary_text", "reasoning_text")
 _THINKING_PARTS = ("thinking", "reasoning", "think")

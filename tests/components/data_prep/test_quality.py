@@ -36,6 +36,8 @@ CHINESE = (
         ("Stra\u00dfe?", "A street \u2013 yes.", []),
         ("Hi", "Done.</s>", ["control_tokens"]),
         ("[INST] Hi [/INST]", "Done.", ["control_tokens"]),
+        ("[inst] Hi <End_Of_Turn>", "Done <|IM_END|>", ["control_tokens"]),
+        ("Hi", "todo: <insert name>, {{ name }}", ["placeholder"]),
         (CHINESE, "The city lies on a river, as you may know.", ["language_mix"]),
         (CHINESE, CHINESE, ["repeated_turn"]),
         ("Is this a question that is long?", "Is this a question that is long?", ["repeated_turn"]),

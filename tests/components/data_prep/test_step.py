@@ -242,6 +242,10 @@ def test_columns_that_nothing_is_made_of_are_named(
     [
         ("", {}, "a.jsonl: no rows in it"),
         ('{"foo": 1}\n' * 7, {}, r"7 of 7 rows have no known shape .first: row 1, 2, 3, 4, 5; columns foo.; known "),
+        (
+            "".join(f'{{"question": "a{n}", "opa": "b", "opb": "c", "cop": {n}}}\n' for n in (1, 2, 1)), {},
+            "1 of 3 rows number a choice after the last .first: row 2.: they count from 1, and from 0 ",
+        ),
         ('{"text": "a"}\n{"foo": 1}\n', {"unknown_rows": "error"}, "1 of 2 rows have no known shape .first: row 2"),
         ('{"text": "a"}\n', {"min_characters": 9}, "no row is left of 1 read .left out: too_short 1"),
         ('{"text": "a"}\n{"text": "b"}\n', {}, "the validation split got none of 2 rows; add rows, or raise"),
