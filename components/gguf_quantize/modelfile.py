@@ -140,7 +140,8 @@ def find_turns(tokenizer: Any) -> Turns | None:
 
 
 def _probe(tokenizer: Any) -> Turns | None:
-    if not tokenizer.chat_template:
+    # A date would be for ever that of the export.
+    if not tokenizer.chat_template or "strftime_now" in str(tokenizer.chat_template):
         return None
     chat = [
         {"role": "system", "content": _SYSTEM},

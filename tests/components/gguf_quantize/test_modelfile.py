@@ -110,6 +110,7 @@ def test_an_answer_that_the_prompt_opens_with_thinking(tokenizer: Any) -> None:
         CHATML.replace("<|im_end|>", '"""'),
         CHATML.replace("<|im_end|>", "\u200b"),
         None,
+        DEFAULT_SYSTEM.replace("You are kind.", "Today is ' + strftime_now('%d %B %Y') + '.") + CHATML,
     ],
 )
 def test_a_template_that_is_no_loop_over_messages_is_left_to_ollama(tokenizer: Any, chat_template: str | None) -> None:
