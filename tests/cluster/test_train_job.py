@@ -77,7 +77,8 @@ def test_a_run_that_is_terminated_takes_its_train_job_along(cluster: Cluster, tw
     wait_until(lambda: "step 2/12" in log_of_main_node(cluster), 600, "two steps of training")
     cluster.kubectl("patch", "workflow", run, "--type=merge", "-p", '{"spec": {"shutdown": "Terminate"}}')
     wait_until(lambda: nothing_left(cluster), 90, "nothing left of the TrainJob")
-    assert re.search(r"told to stop, TrainJob train-qlora-\w+ with it", logs(cluster, run, "train-qlora"))
+    said = r"told to stop, TrainJob train-qlora-\w+ with it"
+    wait_until(lambda: re.search(said, logs(cluster, run, "train-qlora")), 60, "the step's last line")
 
 
 def test_what_a_node_refuses_is_not_tried_again(cluster: Cluster, two_nodes: list[str]) -> None:
