@@ -23,7 +23,6 @@ from finemill.components.train_dpo.trainers import (
 from finemill.runtime.context import StepContext
 from finemill.training.inputs import TrainingInputs, check_tokens, open_inputs
 from finemill.training.kernels import make_trainer
-from finemill.training.new_tokens import with_new_tokens
 from finemill.training.positions import check_positions
 from finemill.training.trainer import run_training, shared_arguments
 
@@ -38,8 +37,7 @@ def run(
     Raises: UserError: no preferences, a loss that is not finite, a checkpoint of another training.
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
     """
-    inputs = open_inputs(base_model, dataset, config)
-    config = with_new_tokens(config, len(inputs.new_tokens))
+    inputs, config = open_inputs(base_model, dataset, config)
     return run_training(partial(build_trainer, inputs), inputs, output_dir, config, context)
 
 

@@ -17,7 +17,6 @@ from finemill.runtime.context import StepContext
 from finemill.training.config import SHARDED
 from finemill.training.inputs import TrainingInputs, check_tokens, open_inputs
 from finemill.training.kernels import make_trainer
-from finemill.training.new_tokens import with_new_tokens
 from finemill.training.positions import check_positions
 from finemill.training.trainer import run_training, shared_arguments
 
@@ -32,8 +31,7 @@ def run(
         TemporaryError: SIGTERM arrived; the checkpoint is in the store and the same call continues from it.
     """
     check_context_parallel(base_model, config)
-    inputs = open_inputs(base_model, dataset, config)
-    config = with_new_tokens(config, len(inputs.new_tokens))
+    inputs, config = open_inputs(base_model, dataset, config)
     return run_training(partial(build_trainer, inputs), inputs, output_dir, config, context)
 
 

@@ -74,7 +74,7 @@ def test_a_card_of_slower_memory_takes_longer(capsys: Capture) -> None:
     assert h200 != estimate(capsys, "--model", "qwen3-8b", "--card-gb", "24")
 
 
-def test_a_mixture_of_experts_is_estimated_and_one_with_dense_layers_refused(
+def test_a_mixture_of_experts_is_estimated_and_one_with_dense_layers_has_no_speed(
     tmp_path: Path, tiny_model_dir: Path, capsys: Capture
 ) -> None:
     settings = ("--model", "qwen3-30b-a3b", "--bs", "8", "--accum", "1", "--memory-gb")
@@ -85,7 +85,7 @@ def test_a_mixture_of_experts_is_estimated_and_one_with_dense_layers_refused(
     assert not large["weights_streamed"]
     folder = folder_of(tmp_path, MIXTURES["qwen3-30b-a3b"] | {"mlp_only_layers": [0]}, tiny_model_dir)
     with pytest.raises(UserError, match=r"has layers without experts: .* mixtral, qwen3_moe, with equal"):
-        execute("estimate", ["--model", folder])
+        execute("estimate", ["--model", folder, "--dataset", "any"])
 
 
 def test_the_plain_listing_names_every_number(capsys: Capture) -> None:
@@ -106,6 +106,36 @@ def test_the_table_says_what_fits_a_card(capsys: Capture) -> None:
     assert not row.split()[1].startswith("(")
 
 
+def test_a_family_without_kernels_has_the_memory_of_transformers_layers(
+    tmp_path: Path, tiny_model_dir: Path, capsys: Capture
+) -> None:
+    folder = folder_of(tmp_path, {"model_type": "gpt2"}, tiny_model_dir)
+    needed = estimate(capsys, "--model", folder)[folder]
+    assert set(needed) == {name for name in METHODS if name.endswith("plain")}
+    assert 0 < needed["QLoRA, plain"] < needed["LoRA, 16-bit, plain"] < needed["full, plain"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--table", "--gpus", "2"], "--gpus has no effect beside --table"),
+        (["--table", "--memory-gb", "8"], "--memory-gb has no effect beside --table"),
+        (["--model", "qwen3-8b", "--epochs", "3"], "--epochs has no effect without --dataset"),
+    ],
+)
+def test_an_option_without_effect_is_refused(options: list[str], message: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        execute("estimate", options)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_table_takes_another_rank_and_refuses_rows_that_cannot_be_trained(capsys: Capture) -> None:
+    assert estimate(capsys, "--table", "--rank", "64")["qwen3-8b"]["QLoRA"] > 3
+    with pytest.raises(UserError, match="max_length"):
+        execute("estimate", ["--table", "--seq", "1"])
+
+
 @pytest.mark.parametrize("flag", ["--memory-gb", "--card-gb", "--host-gb", "--seq", "--bs", "--accum", "--rank"])
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "many"])
 def test_an_amount_is_a_number_above_zero(flag: str, value: str, capsys: Capture) -> None:
@@ -118,8 +148,8 @@ def test_an_amount_is_a_number_above_zero(flag: str, value: str, capsys: Capture
 def test_what_is_missing_is_said_in_a_line(tmp_path: Path, tiny_model_dir: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         execute("estimate", ["--model", str(tmp_path)])
-    folder = folder_of(tmp_path, {"model_type": "gpt2"}, tiny_model_dir)
-    with pytest.raises(UserError, match="is of the family 'gpt2': estimates cover llama"):
+    folder = folder_of(tmp_path, {"model_type": "mamba"}, tiny_model_dir)
+    with pytest.raises(UserError, match="has no 'num_attention_heads'"):
         execute("estimate", ["--model", folder])
     folder = folder_of(tmp_path, {"model_type": "llama"}, tiny_model_dir)
     with pytest.raises(UserError, match="has no 'num_attention_heads'"):

@@ -12,11 +12,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.distributed import fsdp
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3Config
 
 from finemill.models.base.resolve import BUILTIN_MODELS
 from finemill.training.config import LoRATrainingConfig
-from finemill.training.hollow_base import filled_as_cut
+from finemill.training.hollow_base import filled_as_cut, load_hollow
 from finemill.training.quantized_base import load_base
 from tests.two_processes import free_port, run_in_two
 
@@ -49,6 +49,21 @@ def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.nn.init.constant_(parameter, 0.01)
     model.save_pretrained(folder)
     return folder
+
+
+def test_a_correction_of_a_routers_choice_stays_float32(tmp_path: Path) -> None:
+    config = DeepseekV3Config(
+        hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=1, first_k_dense_replace=0,
+        num_attention_heads=2, num_key_value_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, v_head_dim=8,
+        qk_nope_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, vocab_size=64,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    name = "model.layers.0.mlp.gate.e_score_correction_bias"
+    bias = torch.tensor([0.1, -0.2, 0.3, 1.0])
+    model.get_submodule(name.rpartition(".")[0])._buffers["e_score_correction_bias"] = bias
+    model.save_pretrained(tmp_path)
+    hollow = load_hollow(tmp_path, config, torch.bfloat16, None)
+    assert torch.equal(hollow.get_buffer(name), bias)
 
 
 def memory(name: str) -> int:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerState
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, TrainerState
 
 from finemill.models.base.resolve import BUILTIN_MODELS
 from finemill.training.pace import Card, Pace, describe, duration, flops_per_token, summary
@@ -31,6 +31,20 @@ def test_of_a_mixture_the_experts_of_a_token_count(tiny_mixture_dir: Path) -> No
     experts = sum(number for name, number in layers.items() if ".experts." in name)
     assert experts == 2 * 4 * 3 * 64 * 64
     assert flops_per_token(mixture) == 6 * (sum(layers.values()) - experts // 2)
+
+
+def test_experts_are_known_by_any_familys_word_for_them() -> None:
+    config = Glm4MoeConfig(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, first_k_dense_replace=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=32, n_routed_experts=8, num_experts_per_tok=2,
+        n_group=1, topk_group=1, vocab_size=128,
+    )  # fmt: skip
+    with torch.device("meta"):
+        mixture = AutoModelForCausalLM.from_config(config)
+    layers = {name: parameter.numel() for name, parameter in mixture.named_parameters() if "embed" not in name}
+    experts = sum(number for name, number in layers.items() if ".experts." in name)
+    assert experts == 8 * 3 * 64 * 32
+    assert flops_per_token(mixture) == 6 * (sum(layers.values()) - experts * 3 // 4)
 
 
 def test_pace_counts_from_the_step_that_training_goes_on_from(

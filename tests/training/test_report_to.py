@@ -94,3 +94,12 @@ def test_a_missing_package_is_one_line(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"report_to {name} needs it: pip install 'finemill\[report\]'"):
         report(context, name)
+
+
+def test_a_variable_that_wandb_does_not_take_is_one_line(context: StepContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    # It reads the variables once in a process.
+    monkeypatch.setattr(wandb, "init", lambda **_: wandb.Settings(mode="of"))
+    with pytest.raises(UserError, match=r"report_to wandb: its setting mode: .*'offline'.* variable WANDB_\*"):
+        report(context, "wandb")

@@ -4,13 +4,14 @@ The numbers are the planner's (kernels/planning/planner.py), for the plan it wou
 of allocated device memory, tokens per second at a card's measured rates, what is kept, recomputed and moved to the
 host; with `--gpus` of one card, and the tokens of all. cuDNN's frontend and flash-attn-4 are taken to be installed.
 With `--dataset`: steps and time of training on it, its rows packed and one by one. With `--table`: what each size of
-model needs.
+model needs; of a family that the kernels do not have, what it needs on transformers' own layers.
 """
 
 import argparse
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from finemill.commands.parser import CommandParser
 from finemill.components.chat_format.duration import steps_and_hours
 from finemill.components.chat_format.packing import num_packs_of_all
 from finemill.components.train_qlora.config import TrainQLoRAConfig
+from finemill.config import parse_config
 from finemill.errors import UserError
 from finemill.kernels.engine.expert_layout import EXPERT_FAMILIES, has_dense_layers
 from finemill.kernels.engine.plan import Plan
@@ -42,14 +44,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "full, plain": {"kernels": "off", "method": "full"},
 }
 """Columns of the table: on finemill's kernels the least they need, and what transformers' own layers take."""
+PLAIN_METHODS = [name for name, choice in METHODS.items() if choice.get("kernels") == "off"]
+_IDLE_BESIDE_TABLE = ("quant", "memory_gb", "host_gb", "gpus", "gpu", "dataset")
+logger = logging.getLogger(__name__)
 
 
 def execute(name: str, arguments: list[str]) -> int:
     """Print the estimate. Returns: exit code."""
     args = _parse(name, arguments)
     if args.table:
-        print(json.dumps(table(args)) if args.json else _listed(table(args), args.card_gb))
-        return 0
+        return _print_needed(table(args), args)
+    if args.dataset is None and not is_planned(model := _config(args.model)):
+        logger.warning("speed is known of the families of finemill's kernels alone: memory on transformers' layers")
+        return _print_needed({args.model: _needed(model, args, PLAIN_METHODS)}, args)
     work = workload(args.model, rank=args.rank, quantized=args.quant == "nf4", rows=args.bs * args.accum, row=args.seq)
     memory_gb = args.card_gb if args.memory_gb is None else args.memory_gb
     work, plan = planned(args, work, memory_gb)
@@ -81,7 +88,13 @@ def _parse(name: str, argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dataset", help="what chat-format printed: steps and hours of training on it, too")
     parser.add_argument("--epochs", type=_count, default=1, help="how often training goes through the dataset")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    idle = {name: "beside --table" for name in _IDLE_BESIDE_TABLE if args.table}
+    idle |= {"epochs": "without --dataset"} if args.dataset is None else {}
+    for option, where in idle.items():
+        if getattr(args, option) != parser.get_default(option):
+            parser.error(f"--{option.replace('_', '-')} has no effect {where}: leave it out")
+    return args
 
 
 def _count(text: str) -> int:
@@ -164,30 +177,40 @@ def _config(model: str) -> Mapping[str, Any]:
 
 def table(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """GiB of GPU memory by model and method."""
+    models = {name: shape.config() for name, shape in SHAPES.items() if not name.endswith("-tiny")} | MIXTURES
+    return {name: _needed(model, args, METHODS) for name, model in models.items()}
+
+
+def _needed(model: Mapping[str, Any], args: argparse.Namespace, methods: Iterable[str]) -> dict[str, float]:
+    """GiB of GPU memory of one model by method. Raises: UserError: it cannot be told, or an option is out of bounds."""
     settings = {
-        "lora_r": args.rank,
         "max_length": args.seq,
         "per_device_train_batch_size": args.bs,
         "gradient_accumulation_steps": args.accum,
     }
-    needed: dict[str, dict[str, float]] = {}
-    models = {name: shape.config() for name, shape in SHAPES.items() if not name.endswith("-tiny")} | MIXTURES
-    for name, model in models.items():
-        needed[name] = {}
-        for method, choice in METHODS.items():
-            config = TrainQLoRAConfig(**settings, **choice)
-            # On transformers' layers this is `estimate_memory`.
-            needed[name][method] = round(needed_gib(model, config), 1)
+    needed = {}
+    for method in methods:
+        choice = METHODS[method]
+        rank = {} if choice.get("method") == "full" else {"lora_r": args.rank}
+        config = parse_config(TrainQLoRAConfig, settings | choice | rank, "estimate")
+        # On transformers' layers this is `estimate_memory`.
+        needed[method] = round(needed_gib(model, config), 1)
     return needed
+
+
+def _print_needed(needed: Mapping[str, Mapping[str, float]], args: argparse.Namespace) -> int:
+    print(json.dumps(needed) if args.json else _listed(needed, args.card_gb))
+    return 0
 
 
 def _listed(needed: Mapping[str, Mapping[str, float]], card_gb: float) -> str:
     """The table as text; what does not fit the card is in brackets."""
-    width = max(map(len, METHODS)) + 2
-    lines = [f"{f'GiB, card of {card_gb:g}':<20}" + "".join(f"{method:>{width}}" for method in METHODS)]
+    methods = next(iter(needed.values()))
+    width, first = max(map(len, methods)) + 2, max(20, *(len(name) + 1 for name in needed))
+    lines = [f"{f'GiB, card of {card_gb:g}':<{first}}" + "".join(f"{method:>{width}}" for method in methods)]
     for name, row in needed.items():
         cells = (f"{gib:.1f}" if gib <= card_gb else f"({gib:.1f})" for gib in row.values())
-        lines.append(f"{name:<20}" + "".join(f"{cell:>{width}}" for cell in cells))
+        lines.append(f"{name:<{first}}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -17,8 +17,9 @@ from finemill.kernels.planning.from_config import is_planned
 _WIDTHS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _ALL = (*_WIDTHS, "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps", "tie_word_embeddings")
 _INNER = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+PER_TOKEN = ("num_experts_per_tok", "moe_k", "moe_topk")
+"""What families call the number of a layer's experts, and of those that a token is sent to."""
 _UNGATED = {"bloom", "codegen", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "mpt", "opt", "phi"}
 _UNGATED |= {"nemotron", "persimmon", "starcoder2"}
 """Families whose MLP has two matrices in place of three."""
@@ -77,7 +78,7 @@ class Decoder:
         hidden, heads, layers = model["hidden_size"], model["num_attention_heads"], model["num_hidden_layers"]
         head_dim = model.get("head_dim") or hidden // heads
         one_key = model.get("multi_query") and not model.get("new_decoder_architecture")
-        key_heads = 1 if one_key else _first(model, ("num_key_value_heads", "num_kv_heads")) or heads
+        key_heads = 1 if one_key else first_of(model, ("num_key_value_heads", "num_kv_heads")) or heads
         experts = _experts(model)
         return cls(
             hidden=hidden,
@@ -86,7 +87,7 @@ class Decoder:
             tied=bool(model.get("tie_word_embeddings")),
             queries=heads * head_dim,
             keys=key_heads * head_dim,
-            inner=model.get("intermediate_size_mlp") or _first(model, _INNER) or 4 * hidden,
+            inner=model.get("intermediate_size_mlp") or first_of(model, _INNER) or 4 * hidden,
             matrices=2 if model.get("model_type") in _UNGATED else 3,
             dense_layers=layers if experts is None else min(layers, _dense_layers(model, layers)),
             experts=experts,
@@ -118,7 +119,7 @@ def complete(model: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**model, **text.to_dict(), **found, "model_type": model["model_type"]}
 
 
-def _first(model: Mapping[str, Any], names: Iterable[str]) -> int:
+def first_of(model: Mapping[str, Any], names: Iterable[str]) -> int:
     """The first of such numbers that a configuration has; 0 without any, the largest of one that has it by layer."""
     value = next((value for name in names if (value := model.get(name))), 0)
     return max(value) if isinstance(value, list) else value
@@ -134,13 +135,13 @@ def _experts(model: Mapping[str, Any]) -> Experts | None:
         ) from None
     if planned is not None:
         return Experts(planned.count, planned.per_token, planned.intermediate, shared=0)
-    count = _first(model, _EXPERTS)
+    count = first_of(model, EXPERT_COUNTS)
     if count < 2:
         return None
-    width = _first(model, ("moe_intermediate_size", "intermediate_size"))
-    shared = _first(model, ("shared_expert_intermediate_size", "shared_intermediate_size"))
-    shared = shared or width * _first(model, ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"))
-    return Experts(count, _first(model, _PER_TOKEN) or 1, width, shared)
+    width = first_of(model, ("moe_intermediate_size", "intermediate_size"))
+    shared = first_of(model, ("shared_expert_intermediate_size", "shared_intermediate_size"))
+    shared = shared or width * first_of(model, ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"))
+    return Experts(count, first_of(model, PER_TOKEN) or 1, width, shared)
 
 
 def _dense_layers(model: Mapping[str, Any], layers: int) -> int:
@@ -148,5 +149,5 @@ def _dense_layers(model: Mapping[str, Any], layers: int) -> int:
     if isinstance(moe_layers := model.get("moe_layers"), list):
         return layers - len(moe_layers)
     named = len(model.get("mlp_only_layers") or ())
-    step = _first(model, ("decoder_sparse_step", "expert_layer_period")) or 1
-    return max(_first(model, ("first_k_dense_replace",)), named, layers - layers // step)
+    step = first_of(model, ("decoder_sparse_step", "expert_layer_period")) or 1
+    return max(first_of(model, ("first_k_dense_replace",)), named, layers - layers // step)

@@ -99,11 +99,18 @@ def load_hollow(
         quantizer.postprocess_model(model)
         model.hf_quantizer = quantizer
     model.tie_weights()
-    for name, buffer in model.named_buffers():
-        if name in stored.group_of:
-            buffer.copy_(stored.read(name))
+    _load_buffers(model, stored, dtype)
     model._finemill_hollow = HollowBase(stored, model)
     return model.eval()
+
+
+def _load_buffers(model: PreTrainedModel, stored: StoredModel, dtype: torch.dtype) -> None:
+    """Read the buffers, which no shard has; a correction of a router's choice as float32, as transformers does."""
+    plan = model._get_dtype_plan(dtype)
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if (key := f"{path}.{name}".lstrip(".")) in stored.group_of:
+                module._buffers[name] = stored.read(key).to(plan.get(name, buffer.dtype))
 
 
 def hollow_base_of(model: Any) -> HollowBase | None:

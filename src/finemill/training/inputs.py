@@ -14,7 +14,8 @@ from finemill.models.nf4.config import is_quantized
 from finemill.models.stored_model import StoredModel
 from finemill.runtime.processes import num_processes
 from finemill.training.adapter import lora_config
-from finemill.training.config import LoRATrainingConfig
+from finemill.training.config import ConfigT
+from finemill.training.new_tokens import with_new_tokens
 from finemill.training.stored_bits import check_stored_bits
 from finemill.training.strategy import check_strategy
 
@@ -33,8 +34,12 @@ class TrainingInputs:
     new_tokens: tuple[int, ...] = ()
 
 
-def open_inputs(base_model: Path, dataset: Path, config: LoRATrainingConfig) -> TrainingInputs:
-    """Raises: UserError: what the machine or the base does not have is refused, before anything is loaded."""
+def open_inputs(base_model: Path, dataset: Path, config: ConfigT) -> tuple[TrainingInputs, ConfigT]:
+    """Look at all that a training begins with, before anything is loaded.
+
+    Returns: the inputs, and the configuration as tokens that the base does not know need it.
+    Raises: UserError: what the machine or the base does not have is asked for.
+    """
     check_strategy(config)
     check_stored_bits(json.loads((base_model / "config.json").read_text(encoding="utf-8")), config, str(base_model))
     if not is_quantized(base_model):
@@ -54,7 +59,9 @@ def open_inputs(base_model: Path, dataset: Path, config: LoRATrainingConfig) -> 
         )
     tokenizer = AutoTokenizer.from_pretrained(base_model, local_files_only=True)
     take_chat_template(dataset, tokenizer)
-    return TrainingInputs(base_model, dataset, tokenizer, device, tuple(take_new_tokens(dataset, tokenizer)))
+    new_tokens = tuple(take_new_tokens(dataset, tokenizer))
+    inputs = TrainingInputs(base_model, dataset, tokenizer, device, new_tokens)
+    return inputs, with_new_tokens(config, len(new_tokens))
 
 
 def check_tokens(inputs: TrainingInputs, largest: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
+from finemill.training.decoder import EXPERT_COUNTS, PER_TOKEN, first_of
 from finemill.training.mixture import EXPERTS
 
 GIB = 2.0**30
@@ -99,7 +100,8 @@ def flops_per_token(model: Any) -> float:
     tied = head is not None and head.weight is model.get_input_embeddings().weight
     weights: int = model.num_parameters(exclude_embeddings=True) + (outside if tied else 0)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    number, per_token = (getattr(model.config, name, 0) for name in ("num_experts", "num_experts_per_tok"))
+    config = model.config.get_text_config().to_dict()
+    number, per_token = (first_of(config, names) for names in (EXPERT_COUNTS, PER_TOKEN))
     if number and per_token:
         experts = [parameter for name, parameter in model.named_parameters() if f".{EXPERTS}." in name]
         idle = 1 - per_token / number

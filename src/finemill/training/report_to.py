@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from finemill.errors import UserError
 from finemill.runtime.context import Recorder, StepContext
@@ -80,6 +81,12 @@ def _wandb(config: LoRATrainingConfig, context: StepContext) -> Iterator[Log]:
     except (wandb.errors.UsageError, wandb.errors.CommError) as error:
         raise UserError(
             f"report_to wandb: {' '.join(str(error).split()):.200}: set WANDB_API_KEY, or WANDB_MODE=offline"
+        ) from None
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UserError(
+            f"report_to wandb: its setting {'.'.join(map(str, wrong['loc']))}: {wrong['msg']:.160}: change the "
+            "variable WANDB_* that says otherwise"
         ) from None
     with run:
         yield lambda metrics, step: run.log(dict(metrics), step=step)

@@ -124,8 +124,8 @@ def _names_and_times(place: Path | Reference | HubModel) -> tuple[tuple[str, int
     """Of every file in a folder of this machine its name and when it was last changed, in nanoseconds."""
     if isinstance(place, Reference) and place.uri.startswith("file:"):
         place = local_path(place.uri)
-    if not isinstance(place, Path):
-        return ()
+    if not isinstance(place, Path) or not any((place / name).is_file() for name in (*_READ_AS_JSON, *_ANY_TOKENIZER)):
+        return ()  # it will be refused: `/` has a million files, which come and go
     return tuple(sorted((str(path), path.lstat().st_ctime_ns) for path in place.rglob("*")))
 
 
