@@ -1,7 +1,14 @@
 import pytest
 
 from finemill.rows.reasons import DroppedRowError
-from finemill.rows.thinking import bare_thinking, split_thinking, switch_of, with_thinking, without_thinking
+from finemill.rows.thinking import (
+    bare_thinking,
+    in_think_tags,
+    split_thinking,
+    switch_of,
+    with_thinking,
+    without_thinking,
+)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +78,32 @@ def test_thinking_is_taken_out_or_put_in_of_assistants_only() -> None:
 )
 def test_a_switch_counts_at_an_end_of_the_question(question: str, asked: bool | None) -> None:
     assert switch_of(question) is asked
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            "<|begin_of_thought|>\n\na\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nb\n\n<|end_of_solution|>",
+            "<think>\na\n</think>\n\nb",
+        ),
+        ("\u25c1think\u25b7a\u25c1/think\u25b7b", "<think>\na\n</think>\n\nb"),
+        ("[THINK]a[/THINK]b", "<think>\na\n</think>\n\nb"),
+        (
+            "<|START_THINKING|>a<|END_THINKING|><|START_RESPONSE|>b<|END_RESPONSE|>",
+            "<think>\na\n</think>\n\nb",
+        ),
+        (" The mark [THINK] opens it, [/THINK] ends it.", " The mark [THINK] opens it, [/THINK] ends it."),
+    ],
+)
+def test_other_families_tags_are_read_as_thinking(content: str, expected: str) -> None:
+    assert in_think_tags(content) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("[THINK]a", "unclosed_thinking"), ("[THINK]a[/THINK]b[THINK]c[/THINK]", "two_thinking_blocks")],
+)
+def test_other_families_tags_end_and_stand_once(content: str, reason: str) -> None:
+    with pytest.raises(DroppedRowError, match=f"^{reason}$"):
+        in_think_tags(content)

@@ -11,6 +11,15 @@ _BLOCK = re.compile(r"\s*<think>(?P<reasoning>.*?)</think>(?P<content>.*)", re.D
 _CLOSED = re.compile(r"(?P<reasoning>(?:(?!</?think>).)*)\n[ \t]*</think>[ \t]*\r?\n(?P<content>.*)", re.DOTALL)
 # A second block that begins in the first, which a mention in a sentence does not, and one that ends once more.
 _OPENED_AGAIN = re.compile(r"\A\s*<think>|\n[ \t]*<think>[ \t]*(?:\n|\Z)")
+# What OpenThinker and Sky-T1, Kimi, Magistral, and Command A have for the tags, and for what follows them: control
+# tokens of theirs, which are text to any other tokenizer.
+_OTHER_TAGS = {
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+    "\u25c1think\u25b7": "\u25c1/think\u25b7",
+    "[THINK]": "[/THINK]",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+}
+_ANSWER_TAGS = {"<|begin_of_solution|>": "<|end_of_solution|>", "<|START_RESPONSE|>": "<|END_RESPONSE|>"}
 # At an end, where Qwen3's users write it; one within the text is mentioned.
 _SWITCH = re.compile(r"(?:\A\s*/(no_)?think(?=\s|\Z))|(?:(?<=\s)/(no_)?think\s*\Z)")
 
@@ -34,6 +43,27 @@ def split_thinking(text: str) -> tuple[str | None, str]:
     if match["content"].lstrip().startswith(("<think>", "</think>")) or _OPENED_AGAIN.search(match["reasoning"]):
         raise DroppedRowError("two_thinking_blocks")
     return match["reasoning"].strip("\r\n"), match["content"].lstrip("\r\n")
+
+
+def in_think_tags(content: str) -> str:
+    """An answer that begins with another family's tags with its thinking in `<think>`; any other as it is.
+
+    Raises: DroppedRowError: a block that does not end, or a second one after it.
+    """
+    text = content.strip()
+    opening = next((tag for tag in _OTHER_TAGS if text.startswith(tag)), None)
+    if opening is None:
+        return content
+    reasoning, closed, answer = text.removeprefix(opening).partition(_OTHER_TAGS[opening])
+    if not closed:
+        raise DroppedRowError("unclosed_thinking")
+    if opening in reasoning or opening in answer or closed in answer:
+        raise DroppedRowError("two_thinking_blocks")
+    answer = answer.strip()
+    for begin, end in _ANSWER_TAGS.items():
+        if answer.startswith(begin) and answer.endswith(end):
+            answer = answer.removeprefix(begin).removesuffix(end).strip()
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n{answer}"
 
 
 def bare_thinking(text: str, content: str) -> str:

@@ -17,7 +17,7 @@ from finemill.rows.learned import FLAGS, is_learned
 from finemill.rows.reader import Reader
 from finemill.rows.reasons import DroppedRowError
 from finemill.rows.speakers import CALL_ROLES, ROLE_KEYS, ROLES, THINKING_ROLES, named, snake_case, turn_role
-from finemill.rows.thinking import bare_thinking, split_thinking, thinking_of
+from finemill.rows.thinking import bare_thinking, in_think_tags, split_thinking, thinking_of
 from finemill.rows.tools import CALLED, are_calls, to_calls
 from finemill.rows.values import as_text, holds_nothing, is_missing, parse_json
 
@@ -182,6 +182,7 @@ def assistant(content: str, reasoning: str = "") -> Message:
     """
     if in_channels(content):
         return _from_channels(content, reasoning)
+    content = in_think_tags(content)
     written, reasoning = split_thinking(content)[0], bare_thinking(reasoning, content)
     if not reasoning.strip() or (written is not None and written.strip() == reasoning.strip()):
         return {"role": "assistant", "content": content}
