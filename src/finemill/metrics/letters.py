@@ -68,6 +68,8 @@ _NAMED_BY_IT = re.compile(
     r"(?i:\d\s*|\b(?:vitamin|hepatitis|plan|grade|type|group|class|point|figure|table|part|section|step|case|vector|angle"
     r"|set|event|circle|matrix|team|line|block|schedule)\s+)$"
 )
+_LONGEST_BEFORE = 100
+"""Characters before a letter in which it may be denied."""
 _JOINED_BEFORE = re.compile(r"(?<![A-Za-z0-9])[A-J]\W{0,3}\s*(?:\bor\b|\band\b|或|和|/|&|,|\u3001)\W{0,3}$")
 _JOINED = re.compile(r"\W{0,3}\s*(?:\bor\b|\band\b|或|和|/|&|,|\u3001)\W{0,3}[A-J](?![A-Za-z0-9'\u2019])")
 
@@ -117,7 +119,7 @@ def read_letters(text: str) -> frozenset[str] | None:
 
 def _is_meant(match: re.Match[str], text: str) -> bool:
     """Whether the letter of `match` is neither denied nor a part of a name."""
-    before = text[: match.start("letter")]
+    before = text[max(0, match.start("letter") - _LONGEST_BEFORE) : match.start("letter")]
     return not (
         _NEGATED.search(before) or _NAMED_BY_IT.search(before) or _DENIED_AFTER.match(text, match.end("letter"))
     )
