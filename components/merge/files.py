@@ -60,15 +60,16 @@ def load_tokenizer(folder: Path, named: Path) -> Any:
         raise UserError(f"merge: the tokenizer in {named} cannot be loaded: {line:.300}") from error
 
 
-def check_tokens(tokenizer: Any, num_tokens: int, adapter: Path, base_rows: int) -> None:
+def check_tokens(tokenizer: Any, num_tokens: int, adapter: Path, known_rows: int) -> None:
     """Raises: UserError: the tokenizer has tokens that the model has no embedding for, or the adapter has a row of its
     own for what is no token.
     """
     trained = token_rows(read_adapter_config(adapter))
-    if trained > max(base_rows, len(tokenizer)):
+    if trained > max(known_rows, len(tokenizer)):
         raise UserError(
             f"merge: the adapter in {adapter} trained token id {trained - 1} (trainable_token_indices), its tokenizer "
-            f"has {len(tokenizer)} tokens, the base {base_rows} embeddings: it is of a model with another vocabulary"
+            f"has {len(tokenizer)} tokens, base and adapter {known_rows} embeddings: it is of a model with another "
+            "vocabulary"
         )
     if unknown := tokens_without_row(tokenizer, num_tokens):
         last = max(unknown)

@@ -31,6 +31,7 @@ from finemill.components.merge.landed import write_checked
 from finemill.components.merge.merged import MergedModel
 from finemill.components.merge.parity import compare_logits, link_of_logits, logits_of, probe_prompts
 from finemill.errors import StepError, UserError
+from finemill.models.adapter import saved_rows
 from finemill.models.generation import stop_token_ids
 from finemill.models.model_card import serve_commands, write_card
 from finemill.models.stored_model import Rounding, StoredModel
@@ -87,8 +88,8 @@ def _merge(
     prompts = probe_prompts(tokenizer)
     tuned, merged = put_on(stored, addition, config)
     refuse_router(tuned, config)
-    base_rows = stored.shape_of(stored.embedding_name)[0]
-    check_tokens(tokenizer, merged.vocab_size or stored.num_tokens, adapter, base_rows)
+    known_rows = max(stored.shape_of(stored.embedding_name)[0], saved_rows(adapter, stored.embedding_name))
+    check_tokens(tokenizer, merged.vocab_size or stored.num_tokens, adapter, known_rows)
     context.recorder.log_progress("what base and adapter say to the probes")
     expected = logits_of(tuned, stored, prompts)
     trained = _trained_base(base_model, addition, rounding, prompts, expected, config, context)

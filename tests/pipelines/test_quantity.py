@@ -20,9 +20,9 @@ def sized(folder: Path, text: str) -> Path:
     [("32G", "31250000Ki"), ("34359738368", "32Gi"), ("1.5Gi", "1536Mi"), ("2e9", "1953125Ki"), ("16384Mi", "16Gi")],
 )
 def test_memory_as_kubernetes_writes_it_works_on_both_engines(given: str, rendered: str, tmp_path: Path) -> None:
-    (_, kfp), (_, argo) = compile_both(
-        "finetune", tmp_path, "--cluster", str(sized(tmp_path, f"{{cpu: 1.5, memory: {given}}}"))
-    )
+    cluster = sized(tmp_path, f"{{cpu: 1.5, memory: {given}}}")
+    cluster.write_text(f"{cluster.read_text()}\nshared_memory: 64Mi\n")
+    (_, kfp), (_, argo) = compile_both("finetune", tmp_path, "--cluster", str(cluster))
     assert kfp["train-qlora"].memory == argo["train-qlora"].memory == rendered
     assert kfp["train-qlora"].cpu == argo["train-qlora"].cpu == "1500m"
 

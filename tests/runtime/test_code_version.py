@@ -152,7 +152,7 @@ def test_version_of_a_library_changes_the_keys_of_steps_that_compute_with_it(
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=list(STEPS))
 def test_every_library_is_known_by_the_name_of_its_distribution(step: Step) -> None:
-    extras = {"flash-attn-4", "nvidia-cudnn-frontend", "deepspeed", "lm_eval"}
+    extras = {"auto-round", "flash-attn-4", "nvidia-cudnn-frontend", "deepspeed", "lm_eval"}
     for library in closure([f"finemill.components.{step.module_name}.step"])[1] - extras:
         assert metadata.version(library)
 

@@ -92,6 +92,27 @@ class Sample(SampleScores):
     """A worse answer than the reference, of rows that have one."""
 
 
+def shown_columns(sample: Sample) -> dict[str, str | float | None]:
+    """What people compare of a row in a table, by the names that it has there."""
+    return {
+        "id": sample.id,
+        "source": sample.source,
+        "model": sample.model,
+        "prompt": sample.prompt,
+        "completion": sample.completion,
+        "reference": sample.reference,
+        "answer": sample.answer,
+        "final_answer": sample.final_answer,
+        "outcome": sample.outcome,
+        "exact_match": sample.exact_match,
+        "rougeL": sample.rougeL,
+        "chrf": sample.chrf,
+        "loss": sample.loss,
+        "num_generated_tokens": sample.num_generated_tokens,
+        "finished": sample.finished,
+    }
+
+
 def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
     """A row per held-out row and model."""
     write_rows(folder / SAMPLES_FILE, Sample, samples)

@@ -193,6 +193,13 @@ def _refuse_base_weights(folder: Path, base: Any) -> None:
             )
 
 
+def saved_rows(folder: Path, embedding: str) -> int:
+    """Rows of the parameter `embedding` in the file of the adapter in `folder`, 0 where it does not hold it whole."""
+    header = read_header(folder / WEIGHTS_NAME)
+    names = (f"{_PREFIX}{embedding.removesuffix('.weight')}.{name}" for name in _WHOLE_TABLES)
+    return next((header[name].shape[0] for name in names if name in header), 0)
+
+
 def num_tokens_with(folder: Path, base: Any) -> int:
     """Rows of the embedding of `base` with the adapter in `folder`.
 

@@ -39,7 +39,12 @@ _LIBRARIES_APART = frozenset({"boto3", "botocore", "filelock", "huggingface_hub"
 """Libraries of the same kind: the output is the same whatever their version."""
 _BROUGHT_ALONG = {"transformers": ("tokenizers",), "trl": ("accelerate",)}
 """Libraries that compute behind those that are imported."""
-_DISTRIBUTIONS = {"cudnn": "nvidia-cudnn-frontend", "flash_attn": "flash-attn-4", "yaml": "PyYAML"}
+_DISTRIBUTIONS = {
+    "auto_round": "auto-round",
+    "cudnn": "nvidia-cudnn-frontend",
+    "flash_attn": "flash-attn-4",
+    "yaml": "PyYAML",
+}
 """Distributions that are not called as their module."""
 _DATA_SUFFIXES = frozenset({".css", ".html", ".jinja", ".js", ".json", ".jsonl", ".txt", ".yaml"})
 _DESCRIPTIONS = ("metadata.yaml", "ports.yaml")

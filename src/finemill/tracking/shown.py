@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finemill.artifacts.evaluation import read_samples
+from finemill.artifacts.evaluation import read_samples, shown_columns
 from finemill.artifacts.files import (
     DATA_CARD_FILE,
     DATA_CARD_PAGE,
@@ -45,23 +45,6 @@ NOTE_TAG = "mlflow.note.content"
 _TABLES_TAG = "mlflow.loggedArtifacts"
 _MOST_TABLE_ROWS = 2000
 _MAX_NOTE = 5000
-_COLUMNS = (
-    "id",
-    "source",
-    "model",
-    "prompt",
-    "completion",
-    "reference",
-    "answer",
-    "final_answer",
-    "outcome",
-    "exact_match",
-    "rougeL",
-    "chrf",
-    "loss",
-    "num_generated_tokens",
-    "finished",
-)
 
 
 def show_files(
@@ -104,8 +87,9 @@ def _note(client: "MlflowClient", run_id: str, text: str, *, on_top: bool) -> No
 def _log_table(client: "MlflowClient", run_id: str, folder: Path) -> None:
     """The samples as the table that MLflow's page of evaluations reads."""
     samples = read_samples(folder)[:_MOST_TABLE_ROWS]
-    rows = [[getattr(sample, column) for column in _COLUMNS] for sample in samples]
-    text = json.dumps({"columns": _COLUMNS, "data": rows}, ensure_ascii=False)
+    rows = [shown_columns(sample) for sample in samples]
+    table = {"columns": list(rows[0]) if rows else [], "data": [list(row.values()) for row in rows]}
+    text = json.dumps(table, ensure_ascii=False)
     if len(text.encode()) > MAX_ARTIFACT_BYTES:
         return
     with tempfile.TemporaryDirectory(prefix="finemill-table-") as temporary:

@@ -355,7 +355,7 @@ def test_a_row_of_its_own_for_what_is_no_token_is_refused(
     adapter = adapter_dir(base, tmp_path / "adapter", config)
     values = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**values, "trainable_token_indices": [9999]}))
-    with pytest.raises(UserError, match=r"trained token id 9999 .*, its tokenizer has 1536 tokens, the base 1536"):
+    with pytest.raises(UserError, match=r"token id 9999 .*, its tokenizer has 1536 tokens, base and adapter 1536"):
         merge(base, adapter, tmp_path / "merged", step_context)
 
 
