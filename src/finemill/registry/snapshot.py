@@ -50,6 +50,8 @@ LOCK_TAG = "finemill.lock"
 """On a registered model: the URI of the lock that whoever moves its aliases holds."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# The same for everyone, wherever they work: no folder that a program happens to stand in.
+_LOCK = re.compile(r"(?:(?:file://)?/|s3://[^/\s]+/)[^\0\n]+\.lock")
 
 
 def check_registered_model_name(name: str) -> str:
@@ -262,6 +264,7 @@ def locked(client: "MlflowClient", model: RegisteredModel, store: str | None) ->
     """Hold the lock of a registered model, which lies in the store of its first version.
 
     MLflow moves an alias without looking at where it points, so whoever decides from where it points holds this.
+    Raises: UserError: the registered model names none.
     """
     lock_uri = model.lock_uri
     if lock_uri is None:
@@ -269,6 +272,12 @@ def locked(client: "MlflowClient", model: RegisteredModel, store: str | None) ->
             raise UserError(f"registered model '{model.name}' has no {LOCK_TAG} tag: it was not made by `register`")
         lock_uri = f"{store}/locks/registered-model-{model.name}.lock"
         lock_uri = _agree_on_lock(client, model.name, lock_uri)
+    if not _LOCK.fullmatch(lock_uri):
+        raise UserError(
+            f"registered model '{model.name}': its tag {LOCK_TAG}, '{lock_uri:.200}', names no lock, without which two "
+            f"promotions may pass each other: set it to STORE/locks/registered-model-{model.name}.lock, where STORE is "
+            "the file:///folder or s3://bucket/prefix of its first version"
+        )
     with hold_lock(lock_uri):
         yield
 

@@ -7,8 +7,8 @@ from mlflow import MlflowClient
 
 from finemill.artifacts.decision import Decision
 from finemill.components.promote.step import apply_decision
-from finemill.errors import TemporaryError
-from finemill.registry.snapshot import ensure_registered_model, locked, read_registered_model
+from finemill.errors import TemporaryError, UserError
+from finemill.registry.snapshot import LOCK_TAG, ensure_registered_model, locked, read_registered_model
 
 ROUNDS = 8
 
@@ -52,6 +52,20 @@ def race(uri: str, store: str) -> None:
         assert after is not None
         assert after.aliases["champion"] == won[0]
         assert after.aliases.get("previous_champion") == before
+
+
+@pytest.mark.parametrize("tag", ["", "yes", "locks/raced.lock", "s3://bucket.lock", "https://host/a.lock"])
+def test_a_tag_that_names_no_lock_is_no_lock(tag: str, tracking_uri: str, folder_store: str) -> None:
+    client = MlflowClient(tracking_uri, tracking_uri)
+    ensure_registered_model(tracking_uri, "raced")
+    client.set_registered_model_tag("raced", LOCK_TAG, tag)
+    model = read_registered_model(tracking_uri, "raced")
+    assert model is not None
+    with (
+        pytest.raises(UserError, match=r"tag finemill\.lock, '.*', names no lock"),
+        locked(client, model, folder_store),
+    ):
+        pass
 
 
 def test_one_of_two_promotions_wins_on_sqlite(tracking_uri: str, folder_store: str) -> None:
