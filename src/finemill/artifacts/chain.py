@@ -61,13 +61,17 @@ def _cells(link: ChainLink) -> dict[str, str]:
         "KL, nats per token": f"{link.kl:.2g} ± {Z95 * link.kl_error:.1g}",
         "perplexity": f"{link.perplexity:.4g}",
         "change of loss": f"{link.loss_change:+.2g} ± {Z95 * link.loss_change_error:.1g}",
-        "same likeliest token": f"{link.same_token:.1%} ± {Z95 * link.same_token_error:.1%}",
+        "same likeliest token": _percent(link.same_token, link.same_token_error),
     }
     if link.same_answer is not None:
-        cells["same answer"] = f"{link.same_answer:.1%} ± {Z95 * link.same_answer_error:.1%}"
+        cells["same answer"] = _percent(link.same_answer, link.same_answer_error)
     if link.points_change is not None:
         cells["exact match, points"] = f"{link.points_change:+.1f} ± {Z95 * link.points_change_error:.1f}"
     return cells
+
+
+def _percent(share: float, error: float) -> str:
+    return f"{100 * share:.1f} % ± {100 * Z95 * error:.1f} %"
 
 
 def chain_metrics(links: Sequence[ChainLink]) -> dict[str, float]:
