@@ -18,4 +18,4 @@ def test_both_ways_write_what_the_rows_ask_for(options: list[str], capsys: pytes
 def test_no_rows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=str(UserError.exit_code)):
         main(["bench", "eval", "--rows", "0"])
-    assert "1 or more" in capsys.readouterr().err
+    assert "from 1 on" in capsys.readouterr().err
