@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from finemill.artifacts.chain import ChainLink, chain_table
+from finemill.artifacts.chain import ChainLink
 from finemill.components.merge.parity import link_of_logits, logits_of
 from finemill.errors import UserError
-from finemill.models.model_card import serve_commands, write_card
+from finemill.models.model_card import CardText
 from finemill.models.nf4.checkpoint import checkpoint_shapes, write_checkpoint
 from finemill.models.nf4.layers import quantized_layers, skip_modules
 from finemill.models.stored_model import StoredModel
@@ -17,6 +17,12 @@ from finemill.models.write_weights import total_bytes, type_beside
 
 FOLDER = "merged_4bit"
 """Its place in the merged model's folder."""
+CARD = CardText(
+    "Merged model in 4 bits",
+    "bitsandbytes",
+    "The merged model one folder up in bitsandbytes' NF4, by finemill. `finemill quantize-4bit` makes one "
+    "that keeps 16 bits where NF4 costs most on rows of yours.",
+)
 
 _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -43,18 +49,3 @@ def four_bit_link(folder: Path, prompts: Sequence[Sequence[int]], expected: Sequ
     rounding = trained_rounding(StoredModel(folder), _NF4)
     rounded = StoredModel(folder, rounding)
     return link_of_logits("merged, 4-bit", "merged", prompts, expected, logits_of(rounded.model, rounded, prompts))
-
-
-def write_four_bit_card(folder: Path, base_model: str, chat_template: object, link: ChainLink) -> None:
-    """README.md beside the weights."""
-    write_card(
-        folder / FOLDER,
-        title="Merged model in 4 bits",
-        base_model=base_model,
-        form="bitsandbytes",
-        summary="The merged model one folder up in bitsandbytes' NF4, by finemill. `finemill quantize-4bit` makes one "
-        "that keeps 16 bits where NF4 costs most on rows of yours.",
-        commands=serve_commands(chat_template, num_experts=0),
-        table={},
-        chain=chain_table([link]),
-    )

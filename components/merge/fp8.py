@@ -5,17 +5,22 @@ from pathlib import Path
 
 import torch
 
-from finemill.artifacts.chain import ChainLink, chain_table
+from finemill.artifacts.chain import ChainLink
 from finemill.components.merge.parity import link_of_logits, logits_of
 from finemill.errors import UserError
 from finemill.models.fp8 import checkpoint_shapes, rounded_inputs, rounded_model, write_checkpoint
-from finemill.models.model_card import serve_commands, write_card
+from finemill.models.model_card import CardText
 from finemill.models.nf4.layers import quantized_layers
 from finemill.models.stored_model import StoredModel
 from finemill.models.write_weights import total_bytes, type_beside
 
 FOLDER = "merged_fp8"
 """Its place in the merged model's folder."""
+CARD = CardText(
+    "Merged model in FP8",
+    "fp8",
+    "The merged model one folder up in FP8 (compressed-tensors, W8A8, dynamic), by finemill.",
+)
 
 
 def fp8_bytes(stored: StoredModel, dtype: torch.dtype) -> int:
@@ -44,17 +49,3 @@ def fp8_link(
     with rounded_inputs(rounded.model, quantized):
         found = logits_of(rounded.model, rounded, prompts)
     return link_of_logits("merged, FP8", "merged", prompts, expected, found)
-
-
-def write_fp8_card(folder: Path, base_model: str, chat_template: object, link: ChainLink) -> None:
-    """README.md beside the weights."""
-    write_card(
-        folder / FOLDER,
-        title="Merged model in FP8",
-        base_model=base_model,
-        form="fp8",
-        summary="The merged model one folder up in FP8 (compressed-tensors, W8A8, dynamic), by finemill.",
-        commands=serve_commands(chat_template, num_experts=0),
-        table={},
-        chain=chain_table([link]),
-    )

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from finemill.artifacts.chain import ChainLink, chain_table
+from finemill.artifacts.chain import ChainLink
 from finemill.artifacts.dataset import read_held_out, spread
 from finemill.artifacts.manifest import Reference
 from finemill.components.merge.parity import link_of_logits, logits_of
 from finemill.errors import UserError
-from finemill.models.model_card import serve_commands, write_card
+from finemill.models.model_card import CardText
 from finemill.models.stored_model import StoredModel
 from finemill.models.weights import StoredTensor, stored_tensors
 from finemill.runtime.context import StepContext
@@ -24,6 +24,12 @@ from finemill.storage.store import fetch_artifact
 
 FOLDER = "merged_gptq"
 """Its place in the merged model's folder."""
+CARD = CardText(
+    "Merged model in 4 bits, GPTQ's format",
+    "gptq",
+    "The merged model one folder up in GPTQ's format (4 bits, groups of 128), rounded by AutoRound on rows "
+    "of the training set, by finemill.",
+)
 
 _ROWS, _TOKENS = 128, 512
 _BITS = torch.arange(0, 32, 4)
@@ -131,18 +137,3 @@ def decode(codes: torch.Tensor, zeros: torch.Tensor, scales_GO: torch.Tensor) ->
     width = len(codes_IO) // len(scales_GO)
     codes_GwO = codes_IO.view(-1, width, codes_IO.shape[1]) - zeros_GO[:, None]
     return (codes_GwO * scales_GO.float()[:, None]).flatten(0, 1).T.contiguous()
-
-
-def write_gptq_card(folder: Path, base_model: str, chat_template: object, link: ChainLink) -> None:
-    """README.md beside the weights."""
-    write_card(
-        folder / FOLDER,
-        title="Merged model in 4 bits, GPTQ's format",
-        base_model=base_model,
-        form="gptq",
-        summary="The merged model one folder up in GPTQ's format (4 bits, groups of 128), rounded by AutoRound on rows "
-        "of the training set, by finemill.",
-        commands=serve_commands(chat_template, num_experts=0),
-        table={},
-        chain=chain_table([link]),
-    )

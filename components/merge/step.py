@@ -16,24 +16,22 @@ from finemill.artifacts.records import content_name
 from finemill.components.merge.adapters import Addition, all_adapters, base_known_by, refuse_router
 from finemill.components.merge.config import MergeConfig
 from finemill.components.merge.files import check_tokens, copy_tokenizer, write_config, write_generation_config
-from finemill.components.merge.four_bit import (
-    FOLDER,
-    four_bit_bytes,
-    four_bit_link,
-    write_four_bit_card,
-    write_four_bit_model,
-)
+from finemill.components.merge.four_bit import CARD as FOUR_BIT_CARD
+from finemill.components.merge.four_bit import FOLDER as FOUR_BIT_FOLDER
+from finemill.components.merge.four_bit import four_bit_bytes, four_bit_link, write_four_bit_model
+from finemill.components.merge.fp8 import CARD as FP8_CARD
 from finemill.components.merge.fp8 import FOLDER as FP8_FOLDER
-from finemill.components.merge.fp8 import fp8_bytes, fp8_link, write_fp8_card, write_fp8_model
+from finemill.components.merge.fp8 import fp8_bytes, fp8_link, write_fp8_model
+from finemill.components.merge.gptq import CARD as GPTQ_CARD
 from finemill.components.merge.gptq import FOLDER as GPTQ_FOLDER
-from finemill.components.merge.gptq import calibration_rows, gptq_bytes, gptq_link, write_gptq_card, write_gptq_model
+from finemill.components.merge.gptq import calibration_rows, gptq_bytes, gptq_link, write_gptq_model
 from finemill.components.merge.landed import write_checked
 from finemill.components.merge.merged import MergedModel
 from finemill.components.merge.parity import compare_logits, link_of_logits, logits_of, probe_prompts
 from finemill.errors import StepError, UserError
 from finemill.models.adapter import saved_rows
 from finemill.models.generation import stop_token_ids
-from finemill.models.model_card import serve_commands, write_card
+from finemill.models.model_card import CardText, serve_commands, write_card
 from finemill.models.stored_model import Rounding, StoredModel
 from finemill.models.trained_base import trained_rounding
 from finemill.models.write_weights import total_bytes
@@ -45,6 +43,7 @@ logger = logging.getLogger(__name__)
 # Share of the adapter's whole change below which rounding is worth a word.
 _MIN_SHARE = 0.9
 _ADDED_TO = {"unquantized": "16-bit base + adapter", "dequantized": "4-bit base + adapter"}
+_CARDS = {FOUR_BIT_FOLDER: FOUR_BIT_CARD, FP8_FOLDER: FP8_CARD, GPTQ_FOLDER: GPTQ_CARD}
 
 
 def run(
@@ -138,12 +137,10 @@ def _merge(
     )
     write_merge(output_dir, record)
     _write_card(output_dir, record, tokenizer.chat_template, written.num_experts)
-    for own in in_4_bits:
-        write_four_bit_card(output_dir, record.base_model, tokenizer.chat_template, own)
-    for own in in_fp8:
-        write_fp8_card(output_dir, record.base_model, tokenizer.chat_template, own)
-    for own in in_gptq:
-        write_gptq_card(output_dir, record.base_model, tokenizer.chat_template, own)
+    asked_for = {FOUR_BIT_FOLDER: in_4_bits, FP8_FOLDER: in_fp8, GPTQ_FOLDER: in_gptq}
+    rounded = {folder: links for folder, links in asked_for.items() if links}
+    for folder, links in rounded.items():
+        _write_rounded_card(output_dir / folder, _CARDS[folder], record.base_model, tokenizer.chat_template, links)
     # Also of a model that says NaN.
     if not (parity["kl"] <= config.max_kl and parity["top1_agreement"] >= config.min_top1_agreement):
         raise StepError(
@@ -154,15 +151,27 @@ def _merge(
     return {
         **chain_metrics(record.chain),
         **_link_metrics("trained_base", trained),
-        **_link_metrics("merged_4bit", in_4_bits),
-        **_link_metrics("merged_fp8", in_fp8),
-        **_link_metrics("merged_gptq", in_gptq),
+        **{name: value for folder, links in rounded.items() for name, value in _link_metrics(folder, links).items()},
         **{f"merge/{name}": value for name, value in {**parity, **landed}.items()},
         "merge/size_bytes": _weight_bytes(output_dir),
-        **({"merge/merged_4bit_size_bytes": _weight_bytes(output_dir / FOLDER)} if in_4_bits else {}),
-        **({"merge/merged_fp8_size_bytes": _weight_bytes(output_dir / FP8_FOLDER)} if in_fp8 else {}),
-        **({"merge/merged_gptq_size_bytes": _weight_bytes(output_dir / GPTQ_FOLDER)} if in_gptq else {}),
+        **{f"merge/{folder}_size_bytes": _weight_bytes(output_dir / folder) for folder in rounded},
     }
+
+
+def _write_rounded_card(
+    folder: Path, text: CardText, base_model: str, chat_template: object, links: Sequence[ChainLink]
+) -> None:
+    """README.md beside the merged model in fewer bits."""
+    write_card(
+        folder,
+        title=text.title,
+        base_model=base_model,
+        form=text.form,
+        summary=text.summary,
+        commands=serve_commands(chat_template, num_experts=0),
+        table={},
+        chain=chain_table(links),
+    )
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from finemill.models.base.resolve import hub_name
 
@@ -23,6 +23,14 @@ _TOOLS = {
     "[TOOL_CALLS]": ("mistral", "mistral"), "<|python_tag|>": ("llama3_json", "llama3"),
     "<\uff5ctool\u2581calls\u2581begin\uff5c>": ("deepseek_v3", "deepseekv3"),
 }  # fmt: skip
+
+
+class CardText(NamedTuple):
+    """What the card of a merged model in fewer bits says of its form."""
+
+    title: str
+    form: Form
+    summary: str
 
 
 def write_card(
