@@ -19,6 +19,7 @@ from finemill.rows.formulas import CONDITION, Span, boxed, formulas, strip_delim
 from finemill.rows.numerals import in_digits, last_counted, last_spelled
 from finemill.rows.repeats import shorter_repeats
 from finemill.rows.results import without_circumstances
+from finemill.rows.thinking import OTHER_TAGS
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 # What models of other families write for the same: Magistral, Seed, Command A, Granite, Kimi, OpenThinker, Gemma and
@@ -26,21 +27,18 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 _NAMES = "think thinking thought thoughts scratchpad reasoning reflection antthinking seed:think".split()
 OPEN_MARKS = (
     *(f"<{name}>" for name in _NAMES),
-    *("[THINK]", "<|START_THINKING|>", "\u25c1think\u25b7", "<|begin_of_thought|>", "<|thinking|>"),
-    *("<|channel>thought", "<unused94>thought", "<unused94>"),
+    *OTHER_TAGS,
+    *("<|thinking|>", "<|channel>thought", "<unused94>thought", "<unused94>"),
 )
 CLOSE_MARKS = (
     *(f"</{name}>" for name in _NAMES),
-    *("[/THINK]", "<|END_THINKING|>", "\u25c1/think\u25b7", "<|end_of_thought|>", "<|/thinking|>"),
-    *("<channel|>", "<unused95>"),
+    *OTHER_TAGS.values(),
+    *("<|/thinking|>", "<channel|>", "<unused95>"),
 )
 OPENS, CLOSES = (
     re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))), re.IGNORECASE)
     for marks in (OPEN_MARKS, CLOSE_MARKS)
 )
-# gpt-oss's channels.
-_ANALYSIS = re.compile(r"<\|channel\|>analysis<\|message\|>(?P<thinking>.*?)(?P<end><\|end\|>|\Z)", re.DOTALL)
-_CHANNEL = re.compile(r"<\|start\|>assistant|<\|channel\|>final<\|message\|>|<\|return\|>")
 
 # What ends a turn, where a program kept it in the text, with what a model wrote after it.
 _TURN_ENDS = re.compile(

@@ -13,7 +13,7 @@ _CLOSED = re.compile(r"(?P<reasoning>(?:(?!</?think>).)*)\n[ \t]*</think>[ \t]*\
 _OPENED_AGAIN = re.compile(r"\A\s*<think>|\n[ \t]*<think>[ \t]*(?:\n|\Z)")
 # What OpenThinker and Sky-T1, Kimi, Magistral, and Command A have for the tags, and for what follows them: control
 # tokens of theirs, which are text to any other tokenizer.
-_OTHER_TAGS = {
+OTHER_TAGS = {
     "<|begin_of_thought|>": "<|end_of_thought|>",
     "\u25c1think\u25b7": "\u25c1/think\u25b7",
     "[THINK]": "[/THINK]",
@@ -51,10 +51,10 @@ def in_think_tags(content: str) -> str:
     Raises: DroppedRowError: a block that does not end, or a second one after it.
     """
     text = content.strip()
-    opening = next((tag for tag in _OTHER_TAGS if text.startswith(tag)), None)
+    opening = next((tag for tag in OTHER_TAGS if text.startswith(tag)), None)
     if opening is None:
         return content
-    reasoning, closed, answer = text.removeprefix(opening).partition(_OTHER_TAGS[opening])
+    reasoning, closed, answer = text.removeprefix(opening).partition(OTHER_TAGS[opening])
     if not closed:
         raise DroppedRowError("unclosed_thinking")
     if opening in reasoning or opening in answer or closed in answer:
